@@ -1,0 +1,1 @@
+"""Datasets of clips and the LightningDataModule that serves them."""

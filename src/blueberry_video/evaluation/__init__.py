@@ -1,0 +1,1 @@
+"""Metrics, trivial predictors, probes and few-label fine-tuning."""

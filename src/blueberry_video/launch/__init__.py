@@ -1,0 +1,1 @@
+"""Before a run: the dry run, the doctor, one or several processes."""
