@@ -1,0 +1,37 @@
+"""What a predictor without parameters gets: the line below which a loss begins to mean something."""
+
+import torch
+from torch import Tensor
+
+from blueberry_video.nn.patches import gather_tokens
+
+
+def trivial_patch_losses(
+    patches: Tensor, keep: Tensor, target: Tensor, grid: tuple[int, int, int]
+) -> dict[str, Tensor]:
+    """Mean squared error of three predictors of hidden, normalised patches.
+
+    Args:
+        patches: (B, N, K) per-patch normalised pixels, flattened.
+        keep: (B, N_visible) indices of the visible patches.
+        target: (B, N_target) indices of the hidden ones.
+        grid: number of patches along (t, h, w).
+
+    Returns:
+        Scalars by name: ``zero`` predicts 0, the mean of every patch; ``mean`` the mean of the clip's visible
+            patches; ``nearest`` a copy of the nearest visible patch (Euclidean in the grid; the first of several).
+    """
+    truth, visible = gather_tokens(patches, target), gather_tokens(patches, keep)
+    places = torch.cartesian_prod(*(torch.arange(n, device=patches.device) for n in grid)).float()  # (N, 3)
+    nearest = torch.cdist(places[target], places[keep]).argmin(dim=2)  # (B, N_target) into keep
+    predictions = {
+        "zero": torch.zeros_like(truth),
+        "mean": visible.mean(dim=1, keepdim=True).expand_as(truth),
+        "nearest": gather_tokens(visible, nearest),
+    }
+    return {name: (prediction - truth).square().mean() for name, prediction in predictions.items()}
+
+
+def majority_share(labels: Tensor) -> float:
+    """Accuracy of always naming the most frequent class of ``labels`` (N,) long."""
+    return labels.bincount().max().item() / len(labels)

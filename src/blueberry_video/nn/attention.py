@@ -1,0 +1,42 @@
+"""Multi-head self-attention over a token sequence."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Full self-attention with a fused query-key-value projection.
+
+    Args:
+        dim: width of the tokens.
+        num_heads: number of heads; must divide ``dim``.
+        qkv_bias: ``"qkv"`` biases all three projections (ViT), ``"qv"`` only query and value (BEiT, VideoMAE: a bias
+            on the keys shifts all scores of a row alike and cancels in the softmax), ``"none"`` biases nothing.
+
+    Raises:
+        ValueError: if ``num_heads`` does not divide ``dim`` or ``qkv_bias`` is unknown.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: str = "qkv"):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide the width {dim}: choose a divisor of {dim}.")
+        if qkv_bias not in ("qkv", "qv", "none"):
+            raise ValueError(f"qkv_bias={qkv_bias!r} is unknown: choose 'qkv', 'qv' or 'none'.")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias == "qkv")
+        self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None
+        self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        bias: Tensor | None = self.qkv.bias
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias)
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D / heads)
+        return self.proj(rearrange(out, "b h n d -> b n (h d)"))

@@ -1,0 +1,62 @@
+"""What every video encoder of this package is."""
+
+import math
+
+from torch import Tensor, nn
+
+
+class Encoder(nn.Module):
+    """Turns a video into tokens: ``encoder(video, keep=None) -> (B, N or N_kept, D)``.
+
+    A subclass writes ``forward(video, keep=None)``: ``video`` float (B, C, T, H, W), ``keep`` indices (B, N_kept) of
+    the tokens to look at, in (t, h, w) raster order; all of them if ``None``.
+
+    Args:
+        image_size: height and width in pixels; a multiple of ``patch_size``.
+        num_frames: frames a clip; a multiple of ``tubelet_size``.
+        patch_size: height and width of a patch in pixels.
+        tubelet_size: frames a patch spans.
+        embed_dim: width D of the tokens.
+        in_channels: colour channels C.
+
+    Attributes:
+        embed_dim: width of the tokens.
+        patch_size: pixels a token stands for, (t, h, w).
+        video_size: the shape (C, T, H, W) it was built for.
+
+    Raises:
+        ValueError: for sizes that the patches do not divide.
+    """
+
+    def __init__(
+        self, image_size: int, num_frames: int, patch_size: int, tubelet_size: int, embed_dim: int, in_channels: int = 3
+    ):
+        super().__init__()
+        for key, size, by, patch in (
+            ("image_size", image_size, "patch_size", patch_size),
+            ("num_frames", num_frames, "tubelet_size", tubelet_size),
+        ):
+            if size < patch or size % patch:
+                nearest = max(round(size / patch), 1) * patch
+                raise ValueError(f"{key}={size} is not a multiple of {by}={patch}: the nearest that is, is {nearest}.")
+        self.embed_dim = embed_dim
+        self.patch_size: tuple[int, int, int] = (tubelet_size, patch_size, patch_size)
+        self.video_size: tuple[int, int, int, int] = (in_channels, num_frames, image_size, image_size)
+
+    def grid(self, video_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """Shape (…, T, H, W) of a video -> number of tokens along (t, h, w)."""
+        t, h, w = (size // patch for size, patch in zip(video_shape[-3:], self.patch_size, strict=True))
+        return t, h, w
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a whole clip of the size this encoder was built for."""
+        return math.prod(self.grid(self.video_size))
+
+    def check_video(self, video: Tensor) -> None:
+        """Raises a ``ValueError`` if ``video`` has another (C, T, H, W) than this encoder was built for."""
+        if tuple(video.shape[1:]) != self.video_size:
+            raise ValueError(
+                f"the video has (C, T, H, W) = {tuple(video.shape[1:])} but the encoder was built for "
+                f"{self.video_size}: give the data and model.encoder the same num_frames and image_size."
+            )

@@ -1,0 +1,47 @@
+"""Pixels of patches: cutting a video up, normalising each patch, gathering tokens, and putting it together again."""
+
+from typing import NamedTuple
+
+from einops import rearrange
+from torch import Tensor
+
+
+class NormalizedPatches(NamedTuple):
+    """Patches with zero mean and unit variance per channel, and what undoes that."""
+
+    patches: Tensor  # (B, N, P, C)
+    mean: Tensor  # (B, N, 1, C)
+    std: Tensor  # (B, N, 1, C)
+
+
+def patchify(video: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
+    """(B, C, T, H, W) -> (B, N, P, C):
+
+    N patches in (t, h, w) raster, each with its P = pt * ph * pw pixels in the same raster.
+    """
+    pt, ph, pw = patch_size
+    return rearrange(video, "b c (t pt) (h ph) (w pw) -> b (t h w) (pt ph pw) c", pt=pt, ph=ph, pw=pw)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int, int], patch_size: tuple[int, int, int]) -> Tensor:
+    """The inverse of :func:`patchify`: (B, N, P, C) and the grid (t, h, w) -> (B, C, T, H, W)."""
+    (t, h, w), (pt, ph, pw) = grid, patch_size
+    pattern = "b (t h w) (pt ph pw) c -> b c (t pt) (h ph) (w pw)"
+    return rearrange(patches, pattern, t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+
+
+def normalize_patches(patches: Tensor, eps: float = 1e-6) -> NormalizedPatches:
+    """Per patch **and per channel** over its pixels, with the unbiased variance, as VideoMAE does.
+
+    Normalising over all P * C values at once, or with the biased variance, trains another model.
+    """
+    mean = patches.mean(dim=2, keepdim=True)
+    std = patches.var(dim=2, unbiased=True, keepdim=True).sqrt() + eps
+    return NormalizedPatches((patches - mean) / std, mean, std)
+
+
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """(B, N, ...) and indices (B, K) -> (B, K, ...)."""
+    trailing = tokens.shape[2:]
+    index = index.reshape(*index.shape, *[1] * len(trailing)).expand(*index.shape, *trailing)
+    return tokens.gather(1, index)

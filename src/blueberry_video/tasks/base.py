@@ -1,0 +1,119 @@
+"""What all tasks share: turning a uint8 batch into a model's input, logging, and the optimiser."""
+
+import math
+from collections.abc import Callable
+from typing import cast
+
+import lightning
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from blueberry_video.nn.encoder import Encoder
+from blueberry_video.optim import parameter_groups
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Task(lightning.LightningModule):
+    """Base of every training objective; a subclass writes :meth:`shared_step`.
+
+    Args:
+        model: the network to train.
+        optimizer: called with parameter groups, gives the optimiser; its ``weight_decay`` applies to matrices only.
+        schedule: ``(step, total_steps) -> multiplier`` of the learning rate.
+        augment: applied to training videos (B, C, T, H, W) in [0, 1] on the device.
+        mean, std: of the pixels, by channel, that :meth:`normalize` takes out; the default is ImageNet's.
+        lr_batch_size: the global batch the learning rate is meant for: at another batch it is scaled linearly.
+            ``None`` takes the rate as it is. VideoMAE's published rates are for 256.
+    """
+
+    model: nn.Module
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Callable[[list[dict]], Optimizer],
+        schedule: Callable[[int, int], float],
+        augment: nn.Module | None = None,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        lr_batch_size: int | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.augment = augment
+        self.lr_batch_size = lr_batch_size
+        self._make_optimizer, self._schedule = optimizer, schedule
+        self.register_buffer("pixel_mean", torch.tensor(list(mean)).view(-1, 1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(list(std)).view(-1, 1, 1, 1), persistent=False)
+
+    def shared_step(self, batch: dict, stage: str) -> dict[str, Tensor]:
+        """The loss and what else is to be logged, by name.
+
+        Args:
+            batch: the collated clips, ``video`` float (B, C, T, H, W) in [0, 1].
+            stage: ``"train"`` or ``"val"``.
+
+        Returns:
+            ``loss`` (scalar) and other scalars, each logged as ``<stage>/<name>``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define shared_step.")
+
+    def media(self, batch: dict) -> dict[str, Tensor]:
+        """Pictures of what the model does with a batch: name -> uint8 (T, C, H, W). None by default."""
+        return {}
+
+    def tokens_per_clip(self, batch: dict) -> int:
+        """Number of tokens a clip of this batch is cut into."""
+        return math.prod(cast(Encoder, self.model.encoder).grid(batch["video"].shape))
+
+    def normalize(self, video: Tensor) -> Tensor:
+        """[0, 1] -> zero mean and unit variance a channel: what the model takes."""
+        return (video - self.pixel_mean) / self.pixel_std
+
+    def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
+        """uint8 (B, T, C, H, W) on the device -> float (B, C, T, H, W) in [0, 1], augmented while training."""
+        video = batch["video"].transpose(1, 2).to(self.dtype).div(255)
+        if self.augment is not None and self.trainer.training:
+            video = self.augment(video)
+        return {**batch, "video": video}
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        return self._step(batch, "train")["loss"]
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        self._step(batch, "val")
+
+    def _step(self, batch: dict, stage: str) -> dict[str, Tensor]:
+        values = self.shared_step(batch, stage)
+        training = stage == "train"
+        self.log_dict(
+            {f"{stage}/{name}": value.detach() for name, value in values.items()},
+            on_step=training,
+            on_epoch=not training,
+            batch_size=len(batch["video"]),
+            sync_dist=not training,
+        )
+        if training:
+            self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_epoch=False)
+        return values
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        optimizer = self._make_optimizer(parameter_groups(self.model))
+        if self.lr_batch_size is not None:
+            scale = self._global_batch_size() / self.lr_batch_size
+            for group in optimizer.param_groups:
+                group["lr"] *= scale
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = LambdaLR(optimizer, lambda step: self._schedule(min(step, total_steps - 1), total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _global_batch_size(self) -> int:
+        per_device = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        return per_device * self.trainer.world_size * self.trainer.accumulate_grad_batches
