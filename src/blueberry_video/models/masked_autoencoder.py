@@ -114,8 +114,9 @@ def from_published(
     state = vit.read_weights(path)
     if "encoder_to_decoder.weight" not in state:
         raise ValueError(
-            f"{path} holds no VideoMAE decoder (encoder_to_decoder.weight is missing), as fine-tuned models do: load it "
-            "with blueberry_video.models.classifier.from_published, or give its path as init_from to take the encoder."
+            f"{path} holds no VideoMAE decoder (encoder_to_decoder.weight is missing), as fine-tuned models do: "
+            "load it with blueberry_video.models.classifier.from_published, or give its path as init_from to take "
+            "the encoder."
         )
     if any(name.startswith("videomae.") for name in state):
         state = convert_huggingface(state)

@@ -144,7 +144,7 @@ def convert_huggingface_blocks(state: dict[str, Tensor], source: str, target: st
 
 
 def convert_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder of transformers' ``VideoMAE…`` models, keys ``videomae.…`` or bare, as :class:`VisionTransformer`'s."""
+    """The encoder of transformers' ``VideoMAE…`` models (keys ``videomae.…`` or bare) as :class:`VisionTransformer`."""
     state = {name.removeprefix("videomae."): value for name, value in state.items()}
     converted = convert_huggingface_blocks(state, "encoder.layer", "blocks")
     for kind in ("weight", "bias"):
@@ -246,8 +246,8 @@ def load_encoder(encoder: nn.Module, path: str | Path) -> str:
         parts = (("missing", missing), ("left over", extra), ("of another shape", shapes))
         found = "; ".join(f"{len(names)} {what}, such as {min(names)}" for what, names in parts if names)
         raise ValueError(
-            f"the weights in {path} do not fit model.encoder: {found}. Choose the model variant the file was made with, "
-            "or another init_from."
+            f"the weights in {path} do not fit model.encoder: {found}. Choose the model variant the file was made "
+            "with, or another init_from."
         )
     encoder.load_state_dict({name: weights.get(name, value) for name, value in own.items()})
     note = f" (the final norm was left out: {', '.join(sorted(norm))})" if norm else ""

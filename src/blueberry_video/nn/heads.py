@@ -38,3 +38,51 @@ class AttentivePool(nn.Module):
         query = query + rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
         query = query + self.mlp(self.norm2(query))
         return query[:, 0]
+
+
+class ClassificationHead(nn.Module):
+    """Pools the tokens of a clip and scores its classes, one linear layer a label: (B, N, D) -> {label: (B, classes)}.
+
+    With mean pooling it is the head VideoMAE fine-tunes with (mean over tokens, LayerNorm, linear layer initialised a
+    thousand times smaller); with attentive pooling the probe of V-JEPA.
+
+    Args:
+        dim: width of the tokens.
+        num_classes: number of classes of each label, such as ``{"motion": 8}``.
+        pooling: ``"mean"`` or ``"attentive"``.
+        num_heads: attention heads of the attentive pooling.
+        dropout: on the pooled vector.
+        init_scale: factor on the initial weights of the linear layers.
+
+    Raises:
+        ValueError: for an unknown pooling, or no label.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: dict[str, int],
+        pooling: str = "mean",
+        num_heads: int = 1,
+        dropout: float = 0.0,
+        init_scale: float = 0.001,
+    ):
+        super().__init__()
+        if pooling not in ("mean", "attentive"):
+            raise ValueError(f"pooling={pooling!r} is unknown: choose 'mean' or 'attentive'.")
+        if not num_classes:
+            raise ValueError("num_classes is empty: name at least one label with its number of classes: {motion: 8}.")
+        self.pool = AttentivePool(dim, num_heads) if pooling == "attentive" else None
+        self.fc_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.ModuleDict()
+        for name, count in num_classes.items():
+            linear = nn.Linear(dim, count)
+            nn.init.trunc_normal_(linear.weight, std=0.02 * init_scale)
+            nn.init.zeros_(linear.bias)
+            self.linear[name] = linear
+
+    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+        pooled = self.pool(tokens) if self.pool is not None else tokens.mean(dim=1)
+        pooled = self.dropout(self.fc_norm(pooled))
+        return {name: linear(pooled) for name, linear in self.linear.items()}

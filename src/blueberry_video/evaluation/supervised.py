@@ -1,0 +1,155 @@
+"""How much a frozen encoder knows (probes), and how much it helps (fine-tuning on few labels).
+
+Each is one small supervised training on clips in memory. It draws from its own generator and leaves the encoder it is
+given as it was, so that a run comes out the same with and without it.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from blueberry_video.evaluation.metrics import accuracy, shuffle_frames, within_pair_correct
+from blueberry_video.nn.encoder import Encoder
+from blueberry_video.nn.heads import ClassificationHead
+
+Normalize = Callable[[Tensor], Tensor]
+Pairs = dict[str, tuple[tuple[int, int], ...]]
+
+
+@dataclass
+class LabelledClips:
+    """Clips in memory: ``video`` uint8 (N, T, C, H, W), ``labels`` name -> long (N,)."""
+
+    video: Tensor
+    labels: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, dataset: Dataset, count: int, names: tuple[str, ...]) -> "LabelledClips":
+        """The first ``count`` clips of a dataset, with the labels named.
+
+        Raises:
+            ValueError: if the dataset is smaller than that, or its clips lack a label.
+        """
+        size = len(dataset)  # type: ignore[arg-type]
+        if size < count:
+            raise ValueError(f"{count} labelled clips were asked for but the dataset has {size}: ask for fewer.")
+        clips = [dataset[i] for i in range(count)]
+        missing = [name for name in names if name not in clips[0].get("labels", {})]
+        if missing:
+            known = ", ".join(clips[0].get("labels", {})) or "none"
+            raise ValueError(f"the clips have no label {missing[0]!r}: choose among their labels ({known}).")
+        labels = {name: torch.tensor([clip["labels"][name] for clip in clips]) for name in names}
+        return cls(torch.stack([clip["video"] for clip in clips]), labels)
+
+    def shuffled(self, seed: int) -> "LabelledClips":
+        """The same clips, the frames of each in a random order."""
+        generator = torch.Generator().manual_seed(seed)
+        return LabelledClips(shuffle_frames(self.video.transpose(1, 2), generator).transpose(1, 2), self.labels)
+
+
+@dataclass
+class Recipe:
+    """A small supervised training: AdamW, warm-up over the first tenth of the steps, then a cosine to 0.
+
+    Args:
+        steps, batch_size: budget.
+        lr, weight_decay: of AdamW.
+        seed: of initial weights and sample order.
+    """
+
+    steps: int
+    batch_size: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    seed: int = 0
+
+
+@torch.no_grad()
+def encode(encoder: Encoder, video: Tensor, normalize: Normalize, batch_size: int = 64) -> Tensor:
+    """Tokens (N, tokens, D) on the CPU of clips uint8 (N, T, C, H, W), without augmentation."""
+    device = next(encoder.parameters()).device
+    encoder.eval()
+    return torch.cat([encoder(_inputs(part, normalize, device)).float().cpu() for part in video.split(batch_size)])
+
+
+def fit_probe(
+    tokens: Tensor, labels: dict[str, Tensor], num_classes: dict[str, int], pooling: str, recipe: Recipe
+) -> ClassificationHead:
+    """Trains a head on the tokens (N, tokens, D) of a frozen encoder; ``pooling``: see :class:`ClassificationHead`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        head = ClassificationHead(tokens.shape[-1], num_classes, pooling)
+        _fit(head, lambda index: tokens[index], labels, recipe)
+        return head
+
+
+def fine_tune(
+    encoder: Encoder, clips: LabelledClips, num_classes: dict[str, int], normalize: Normalize, recipe: Recipe
+) -> tuple[Encoder, ClassificationHead]:
+    """Trains a copy of the encoder with a mean-pooling head, end to end. Gives the copy and the head, on the CPU."""
+    device = next(encoder.parameters()).device
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        head = ClassificationHead(encoder.embed_dim, num_classes).to(device)
+        tuned = copy.deepcopy(encoder)
+        model = nn.Sequential(tuned, head)
+        _fit(model, lambda index: _inputs(clips.video[index], normalize, device), clips.labels, recipe)
+        return tuned, head.cpu()
+
+
+def _fit(model: nn.Module, inputs: Callable[[Tensor], Tensor], labels: dict[str, Tensor], recipe: Recipe) -> None:
+    """Trains ``model`` in place, from a batch of indices through ``inputs`` to logits; leaves it in evaluation mode."""
+    size = len(next(iter(labels.values())))
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(recipe.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=recipe.lr, total_steps=recipe.steps, pct_start=0.1, cycle_momentum=False
+    )
+    model.train()
+    order = torch.empty(0, dtype=torch.long)
+    with torch.enable_grad():
+        for _ in range(recipe.steps):
+            while len(order) < recipe.batch_size:  # epochs run into each other: every clip comes equally often
+                order = torch.cat([order, torch.randperm(size, generator=generator)])
+            index, order = order[: recipe.batch_size], order[recipe.batch_size :]
+            logits = model(inputs(index))
+            losses = [F.cross_entropy(logits[name].float(), labels[name][index].to(device)) for name in labels]
+            optimizer.zero_grad()
+            torch.stack(losses).mean().backward()
+            optimizer.step()
+            schedule.step()
+    model.eval()
+
+
+@torch.no_grad()
+def score(
+    predict: Callable[[Tensor], dict[str, Tensor]], inputs: Tensor, labels: dict[str, Tensor], pairs: Pairs
+) -> dict[str, float]:
+    """Accuracies of a classifier: label -> accuracy and, for labels with reversal pairs, ``<label>_within_pairs``.
+
+    Args:
+        predict: a batch of ``inputs`` -> logits by label.
+        inputs: (N, …), taken 64 at a time.
+        labels: name -> (N,).
+        pairs: label -> its reversal pairs.
+    """
+    parts = [predict(part) for part in inputs.split(64)]
+    values = {}
+    for name, truth in labels.items():
+        logits = torch.cat([part[name].cpu() for part in parts])
+        values[name] = accuracy(logits, truth).item()
+        correct = within_pair_correct(logits, truth, pairs.get(name, ()))
+        if len(correct):
+            values[f"{name}_within_pairs"] = correct.float().mean().item()
+    return values
+
+
+def _inputs(video: Tensor, normalize: Normalize, device: torch.device) -> Tensor:
+    """uint8 (N, T, C, H, W) -> what an encoder takes."""
+    return normalize(video.to(device).transpose(1, 2).float().div(255))
