@@ -1,0 +1,252 @@
+"""The rows of a video folder: which file, said to show what.
+
+A row is an object of ``metadata.jsonl`` (one a line) or ``metadata.json`` (a list of them), or a line of
+``metadata.csv``, with
+
+- the file name, relative to the root or to its ``videos`` folder, under ``file_name`` (or, for folders made elsewhere,
+  ``filename``, ``file``, ``video`` or ``path``);
+- ``caption``, optional text;
+- ``labels``, an optional object {label: class}; in a csv one column ``labels.<label>`` each; ``label`` alone is short
+  for {"label": …};
+- ``split``, optional.
+
+Other keys are left alone. A class is a name, or a number; classes are numbered in the order of ``classes.json`` or of
+the argument ``classes``, else sorted, numbers by value. A caption or a label is given by every row or by none.
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+NAMES = ("metadata.jsonl", "metadata.json", "metadata.csv")
+FILE_KEYS = ("file_name", "filename", "file", "video", "path")
+EXTENSIONS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".gif", ".flv", ".wmv"}
+EXTENSIONS |= {".3gp", ".ogv", ".h264", ".h265", ".ivf"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """``name`` is the path below ``videos``, with slashes; ``labels`` are class ids."""
+
+    name: str
+    path: Path
+    caption: str | None
+    labels: dict[str, int]
+
+
+def read_classes(root: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[tuple[int, int], ...]]]:
+    """Class names and reversal pairs of ``classes.json``; both empty where there is none.
+
+    Raises:
+        ValueError: the file does not have the layout above.
+    """
+    path = root / "classes.json"
+    if not path.exists():
+        return {}, {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        classes = {str(label): tuple(str(name) for name in names) for label, names in content["classes"].items()}
+        given = content.get("reversal_pairs", {})
+        pairs = {str(label): tuple((int(a), int(b)) for a, b in listed) for label, listed in given.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'{path} is not {{"classes": {{label: [names]}}, "reversal_pairs": {{label: [[i, j]]}}}} ({error!r}): '
+            "correct it, or remove it to number the classes in sorted order."
+        ) from error
+    return classes, pairs
+
+
+def read_metadata(
+    root: Path, metadata: str | None, split: str | None, classes: dict[str, tuple[str, ...]]
+) -> tuple[list[Row], dict[str, tuple[str, ...]]]:
+    """The rows of a split, sorted by name, and the class names of every label.
+
+    Args:
+        root: the folder.
+        metadata: file name below root; None finds the one there is; ``"none"`` makes a bare row for every video.
+        split: keeps rows whose ``split`` equals it; None keeps all.
+        classes: known class names; labels that it lacks are numbered in sorted order.
+
+    Raises:
+        FileNotFoundError: no folder, no videos, no metadata, or rows whose files are missing.
+        ValueError: videos without row, or a faulty row.
+    """
+    videos = _videos(root)
+    if metadata == "none":
+        if split is not None:
+            raise ValueError(
+                f"split={split!r} with metadata='none': a split is named by metadata rows. Set one of them to null."
+            )
+        return [Row(name, path, None, {}) for name, path in videos.items()], {}
+    source = _source(root, metadata)
+    entries: dict[str, dict] = {}
+    for where, entry in _entries(source):
+        name = _file_name(where, entry)
+        if name in entries:
+            raise ValueError(f"{where} names {name!r} a second time: keep one row for each file.")
+        entries[name] = entry
+    _check_complete(root, source, videos, entries)
+    captions = _captions(source, entries)
+    labels, classes = _number(source, {name: _labels(source, name, entry) for name, entry in entries.items()}, classes)
+    kept = _of_split(source, entries, split)
+    return [Row(name, videos[name], captions.get(name), labels[name]) for name in sorted(kept)], classes
+
+
+def _videos(root: Path) -> dict[str, Path]:
+    folder = root / "videos"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"There is no folder {folder}: set root to a folder that holds videos/ and metadata.jsonl (`make data` "
+            "writes one)."
+        )
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."))
+    videos = {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
+    if not videos:
+        raise FileNotFoundError(
+            f"The folder {folder} holds no video file ({', '.join(sorted(EXTENSIONS))}): put videos there, or correct "
+            "root."
+        )
+    return dict(sorted(videos.items()))
+
+
+def _source(root: Path, metadata: str | None) -> Path:
+    found = [root / name for name in ([metadata] if metadata else NAMES) if (root / name).is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"The folder {root} holds no {metadata or ' or '.join(NAMES)}: write one row for each video "
+            '({"file_name": "videos/a.mp4", "caption": "…", "labels": {…}}), or set metadata=none for clips without '
+            "labels."
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"The folder {root} holds {' and '.join(p.name for p in found)}: set metadata to the one to read."
+        )
+    return found[0]
+
+
+def _entries(source: Path) -> Iterable[tuple[str, dict]]:
+    """(where it stands, the row as an object)."""
+    text = source.read_text(encoding="utf-8-sig")
+    if source.suffix == ".csv":
+        listed = [(f"{source} line {i}", row) for i, row in enumerate(csv.DictReader(text.splitlines()), start=2)]
+    elif source.suffix == ".jsonl":
+        lines = [(f"{source} line {i}", line) for i, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        listed = [(where, _json(where, line)) for where, line in lines]
+    else:
+        content = _json(str(source), text)
+        if not isinstance(content, list):
+            raise ValueError(
+                f"{source} holds {type(content).__name__}, not a list: write a list with one object for each video."
+            )
+        listed = [(f"{source} entry {i}", row) for i, row in enumerate(content)]
+    for where, row in listed:
+        if not isinstance(row, dict):
+            raise ValueError(f'{where} is {row!r}, not an object: write {{"file_name": "videos/a.mp4", …}}.')
+    return listed
+
+
+def _json(where: str, text: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not valid JSON ({error}): correct it.") from error
+
+
+def _file_name(where: str, entry: dict) -> str:
+    given = [key for key in FILE_KEYS if entry.get(key)]
+    if len(given) != 1 and given[:1] != ["file_name"]:
+        has = (
+            f"names its file by {' and '.join(given)}" if given else f"has only the keys {', '.join(map(repr, entry))}"
+        )
+        raise ValueError(f"{where} {has}: give the file under file_name.")
+    path = PurePosixPath(str(entry[given[0]]))
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(
+            f"{where} has {given[0]}={str(path)!r}, which may lie outside the folder: write it relative to videos/."
+        )
+    return path.relative_to("videos").as_posix() if path.parts[0] == "videos" else path.as_posix()
+
+
+def _check_complete(root: Path, source: Path, videos: dict[str, Path], entries: dict[str, dict]) -> None:
+    if missing := [name for name in entries if name not in videos]:
+        raise FileNotFoundError(
+            f"{source} names {_some(missing)}, but {root / 'videos'} holds no such video: add the file or remove the "
+            "row."
+        )
+    if missing := [name for name in videos if name not in entries]:
+        raise ValueError(
+            f"{root / 'videos'} holds {_some(missing)}, but {source} has no row for it: add a row or remove the file."
+        )
+
+
+def _captions(source: Path, entries: dict[str, dict]) -> dict[str, str]:
+    captions = {
+        name: str(entry["caption"]) for name, entry in entries.items() if entry.get("caption") not in (None, "")
+    }
+    missing = [name for name in entries if name not in captions]
+    if captions and missing:
+        raise ValueError(f"{source} has captions, but none for {_some(missing)}: caption every video or none.")
+    return captions
+
+
+def _labels(source: Path, name: str, entry: dict) -> dict[str, object]:
+    labels = entry.get("labels") or {}
+    if not isinstance(labels, dict):
+        raise ValueError(f'{source}: labels={labels!r} of {name} is no object: write {{"label": "class"}}.')
+    labels |= {key.removeprefix("labels."): value for key, value in entry.items() if str(key).startswith("labels.")}
+    return labels | ({"label": entry["label"]} if "label" in entry else {})
+
+
+def _number(
+    source: Path, given: dict[str, dict[str, object]], known: dict[str, tuple[str, ...]]
+) -> tuple[dict[str, dict[str, int]], dict[str, tuple[str, ...]]]:
+    """Class ids of every file, and class names of every label."""
+    names = {label for labels in given.values() for label in labels}
+    classes = {}
+    for label in sorted(names):
+        values = {file: labels.get(label) for file, labels in given.items()}
+        if missing := [file for file, value in values.items() if value in (None, "")]:
+            raise ValueError(
+                f"{source} has the label {label!r}, but no value of it for {_some(missing)}: give one in every row."
+            )
+        for file, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, str | int):
+                raise ValueError(
+                    f"{source}: label {label}={value!r} of {file} is neither a name nor a whole number: use one."
+                )
+        found = {str(value) for value in values.values()}
+        classes[label] = known.get(label) or tuple(_in_order(found))
+        if unknown := sorted(found - set(classes[label])):
+            raise ValueError(
+                f"{source}: label {label} has the classes {_some(unknown)}, which are not among "
+                f"{', '.join(classes[label])}: correct the rows, or the list in classes.json or the argument classes."
+            )
+    ids = {label: {name: i for i, name in enumerate(values)} for label, values in classes.items()}
+    return {
+        file: {label: ids[label][str(labels[label])] for label in classes} for file, labels in given.items()
+    }, classes
+
+
+def _in_order(values: set[str]) -> list[str]:
+    numbers = all(value.removeprefix("-").isdecimal() for value in values)
+    return sorted(values, key=int) if numbers else sorted(values)
+
+
+def _of_split(source: Path, entries: dict[str, dict], split: str | None) -> list[str]:
+    if split is None:
+        return list(entries)
+    kept = [name for name, entry in entries.items() if entry.get("split") == split]
+    if not kept:
+        there = sorted({str(entry["split"]) for entry in entries.values() if entry.get("split")})
+        has = f"has only the splits {', '.join(there)}" if there else "has no key 'split'"
+        raise ValueError(
+            f"split={split!r} selects no row of {source}, which {has}: choose another, or split=null for all rows."
+        )
+    return kept
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -1,0 +1,230 @@
+"""The order of clips, and that a resumed run goes on exactly where it stopped."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch.utils.data import Dataset
+
+from blueberry_video.data.clip_cache import CachedClips
+from blueberry_video.data.datamodule import DataModule, EvaluationBatches, TrainBatches
+from blueberry_video.data.sprites import Sprites
+from blueberry_video.data.video_folder import VideoFolder
+from blueberry_video.data.write import FolderWriter
+
+
+class Numbers(Dataset):
+    """Clip i shows nothing but i; its epoch arrives through ``sample``."""
+
+    def __init__(self, size: int):
+        self.classes = {"motion": ("left", "right")}
+        self.reversal_pairs = {"motion": ((0, 1),)}
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict:
+        return self.sample(index, epoch=0)
+
+    def sample(self, index: int, epoch: int) -> dict:
+        return {"video": torch.full((1, 1, 2, 2), float(index)), "index": index, "epoch": epoch}
+
+
+class Recorder(LightningModule):
+    """Writes down what it is shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: list[tuple[int, list[int], list[int]]] = []
+        self.validated: list[int] = []
+
+    def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
+        self.seen.append((batch_idx, batch["epoch"].tolist(), batch["index"].tolist()))
+        return (self.weight * batch["video"].mean()).sum()
+
+    def validation_step(self, batch: dict) -> None:
+        self.validated += batch["index"].tolist()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+class AsksForSteps(Recorder):
+    """As a schedule that needs the number of steps: Lightning then builds the loader before it reads the checkpoint."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        assert self.trainer.estimated_stepping_batches > 0
+        return super().configure_optimizers()
+
+
+def fit(folder: Path, module: Recorder, data: DataModule, checkpoint: Path | None = None, **settings) -> Recorder:
+    every = settings.pop("every", None)
+    callbacks: list[Callback] = [settings.pop("callback")] if "callback" in settings else []
+    callbacks += [ModelCheckpoint(folder, "{step}", every_n_train_steps=every, save_top_k=-1)] if every else []
+    trainer = Trainer(
+        accelerator="cpu",
+        callbacks=callbacks,
+        enable_checkpointing=bool(every),
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **{"max_epochs": 3, **settings},
+    )
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
+    return module
+
+
+def numbers(num_workers: int = 0, size: int = 23, batch_size: int = 4, seed: int = 0) -> DataModule:
+    return DataModule(Numbers(size), Numbers(6), batch_size, num_workers, seed)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    "step", [3, 7, 10]
+)  # mid-epoch 0, and two places in epoch 1 (five batches an epoch; 5 ends one)
+def test_resume_continues_the_sequence(tmp_path: Path, num_workers: int, step: int):
+    whole = fit(tmp_path / "a", Recorder(), numbers(num_workers), every=1).seen
+    assert [batch for batch, _, _ in whole] == [0, 1, 2, 3, 4] * 3
+    assert [epochs[0] for _, epochs, _ in whole] == [0] * 5 + [1] * 5 + [2] * 5
+    for epoch in range(3):
+        shown = [i for _, epochs, indices in whole if epochs[0] == epoch for i in indices]
+        assert len(set(shown)) == 20
+    resumed = fit(tmp_path / "b", Recorder(), numbers(num_workers), tmp_path / "a" / f"step={step}.ckpt").seen
+    assert resumed == whole[step:]
+
+
+def test_resume_twice_and_with_a_schedule_that_asks_for_the_steps(tmp_path: Path):
+    whole = fit(tmp_path / "a", AsksForSteps(), numbers(), every=1).seen
+    part = fit(tmp_path / "b", AsksForSteps(), numbers(), tmp_path / "a" / "step=2.ckpt", every=1, max_steps=4).seen
+    rest = fit(tmp_path / "c", AsksForSteps(), numbers(), tmp_path / "b" / "step=4.ckpt").seen
+    assert part + rest == whole[2:]
+
+
+class SaveAtEnds(Callback):
+    """Saves when a validation and when an epoch ends."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            trainer.save_checkpoint(self.folder / f"validation-{trainer.global_step}.ckpt")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.save_checkpoint(self.folder / f"epoch-{trainer.global_step}.ckpt")
+
+
+@pytest.mark.parametrize("moment", ["validation", "epoch"])
+def test_resume_at_the_end_of_an_epoch_and_then_in_the_next(tmp_path: Path, moment: str):
+    whole = fit(tmp_path / "a", Recorder(), numbers(), callback=SaveAtEnds(tmp_path / "a")).seen
+    end = tmp_path / "a" / f"{moment}-5.ckpt"
+    second = SaveAtEnds(tmp_path / "b")
+    assert fit(tmp_path / "b", Recorder(), numbers(), end, every=1, callback=second).seen == whole[5:]
+    assert fit(tmp_path / "c", Recorder(), numbers(), tmp_path / "b" / "step=7.ckpt").seen == whole[7:]
+    # a run resumed after the validation ends the epoch without reading a batch of it, and saves again
+    if moment == "validation":
+        assert fit(tmp_path / "d", Recorder(), numbers(), tmp_path / "b" / "epoch-5.ckpt").seen == whole[5:]
+
+
+def test_limited_epochs_resume(tmp_path: Path):
+    whole = fit(tmp_path / "a", Recorder(), numbers(), every=1, limit_train_batches=3).seen
+    assert [epochs[0] for _, epochs, _ in whole] == [0] * 3 + [1] * 3 + [2] * 3
+    resumed = fit(tmp_path / "b", Recorder(), numbers(), tmp_path / "a" / "step=4.ckpt", limit_train_batches=3).seen
+    assert resumed == whole[4:]
+
+
+def test_a_second_fit_of_the_same_datamodule_starts_anew(tmp_path: Path):
+    data = numbers()
+    first = fit(tmp_path / "a", Recorder(), data, every=1).seen
+    fit(tmp_path / "b", Recorder(), data, tmp_path / "a" / "step=7.ckpt")
+    assert fit(tmp_path / "c", Recorder(), data).seen == first
+
+
+def test_changed_order_is_refused(tmp_path: Path):
+    fit(tmp_path, Recorder(), numbers(), every=1)
+    for changed in (numbers(batch_size=5), numbers(seed=1), numbers(size=24)):
+        with pytest.raises(ValueError, match=r"2 batches into epoch 1, and since then (global_batch|seed|clips) was"):
+            fit(tmp_path / "b", Recorder(), changed, tmp_path / "step=7.ckpt")
+
+
+def test_between_epochs_the_order_may_change(tmp_path: Path):
+    fit(tmp_path, Recorder(), numbers(), callback=SaveAtEnds(tmp_path))
+    position = torch.load(tmp_path / "epoch-10.ckpt", weights_only=False)["DataModule"]
+    assert (position["epoch"], position["batches"]) == (2, 0)
+    seen = fit(tmp_path / "b", Recorder(), numbers(batch_size=11), tmp_path / "epoch-10.ckpt").seen
+    assert [(epochs[0], len(indices)) for _, epochs, indices in seen] == [(2, 11), (2, 11)]
+
+
+def test_validation_shows_every_clip_once(tmp_path: Path):
+    module = fit(tmp_path, Recorder(), numbers(), max_epochs=1, num_sanity_val_steps=0)
+    assert module.validated == list(range(6))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loading_leaves_the_global_random_numbers_alone(tmp_path: Path, num_workers: int):
+    writer = FolderWriter({"train": Sprites("train", 8, image_size=16)}, num_workers=num_workers)
+    clips = CachedClips(VideoFolder(tmp_path / "d", 16, make=writer), tmp_path / "cache", shard_size=4)
+    data = DataModule(clips, clips, batch_size=4, num_workers=num_workers)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    writer(tmp_path / "again")
+    data.prepare_data()
+    assert len(list(data.train_dataloader())) == len(list(data.val_dataloader())) == 2
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def epoch_of(batches: TrainBatches, epoch: int) -> list[list[int]]:
+    batches.set_epoch(epoch)
+    return [[index for _, index in batch] for batch in batches]
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    assert epoch_of(TrainBatches(50, 4, seed=3), 2) == epoch_of(TrainBatches(50, 4, seed=3), 2)
+    assert epoch_of(TrainBatches(50, 4, seed=3), 2) != epoch_of(TrainBatches(50, 4, seed=3), 1)
+    assert epoch_of(TrainBatches(50, 4, seed=3), 2) != epoch_of(TrainBatches(50, 4, seed=4), 2)
+
+
+def test_two_ranks_with_half_the_batch_share_the_same_global_batches():
+    one = epoch_of(TrainBatches(50, 8, seed=0), 1)
+    ranks = [TrainBatches(50, 4, seed=0, rank=r, world_size=2) for r in range(2)]
+    for batches in ranks:
+        batches.resume_at = (1, 2)
+    first, second = (epoch_of(batches, 1) for batches in ranks)
+    assert [a + b for a, b in zip(first, second, strict=True)] == one[2:]
+    assert len(ranks[0]) == len(one) == 6  # the length stays the whole epoch's
+    assert len(epoch_of(ranks[0], 2)) == 6  # and the next epoch begins at its start
+
+
+def test_last_batch_is_kept_and_divides_among_ranks():
+    ranks = [epoch_of(TrainBatches(21, 4, seed=0, rank=r, world_size=2, drop_last=False), 0) for r in range(2)]
+    assert [len(batch) for batch in ranks[0]] == [len(batch) for batch in ranks[1]] == [4, 4, 3]
+    assert {i for batches in ranks for batch in batches for i in batch} == set(range(21))
+
+
+@pytest.mark.parametrize(("size", "world_size"), [(100, 1), (101, 2), (7, 3), (64, 4)])
+def test_evaluation_covers_every_clip_once_in_equally_many_batches(size: int, world_size: int):
+    ranks = [list(EvaluationBatches(size, 8, rank, world_size)) for rank in range(world_size)]
+    assert sorted(i for batches in ranks for batch in batches for i in batch) == list(range(size))
+    assert len({len(batches) for batches in ranks}) == 1
+    assert all(1 <= len(batch) <= 8 for batches in ranks for batch in batches)
+
+
+def test_bad_sizes_name_value_key_and_fix():
+    with pytest.raises(ValueError, match=r"10 clips.*one batch of 16.*data\.batch_size=8 on 2 ranks.*lower"):
+        TrainBatches(10, 8, seed=0, world_size=2)
+    with pytest.raises(ValueError, match=r"data\.batch_size=0 is too small"):
+        numbers(batch_size=0)
+    with pytest.raises(ValueError, match="evaluation set of 1 clips"):
+        EvaluationBatches(1, 8, world_size=2)
+    with pytest.raises(ValueError, match=r"data\.test is not set"):
+        numbers().test_dataloader()
+
+
+def test_what_the_training_set_knows_passes_through():
+    assert numbers().classes == {"motion": ("left", "right")}
+    assert numbers().reversal_pairs == {"motion": ((0, 1),)}

@@ -1,0 +1,305 @@
+"""Folders as users have them: whole, mislabelled, broken."""
+
+import csv
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from blueberry_video.data.video_folder import VideoFolder, _append_skipped
+from blueberry_video.data.write import write_video
+
+REAL = os.environ.get("BLUEBERRY_TEST_VIDEOS")
+
+
+def make(root: Path, files: int = 4, frames: int = 12, rows: list[dict] | None = None, height: int = 32) -> Path:
+    """Videos whose frame t of file k has the grey 10 · k + 8 · t, and a row for each."""
+    (root / "videos").mkdir(parents=True)
+    for k in range(files):
+        levels = 10 * k + 8 * np.arange(frames)
+        pixels = np.broadcast_to(levels[:, None, None, None].astype(np.uint8), (frames, height, 48, 3))
+        write_video(root / "videos" / f"{k}.mp4", np.ascontiguousarray(pixels), fps=10)
+    made = [
+        {"file_name": f"videos/{k}.mp4", "caption": f"clip {k}", "labels": {"motion": "ba"[k % 2]}}
+        for k in range(files)
+    ]
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (made if rows is None else rows)))
+    return root
+
+
+def frame_numbers(clip: dict, file: int = 0) -> list[int]:
+    return [round((frame.float().mean().item() - 10 * file) / 8) for frame in clip["video"]]
+
+
+def test_a_clip_has_what_the_contract_says(tmp_path: Path):
+    clips = VideoFolder(make(tmp_path), num_frames=4)
+    clip = clips[1]
+    assert (len(clips), clip["id"], clip["caption"], clip["labels"]) == (4, "1.mp4", "clip 1", {"motion": 0})
+    assert clip["video"].dtype == torch.uint8
+    assert clip["video"].shape == (4, 3, 32, 48)
+    assert clip["fps"] == pytest.approx(3 / 1.1)  # frames 0, 4, 7 and 11 of a 10 fps video
+    assert frame_numbers(clip, file=1) == [0, 4, 7, 11]
+    assert clips.classes == {"motion": ("a", "b")}
+    batch = next(iter(DataLoader(clips, batch_size=4)))
+    assert batch["labels"]["motion"].tolist() == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("form", ["json", "csv", "filename", "bare"])
+def test_other_forms_of_metadata(tmp_path: Path, form: str):
+    make(tmp_path, files=3)
+    (tmp_path / "metadata.jsonl").unlink()
+    rows = [
+        {"file_name": f"{k}.mp4", "caption": f"c{k}", "labels": {"speed": 10 - k}, "split": "train"} for k in range(3)
+    ]
+    if form == "csv":
+        lines = ["file_name,caption,labels.speed,split", *(f"videos/{k}.mp4,c{k},{10 - k},train" for k in range(3))]
+        (tmp_path / "metadata.csv").write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")
+    elif form == "filename":
+        listed = [{"filename" if key == "file_name" else key: value for key, value in row.items()} for row in rows]
+        (tmp_path / "metadata.json").write_text(json.dumps(listed))
+    elif form == "json":
+        (tmp_path / "metadata.json").write_text(json.dumps(rows))
+    else:
+        clips = VideoFolder(tmp_path, 4, metadata="none")
+        assert set(clips[2]) == {"video", "id", "fps"}
+        return
+    clips = VideoFolder(tmp_path, 4, split="train")
+    assert clips.classes == {"speed": ("8", "9", "10")}  # numbers in order of value
+    assert [clips[k]["labels"]["speed"] for k in range(3)] == [2, 1, 0]
+    assert clips[1]["caption"] == "c1"
+
+
+def test_classes_and_pairs_may_be_given(tmp_path: Path):
+    make(tmp_path)
+    assert VideoFolder(tmp_path, 4, classes={"motion": ["b", "a"]})[0]["labels"] == {"motion": 0}
+    (tmp_path / "classes.json").write_text(
+        '{"classes": {"motion": ["c", "b", "a"]}, "reversal_pairs": {"motion": [[1, 2]]}}'
+    )
+    clips = VideoFolder(tmp_path, 4)
+    assert clips.classes == {"motion": ("c", "b", "a")}
+    assert clips.reversal_pairs == {"motion": ((1, 2),)}
+    assert clips[0]["labels"] == {"motion": 1}
+    with pytest.raises(ValueError, match=r"label motion has the classes 'b', which are not among a, c"):
+        VideoFolder(tmp_path, 4, classes={"motion": ["a", "c"]})
+    (tmp_path / "classes.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"classes\.json is not"):
+        VideoFolder(tmp_path, 4)
+
+
+def test_splits_share_their_classes(tmp_path: Path):
+    rows = [{"file_name": f"{k}.mp4", "label": "xyz"[k], "split": "val" if k == 2 else "train"} for k in range(3)]
+    make(tmp_path, files=3, rows=rows)
+    train, val = VideoFolder(tmp_path, 4, split="train"), VideoFolder(tmp_path, 4, split="val")
+    assert (len(train), len(val)) == (2, 1)
+    assert val[0]["labels"] == {"label": 2}
+    assert train.classes == val.classes == {"label": ("x", "y", "z")}
+    with pytest.raises(ValueError, match=r"split='test' selects no row.*has only the splits train, val"):
+        VideoFolder(tmp_path, 4, split="test")
+
+
+def test_random_windows_depend_on_seed_epoch_and_file_only(tmp_path: Path):
+    clips = VideoFolder(make(tmp_path), num_frames=3, sampler="random", stride=2)
+    shown = {epoch: tuple(frame_numbers(clips.sample(1, epoch), file=1)) for epoch in range(12)}
+    assert {window[2] - window[0] for window in shown.values()} == {4}
+    assert len(set(shown.values())) > 3
+    assert frame_numbers(clips[1], file=1) == list(shown[0])
+    again = VideoFolder(tmp_path, num_frames=3, sampler="random", stride=2)
+    assert tuple(frame_numbers(again.sample(1, 7), file=1)) == shown[7]
+    other = VideoFolder(tmp_path, num_frames=3, sampler="random", stride=2, seed=1)
+    assert [frame_numbers(other.sample(1, e), file=1) for e in range(12)] != [list(shown[e]) for e in range(12)]
+
+
+def test_fixed_fps_and_multi_clip(tmp_path: Path):
+    make(tmp_path, files=2)
+    clip = VideoFolder(tmp_path, num_frames=3, sampler="fixed_fps", fps=5)[0]
+    assert frame_numbers(clip) == [3, 5, 7]
+    assert clip["fps"] == 5
+    clips = VideoFolder(tmp_path, num_frames=4, sampler="multi_clip", num_clips=3)
+    assert len(clips) == 6
+    assert [clips[i]["id"] for i in range(6)] == ["0.mp4#0", "0.mp4#1", "0.mp4#2", "1.mp4#0", "1.mp4#1", "1.mp4#2"]
+    assert [frame_numbers(clips[i], file=1) for i in (3, 4, 5)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+def test_resizing(tmp_path: Path):
+    make(tmp_path, files=1)
+    assert VideoFolder(tmp_path, 2, image_size=16)[0]["video"].shape == (2, 3, 16, 16)
+    assert VideoFolder(tmp_path, 2, image_size=(20, 60))[0]["video"].shape == (2, 3, 20, 60)
+    assert VideoFolder(tmp_path, 2, image_size=(64, 8), resize="stretch")[0]["video"].shape == (2, 3, 64, 8)
+    stripes = np.zeros((2, 32, 64, 3), np.uint8)
+    stripes[:, :, 16:48] = 255  # the centre square is white
+    write_video(tmp_path / "videos" / "0.mp4", stripes, fps=10)
+    assert VideoFolder(tmp_path, 2, image_size=16)[0]["video"].min() > 200
+    assert VideoFolder(tmp_path, 2, image_size=16, resize="stretch")[0]["video"].min() < 50
+
+
+def test_too_few_frames_stop_the_run_and_are_no_damage(tmp_path: Path):
+    make(tmp_path)
+    clips = VideoFolder(tmp_path, num_frames=16)
+    with pytest.raises(
+        ValueError, match=r"0\.mp4: num_frames=16 with stride=1 needs a video of 16 frames.* has 12: .*pad=true"
+    ):
+        clips[0]
+    assert not clips.skipped
+    padded = VideoFolder(tmp_path, num_frames=16, pad=True)[0]
+    assert frame_numbers(padded) == [*range(12), 11, 11, 11, 11]
+    assert padded["fps"] == pytest.approx(10)
+
+
+def test_folder_errors_name_the_path_and_the_fix(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*videos: set root"):
+        VideoFolder(tmp_path, 4)
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "notes.txt").write_text("none yet")
+    with pytest.raises(FileNotFoundError, match=r"holds no video file \(.*\.mp4.*put videos there"):
+        VideoFolder(tmp_path, 4)
+    write_video(tmp_path / "videos" / "a.mp4", np.zeros((4, 16, 16, 3), np.uint8), fps=10)
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no metadata\.jsonl or metadata\.json or metadata\.csv: .*metadata=none"
+    ):
+        VideoFolder(tmp_path, 4)
+    with pytest.raises(FileNotFoundError, match=r"holds no other\.csv"):
+        VideoFolder(tmp_path, 4, metadata="other.csv")
+    for name in ("metadata.json", "metadata.csv"):
+        (tmp_path / name).write_text("[]")
+    with pytest.raises(ValueError, match=r"holds metadata\.json and metadata\.csv: set metadata"):
+        VideoFolder(tmp_path, 4)
+
+
+ROW = {"file_name": "0.mp4", "caption": "a", "labels": {"motion": "a"}}
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([ROW], ValueError, r"holds '1\.mp4', but .*metadata\.jsonl has no row for it: add a row"),
+        (
+            [ROW, {**ROW, "file_name": "1.mp4"}, {**ROW, "file_name": "videos/x.mp4"}],
+            FileNotFoundError,
+            r"names 'x\.mp4'",
+        ),
+        ([ROW, ROW], ValueError, r"line 2 names '0\.mp4' a second time"),
+        ([ROW, {"caption": "a"}], ValueError, r"line 2 has only the keys 'caption': give the file under file_name"),
+        ([ROW, {**ROW, "file_name": "../1.mp4"}], ValueError, r"file_name='\.\./1\.mp4', which may lie outside"),
+        ([ROW, {**ROW, "file_name": "/etc/1.mp4"}], ValueError, "may lie outside"),
+        ([ROW, {**ROW, "file_name": "1.mp4", "caption": ""}], ValueError, r"has captions, but none for '1\.mp4'"),
+        ([ROW, {**ROW, "file_name": "1.mp4", "labels": {}}], ValueError, r"no value of it for '1\.mp4'"),
+        ([ROW, {**ROW, "file_name": "1.mp4", "labels": "a"}], ValueError, r"labels='a' of 1\.mp4 is no object"),
+        ([ROW, {**ROW, "file_name": "1.mp4", "labels": {"motion": 0.5}}], ValueError, "motion=0.5 of 1.mp4 is neither"),
+        ([ROW, 3], ValueError, "line 2 is 3, not an object"),
+    ],
+)
+def test_faulty_rows_are_named(tmp_path: Path, rows: list, error: type[Exception], message: str):
+    make(tmp_path, files=2, rows=rows)
+    with pytest.raises(error, match=message):
+        VideoFolder(tmp_path, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sampler": "uniformly"}, "sampler='uniformly' does not exist: choose from uniform, random"),
+        ({"resize": "pad"}, "resize='pad' is neither"),
+        ({"sampler": "fixed_fps"}, "sampler=fixed_fps needs fps"),
+        ({"fps": 4}, "no other sampler uses it"),
+        ({"stride": 2}, "stride=2 with sampler='uniform'"),
+        ({"num_clips": 3}, "num_clips=3 with sampler='uniform'"),
+        ({"metadata": "none", "split": "train"}, "split='train' with metadata='none'"),
+    ],
+)
+def test_arguments_that_contradict_each_other(tmp_path: Path, arguments: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        VideoFolder(make(tmp_path), 4, **arguments)
+
+
+def break_file(root: Path, number: int) -> None:
+    (root / "videos" / f"{number}.mp4").write_bytes(b"damaged" * 99)
+
+
+def test_a_broken_file_is_replaced_listed_and_counted(tmp_path: Path):
+    make(tmp_path, files=6)
+    break_file(tmp_path, 2)
+    break_file(tmp_path, 3)
+    listing = tmp_path / "run" / "skipped.csv"
+    clips = VideoFolder(tmp_path, 4, max_broken_share=0.4, skipped_file=str(listing))
+    for loaded in (clips, clips):  # the second time it is known
+        assert [loaded[i]["id"] for i in range(6)] == ["0.mp4", "1.mp4", "4.mp4", "4.mp4", "4.mp4", "5.mp4"]
+    with listing.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == ["2.mp4", "3.mp4"]
+    assert "cannot be read as a video" in rows[0]["reason"]
+    assert set(clips.skipped) == {"2.mp4", "3.mp4"}
+
+
+def test_workers_share_the_list(tmp_path: Path):
+    make(tmp_path, files=12)
+    for number in (1, 5, 6, 10):
+        break_file(tmp_path, number)
+    listing = tmp_path / "skipped.csv"
+    clips = VideoFolder(tmp_path, 4, max_broken_share=0.5, skipped_file=str(listing))
+    for _ in range(2):
+        shown = [clip["id"] for clip in DataLoader(clips, batch_size=None, num_workers=3)]
+    assert shown == [clips[i]["id"] for i in range(12)]
+    with listing.open() as file:
+        assert sorted(row["file"] for row in csv.DictReader(file)) == ["1.mp4", "10.mp4", "5.mp4", "6.mp4"]
+    strict = VideoFolder(tmp_path, 4, max_broken_share=0.3, skipped_file=str(listing))
+    with pytest.raises(RuntimeError, match="4 of 12"):  # one met here, the others known from the list
+        strict[1]
+
+
+def _list_many(path: Path, start) -> None:
+    start.wait(timeout=60)
+    for number in range(60):
+        _append_skipped(path, Path("root"), f"{number}.mp4", "damaged")
+
+
+def test_processes_that_list_at_once_list_each_file_once(tmp_path: Path):
+    context = multiprocessing.get_context("fork")
+    start = context.Barrier(4)
+    processes = [context.Process(target=_list_many, args=(tmp_path / "s.csv", start)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    with (tmp_path / "s.csv").open() as file:
+        assert [row["file"] for row in csv.DictReader(file)] == [f"{number}.mp4" for number in range(60)]
+
+
+def test_too_many_broken_files_stop_the_run(tmp_path: Path):
+    make(tmp_path, files=4)
+    break_file(tmp_path, 1)
+    break_file(tmp_path, 2)
+    message = (
+        r"2 of 4 video files in .* are broken, more than max_broken_share=0\.25: .*1\.mp4.*2\.mp4.* or raise max_broken"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        [clip["id"] for clip in DataLoader(VideoFolder(tmp_path, 4, max_broken_share=0.25), batch_size=None)]
+    for number in (0, 3):
+        break_file(tmp_path, number)
+    with pytest.raises(RuntimeError, match="All 4 video files"):
+        VideoFolder(tmp_path, 4, max_broken_share=1.0)[0]
+
+
+def test_the_cache_key_changes_with_whatever_changes_a_clip(tmp_path: Path):
+    make(tmp_path)
+    keys = [VideoFolder(tmp_path, 4).cache_key, VideoFolder(tmp_path, 5).cache_key]
+    keys += [VideoFolder(tmp_path, 4, image_size=16).cache_key, VideoFolder(tmp_path, 4, backends=["pyav"]).cache_key]
+    assert VideoFolder(tmp_path, 4).cache_key == keys[0]
+    (tmp_path / "metadata.jsonl").write_text((tmp_path / "metadata.jsonl").read_text().replace("clip 0", "clip zero"))
+    keys.append(VideoFolder(tmp_path, 4).cache_key)
+    os.utime(tmp_path / "videos" / "0.mp4", (1, 1))
+    keys.append(VideoFolder(tmp_path, 4).cache_key)
+    assert len(set(keys)) == 6
+
+
+@pytest.mark.skipif(REAL is None, reason="BLUEBERRY_TEST_VIDEOS names no folder of real clips")
+def test_real_files_of_many_formats(tmp_path: Path):
+    (tmp_path / "videos").symlink_to(Path(REAL or ""))
+    clips = VideoFolder(tmp_path, 8, image_size=64, metadata="none", max_broken_share=0)
+    batch = next(iter(DataLoader(clips, batch_size=len(clips), num_workers=1)))
+    assert batch["video"].shape == (7, 8, 3, 64, 64)
+    assert (batch["video"].float().flatten(1).std(1) > 5).all()  # pictures, not blanks
