@@ -25,7 +25,7 @@ def reconstruct(model: MaskedAutoencoder, video: Tensor, inputs: Tensor, keep: T
         (B, C, T, H, W) in [0, 1]: visible patches as they are, hidden ones as predicted.
     """
     patch_size = model.encoder.patch_size
-    patches = patchify(video, patch_size)  # (B, N, P, C)
+    patches = patchify(video, patch_size).clone()  # (B, N, P, C); without the copy, some shapes would share memory
     _, mean, std = normalize_patches(patches)
     predicted = model(inputs, keep, target).float()
     predicted = predicted.view(*target.shape, *patches.shape[2:])
@@ -36,6 +36,6 @@ def reconstruct(model: MaskedAutoencoder, video: Tensor, inputs: Tensor, keep: T
 
 def hide(video: Tensor, target: Tensor, grid: tuple[int, int, int], patch_size: tuple[int, int, int]) -> Tensor:
     """The video (B, C, T, H, W) as the model sees it: hidden patches in black."""
-    patches = patchify(video, patch_size)
+    patches = patchify(video, patch_size).clone()
     patches[torch.arange(len(video), device=video.device)[:, None], target] = 0
     return unpatchify(patches, grid, patch_size)

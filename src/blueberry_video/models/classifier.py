@@ -51,11 +51,10 @@ class VideoClassifier(nn.Module):
 def convert_finetuned(state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
     """The weights of a fine-tuned VideoMAE, original or transformers, under the names of :class:`VideoClassifier`."""
     converted = {f"encoder.{name}": value for name, value in vit.encoder_weights(state).items()}
-    for kind in ("weight", "bias"):
-        converted[f"head.fc_norm.{kind}"] = state[f"fc_norm.{kind}"]
-        converted[f"head.linear.{label}.{kind}"] = state[
-            f"head.{kind}" if f"head.{kind}" in state else f"classifier.{kind}"
-        ]
+    linear = f"head.linear.{label}."
+    for theirs, ours in (("fc_norm.", "head.fc_norm."), ("head.", linear), ("classifier.", linear)):
+        found = [name for name in state if name.startswith(theirs)]
+        converted |= {ours + name.removeprefix(theirs): state[name] for name in found}
     return converted
 
 
@@ -77,10 +76,10 @@ def from_published(
         RuntimeError: if a weight is missing, left over, or of another shape: each is named.
     """
     state = vit.read_weights(path)
-    if "fc_norm.weight" not in state:
+    if "fc_norm.weight" not in state or not {"head.weight", "classifier.weight"} & state.keys():
         raise ValueError(
-            f"{path} holds no fine-tuned VideoMAE (fc_norm.weight is missing): load a pre-trained one with "
-            "blueberry_video.models.masked_autoencoder.from_published."
+            f"{path} holds no fine-tuned VideoMAE (fc_norm.weight or head.weight is missing): load a pre-trained "
+            "one with blueberry_video.models.masked_autoencoder.from_published."
         )
     weights = convert_finetuned(state, label)
     own = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}

@@ -48,7 +48,7 @@ class MaskedAutoencoder(nn.Module):
         patch_dim = in_channels * t * h * w
         self.decoder = Decoder(decoder_dim, decoder_depth, decoder_num_heads, mlp_ratio, qkv_bias, patch_dim)
         self.register_buffer("decoder_positions", sinusoid_table(encoder.num_tokens, decoder_dim), persistent=False)
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def forward(self, video: Tensor, keep: Tensor, target: Tensor) -> Tensor:
         """Predicts hidden patches.
@@ -87,8 +87,8 @@ def convert_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of transformers' ``VideoMAEForPreTraining`` under the names of :class:`MaskedAutoencoder`."""
     converted = {f"encoder.{name}": value for name, value in vit.convert_huggingface(state).items()}
     converted |= vit.convert_huggingface_blocks(state, "decoder.decoder_layers", "decoder.blocks")
-    kept = ("mask_token", "encoder_to_decoder.", "decoder.norm.", "decoder.head.")
-    return converted | {name: value for name, value in state.items() if name.startswith(kept)}
+    renamed = ("videomae.", "decoder.decoder_layers.")
+    return converted | {name: value for name, value in state.items() if not name.startswith(renamed)}
 
 
 def from_published(

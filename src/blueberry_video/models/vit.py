@@ -5,16 +5,19 @@ absent from the state dict; keys have no bias; there is no class token. Paramete
 code.
 """
 
+import argparse
+import pickle
+import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from blueberry_video.nn.blocks import Block
 from blueberry_video.nn.embeddings import TubeletEmbed
 from blueberry_video.nn.encoder import Encoder
-from blueberry_video.nn.patches import gather_tokens
 from blueberry_video.nn.positions import sinusoid_table
 
 
@@ -37,6 +40,8 @@ class VisionTransformer(Encoder):
         ValueError: for sizes the patches do not divide, and in ``forward`` for a video of another shape than built
             for.
     """
+
+    positions: Tensor
 
     def __init__(
         self,
@@ -64,9 +69,7 @@ class VisionTransformer(Encoder):
     def forward(self, video: Tensor, keep: Tensor | None = None) -> Tensor:
         """(B, C, T, H, W) and, optionally, indices (B, N_kept) of the visible tokens -> (B, N or N_kept, D)."""
         self.check_video(video)
-        x = self.patch_embed(video) + self.positions
-        if keep is not None:
-            x = gather_tokens(x, keep)
+        x = self.patch_embed(video, keep) + (self.positions if keep is None else self.positions[keep])
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -90,16 +93,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         path: a ``.safetensors`` file, or a torch file: bare, or wrapped in ``model`` (VideoMAE), ``module``
             (DeepSpeed) or ``state_dict`` (Lightning).
 
+    Returns:
+        Tensors by name; names without the prefixes ``module.``, ``model.`` and ``backbone.``.
+
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file holds no state dict.
+        ValueError: if the file is damaged, holds no state dict, or objects that only running code would restore.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there are no weights at {path}: give the path of an existing file.")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = _read(path)
     for wrapping in ("model", "module", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapping), dict):
             content = content[wrapping]
@@ -108,7 +112,22 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} holds no state dict: expected tensors by name, bare or in 'model', 'module', 'state_dict'."
         )
-    return {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
+    prefix = re.compile(r"^(module\.|model\.|backbone\.)+")
+    return {prefix.sub("", name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _read(path: Path) -> object:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Beside the weights, the original files keep the arguments of their run: an argparse namespace, plain data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} cannot be read: it is damaged, or holds objects that would have to run code. Give a whole file, "
+            "or save its state dict alone with torch.save, in a session that trusts it."
+        ) from error
 
 
 def convert_huggingface_blocks(state: dict[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
@@ -116,55 +135,55 @@ def convert_huggingface_blocks(state: dict[str, Tensor], source: str, target: st
     ``<target>.<i>.…``.
 
     Query, key and value become one matrix. Keys have no bias; a query or value bias is read by its name in either
-    layout (``query.bias`` from transformers 5, ``q_bias`` before).
+    layout (``query.bias`` from transformers 5, ``q_bias`` before). Unknown names stay, for a strict load to report.
     """
-    plain = {
-        "attention.output.dense": "attn.proj",
-        "intermediate.dense": "mlp.fc1",
-        "output.dense": "mlp.fc2",
-        "layernorm_before": "norm1",
-        "layernorm_after": "norm2",
+    ours = {
+        "attention.attention.query.weight": "attn.qkv.weight",
+        "attention.attention.query.bias": "attn.q_bias",
+        "attention.attention.q_bias": "attn.q_bias",
+        "attention.attention.value.bias": "attn.v_bias",
+        "attention.attention.v_bias": "attn.v_bias",
     }
+    for theirs, our in (
+        ("attention.output.dense", "attn.proj"),
+        ("intermediate.dense", "mlp.fc1"),
+        ("output.dense", "mlp.fc2"),
+        ("layernorm_before", "norm1"),
+        ("layernorm_after", "norm2"),
+    ):
+        ours |= {f"{theirs}.{kind}": f"{our}.{kind}" for kind in ("weight", "bias")}
     converted = {}
-    indices = sorted({int(name[len(source) + 1 :].split(".")[0]) for name in state if name.startswith(f"{source}.")})
-    for i in indices:
-        old, new = f"{source}.{i}", f"{target}.{i}"
-        for theirs, ours in plain.items():
-            for kind in ("weight", "bias"):
-                converted[f"{new}.{ours}.{kind}"] = state[f"{old}.{theirs}.{kind}"]
-        attention = f"{old}.attention.attention"
-        converted[f"{new}.attn.qkv.weight"] = torch.cat(
-            [state[f"{attention}.{x}.weight"] for x in ("query", "key", "value")]
-        )
-        for letter, name in (("q", "query"), ("v", "value")):
-            for key in (f"{attention}.{name}.bias", f"{attention}.{letter}_bias"):
-                if key in state:
-                    converted[f"{new}.attn.{letter}_bias"] = state[key]
+    for name, value in state.items():
+        if not name.startswith(f"{source}.") or name.endswith((".key.weight", ".value.weight")):
+            continue
+        index, inner = name.removeprefix(f"{source}.").split(".", 1)
+        if inner == "attention.attention.query.weight":
+            parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+            value = torch.cat([state[part] for part in parts if part in state])
+        converted[f"{target}.{index}.{ours.get(inner, inner)}"] = value
     return converted
 
 
 def convert_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The encoder of transformers' ``VideoMAE…`` models (keys ``videomae.…`` or bare) as :class:`VisionTransformer`."""
-    state = {name.removeprefix("videomae."): value for name, value in state.items()}
+    prefix = "videomae." if any(name.startswith("videomae.") for name in state) else ""
+    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     converted = convert_huggingface_blocks(state, "encoder.layer", "blocks")
-    for kind in ("weight", "bias"):
-        converted[f"patch_embed.proj.{kind}"] = state[f"embeddings.patch_embeddings.projection.{kind}"]
-        if f"layernorm.{kind}" in state:
-            converted[f"norm.{kind}"] = state[f"layernorm.{kind}"]
+    for name, value in state.items():
+        if not name.startswith("encoder.layer."):
+            name = name.replace("embeddings.patch_embeddings.projection.", "patch_embed.proj.")
+            converted[re.sub("^layernorm", "norm", name)] = value
     return converted
 
 
 def convert_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder of an original VideoMAE file as a :class:`VisionTransformer`'s.
+    """The encoder of an original VideoMAE file, or of one of this package, as a :class:`VisionTransformer`'s.
 
-    Pre-training files keep it under ``encoder.`` (or ``backbone.``), fine-tuning files at the top; Lightning
-    checkpoints of this package under ``model.encoder.``.
+    Pre-training files keep it under ``encoder.``, fine-tuning files at the top, beside ``fc_norm.`` and ``head.``.
     """
-    for prefix in ("model.encoder.", "encoder.", "backbone."):
-        if f"{prefix}patch_embed.proj.weight" in state:
-            return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    kept = ("patch_embed.", "blocks.", "norm.")
-    return {name: value for name, value in state.items() if name.startswith(kept)}
+    if "encoder.patch_embed.proj.weight" in state:
+        return {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
+    return {name: value for name, value in state.items() if not name.startswith(("fc_norm.", "head."))}
 
 
 def encoder_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:

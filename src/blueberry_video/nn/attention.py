@@ -21,7 +21,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: str = "qkv"):
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide the width {dim}: choose a divisor of {dim}.")
         if qkv_bias not in ("qkv", "qv", "none"):
             raise ValueError(f"qkv_bias={qkv_bias!r} is unknown: choose 'qkv', 'qv' or 'none'.")
@@ -37,6 +37,6 @@ class Attention(nn.Module):
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias)
-        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in qkv.chunk(3, dim=-1))
         out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D / heads)
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))

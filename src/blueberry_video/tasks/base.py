@@ -78,13 +78,12 @@ class Task(lightning.LightningModule):
         return (video - self.pixel_mean) / self.pixel_std
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
-        """uint8 (B, T, C, H, W) on the device -> float (B, C, T, H, W) in [0, 1], augmented while training."""
-        video = batch["video"].transpose(1, 2).to(self.dtype).div(255)
-        if self.augment is not None and self.trainer.training:
-            video = self.augment(video)
-        return {**batch, "video": video}
+        """uint8 (B, T, C, H, W) on the device -> float (B, C, T, H, W) in [0, 1]."""
+        return {**batch, "video": batch["video"].transpose(1, 2).to(self.dtype).div(255)}
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        if self.augment is not None:  # here, not on transfer: a step's random numbers are set when the step begins
+            batch = {**batch, "video": self.augment(batch["video"])}
         return self._step(batch, "train")["loss"]
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:

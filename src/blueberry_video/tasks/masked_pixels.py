@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -35,7 +36,7 @@ def masked_pixel_loss(predicted: Tensor, video: Tensor, target: Tensor, patch_si
         A scalar; predicting zero everywhere gets about 1 where no patch is constant, less on plain backgrounds.
     """
     truth = gather_tokens(patch_targets(video, patch_size), target)
-    return (predicted.float() - truth).square().mean()
+    return F.mse_loss(predicted.float(), truth)
 
 
 class MaskedPixels(Task):

@@ -1,0 +1,96 @@
+# Run `make` for the list of commands. Everything runs in .venv/, which the first command that needs it sets up.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON3 ?= python3
+PYTHON := .venv/bin/python
+STAMP := .venv/.installed
+EXPERIMENTS := $(patsubst experiments/%/config.yaml,%,$(wildcard experiments/*/config.yaml))
+
+# What is typed on the command line reaches Python through the environment: no shell and no make reads its quotes and `$`.
+EXP ?=
+override export EXP := $(value EXP)
+ARGS ?=
+override export ARGS := $(value ARGS)
+SWEEP ?=
+override export SWEEP := $(value SWEEP)
+RESUME ?=
+override export RESUME := $(value RESUME)
+
+experiment = $(if $(strip $(EXP)),,$(error EXP is missing: `make $@ EXP=<name>`, one of: $(EXPERIMENTS)))
+train = $(PYTHON) -m blueberry_video.train --config-dir "experiments/$$EXP"
+
+##@ Start
+.PHONY: help setup doctor
+help: ## this list
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo '  EXP=name      an experiment: $(EXPERIMENTS)'
+	@echo '  ARGS="…"      overrides, such as ARGS="model.encoder.depth=8 trainer.max_steps=500" or ARGS="+debug=fast"'
+	@echo '  RESUME=last   train the newest run on, in its own folder; or a name of outputs/<EXP>/'
+	@echo '  SWEEP="…"     every combination, such as SWEEP="model.encoder.depth=2,4 seed=1,2,3"'
+
+setup: $(STAMP) ## install the tested versions into .venv/
+
+doctor: $(STAMP) ## versions, devices, FFmpeg, wandb, Slurm, disk: what is here, what to do about the rest
+	@$(PYTHON) -m blueberry_video.launch.doctor
+
+##@ Experiments
+.PHONY: new check train sweep gate report data
+new: $(STAMP) ## EXP=name: copy experiments/template/
+	@$(PYTHON) -m blueberry_video.launch.new "$$EXP"
+
+check: $(STAMP) ## EXP=name: dry run: config, data, a few steps, save, reload, disk, memory, logger
+	@$(experiment)$(train) --args="$$ARGS" check=true
+
+train: $(STAMP) ## EXP=name: train, then print what was learned; ARGS=, RESUME=
+	@$(experiment)$(train) --args="$$ARGS" $${RESUME:+"resume=$$RESUME"}
+
+sweep: $(STAMP) ## EXP=name SWEEP="key=a,b": a run for every combination
+	@$(experiment)$(if $(strip $(SWEEP)),,$(error SWEEP is missing: `make sweep EXP=$(EXP) SWEEP="seed=1,2,3"`))$(train) --multirun --args="$$ARGS" --args="$$SWEEP"
+
+gate: $(STAMP) ## EXP=name: train, and fail where an expected value is missed
+	@$(experiment)$(train) --args="$$ARGS" enforce_expected=true
+
+report: $(STAMP) ## EXP=name: write report.html of its newest run again
+	@$(experiment)$(PYTHON) -m blueberry_video.experiment.report "outputs/$$EXP"
+
+data: $(STAMP) ## write a folder of mp4 files; ARGS="source=world out=data/world train=1000"
+	@$(PYTHON) -m blueberry_video.data.write $(ARGS)
+
+##@ Development
+.PHONY: test lint bench clean
+test: $(STAMP) ## every test, without network, on two processes; ARGS= goes to pytest
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 $(ARGS)
+
+lint: $(STAMP) ## ruff and mypy
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy src
+
+bench: $(STAMP) ## side by side with peers, in one run each
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(PYTHON) "$$file"; done
+
+clean: ## remove caches; runs, data and .venv/ stay
+	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@find src tests experiments benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	@for kept in outputs data .venv; do if [ -d $$kept ]; then echo "kept: $$kept/, $$(du -sh $$kept | cut -f1)"; fi; done
+
+# ---- the environment -------------------------------------------------------------------------------------------------
+
+# A Debian without python3-venv has no ensurepip; where it has a pip of its own, that one fills .venv/.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON3) must be Python 3.11 or newer: install python3.11, or name one: make PYTHON3=/path/to/python3.11 …" >&2; exit 1; }
+	@echo "setting up .venv/ with the versions of constraints.txt; the first time takes minutes"
+	@if [ ! -x $(PYTHON) ]; then \
+	  if $(PYTHON3) -c 'import ensurepip' 2>/dev/null; then $(PYTHON3) -m venv .venv; \
+	  elif $(PYTHON3) -m pip --version >/dev/null 2>&1; then \
+	    $(PYTHON3) -m venv --without-pip .venv && $(PYTHON3) -m pip --python $(PYTHON) install -qq pip; \
+	  else echo "$(PYTHON3) cannot make a virtual environment: apt-get install python3-venv, then run this again" >&2; exit 1; fi; \
+	fi
+	@$(PYTHON) -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' \
+	  || { echo "the installation failed: pip says why above. Behind a proxy or a mirror set pip's index; for the smaller CPU build of PyTorch, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" >&2; exit 1; }
+	@touch $@
+	@echo "ready: $$($(PYTHON) -c 'from importlib.metadata import version as v; print("torch", v("torch"), "· lightning", v("lightning"))')"

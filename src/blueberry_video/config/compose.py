@@ -1,0 +1,342 @@
+"""From an experiment and its overrides to one resolved, checked config.
+
+Hydra's complaints are reworded: one paragraph that names the key, its value and the fix.
+"""
+
+import difflib
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, ListConfig, MissingMandatoryValue, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from blueberry_video.config.checks import ROOT_KEYS, check, check_groups, did_you_mean, fix, short
+from blueberry_video.config.schema import CONF, Config
+from blueberry_video.config.signatures import signature
+
+
+def register_schema() -> None:
+    """Makes ``Config`` known to Hydra as ``root``, the first default of conf/train.yaml."""
+    ConfigStore.instance().store(name="root", node=Config)
+
+
+def compose(file: str | Path, overrides: Sequence[str] = (), conf: Path = CONF) -> DictConfig:
+    """Composes the config file of an experiment over ``conf/`` with overrides, and returns it resolved and checked.
+
+    Raises:
+        FileNotFoundError: there is no such experiment; the message names the nearest.
+        ValueError: anything wrong in a file or an override; one paragraph with key, value and fix.
+    """
+    path = Path(file).resolve()
+    if not path.is_file():
+        folder = path.parent
+        others = sorted(other.parent.name for other in folder.parent.glob(f"*/{path.name}"))
+        nearby = did_you_mean(folder.name, others) if others else f"`make new EXP={folder.name}` makes one."
+        raise FileNotFoundError(f"there is no experiment {folder.name!r}: {_shown(path)} does not exist. {nearby}")
+    return _compose(path, overrides, conf, saved=False)
+
+
+def load(file: str | Path, overrides: Sequence[str] = (), fresh: DictConfig | None = None) -> DictConfig:
+    """The config that a run saved, with overrides, checked like any other.
+
+    Args:
+        file: the config.yaml of a run folder.
+        overrides: also ones that the run had already; those change nothing.
+        fresh: the experiment composed with the same overrides: what they choose from a group is taken from there,
+            since a saved config has no groups.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: as ``compose``.
+    """
+    path = Path(file).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no config file {path}: give the config.yaml of a run folder.")
+    parsed = _parse(overrides)
+    chosen = {override.key_or_group for override in parsed if _is_group(override, path, CONF)} & {*(fresh or ())}
+    saved = OmegaConf.load(path)
+    lines = []
+    for override in parsed:
+        key, line = override.key_or_group, override.input_line or ""
+        deleted_before = override.is_delete() and OmegaConf.select(saved, key) is None
+        if key.partition(".")[0] not in chosen and not deleted_before:
+            lines.append(f"+{line}" if override.is_add() else line)
+    config = _compose(path, lines, CONF, saved=True)
+    for root in chosen:
+        config[root] = fresh[root]  # type: ignore[index]
+    return resolve(config)
+
+
+def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of every job of a sweep: all combinations of ``key=a,b`` and ``key=range(…)``.
+
+    Globs and intervals are left to Hydra.
+
+    Raises:
+        ValueError: an override cannot be read.
+    """
+    choices = []
+    for override in _parse(overrides):
+        assert override.input_line is not None
+        enumerable = (
+            override.is_sweep_override() and override.is_discrete_sweep() and "glob(" not in override.input_line
+        )
+        values = override.sweep_string_iterator() if enumerable else ()
+        choices.append([f"{override.get_key_element()}={value}" for value in values] or [override.input_line])
+    return [list(job) for job in itertools.product(*choices)]
+
+
+def _compose(file: Path, overrides: Sequence[str], conf: Path, saved: bool) -> DictConfig:
+    parsed = _parse(overrides)
+    for override in parsed:
+        line, key = override.input_line, override.key_or_group
+        if override.is_sweep_override():
+            raise ValueError(
+                f"`{line}` gives several values to one run: write `{key}=[…]` if it is a list, or run every value with "
+                f'`make sweep EXP=… SWEEP="{line}"`.'
+            )
+        if override.is_hydra_override():
+            raise ValueError(
+                f"`{line}`: a single run has no Hydra settings; `output_dir=…` says where runs are written."
+            )
+    _check_file(file, saved)
+    try:
+        config = _hydra(file, overrides, conf)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error, file, parsed, conf, saved)) from error
+    except yaml.YAMLError as error:
+        raise ValueError(_explain_yaml(error)) from error
+    return resolve(config, _shown(file))
+
+
+def resolve(config: DictConfig, origin: str = "the config") -> DictConfig:
+    """A composed config with every interpolation resolved and every default of the schema filled in, checked.
+
+    Raises:
+        ValueError: as ``compose``; ``origin`` is the file that it names.
+    """
+    known = all(key in ROOT_KEYS for key in config)  # `check` tells of an unknown one better than the merge does
+    try:
+        full = OmegaConf.merge(OmegaConf.structured(Config), config) if known else config
+        if known:  # first: other values may refer to what is missing
+            check_groups(cast(DictConfig, full))
+        plain = cast(dict[str, Any], OmegaConf.to_container(full, resolve=True, throw_on_missing=True))
+    except MissingMandatoryValue as error:
+        key = error.full_key or error.key
+        raise ValueError(
+            f"`{key}` has no value: write `{key}=…` on the command line, or `{key}: …` in {origin}."
+        ) from error
+    except OmegaConfBaseException as error:
+        raise ValueError(f"`{error.full_key}` in {origin} cannot be resolved: {_first_line(error)}.") from error
+    check(plain)
+    return OmegaConf.create(plain)
+
+
+def _hydra(file: Path, overrides: Sequence[str], conf: Path) -> DictConfig:
+    """Hydra's composition. Files beside the experiment's own come before those of `conf/`."""
+    register_schema()
+    searchpath = "hydra.searchpath=['file://{}']".format(str(conf).replace("'", "\\'"))
+    with initialize_config_dir(str(file.parent), version_base="1.3"):
+        return hydra_compose(file.stem, overrides=[searchpath, *overrides])
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    parsed = []
+    for line in overrides:
+        try:
+            [override] = OverridesParser.create().parse_overrides([line])
+        except HydraException as error:
+            raise ValueError(
+                f"`{line}` cannot be read: write `key=value` without spaces around `=`; close every quote and bracket, "
+                "and quote a value that holds spaces, commas, colons, `=`, brackets or quotes: `key='a b'`."
+            ) from error
+        key = override.get_key_element()
+        if not override.key_or_group:
+            raise ValueError(f"`{line}` names no key: write `key=value`.")
+        if line.endswith("=") and not override.is_delete():
+            raise ValueError(f"`{line}` has no value: write `{key}=…`; `{key}=null` is none, `{key}=''` an empty text.")
+        parsed.append(override)
+    return parsed
+
+
+def _check_file(file: Path, saved: bool) -> None:
+    """The file can be read, and an experiment's own values come last."""
+    try:
+        content = OmegaConf.load(file)
+    except yaml.YAMLError as error:
+        raise ValueError(_explain_yaml(error, file)) from error
+    if not isinstance(content, DictConfig):
+        raise ValueError(f"{_shown(file)} must be a YAML mapping of keys to values.")
+    if saved:
+        return
+    defaults = content.get("defaults")
+    if not isinstance(defaults, ListConfig) or "train" not in defaults or "_self_" not in defaults:
+        raise ValueError(
+            f"`defaults` in {_shown(file)} must be a list that begins with `- train` and ends with `- _self_`: without "
+            "the first the config is incomplete, without the last the values of conf/ win over the experiment's. See "
+            "experiments/template/config.yaml."
+        )
+
+
+# ---- Hydra's complaints, reworded ------------------------------------------------------------------------------------
+
+
+def _explain(error: Exception, file: Path, overrides: Sequence[Override], conf: Path, saved: bool) -> str:
+    """One paragraph about a failed composition."""
+    if isinstance(error, MissingConfigException):
+        return _explain_choice(error, file, overrides, conf)
+    groups = [override for override in overrides if _is_group(override, file, conf)]
+    if groups and saved:
+        line, key = groups[0].input_line, groups[0].key_or_group
+        return f"`{line}`: a saved config has no groups left to choose from. Set single keys: `{key}.<key>=<value>`."
+    try:
+        base = _hydra(file, [override.input_line or "" for override in groups], conf)
+    except (HydraException, OmegaConfBaseException) as deeper:  # the mistake is in a file or in the choice of a group
+        return _explain_file(deeper, file, groups, conf)
+    for override in overrides:
+        said = None if override in groups else _explain_override(override, base)
+        if said:
+            return said
+    return _explain_value(error, overrides)
+
+
+def _explain_choice(error: MissingConfigException, file: Path, overrides: Sequence[Override], conf: Path) -> str:
+    """A choice that is no file of conf/."""
+    missing = str(error.missing_cfg_file)
+    asked = ((override.key_or_group, str(override.value())) for override in overrides)
+    named = (missing.partition("/")[0], missing.partition("/")[2])
+    group, choice = next((pair for pair in asked if missing.endswith("/".join(pair))), named)
+    if not choice:
+        known = did_you_mean(group, (path.stem for path in conf.glob("*.yaml")))
+        return f"`{group}` in the `defaults` of {_shown(file)} is no file of conf/. {known}"
+    choices = _choices(group, file, conf)
+    if not choices:
+        return f"`{group}={choice}`: conf/ has no group `{group}`. {did_you_mean(group, _groups(conf))}"
+    near = difflib.get_close_matches(choice, choices, n=1, cutoff=0.5)
+    hint = f"Did you mean `{near[0]}`? Write `{group}={near[0]}`, or `{group}: {near[0]}` in YAML. " if near else ""
+    return f"`{group}={choice}`: there is no conf/{group}/{choice}.yaml. {hint}The choices are: {', '.join(choices)}."
+
+
+def _explain_override(override: Override, base: DictConfig) -> str | None:
+    """What is wrong with one override of a config that composes without it; None where nothing is."""
+    line, full = override.input_line, override.key_or_group
+    parts = full.split(".")
+    value = None if override.is_delete() else override.value()
+    node: Any = base
+    for depth, part in enumerate(parts):
+        if isinstance(node, DictConfig) and part in node:
+            node = node[part]
+            continue
+        if isinstance(node, ListConfig) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+            continue
+        if override.is_add() or override.is_force_add():
+            return None
+        path = ".".join(parts[:depth])
+        options = _options(node, path)
+        if override.is_delete():
+            return f"`{line}`: the config has no key `{full}` to delete. {did_you_mean(part, options)}"
+        if part in options:
+            return f"`{line}`: `{'.'.join(parts[: depth + 1])}` is a right key that no file sets yet: write `+{line}`."
+        if not isinstance(node, DictConfig):
+            return f"`{line}`: `{path}` = {short(node)} is a value and has no key `{part}`."
+        rest = "".join(f".{later}" for later in parts[depth + 1 :])
+        return f"`{line}`: the config has no key `{full}`. {fix(part, options, value, path, node, rest)}"
+    if override.is_add() and not isinstance(value, dict | list):
+        return f"`{line}`: `{full}` is already set: write it without the plus."
+    return None
+
+
+def _options(node: Any, path: str) -> list[str]:
+    """Keys that may stand at a place: those that do, and the parameters of its target."""
+    if not path:
+        return list(ROOT_KEYS)
+    if not isinstance(node, DictConfig):
+        return []
+    target = node.get("_target_")
+    return sorted({*map(str, node), *(signature(target).parameters if isinstance(target, str) else ())})
+
+
+def _explain_file(error: Exception, file: Path, groups: Sequence[Override], conf: Path) -> str:
+    """A mistake in a YAML file (a root key, a type, a default), or a group that no default names."""
+    cause = _omegaconf_cause(error)
+    if cause is not None and cause.full_key:
+        place = f"in {_shown(file)}, or in a file of conf/ that it names"
+        root = str(cause.full_key).partition(".")[0]
+        if root not in ROOT_KEYS:
+            return f"`{root}` {place}, is not a root key. {did_you_mean(root, ROOT_KEYS)}"
+        return f"`{cause.full_key}` {place}, is wrong: {_first_line(cause)}."
+    for override in groups:
+        line, key = override.input_line, override.get_key_element()
+        if not key.startswith("+") and f"'{key}'" in str(error):
+            return f"`{line}`: no default names the group `{override.key_or_group}`, so it has to be added: `+{line}`."
+    words = [word for word in re.findall(r"'([^']+)'", str(error)) if word != file.stem and word not in _groups(conf)]
+    hint = did_you_mean(words[0], _groups(conf)) if words else ""
+    return f"the `defaults` of {_shown(file)} cannot be composed: {_first_line(error)}. {hint}".strip()
+
+
+def _explain_value(error: Exception, overrides: Sequence[Override]) -> str:
+    """A value that the schema refuses, such as ``seed=abc``."""
+    cause = _omegaconf_cause(error)
+    if cause is None:
+        return f"the overrides cannot be applied: {_first_line(error)}."
+    key = str(cause.full_key)
+    line = next((override.input_line for override in overrides if key.startswith(override.key_or_group)), key)
+    if isinstance(cause, ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
+        parent, _, word = key.rpartition(".")
+        said = fix(word, _options(cause.parent_node, parent), None, parent, cause.parent_node)
+        return f"`{line}`: the config has no key `{key}`. {said}"
+    return f"`{line}` is refused: {_first_line(cause)}."
+
+
+def _explain_yaml(error: yaml.YAMLError, file: Path | None = None) -> str:
+    mark = getattr(error, "problem_mark", None)
+    name = _shown(file) if file else str(getattr(mark, "name", "a YAML file"))
+    place = f", line {mark.line + 1}, column {mark.column + 1}," if mark else ""
+    problem = getattr(error, "problem", None) or _first_line(error)
+    return f"{name}{place} is not valid YAML: {problem}. Look for a colon, quote, bracket or indentation there."
+
+
+def _is_group(override: Override, file: Path, conf: Path) -> bool:
+    if isinstance(override.value(), dict):
+        return False
+    return any((root / override.key_or_group).is_dir() for root in (conf, file.parent))
+
+
+def _choices(group: str, file: Path, conf: Path) -> list[str]:
+    """Choices of a group, such as ``vit/tiny``."""
+    folders = (conf / group, file.parent / group)
+    return sorted(
+        {str(path.relative_to(folder).with_suffix("")) for folder in folders for path in folder.rglob("*.yaml")}
+    )
+
+
+def _groups(conf: Path) -> list[str]:
+    return sorted(path.name for path in conf.iterdir() if path.is_dir())
+
+
+def _omegaconf_cause(error: BaseException | None) -> OmegaConfBaseException | None:
+    while error is not None and not isinstance(error, OmegaConfBaseException):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _shown(file: Path) -> str:
+    """A path as the user would type it."""
+    here = Path.cwd()
+    return str(file.relative_to(here) if file.is_relative_to(here) else file)

@@ -1,0 +1,188 @@
+"""Where metrics go: ``metrics.csv`` always, Weights & Biases on request; both carry on where a resumed run left off."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from omegaconf import OmegaConf
+from wandb.sdk.lib.wbauth import read_netrc_auth
+
+from blueberry_video.experiment.metrics_table import MetricsTable, read_steps
+from blueberry_video.experiment.run_folder import RunFolder
+
+
+class MetricsCSV(Logger):
+    """Writes the run's ``metrics.csv``, see :class:`~blueberry_video.experiment.metrics_table.MetricsTable`.
+
+    On resume, ``Checkpoints`` has dropped the rows of steps that the checkpoint has not seen before the first call.
+
+    Args:
+        run: the folder the file lies in.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        super().__init__()
+        self._run = run
+        self._table: MetricsTable | None = None
+
+    @property
+    def name(self) -> str:
+        return self._run.experiment
+
+    @property
+    def version(self) -> str:
+        return self._run.name
+
+    @property
+    def save_dir(self) -> str:
+        return str(self._run.path)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: ``config.yaml`` holds them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if self._table is None:
+            self._table = MetricsTable(self._run.path / "metrics.csv")
+        self._table.write(metrics, max(self._table.last_step, 0) if step is None else step)
+
+
+class Wandb(WandbLogger):
+    """Logs to Weights & Biases: online where a key is set, else offline, for ``wandb sync`` and ``wandb leet`` to read.
+
+    One row a step is sent, when the next step begins. A resumed run has the same id and becomes one run on the server:
+    steps that wandb already has are not sent again, and those that it lost in the crash are sent from ``metrics.csv``.
+
+    Args:
+        run: the folder; its experiment is the wandb group, its name the wandb name.
+        project: the wandb project.
+        entity: the wandb team or user; ``None`` is the key's default.
+        tags: labels of the run.
+        mode: ``online``, ``offline``, or ``auto``: ``WANDB_MODE`` where it is set, else online if there is a key in
+            ``WANDB_API_KEY`` or in the netrc file.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        project: str = "blueberry-video",
+        entity: str | None = None,
+        tags: Sequence[str] = (),
+        mode: Literal["auto", "online", "offline"] = "auto",
+    ) -> None:
+        self._run = run
+        self._mode = wandb_mode() if mode == "auto" else mode
+        self._row: dict[str, Any] = {}
+        self._row_step = -1
+        self._sent_step = -1
+        run.on_close.append(self.close)
+        super().__init__(
+            name=run.name,
+            version=run.record["wandb"]["id"],
+            save_dir=run.path,
+            project=project,
+            entity=entity,
+            group=run.experiment,
+            tags=list(tags),
+            mode=self._mode,
+            config=OmegaConf.to_container(run.config, resolve=True),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+        )
+        del self._wandb_init["anonymous"]  # wandb warns of it
+
+    @property
+    def experiment(self) -> Any:
+        """The wandb run; the first access starts it, or carries it on in a resumed run."""
+        starting = self._experiment is None and rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        if starting:
+            self._sent_step = last_wandb_step(self._run.path / "wandb") if self._run.resumed else -1
+        try:
+            run = super().experiment
+        except wandb.errors.CommError as error:
+            rank_zero_info(
+                f"wandb cannot be reached ({error}): this run is logged offline, `wandb sync` uploads it later."
+            )
+            self._wandb_init["mode"] = self._mode = "offline"
+            run = super().experiment
+        if starting:
+            self._start(run)
+        return run
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Adds to the row of ``step``; media objects too. ``None`` is the row that is open."""
+        _ = self.experiment
+        step = max(self._row_step, 0) if step is None else step
+        if self._run.resumed and self._row_step < 0:
+            self._send_lost(step)
+        if step > self._row_step:
+            self._send()
+            self._row_step = step
+        self._row |= metrics
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Sends the last row. Lightning calls it after each fit and validation; the wandb run ends in :meth:`close`."""
+        if self._experiment is not None:
+            self._send()
+
+    def close(self, succeeded: bool) -> None:
+        """Ends the wandb run, so that another one can begin in this process."""
+        if self._experiment is not None:
+            self._send()
+            self._experiment.finish(exit_code=0 if succeeded else 1)
+            self._experiment = None
+
+    def _start(self, run: Any) -> None:
+        self._sent_step = max(self._sent_step, run.step - 1)
+        self._run.update(
+            wandb={
+                "id": self._id,
+                "mode": self._mode,
+                "url": run.url if self._mode == "online" else None,
+                # wandb makes a folder for each process: of a resumed run, the one that holds them all shows the whole.
+                "folder": "wandb" if self._run.resumed else str(Path(run.dir).parent.relative_to(self._run.path)),
+            }
+        )
+
+    def _send_lost(self, step: int) -> None:
+        """Before the first metrics of a resumed run: the rows up to ``step`` that wandb may have lost."""
+        for earlier, row in read_steps(self._run.path / "metrics.csv").items():
+            if earlier <= step:
+                self._send()
+                self._row, self._row_step = dict(row), earlier
+
+    def _send(self) -> None:
+        if self._row and self._row_step > self._sent_step:
+            self.experiment.log({**self._row, "trainer/global_step": self._row_step}, step=self._row_step)
+            self._sent_step = self._row_step
+        self._row = {}
+
+
+def wandb_mode() -> Literal["online", "offline", "disabled"]:
+    """``WANDB_MODE`` where set, else online if wandb has a key for its server; asks no server."""
+    mode = os.environ.get("WANDB_MODE", "")
+    if mode in ("online", "offline", "disabled"):
+        return mode  # type: ignore[return-value]
+    settings = wandb.setup().settings
+    has_key = bool(settings.api_key) or bool(read_netrc_auth(host=settings.base_url))
+    return "online" if has_key else "offline"
+
+
+def last_wandb_step(folder: Path) -> int:
+    """The newest step that wandb wrote to its files before it ended or was killed; -1 where it wrote none."""
+    for file in sorted(folder.glob("*run-*/*.wandb"), key=lambda file: file.stat().st_mtime, reverse=True):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(file)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        summary = json.loads(result.stdout) if result.returncode == 0 else {}
+        if "_step" in summary.get("summary", {}):
+            return int(summary["step"])
+    return -1

@@ -1,0 +1,117 @@
+"""``metrics.csv``: one row a step with all its metrics, steps strictly increasing, whole after a kill at any moment."""
+
+import csv
+import io
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class MetricsTable:
+    """Appends to a ``metrics.csv``, carrying on where the file ends.
+
+    The newest row grows in place while metrics of its step arrive. A metric not seen before becomes a column, for
+    which the whole file is rewritten atomically. What a kill left of a half-written last line is dropped.
+
+    Args:
+        path: the file; it is made by the first :meth:`write`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.columns = ["step"]
+        self._row: dict[str, str] = {}
+        self._row_offset = 0
+        if self.path.is_file():
+            self._rewrite(_read_rows(self.path))
+
+    @property
+    def last_step(self) -> int:
+        """The newest row's step; -1 while there is none."""
+        return int(self._row["step"]) if self._row else -1
+
+    def write(self, metrics: Mapping[str, float], step: int) -> None:
+        """Adds metrics to the row of ``step``, which is the newest one or a new one.
+
+        Raises:
+            ValueError: for a step before the newest row's.
+        """
+        if step < self.last_step:
+            raise ValueError(
+                f"metrics of step {step} ({', '.join(metrics)}) came after those of step {self.last_step} were "
+                f"written to {self.path}: log with the trainer's current step."
+            )
+        texts = {name: _text(value) for name, value in metrics.items() if name != "step"}
+        if step > self.last_step:
+            self._row_offset += len(self._line()) if self._row else 0
+            self._row = {"step": str(step)}
+        self._row |= texts
+        new_columns = [name for name in texts if name not in self.columns]
+        if new_columns or not self.path.is_file():
+            rows = _read_rows(self.path) if self.path.is_file() else []
+            rows = [row for row in rows if row["step"] != str(step)]
+            self.columns += new_columns
+            self._rewrite([*rows, self._row])
+        else:
+            with self.path.open("r+b") as file:
+                file.seek(self._row_offset)
+                file.write(self._line())
+                file.truncate()
+
+    def drop_after(self, step: int) -> None:
+        """Removes the rows of later steps."""
+        if self.last_step > step:
+            self._rewrite([row for row in _read_rows(self.path) if int(row["step"]) <= step])
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        for row in rows:
+            self.columns += [name for name in row if name not in self.columns]
+        lines = [_line(self.columns), *(_line([row.get(name, "") for name in self.columns]) for row in rows)]
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        with temporary.open("wb") as file:
+            file.write(b"".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+        self._row = dict(rows[-1]) if rows else {}
+        self._row_offset = sum(map(len, lines)) - (len(lines[-1]) if rows else 0)
+
+    def _line(self) -> bytes:
+        return _line([self._row.get(name, "") for name in self.columns])
+
+
+def read_steps(path: str | Path) -> dict[int, dict[str, float]]:
+    """The rows of a ``metrics.csv``: step -> metric -> value, steps increasing; empty where there is no file."""
+    rows = _read_rows(Path(path)) if Path(path).is_file() else []
+    return {
+        int(row["step"]): {name: float(text) for name, text in row.items() if name != "step" and text} for row in rows
+    }
+
+
+def read_curves(path: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """The columns of a ``metrics.csv``: metric -> [(step, value)], steps increasing; empty where there is no file."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for step, values in read_steps(path).items():
+        for name, value in values.items():
+            curves.setdefault(name, []).append((step, value))
+    return curves
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    """The complete rows; a last line without its newline is what a kill left of one."""
+    text = path.read_text()
+    complete = text[: text.rfind("\n") + 1]
+    return list(csv.DictReader(io.StringIO(complete)))
+
+
+def _line(fields: list[str]) -> bytes:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerow(fields)
+    return buffer.getvalue().encode()
+
+
+def _text(value: float) -> str:
+    """All digits of a number: reading it back gives the same one."""
+    number = float(value)
+    return str(int(number)) if math.isfinite(number) and number == int(number) and abs(number) < 2**53 else repr(number)

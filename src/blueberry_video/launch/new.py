@@ -1,0 +1,42 @@
+"""``make new EXP=<name>``: a copy of experiments/template/ under a new name."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from blueberry_video.launch.command_line import tell_errors_in_one_paragraph
+
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+def new_experiment(name: str, root: Path = Path("experiments")) -> Path:
+    """Copies ``<root>/template`` to ``<root>/<name>`` and writes the new name into its files.
+
+    Raises:
+        ValueError: a name that cannot be a folder, an experiment's name and a Python package at once.
+        FileExistsError: there is one already; nothing is overwritten.
+        FileNotFoundError: there is no template.
+    """
+    if not NAME.fullmatch(name):
+        raise ValueError(
+            f"EXP={name!r} cannot name an experiment: use lower-case letters, digits and underscores, a letter first, "
+            f"as in `make new EXP={re.sub(r'[^a-z0-9_]+', '_', name.lower()).strip('_0123456789') or 'my_idea'}`."
+        )
+    target, template = root / name, root / "template"
+    if target.exists():
+        raise FileExistsError(f"EXP={name}: {target} exists already and is left as it is: choose another name.")
+    if not template.is_dir():
+        raise FileNotFoundError(f"there is no {template} to copy: run `make new` in the root of the repository.")
+    shutil.copytree(template, target, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in target.rglob("*"):
+        if file.suffix in (".md", ".yaml", ".py"):
+            text = file.read_text().replace("EXP=template", f"EXP={name}")
+            file.write_text(text.replace("name: template", f"name: {name}").replace("# template\n", f"# {name}\n"))
+    return target
+
+
+if __name__ == "__main__":
+    tell_errors_in_one_paragraph()
+    made = new_experiment(sys.argv[1] if len(sys.argv) > 1 else "")
+    print(f"made {made}/: README.md takes the question, config.yaml the differences; then `make check EXP={made.name}`")

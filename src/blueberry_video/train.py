@@ -1,0 +1,100 @@
+"""The entry point: compose a config, build what it names, pass the parts to each other in the open, fit.
+
+python -m blueberry_video.train --config-dir experiments/<name>, or <run folder>/config.yaml to repeat a run; then
+key=value …; resume=last (or a run's name) trains it on in its own folder; --multirun key=a,b runs every combination.
+"""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from blueberry_video import config as configs
+from blueberry_video.launch import command_line, processes
+from blueberry_video.launch.check import dry_run
+
+if TYPE_CHECKING:  # torch and lightning are imported once the config is known to be right
+    from blueberry_video.experiment.run_folder import RunFolder
+
+
+def main() -> None:
+    command_line.tell_errors_in_one_paragraph()
+    command = command_line.parse(sys.argv[1:])
+    if command.multirun:
+        sys.argv[1:] = command.for_hydra()
+        sweep()
+    else:
+        run(command.config(), command.overrides)
+
+
+@hydra.main(config_path=str(configs.CONF), config_name=None, version_base="1.3")
+def sweep(config: DictConfig) -> float | None:
+    return run(configs.resolve(config))
+
+
+def run(config: DictConfig, overrides: list[str] | None = None) -> float | None:
+    """One run, from its folder to its report. Returns the metric that a sweep optimises."""
+    from blueberry_video.experiment.gate import gate
+    from blueberry_video.experiment.report import write_report
+    from blueberry_video.experiment.run_folder import RunFolder
+    from blueberry_video.experiment.summary import summary
+
+    command_line.quiet_libraries()
+    if config.check:
+        dry_run(config, RunFolder.create, build)
+        return None
+    if shared := processes.shared_folder():  # one rank of several
+        folder = RunFolder.open(shared)
+        folder.resumed = config.resume is not None
+    elif config.resume:
+        folder = RunFolder.resume(config.name, config.resume, config.output_dir)
+        config = configs.load(folder.path / "config.yaml", [*(overrides or ()), f"++resume={folder.name}"], config)
+    else:
+        folder = RunFolder.create(config, config.output_dir)
+    with folder:
+        if (number := processes.count(config.trainer)) > 1:
+            processes.start(config, folder.path, number)
+        else:
+            fit(config, folder)
+    if shared:  # the process that started the ranks does the rest
+        return None
+    write_report(folder)
+    print(f"\n{summary(folder)}")
+    if config.enforce_expected and not (verdict := gate(folder))[0]:
+        sys.exit(f"\n{verdict[1]}")
+    return folder.record["metrics"].get(config.optimized_metric)
+
+
+def fit(config: DictConfig, folder: "RunFolder") -> None:
+    """Trains, measures the final weights on the validation set, and records the metrics."""
+    data, _, task, trainer = build(config, folder)
+    trainer.fit(task, datamodule=data, ckpt_path=folder.checkpoint(), weights_only=False)
+    metrics = dict(trainer.callback_metrics)  # validating starts them anew
+    trainer.validate(task, datamodule=data, verbose=False)
+    folder.finish(metrics | trainer.callback_metrics)
+
+
+def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:
+    """Everything the config names, seeded: DataModule, model, task, Trainer."""
+    from lightning import seed_everything
+
+    from blueberry_video.experiment.loggers import MetricsCSV
+    from blueberry_video.models.vit import load_encoder
+
+    seed_everything(config.seed, workers=True, verbose=False)
+    data, model = instantiate(config.data), instantiate(config.model)
+    data.list_skipped_in(str(folder.path / "skipped.csv"))
+    if config.init_from and not folder.resumed:
+        print(load_encoder(model.encoder, config.init_from))
+    optimizer, schedule = instantiate(config.optimizer), instantiate(config.schedule)
+    task = instantiate(config.task, _partial_=True)(model=model, optimizer=optimizer, schedule=schedule)
+    callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback]
+    logger = [MetricsCSV(folder), *([instantiate(config.logger, run=folder)] if config.logger else [])]
+    trainer = instantiate(config.trainer, _partial_=True)
+    return data, model, task, trainer(callbacks=callbacks, logger=logger, default_root_dir=folder.path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Trivial predictors against loops."""
+
+import itertools
+
+import pytest
+import torch
+
+from blueberry_video.evaluation.trivial import majority_share, trivial_patch_losses
+from blueberry_video.masking import RandomMasking, TubeMasking
+
+
+@pytest.mark.parametrize("masking", [TubeMasking(0.75), RandomMasking(0.9), RandomMasking(0.3)])
+@pytest.mark.parametrize("grid", [(2, 2, 4), (4, 5, 6)])  # 16 and 120 places: torch computes distances in two ways
+def test_losses_equal_loops(masking, grid):
+    generator = torch.Generator().manual_seed(0)
+    keep, target = masking(2, grid, generator)
+    patches = torch.randn(2, grid[0] * grid[1] * grid[2], 5, generator=generator)
+    places = list(itertools.product(*(range(n) for n in grid)))
+    sums, count = {"zero": 0.0, "mean": 0.0, "nearest": 0.0}, 0
+    for b in range(2):
+        visible = keep[b].tolist()
+        mean = sum(patches[b, n] for n in visible) / len(visible)
+        for hidden in target[b].tolist():
+            distances = [sum((p - q) ** 2 for p, q in zip(places[hidden], places[n], strict=True)) for n in visible]
+            nearest = patches[b, visible[distances.index(min(distances))]]  # the first of several
+            for name, prediction in (("zero", torch.zeros(5)), ("mean", mean), ("nearest", nearest)):
+                sums[name] += (prediction - patches[b, hidden]).square().sum().item()
+            count += 5
+    losses = trivial_patch_losses(patches, keep, target, grid)
+    assert {name: value.item() for name, value in losses.items()} == pytest.approx(
+        {name: value / count for name, value in sums.items()}, rel=1e-5
+    )
+
+
+def test_predicting_zero_gets_the_variance():
+    """About 1 where patches are normalised: the number a loss curve must be read against."""
+    patches = torch.randn(2, 8, 3000)
+    patches = (patches - patches.mean(2, keepdim=True)) / patches.std(2, keepdim=True)
+    losses = trivial_patch_losses(patches, *TubeMasking(0.5)(2, (2, 2, 2)), (2, 2, 2))
+    assert losses["zero"].item() == pytest.approx(1.0, abs=1e-3)
+    assert losses["nearest"].item() == pytest.approx(2.0, abs=0.1)  # an unrelated patch: twice the variance
+
+
+def test_majority_share():
+    assert majority_share(torch.tensor([2, 0, 2, 1, 2])) == pytest.approx(0.6)
+    assert majority_share(torch.tensor([5])) == 1.0

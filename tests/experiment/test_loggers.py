@@ -1,0 +1,157 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from omegaconf import OmegaConf
+
+from blueberry_video.experiment import loggers
+from blueberry_video.experiment.loggers import MetricsCSV, Wandb, last_wandb_step, wandb_mode
+from blueberry_video.experiment.metrics_table import read_steps
+from blueberry_video.experiment.run_folder import RunFolder
+
+
+class FakeRun:
+    """Stands for a wandb run; the real one is used in tests/test_resume.py."""
+
+    step = 0
+
+    def __init__(self, folder: Path) -> None:
+        self.dir = str(folder / "wandb" / "offline-run-1" / "files")
+        self.rows: list[tuple[int, dict]] = []
+        self.exit_code: int | None = None
+
+    def log(self, row: dict, step: int) -> None:
+        self.rows.append((step, row))
+
+    def define_metric(self, *arguments: Any, **options: Any) -> None:
+        pass
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(OmegaConf.create({"name": "idea", "seed": 1, "depth": 4}), tmp_path)
+
+
+@pytest.fixture
+def fake(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> FakeRun:
+    fake = FakeRun(run.path)
+
+    def init(**arguments: Any) -> FakeRun:
+        fake.arguments = arguments
+        return fake
+
+    monkeypatch.setattr(wandb, "init", init)
+    return fake
+
+
+def test_csv_merges_metrics_without_a_step_into_the_newest_row(run: RunFolder) -> None:
+    logger = MetricsCSV(run)
+    logger.log_metrics({"train/loss": 0.5}, step=3)
+    logger.log_metrics({"probe/motion": 0.25})
+    assert read_steps(run.path / "metrics.csv") == {3: {"train/loss": 0.5, "probe/motion": 0.25}}
+    assert (logger.save_dir, logger.name, logger.version) == (str(run.path), "idea", run.name)
+
+
+def test_wandb_run_is_named_and_grouped(run: RunFolder, fake: FakeRun) -> None:
+    Wandb(run, project="p", tags=["a"], mode="offline").log_metrics({"a": 1}, step=0)
+    wanted = {"project": "p", "group": "idea", "name": run.name, "id": run.record["wandb"]["id"], "mode": "offline"}
+    assert {key: fake.arguments[key] for key in wanted} == wanted
+    assert fake.arguments["config"] == {"name": "idea", "seed": 1, "depth": 4}
+    assert Path(fake.arguments["dir"]) == run.path
+    assert run.record["wandb"]["folder"] == "wandb/offline-run-1"
+
+
+def test_wandb_gets_one_row_a_step(run: RunFolder, fake: FakeRun) -> None:
+    logger = Wandb(run, mode="offline")
+    logger.log_metrics({"a": 1}, step=0)
+    logger.log_metrics({"b": 2}, step=0)
+    assert fake.rows == []
+    logger.log_metrics({"a": 3}, step=1)
+    logger.log_metrics({"media/x": "a video"})
+    with run:
+        logger.finalize("success")
+    assert fake.rows == [
+        (0, {"a": 1, "b": 2, "trainer/global_step": 0}),
+        (1, {"a": 3, "media/x": "a video", "trainer/global_step": 1}),
+    ]
+    assert fake.exit_code == 0
+
+
+def test_failed_run_ends_as_failed_in_wandb(run: RunFolder, fake: FakeRun) -> None:
+    Wandb(run, mode="offline").log_metrics({"a": 1}, step=0)
+    with pytest.raises(ValueError, match="bad"), run:
+        raise ValueError("bad")
+    assert [step for step, _ in fake.rows] == [0]
+    assert fake.exit_code == 1
+
+
+def test_resumed_wandb_gets_what_it_lost_and_nothing_twice(
+    run: RunFolder, fake: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = MetricsCSV(run)
+    for step in range(6):  # the checkpoint was saved after step 5; wandb wrote its rows up to step 2 before the kill
+        table.log_metrics({"a": step}, step=step)
+    monkeypatch.setattr(loggers, "last_wandb_step", lambda folder: 2)
+    run.resumed = True
+    logger = Wandb(run, mode="offline")
+    for step in (5, 6):
+        for each in (table, logger):
+            each.log_metrics({"b": step}, step=step)
+    logger.finalize("success")
+    assert [(step, row.get("a"), row.get("b")) for step, row in fake.rows] == [
+        (3, 3, None),
+        (4, 4, None),
+        (5, 5, 5),
+        (6, None, 6),
+    ]
+
+
+def test_replayed_steps_are_not_sent_again(run: RunFolder, fake: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loggers, "last_wandb_step", lambda folder: 7)
+    run.resumed = True
+    table, logger = MetricsCSV(run), Wandb(run, mode="offline")
+    for step in range(5, 10):
+        for each in (table, logger):
+            each.log_metrics({"a": step}, step=step)
+    logger.finalize("success")
+    assert [step for step, _ in fake.rows] == [8, 9]
+
+
+def test_unreachable_server_means_offline(run: RunFolder, fake: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    online = wandb.init
+
+    def init(**arguments: Any) -> FakeRun:
+        if arguments["mode"] == "online":
+            raise wandb.errors.CommError("no route")
+        return online(**arguments)
+
+    monkeypatch.setattr(wandb, "init", init)
+    Wandb(run, mode="online").log_metrics({"a": 1}, step=0)
+    assert fake.arguments["mode"] == run.record["wandb"]["mode"] == "offline"
+
+
+def test_mode_follows_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    wandb.teardown()  # so that the next question reads the environment anew
+    assert wandb_mode() == "offline"
+    (tmp_path / "netrc").write_text(f"machine wandb.example.org login user password {'k' * 40}\n")
+    assert wandb_mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb_mode() == "offline"
+    monkeypatch.delenv("WANDB_MODE")
+    (tmp_path / "netrc").unlink()
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    wandb.teardown()
+    assert wandb_mode() == "online"
+    wandb.teardown()
+
+
+def test_no_wandb_files_mean_no_step(tmp_path: Path) -> None:
+    assert last_wandb_step(tmp_path) == -1

@@ -1,0 +1,103 @@
+"""What a command line asks for, and what an error says to the one who typed it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from torch.utils.data import DataLoader
+
+from blueberry_video.data.sprites import Sprites
+from blueberry_video.launch.command_line import Command, paragraph, parse
+
+
+def test_an_experiment_with_overrides():
+    command = parse(["--config-dir", "experiments/x", "seed=1", "--args", "name='two words' +a.b=[1,2]", "~c"])
+    assert command == Command(
+        Path("experiments/x/config.yaml"), False, ["seed=1", "~c", "name=two words", "+a.b=[1,2]"], False
+    )
+
+
+def test_the_config_of_a_run():
+    command = parse(["outputs/x/run/config.yaml", "seed=1"])
+    assert command == Command(Path("outputs/x/run/config.yaml"), True, ["seed=1"], False)
+
+
+def test_a_sweep_becomes_hydra_arguments_once_every_job_is_right(tmp_path: Path):
+    file = tmp_path / "x" / "config.yaml"
+    file.parent.mkdir()
+    file.write_text(
+        "defaults: [train, override model: videomae/tiny, override task: masked_pixels, override data: sprites,"
+        " _self_]\nname: x\n"
+    )
+    arguments = ["--config-dir", str(file.parent), "--multirun", "seed=1,2"]
+    expected = ["--multirun", "--config-dir", str(file.parent), "--config-name", "config", "seed=1,2"]
+    assert parse(arguments).for_hydra() == expected
+    with pytest.raises(ValueError, match="num_heads=4"):  # the second job is the wrong one
+        parse([*arguments, "model.encoder.num_heads=3,5"]).for_hydra()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config-dir", "x", "--args", "name='a"], "close every quote"),
+        ([], "nothing says what to train"),
+        (["seed=1"], "nothing says what to train"),
+        (["outputs/run/config.yaml", "--multirun"], "nothing says what to train"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(arguments: list[str], said: str):
+    with pytest.raises(ValueError, match=said):
+        parse(arguments)
+
+
+def error_of(function) -> Exception:
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - which one is what the tests below are about
+        function()
+    return caught.value
+
+
+def test_an_error_of_this_package_is_a_paragraph():
+    assert "split" in str(paragraph(error_of(lambda: Sprites("trian", 4))))
+
+
+def test_an_error_from_elsewhere_is_not():
+    assert paragraph(error_of(lambda: torch.zeros(2) @ torch.zeros(3))) is None
+    assert paragraph(error_of(lambda: 1 / 0)) is None
+
+
+def test_hydra_is_seen_through():
+    target = {"_target_": "blueberry_video.data.sprites.Sprites", "split": "trian", "size": 4}
+    error = error_of(lambda: instantiate({"data": {"train": target}}))
+    assert str(paragraph(error)).startswith("`data.train` cannot be built: ")
+    assert "trian" in str(paragraph(error))
+    library = error_of(
+        lambda: instantiate({"model": {"_target_": "torch.nn.Linear", "in_features": -1, "out_features": 1}})
+    )
+    assert str(paragraph(library)).startswith("`model` cannot be built: RuntimeError")
+
+
+class Broken(torch.utils.data.Dataset):
+    """Item 0 fails in this package's code, item 1 in its own."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        return parse([]) if index == 0 else int("x")
+
+
+@pytest.mark.parametrize(("index", "ours"), [(0, True), (1, False)])
+def test_a_worker_of_a_data_loader_is_seen_through(index: int, ours: bool):
+    loader = DataLoader(Broken(), num_workers=1, sampler=[index])
+    said = paragraph(error_of(lambda: list(loader)))
+    assert (said is not None and said.startswith("nothing says what to train")) == ours
+
+
+def test_a_process_ends_with_the_paragraph_and_code_1():
+    command = [sys.executable, "-m", "blueberry_video.train", "--config-dir", "experiments/nowhere"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.strip().startswith("Error: there is no experiment 'nowhere'")

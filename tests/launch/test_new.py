@@ -1,0 +1,46 @@
+"""`make new`: the copy runs unchanged, nothing is overwritten."""
+
+from pathlib import Path
+
+import pytest
+
+from blueberry_video.config import compose
+from blueberry_video.launch.new import new_experiment
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "template").symlink_to(EXPERIMENTS / "template")
+    return tmp_path
+
+
+def test_the_copy_is_the_template_under_another_name(root: Path):
+    made = new_experiment("my_idea2", root)
+    copy, template = compose(made / "config.yaml"), compose(EXPERIMENTS / "template" / "config.yaml")
+    assert copy.name == "my_idea2"
+    assert {**copy, "name": ""} == {**template, "name": ""}
+    assert (made / "config.yaml").read_text().startswith("# run: make train EXP=my_idea2\n")
+    assert (made / "README.md").read_text().startswith("# my_idea2\n")
+    assert "template" not in (made / "config.yaml").read_text()
+
+
+def test_nothing_is_overwritten(root: Path):
+    (new_experiment("mine", root) / "config.yaml").write_text("my work")
+    with pytest.raises(FileExistsError, match=r"EXP=mine: .* exists already"):
+        new_experiment("mine", root)
+    assert (root / "mine" / "config.yaml").read_text() == "my work"
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"), [("My Idea", "my_idea"), ("../up", "up"), ("2nd", "nd"), ("", "my_idea"), ("a-b", "a_b")]
+)
+def test_a_wrong_name_is_refused_with_a_right_one(root: Path, name: str, suggestion: str):
+    with pytest.raises(ValueError, match=f"make new EXP={suggestion}`"):
+        new_experiment(name, root)
+
+
+def test_without_a_template_it_says_where_to_run(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="root of the repository"):
+        new_experiment("mine", tmp_path)

@@ -1,0 +1,50 @@
+"""Patches against loops, and what each function undoes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blueberry_video.nn.patches import gather_tokens, normalize_patches, patchify, unpatchify
+
+small = st.integers(1, 3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(grid=st.tuples(small, small, small), patch_size=st.tuples(small, small, small), channels=small)
+def test_unpatchify_undoes_patchify(grid, patch_size, channels):
+    video = torch.randn(2, channels, *(n * p for n, p in zip(grid, patch_size, strict=True)))
+    patches = patchify(video, patch_size)
+    assert patches.shape == (2, grid[0] * grid[1] * grid[2], patch_size[0] * patch_size[1] * patch_size[2], channels)
+    assert torch.equal(unpatchify(patches, grid, patch_size), video)
+
+
+def test_patches_and_their_pixels_are_in_raster_order():
+    video = torch.arange(2 * 3 * 4 * 6 * 4.0).view(2, 3, 4, 6, 4)
+    patches = patchify(video, (2, 3, 2))
+    for n, (t, i, j) in enumerate((t, i, j) for t in range(2) for i in range(2) for j in range(2)):
+        for p, (dt, di, dj) in enumerate((dt, di, dj) for dt in range(2) for di in range(3) for dj in range(2)):
+            assert torch.equal(patches[:, n, p], video[:, :, 2 * t + dt, 3 * i + di, 2 * j + dj])
+
+
+def test_normalised_patches_have_zero_mean_and_unit_unbiased_variance_in_each_channel():
+    patches = torch.randn(2, 5, 12, 3) * torch.tensor([0.1, 1.0, 10.0]) + torch.tensor([1.0, -2.0, 3.0])
+    normalised, mean, std = normalize_patches(patches)
+    assert normalised.mean(dim=2).abs().max() < 1e-5
+    torch.testing.assert_close(normalised.square().sum(dim=2) / 11, torch.ones(2, 5, 3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normalised * std + mean, patches)
+    assert mean.shape == std.shape == (2, 5, 1, 3)
+
+
+def test_constant_patches_become_zero():
+    normalised, mean, std = normalize_patches(torch.full((1, 2, 8, 3), 0.25))
+    assert torch.equal(normalised, torch.zeros(1, 2, 8, 3))
+    assert mean.unique().item() == 0.25
+    assert std.unique().item() == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("trailing", [(), (4,), (4, 3)])
+def test_gather_tokens_takes_each_samples_own(trailing):
+    tokens, index = torch.randn(2, 6, *trailing), torch.tensor([[5, 0, 0], [2, 3, 1]])
+    expected = torch.stack([torch.stack([tokens[b, n] for n in index[b].tolist()]) for b in range(2)])
+    assert torch.equal(gather_tokens(tokens, index), expected)

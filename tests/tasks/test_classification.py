@@ -1,0 +1,131 @@
+"""The classification task through a trainer: metrics and controls against all clips at once."""
+
+import lightning
+import pytest
+import torch
+from torch import Tensor, nn
+
+from blueberry_video.data.datamodule import DataModule
+from blueberry_video.data.sprites import Sprites
+from blueberry_video.models.classifier import VideoClassifier
+from blueberry_video.models.vit import VisionTransformer
+from blueberry_video.optim import warmup_cosine
+from blueberry_video.tasks.classification import Classification
+
+
+class BrightestFrame(nn.Module):
+    """Motion logits that depend on the order of frames, shape logits that do not; one unused weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = VisionTransformer(16, 4, 8, 2, embed_dim=4, depth=0, num_heads=1)
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, video: Tensor) -> dict[str, Tensor]:
+        frames = video.mean(dim=(1, 3, 4))  # (B, T)
+        order = torch.cat([frames, -frames.flip(1)], dim=1)  # (B, 8)
+        return {"motion": order * self.weight, "shape": frames.sort(dim=1).values[:, :3]}
+
+
+def task(model: nn.Module | None = None, **changes) -> Classification:
+    torch.manual_seed(0)
+    if model is None:
+        encoder = VisionTransformer(16, 4, 8, 2, embed_dim=16, depth=1, num_heads=2, final_norm=False)
+        model = VideoClassifier(encoder, {"motion": 8, "shape": 3})
+    options = {"optimizer": lambda groups: torch.optim.AdamW(groups, lr=1e-3), "schedule": warmup_cosine}
+    return Classification(model, **options, **changes)
+
+
+def data(val: int = 11) -> DataModule:
+    options = {"num_frames": 4, "image_size": 16}
+    return DataModule(Sprites("train", 8, **options), Sprites("val", val, **options), batch_size=4)
+
+
+def trainer(tmp_path, **changes) -> lightning.Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    options = {"max_steps": 2, "accelerator": "cpu", "enable_model_summary": False, "use_distributed_sampler": False}
+    return lightning.Trainer(**quiet, **{**options, "default_root_dir": tmp_path, **changes})
+
+
+def test_training_logs_what_it_documents(tmp_path):
+    fit = trainer(tmp_path)
+    fit.fit(task(), datamodule=data())
+    motion = ("motion", "motion_trivial", "motion_shuffled", "motion_within_pairs", "motion_within_pairs_shuffled")
+    expected = {f"val/{name}" for name in ("loss", "shape", "shape_trivial", *motion)}
+    expected |= {"train/loss", "train/lr", "train/motion", "train/shape"}
+    logged = fit.logged_metrics.keys() | fit.callback_metrics.keys()
+    assert logged == expected  # and no shuffled shape: no pairs of shapes are each other's reversal
+
+
+def test_validation_numbers_are_those_of_all_clips_at_once(tmp_path):
+    """Batches of 4, 4 and 3 clips, of which different numbers are in a pair, do not distort the means."""
+    module, clips = task(BrightestFrame()), data()
+    fit = trainer(tmp_path)
+    fit.validate(module, clips, verbose=False)
+    logged = {name.removeprefix("val/"): value.item() for name, value in fit.callback_metrics.items()}
+
+    samples = [clips.val[i] for i in range(11)]
+    video = torch.stack([clip["video"] for clip in samples]).transpose(1, 2).float() / 255
+    labels = {name: torch.tensor([clip["labels"][name] for clip in samples]) for name in ("motion", "shape")}
+    with torch.no_grad():
+        logits = module.model(module.normalize(video))
+    losses = [nn.functional.cross_entropy(logits[name], labels[name]) for name in ("motion", "shape")]
+    assert logged["loss"] == pytest.approx(sum(losses).item() / 2, rel=1e-4)
+    for name, classes in (("motion", 8), ("shape", 3)):
+        right = sum(int(logits[name][i].argmax()) == labels[name][i] for i in range(11))
+        assert logged[name] == pytest.approx(right.item() / 11)
+        most = max((labels[name] == c).sum().item() for c in range(classes))
+        assert logged[f"{name}_trivial"] == pytest.approx(most / 11)
+    within = [logits["motion"][i, label] > logits["motion"][i, label ^ 1] for i, label in enumerate(labels["motion"])]
+    assert logged["motion_within_pairs"] == pytest.approx(sum(within).item() / 11)
+    assert logged["motion_shuffled"] != logged["motion"] or (
+        logged["motion_within_pairs_shuffled"] != logged["motion_within_pairs"]
+    )
+
+
+def test_counts_start_anew_with_every_validation(tmp_path):
+    module, fit = task(), trainer(tmp_path)
+    fit.validate(module, data(val=11), verbose=False)
+    share = fit.validate(module, data(val=5), verbose=False)[0]["val/motion_trivial"]
+    labels = [data(val=5).val[i]["labels"]["motion"] for i in range(5)]
+    assert share == pytest.approx(max(labels.count(motion) for motion in labels) / 5)
+
+
+def test_shuffling_leaves_the_global_random_numbers_alone(tmp_path):
+    module = task()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    trainer(tmp_path).validate(module, data(4), verbose=False)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_label_smoothing_is_for_training_alone(tmp_path):
+    losses = {}
+    for smoothing in (0.0, 0.5):
+        module = task(BrightestFrame(), label_smoothing=smoothing)
+        module.trainer = fit = trainer(tmp_path)
+        fit.datamodule = data()
+        clip = {"video": torch.rand(4, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))}
+        clip["labels"] = {"motion": torch.arange(4), "shape": torch.tensor([0, 1, 2, 0])}
+        losses[smoothing] = module.shared_step(clip, "train")["loss"].item()
+        logits = module.model(module.normalize(clip["video"]))
+        expected = []
+        for name, label in clip["labels"].items():
+            log_probability = logits[name].log_softmax(dim=1)
+            own = log_probability[torch.arange(4), label]
+            expected.append(-((1 - smoothing) * own + smoothing * log_probability.mean(dim=1)).mean())
+        assert losses[smoothing] == pytest.approx((sum(expected) / 2).item(), rel=1e-5)
+    assert losses[0.0] != losses[0.5]
+    fit = trainer(tmp_path)
+    values = [
+        fit.validate(task(BrightestFrame(), label_smoothing=s), data(4), verbose=False)[0]["val/loss"]
+        for s in (0.0, 0.5)
+    ]
+    assert values[0] == values[1]
+
+
+def test_pictures_are_the_clips():
+    video = torch.rand(3, 3, 4, 16, 16)
+    picture = task(num_pictures=2).media({"video": video})["clips"]
+    assert picture.shape == (4, 3, 32, 16)
+    assert torch.equal(picture[:, :, 16:], (video[1] * 255).round().byte().transpose(0, 1))

@@ -1,0 +1,120 @@
+"""Every file of conf/ composes, passes its checks, and builds what it names, with the model on the meta device."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from blueberry_video.config import CONF, compose
+
+FILES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml") if path.parent != CONF)
+MODELS = [name for name in FILES if name.startswith("model/") and not name.startswith("model/vit/")]
+EXPERIMENT = """
+# run: nothing, a test
+defaults: [train, override model: videomae/tiny, override task: masked_pixels, override data: sprites, _self_]
+name: test
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Path:
+    file = tmp_path / "experiment" / "config.yaml"
+    file.parent.mkdir()
+    file.write_text(EXPERIMENT)
+    return file
+
+
+def overrides_for(name: str) -> list[str]:
+    """What puts a file of conf/ into an experiment that can run."""
+    group, _, choice = name.partition("/")
+    match group:
+        case "model" if choice.startswith("vit/"):
+            return [f"model={choice.replace('vit/', 'videomae/')}"]
+        case "model" if choice.startswith("classifier/"):
+            return [f"model={choice}", "task=classification"]
+        case "task" if choice == "classification":
+            return ["task=classification", "model=classifier/tiny"]
+        case "debug":
+            return [f"+debug={choice}"]
+        case "data" if choice == "video_folder":
+            return ["data=video_folder", "data.train.root=somewhere"]
+    return [f"{group}={choice}"]
+
+
+def build(config: DictConfig) -> tuple[nn.Module, nn.Module]:
+    """Model and task, on the meta device."""
+    with torch.device("meta"):
+        model = instantiate(config.model)
+        optimizer, schedule = instantiate(config.optimizer), instantiate(config.schedule)
+        return model, instantiate(config.task, _partial_=True)(model=model, optimizer=optimizer, schedule=schedule)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_composes_and_passes_every_check(experiment: Path, name: str):
+    config = compose(experiment, overrides_for(name))
+    if not name.startswith("debug/"):
+        chosen = OmegaConf.load(CONF / f"{name}.yaml")
+        plain = OmegaConf.to_container(chosen, resolve=False)
+        given = {key: value for key, value in plain.items() if isinstance(value, int | float)}
+        place = config.model.encoder if name.startswith("model/vit/") else config[name.partition("/")[0]]
+        assert given.items() <= dict(place).items(), "the file's values are not those of the composed config"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_build_with_their_task(experiment: Path, name: str):
+    config = compose(experiment, overrides_for(name))
+    model, _ = build(config)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert model.encoder.embed_dim == config.model.encoder.embed_dim
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith(("optimizer/", "schedule/"))])
+def test_optimizers_and_schedules_are_callable(experiment: Path, name: str):
+    config = compose(experiment, overrides_for(name))
+    optimizer = instantiate(config.optimizer)([{"params": [nn.Parameter(torch.zeros(2))]}])
+    assert optimizer.param_groups[0]["lr"] == config.optimizer.lr
+    schedule = instantiate(config.schedule)
+    assert all(0 <= schedule(step, 100) <= 1 for step in range(100))
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("callbacks/")])
+def test_callbacks_build(experiment: Path, name: str):
+    config = compose(experiment, overrides_for(name))
+    for callback in config.callbacks.values():
+        if callback is not None:
+            assert type(instantiate(callback)).__name__ == callback["_target_"].rpartition(".")[2]
+
+
+@pytest.mark.parametrize("data", ["sprites", "world"])
+def test_generated_data_fits_the_model(experiment: Path, data: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)  # the clip cache
+    config = compose(experiment, [f"data={data}"])
+    encoder = config.model.encoder
+    video = instantiate(config.data).val[0]["video"]
+    assert video.shape == (encoder.num_frames, 3, encoder.image_size, encoder.image_size)
+
+
+def test_the_cpu_trainer_builds(experiment: Path, tmp_path: Path):
+    config = compose(experiment, ["trainer.max_steps=3"])
+    trainer = instantiate(config.trainer, _partial_=True)(callbacks=[], logger=False, default_root_dir=tmp_path)
+    assert (trainer.max_steps, trainer.world_size) == (3, 1)
+
+
+@pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONF)))
+def test_the_first_comment_says_what_it_is(file: Path):
+    comments = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
+    assert comments[0].startswith("# ")
+    assert len(comments[0]) > 15
+
+
+def test_debug_wins_over_the_experiment(experiment: Path):
+    experiment.write_text(EXPERIMENT + "trainer: {max_steps: 777}\n")
+    assert compose(experiment).trainer.max_steps == 777
+    assert compose(experiment, ["+debug=fast"]).trainer.max_steps == 10
+
+
+def test_there_is_no_config_that_would_shadow_an_experiment():
+    assert not (CONF / "config.yaml").exists()

@@ -1,0 +1,58 @@
+"""Every shipped experiment composes, builds on the meta device, and keeps the form that a reader relies on."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from blueberry_video.config import compose, load
+
+FOLDER = Path(__file__).resolve().parents[1] / "experiments"
+CONFIGS = sorted(FOLDER.glob("*/config.yaml"))
+SECTIONS = ("question", "command", "expected", "result")
+MAX_DIFFERENCES = 30
+
+shipped = pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.parent.name)
+
+
+@shipped
+def test_builds_on_the_meta_device(file: Path):
+    config = compose(file)
+    with torch.device("meta"):
+        model = instantiate(config.model)
+        optimizer, schedule = instantiate(config.optimizer), instantiate(config.schedule)
+        task = instantiate(config.task, _partial_=True)(model=model, optimizer=optimizer, schedule=schedule)
+    assert task.model is model
+    for callback in filter(None, config.callbacks.values()):
+        instantiate(callback)
+
+
+@shipped
+def test_is_named_as_its_folder_and_says_how_to_run(file: Path):
+    name = file.parent.name
+    assert compose(file).name == name
+    assert re.match(rf"# run: make \w+ EXP={name}\b", file.read_text())
+
+
+@shipped
+def test_readme_has_every_section(file: Path):
+    readme = (file.parent / "README.md").read_text().lower()
+    assert [section for section in SECTIONS if not re.search(rf"^(#+ |\*\*){section}", readme, re.MULTILINE)] == []
+
+
+@shipped
+def test_holds_differences_only(file: Path):
+    lines = [line for line in file.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    assert len(lines) <= MAX_DIFFERENCES
+
+
+@shipped
+def test_its_resolved_config_composes_to_itself(file: Path, tmp_path: Path):
+    config = compose(file)
+    saved = tmp_path / "config.yaml"
+    saved.write_text(OmegaConf.to_yaml(config))
+    assert load(saved) == config
+    assert load(saved, ["seed=7"]).seed == 7

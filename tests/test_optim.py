@@ -1,0 +1,130 @@
+"""Parameter groups and schedules."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from blueberry_video.models.classifier import VideoClassifier
+from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
+from blueberry_video.models.vit import VisionTransformer
+from blueberry_video.optim import constant, parameter_groups, warmup_cosine, warmup_linear, warmup_stable_decay
+
+DECAYING = [warmup_cosine, warmup_linear, warmup_stable_decay]
+SCHEDULES = [constant, *DECAYING]
+
+
+def encoder() -> VisionTransformer:
+    return VisionTransformer(16, 4, 8, 2, embed_dim=16, depth=1, num_heads=2)
+
+
+def names(module: nn.Module, group: dict) -> set[str]:
+    chosen = {id(parameter) for parameter in group["params"]}
+    return {name for name, parameter in module.named_parameters() if id(parameter) in chosen}
+
+
+def test_matrices_decay_and_nothing_else():
+    model = MaskedAutoencoder(encoder(), decoder_dim=12, decoder_depth=1, decoder_num_heads=2)
+    matrices, rest = parameter_groups(model)
+    assert "weight_decay" not in matrices  # the optimiser's own
+    assert rest["weight_decay"] == 0.0
+    layers = ("qkv", "proj", "fc1", "fc2", "head", "encoder_to_decoder")
+    expected = {name for name, _ in model.named_parameters() if name.endswith(tuple(f"{x}.weight" for x in layers))}
+    assert names(model, matrices) == expected
+    assert "encoder.patch_embed.proj.weight" in expected
+    assert names(model, rest) == {name for name, _ in model.named_parameters()} - expected
+    assert {"mask_token", "encoder.norm.weight", "encoder.blocks.0.attn.q_bias"} <= names(model, rest)
+
+
+def test_an_exemption_deep_inside_holds_under_its_full_name():
+    model = VideoClassifier(encoder(), {"motion": 8}, pooling="attentive", num_heads=2)
+    matrices, rest = parameter_groups(model)
+    assert "head.pool.query" in names(model, rest)
+    assert "head.pool.q.weight" in names(model, matrices)
+
+
+def test_frozen_parameters_are_left_out():
+    model = VideoClassifier(encoder(), {"motion": 8}, freeze_encoder=True)
+    groups = parameter_groups(model)
+    assert set.union(*(names(model, group) for group in groups)) == {
+        "head.fc_norm.weight",
+        "head.fc_norm.bias",
+        "head.linear.motion.weight",
+        "head.linear.motion.bias",
+    }
+
+
+def test_no_parameter_is_in_two_groups_or_lost():
+    model = MaskedAutoencoder(encoder(), decoder_dim=12, decoder_depth=1, decoder_num_heads=2)
+    chosen = [id(parameter) for group in parameter_groups(model) for parameter in group["params"]]
+    assert sorted(chosen) == sorted(id(parameter) for parameter in model.parameters())
+
+
+def test_decay_moves_matrices_alone():
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=0.1, weight_decay=0.5)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, before[name] * (0.95 if name == "0.weight" else 1.0))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@settings(max_examples=60, deadline=None)
+@given(total=st.integers(1, 400), warmup=st.floats(0, 0.5))
+def test_rises_in_equal_steps_to_one_and_never_again(schedule, total, warmup):
+    values = [schedule(step, total, warmup=warmup) for step in range(total)]
+    rising = round(warmup * total)
+    assert values[:rising] == pytest.approx([(step + 1) / rising for step in range(rising)])
+    assert all(0 <= value <= 1 for value in values)
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(values[rising:]))
+    if rising < total:
+        assert values[rising] == 1.0  # continuous: warm-up ends at 1, the fall begins there
+
+
+@pytest.mark.parametrize("schedule", DECAYING)
+@pytest.mark.parametrize("final", [0.0, 0.1])
+@pytest.mark.parametrize("total", [20, 21, 1000])
+def test_the_last_step_gets_the_final_rate(schedule, final, total):
+    values = [schedule(step, total, warmup=0.1, final=final) for step in range(total)]
+    assert values[-1] == pytest.approx(final)
+    assert min(values[round(0.1 * total) :]) == pytest.approx(final)
+
+
+@pytest.mark.parametrize("schedule", DECAYING)
+def test_no_jump_is_larger_than_a_smooth_fall_makes(schedule):
+    total = 1000
+    values = [schedule(step, total, warmup=0.1) for step in range(total)]
+    steepest = max(abs(b - a) for a, b in itertools.pairwise(values))
+    assert steepest <= 0.0101  # the warm-up's own: 1 / 100
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_run_of_one_step_learns(schedule):
+    assert schedule(0, 1) == 1.0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_first_step_already_learns(schedule):
+    assert schedule(0, 100, warmup=0.1) == pytest.approx(0.1)
+
+
+def test_shapes():
+    assert constant(70, 100, warmup=0.1) == 1.0
+    # progress 0.5 is step 55 of 10 … 100
+    assert warmup_cosine(55, 101, warmup=0.1) == pytest.approx(0.5)
+    assert warmup_linear(55, 101, warmup=0.1, final=0.2) == pytest.approx(0.6)
+    assert warmup_cosine(32, 101, warmup=0.1) > warmup_linear(32, 101, warmup=0.1)
+    assert warmup_stable_decay(79, 101, warmup=0.1, decay=0.2) == 1.0
+    assert warmup_stable_decay(90, 101, warmup=0.1, decay=0.2) == pytest.approx(10 / 19, abs=0.03)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_recipe_stretches_with_the_run(schedule):
+    short, long = ([schedule(step, total, warmup=0.1) for step in range(total)] for total in (100, 10_000))
+    assert max(abs(long[100 * step + 50] - short[step]) for step in range(100)) < 0.06

@@ -1,0 +1,227 @@
+"""A run that is killed and resumed ends with the same weights, bit for bit, in the same folder and wandb run."""
+
+import functools
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from omegaconf import OmegaConf
+from torch import nn
+
+from blueberry_video.callbacks import EMA, NaNGuard, StepSeed
+from blueberry_video.data.datamodule import DataModule
+from blueberry_video.data.sprites import Sprites
+from blueberry_video.experiment.checkpoint import AtomicCheckpointIO, Checkpoints, checkpoint_files
+from blueberry_video.experiment.loggers import MetricsCSV, Wandb
+from blueberry_video.experiment.metrics_table import read_steps
+from blueberry_video.experiment.run_folder import RunFolder
+from blueberry_video.masking import TubeMasking
+from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
+from blueberry_video.models.vit import VisionTransformer
+from blueberry_video.optim import warmup_cosine
+from blueberry_video.tasks.masked_pixels import MaskedPixels
+
+STEPS, BATCHES_AN_EPOCH = 12, 5
+KILLABLE_STEPS = 60
+# Children are forked from a process that has imported what takes long once, and that has no threads.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["lightning", "wandb", "blueberry_video.callbacks", "blueberry_video.experiment.loggers"]
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def train(
+    run: RunFolder,
+    *callbacks: Callback,
+    num_workers: int = 0,
+    augment: bool = False,
+    wandb: bool = False,
+    keep: int = 1000,
+    every_n_steps: int = 1,
+    max_steps: int = STEPS,
+    **trainer_options,
+) -> dict[str, torch.Tensor]:
+    """Trains a tiny VideoMAE with random masks and stochastic depth, averaged; returns its averaged weights."""
+    torch.set_num_threads(1)
+    lightning.seed_everything(run.record["seed"], verbose=False)
+    encoder = VisionTransformer(16, 4, 8, 2, embed_dim=24, depth=2, num_heads=2, drop_path=0.3)
+    task = MaskedPixels(
+        MaskedAutoencoder(encoder, 24, 1, 2),
+        functools.partial(torch.optim.AdamW, lr=1e-3),
+        warmup_cosine,
+        TubeMasking(0.75),
+        augment=nn.Dropout(0.2) if augment else None,
+    )
+    sprites = functools.partial(Sprites, num_frames=4, image_size=16)
+    data = DataModule(sprites("train", 4 * BATCHES_AN_EPOCH), sprites("val", 4), 4, num_workers, seed=1)
+    trainer = lightning.Trainer(
+        max_steps=max_steps,
+        accelerator="cpu",
+        logger=[MetricsCSV(run), *([Wandb(run, mode="offline")] if wandb else [])],
+        callbacks=[StepSeed(1), EMA(0.9), NaNGuard(), *callbacks, Checkpoints(every_n_steps, keep)],
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=run.path,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **trainer_options,
+    )
+    with run:
+        trainer.fit(task, datamodule=data, ckpt_path=run.checkpoint())
+        run.finish(trainer.callback_metrics)
+    return task.state_dict()
+
+
+def create(root: Path) -> RunFolder:
+    return RunFolder.create(OmegaConf.create({"name": "tiny", "seed": 3}), root)
+
+
+def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> list[str]:
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+@pytest.mark.parametrize(
+    ("steps", "options"),
+    [
+        (range(1, STEPS), {"val_check_interval": 3}),
+        ((2, 5, 6), {"limit_val_batches": 0, "num_workers": 1}),
+        ((2, 5, 7), {"val_check_interval": 4, "check_val_every_n_epoch": None, "accumulate_grad_batches": 2}),
+        ((2, 5, 6), {"augment": True}),
+    ],
+    ids=["every-step", "worker-no-validation", "accumulation", "augmentation"],
+)
+def test_resumed_run_ends_with_the_same_weights(tmp_path: Path, steps: Iterable[int], options: dict) -> None:
+    run = create(tmp_path)
+    expected = train(run, **options)
+    metrics = (run.path / "metrics.csv").read_text()
+    for step in steps:
+        root = tmp_path / f"until_{step}"
+        shutil.copytree(run.path, root / "tiny" / run.name)
+        for newer in checkpoint_files(root / "tiny" / run.name / "checkpoints")[: STEPS - step]:
+            newer.unlink()
+        resumed = RunFolder.resume("tiny", "last", root)
+        assert differing(expected, train(resumed, **options)) == [], f"resumed at step {step}"
+        assert (resumed.path / "metrics.csv").read_text() == metrics, f"resumed at step {step}"
+
+
+def child(root: Path, resume: bool) -> None:
+    """Trains in a process of its own, long enough to be killed on the way."""
+    warnings.simplefilter("ignore")
+    run = RunFolder.resume("tiny", "last", root) if resume else create(root)
+    train(run, wandb=True, keep=2, every_n_steps=7, max_steps=KILLABLE_STEPS, val_check_interval=3)
+
+
+def start(root: Path, resume: bool = False) -> multiprocessing.Process:
+    process = PROCESSES.Process(target=child, args=(root, resume))
+    process.start()
+    return process
+
+
+def final_checkpoint(run: RunFolder) -> dict:
+    path = checkpoint_files(run.path / "checkpoints")[0]
+    assert path.name == f"step={KILLABLE_STEPS:08d}.ckpt"
+    return AtomicCheckpointIO().load_checkpoint(path)
+
+
+def wandb_steps(run: RunFolder) -> list[int]:
+    """Steps in the files of all of a run's processes, in the order in which they are synced."""
+    steps = []
+    for file in sorted(run.path.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.parent.name):
+        assert file.name == f"run-{run.record['wandb']['id']}.wandb"
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        records = [json.loads(line) for line in lines]
+        steps += [record["history"]["item"]["_step"] for record in records if record["type"] == "history"]
+    return steps
+
+
+def test_kill_and_resume_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    kill_after = random.randint(15, KILLABLE_STEPS - 15)
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    start(unbroken).join()
+    process = start(broken)
+    while not any(max(read_steps(file), default=0) >= kill_after for file in broken.glob("tiny/*/metrics.csv")):
+        assert process.is_alive(), f"ended before step {kill_after}"
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    start(broken, resume=True).join()
+
+    expected, run = RunFolder.open(unbroken / "tiny"), RunFolder.open(broken / "tiny")
+    assert [path.name for path in (broken / "tiny").iterdir()] == [run.name], "the run went on in another folder"
+    assert run.record["status"] == expected.record["status"] == "finished"
+    assert len(run.record["resumes"]) == 1
+    assert run.record["metrics"] == expected.record["metrics"]
+    wanted, got = final_checkpoint(expected), final_checkpoint(run)
+    for weights in ("state_dict", "current_model_state"):  # the averaged ones and the trained ones
+        assert differing(wanted[weights], got[weights]) == [], f"killed after step {kill_after}"
+    assert wanted["optimizer_states"][0]["state"].keys() == got["optimizer_states"][0]["state"].keys()
+    assert read_steps(run.path / "metrics.csv") == read_steps(expected.path / "metrics.csv")
+    assert len(list(run.path.glob("wandb/offline-run-*"))) == 2
+    assert wandb_steps(run) == wandb_steps(expected) == list(range(KILLABLE_STEPS))
+
+
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    expected = train(run, every_n_steps=4, keep=2)
+    newest, before = checkpoint_files(run.path / "checkpoints")
+    newest.write_bytes(newest.read_bytes()[:-100])
+    resumed = RunFolder.resume("tiny", run.name, tmp_path)
+    with pytest.warns(UserWarning, match=rf"{before.name}: {newest.name}: .*truncated"):
+        assert resumed.checkpoint() == before
+    assert differing(expected, train(resumed, every_n_steps=4, keep=2)) == []
+
+
+def test_finished_run_trains_on_with_more_steps(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    train(run, every_n_steps=100, max_steps=6)
+    train(RunFolder.resume("tiny", "last", tmp_path), every_n_steps=100, max_steps=8)
+    assert list(read_steps(run.path / "metrics.csv")) == list(range(8))
+    assert checkpoint_files(run.path / "checkpoints")[0].name == "step=00000008.ckpt"
+
+
+def test_validation_that_was_cut_off_is_made_up_for(tmp_path: Path) -> None:
+    class CutOff(Callback):
+        def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+            if trainer.global_step == 8 and not trainer.ckpt_path:
+                raise RuntimeError("cut off")
+
+    whole, run = create(tmp_path / "whole"), create(tmp_path / "cut")
+    train(whole, every_n_steps=4, val_check_interval=3)
+    with pytest.raises(RuntimeError, match="cut off"):
+        train(run, CutOff(), every_n_steps=4, val_check_interval=3)
+    train(RunFolder.resume("tiny", "last", tmp_path / "cut"), CutOff(), every_n_steps=4, val_check_interval=3)
+    assert read_steps(run.path / "metrics.csv") == read_steps(whole.path / "metrics.csv")
+
+
+def test_run_that_fails_in_its_final_evaluations_repeats_them(tmp_path: Path) -> None:
+    class Evaluation(Callback):
+        def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+            if not trainer.ckpt_path:
+                raise RuntimeError("out of memory")
+            trainer.callback_metrics["probe/motion"] = torch.tensor(0.5)
+
+    run = create(tmp_path)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(run, Evaluation(), every_n_steps=8)
+    assert run.record["status"] == "failed"
+    train(RunFolder.resume("tiny", "last", tmp_path), Evaluation(), every_n_steps=8)
+    assert run.record["metrics"]["probe/motion"] == 0.5

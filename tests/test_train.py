@@ -1,0 +1,93 @@
+"""The path from a command to a run folder, in this process: train, repeat, resume, start from a run, sweep."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from blueberry_video import train
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "logger=csv",
+    "~callbacks.progress",
+    "~callbacks.media",
+    "data.train.size=16",
+    "data.val.size=4",
+    "data.batch_size=4",
+    "model.encoder.depth=1",
+    "trainer.log_every_n_steps=1",
+    "callbacks.checkpoints.every_n_steps=2",
+]
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Calls train's main with arguments; returns the folders of all runs, oldest first."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # main replaces it
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> list[Path]:
+        monkeypatch.setattr(sys, "argv", ["train", *arguments])
+        train.main()
+        return sorted(file.parent for file in (tmp_path / "outputs" / "template").glob("*/run.json"))
+
+    return call
+
+
+EXPERIMENT = ["--config-dir", str(ROOT / "experiments" / "template"), *TINY]
+
+
+def losses(run: Path) -> list[str]:
+    return [row["train/loss"] for row in csv.DictReader((run / "metrics.csv").open()) if row["train/loss"]]
+
+
+def record(run: Path) -> dict:
+    return json.loads((run / "run.json").read_text())
+
+
+def test_a_run_can_be_repeated_and_trained_on(command, capsys: pytest.CaptureFixture):
+    [first] = command(*EXPERIMENT, "trainer.max_steps=4")
+    assert record(first)["status"] == "finished"
+    assert "val/loss" in capsys.readouterr().out
+    assert (first / "report.html").is_file()
+
+    runs = command(str(first / "config.yaml"))
+    assert len(runs) == 2
+    assert losses(runs[1]) == losses(first), "training on a run's config repeats it"
+
+    assert command(*EXPERIMENT, f"resume={first.name}", "trainer.max_steps=6") == runs, "the same folder"
+    assert len(losses(first)) == 6
+    assert losses(first)[:4] == losses(runs[1])
+    assert record(first)["resumes"][0]["previous_status"] == "finished"
+
+
+def test_another_run_can_start_from_its_encoder(command, capsys: pytest.CaptureFixture):
+    [first] = command(*EXPERIMENT, "trainer.max_steps=2")
+    checkpoint = next((first / "checkpoints").glob("*.ckpt"))
+    classify = ["model=classifier/tiny", "task=classification", f"init_from='{checkpoint}'", "trainer.max_steps=1"]
+    command(*EXPERIMENT, *classify)
+    assert f"encoder tensors from {checkpoint}" in capsys.readouterr().out
+
+
+def test_a_sweep_gives_every_job_its_own_folder(command):
+    runs = command(*EXPERIMENT, "--multirun", "trainer.max_steps=1", "seed=1,2")
+    assert [record(run)["seed"] for run in runs] == [1, 2]
+    assert losses(runs[0]) != losses(runs[1])
+
+
+def test_a_missed_expectation_ends_a_gate_with_an_error(command):
+    expected = "expected={val/loss: {at_most: 0.000001}}"
+    impossible = [*EXPERIMENT, "trainer.max_steps=1", expected]
+    command(*impossible)  # a run alone records it
+    with pytest.raises(SystemExit) as ended:
+        command(*impossible, "enforce_expected=true")
+    assert "val/loss" in str(ended.value)
+    command(*EXPERIMENT, "trainer.max_steps=1", "expected={val/loss: {at_most: 1000}}", "enforce_expected=true")
+
+
+def test_resuming_a_run_that_does_not_exist_names_those_that_do(command):
+    with pytest.raises(FileNotFoundError, match="resume=nope"):
+        command(*EXPERIMENT, "resume=nope")
