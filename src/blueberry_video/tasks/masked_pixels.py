@@ -16,9 +16,9 @@ from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD, Task
 
 
 def patch_targets(video: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
-    """What the decoder must predict:
+    """What the decoder must predict: each patch normalised per channel, the channel running fastest.
 
-    (B, C, T, H, W) in [0, 1] -> (B, N, P * C), each patch normalised per channel, channel fastest.
+    (B, C, T, H, W) in [0, 1] -> (B, N, P * C).
     """
     return normalize_patches(patchify(video, patch_size)).patches.flatten(2)
 
