@@ -137,7 +137,7 @@ def start(root: Path, resume: bool = False) -> multiprocessing.Process:
 
 def final_checkpoint(run: RunFolder) -> dict:
     path = checkpoint_files(run.path / "checkpoints")[0]
-    assert path.name == f"step={KILLABLE_STEPS:08d}.ckpt"
+    assert path.name == f"step_{KILLABLE_STEPS:08d}.ckpt"
     return AtomicCheckpointIO().load_checkpoint(path)
 
 
@@ -195,7 +195,7 @@ def test_finished_run_trains_on_with_more_steps(tmp_path: Path) -> None:
     train(run, every_n_steps=100, max_steps=6)
     train(RunFolder.resume("tiny", "last", tmp_path), every_n_steps=100, max_steps=8)
     assert list(read_steps(run.path / "metrics.csv")) == list(range(8))
-    assert checkpoint_files(run.path / "checkpoints")[0].name == "step=00000008.ckpt"
+    assert checkpoint_files(run.path / "checkpoints")[0].name == "step_00000008.ckpt"
 
 
 def test_validation_that_was_cut_off_is_made_up_for(tmp_path: Path) -> None:

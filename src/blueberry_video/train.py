@@ -80,16 +80,16 @@ def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:
     """Everything the config names, seeded: DataModule, model, task, Trainer."""
     from lightning import seed_everything
 
+    from blueberry_video.experiment.checkpoint import weights_file
     from blueberry_video.experiment.loggers import MetricsCSV
-    from blueberry_video.models.vit import load_encoder
 
     seed_everything(config.seed, workers=True, verbose=False)
     data, model = instantiate(config.data), instantiate(config.model)
     data.list_skipped_in(str(folder.path / "skipped.csv"))
-    if config.init_from and not folder.resumed:
-        print(load_encoder(model.encoder, config.init_from))
     optimizer, schedule = instantiate(config.optimizer), instantiate(config.schedule)
     task = instantiate(config.task, _partial_=True)(model=model, optimizer=optimizer, schedule=schedule)
+    if config.init_from and not folder.resumed:
+        task.init_from = weights_file(config.init_from)
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback]
     logger = [MetricsCSV(folder), *([instantiate(config.logger, run=folder)] if config.logger else [])]
     trainer = instantiate(config.trainer, _partial_=True)

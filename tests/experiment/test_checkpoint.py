@@ -13,7 +13,7 @@ from blueberry_video.experiment.checkpoint import (
 
 
 def save(folder: Path, step: int) -> Path:
-    path = folder / f"step={step:08d}.ckpt"
+    path = folder / f"step_{step:08d}.ckpt"
     AtomicCheckpointIO().save_checkpoint({"weights": torch.full((1000,), float(step))}, path)
     return path
 
@@ -57,12 +57,12 @@ def test_newest_good_one_is_taken_silently(tmp_path: Path, recwarn: pytest.Warni
 
 
 def test_nothing_good_is_an_error_that_tells_why(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"holds no step=\*\.ckpt"):
+    with pytest.raises(FileNotFoundError, match=r"holds no step_\*\.ckpt"):
         latest_good_checkpoint(tmp_path)
     truncate(save(tmp_path, 1))
     lose_the_checksum(save(tmp_path, 2))
     with pytest.raises(
-        FileNotFoundError, match=r"step=00000002\.ckpt: its checksum.*step=00000001\.ckpt: its contents"
+        FileNotFoundError, match=r"step_00000002\.ckpt: its checksum.*step_00000001\.ckpt: its contents"
     ):
         latest_good_checkpoint(tmp_path)
 
@@ -82,7 +82,7 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no such file"):
-        AtomicCheckpointIO().load_checkpoint(tmp_path / "step=1.ckpt")
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "step_1.ckpt")
 
 
 def test_removal_takes_the_checksum_along(tmp_path: Path) -> None:

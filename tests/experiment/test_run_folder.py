@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def add_checkpoint(run: RunFolder, step: int = 5) -> Path:
-    path = run.path / "checkpoints" / f"step={step:08d}.ckpt"
+    path = run.path / "checkpoints" / f"step_{step:08d}.ckpt"
     AtomicCheckpointIO().save_checkpoint({"step": step}, path)
     return path
 

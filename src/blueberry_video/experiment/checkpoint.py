@@ -72,7 +72,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Checkpoints(Checkpoint):
-    """Saves ``checkpoints/step=<step>.ckpt`` every ``every_n_steps`` optimiser steps and at the last; keeps the newest.
+    """Saves ``checkpoints/step_<step>.ckpt`` every ``every_n_steps`` optimiser steps and at the last; keeps the newest.
 
     Lightning's ``ModelCheckpoint`` saves before a validation that is due at the same batch, and a run resumed from
     there never makes up for it; it also never removes the file it was resumed from. Here the save waits for that
@@ -138,7 +138,7 @@ class Checkpoints(Checkpoint):
         self._waits_for_validation = False
         self._saved_step = trainer.global_step
         folder = Path(trainer.default_root_dir) / "checkpoints"
-        path = folder / f"step={trainer.global_step:08d}{SUFFIX}"
+        path = folder / f"step_{trainer.global_step:08d}{SUFFIX}"
         if _is_last_step(trainer):
             path = self._last = path.with_name(f"{UNFINISHED}{path.name}")
         trainer.save_checkpoint(path, weights_only=False)
@@ -160,8 +160,8 @@ def _is_last_step(trainer: Trainer) -> bool:
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
-    """The checkpoints ``step=*.ckpt`` in a folder, newest step first; good or not."""
-    return sorted(Path(folder).glob(f"step=*{SUFFIX}"), reverse=True)
+    """The checkpoints ``step_*.ckpt`` in a folder, newest step first; good or not."""
+    return sorted(Path(folder).glob(f"step_*{SUFFIX}"), reverse=True)
 
 
 def checkpoint_fault(path: str | Path) -> str | None:
@@ -192,10 +192,16 @@ def latest_good_checkpoint(folder: str | Path) -> Path:
                 )
             return path
         faults.append(f"{path.name}: {fault}")
-    found = "; ".join(faults) if faults else "it holds no step=*.ckpt"
+    found = "; ".join(faults) if faults else "it holds no step_*.ckpt"
     raise FileNotFoundError(
         f"{folder} has no good checkpoint to resume from: {found}. Train again from the start, without resume."
     )
+
+
+def weights_file(source: str | Path) -> Path:
+    """The file that ``init_from`` means: itself, or the newest good checkpoint of a run folder."""
+    source = Path(source)
+    return latest_good_checkpoint(source / "checkpoints") if source.is_dir() else source
 
 
 def _digest_file(path: Path) -> Path:

@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 import lightning
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from blueberry_video.models.vit import load_encoder
 from blueberry_video.nn.encoder import Encoder
 from blueberry_video.optim import parameter_groups
 
@@ -29,6 +32,9 @@ class Task(lightning.LightningModule):
         mean, std: of the pixels, by channel, that :meth:`normalize` takes out; the default is ImageNet's.
         lr_batch_size: the global batch the learning rate is meant for: at another batch it is scaled linearly.
             ``None`` takes the rate as it is. VideoMAE's published rates are for 256.
+
+    Attributes:
+        init_from: a checkpoint or published weights that ``model.encoder`` starts from; ``None`` for random weights.
     """
 
     model: nn.Module
@@ -49,6 +55,7 @@ class Task(lightning.LightningModule):
         self.model = model
         self.augment = augment
         self.lr_batch_size = lr_batch_size
+        self.init_from: str | Path | None = None
         self._make_optimizer, self._schedule = optimizer, schedule
         self.register_buffer("pixel_mean", torch.tensor(list(mean)).view(-1, 1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(list(std)).view(-1, 1, 1, 1), persistent=False)
@@ -76,6 +83,11 @@ class Task(lightning.LightningModule):
     def normalize(self, video: Tensor) -> Tensor:
         """[0, 1] -> zero mean and unit variance a channel: what the model takes."""
         return (video - self.pixel_mean) / self.pixel_std
+
+    def setup(self, stage: str) -> None:
+        """Loads ``init_from``: after the callbacks' setup, so that those can keep a copy of the untrained encoder."""
+        if stage == "fit" and self.init_from is not None:
+            rank_zero_info(load_encoder(cast(nn.Module, self.model.encoder), self.init_from))
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         """uint8 (B, T, C, H, W) on the device -> float (B, C, T, H, W) in [0, 1]."""

@@ -85,7 +85,7 @@ class MaskedPixels(Task):
     def on_validation_epoch_end(self) -> None:
         logged = self.trainer.callback_metrics
         trivial = min(value for name, value in logged.items() if name.startswith("val/loss_trivial_"))
-        self.log_dict({"val/loss_trivial": trivial, "val/loss_share": logged["val/loss"] / trivial})
+        self.log_dict({"val/loss_trivial": trivial, "val/loss_share": logged["val/loss"] / trivial}, sync_dist=True)
 
     def media(self, batch: dict) -> dict[str, Tensor]:
         """``reconstruction``: a row a clip: the clip, what the model sees of it, what it makes of the rest."""
