@@ -53,13 +53,17 @@ def warmup_stable_decay(
 ) -> float:
     """Linear warm-up over ``warmup``, 1, then straight down to ``final`` over the last ``decay`` (shares of a run)."""
     rise = _warmup(step, total_steps, warmup)
-    if rise is not None:
-        return rise
-    return 1 + (final - 1) * _progress(step, total_steps, 1 - decay)
+    if not 0 <= decay <= 1 - warmup:
+        raise ValueError(
+            f"schedule.decay={decay} and warmup={warmup} are shares of one run: their sum must be at most 1."
+        )
+    return rise if rise is not None else 1 + (final - 1) * _progress(step, total_steps, 1 - decay)
 
 
 def _warmup(step: int, total_steps: int, warmup: float) -> float | None:
     """The multiplier while warming up, ``None`` after. The first step already learns: it gets 1 / n of n steps."""
+    if not 0 <= warmup <= 1:
+        raise ValueError(f"schedule.warmup={warmup} is not a share of the run: use a number in [0, 1], such as 0.05.")
     steps = round(warmup * total_steps)
     return (step + 1) / steps if step < steps else None
 

@@ -13,7 +13,7 @@ PAIRS = {"motion": ((0, 1),)}
 
 
 class Ramps(Dataset):
-    """Clips that brighten (motion 0) or darken (motion 1): each the other played backwards. ``level`` is told by any frame."""
+    """Clips that brighten (motion 0) or darken (motion 1), each the other backwards; any frame tells the ``level``."""
 
     def __len__(self):
         return 96

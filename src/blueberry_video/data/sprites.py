@@ -39,7 +39,8 @@ class Sprites(Dataset):
         image_size: height and width in pixels, at least 8.
         distractors: number of other shapes that stand still, drawn below the moving one.
         background: ``"plain"`` grey, or ``"texture"``: smooth noise, so that no patch is constant.
-        drift: pixels a frame that a texture moves in a random direction; 0 keeps it still.
+        drift: pixels a frame that a texture moves in a random direction; 0 keeps it still. With it, two clips of a
+            reversal pair are each other's reversals in distribution, not pixel for pixel.
 
     A clip has ``video`` uint8 (T, 3, H, W), ``labels`` {shape, colour, size, motion} of the moving shape,
     ``caption``, ``fps`` and ``id``.

@@ -5,55 +5,102 @@ only stands where shuffled frames make it fall: both are always measured along.
 """
 
 import copy
-from typing import Literal, cast
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from torch import nn
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
-from blueberry_video.evaluation.supervised import LabelledClips, Recipe, encode, fine_tune, fit_probe, score
+from blueberry_video.evaluation.supervised import (
+    LabelledClips,
+    Normalize,
+    Recipe,
+    encode,
+    fine_tune,
+    fit_probe,
+    score,
+)
 from blueberry_video.evaluation.trivial import majority_share
 from blueberry_video.nn.encoder import Encoder
+from blueberry_video.nn.heads import ClassificationHead
 
 
-class _EncoderEvaluation(Callback):
-    """Keeps a copy of the untrained encoder, and at the end of training logs what a subclass measures.
+class _EncoderEvaluation(Callback, ABC):
+    """Learns labels from the trained encoder and from the same-seed untrained one, and logs how well each did.
 
-    The copy is made before a checkpoint is loaded: a resumed run compares with the same one.
+    The untrained one is copied before ``init_from`` or a checkpoint is loaded: a resumed run compares with the same.
     """
 
-    def __init__(self, labels: list[str], train_clips: int, val_clips: int, recipe: Recipe):
-        self.labels = tuple(labels)
-        self.train_clips, self.val_clips, self.recipe = train_clips, val_clips, recipe
+    reference: ClassVar[str]  # suffix of the untrained encoder's metrics
+
+    def __init__(self, name: str, labels: Sequence[str], train_clips: int, val_clips: int, recipe: Recipe):
+        self.name, self.labels, self.recipe = name, tuple(labels), recipe
+        self.train_clips, self.val_clips = train_clips, val_clips
         self.untrained: Encoder | None = None
 
+    @abstractmethod
+    def learn(
+        self, encoder: Encoder, clips: LabelledClips, num_classes: dict[str, int], normalize: Normalize
+    ) -> tuple[Encoder, ClassificationHead]:
+        """An encoder and, on the CPU, a head that predict the labels."""
+
+    def measure(self, task: Any, data: Any) -> dict[str, float]:
+        """Metrics without their prefix; the subclass says which.
+
+        Args:
+            task: has ``model.encoder`` and ``normalize``.
+            data: has ``train``, ``val``, ``classes`` and ``reversal_pairs``.
+        """
+        assert self.untrained is not None, "setup runs first"
+        train = LabelledClips.of(data.train, self.train_clips, self.labels)
+        val = LabelledClips.of(data.val, self.val_clips, self.labels)
+        num_classes, pairs = {label: len(data.classes[label]) for label in self.labels}, data.reversal_pairs
+
+        def scores(encoder: Encoder, head: ClassificationHead, clips: LabelledClips) -> dict[str, float]:
+            return score(head, encode(encoder, clips.video, task.normalize), clips.labels, pairs)
+
+        trained = self.learn(task.model.encoder, train, num_classes, task.normalize)
+        untrained = self.learn(self.untrained.to(task.device), train, num_classes, task.normalize)
+        values, reference = scores(*trained, val), scores(*untrained, val)
+        shuffled = scores(*trained, val.shuffled(self.recipe.seed))
+        in_order = [name for name in values if name.removesuffix("_within_pairs") in pairs]
+        return {
+            **values,
+            **{f"{name}_{self.reference}": value for name, value in reference.items()},
+            **{f"{name}_gain": values[name] - reference[name] for name in self.labels},
+            **{f"{name}_shuffled": shuffled[name] for name in in_order},
+            **{f"{name}_trivial": majority_share(truth) for name, truth in val.labels.items()},
+            **{f"{name}_within_pairs_trivial": 0.5 for name in self.labels if name in pairs},
+        }
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ValueError(
+                f"callbacks.{self.name} needs the whole encoder, but trainer.strategy shards it: set it to null here, and "
+                "probe the finished run with task=classification and init_from."
+            )
         if stage == "fit":
-            self.untrained = copy.deepcopy(cast(Encoder, cast(nn.Module, pl_module.model).encoder))
+            self.untrained = copy.deepcopy(pl_module.model.encoder)  # type: ignore[union-attr, assignment]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        train = LabelledClips.of(data.train, self.train_clips, self.labels)
-        val = LabelledClips.of(data.val, self.val_clips, self.labels)
-        assert self.untrained is not None, "setup runs before on_train_end"
-        untrained = self.untrained.to(pl_module.device)
-        values = self.measure(pl_module, untrained, train, val, data.classes, data.reversal_pairs)
+        measured = self.measure(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+        values = {f"{self.name}/{metric}": value for metric, value in measured.items()}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-
-    def measure(self, task, untrained, train, val, classes, pairs) -> dict[str, float]:
-        raise NotImplementedError(f"{type(self).__name__} must say what it measures.")
+        trainer.callback_metrics.update({metric: torch.tensor(value) for metric, value in values.items()})
 
 
 class Probe(_EncoderEvaluation):
     """Trains a small head on the frozen encoder at the end of the run.
 
-    Logs for every label ``<name>/<label>`` with ``_random_init`` (the same-seed untrained encoder), ``_trivial`` (the
-    most frequent class) and, for labels that live in the order of frames, ``_shuffled``.
+    Logs for every label ``<name>/<label>`` with ``_random_init`` (the same-seed untrained encoder), ``_gain`` (the
+    difference), ``_trivial`` (the most frequent class) and, for labels whose classes are each other played backwards,
+    ``_shuffled``; ``<label>_within_pairs`` likewise, whose trivial value is a coin's.
 
     Args:
         labels: names of the labels to predict.
@@ -62,6 +109,8 @@ class Probe(_EncoderEvaluation):
         train_clips, val_clips: how many of the first training and validation clips are used.
         steps, batch_size, lr, weight_decay, seed: of the head's training.
     """
+
+    reference = "random_init"
 
     def __init__(
         self,
@@ -76,29 +125,22 @@ class Probe(_EncoderEvaluation):
         weight_decay: float = 0.01,
         seed: int = 0,
     ):
-        super().__init__(labels, train_clips, val_clips, Recipe(steps, batch_size, lr, weight_decay, seed))
-        self.name, self.pooling = name, {"linear": "mean", "attentive": "attentive"}[pooling]
+        super().__init__(name, labels, train_clips, val_clips, Recipe(steps, batch_size, lr, weight_decay, seed))
+        self.pooling = {"linear": "mean", "attentive": "attentive"}[pooling]
 
-    def measure(self, task, untrained, train, val, classes, pairs) -> dict[str, float]:
-        num_classes = {label: len(classes[label]) for label in self.labels}
-        shuffled = val.shuffled(self.recipe.seed)
-        values = {f"{self.name}/{label}_trivial": majority_share(val.labels[label]) for label in self.labels}
-        for suffix, encoder in (("", task.model.encoder), ("_random_init", untrained)):
-            tokens = encode(encoder, train.video, task.normalize)
-            head = fit_probe(tokens, train.labels, num_classes, self.pooling, self.recipe)
-            for control, clips in (("", val), ("_shuffled", shuffled)):
-                if suffix and control:
-                    continue
-                scores = score(head, encode(encoder, clips.video, task.normalize), clips.labels, pairs)
-                values |= _named(scores, self.name, suffix + control, only=pairs if control else None)
-        return values
+    def learn(
+        self, encoder: Encoder, clips: LabelledClips, num_classes: dict[str, int], normalize: Normalize
+    ) -> tuple[Encoder, ClassificationHead]:
+        tokens = encode(encoder, clips.video, normalize)
+        return encoder, fit_probe(tokens, clips.labels, num_classes, self.pooling, self.recipe)
 
 
 class FewLabels(_EncoderEvaluation):
     """Fine-tunes the encoder on few labelled clips at the end of the run, against the same network from scratch.
 
     Both get the same clips, order, steps and learning rate. Logs for every label ``<name>/<label>`` with ``_scratch``,
-    ``_trivial`` and, for labels that live in the order of frames, ``_shuffled``; and ``<label>_within_pairs`` likewise.
+    ``_gain`` (the difference), ``_trivial`` and, for labels whose classes are each other played backwards,
+    ``_shuffled``; ``<label>_within_pairs`` likewise, whose trivial value is a coin's.
 
     Args:
         labels: names of the labels to predict.
@@ -107,6 +149,8 @@ class FewLabels(_EncoderEvaluation):
         val_clips: clips to measure on.
         steps, batch_size, lr, weight_decay, seed: of the fine-tuning.
     """
+
+    reference = "scratch"
 
     def __init__(
         self,
@@ -120,27 +164,9 @@ class FewLabels(_EncoderEvaluation):
         weight_decay: float = 0.05,
         seed: int = 0,
     ):
-        super().__init__(labels, num_labelled, val_clips, Recipe(steps, batch_size, lr, weight_decay, seed))
-        self.name = name
+        super().__init__(name, labels, num_labelled, val_clips, Recipe(steps, batch_size, lr, weight_decay, seed))
 
-    def measure(self, task, untrained, train, val, classes, pairs) -> dict[str, float]:
-        num_classes = {label: len(classes[label]) for label in self.labels}
-        shuffled = val.shuffled(self.recipe.seed)
-        values = {f"{self.name}/{label}_trivial": majority_share(val.labels[label]) for label in self.labels}
-        for suffix, encoder in (("", task.model.encoder), ("_scratch", untrained)):
-            tuned, head = fine_tune(encoder, train, num_classes, task.normalize, self.recipe)
-            for control, clips in (("", val), ("_shuffled", shuffled)):
-                if suffix and control:
-                    continue
-                scores = score(head, encode(tuned, clips.video, task.normalize), clips.labels, pairs)
-                values |= _named(scores, self.name, suffix + control, only=pairs if control else None)
-        return values
-
-
-def _named(scores: dict[str, float], prefix: str, suffix: str, only) -> dict[str, float]:
-    """Scores under their metric names; ``only`` those of labels with reversal pairs, where shuffling is a control."""
-    return {
-        f"{prefix}/{label}{suffix}": value
-        for label, value in scores.items()
-        if only is None or label.removesuffix("_within_pairs") in only
-    }
+    def learn(
+        self, encoder: Encoder, clips: LabelledClips, num_classes: dict[str, int], normalize: Normalize
+    ) -> tuple[Encoder, ClassificationHead]:
+        return fine_tune(encoder, clips, num_classes, normalize, self.recipe)

@@ -4,16 +4,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Where a crop may lie, in quarters (down, across) of the room it has: corners, sides, centre, and between them.
+OFFSETS = ((0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2), (1, 1), (1, 3), (3, 1), (3, 3))
+
 
 class MultiScaleCrop(nn.Module):
     """Random crop of one of several sizes, resized back: the only augmentation VideoMAE pre-trains with.
 
-    Height and width of the crop are scales of the short side that stand at most one step apart; the crop's place is
-    random.
+    Height and width are scales of the short side at most one step apart, all such pairs alike likely; the crop lies at
+    one of 13 fixed places (Temporal Segment Networks, arXiv 1608.00859).
 
     Args:
         size: height and width of the result in pixels.
-        scales: crop sizes as shares of the short side, in (0, 1], largest first.
+        scales: crop sizes as shares of the short side, in (0, 1], largest first. A size within two pixels of ``size``
+            becomes ``size``, which saves the resize.
         flip: probability of a left-right flip. Keep 0 where left and right are labels.
 
     Raises:
@@ -27,6 +31,8 @@ class MultiScaleCrop(nn.Module):
         if not 0 <= flip <= 1:
             raise ValueError(f"augment.flip={flip} is not a probability: use a number in [0, 1].")
         self.size, self.scales, self.flip = size, tuple(scales), flip
+        steps = range(len(scales))
+        self._pairs = [(i, j) for i in steps for j in steps if abs(i - j) <= 1]
 
     def forward(self, video: Tensor) -> Tensor:
         """float (B, C, T, H, W) -> (B, C, T, size, size)."""
@@ -34,15 +40,17 @@ class MultiScaleCrop(nn.Module):
 
     def _one(self, clip: Tensor) -> Tensor:
         height, width = clip.shape[-2:]
-        short = min(height, width)
-        row = int(torch.randint(len(self.scales), ()))
-        nearby = [other for other in (row - 1, row, row + 1) if 0 <= other < len(self.scales)]
-        column = nearby[int(torch.randint(len(nearby), ()))]
-        crop_height, crop_width = int(short * self.scales[row]), int(short * self.scales[column])
-        top = int(torch.randint(height - crop_height + 1, ()))
-        left = int(torch.randint(width - crop_width + 1, ()))
+        lengths = [int(min(height, width) * scale) for scale in self.scales]
+        lengths = [self.size if abs(length - self.size) < 3 else length for length in lengths]
+        i, j = self._pairs[int(torch.randint(len(self._pairs), ()))]
+        crop_height, crop_width = min(lengths[i], height), min(lengths[j], width)
+        down, across = OFFSETS[int(torch.randint(len(OFFSETS), ()))]
+        top, left = down * ((height - crop_height) // 4), across * ((width - crop_width) // 4)
         crop = clip[..., top : top + crop_height, left : left + crop_width].transpose(0, 1)  # (T, C, h, w)
-        crop = F.interpolate(crop, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+        if (crop_height, crop_width) != (self.size, self.size):
+            crop = F.interpolate(
+                crop, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False
+            )
         if torch.rand(()) < self.flip:
             crop = crop.flip(-1)
         return crop.transpose(0, 1)

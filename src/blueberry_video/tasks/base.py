@@ -1,6 +1,7 @@
 """What all tasks share: turning a uint8 batch into a model's input, logging, and the optimiser."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -21,7 +22,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class Task(lightning.LightningModule):
+class Task(lightning.LightningModule, ABC):
     """Base of every training objective; a subclass writes :meth:`shared_step`.
 
     Args:
@@ -60,6 +61,7 @@ class Task(lightning.LightningModule):
         self.register_buffer("pixel_mean", torch.tensor(list(mean)).view(-1, 1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(list(std)).view(-1, 1, 1, 1), persistent=False)
 
+    @abstractmethod
     def shared_step(self, batch: dict, stage: str) -> dict[str, Tensor]:
         """The loss and what else is to be logged, by name.
 
@@ -70,7 +72,6 @@ class Task(lightning.LightningModule):
         Returns:
             ``loss`` (scalar) and other scalars, each logged as ``<stage>/<name>``.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define shared_step.")
 
     def media(self, batch: dict) -> dict[str, Tensor]:
         """Pictures of what the model does with a batch: name -> uint8 (T, C, H, W). None by default."""
@@ -121,7 +122,13 @@ class Task(lightning.LightningModule):
             scale = self._global_batch_size() / self.lr_batch_size
             for group in optimizer.param_groups:
                 group["lr"] *= scale
-        total_steps = int(self.trainer.estimated_stepping_batches)
+        total_steps = self.trainer.estimated_stepping_batches
+        if math.isinf(total_steps):
+            raise ValueError(
+                "trainer.max_steps=-1 and trainer.max_epochs=-1 leave the run without an end, and its learning-rate "
+                "schedule without a length: set one of the two."
+            )
+        total_steps = int(total_steps)
         scheduler = LambdaLR(optimizer, lambda step: self._schedule(min(step, total_steps - 1), total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -69,12 +69,13 @@ class Classification(Task):
         for name in names:
             for suffix, given in (("", logits), ("_shuffled", shuffled)):
                 correct = within_pair_correct(given[name], labels[name], pairs[name])
-                if len(correct):
-                    self._log_mean(f"val/{name}_within_pairs{suffix}", correct)
+                self._log_mean(f"val/{name}_within_pairs{suffix}", correct)
         return {f"{name}_shuffled": accuracy(shuffled[name], labels[name]) for name in names}
 
     def _log_mean(self, key: str, values: Tensor) -> None:
-        self.log(key, values.float().mean(), on_step=False, on_epoch=True, batch_size=len(values), sync_dist=True)
+        """Weighs each batch by how many values it has: also none, since every process must log alike."""
+        mean = values.float().sum() / max(len(values), 1)
+        self.log(key, mean, on_step=False, on_epoch=True, batch_size=len(values), sync_dist=True)
 
     def _count_classes(self, logits: dict[str, Tensor], labels: dict[str, Tensor]) -> None:
         for name, label in labels.items():
