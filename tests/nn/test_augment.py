@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from blueberry_video.nn.augment import MultiScaleCrop
+from blueberry_video.nn.augment import OFFSETS, MultiScaleCrop
 
 
 def coordinates(height: int, width: int, frames: int = 3) -> torch.Tensor:
@@ -51,13 +51,20 @@ def test_flip_mirrors_columns_alone():
     torch.testing.assert_close(MultiScaleCrop(8, scales=(1.0,), flip=1.0)(video), video.flip(-1))
 
 
-def test_crops_reach_every_border():
+def test_crops_lie_at_the_thirteen_places():
     torch.manual_seed(0)
-    crop = MultiScaleCrop(10, scales=(0.5,))
-    outs = torch.cat([crop(coordinates(20, 20, frames=1)) for _ in range(300)])
-    rows = outs[:, 0, 0, 0, 0]
-    assert rows.min() < 0.04  # the first row of the picture
-    assert outs[:, 0, 0, -1, 0].max() > 0.91  # its last, averaged with the one before
+    crop = MultiScaleCrop(12, scales=(0.6,))  # 12 of 20 pixels: a quarter of the room is 2
+    outs = torch.cat([crop(coordinates(20, 20, frames=1)) for _ in range(400)])
+    corners = {(round(y.item() * 20), round(x.item() * 20)) for y, x in outs[:, :2, 0, 0, 0]}
+    assert corners == {(2 * down, 2 * across) for down, across in OFFSETS}
+    assert len(corners) == 13
+
+
+def test_a_size_close_to_the_result_is_taken_as_it():
+    video = torch.rand(1, 3, 2, 20, 20)
+    crop = MultiScaleCrop(16, scales=(0.9,))  # 18 pixels become 16: cut out, not resized
+    cut = crop(video)
+    assert any(torch.equal(cut, video[..., top : top + 16, left : left + 16]) for top in range(5) for left in range(5))
 
 
 def test_draws_follow_the_seed():

@@ -127,5 +127,5 @@ def test_label_smoothing_is_for_training_alone(tmp_path):
 def test_pictures_are_the_clips():
     video = torch.rand(3, 3, 4, 16, 16)
     picture = task(num_pictures=2).media({"video": video})["clips"]
-    assert picture.shape == (4, 3, 32, 16)
-    assert torch.equal(picture[:, :, 16:], (video[1] * 255).round().byte().transpose(0, 1))
+    assert picture.shape == (4, 3, 2 * 17, 17)  # with a white line below and beside each
+    assert torch.equal(picture[:, :, 17:33, :16], (video[1] * 255).round().byte().transpose(0, 1))

@@ -108,10 +108,12 @@ def test_pictures_show_clip_hidden_and_filled():
     module, clips = task(num_pictures=2).eval(), batch(3)
     picture = module.media(clips)["reconstruction"]
     assert picture.dtype == torch.uint8
-    assert picture.shape == (4, 3, 2 * 16, 3 * 16)
+    assert picture.shape == (4, 3, 2 * 17, 3 * 17)
+    assert (picture[:, :, 16::17] == 255).all()  # white lines between
+    assert (picture[:, :, :, 16::17] == 255).all()
     original = (clips["video"][:2] * 255).round().byte()
-    assert torch.equal(picture[:, :, 16:, :16], original[1].transpose(0, 1))
-    seen, filled = picture[:, :, :16, 16:32], picture[:, :, :16, 32:]
+    assert torch.equal(picture[:, :, 17:33, :16], original[1].transpose(0, 1))
+    seen, filled = picture[:, :, :16, 17:33], picture[:, :, :16, 34:50]
     visible = (seen != 0).any(dim=1, keepdim=True).expand_as(seen)
     assert 0.4 < visible.float().mean() < 0.6
     assert torch.equal(seen[visible], original[0].transpose(0, 1)[visible])

@@ -79,8 +79,8 @@ class _EncoderEvaluation(Callback, ABC):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise ValueError(
-                f"callbacks.{self.name} needs the whole encoder, but trainer.strategy shards it: set it to null here, and "
-                "probe the finished run with task=classification and init_from."
+                f"callbacks.{self.name} needs the whole encoder, but trainer.strategy shards it: set it to null here "
+                "and probe the finished run with task=classification and init_from."
             )
         if stage == "fit":
             self.untrained = copy.deepcopy(pl_module.model.encoder)  # type: ignore[union-attr, assignment]

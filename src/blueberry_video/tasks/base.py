@@ -8,6 +8,8 @@ from typing import cast
 
 import lightning
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -76,6 +78,15 @@ class Task(lightning.LightningModule, ABC):
     def media(self, batch: dict) -> dict[str, Tensor]:
         """Pictures of what the model does with a batch: name -> uint8 (T, C, H, W). None by default."""
         return {}
+
+    @staticmethod
+    def panels(columns: list[Tensor]) -> Tensor:
+        """Videos side by side: a row a clip, a column each of ``columns``, float (B, C, T, H, W) in [0, 1].
+
+        Gives one video uint8 (T, C, height, width) with white lines between.
+        """
+        bordered = [F.pad(video, (0, 1, 0, 1), value=1.0) for video in columns]
+        return rearrange(torch.cat(bordered, dim=4), "b c t h w -> t c (b h) w").mul(255).round().byte()
 
     def tokens_per_clip(self, batch: dict) -> int:
         """Number of tokens a clip of this batch is cut into."""

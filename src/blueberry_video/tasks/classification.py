@@ -90,5 +90,4 @@ class Classification(Task):
 
     def media(self, batch: dict) -> dict[str, Tensor]:
         """``clips``: a row a clip, as the model gets them."""
-        video = batch["video"][: self.num_pictures]
-        return {"clips": torch.cat(list(video), dim=2).transpose(0, 1).mul(255).round().byte()}
+        return {"clips": self.panels([batch["video"][: self.num_pictures]])}

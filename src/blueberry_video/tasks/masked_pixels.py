@@ -94,5 +94,4 @@ class MaskedPixels(Task):
         masks = self.masking(len(video), encoder.grid(video.shape), torch.Generator().manual_seed(0)).to(video.device)
         seen = hide(video, masks.target, encoder.grid(video.shape), encoder.patch_size)
         filled = reconstruct(self.model, video, self.normalize(video), masks.keep, masks.target)
-        rows = torch.cat([video, seen, filled], dim=4)  # (B, C, T, H, 3 W)
-        return {"reconstruction": torch.cat(list(rows), dim=2).transpose(0, 1).mul(255).round().byte()}
+        return {"reconstruction": self.panels([video, seen, filled])}
