@@ -4,40 +4,15 @@ import copy
 
 import pytest
 import torch
-from torch.utils.data import Dataset
 
 from blueberry_video.evaluation.supervised import LabelledClips, Recipe, encode, fine_tune, fit_probe, score
-from blueberry_video.models.vit import VisionTransformer
 
 PAIRS = {"motion": ((0, 1),)}
 
 
-class Ramps(Dataset):
-    """Clips that brighten (motion 0) or darken (motion 1), each the other backwards; any frame tells the ``level``."""
-
-    def __len__(self):
-        return 96
-
-    def __getitem__(self, index):
-        generator = torch.Generator().manual_seed(index)
-        motion, level = index % 2, (index // 2) % 2
-        ramp = torch.linspace(0, 60, 4) if motion == 0 else torch.linspace(60, 0, 4)
-        noise = torch.rand(4, 3, 8, 8, generator=generator) * 20
-        video = (20 + 120 * level + ramp[:, None, None, None] + noise).byte()
-        return {"video": video, "labels": {"motion": motion, "level": level}}
-
-
-@pytest.fixture
-def encoder():
-    torch.manual_seed(0)
-    return VisionTransformer(
-        image_size=8, num_frames=4, patch_size=4, tubelet_size=2, embed_dim=24, depth=1, num_heads=2
-    )
-
-
 @pytest.fixture(scope="module")
-def clips():
-    return LabelledClips.of(Ramps(), 96, ("motion", "level"))
+def clips(ramps):
+    return LabelledClips.of(ramps, 96, ("motion", "level"))
 
 
 def normalize(video):
@@ -92,8 +67,8 @@ def test_same_seed_same_result(encoder, clips):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_too_few_clips_and_unknown_labels_are_told():
+def test_too_few_clips_and_unknown_labels_are_told(ramps):
     with pytest.raises(ValueError, match="97 labelled clips were asked for but the dataset has 96"):
-        LabelledClips.of(Ramps(), 97, ("motion",))
+        LabelledClips.of(ramps, 97, ("motion",))
     with pytest.raises(ValueError, match=r"no label 'colour'.*motion, level"):
-        LabelledClips.of(Ramps(), 4, ("colour",))
+        LabelledClips.of(ramps, 4, ("colour",))

@@ -1,0 +1,99 @@
+"""The evaluations at the end of a run: what they log, and that they compare with the untrained network."""
+
+import copy
+from functools import partial
+from types import SimpleNamespace
+
+import lightning
+import pytest
+import torch
+
+from blueberry_video.data.datamodule import DataModule
+from blueberry_video.evaluation.callbacks import FewLabels, Probe
+from blueberry_video.masking import RandomMasking
+from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
+from blueberry_video.models.vit import VisionTransformer
+from blueberry_video.optim import constant
+from blueberry_video.tasks.masked_pixels import MaskedPixels
+
+NAMES = {"motion", "motion_within_pairs"}
+CONTROLS = {f"{name}{suffix}" for name in NAMES for suffix in ("_shuffled", "_trivial")} | {"motion_gain"}
+
+
+def fake_task(encoder):
+    return SimpleNamespace(
+        model=SimpleNamespace(encoder=encoder), normalize=lambda video: (video - 0.4) / 0.2, device=torch.device("cpu")
+    )
+
+
+def fake_data(ramps):
+    return SimpleNamespace(train=ramps, val=ramps, classes=ramps.classes, reversal_pairs=ramps.reversal_pairs)
+
+
+def test_probe_logs_every_label_with_its_controls(encoder, ramps):
+    probe = Probe(["motion", "level"], train_clips=64, val_clips=32, steps=40, lr=1e-2)
+    probe.untrained = copy.deepcopy(encoder)
+    values = probe.measure(fake_task(encoder), fake_data(ramps))
+    assert values.keys() == NAMES | CONTROLS | {f"{name}_random_init" for name in NAMES} | {
+        "level",
+        "level_random_init",
+        "level_gain",
+        "level_trivial",
+    }
+    assert values["level"] > 0.9
+    assert values["level_trivial"] == values["motion_within_pairs_trivial"] == 0.5
+    assert values["motion_gain"] == 0  # both are the same encoder, the same clips and the same random numbers
+
+
+def test_few_labels_tell_a_trained_encoder_from_an_untrained_one(encoder, ramps):
+    few = FewLabels(["motion"], num_labelled=64, val_clips=32, steps=60, lr=3e-3)
+    few.untrained = copy.deepcopy(encoder)
+    for parameter in few.untrained.parameters():  # an encoder that nothing can be learned from
+        parameter.data.zero_()
+    few.untrained.requires_grad_(False)
+    values = few.measure(fake_task(encoder), fake_data(ramps))
+    assert values.keys() == NAMES | CONTROLS | {f"{name}_scratch" for name in NAMES}
+    assert values["motion"] > 0.9
+    assert values["motion_scratch"] <= 0.6
+    assert values["motion_gain"] == pytest.approx(values["motion"] - values["motion_scratch"])
+    assert values["motion_within_pairs_shuffled"] < 0.8
+
+
+def test_the_reference_is_untrained_also_where_the_run_starts_from_weights(encoder, ramps, tmp_path):
+    trained = {name: value + 1 for name, value in encoder.state_dict().items()}
+    torch.save(trained, tmp_path / "weights.pt")
+    model = MaskedAutoencoder(copy.deepcopy(encoder), 12, 1, 1)
+    task = MaskedPixels(model, partial(torch.optim.SGD, lr=0.0), constant, RandomMasking(0.5), num_pictures=1)
+    task.init_from = tmp_path / "weights.pt"
+    probe = Probe(["level"], "linear", name="linear", train_clips=32, val_clips=32, steps=5)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        callbacks=[probe],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(task, datamodule=DataModule(ramps, ramps, batch_size=16))
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(probe.untrained.state_dict()[name], value), name
+        assert torch.equal(task.model.encoder.state_dict()[name], trained[name]), name
+    assert {"linear/level", "linear/level_random_init"} <= trainer.callback_metrics.keys()
+
+
+def test_a_sharded_model_is_refused(encoder):
+    strategy = lightning.pytorch.strategies.FSDPStrategy(process_group_backend="gloo")
+    with pytest.raises(ValueError, match=r"callbacks\.few_labels needs the whole encoder"):
+        FewLabels(["motion"]).setup(SimpleNamespace(strategy=strategy), None, "fit")
+
+
+def test_encoders_of_any_size_are_probed(ramps):
+    wide = VisionTransformer(
+        image_size=8, num_frames=4, patch_size=8, tubelet_size=4, embed_dim=10, depth=1, num_heads=5
+    )
+    probe = Probe(["level"], train_clips=32, val_clips=32, steps=2)
+    probe.untrained = copy.deepcopy(wide)
+    assert "level" in probe.measure(fake_task(wide), fake_data(ramps))
