@@ -26,7 +26,6 @@ TINY = [
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Calls train's main with arguments; returns the folders of all runs, oldest first."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # main replaces it
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> list[Path]:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # torch and lightning are imported once the config is known t
 
 
 def main() -> None:
-    command_line.tell_errors_in_one_paragraph()
     command = command_line.parse(sys.argv[1:])
     if command.multirun:
         sys.argv[1:] = command.for_hydra()
@@ -97,4 +96,5 @@ def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    with command_line.OneParagraphErrors():
+        main()

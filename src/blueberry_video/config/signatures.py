@@ -306,6 +306,8 @@ def _kinds(annotation: ast.expr | None, choices: list[Any]) -> frozenset[str] | 
             return frozenset({"None"})
         case ast.Constant(value=str() as text):
             return _kinds(ast.parse(text, mode="eval").body, choices)
+        case ast.Name(id="Tensor"):  # no YAML value is one: `float | Tensor` takes a float
+            return frozenset()
         case ast.Name(id=name) if name in _SCALARS:
             return frozenset({name})
         case ast.Name(id=name) | ast.Subscript(value=ast.Name(id=name)) if name in _CONTAINERS:

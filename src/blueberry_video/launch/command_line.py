@@ -81,12 +81,23 @@ def _split(text: str) -> list[str]:
         ) from error
 
 
-def tell_errors_in_one_paragraph() -> None:
-    """From now on an error that this package raises itself ends the process with its message alone, and exit code 1.
+class OneParagraphErrors:
+    """An error that this package raises itself ends the process with its message alone, and exit code 1.
 
-    An error from anywhere else keeps its traceback: it is a bug. BLUEBERRY_TRACEBACK=1 shows every traceback.
+    An error from anywhere else keeps its traceback: it is a bug. BLUEBERRY_TRACEBACK=1 shows every traceback. Not a
+    ``sys.excepthook``: wandb puts one of its own before it, which prints the traceback.
     """
-    sys.excepthook = _tell
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        message = None if error is None or os.environ.get(TRACEBACK_VARIABLE) == "1" else paragraph(error)
+        if message is not None:
+            text = textwrap.fill(f"Error: {message}", 118, break_long_words=False, break_on_hyphens=False)
+            print(f"\n{text}", file=sys.stderr)
+            raise SystemExit(1) from None
 
 
 def quiet_libraries() -> None:
@@ -98,17 +109,6 @@ def quiet_libraries() -> None:
         r".*does not have many workers",  # sprites need none; `data.num_workers` is in every data config
     ):
         warnings.filterwarnings("ignore", message)
-
-
-def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    message = None if os.environ.get(TRACEBACK_VARIABLE) == "1" else paragraph(error)
-    if message is None:
-        sys.__excepthook__(kind, error, trace)
-    else:
-        print(
-            "\n" + textwrap.fill(f"Error: {message}", 118, break_long_words=False, break_on_hyphens=False),
-            file=sys.stderr,
-        )
 
 
 def paragraph(error: BaseException) -> str | None:

@@ -5,7 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from blueberry_video.launch.command_line import tell_errors_in_one_paragraph
+from blueberry_video.launch.command_line import OneParagraphErrors
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -37,6 +37,6 @@ def new_experiment(name: str, root: Path = Path("experiments")) -> Path:
 
 
 if __name__ == "__main__":
-    tell_errors_in_one_paragraph()
-    made = new_experiment(sys.argv[1] if len(sys.argv) > 1 else "")
+    with OneParagraphErrors():
+        made = new_experiment(sys.argv[1] if len(sys.argv) > 1 else "")
     print(f"made {made}/: README.md takes the question, config.yaml the differences; then `make check EXP={made.name}`")

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
 import lightning
 import torch
@@ -36,10 +36,14 @@ class Task(lightning.LightningModule, ABC):
         lr_batch_size: the global batch the learning rate is meant for: at another batch it is scaled linearly.
             ``None`` takes the rate as it is. VideoMAE's published rates are for 256.
 
+    Raises:
+        ValueError: if ``model`` is not what this task trains.
+
     Attributes:
         init_from: a checkpoint or published weights that ``model.encoder`` starts from; ``None`` for random weights.
     """
 
+    trains: ClassVar[type[nn.Module]] = nn.Module  # what `model` must be
     model: nn.Module
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -55,6 +59,11 @@ class Task(lightning.LightningModule, ABC):
         lr_batch_size: int | None = None,
     ):
         super().__init__()
+        if not isinstance(model, self.trains):
+            raise ValueError(
+                f"task {type(self).__name__} trains a {self.trains.__name__}, but model is a {type(model).__name__}: "
+                f"choose a model of conf/model/ whose _target_ is {self.trains.__name__}, or the task that fits it."
+            )
         self.model = model
         self.augment = augment
         self.lr_batch_size = lr_batch_size

@@ -26,6 +26,7 @@ class Classification(Task):
         num_pictures: clips shown in :meth:`media`.
     """
 
+    trains = VideoClassifier
     model: VideoClassifier
 
     def __init__(

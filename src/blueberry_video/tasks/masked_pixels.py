@@ -52,6 +52,7 @@ class MaskedPixels(Task):
         num_pictures: clips shown in :meth:`media`.
     """
 
+    trains = MaskedAutoencoder
     model: MaskedAutoencoder
 
     def __init__(
