@@ -245,6 +245,13 @@ def test_a_wrong_file_is_refused(tmp_path: Path, values: str, words: list[str]):
     assert [word for word in words if word not in said] == [], said
 
 
+def test_a_typo_is_told_also_where_a_mandatory_value_is_open(tmp_path: Path):
+    folder = written(tmp_path, "name: test", DEFAULTS.replace("sprites", "video_folder"))
+    said = refusal(folder, "modle.encoder.depth=3")
+    assert "`model.encoder.depth`" in said, said
+    assert "no key `typo`" in refusal(folder, "typo=1")
+
+
 @pytest.mark.parametrize(
     ("defaults", "words"),
     [

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from blueberry_video.config.schema import CONF, NODES, Config
 from blueberry_video.config.signatures import UNKNOWN, Parameter, Signature, names, signature
@@ -293,7 +293,8 @@ def targets(node: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if isinstance(node, Mapping):
         if isinstance(node.get("_target_"), str):
             yield path, node
-        for key, value in node.items():
+        # A composed config may still hold `???`: it is looked at as it stands
+        for key, value in node.items_ex(resolve=False) if isinstance(node, DictConfig) else node.items():
             yield from targets(value, f"{path}.{key}")
 
 
