@@ -7,6 +7,7 @@ there.
 
 import json
 import random
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
@@ -161,6 +162,35 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+class Progress(TQDMProgressBar):
+    """How far a run is: a bar in a terminal; in a file, a pipe or a cluster's log a line now and then.
+
+    Args:
+        refresh_rate: batches between two looks of the bar.
+        seconds: between two lines.
+    """
+
+    def __init__(self, refresh_rate: int = 10, seconds: float = 10.0) -> None:
+        self.lines = not sys.stderr.isatty()
+        super().__init__(refresh_rate=0 if self.lines else refresh_rate)
+        self.seconds = seconds
+        self._told = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, *arguments)
+        last = trainer.global_step == trainer.max_steps
+        if self.lines and trainer.is_global_zero and (last or time.perf_counter() - self._told >= self.seconds):
+            self._told = time.perf_counter()
+            end = f" of {trainer.max_steps}" if trainer.max_steps > 0 else f", epoch {trainer.current_epoch}"
+            shown = ", ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, pl_module).items())
+            print(f"step {trainer.global_step}{end}: {shown}", flush=True)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict]:
+        wanted = ("train/loss", "val/loss", "throughput/clips_per_s")
+        metrics = trainer.callback_metrics
+        return {name: f"{metrics[name].item():.4g}" for name in wanted if name in metrics}
 
 
 class NaNGuard(Callback):

@@ -13,12 +13,12 @@ from blueberry_video.optim import warmup_cosine
 from blueberry_video.tasks.classification import Classification
 
 
-class BrightestFrame(nn.Module):
+class BrightestFrame(VideoClassifier):
     """Motion logits that depend on the order of frames, shape logits that do not; one unused weight."""
 
     def __init__(self):
-        super().__init__()
-        self.encoder = VisionTransformer(16, 4, 8, 2, embed_dim=4, depth=0, num_heads=1)
+        encoder = VisionTransformer(16, 4, 8, 2, embed_dim=4, depth=0, num_heads=1)
+        super().__init__(encoder, {"motion": 8, "shape": 3})
         self.weight = nn.Parameter(torch.ones(()))
 
     def forward(self, video: Tensor) -> dict[str, Tensor]:
@@ -129,3 +129,38 @@ def test_pictures_are_the_clips():
     picture = task(num_pictures=2).media({"video": video})["clips"]
     assert picture.shape == (4, 3, 2 * 17, 17)  # with a white line below and beside each
     assert torch.equal(picture[:, :, 17:33, :16], (video[1] * 255).round().byte().transpose(0, 1))
+
+
+def test_a_probe_is_trained_beside_one_of_the_untrained_encoder(tmp_path):
+    torch.manual_seed(0)
+    encoder = VisionTransformer(16, 4, 8, 2, embed_dim=16, depth=1, num_heads=2)
+    module = task(VideoClassifier(encoder, {"motion": 8}, pooling="attentive", freeze_encoder=True))
+    untrained = {name: value.clone() for name, value in encoder.state_dict().items()}
+    torch.save({name: value + 0.1 for name, value in untrained.items()}, tmp_path / "weights.pt")
+    module.init_from = tmp_path / "weights.pt"
+    heads = [next(iter(part.head.linear["motion"].parameters())) for part in (module.model, module.untrained)]
+    before = [head.clone() for head in heads]
+    fit = trainer(tmp_path)
+    fit.fit(module, datamodule=data())
+    for name, value in untrained.items():
+        assert torch.equal(module.untrained.encoder.state_dict()[name], value), name
+        assert torch.equal(module.model.encoder.state_dict()[name], value + 0.1), name
+    assert all(not torch.equal(head, start) for head, start in zip(heads, before, strict=True))
+    assert {"val/motion", "val/motion_random_init", "val/motion_shuffled"} <= fit.callback_metrics.keys()
+
+
+def test_the_untrained_probe_leaves_the_loss_as_it_is():
+    torch.manual_seed(0)
+    encoder = VisionTransformer(16, 4, 8, 2, embed_dim=16, depth=1, num_heads=2)
+    module = task(VideoClassifier(encoder, {"motion": 8}, freeze_encoder=True, head_init_scale=1.0))
+    module.model.head.linear["motion"].bias.data += torch.arange(8)
+    batch = {"video": torch.rand(2, 3, 4, 16, 16), "labels": {"motion": torch.tensor([1, 5])}}
+    loss = module.shared_step(batch, "train")["loss"]
+    logits = module.model(module.normalize(batch["video"]))["motion"]
+    alone = torch.nn.functional.cross_entropy(logits, batch["labels"]["motion"])
+    torch.testing.assert_close(loss, alone)
+
+
+def test_a_model_that_the_task_cannot_train_is_refused():
+    with pytest.raises(ValueError, match="task Classification trains a VideoClassifier, but model is a Linear"):
+        task(nn.Linear(2, 2))

@@ -295,7 +295,7 @@ def targets(node: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield path, node
         # A composed config may still hold `???`: it is looked at as it stands
         for key, value in node.items_ex(resolve=False) if isinstance(node, DictConfig) else node.items():
-            yield from targets(value, f"{path}.{key}")
+            yield from targets(value, f"{path}.{key!s}")
 
 
 def _value(node: Mapping[str, Any], key: str) -> Any:

@@ -137,7 +137,7 @@ class Task(lightning.LightningModule, ABC):
         return values
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self._make_optimizer(parameter_groups(self.model))
+        optimizer = self._make_optimizer(parameter_groups(self))
         if self.lr_batch_size is not None:
             scale = self._global_batch_size() / self.lr_batch_size
             for group in optimizer.param_groups:

@@ -1,5 +1,6 @@
 """Supervised classification of clips: training from scratch, fine-tuning, and (frozen encoder) probing."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -44,19 +45,30 @@ class Classification(Task):
         super().__init__(model, optimizer, schedule, augment, mean, std, lr_batch_size)
         self.label_smoothing = label_smoothing
         self.num_pictures = num_pictures
+        self.untrained = copy.deepcopy(model) if model.freeze_encoder else None  # before init_from is loaded
         self._class_counts: dict[str, Tensor] = {}
 
     def shared_step(self, batch: dict, stage: str) -> dict[str, Tensor]:
-        logits = self.model(self.normalize(batch["video"]))
+        inputs = self.normalize(batch["video"])
+        logits = self.model(inputs)
         labels = {name: batch["labels"][name] for name in logits}
-        smoothing = self.label_smoothing if stage == "train" else 0.0
-        losses = [F.cross_entropy(logits[name].float(), labels[name], label_smoothing=smoothing) for name in logits]
-        values = {"loss": torch.stack(losses).mean()}
+        values = {"loss": self._loss(logits, labels, stage)}
         values |= {name: accuracy(logits[name], labels[name]) for name in logits}
+        if self.untrained is not None:
+            untrained = self.untrained(inputs)
+            beside = self._loss(untrained, labels, stage)
+            values["loss"] = values["loss"] + (beside - beside.detach())  # the loss of the probe, the gradients of both
+            values |= {f"{name}_random_init": accuracy(untrained[name], labels[name]) for name in logits}
         if stage != "train":
             self._count_classes(logits, labels)
             values |= self._motion_controls(batch["video"], logits, labels)
         return values
+
+    def _loss(self, logits: dict[str, Tensor], labels: dict[str, Tensor], stage: str) -> Tensor:
+        """Mean over the labels of their cross-entropies."""
+        smoothing = self.label_smoothing if stage == "train" else 0.0
+        losses = [F.cross_entropy(logits[name].float(), labels[name], label_smoothing=smoothing) for name in logits]
+        return torch.stack(losses).mean()
 
     def _motion_controls(
         self, video: Tensor, logits: dict[str, Tensor], labels: dict[str, Tensor]
