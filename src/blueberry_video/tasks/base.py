@@ -10,7 +10,7 @@ import lightning
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -108,7 +108,8 @@ class Task(lightning.LightningModule, ABC):
     def setup(self, stage: str) -> None:
         """Loads ``init_from``: after the callbacks' setup, so that those can keep a copy of the untrained encoder."""
         if stage == "fit" and self.init_from is not None:
-            rank_zero_info(load_encoder(cast(nn.Module, self.model.encoder), self.init_from))
+            said = load_encoder(cast(nn.Module, self.model.encoder), self.init_from)
+            rank_zero_only(print)(said)
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         """uint8 (B, T, C, H, W) on the device -> float (B, C, T, H, W) in [0, 1]."""
