@@ -268,24 +268,33 @@ def validate(config: Mapping[str, Any]) -> None:
     """
     models = list(targets(config.get("model"), "model"))
     encoders = [(path, node) for path, node in models if _value(node, "patch_size") is not None]
-    datasets = [
-        (path, node) for path, node in targets(config.get("data"), "data") if _value(node, "num_frames") is not None
-    ]
     for path, node in models:
         _divides(node, path, "image_size", "patch_size", "pixels cannot be cut into whole patches")
         _divides(node, path, "num_frames", "tubelet_size", "frames cannot be cut into whole tubelets")
         _divides(node, path, "embed_dim", "num_heads", "channels cannot be shared by the heads")
         _divides(node, path, "decoder_dim", "decoder_num_heads", "channels cannot be shared by the heads")
     for path, encoder in encoders:
-        for data_path, dataset in datasets:
-            for key in ("num_frames", "image_size"):
-                wanted, given = _value(encoder, key), _value(dataset, key)
-                if wanted is not None and given is not None and _pair(wanted) != _pair(given):
-                    plus = "" if key in dataset else "+"
-                    raise ValueError(
-                        f"`{data_path}.{key}` = {given} and `{path}.{key}` = {wanted} disagree: the clips would not "
-                        f"fit the model. Write `{plus}{data_path}.{key}={wanted}` or `{path}.{key}={given}`."
-                    )
+        for place, node, key, same in _clip_sizes(config):
+            wanted, given = _value(encoder, same), _value(node, key)
+            if wanted is not None and given is not None and _pair(wanted) != _pair(given):
+                plus = "" if key in node else "+"
+                raise ValueError(
+                    f"`{place}.{key}` = {given} and `{path}.{same}` = {wanted} disagree: the clips would not fit the "
+                    f"model. Write `{plus}{place}.{key}={wanted}` or `{path}.{same}={given}`."
+                )
+
+
+def _clip_sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], str, str]]:
+    """What sets the size of the clips that reach the model: a node with its full key, its key, and the encoder's."""
+    augment = (config.get("task") or {}).get("augment")
+    for path, node in targets(config.get("data"), "data"):
+        if _value(node, "num_frames") is None:
+            continue
+        yield path, node, "num_frames", "num_frames"
+        if augment and path.startswith("data.train"):  # crops the clips last
+            yield "task.augment", augment, "size", "image_size"
+        else:
+            yield path, node, "image_size", "image_size"
 
 
 def targets(node: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
