@@ -373,8 +373,8 @@ def test_the_environment_shows_a_traceback_on_request(experiment: Path):
 
 
 def test_an_augmentation_sets_the_size_of_training_clips():
-    experiment = ROOT / "experiments" / "videomae_k400"
-    assert compose(experiment / "config.yaml").data.train.image_size == 256  # cropped to the model's 224
+    experiment = ROOT / "experiments" / "videomae_k400" / "config.yaml"
+    assert compose(experiment).data.train.image_size == 256  # cropped to the model's 224
     said = refusal(experiment, "task.augment.size=192")
     assert "`task.augment.size` = 192 and `model.encoder.image_size` = 224 disagree" in said
     assert "`data.val.image_size` = 256" in refusal(experiment, "data.val.image_size=256")
