@@ -46,7 +46,7 @@ def test_probe_logs_every_label_with_its_controls(encoder, ramps):
 
 
 def test_few_labels_tell_a_trained_encoder_from_an_untrained_one(encoder, ramps):
-    few = FewLabels(["motion"], num_labelled=64, val_clips=32, steps=60, lr=3e-3)
+    few = FewLabels(["motion"], num_labelled=64, val_clips=32, steps=60, lrs=[3e-3])
     few.untrained = copy.deepcopy(encoder)
     for parameter in few.untrained.parameters():  # an encoder that nothing can be learned from
         parameter.data.zero_()
