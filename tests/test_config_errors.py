@@ -175,6 +175,10 @@ def test_neither_torch_nor_lightning_is_imported_to_check(experiment: Path):
         "model=videomae/tinny": ["there is no conf/model/videomae/tinny.yaml", "Write `model=videomae/tiny`"],
         "trainer=gpuu": ["conf/trainer/gpuu.yaml", "`gpu`"],
         "debug=fast": ["`+debug=fast`"],
+        "+debgu=fast": ["`+debgu=fast`", "Did you mean `+debug=fast`?"],
+        "debgu=fast": ["`debgu=fast`", "Did you mean `+debug=fast`?"],
+        "+model=videomae/tiny": ["without the plus, `model=videomae/tiny`"],
+        "+trainer=gpu": ["without the plus, `trainer=gpu`"],
         # values
         "seed=abc": ["`seed=abc`", "Integer"],
         "model.encoder.depth=eight": ["`model.encoder.depth` = eight", "takes int"],
@@ -190,6 +194,18 @@ def test_neither_torch_nor_lightning_is_imported_to_check(experiment: Path):
         "~optimizer._partial_": ["`_partial_: true`"],
         "+expected.loss.at_leest=1": ["`expected.loss.at_leest` = 1", "`at_least`"],
         "+expected.loss=1": ["`expected.loss` = 1", "at_least: 0.5"],
+        "expected={val/los:{at_most: 3}}": ["write `'+expected={val/los:{at_most: 3}}'`"],
+        "expected.loss.at_most=3": ["write `+expected.loss.at_most=3`"],
+        "+expected={loss: {}}": ["`expected.loss` = {}", "at_least: 0.5"],
+        "+expected.loss.at_most=inf": ["`expected.loss.at_most` = inf", "finite"],
+        "+expected.loss.at_least=nan": ["`expected.loss.at_least` = nan", "finite"],
+        "+expected={loss: {at_least: 3, at_most: 2}}": ["`expected.loss`", "at least 3 and at most 2", "swap"],
+        "optimizer.lr=-1": ["`optimizer.lr` = -1", "optimizer.lr=0.001"],
+        "optimizer.weight_decay=-0.1": ["`optimizer.weight_decay` = -0.1", "optimizer.weight_decay=0.05"],
+        "seed=-1": ["`seed` = -1", "seed=0"],
+        "trainer.devices=foo": ["`trainer.devices` = foo", "trainer.devices=[0,1]"],
+        "trainer.devices=0": ["`trainer.devices` = 0", "trainer.devices=1"],
+        "trainer.devices='0,1'": ["`trainer.devices` = 0,1", "trainer.devices=[0,1]"],
         # syntax
         "model.encoder.depth=": ["`model.encoder.depth=` has no value"],
         "model.encoder.depth": ["`model.encoder.depth` cannot be read", "key=value"],
@@ -200,9 +216,9 @@ def test_neither_torch_nor_lightning_is_imported_to_check(experiment: Path):
         "hydra.run.dir=x": ["output_dir"],
         # targets
         "model.encoder._target_=os.system": ["os.system is not allowed", "allow_targets: [os]"],
-        "model.encoder._target_=torch.os.system": ["is not allowed", "posix"],
+        "model.encoder._target_=torch.os.system": ["is not allowed", "torch.nn", "allow_targets: [torch.os.system]"],
         "model.encoder._target_=torchevil.x": ["torchevil.x is not allowed"],
-        "model.encoder._target_=torch.hub.load": ["may not download"],
+        "model.encoder._target_=torch.hub.load": ["is not allowed", "allow_targets: [torch.hub.load]"],
         "model.encoder._target_=builtins.eval": ["is not allowed"],
         "task._target_=hydra.utils.get_method": ["is not allowed"],
         "model.encoder._target_=blueberry_video.models.vit.VisonTransformer": [
@@ -233,6 +249,7 @@ def test_a_wrong_override_is_refused(experiment: Path, override: str, words: lis
         ("name: test\ntrainer: {max_stepz: 3}", ["`trainer.max_stepz` = 3", "`trainer.max_steps`"]),
         ("name: test\nmodel: {encoder: {depht: 3}}", ["`model.encoder.depht` = 3", "`model.encoder.depth`"]),
         ("name: test\nseed: abc", ["`seed`", "config.yaml", "Integer"]),
+        ("name: test\nseed: -1", ["`seed` = -1", "`seed=0`"]),
         ("name: test\nseed: ${sead}", ["`seed`", "sead"]),
         ("seed: 3", ["`name` has no value"]),
         ("name: test\nseed: [1", ["config.yaml", "line", "not valid YAML"]),
@@ -307,6 +324,62 @@ def test_allow_targets_opens_one_package(experiment: Path):
     assert "allow_targets: [json]" in refusal(experiment, target)
     assert compose(experiment, [target, "allow_targets=[json]"]).task.augment.indent == 2
     assert "indnet" in refusal(experiment, target.replace("indent", "indnet"), "allow_targets=[json]")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        # outside of what is listed
+        "torch.utils.collect_env.run",
+        "torch.utils.model_zoo.load_url",
+        "torch.jit.load",
+        "torch.package.PackageImporter",
+        "torch.builtins.eval",
+        "lightning.fabric.utilities.cloud_io._load",
+        "lightning.pytorch.utilities.migration.utils.migrate_checkpoint",
+        "blueberry_video.train.main",
+        "blueberry_video.launch.processes.start",
+        "blueberry_video.config.compose",
+        "torch.utils.data.datapipes.gen_pyi.gen_from_template",
+        "lightning.pytorch.strategies.launchers.subprocess_script._SubprocessScriptLauncher",
+        # out of it by a detour
+        "torch.nn.modules.module.torch.hub.load",
+        "torch.nn.modules.module.torch.builtins.eval",
+        "blueberry_video.experiment.provenance.subprocess.run",
+        # methods that unpickle
+        "lightning.fabric.plugins.TorchCheckpointIO.load_checkpoint",
+        "blueberry_video.experiment.checkpoint.AtomicCheckpointIO.load_checkpoint",
+    ],
+)
+def test_a_target_that_could_run_anything_is_refused(experiment: Path, target: str):
+    said = refusal(experiment, f"+callbacks.x={{_target_: {target}, _args_: [x, y, z, x, y]}}")
+    assert "`callbacks.x._target_`" in said
+    assert "is not allowed" in said
+    assert f"allow_targets: [{target}]" in said
+
+
+def test_allow_targets_opens_one_name(experiment: Path):
+    target = "task.augment={_target_: torch.jit.load, f: x}"
+    assert compose(experiment, [target, "allow_targets=[torch.jit.load]"]).task.augment.f == "x"
+    assert "is not allowed" in refusal(experiment, target, "allow_targets=[torch.jit.save]")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.encoder._target_=blueberry_video.models.vit.pickle.loads",
+        "task.augment={_partial_: true}",
+    ],
+)
+def test_what_was_typed_is_not_suggested(experiment: Path, override: str):
+    typed = override.rpartition("=")[2] if "_target_" in override else "task.augment._partial_"
+    assert f"mean `{typed}`" not in refusal(experiment, override)
+
+
+def test_a_suggested_bound_is_accepted(experiment: Path):
+    said = refusal(experiment, "expected={val/los:{at_most: 3}}")
+    suggested = said.rpartition("write `'")[2].removesuffix("'`.")
+    assert compose(experiment, [suggested]).expected["val/los"].at_most == 3
 
 
 def test_a_saved_config_is_checked_like_any_other(experiment: Path, tmp_path: Path):

@@ -1,5 +1,6 @@
 """Every file of conf/ composes, passes its checks, and builds what it names, with the model on the meta device."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from blueberry_video.config import CONF, compose
+from blueberry_video.data.sprites import Sprites
 
 FILES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml") if path.parent != CONF)
 MODELS = [name for name in FILES if name.startswith("model/") and not name.startswith("model/vit/")]
@@ -101,6 +103,12 @@ def test_the_cpu_trainer_builds(experiment: Path, tmp_path: Path):
     config = compose(experiment, ["trainer.max_steps=3"])
     trainer = instantiate(config.trainer, _partial_=True)(callbacks=[], logger=False, default_root_dir=tmp_path)
     assert (trainer.max_steps, trainer.world_size) == (3, 1)
+
+
+def test_a_video_folder_takes_the_clips_that_make_data_writes(experiment: Path):
+    config = compose(experiment, ["data=video_folder", "data.train.root=somewhere"])
+    span = (config.data.train.num_frames - 1) * config.data.train.stride + 1
+    assert span <= inspect.signature(Sprites).parameters["num_frames"].default
 
 
 @pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONF)))

@@ -141,7 +141,8 @@ def test_too_few_frames_stop_the_run_and_are_no_damage(tmp_path: Path):
     make(tmp_path)
     clips = VideoFolder(tmp_path, num_frames=16)
     with pytest.raises(
-        ValueError, match=r"0\.mp4: num_frames=16 with stride=1 needs a video of 16 frames.* has 12: .*pad=true"
+        ValueError,
+        match=r"0\.mp4: num_frames=16 with stride=1 needs a video of 16 frames.* has 12: .*data\.train\.pad=true",
     ):
         clips[0]
     assert not clips.skipped
@@ -209,11 +210,24 @@ def test_faulty_rows_are_named(tmp_path: Path, rows: list, error: type[Exception
         ({"stride": 2}, "stride=2 with sampler='uniform'"),
         ({"num_clips": 3}, "num_clips=3 with sampler='uniform'"),
         ({"metadata": "none", "split": "train"}, "split='train' with metadata='none'"),
+        ({"image_size": 0}, "image_size=0 is no size in pixels: write"),
+        ({"image_size": -1}, "image_size=-1 is no size in pixels: write"),
+        ({"image_size": [32, 0]}, r"image_size=\[32, 0\] is no size in pixels: write"),
+        ({"max_broken_share": 1.5}, "max_broken_share=1.5 is outside 0 to 1"),
+        ({"max_broken_share": -0.1}, "max_broken_share=-0.1 is outside 0 to 1"),
     ],
 )
 def test_arguments_that_contradict_each_other(tmp_path: Path, arguments: dict, message: str):
     with pytest.raises(ValueError, match=message):
         VideoFolder(make(tmp_path), 4, **arguments)
+
+
+def test_metadata_in_another_encoding_is_named(tmp_path: Path):
+    make(tmp_path, files=1)
+    row = '{"file_name": "0.mp4", "caption": "caf\u00e9"}'
+    (tmp_path / "metadata.jsonl").write_bytes(row.encode("latin1"))
+    with pytest.raises(ValueError, match=r"metadata\.jsonl is not UTF-8 text .*: save it as UTF-8"):
+        VideoFolder(tmp_path, 4)
 
 
 def break_file(root: Path, number: int) -> None:

@@ -136,12 +136,21 @@ def test_the_world_is_a_source_too(tmp_path: Path):
         (["source=spirtes"], "source='spirtes' does not exist: choose from sprites, world"),
         (["imagesize=32"], "imagesize=32 does not exist: choose from .*image_size"),
         (["train=many"], "train='many' is not a number of clips"),
+        (["crf=60"], "crf=60 is outside 0"),
+        (["train=0", "val=0"], "sources is empty"),
     ],
 )
 def test_a_faulty_command_is_refused(tmp_path: Path, arguments: list[str], message: str):
     with pytest.raises(SystemExit, match=message):
         main([f"out={tmp_path / 'd'}", *arguments])
     assert not (tmp_path / "d").exists()
+
+
+def test_the_command_leaves_another_folder_as_it_is(tmp_path: Path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(SystemExit, match=r"was not written by this tool: nothing was changed\. Choose another out"):
+        main([f"out={tmp_path}", "train=2", "val=0"])
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_values_out_of_range(tmp_path: Path):

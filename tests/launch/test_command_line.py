@@ -1,16 +1,19 @@
 """What a command line asks for, and what an error says to the one who typed it."""
 
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from hydra.utils import instantiate
+from lightning import Trainer
 from torch.utils.data import DataLoader
 
 from blueberry_video.data.sprites import Sprites
-from blueberry_video.launch.command_line import Command, paragraph, parse
+from blueberry_video.launch.command_line import Command, paragraph, parse, quiet_libraries
 
 
 def test_an_experiment_with_overrides():
@@ -77,6 +80,38 @@ def test_hydra_is_seen_through():
         lambda: instantiate({"model": {"_target_": "torch.nn.Linear", "in_features": -1, "out_features": 1}})
     )
     assert str(paragraph(library)).startswith("`model` cannot be built: RuntimeError")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"precision": 17}, "`trainer` cannot be built: .*17"),
+        ({"accelerator": "gpu"}, "`trainer` cannot be built: .*`trainer=cpu` needs no GPU"),
+        ({"accelerator": "cuda"}, "`trainer` cannot be built: .*`trainer=cpu` needs no GPU"),
+        ({"gradient_clip_val": 1.0, "gradient_clip_algorithm": "x"}, "`trainer` cannot be built: "),
+    ],
+)
+def test_values_that_the_trainer_refuses_are_a_paragraph(values: dict, words: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("lightning.fabric.accelerators.cuda.num_cuda_devices", lambda: 0)
+    trainer = instantiate({"_target_": "lightning.Trainer", "_partial_": True, "logger": False, **values})
+    assert re.match(words, str(paragraph(error_of(trainer))), re.DOTALL)
+
+
+def test_a_bug_in_a_trainer_keeps_its_traceback(tmp_path: Path):
+    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    assert paragraph(error_of(lambda: trainer.fit(3))) is None
+
+
+def test_a_short_epoch_is_nothing_to_warn_of():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet_libraries()
+        warnings.warn(
+            "The number of training batches (3) is smaller than the logging interval Trainer(…)", stacklevel=1
+        )
+        warnings.warn("another", stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["another"]
 
 
 class Broken(torch.utils.data.Dataset):

@@ -1,6 +1,7 @@
 """What makes a config wrong: an unknown key, a missing or impossible value, a forbidden target, keys that disagree."""
 
 import difflib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
@@ -10,8 +11,24 @@ from omegaconf import DictConfig, OmegaConf
 from blueberry_video.config.schema import CONF, NODES, Config
 from blueberry_video.config.signatures import UNKNOWN, Parameter, Signature, names, signature
 
-ALLOWED_PACKAGES = ("blueberry_video", "torch", "lightning")
-REFUSED = ("torch.hub", "torch.load", "torch.serialization", "torch.utils.cpp_extension")  # download, unpickle, compile
+OWN = "blueberry_video"
+ALLOWED = (  # what a config has reason to build; elsewhere torch and lightning download, unpickle and run commands
+    OWN,
+    "torch.nn",
+    "torch.optim",
+    "torch.utils.data",
+    "torch.profiler",
+    "lightning.Trainer",
+    *(
+        f"lightning.pytorch.{part}"
+        for part in ("callbacks", "loggers", "strategies", "plugins", "profilers", "trainer")
+    ),
+    *(f"lightning.fabric.{part}" for part in ("plugins", "strategies")),
+)
+REFUSED = (  # within these: what starts processes, and code generators
+    *(f"{OWN}.{part}" for part in ("launch", "train", "config")),
+    "torch.utils.data.datapipes",
+)
 SUPPLIED = {  # what train.py passes itself: a config neither needs it nor may give it
     "task": ("model", "optimizer", "schedule"),
     "trainer": ("callbacks", "logger", "default_root_dir"),
@@ -57,8 +74,36 @@ def _check_root_values(config: Mapping[str, Any]) -> None:
             f"`name` = {short(name)} must name the experiment, and with it the folder of its runs: a word such as "
             "`name: my_idea`."
         )
-    for metric, bounds in (config.get("expected") or {}).items():
-        if not isinstance(bounds, Mapping) or not all(type(limit) in (int, float) for limit in bounds.values()):
+    seed: Any = config.get("seed", 0)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"`seed` = {seed} is outside 0 to {2**32 - 1}, what random generators take: write `seed=0`.")
+    for key in ("lr", "weight_decay"):
+        value: Any = (config.get("optimizer") or {}).get(key)
+        if type(value) in (int, float) and not 0 <= value < math.inf:
+            raise ValueError(
+                f"`optimizer.{key}` = {value} must be a finite number of at least 0: write for example "
+                f"`optimizer.{key}={0.001 if key == 'lr' else 0.05}`."
+            )
+    devices = (config.get("trainer") or {}).get("devices", 1)
+    number = int(devices) if isinstance(devices, str) and devices.removeprefix("-").isdecimal() else devices
+    is_list = isinstance(devices, list | tuple) and devices and all(type(index) is int for index in devices)
+    is_number = type(number) is int and (number == -1 or number > 0)
+    if devices != "auto" and not is_list and not is_number:
+        raise ValueError(
+            f"`trainer.devices` = {short(devices)} names no devices: write their number (`trainer.devices=1`), -1 for "
+            "all, or a list of their indices (`trainer.devices=[0,1]`)."
+        )
+    _check_expected(config.get("expected") or {})
+
+
+def _check_expected(expected: Mapping[str, Any]) -> None:
+    """Every bound can be kept: a run of days must not end with a verdict that cannot be given."""
+    for metric, bounds in expected.items():
+        if (
+            not isinstance(bounds, Mapping)
+            or not bounds
+            or not all(type(limit) in (int, float) for limit in bounds.values())
+        ):
             raise ValueError(
                 f"`expected.{metric}` = {short(bounds)} is not a bound and a number. Write `expected: {{{metric}: "
                 "{at_least: 0.5}}`, or at_most."
@@ -69,6 +114,17 @@ def _check_root_values(config: Mapping[str, Any]) -> None:
                     f"`expected.{metric}.{bound}` = {short(bounds[bound])} is not a bound. "
                     f"{did_you_mean(bound, ('at_least', 'at_most'))} Write `expected: {{{metric}: {{at_least: 0.5}}}}`."
                 )
+            if not math.isfinite(bounds[bound]):
+                raise ValueError(
+                    f"`expected.{metric}.{bound}` = {bounds[bound]} is not a finite number: give the value to compare "
+                    "with, or remove the bound."
+                )
+        least, most = bounds.get("at_least", -math.inf), bounds.get("at_most", math.inf)
+        if least > most:
+            raise ValueError(
+                f"`expected.{metric}` = {short(dict(bounds))} asks for at least {least} and at most {most}, which no "
+                "value can be: swap or remove one of the bounds."
+            )
 
 
 # ---- the keys of a node ----------------------------------------------------------------------------------------------
@@ -81,7 +137,7 @@ def check_node(node: Any, path: str, root: str, allow: tuple[str, ...] = ()) -> 
         node: a value of the config.
         path: its full key.
         root: the root key it lies under.
-        allow: packages that ``_target_`` may name beside the usual ones.
+        allow: packages, modules or names that ``_target_`` may name beside ``ALLOWED``.
 
     Raises:
         ValueError: the first mistake.
@@ -155,24 +211,35 @@ def _check_target(node: Mapping[str, Any], path: str, root: str, allow: tuple[st
 
 def _signature(target: Any, path: str, allow: tuple[str, ...]) -> Signature:
     """Signature of a target, if it is allowed."""
-    packages = (*ALLOWED_PACKAGES, *allow)
     is_said = f"`{path}._target_` = {short(target)} is not allowed: "
-    if not isinstance(target, str) or not _inside(target, packages):
+    if not isinstance(target, str):
+        raise ValueError(f"{is_said}it must be the dotted name of a class or function.")
+    top = target.partition(".")[0]
+    trusted = target if top in (OWN, "torch", "lightning") else top
+    remedy = f"If you trust it, list it in the experiment: `allow_targets: [{trusted}]`."
+    if not _inside(target, allow) and not _is_allowed(target):
         raise ValueError(
-            f"{is_said}a target may name only {', '.join(packages)}. If you trust the package, list it in the "
-            f"experiment: `allow_targets: [{str(target).partition('.')[0]}]`."
+            f"{is_said}a target is a public name in {', '.join(ALLOWED)}, but not in {', '.join(REFUSED)}. {remedy}"
         )
-    if _inside(target, REFUSED) and target not in allow:
-        raise ValueError(f"{is_said}a config may not download, unpickle or compile code.")
     try:
         known = signature(target)
     except (ImportError, AttributeError, TypeError) as error:
         nearest = did_you_mean(target, names(target))
-        raise ValueError(f"`{path}._target_` = {target} cannot be built: {error}. {nearest}") from error
-    # `torch.os.system` leaves through a module that torch imports: what counts is where the callable is defined
-    if not _inside(known.home, (*packages, "builtins")):
-        raise ValueError(f"{is_said}it is defined in {known.home}, not in {', '.join(packages)}.")
+        raise ValueError(f"`{path}._target_` = {target} cannot be built: {error}. {nearest}".rstrip()) from error
+    if target in allow:
+        return known
+    remedy = f"If you trust it, list it in the experiment: `allow_targets: [{target}]`."
+    # `torch.nn.modules.module.torch.hub.load` leaves through a module that torch.nn imports: what counts is the home
+    if not _inside(known.home, (*ALLOWED, *allow)) or (_inside(known.home, REFUSED) and not _inside(known.home, allow)):
+        raise ValueError(f"{is_said}it is defined in {known.home}, where a config has nothing to build. {remedy}")
+    if known.is_method and not _inside(target, allow):  # some methods read files that can run code
+        raise ValueError(f"{is_said}it is a method: name a class or a function. {remedy}")
     return known
+
+
+def _is_allowed(target: str) -> bool:
+    is_private = any(part.startswith("_") for part in target.split("."))
+    return _inside(target, ALLOWED) and not _inside(target, REFUSED) and not is_private
 
 
 def _inside(name: str, packages: Iterable[str]) -> bool:
@@ -208,8 +275,10 @@ def _check_kind(parameter: Parameter, value: Any, key: str, target: str) -> None
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """A sentence: the nearest of the options, or all of them where none is near."""
+    """A sentence: the nearest of the options, or all of them where none is near; empty where the word is one itself."""
     known = sorted({str(option) for option in options})
+    if word in known:
+        return ""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if near:
         return f"Did you mean `{near[0]}`?"
@@ -226,7 +295,7 @@ def fix(word: str, options: Iterable[str], value: Any, path: str, node: Mapping[
         path, node: full key and content of the mapping it stands in.
         rest: what follows the wrong key in the full key, such as ``.depth`` in ``modle.depth``.
     """
-    options = list(options)
+    options = [option for option in options if option != word]
     near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     if not near and (deeper := _deeper(word, path, node)):
         path, node, key = deeper

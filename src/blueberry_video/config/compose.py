@@ -105,6 +105,8 @@ def _compose(file: Path, overrides: Sequence[str], conf: Path, saved: bool) -> D
                 f"`{line}` gives several values to one run: write `{key}=[…]` if it is a list, or run every value with "
                 f'`make sweep EXP=… SWEEP="{line}"`.'
             )
+        if group := _misspelt_group(override, conf):
+            raise ValueError(f"`{line}`: conf/ has no group `{key}`. Did you mean `+{group}={override.value()}`?")
         if override.is_hydra_override():
             raise ValueError(
                 f"`{line}`: a single run has no Hydra settings; `output_dir=…` says where runs are written."
@@ -246,6 +248,8 @@ def _explain_override(override: Override, base: DictConfig) -> str | None:
         options = _options(node, path)
         if override.is_delete():
             return f"`{line}`: the config has no key `{full}` to delete. {did_you_mean(part, options)}"
+        if parts[0] == "expected" and parts[1:]:
+            return f"`{line}`: `expected` does not name `{parts[1]}` yet, so it has to be added: write `+{line}`."
         if part in options:
             return f"`{line}`: `{'.'.join(parts[: depth + 1])}` is a right key that no file sets yet: write `+{line}`."
         if not isinstance(node, DictConfig):
@@ -277,7 +281,9 @@ def _explain_file(error: Exception, file: Path, groups: Sequence[Override], conf
             return f"`{root}` {place}, is not a root key. {did_you_mean(root, ROOT_KEYS)}"
         return f"`{cause.full_key}` {place}, is wrong: {_first_line(cause)}."
     for override in groups:
-        line, key = override.input_line, override.get_key_element()
+        line, key = override.input_line or "", override.get_key_element()
+        if override.is_add() and ("Multiple values" in str(error) or "more than once" in str(error)):
+            return f"`{line}`: the config chooses its `{key[1:]}` already: write it without the plus, `{line[1:]}`."
         if not key.startswith("+") and f"'{key}'" in str(error):
             return f"`{line}`: no default names the group `{override.key_or_group}`, so it has to be added: `+{line}`."
     words = [word for word in re.findall(r"'([^']+)'", str(error)) if word != file.stem and word not in _groups(conf)]
@@ -294,6 +300,8 @@ def _explain_value(error: Exception, overrides: Sequence[Override]) -> str:
     line = next((override.input_line for override in overrides if key.startswith(override.key_or_group)), key)
     if isinstance(cause, ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
         parent, _, word = key.rpartition(".")
+        if parent.partition(".")[0] == "expected" and line != key:
+            return f"`{line}`: `expected` does not name `{word}` yet, so it has to be added: write `'+{line}'`."
         said = fix(word, _options(cause.parent_node, parent), None, parent, cause.parent_node)
         return f"`{line}`: the config has no key `{key}`. {said}"
     return f"`{line}` is refused: {_first_line(cause)}."
@@ -311,6 +319,15 @@ def _is_group(override: Override, file: Path, conf: Path) -> bool:
     if isinstance(override.value(), dict):
         return False
     return any((root / override.key_or_group).is_dir() for root in (conf, file.parent))
+
+
+def _misspelt_group(override: Override, conf: Path) -> str | None:
+    """The group that a key means which is nearly the name of one, and of one that is no root key, such as ``debug``."""
+    key = override.key_or_group
+    if "." in key or not isinstance(override.value(), str) or key in (*ROOT_KEYS, *_groups(conf)):
+        return None
+    near = difflib.get_close_matches(key, {*ROOT_KEYS, *_groups(conf)}, n=1, cutoff=0.6)
+    return near[0] if near and near[0] not in ROOT_KEYS else None
 
 
 def _choices(group: str, file: Path, conf: Path) -> list[str]:

@@ -25,7 +25,7 @@ class Config:
         expected: metric → ``at_least`` or ``at_most`` → value: the verdicts at the end of the run.
         enforce_expected: exit with an error where an expected value is missed (``make gate``).
         optimized_metric: the metric that ``train`` returns to a sweep; null: none.
-        allow_targets: packages that ``_target_`` may name besides blueberry_video, torch and lightning.
+        allow_targets: packages, modules or full names that ``_target_`` may name besides ``checks.ALLOWED``.
         init_from: a run folder, a checkpoint or published weights that the model's encoder starts from.
         resume: ``last`` or the name of a run of this experiment, to continue in its own folder.
         check: dry run instead of training (``make check``).

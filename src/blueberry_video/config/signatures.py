@@ -51,12 +51,14 @@ class Signature:
         parameters: by name.
         open: whether it takes ``**kwargs``.
         positional: the names that ``_args_`` fills, in order.
+        is_method: whether it is a function inside a class.
     """
 
     home: str
     parameters: dict[str, Parameter]
     open: bool = False
     positional: tuple[str, ...] = ()
+    is_method: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,9 @@ def signature(target: str) -> Signature:
     if found is not None and found.node is not None:
         static = _of_definition(found, bound=True)
         if static is not None:
-            return static
+            owner = _resolve(target.rpartition(".")[0])
+            in_class = owner is not None and isinstance(owner.node, ast.ClassDef)
+            return dataclasses.replace(static, is_method=in_class and isinstance(found.node, ast.FunctionDef))
     if found is not None and found.node is None:
         raise TypeError(f"{target} is a module, not a class or a function")
     if found is None and target.startswith(f"{OWN_PACKAGE}."):  # nothing of ours is hidden from its sources
@@ -356,13 +360,16 @@ def _of_object(target: Any) -> Signature:
         TypeError: it is not callable.
     """
     home = getattr(target, "__module__", None) or type(target).__module__
+    in_class = "." in getattr(target, "__qualname__", "").rpartition("<locals>.")[2]
+    is_method = in_class and not inspect.isclass(target)
     if not callable(target):
         raise TypeError(f"{target!r} is not callable")
     try:
         found = inspect.signature(target).parameters
     except ValueError:
-        return Signature(home, {}, open=True)
+        return Signature(home, {}, open=True, is_method=is_method)
     takes = {name: p for name, p in found.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     parameters = {name: Parameter(p.default is p.empty) for name, p in takes.items()}
     positional = tuple(name for name, p in takes.items() if p.kind is not p.KEYWORD_ONLY)
-    return Signature(home, parameters, any(p.kind is p.VAR_KEYWORD for p in found.values()), positional)
+    is_open = any(p.kind is p.VAR_KEYWORD for p in found.values())
+    return Signature(home, parameters, is_open, positional, is_method)

@@ -128,7 +128,13 @@ def _source(root: Path, metadata: str | None) -> Path:
 
 def _entries(source: Path) -> Iterable[tuple[str, dict]]:
     """(where it stands, the row as an object)."""
-    text = source.read_text(encoding="utf-8-sig")
+    try:
+        text = source.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{source} is not UTF-8 text (byte {error.start}: {error.reason}): save it as UTF-8, for example with "
+            "`iconv -f latin1 -t utf-8`."
+        ) from error
     if source.suffix == ".csv":
         listed = [(f"{source} line {i}", row) for i, row in enumerate(csv.DictReader(text.splitlines()), start=2)]
     elif source.suffix == ".jsonl":

@@ -89,6 +89,16 @@ class VideoFolder(Dataset):
         make: Callable[[Path], None] | None = None,
     ):
         _check_choices(sampler, stride, fps, num_clips, resize)
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if size is not None and (len(size) != 2 or min(size) < 1):
+            raise ValueError(
+                f"image_size={image_size} is no size in pixels: write one number of at least 1, [height, width], or "
+                "null for the size of the files."
+            )
+        if not 0 <= max_broken_share <= 1:
+            raise ValueError(
+                f"max_broken_share={max_broken_share} is outside 0 to 1: it is a share of the files, such as 0.05."
+            )
         self.root = Path(root)
         if make is not None:
             make(self.root)
@@ -99,7 +109,6 @@ class VideoFolder(Dataset):
             fps,
             num_clips,
         )
-        size = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.image_size = (int(size[0]), int(size[1])) if size is not None else None
         self.resize, self.pad, self.backends = resize, pad, tuple(backends)
         self.max_broken_share, self.skipped_file, self.seed = max_broken_share, skipped_file, seed
@@ -200,7 +209,10 @@ class VideoFolder(Dataset):
             assert self.fps is not None
             return sampling.fixed_fps(info.timestamps, self.num_frames, self.fps, pad=self.pad)
         except ValueError as error:
-            raise ValueError(f"{info.path}: {error}") from error
+            raise ValueError(
+                f"{info.path}: {error} In a config these are model.encoder.num_frames, data.train.stride and "
+                "data.train.pad=true (or data.val.…)."
+            ) from error
 
     def _examples(self) -> str:
         return "; ".join(f"{name}: {reason}" for name, reason in list(self.skipped.items())[:3])

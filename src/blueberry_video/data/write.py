@@ -191,7 +191,8 @@ def main(arguments: list[str]) -> None:
     """Runs the command of the module's docstring.
 
     Raises:
-        SystemExit: with a message, for a word that is not ``key=value`` or a key or value that does not exist.
+        SystemExit: with a message, for a word that is not ``key=value``, a key or value that does not exist or is out
+            of range, or a folder that holds something else.
     """
     options = {}
     for word in arguments:
@@ -222,8 +223,11 @@ def main(arguments: list[str]) -> None:
             there = sorted({"source", "out", "train", "val", "test", "crf", "preset", "num_workers", *known})
             raise SystemExit(f"{key}={value} does not exist: choose from {', '.join(there)}.")
         (settings if key in known else writing)[key] = _parsed(value)
-    datasets = {split: SOURCES[source](split, size, **settings) for split, size in sizes.items() if size}
-    FolderWriter(datasets, **writing)(out)
+    try:
+        datasets = {split: SOURCES[source](split, size, **settings) for split, size in sizes.items() if size}
+        FolderWriter(datasets, **writing)(out)
+    except (FileExistsError, ValueError) as error:  # how this package refuses a value: the text names it and the fix
+        raise SystemExit(f"Error: {error}") from error
     print(f"{sum(sizes.values()):,} videos in {out}")
 
 

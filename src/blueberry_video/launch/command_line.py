@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from blueberry_video.config import compose, expand_sweep, load
 
 PACKAGE = Path(__file__).resolve().parents[1]
+TRAINER = ("pytorch", "trainer", "trainer.py")  # the end of the path of Lightning's file
 TRACEBACK_VARIABLE = "BLUEBERRY_TRACEBACK"
 
 
@@ -106,13 +107,14 @@ def quiet_libraries() -> None:
     for message in (
         r".*isinstance\(treespec, LeafSpec\)",  # lightning's own use of a deprecated torch function
         r".*have overridden `on_after_batch_transfer` in `LightningModule`",  # as every task does, on purpose
+        r"The number of training batches .* is smaller than the logging interval",  # an epoch may be short
         r".*does not have many workers",  # sprites need none; `data.num_workers` is in every data config
     ):
         warnings.filterwarnings("ignore", message)
 
 
 def paragraph(error: BaseException) -> str | None:
-    """The message of an error that this package raised itself, None for any other.
+    """The message of an error that this package raised itself or that a config's values caused, None for any other.
 
     Hydra wraps what a constructor raises, and the worker of a data loader sends its traceback as text: both are seen
     through.
@@ -128,4 +130,17 @@ def paragraph(error: BaseException) -> str | None:
         return message if files and Path(files[-1]).is_relative_to(PACKAGE) else None
     frames = traceback.extract_tb(error.__traceback__)
     ours = bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
-    return str(error) if ours and isinstance(error, Exception) else None
+    if ours:
+        return str(error) if isinstance(error, Exception) else None
+    return _trainer_refusal(error, frames)
+
+
+def _trainer_refusal(error: BaseException, frames: traceback.StackSummary) -> str | None:
+    """What Lightning's Trainer says of the values it was built from: train.py calls it, so Hydra wraps nothing."""
+    refuses = isinstance(error, ValueError | TypeError) or type(error).__name__ == "MisconfigurationException"
+    in_constructor = any(frame.name == "__init__" and Path(frame.filename).parts[-3:] == TRAINER for frame in frames)
+    if not refuses or not in_constructor:
+        return None
+    needs_gpu = re.search(r"gpu|cuda", str(error), re.IGNORECASE)
+    hint = " `trainer=cpu` needs no GPU; `make doctor` tells what this machine has." if needs_gpu else ""
+    return f"`trainer` cannot be built: {error}{hint}"
