@@ -1,5 +1,6 @@
 """A run that is killed and resumed ends with the same weights, bit for bit, in the same folder and wandb run."""
 
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -225,3 +226,58 @@ def test_run_that_fails_in_its_final_evaluations_repeats_them(tmp_path: Path) ->
     assert run.record["status"] == "failed"
     train(RunFolder.resume("tiny", "last", tmp_path), Evaluation(), every_n_steps=8)
     assert run.record["metrics"]["probe/motion"] == 0.5
+
+
+class Killed(Exception):
+    pass
+
+
+class KilledAfter(Callback):
+    """Notes the clips of every step, and ends the training after some of them."""
+
+    def __init__(self, steps: int = 1000) -> None:
+        self.steps = steps
+        self.clips: dict[int, list[int]] = {}
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: dict, batch_idx: int
+    ) -> None:
+        if len(self.clips) == self.steps:
+            raise Killed
+        self.clips[trainer.global_step] = list(batch["id"])
+
+
+@pytest.mark.parametrize("options", [{"check_val_every_n_epoch": 2}, {"limit_val_batches": 0}, {}], ids=str)
+@pytest.mark.parametrize(("killed_after", "every_n_steps"), [(1, 1), (5, 5), (7, 5)])
+def test_run_that_is_killed_again_and_again_goes_through_the_same_clips(
+    tmp_path: Path, killed_after: int, every_n_steps: int, options: dict
+) -> None:
+    options = {**options, "every_n_steps": every_n_steps, "max_steps": 17}
+    unbroken, broken = create(tmp_path / "unbroken"), create(tmp_path / "broken")
+    whole, clips = KilledAfter(), {}
+    expected = train(unbroken, whole, **options)
+    for _ in range(17):
+        part = KilledAfter(killed_after)
+        with contextlib.suppress(Killed):
+            got = train(broken, part, **options)
+        clips |= part.clips
+        if broken.record["status"] == "finished":
+            break
+        broken = RunFolder.resume("tiny", "last", tmp_path / "broken")
+    assert clips == whole.clips
+    assert differing(expected, got) == []
+    assert read_steps(broken.path / "metrics.csv") == read_steps(unbroken.path / "metrics.csv")
+
+
+@pytest.mark.parametrize("name", ["last", "its own"])
+def test_run_that_is_killed_before_its_first_checkpoint_starts_again(tmp_path: Path, name: str) -> None:
+    unbroken, older, broken = create(tmp_path), create(tmp_path / "broken"), create(tmp_path / "broken")
+    expected = train(unbroken, every_n_steps=5)
+    train(older, every_n_steps=5, max_steps=5)
+    with pytest.raises(Killed):
+        train(broken, KilledAfter(3), every_n_steps=5)
+    before = broken.record["wandb"]
+    resumed = RunFolder.resume("tiny", name if name == "last" else broken.name, tmp_path / "broken")
+    assert (resumed.path, resumed.record["wandb"]) == (broken.path, before)
+    assert differing(expected, train(resumed, every_n_steps=5)) == []
+    assert (resumed.path / "metrics.csv").read_text() == (unbroken.path / "metrics.csv").read_text()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def test_a_run_can_be_repeated_and_trained_on(command, capsys: pytest.CaptureFix
     assert losses(runs[1]) == losses(first), "training on a run's config repeats it"
 
     assert command(*EXPERIMENT, f"resume={first.name}", "trainer.max_steps=6") == runs, "the same folder"
+    assert "from step_00000004.ckpt (step 4 of 6)" in capsys.readouterr().out
     assert len(losses(first)) == 6
     assert losses(first)[:4] == losses(runs[1])
     assert record(first)["resumes"][0]["previous_status"] == "finished"
@@ -70,6 +72,15 @@ def test_another_run_can_start_from_its_encoder(command, capsys: pytest.CaptureF
     command(*EXPERIMENT, *classify)
     assert f"encoder tensors from {checkpoint}" in capsys.readouterr().out
 
+    killed = command(*EXPERIMENT, *classify)[-1]
+    shutil.rmtree(killed / "checkpoints")
+    (killed / "run.json").write_text(json.dumps({**record(killed), "status": "running"}))
+    capsys.readouterr()
+    command(*EXPERIMENT, *classify, "resume=last")
+    told = capsys.readouterr().out
+    assert f"{killed.name}: no checkpoint yet: from the start" in told
+    assert f"encoder tensors from {checkpoint}" in told
+
 
 def test_a_sweep_gives_every_job_its_own_folder(command):
     runs = command(*EXPERIMENT, "--multirun", "trainer.max_steps=1", "seed=1,2")
@@ -77,13 +88,19 @@ def test_a_sweep_gives_every_job_its_own_folder(command):
     assert losses(runs[0]) != losses(runs[1])
 
 
-def test_a_missed_expectation_ends_a_gate_with_an_error(command):
+def test_a_missed_expectation_ends_a_gate_with_an_error(command, capsys: pytest.CaptureFixture):
     expected = "expected={val/loss: {at_most: 0.000001}}"
     impossible = [*EXPERIMENT, "trainer.max_steps=1", expected]
     command(*impossible)  # a run alone records it
     with pytest.raises(SystemExit) as ended:
         command(*impossible, "enforce_expected=true")
     assert "val/loss" in str(ended.value)
+
+    capsys.readouterr()
+    command(*impossible, "resume=last")  # is no gate, though the run was one
+    assert "already finished at step 1: raise trainer.max_steps to train on" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command(*impossible, "resume=last", "enforce_expected=true")
     command(*EXPERIMENT, "trainer.max_steps=1", "expected={val/loss: {at_most: 1000}}", "enforce_expected=true")
 
 

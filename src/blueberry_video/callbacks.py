@@ -248,8 +248,8 @@ class NaNGuard(Callback):
         clips = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         raise FloatingPointError(
             f"step {trainer.global_step}: {what} on the clips {clips or 'without ids'}; {path} "
-            "has all. The weights are those of the step before. Lower optimizer.lr or trainer.gradient_clip_val, "
-            "lengthen the warm-up, use bf16 or 32-bit precision, or look at these clips."
+            "has all. The weights are those of the step before. Set or lower trainer.gradient_clip_val, lower "
+            "optimizer.lr, lengthen the warm-up, use bf16 or 32-bit precision, or look at these clips."
         )
 
 

@@ -50,6 +50,7 @@ def run(config: DictConfig, overrides: list[str] | None = None) -> float | None:
     elif config.resume:
         folder = RunFolder.resume(config.name, config.resume, config.output_dir)
         config = configs.load(folder.path / "config.yaml", [*(overrides or ()), f"++resume={folder.name}"], config)
+        folder.print_start(config.trainer.get("max_steps"))
     else:
         folder = RunFolder.create(config, config.output_dir)
     with folder:
@@ -83,11 +84,10 @@ def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:
     from blueberry_video.experiment.loggers import MetricsCSV
 
     seed_everything(config.seed, workers=True, verbose=False)
-    data, model = instantiate(config.data), instantiate(config.model)
+    data, model, optimizer, schedule = map(instantiate, (config.data, config.model, config.optimizer, config.schedule))
     data.list_skipped_in(str(folder.path / "skipped.csv"))
-    optimizer, schedule = instantiate(config.optimizer), instantiate(config.schedule)
     task = instantiate(config.task, _partial_=True)(model=model, optimizer=optimizer, schedule=schedule)
-    if config.init_from and not folder.resumed:
+    if config.init_from and folder.checkpoint() is None:
         task.init_from = weights_file(config.init_from)
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback]
     logger = [MetricsCSV(folder), *([instantiate(config.logger, run=folder)] if config.logger else [])]

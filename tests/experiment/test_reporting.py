@@ -75,6 +75,16 @@ def test_summary_of_a_run_without_comparisons_still_tells_where_to_look(tmp_path
     assert "learned" not in summary(run)
 
 
+@pytest.mark.parametrize(("count", "text"), [(1, "1 video file skipped"), (5, "5 video files skipped"), (0, None)])
+def test_skipped_videos_are_told(run: RunFolder, count: int, text: str | None) -> None:
+    rows = [f"root,{i}.mp4,broken" for i in range(count)]
+    (run.path / "skipped.csv").write_text("\n".join(["root,file,reason", *rows]) + "\n")
+    run.finish(METRICS)
+    for shown in (summary(run), report.write_report(run).read_text().partition("<h2>")[0]):
+        assert ("skipped.csv" in shown) == (text is not None)
+        assert text is None or f"{text}: skipped.csv" in shown
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (18720, "5 h 12 min")]
 )

@@ -92,15 +92,72 @@ def test_config_without_a_name_is_refused(tmp_path: Path) -> None:
         RunFolder.create(OmegaConf.create({"seed": 1}), tmp_path)
 
 
-def test_last_is_the_newest_run_with_a_good_checkpoint(tmp_path: Path) -> None:
-    runs = [RunFolder.create(CONFIG, tmp_path) for _ in range(4)]
-    add_checkpoint(runs[0])
-    good = add_checkpoint(runs[1])
-    add_checkpoint(runs[2]).write_bytes(b"damaged")
-    resumed = RunFolder.resume("idea", "last", tmp_path)
-    assert resumed.path == runs[1].path
-    assert resumed.checkpoint() == good
-    assert resumed.record["wandb"] == runs[1].record["wandb"]
+def test_last_is_the_newest_run_and_starts_again_where_it_has_no_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    finished, killed = (RunFolder.create(CONFIG, tmp_path) for _ in range(2))
+    add_checkpoint(finished)
+    finished.finish({})
+    (killed.path / "metrics.csv").write_text("step,train/loss\n0,0.5\n")
+    for name in ("last", killed.name):
+        resumed = RunFolder.resume("idea", name, tmp_path)
+        assert resumed.path == killed.path
+        assert resumed.checkpoint() is None
+        assert resumed.record["wandb"] == killed.record["wandb"]
+        assert not (killed.path / "metrics.csv").exists()
+        resumed.print_start(10)
+        assert capsys.readouterr().out == f"resuming idea / {killed.name}: no checkpoint yet: from the start\n"
+
+
+def test_run_whose_checkpoints_are_all_bad_is_refused_and_stays_as_it_was(run: RunFolder, tmp_path: Path) -> None:
+    add_checkpoint(run).write_bytes(b"damaged")
+    (run.path / "metrics.csv").write_text("step\n0\n")
+    before = run.record
+    for name in ("last", run.name):
+        with pytest.raises(FileNotFoundError, match=r"its contents .* do not match"):
+            RunFolder.resume("idea", name, tmp_path)
+    assert run.record == before
+    assert (run.path / "metrics.csv").exists()
+
+
+def test_finished_run_without_checkpoints_is_not_started_again(run: RunFolder, tmp_path: Path) -> None:
+    run.finish({"val/loss": 0.5})
+    before = run.record
+    with pytest.raises(FileNotFoundError, match="finished and has no checkpoint"):
+        RunFolder.resume("idea", "last", tmp_path)
+    assert run.record == before
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "told"),
+    [
+        (8, "from step_00000005.ckpt (step 5 of 8)"),
+        (-1, "from step_00000005.ckpt (step 5)"),
+        (None, "from step_00000005.ckpt (step 5)"),
+        (5, "already finished at step 5: raise trainer.max_steps to train on"),
+    ],
+)
+def test_resuming_tells_from_where(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture, max_steps: int | None, told: str
+) -> None:
+    add_checkpoint(run)
+    RunFolder.resume("idea", "last", tmp_path).print_start(max_steps)
+    assert capsys.readouterr().out == f"resuming idea / {run.name}: {told}\n"
+
+
+def test_what_was_asked_of_one_call_is_not_saved(tmp_path: Path) -> None:
+    mode = {"enforce_expected": True, "check": True, "resume": "last"}
+    run = RunFolder.create(OmegaConf.merge(CONFIG, mode), tmp_path)
+    assert {key: run.config[key] for key in mode} == {"enforce_expected": False, "check": False, "resume": None}
+    assert run.config.expected == CONFIG.expected
+
+
+def test_skipped_files_are_counted_once(run: RunFolder) -> None:
+    assert run.record["skipped"] == 0
+    rows = ["root,file,reason", "a,1.mp4,bad", "a,2.mp4,bad", "b,1.mp4,bad", 'a,1.mp4,"bad, again"']
+    (run.path / "skipped.csv").write_text("\n".join(rows) + "\n")
+    run.finish({})
+    assert run.record["skipped"] == 3
 
 
 def test_resuming_is_recorded(run: RunFolder, tmp_path: Path) -> None:
@@ -124,9 +181,7 @@ def test_resumed_run_keeps_the_metrics_that_are_not_measured_again(run: RunFolde
 def test_unknown_run_is_refused_with_those_that_exist(run: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"resume=lst: .*Runs there: {run.name}"):
         RunFolder.resume("idea", "lst", tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"no run in .* good checkpoint .runs there: {run.name}"):
-        RunFolder.resume("idea", "last", tmp_path)
-    with pytest.raises(FileNotFoundError, match="runs there: none"):
+    with pytest.raises(FileNotFoundError, match="Runs there: none"):
         RunFolder.resume("other", "last", tmp_path)
 
 

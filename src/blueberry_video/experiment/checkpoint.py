@@ -98,6 +98,14 @@ class Checkpoints(Checkpoint):
         self._last: Path | None = None
         self._waits_for_validation = False
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loop, epochs = trainer.fit_loop, trainer.fit_loop.epoch_progress
+        if loop.restarted_mid_epoch and epochs.current.ready == epochs.current.completed:
+            # Saved at the last batch of an epoch without a validation there. Lightning counts that epoch as done, and
+            # forgets to count the next one as begun: a second resume would show the clips of another epoch.
+            epochs.increment_ready()
+            epochs.increment_started()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -162,6 +170,11 @@ def _is_last_step(trainer: Trainer) -> bool:
 def checkpoint_files(folder: str | Path) -> list[Path]:
     """The checkpoints ``step_*.ckpt`` in a folder, newest step first; good or not."""
     return sorted(Path(folder).glob(f"step_*{SUFFIX}"), reverse=True)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The optimiser step at which ``step_<step>.ckpt`` was saved."""
+    return int(path.stem.removeprefix("step_"))
 
 
 def checkpoint_fault(path: str | Path) -> str | None:

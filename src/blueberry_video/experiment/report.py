@@ -18,7 +18,7 @@ from blueberry_video.experiment.curves import plot_curves
 from blueberry_video.experiment.expected import Verdict
 from blueberry_video.experiment.metrics_table import read_curves
 from blueberry_video.experiment.run_folder import RunFolder
-from blueberry_video.experiment.summary import REFERENCES, comparisons, duration, number, shown
+from blueberry_video.experiment.summary import REFERENCES, comparisons, duration, number, shown, skipped_files
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1d2333; --soft: #667085; --line: #e3e6ee; --card: #ffffff; --page: #f5f6fa;
@@ -90,10 +90,11 @@ def _header(run: RunFolder, record: Mapping[str, Any]) -> str:
     hypothesis = run.config.get("hypothesis") or {}
     claim = f"<p>{html.escape(str(hypothesis['claim']))}</p>" if hypothesis.get("claim") else ""
     error = f"<pre>{html.escape(record['error'])}</pre>" if record["error"] else ""
+    skipped = f"<p>{text}</p>" if (text := skipped_files(record)) else ""
     return (
         f"<h1>{html.escape(run.experiment)}</h1>"
         f'<p class="soft">run {html.escape(run.name)} · {_chip(record["status"], finished)} · '
-        f"{duration(record['wall_seconds'])} · {_highlights(run.config)}</p>{claim}{error}"
+        f"{duration(record['wall_seconds'])} · {_highlights(run.config)}</p>{claim}{skipped}{error}"
     )
 
 

@@ -5,6 +5,7 @@ and what came out), ``metrics.csv``, ``checkpoints/``, ``media/``, ``wandb/`` an
 atomically.
 """
 
+import csv
 import json
 import math
 import os
@@ -20,9 +21,12 @@ from typing import Any, Self
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from blueberry_video.experiment.checkpoint import checkpoint_fault, checkpoint_files, latest_good_checkpoint
+from blueberry_video.experiment.checkpoint import checkpoint_files, checkpoint_step, latest_good_checkpoint
 from blueberry_video.experiment.expected import Verdict, judge
 from blueberry_video.experiment.provenance import git_state, hardware, versions
+
+MODE = {"resume": None, "check": False, "enforce_expected": False}
+"""Keys of a config that say what one call is to do; a later one must not inherit them."""
 
 
 class RunFolder:
@@ -51,7 +55,8 @@ class RunFolder:
         """Makes ``<root>/<config.name>/<date_time>/`` with ``config.yaml`` and ``run.json``.
 
         Args:
-            config: the composed config; ``name`` and ``seed`` are read, and ``expected`` at the end.
+            config: the composed config; ``name`` and ``seed`` are read, and ``expected`` at the end. What it says of
+                this one call (``resume``, ``check``, ``enforce_expected``) is not saved.
             root: folder of all runs.
 
         Raises:
@@ -63,7 +68,7 @@ class RunFolder:
                 "the config has no `name`: give the experiment one, `name: my_idea`; its runs go to outputs/my_idea/."
             )
         run = cls(_make_folder(Path(root) / experiment))
-        _write_text(run.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        _write_text(run.path / "config.yaml", OmegaConf.to_yaml(_without_mode(config), resolve=True))
         _write_json(
             run.path / "run.json",
             {
@@ -82,6 +87,7 @@ class RunFolder:
                 "resumes": [],
                 "metrics": {},
                 "expected": [],
+                "skipped": 0,
                 "error": None,
             },
         )
@@ -106,22 +112,33 @@ class RunFolder:
 
     @classmethod
     def resume(cls, experiment: str, run: str, root: str | Path = "outputs") -> Self:
-        """Opens a run in order to train on from its newest good checkpoint, and records that.
+        """Opens a run in order to train it on, and records that.
+
+        It goes on from its newest good checkpoint. A run that was killed before its first one starts again in its
+        folder, without the rows that its ``metrics.csv`` had.
 
         Args:
             experiment: the experiment's name.
-            run: a run's name, or ``last`` for the newest run of the experiment that has a good checkpoint.
+            run: a run's name, or ``last`` for the newest run of the experiment.
             root: folder of all runs.
 
         Raises:
-            FileNotFoundError: for an unknown run or one without a good checkpoint, naming the runs that exist.
+            FileNotFoundError: for an unknown run, naming those that exist; for one whose checkpoints are all bad, and
+                for a finished one that kept none. The run stays as it was.
         """
-        folder = Path(root) / experiment
-        found = cls(_find_resumable(folder, run))
+        found = cls(_find(Path(root) / experiment, run))
         found.resumed = True
         record = found.record
+        checkpoint = found.checkpoint()
+        if checkpoint is None and record["status"] == "finished":
+            raise FileNotFoundError(
+                f"resume={run}: the run {found.path} is finished and has no checkpoint to train on from. Train again "
+                "without resume."
+            )
         if record["status"] == "running":  # it was killed: the last thing it wrote tells how long it had run
             record["wall_seconds"] += max(_last_sign_of_life(found.path) - record["session_started"], 0.0)
+        if checkpoint is None:
+            _remove(found.path / "metrics.csv")
         git = git_state()
         record["resumes"].append(
             {"time": _now(), "previous_status": record["status"], "commit": git["commit"], "dirty": git["dirty"]}
@@ -166,12 +183,31 @@ class RunFolder:
         _write_json(self.path / "run.json", {**self.record, **fields})
 
     def checkpoint(self) -> Path | None:
-        """Where to train on from: the newest good checkpoint of a resumed run, ``None`` for a new one.
+        """Where to train on from: a resumed run's newest good checkpoint, ``None`` for a run that starts.
 
         Raises:
-            FileNotFoundError: if no checkpoint of a resumed run can be read.
+            FileNotFoundError: if a resumed run has checkpoints and none can be read.
         """
-        return latest_good_checkpoint(self.path / "checkpoints") if self.resumed else None
+        folder = self.path / "checkpoints"
+        return latest_good_checkpoint(folder) if self.resumed and checkpoint_files(folder) else None
+
+    @rank_zero_only
+    def print_start(self, max_steps: int | None) -> None:
+        """Prints from where a resumed run goes on.
+
+        Args:
+            max_steps: the optimiser step at which it is to end; ``None`` or -1 where something else ends it.
+        """
+        checkpoint = self.checkpoint()
+        step = checkpoint_step(checkpoint) if checkpoint else 0
+        end = max_steps if max_steps and max_steps > 0 else None
+        if checkpoint is None:
+            start = "no checkpoint yet: from the start"
+        elif end is not None and step >= end:
+            start = f"already finished at step {step}: raise trainer.max_steps to train on"
+        else:
+            start = f"from {checkpoint.name} (step {step}{f' of {end}' if end else ''})"
+        print(f"resuming {self.experiment} / {self.name}: {start}", flush=True)
 
     def finish(self, metrics: Mapping[str, Any]) -> list[Verdict]:
         """Records the final metrics and judges them by the config's ``expected:``.
@@ -194,7 +230,8 @@ class RunFolder:
     def _end(self, status: str, **fields: Any) -> None:
         record = self.record
         wall_seconds = record["wall_seconds"] + time.time() - record["session_started"]
-        self.update(status=status, ended=_now(), wall_seconds=wall_seconds, **fields)
+        skipped = _count_skipped(self.path / "skipped.csv")
+        self.update(status=status, ended=_now(), wall_seconds=wall_seconds, skipped=skipped, **fields)
 
     def __enter__(self) -> Self:
         return self
@@ -214,22 +251,28 @@ def list_runs(folder: str | Path) -> list[Path]:
     return [path for _, path in sorted(records)]
 
 
-def _find_resumable(folder: Path, run: str) -> Path:
+def _find(folder: Path, run: str) -> Path:
     runs = list_runs(folder)
-    names = ", ".join(path.name for path in runs) or "none"
-    if run == "last":
-        for path in reversed(runs):
-            if any(checkpoint_fault(file) is None for file in checkpoint_files(path / "checkpoints")):
-                return path
-        raise FileNotFoundError(
-            f"resume=last: no run in {folder} has a good checkpoint (runs there: {names}). Train without resume; "
-            "checkpoints are written every callbacks.checkpoints.every_n_steps steps."
-        )
-    if folder / run not in runs:
+    path = runs[-1] if runs and run == "last" else folder / run
+    if path not in runs:
+        names = ", ".join(path.name for path in runs) or "none"
         raise FileNotFoundError(
             f"resume={run}: {folder} has no such run. Runs there: {names}; `last` takes the newest."
         )
-    return folder / run
+    return path
+
+
+def _without_mode(config: DictConfig) -> DictConfig:
+    """What describes the run, without what was asked of the one call that made it."""
+    return OmegaConf.merge(config, {key: value for key, value in MODE.items() if key in config})  # type: ignore[return-value]
+
+
+def _count_skipped(file: Path) -> int:
+    """Distinct files in a ``skipped.csv``; 0 where there is none."""
+    if not file.is_file():
+        return 0
+    with file.open(newline="") as lines:
+        return len({(row["root"], row["file"]) for row in csv.DictReader(lines)})
 
 
 def _make_folder(experiment: Path) -> Path:
@@ -257,6 +300,11 @@ def _last_sign_of_life(path: Path) -> float:
 
 def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="microseconds")
+
+
+@rank_zero_only
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
 
 
 @rank_zero_only

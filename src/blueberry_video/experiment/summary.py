@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from blueberry_video.experiment.expected import Verdict
 from blueberry_video.experiment.run_folder import RunFolder
@@ -48,6 +49,8 @@ def summary(run: RunFolder) -> str:
         parts.append(_aligned([header, *table]))
     if record["expected"]:
         parts.append("\n".join(["expected", *(f"  {Verdict(**verdict)}" for verdict in record["expected"])]))
+    if skipped := skipped_files(record):
+        parts.append(skipped)
     parts.append(_where_to_look(run, record["wandb"]))
     return "\n\n".join(parts)
 
@@ -60,6 +63,12 @@ def _where_to_look(run: RunFolder, wandb: dict[str, str | None]) -> str:
     if wandb.get("url"):
         lines.append(f"  wandb     {wandb['url']}")
     return "\n".join(["where to look", *lines, f"  files     {shown(run.path)}"])
+
+
+def skipped_files(record: Mapping[str, Any]) -> str:
+    """How many videos the run could not read and where they are listed; empty where it read all."""
+    count = record.get("skipped", 0)
+    return f"{count} video file{'' if count == 1 else 's'} skipped: skipped.csv" if count else ""
 
 
 def shown(path: Path) -> str:
