@@ -9,6 +9,7 @@ from blueberry_video.experiment.checkpoint import (
     checkpoint_fault,
     checkpoint_files,
     latest_good_checkpoint,
+    weights_file,
 )
 
 
@@ -99,3 +100,12 @@ def test_newest_first(tmp_path: Path) -> None:
 def test_senseless_numbers_are_refused(arguments: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         Checkpoints(**arguments)
+
+
+def test_what_a_run_starts_from_is_a_file_or_the_newest_checkpoint_of_a_run(tmp_path: Path):
+    save(tmp_path / "checkpoints", 1)
+    newest = save(tmp_path / "checkpoints", 2)
+    assert weights_file(tmp_path) == newest
+    assert weights_file(newest) == newest
+    with pytest.raises(FileNotFoundError, match=r"init_from=.*nothing: there is no such file or run folder"):
+        weights_file(tmp_path / "nothing")

@@ -212,8 +212,17 @@ def latest_good_checkpoint(folder: str | Path) -> Path:
 
 
 def weights_file(source: str | Path) -> Path:
-    """The file that ``init_from`` means: itself, or the newest good checkpoint of a run folder."""
+    """The file that ``init_from`` means: itself, or the newest good checkpoint of a run folder.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+    """
     source = Path(source)
+    if not source.exists():
+        raise FileNotFoundError(
+            f"init_from={source}: there is no such file or run folder. Give a run folder, such as outputs/videomae/<run>, "
+            "or the path of a checkpoint or of published weights."
+        )
     return latest_good_checkpoint(source / "checkpoints") if source.is_dir() else source
 
 
