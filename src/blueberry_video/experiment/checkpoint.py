@@ -220,8 +220,8 @@ def weights_file(source: str | Path) -> Path:
     source = Path(source)
     if not source.exists():
         raise FileNotFoundError(
-            f"init_from={source}: there is no such file or run folder. Give a run folder, such as outputs/videomae/<run>, "
-            "or the path of a checkpoint or of published weights."
+            f"init_from={source}: there is no such file or run folder. Give a run folder, such as "
+            "outputs/videomae/<run>, or the path of a checkpoint or of published weights."
         )
     return latest_good_checkpoint(source / "checkpoints") if source.is_dir() else source
 
