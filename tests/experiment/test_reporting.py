@@ -184,3 +184,11 @@ def test_gate_fails_where_nothing_was_measured_or_expected(tmp_path: Path) -> No
 def test_gif_holds_every_frame(run: RunFolder) -> None:
     with Image.open(run.path / "media" / "reconstruction_00000100.gif") as gif:
         assert (gif.n_frames, gif.size, gif.info["duration"]) == (4, (8, 8), 120)
+
+
+def test_a_report_of_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert report.main([str(tmp_path / "unknown")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Error: ")
+    assert "holds no run" in said
+    assert len(said.splitlines()) == 1

@@ -227,7 +227,12 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m blueberry_video.experiment.report outputs/<experiment>[/<run>]", file=sys.stderr)
         return 2
-    print(shown(write_report(RunFolder.open(arguments[0]))))
+    try:
+        run = RunFolder.open(arguments[0])
+    except FileNotFoundError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    print(shown(write_report(run)))
     return 0
 
 
