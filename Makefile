@@ -18,6 +18,14 @@ SWEEP ?=
 override export SWEEP := $(value SWEEP)
 RESUME ?=
 override export RESUME := $(value RESUME)
+VIDEO ?=
+override export VIDEO := $(value VIDEO)
+MODEL ?= qwen2.5-vl
+override export MODEL := $(value MODEL)
+OUT ?=
+override export OUT := $(value OUT)
+N ?= 10000
+override export N := $(value N)
 
 experiment = $(if $(strip $(EXP)),,$(error EXP is missing: `make $@ EXP=<name>`, one of: $(EXPERIMENTS)))
 train = $(PYTHON) -m blueberry_video.train --config-dir "experiments/$$EXP"
@@ -25,7 +33,7 @@ train = $(PYTHON) -m blueberry_video.train --config-dir "experiments/$$EXP"
 ##@ Start
 .PHONY: help setup doctor
 help: ## this list
-	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo '  EXP=name      an experiment: $(EXPERIMENTS)'
 	@echo '  ARGS="…"      overrides, such as ARGS="model.encoder.depth=8 trainer.max_steps=500" or ARGS="+debug=fast"'
@@ -60,8 +68,16 @@ report: $(STAMP) ## EXP=name: write report.html of its newest run again
 data: $(STAMP) ## write a folder of mp4 files; ARGS="source=world out=data/world train=1000"
 	@$(PYTHON) -m blueberry_video.data.write $(ARGS)
 
+##@ Video
+.PHONY: process decode-bench
+process: $(STAMP) ## VIDEO=file [MODEL=name] [OUT=folder] [ARGS="fps=1 format=numpy"]: what a model gets of a video
+	@set -f; $(if $(strip $(VIDEO)),,$(error VIDEO is missing: `make process VIDEO=clip.mp4 MODEL=qwen2.5-vl OUT=folder`))$(PYTHON) -m blueberry_video.video.command "$$VIDEO" --model "$$MODEL" $${OUT:+--out "$$OUT"} $$ARGS
+
+decode-bench: $(STAMP) ## the fastest decoder and number of threads on this machine; ARGS=folder for videos of your own
+	@set -f; $(PYTHON) benchmarks/decode.py $$ARGS
+
 ##@ Development
-.PHONY: test lint bench clean
+.PHONY: test lint bench fuzz-video clean
 test: $(STAMP) ## every test, without network, on two processes; ARGS= goes to pytest
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 $(ARGS)
 
@@ -72,6 +88,9 @@ lint: $(STAMP) ## ruff and mypy
 
 bench: $(STAMP) ## side by side with peers, in one run each
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(PYTHON) "$$file"; done
+
+fuzz-video: $(STAMP) ## N=10000: damaged videos through the pipeline, in processes; prints the count of each outcome
+	@set -f; $(PYTHON) tests/video/fuzz_video.py --runs "$$N" $$ARGS
 
 clean: ## remove caches; runs, data and .venv/ stay
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -12,7 +12,11 @@ from torch import nn
 from blueberry_video.config import CONF, compose
 from blueberry_video.data.sprites import Sprites
 
-FILES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml") if path.parent != CONF)
+FILES = sorted(
+    str(path.relative_to(CONF).with_suffix(""))
+    for path in CONF.rglob("*.yaml")
+    if path.parent not in (CONF, CONF / "video")
+)  # video/: settings of models
 MODELS = [name for name in FILES if name.startswith("model/") and not name.startswith("model/vit/")]
 EXPERIMENT = """
 # run: nothing, a test

@@ -245,7 +245,7 @@ def test_a_broken_file_is_replaced_listed_and_counted(tmp_path: Path):
     with listing.open() as file:
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == ["2.mp4", "3.mp4"]
-    assert "cannot be read as a video" in rows[0]["reason"]
+    assert "is no video" in rows[0]["reason"]
     assert set(clips.skipped) == {"2.mp4", "3.mp4"}
 
 

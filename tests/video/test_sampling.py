@@ -2,10 +2,27 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blueberry_video.video.sampling import fixed_fps, random_window, uniform, windows
+from blueberry_video.video.errors import VideoError
+from blueberry_video.video.sampling import (
+    SamplingOptions,
+    by_scores,
+    candidate_frames,
+    change_scores,
+    choose,
+    every_interval,
+    fixed_fps,
+    frame_rate,
+    prefer_keyframes,
+    random_window,
+    spread,
+    time_range,
+    uniform,
+    windows,
+)
 
 
 def test_uniform_spans_the_video():
@@ -80,3 +97,272 @@ def test_counts_below_one_are_refused(bad: dict):
         windows(5, 2, num_clips=0)
     with pytest.raises(ValueError, match="fps=0"):
         fixed_fps([0.0, 1.0], 2, fps=0)
+
+
+def every(rate: float, total: int, start: float = 0.0) -> np.ndarray:
+    return start + np.arange(total) / rate
+
+
+@pytest.mark.parametrize(
+    ("total", "rate", "count"), [(300, 30, 20), (108_000, 30, 768), (5400, 30, 360), (7, 30, 4), (240, 24, 20)]
+)
+@pytest.mark.parametrize("start", [0.0, -0.08, 3600.0])
+def test_golden_counts(total: int, rate: float, count: int, start: float):
+    chosen = choose(every(rate, total, start), SamplingOptions())
+    assert len(chosen) == count
+    assert (chosen[0], chosen[-1]) == (0, total - 1)
+    # containers that write times in whole milliseconds have the same rate
+    assert choose(every(rate, total, start).round(3), SamplingOptions()) == chosen
+
+
+def test_the_rate_is_that_of_the_header_where_times_are_rounded():
+    for rate in (24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 60.0):
+        assert frame_rate(every(rate, 1000, 17.3)) == rate
+        assert frame_rate(every(rate, 1000).round(3)) == rate
+    assert frame_rate(every(7.25, 200)) == pytest.approx(7.25, rel=1e-12)
+    assert frame_rate(every(0.01, 200)) == pytest.approx(0.01, rel=1e-12)
+    with pytest.raises(VideoError, match=r"3 frames all have the time 2\.0 s"):
+        frame_rate(np.full(3, 2.0))
+
+
+def test_one_frame_is_repeated_up_to_the_factor():
+    assert choose(np.array([5.0]), SamplingOptions()) == [0, 0]
+    assert choose(np.array([5.0]), SamplingOptions(frame_factor=1)) == [0]
+    assert choose(np.array([5.0]), SamplingOptions(num_frames=2)) == [0, 0]
+    for strategy in ("duration", "keyframes", "all"):
+        assert choose(np.array([5.0]), SamplingOptions(sampling=strategy)) == [0, 0]
+    assert choose(every(30, 3), SamplingOptions(frame_factor=4, max_frames=8)) == [0, 1, 2, 2]
+    assert choose(every(30, 5), SamplingOptions(num_frames=8, pad_frames=True)) == [0, 1, 2, 3, 4, 4, 4, 4]
+
+
+def test_spacings():
+    assert spread(0, 9, 4, "inclusive") == [0, 3, 6, 9]
+    assert spread(0, 9, 4, "linspace") == [0, 3, 6, 9]
+    assert spread(0, 9, 4, "arange") == [0, 2, 5, 7]
+    assert spread(0, 9, 4, "steps") == [0, 2, 5, 7]
+    assert spread(0, 9, 4, "centres") == [1, 3, 6, 8]
+    assert spread(5, 14, 4, "steps") == [5, 7, 10, 12]
+
+
+def test_ranges_are_told_by_true_timestamps():
+    times = np.array([10.0, 10.1, 10.2, 10.3, 11.3, 12.3, 13.3])  # 10 fps, then 1 fps
+    assert time_range(times) == (0, 6)
+    assert time_range(times, 0.1, 1.3) == (1, 4)  # the very times of frames: rounding loses none
+    assert time_range(times, 0.11, 1.29) == (2, 3)
+    assert time_range(times, 3.3) == (6, 6)
+    options = SamplingOptions(sampling="all", video_start=0.15, video_end=2.5, frame_factor=1)
+    assert choose(times, options) == [2, 3, 4, 5]
+    with pytest.raises(ValueError, match=r"No frame lies between video_start=0.35 and video_end=1.2: .* 0 to 3.3 s"):
+        time_range(times, 0.35, 1.2)
+    with pytest.raises(ValueError, match="No frame lies between video_start=5"):
+        choose(times, SamplingOptions(video_start=5.0))
+
+
+def test_counts_come_from_the_range():
+    options = SamplingOptions(video_start=2.0, video_end=5.999)
+    chosen = choose(every(30, 3000), options)
+    assert len(chosen) == 8  # 4 s, not 100
+    assert (chosen[0], chosen[-1]) == (60, 179)
+    assert choose(every(30, 3000), SamplingOptions(video_start=2.0, video_end=2.0)) == [60, 60]
+
+
+def test_sampling_by_time_follows_the_clock():
+    times = np.concatenate([np.arange(60) / 30, 2 + np.arange(10) / 5])  # 2 s at 30 fps, then 2 s at 5 fps
+    by_index = choose(times, SamplingOptions(fps=2.0))
+    by_time = choose(times, SamplingOptions(fps=2.0, by_time=True))
+    assert len(by_index) == len(by_time) == 6
+    assert sum(i >= 60 for i in by_index) == 1  # half the time, but a seventh of the frames
+    assert np.abs(times[by_time] - np.linspace(times[0], times[-1], len(by_time))).max() <= 0.1
+    assert choose(times, SamplingOptions(num_frames=4, by_time=True)) == [0, 38, 63, 69]
+    # counts of a range: by the average rate of the video, or by the seconds that the range lasts
+    late = {"fps": 2.5, "video_start": 2.0, "min_frames": 2}
+    assert choose(times, SamplingOptions(**late)) == [60, 69]
+    assert choose(times, SamplingOptions(**late, by_time=True)) == [60, 63, 66, 69]
+
+
+@given(st.integers(2, 400), st.sampled_from([7.3, 24.0, 29.97, 60.0]), st.integers(2, 20))
+@settings(max_examples=40, deadline=None)
+def test_at_a_steady_rate_time_and_index_agree(total: int, rate: float, half: int):
+    count = min(2 * half, total // 2 * 2)
+    by_index = choose(every(rate, total, 9.0), SamplingOptions(num_frames=count))
+    by_time = choose(every(rate, total, 9.0), SamplingOptions(num_frames=count, by_time=True))
+    halves = [i * (total - 1) / (count - 1) % 1 == pytest.approx(0.5, abs=1e-4) for i in range(count)]
+    assert [i for i, half in zip(by_index, halves) if not half] == [i for i, half in zip(by_time, halves) if not half]
+
+
+def test_one_frame_every_interval():
+    chosen = choose(every(30, 30 * 40), SamplingOptions(sampling="duration"))
+    assert len(chosen) == 10
+    assert (chosen[0], chosen[-1]) == (0, 1199)
+    assert len(choose(every(30, 30 * 40), SamplingOptions(sampling="duration", base_interval=2.0))) == 20
+    assert len(choose(every(30, 60), SamplingOptions(sampling="duration"))) == 4  # at least min_frames
+    assert every_interval(every(1.0, 11), 3.0, min_frames=1, frame_factor=1) == [0, 3, 7, 10]  # 11 s, not 10
+    assert every_interval(np.array([0.0, 1.0, 2.0, 9.0, 10.0]), 2.5, min_frames=1) == [0, 2, 3, 4]
+
+
+def test_keyframes_come_first():
+    options = SamplingOptions(sampling="keyframes", num_frames=4)
+    assert choose(every(30, 100), options, keyframes=[0, 10, 20, 30, 40, 50, 60]) == [0, 20, 40, 60]
+    assert choose(every(30, 101), options, keyframes=[0]) == [0, 25, 50, 100]
+    assert choose(every(30, 101), options, keyframes=[40]) == [0, 40, 70, 100]
+    assert choose(every(30, 101), options, keyframes=[30, 35]) == [30, 35, 67, 100]
+    assert choose(every(30, 101), options, keyframes=[45, 50]) == [0, 45, 50, 100]
+    assert choose(every(30, 101), options) == [0, 25, 50, 100]
+    without_count = SamplingOptions(sampling="keyframes", max_frames=6)
+    assert choose(every(30, 100), without_count, keyframes=range(0, 100, 20)) == [0, 20, 40, 60, 80, 99]
+    assert len(choose(every(30, 100), without_count, keyframes=range(0, 100, 5))) == 6
+    inside = SamplingOptions(sampling="keyframes", video_start=1.0, num_frames=2)
+    assert choose(every(30, 100), inside, keyframes=[0, 44, 66, 99]) == [44, 99]
+
+
+@given(st.sets(st.integers(20, 79)), st.integers(1, 70))
+@settings(max_examples=60, deadline=None)
+def test_keyframes_are_all_taken_or_thinned(keyframes: set[int], count: int):
+    chosen = prefer_keyframes(sorted(keyframes), 20, 79, count)
+    assert len(chosen) == min(count, 60)
+    assert chosen == sorted(set(chosen))
+    assert set(chosen) >= keyframes if count >= len(keyframes) else set(chosen) <= keyframes
+    assert all(20 <= i <= 79 for i in chosen)
+
+
+def test_scores_draw_frames():
+    scores = torch.zeros(101)
+    scores[50] = 1.0  # a cut
+    chosen = by_scores(scores, range(101), 9, uniform_share=0.5)
+    assert chosen[0] == 0
+    assert chosen[-1] == 100
+    assert {49, 50} <= set(chosen)  # both sides of it
+    assert sum(45 <= i <= 55 for i in chosen) >= 4
+    assert sum(45 <= i <= 55 for i in by_scores(scores, range(101), 9, uniform_share=1.0)) == 1  # evenly
+    assert by_scores(torch.zeros(101), range(0, 1010, 10), 5) == [0, 250, 500, 750, 1000]
+    assert by_scores([0.0, 1, 1, 0, 0, 0, 0, 0], range(8), 4, uniform_share=0.0) == [0, 1, 2, 7]
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=60), st.floats(0, 1), st.integers(0, 59), st.integers(1, 5))
+@settings(max_examples=80, deadline=None)
+def test_frames_by_scores_ascend_and_cover_both_ends(scores: list[float], share: float, fewer: int, step: int):
+    candidates = range(3, 3 + step * len(scores), step)
+    count = max(1, len(scores) - fewer)
+    chosen = by_scores(scores, candidates, count, share)
+    assert len(chosen) == count
+    assert chosen == sorted(set(chosen))
+    assert set(chosen) <= set(candidates)
+    assert chosen[0] == candidates[0]
+    assert chosen[-1] == candidates[-1] or count == 1
+    assert by_scores(torch.tensor(scores, dtype=torch.float64), candidates, count, share) == chosen
+
+
+def test_adaptive_sampling_looks_where_the_picture_changes():
+    options = SamplingOptions(sampling="adaptive", num_frames=8, candidates_per_frame=8)
+    times = every(10, 640)
+    candidates = candidate_frames(times, options)
+    assert len(candidates) == 64
+    assert (candidates[0], candidates[-1]) == (0, 639)
+    frames = torch.full((64, 3, 9, 16), 90, dtype=torch.uint8)
+    for i in range(40, 48):  # eight cuts in an eighth of the time
+        frames[i:] = 30 + 20 * (i - 40)
+    chosen = choose(times, options, scores=change_scores(frames))
+    assert len(chosen) == 8
+    assert sum(candidates[39] <= i <= candidates[48] for i in chosen) >= 5
+    assert choose(times, options, scores=change_scores(frames)) == chosen
+    with pytest.raises(ValueError, match=r"scores of shape \(3,\) for 64 candidate frames"):
+        choose(times, options, scores=[1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="sampling='adaptive' needs scores"):
+        choose(times, options)
+    with pytest.raises(ValueError, match="sampling='fps' takes no scores"):
+        choose(times, SamplingOptions(), scores=[1.0])
+    for bad in ([1.0, -1.0], [1.0, float("nan")]):
+        with pytest.raises(ValueError, match="one finite number of at least 0 for each"):
+            by_scores(bad, [0, 1], 1)
+
+
+def test_change_scores_measure_brightness_and_colour():
+    frames = torch.zeros(4, 3, 6, 8, dtype=torch.uint8)
+    frames[1] = 255  # black to white
+    frames[2] = frames[3] = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None]
+    scores = change_scores(frames)
+    assert scores[0] == 0
+    assert scores[1] == pytest.approx(1 / 3, abs=1e-5)  # luma alone
+    assert scores[2] == pytest.approx((0.701 + 0.168736 + 0.5) / 3, abs=1e-5)
+    assert scores[3] == 0
+    with pytest.raises(ValueError, match=r"use uint8 \(N, 3, h, w\)"):
+        change_scores(frames.float())
+
+
+def test_explicit_indices():
+    assert choose(every(30, 10), SamplingOptions(indices=[3, 1, 9])) == [3, 1, 9, 9]
+    assert choose(every(30, 10), SamplingOptions(indices=(3, 3), frame_factor=1)) == [3, 3]
+    for wrong in ((0, 10), (-1, 2)):
+        with pytest.raises(ValueError, match=r"name the frames \[(10|-1)\], .* has the frames 0 to 9"):
+            choose(every(30, 10), SamplingOptions(indices=wrong))
+    with pytest.raises(ValueError, match=r"name the frames \[0\], .* has the frames 3 to 9"):
+        choose(every(10, 10), SamplingOptions(indices=(0, 5), video_start=0.3))
+
+
+def test_all_frames_are_bounded():
+    assert choose(every(30, 5), SamplingOptions(sampling="all")) == [0, 1, 2, 3, 4, 4]
+    with pytest.raises(ValueError, match=r"sampling='all' would take 1000 frames, above max_frames=768"):
+        choose(every(30, 1000), SamplingOptions(sampling="all"))
+
+
+@given(
+    st.integers(1, 3000),
+    st.sampled_from([1.0, 8.3, 24000 / 1001, 30.0, 60.0]),
+    st.sampled_from([0.1, 1.0, 2.0, 24.0]),
+    st.integers(1, 20),
+    st.integers(4, 400),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from(["fps", "duration", "keyframes", "adaptive"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_counts_stay_in_their_limits_and_frames_in_order(
+    total: int, rate: float, fps: float, least: int, most: int, factor: int, strategy: str
+):
+    options = SamplingOptions(
+        sampling=strategy, fps=None if strategy == "duration" else fps, min_frames=least, max_frames=most,
+        frame_factor=factor,
+    )  # fmt: skip
+    times = every(rate, total, 4.0)
+    scores = torch.ones(len(candidate_frames(times, options))) if strategy == "adaptive" else None
+    chosen = choose(times, options, keyframes=range(0, total, 12), scores=scores)
+    assert len(chosen) % factor == 0
+    assert chosen == sorted(chosen)
+    assert 0 <= chosen[0] <= chosen[-1] < total
+    assert len(chosen) <= max(most, factor)
+    assert len(chosen) >= min(least, most - most % factor, total - total % factor)
+    if strategy != "keyframes":
+        assert chosen[0] == 0
+        assert chosen[-1] == total - 1 or len(chosen) == 1
+        assert strategy == "duration" or len(set(chosen)) == min(len(chosen), total)
+    assert choose(times, options, keyframes=range(0, total, 12), scores=scores) == chosen
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"sampling": "random"}, r"sampling='random' does not exist: choose from fps, uniform"),
+        ({"spacing": "even"}, r"spacing='even' does not exist: choose from inclusive"),
+        ({"fps": 1.0, "num_frames": 8}, r"fps=1.0 and num_frames=8 contradict each other: give one of"),
+        ({"num_frames": 8, "indices": [1]}, r"num_frames=8 and indices=\(1,\) contradict"),
+        ({"sampling": "uniform"}, r"sampling='uniform' needs num_frames"),
+        ({"sampling": "duration", "fps": 1.0}, r"sampling='duration' does not use fps=1.0"),
+        ({"fps": 0.0}, r"fps=0.0 is out of range: use a number above 0"),
+        ({"fps": float("nan")}, r"fps=nan is out of range"),
+        ({"base_interval": -1.0}, r"base_interval=-1.0 is out of range"),
+        ({"num_frames": 1}, r"num_frames=1 is out of range: use at least 2"),
+        ({"max_frames": 1}, r"max_frames=1 is out of range: use at least 2"),
+        ({"min_frames": 0}, r"min_frames=0 is out of range"),
+        ({"uniform_share": 1.5}, r"uniform_share=1.5 is outside 0 to 1"),
+        ({"video_start": 3.0, "video_end": 2.0}, r"video_start=3.0 and video_end=2.0 are no range"),
+        ({"video_start": -1.0}, r"video_start=-1.0 and video_end=None are no range"),
+    ],
+)
+def test_wrong_options_are_refused(wrong: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        SamplingOptions(**wrong)
+
+
+@pytest.mark.parametrize("times", [[], [0.0, 2.0, 1.0], [0.0, float("nan")], [[0.0, 1.0]]])
+def test_broken_timestamps_are_a_fault_of_the_video(times: list):
+    with pytest.raises(VideoError, match="no ascending finite seconds: re-encode"):
+        choose(np.array(times), SamplingOptions())

@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from blueberry_video.data.metadata import Row, read_classes, read_metadata
+from blueberry_video.video import resize as resizing
 from blueberry_video.video import sampling
-from blueberry_video.video.decode import BACKENDS, BrokenVideoError, VideoInfo, decode
+from blueberry_video.video.container import VideoInfo
+from blueberry_video.video.decode import BACKENDS, DecodeOptions, decode
+from blueberry_video.video.errors import VideoError
 
 SAMPLERS = ("uniform", "random", "fixed_fps", "multi_clip")
 
@@ -110,7 +112,9 @@ class VideoFolder(Dataset):
             num_clips,
         )
         self.image_size = (int(size[0]), int(size[1])) if size is not None else None
-        self.resize, self.pad, self.backends = resize, pad, tuple(backends)
+        self.resize, self.pad = resize, pad
+        # one thread, for loaders have many workers; a damaged file is skipped, not salvaged: training repeats it often
+        self.decoding = DecodeOptions(backends=tuple(backends), num_threads=1, salvage=False)
         self.max_broken_share, self.skipped_file, self.seed = max_broken_share, skipped_file, seed
         self.varies_by_epoch = sampler == "random"
         named, self.reversal_pairs = read_classes(self.root)
@@ -139,7 +143,7 @@ class VideoFolder(Dataset):
                 continue
             try:
                 return self._read(row, clip, epoch)
-            except BrokenVideoError as error:
+            except VideoError as error:
                 self.skip(row.name, str(error))
         raise RuntimeError(
             f"All {len(self.rows)} video files in {self.root} are broken: {self._examples()}. Replace them."
@@ -179,16 +183,16 @@ class VideoFolder(Dataset):
             self.image_size,
             self.resize,
         ]
-        settings += [self.pad, self.backends, self.seed]
-        return f"video-folder-1/{json.dumps(settings)}/{digest.hexdigest()}"
+        settings += [self.pad, self.decoding.backends, self.seed]
+        return f"video-folder-2/{json.dumps(settings)}/{digest.hexdigest()}"
 
     def _read(self, row: Row, clip: int, epoch: int) -> dict:
         rng = np.random.default_rng([self.seed, epoch, int(hashlib.sha256(row.name.encode()).hexdigest()[:16], 16)])
-        frames = decode(row.path, lambda info: self._choose(info, clip, rng), self.backends)
+        frames = decode(row.path, lambda info: self._choose(info, clip, rng), self.decoding)
         seconds = frames.timestamps.unique()  # without the repetitions of padding
         fps = self.fps or ((len(seconds) - 1) / float(seconds[-1] - seconds[0]) if len(seconds) > 1 else 0.0)
         sample: dict = {
-            "video": _resized(frames.pixels, self.image_size, self.resize),
+            "video": self._resized(frames.pixels),
             "id": f"{row.name}#{clip}" if self.sampler == "multi_clip" else row.name,
             "fps": float(fps),
         }
@@ -207,12 +211,18 @@ class VideoFolder(Dataset):
             if self.sampler == "multi_clip":
                 return sampling.windows(info.num_frames, self.num_frames, self.num_clips, self.stride, self.pad)[clip]
             assert self.fps is not None
-            return sampling.fixed_fps(info.timestamps, self.num_frames, self.fps, pad=self.pad)
+            return sampling.fixed_fps(info.timestamps.tolist(), self.num_frames, self.fps, pad=self.pad)
         except ValueError as error:
             raise ValueError(
                 f"{info.path}: {error} In a config these are model.encoder.num_frames, data.train.stride and "
                 "data.train.pad=true (or data.val.…)."
             ) from error
+
+    def _resized(self, pixels: Tensor) -> Tensor:
+        if self.image_size is not None:
+            how = resizing.crop if self.resize == "crop" else resizing.resize
+            pixels = how(pixels, self.image_size, resample="fast", interpolation="bilinear")
+        return pixels.contiguous()  # decoders give channels last
 
     def _examples(self) -> str:
         return "; ".join(f"{name}: {reason}" for name, reason in list(self.skipped.items())[:3])
@@ -233,20 +243,6 @@ def _check_choices(sampler: str, stride: int, fps: float | None, num_clips: int,
         )
     if num_clips < 1 or (num_clips > 1 and sampler != "multi_clip"):
         raise ValueError(f"num_clips={num_clips} with sampler={sampler!r}: use sampler=multi_clip, and at least 1.")
-
-
-def _resized(video: Tensor, size: tuple[int, int] | None, how: str) -> Tensor:
-    """uint8 (T, 3, H, W) to (T, 3, *size), bilinear with anti-aliasing."""
-    height, width = video.shape[2:]
-    if size is None or (height, width) == size:
-        return video
-    if how == "stretch":
-        return F.interpolate(video, size, mode="bilinear", antialias=True)
-    scale = max(size[0] / height, size[1] / width)
-    covering = (max(round(height * scale), size[0]), max(round(width * scale), size[1]))
-    video = F.interpolate(video, covering, mode="bilinear", antialias=True)
-    top, left = (covering[0] - size[0]) // 2, (covering[1] - size[1]) // 2
-    return video[:, :, top : top + size[0], left : left + size[1]].contiguous()
 
 
 def _append_skipped(path: Path, root: Path, name: str, reason: str) -> dict[str, str]:

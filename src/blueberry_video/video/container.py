@@ -1,0 +1,260 @@
+"""What the packets of a video file say: how many frames it has, when each is shown, where decoding can start.
+
+PyAV reads the packets once and thereby fixes what "frame i" means: its place in display order and its timestamp. The
+decoders of ``backends.py`` only turn wanted frames into pixels, and one whose timestamps disagree has failed on that
+file, so that falling back never silently changes which frame is shown.
+
+Nothing here is open before a fork or ever pickled: an ``OpenVideo`` lives inside one call.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from blueberry_video.video.errors import BrokenVideoError, LimitError, VideoError
+from blueberry_video.video.picture import orientation
+from blueberry_video.video.sniff import local_video
+
+FORMATS = (  # containers that hold their own frames: no playlists, no image sequences, no devices
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg,gif,ivf,obu,av1,h264,hevc,m4v,mjpeg,"
+    "yuv4mpegpipe,mxf,dv,mp3,flac"
+)
+PYAV_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+FAILURES = (ImportError, OSError, RuntimeError, ValueError, IndexError, av.error.FFmpegError)  # what decoders raise
+MAX_FRAME_PIXELS = 8192 * 4352  # 8K
+_SHOWN_VP8 = 0x10  # bit of a VP8 packet's first byte; the others are references that are never shown
+
+
+@dataclass(frozen=True, eq=False)
+class VideoInfo:
+    """What a file's packets say.
+
+    Attributes:
+        path: the resolved file.
+        num_frames: frames that are shown, those included that the header lists but the file no longer holds.
+        fps: (n - 1) / (last - first timestamp); the header's rate where there is a single frame; 0.0 where neither is
+            known.
+        duration: seconds from the first frame to the end of the last.
+        height, width: pixels after rotation.
+        timestamps: float64 (num_frames,) seconds in display order; may start anywhere.
+        keyframes: int64 (k,) numbers of the frames at which decoding can start.
+        codec, pixel_format, container: FFmpeg's names.
+        rotation: degrees by which the stored picture is turned counter-clockwise to be shown: 0, 90, 180 or 270.
+        stream_index: which stream of the file.
+        lost: frames at the end that the header lists but the file does not hold.
+    """
+
+    path: Path
+    num_frames: int
+    fps: float
+    duration: float
+    height: int
+    width: int
+    timestamps: np.ndarray
+    keyframes: np.ndarray
+    codec: str
+    pixel_format: str
+    container: str
+    rotation: int
+    stream_index: int
+    lost: int
+
+
+@dataclass(frozen=True, eq=False)
+class OpenVideo:
+    """An open container with the index of its video stream; closed by leaving it as a context."""
+
+    container: InputContainer
+    stream: VideoStream
+    info: VideoInfo
+    pts: np.ndarray | None  # int64 (num_frames,) in display order; None where packets carry none or repeat one
+
+    def __enter__(self) -> "OpenVideo":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.container.close()
+
+
+def probe(path: str | Path, stream_index: int | None = None) -> VideoInfo:
+    """Counts and times the frames of a file by reading its packets; decodes one frame for its size and rotation.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RefusedSourceError: it is a playlist or a script.
+        BrokenVideoError: it holds no readable video stream.
+    """
+    with open_video(path, stream_index) as video:
+        return video.info
+
+
+def open_video(
+    path: str | Path,
+    stream_index: int | None = None,
+    num_threads: int = 1,
+    by_decoding: bool = False,
+    max_frame_pixels: int = MAX_FRAME_PIXELS,
+) -> OpenVideo:
+    """Opens a local file and reads its index.
+
+    Args:
+        path: a local file.
+        stream_index: a video stream of the file; None takes the one that FFmpeg holds for the best.
+        num_threads: of the decoder; 0 lets FFmpeg choose.
+        by_decoding: count and time the frames that come out of the decoder, not the packets that go in: for the rare
+            codec in which a packet need not hold one frame. Costs the time of decoding everything.
+        max_frame_pixels: height × width above which nothing is decoded.
+
+    Raises:
+        FileNotFoundError, RefusedSourceError, BrokenVideoError: as ``probe``.
+        LimitError: larger frames than ``max_frame_pixels``.
+    """
+    resolved = local_video(path)
+    limited = {**PYAV_OPTIONS, "max_pixels": str(max_frame_pixels)}  # for a size that the header does not tell
+    try:
+        container = av.open(str(resolved), options=limited, metadata_errors="replace")
+        try:
+            stream = _choose_stream(container, stream_index)
+            _check_size(resolved, stream, max_frame_pixels)
+            stream.codec_context.thread_count = num_threads
+            stream.thread_type = "AUTO"
+            return _by_frames(resolved, container, stream) if by_decoding else _by_packets(resolved, container, stream)
+        except FAILURES:
+            container.close()
+            raise
+    except FAILURES as error:
+        if isinstance(error, VideoError):
+            raise
+        raise BrokenVideoError(
+            f"{resolved} cannot be read as a video (pyav, whose packet index every backend uses: {one_line(error)}). "
+            "Re-encode the file, or remove it."
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """The first 200 characters of an error (torchcodec's is 6 kB where FFmpeg is missing)."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "…"
+
+
+def _choose_stream(container: InputContainer, stream_index: int | None) -> VideoStream:
+    videos = {stream.index: stream for stream in container.streams.video}
+    if stream_index is not None:
+        if stream_index not in videos:
+            raise ValueError(f"stream_index={stream_index} is no video stream of it: these are {sorted(videos)}")
+        return videos[stream_index]
+    if not videos:
+        raise ValueError("it has no video stream")
+    moving = [stream for stream in videos.values() if not stream.disposition & stream.disposition.attached_pic]
+    best = container.streams.best("video")
+    if isinstance(best, VideoStream) and (best in moving or not moving):
+        return best
+    return (moving or list(videos.values()))[0]  # cover art is the picture only where there is no other
+
+
+def _check_size(path: Path, stream: VideoStream, max_frame_pixels: int) -> None:
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if width * height > max_frame_pixels:
+        raise LimitError(
+            f"{path} has frames of {width}x{height} pixels, more than max_frame_pixels={max_frame_pixels}: make it "
+            "smaller, or raise the limit."
+        )
+
+
+def _by_packets(path: Path, container: InputContainer, stream: VideoStream) -> OpenVideo:
+    first: VideoFrame | None = None
+    seen, held, keys = [], 0, []
+    is_vp8 = stream.codec_context.name == "vp8"
+    for packet in container.demux(stream):
+        size = packet.size
+        if first is None:
+            first = _first_frame(packet)
+        held += size > 0
+        if not size or packet.is_discard or (is_vp8 and not bytes(packet)[0] & _SHOWN_VP8):
+            continue  # the flush at the end; what lies before the start of an edit list; what is never shown
+        seen.append(packet.pts)
+        keys.append(packet.is_keyframe)
+    lost = _listed(stream, held) - held
+    pts = None if None in seen or len(set(seen)) != len(seen) else np.array(seen, np.int64)
+    order = np.arange(len(seen)) if pts is None else np.argsort(pts)
+    return _opened(path, container, stream, first, None if pts is None else pts[order], np.array(keys)[order], lost)
+
+
+def _by_frames(path: Path, container: InputContainer, stream: VideoStream) -> OpenVideo:
+    first: VideoFrame | None = None
+    seen, keys = [], []
+    for frame in container.decode(stream):
+        first = first or frame
+        seen.append(frame.pts)
+        keys.append(frame.key_frame)
+    if (listed := _listed(stream, len(seen))) > len(seen):
+        raise ValueError(f"its header lists {listed} frames, but only {len(seen)} decode")
+    known = [time for time in seen if time is not None]
+    rising = len(known) == len(seen) and sorted(set(known)) == known
+    pts = np.array(known, np.int64) if rising else None
+    return _opened(path, container, stream, first, pts, np.array(keys), lost=0)
+
+
+def _first_frame(packet: av.Packet) -> VideoFrame | None:
+    try:
+        return next((frame for frame in packet.decode() if isinstance(frame, VideoFrame)), None)
+    except av.error.InvalidDataError:  # a later packet may do; frames that are asked for are not lenient
+        return None
+
+
+def _listed(stream: VideoStream, held: int) -> int:
+    """Packets that the header promises, where it lists each (mp4, mov, avi); else those that were found."""
+    entries = stream.index_entries
+    if len(entries) <= held:
+        return held
+    return max(held, sum(entry.size > 0 for entry in entries))
+
+
+def _opened(
+    path: Path,
+    container: InputContainer,
+    stream: VideoStream,
+    first: VideoFrame | None,
+    pts: np.ndarray | None,
+    keys: np.ndarray,
+    lost: int,
+) -> OpenVideo:
+    if first is None or not len(keys):
+        raise ValueError("its video stream has no frame that decodes")
+    rate = float((stream.average_rate if pts is not None else stream.guessed_rate) or stream.guessed_rate or 0)
+    if stream.disposition & stream.disposition.attached_pic:
+        rate = 0.0  # cover art: a still, whose stream claims 90,000 frames a second
+    base = stream.time_base
+    if pts is not None and base is not None:
+        timestamps = pts * base.numerator / base.denominator
+    else:
+        timestamps = np.arange(len(keys)) / (rate or 1.0)
+    if len(keys) > 1 and timestamps[-1] > timestamps[0]:
+        rate = (len(keys) - 1) / float(timestamps[-1] - timestamps[0])
+    step = 1 / rate if rate else 0.0
+    if lost:  # their true times went with them
+        timestamps = np.concatenate([timestamps, timestamps[-1] + step * np.arange(1, lost + 1)])
+    turns, _ = orientation(first)
+    height, width = (first.width, first.height) if turns % 2 else (first.height, first.width)
+    info = VideoInfo(
+        path=path,
+        num_frames=len(timestamps),
+        fps=rate,
+        duration=float(timestamps[-1] - timestamps[0]) + step,
+        height=height,
+        width=width,
+        timestamps=timestamps.astype(np.float64),
+        keyframes=np.flatnonzero(keys),
+        codec=stream.codec_context.name,
+        pixel_format=first.format.name,
+        container=container.format.name,
+        rotation=90 * turns,
+        stream_index=stream.index,
+        lost=lost,
+    )
+    return OpenVideo(container, stream, info, pts)

@@ -1,0 +1,241 @@
+"""Video that is decoded already: arrays, pictures, folders of images and animations, loaded when they are read."""
+
+import functools
+import hashlib
+import itertools
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+from blueberry_video.video.errors import BrokenVideoError, LimitError
+from blueberry_video.video.sniff import IMAGES
+from blueberry_video.video.source_options import SourceOptions
+
+_IMAGE_FAILURES = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what Pillow raises for broken files
+
+
+class FrameList(ABC):
+    """Decoded input: frames of one size, loaded when they are read.
+
+    Attributes:
+        size: (height, width) in pixels, after EXIF orientation.
+    """
+
+    size: tuple[int, int]
+
+    def __init__(self, count: int, sizes: Iterator[tuple[int, int]], name: str, options: SourceOptions):
+        self._count, self._name, self._fps = count, name, options.frames_fps
+        self.size = (0, 0)
+        for number, size in enumerate(sizes):
+            if size[0] * size[1] > options.max_frame_pixels or 0 in size:
+                raise LimitError(
+                    f"Frame {number} of {name} is {size[0]} x {size[1]}, which is none or more than max_frame_pixels="
+                    f"{options.max_frame_pixels}: make it smaller, or raise the limit."
+                )
+            if number and size != self.size:
+                raise BrokenVideoError(
+                    f"Frame {number} of {name} is {size[0]} x {size[1]} (height x width), frame 0 is "
+                    f"{self.size[0]} x {self.size[1]}: make all frames the same size."
+                )
+            self.size = size
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def timestamps(self) -> tuple[float, ...] | None:
+        """Seconds of every frame, from ``frames_fps`` or an animation's own durations; None where neither is known."""
+        return tuple(i / self._fps for i in range(self._count)) if self._fps else None
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """Frames in the order asked for, repetitions allowed, as uint8 (n, 3, H, W) RGB; transparency is dropped.
+
+        Raises:
+            IndexError: no index, or one outside 0 … len - 1.
+            BrokenVideoError: an image file cannot be decoded.
+        """
+        indices = [int(i) for i in indices]
+        if not indices or min(indices) < 0 or max(indices) >= self._count:
+            raise IndexError(
+                f"Frames {indices[:8]} were asked of {self._name}, which has the frames 0 to {self._count - 1}: "
+                "ask for at least one of these."
+            )
+        wanted = sorted(set(indices))
+        try:
+            loaded = dict(zip(wanted, self._load(wanted)))
+        except _IMAGE_FAILURES as error:
+            raise _broken_image(self._name, error) from error
+        return torch.from_numpy(np.stack([loaded[i] for i in indices])).permute(0, 3, 1, 2).contiguous()
+
+    @abstractmethod
+    def fingerprint(self) -> bytes:
+        """A digest of what the frames are: of the bytes of image files, of the values, shape and type of arrays."""
+
+    @abstractmethod
+    def _load(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        """Pixels uint8 (H, W, 3) of distinct indices in ascending order."""
+
+
+class Arrays(FrameList):
+    """Arrays or tensors in memory, each (C, H, W) or (H, W, C) with C in 1, 3, 4; uint8, or float in [0, 1]."""
+
+    def __init__(self, frames: Sequence | np.ndarray | Tensor, name: str, options: SourceOptions):
+        self._frames = frames
+        shapes = [tuple(frame.shape) for frame in frames]
+        for number, shape in enumerate(shapes):
+            if len(shape) != 3 or not (shape[0] in (1, 3, 4) or shape[2] in (1, 3, 4)):
+                raise BrokenVideoError(
+                    f"Frame {number} of {name} has the shape {shape}: give (C, H, W) or (H, W, C) with 1, 3 or 4 "
+                    "channels, and a whole video as (T, C, H, W) or (T, H, W, C)."
+                )
+        self._first = shapes[0][0] in (1, 3, 4)  # where both readings fit, channels are first
+        super().__init__(len(frames), ((s[1:] if self._first else s[:2]) for s in shapes), name, options)
+        for number, frame in enumerate(frames):
+            values = _numpy(frame)
+            legal = np.issubdtype(values.dtype, np.floating) and values.min() >= 0 and values.max() <= 1  # not NaN
+            if values.dtype != np.uint8 and not legal:
+                raise BrokenVideoError(
+                    f"Frame {number} of {name} has {frame.dtype} values from {values.min()} to {values.max()}: give "
+                    "uint8, or floats in [0, 1]; divide by 255, or undo a normalisation."
+                )
+
+    def _load(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        for i in indices:
+            pixels = _numpy(self._frames[i])
+            pixels = pixels.transpose(1, 2, 0) if self._first else pixels
+            if pixels.dtype != np.uint8:
+                pixels = np.round(pixels.astype(np.float32) * 255).astype(np.uint8)
+            yield pixels[..., :3] if pixels.shape[2] > 1 else np.repeat(pixels, 3, axis=2)
+
+    def fingerprint(self) -> bytes:
+        digest = hashlib.sha256()
+        for frame in self._frames:
+            digest.update(f"{frame.dtype} {tuple(frame.shape)} ".encode())
+            digest.update(np.ascontiguousarray(_numpy(frame)).data)
+        return digest.digest()
+
+
+class Pictures(FrameList):
+    """Image files and PIL images, one frame each; files are opened when they are read."""
+
+    def __init__(self, images: Sequence, name: str, options: SourceOptions):
+        self._images = images
+        super().__init__(len(images), self._sizes(), name, options)
+
+    def _sizes(self) -> Iterator[tuple[int, int]]:
+        for item in self._images:
+            with opened_image(item) as image:
+                yield _size(image)
+
+    def _load(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        for i in indices:
+            with opened_image(self._images[i]) as image:
+                yield _rgb(image)
+
+    def fingerprint(self) -> bytes:
+        digest = hashlib.sha256(str(self.size).encode())
+        for image in self._images:
+            digest.update(file_digest(image) if isinstance(image, Path) else _rgb(image).tobytes())
+        return digest.digest()
+
+
+class Animation(FrameList):
+    """The frames of one WebP, PNG or TIFF file; decoded from its start when they are read."""
+
+    def __init__(self, path: Path, name: str, options: SourceOptions):
+        self._path = path
+        with opened_image(path) as image:
+            self._skipped = int(getattr(image, "default_image", False))  # of a PNG: a picture beside the animation
+            count, size = getattr(image, "n_frames", 1) - self._skipped, _size(image)
+        if count * size[0] * size[1] > options.max_decoded_pixels:
+            raise LimitError(
+                f"{name} says it has {count} frames of {size[0]} x {size[1]} pixels, more than max_decoded_pixels="
+                f"{options.max_decoded_pixels}: raise it, or shorten the animation."
+            )
+        super().__init__(count, iter([size]), name, options)
+
+    @functools.cached_property
+    def _durations(self) -> list[float]:  # milliseconds; the formats know some only once a frame is decoded
+        return [image.info.get("duration", 0) for image in self._walk(range(len(self)))]
+
+    @property
+    def timestamps(self) -> tuple[float, ...] | None:
+        if not all(self._durations):
+            return super().timestamps
+        return tuple(total / 1000 for total in itertools.accumulate(self._durations[:-1], initial=0.0))
+
+    def _walk(self, indices: Sequence[int]) -> Iterator[Image.Image]:
+        with opened_image(self._path) as image:
+            for i in indices:
+                image.seek(i + self._skipped)
+                image.load()
+                if _size(image) != self.size:
+                    raise ValueError(f"frame {i} has another size than frame 0")
+                yield image
+
+    def _load(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        return map(_rgb, self._walk(indices))
+
+    def fingerprint(self) -> bytes:
+        return file_digest(self._path)
+
+
+def file_digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _numpy(frame: np.ndarray | Tensor) -> np.ndarray:
+    if isinstance(frame, np.ndarray):
+        return frame
+    frame = frame.detach().cpu()
+    return (frame.float() if frame.dtype == torch.bfloat16 else frame).numpy()
+
+
+def opened_image(image: Path | Image.Image, name: str = "") -> AbstractContextManager[Image.Image]:
+    """An image whose header is read and whose pixels are not."""
+    if isinstance(image, Image.Image):
+        return nullcontext(image)
+    try:
+        opened = Image.open(image, formats=IMAGES)
+        opened.filename = ""  # else Pillow maps it into memory, and mixes up the sides of a turned TIFF
+        return opened
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise LimitError(f"{name or image} has too many pixels for Pillow ({error}): make it smaller.") from error
+    except _IMAGE_FAILURES as error:
+        raise _broken_image(name or str(image), error) from error
+
+
+def _broken_image(name: str, error: BaseException) -> BrokenVideoError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return BrokenVideoError(f"{name} cannot be read as an image ({reason}): give JPEG, PNG, WebP, BMP or TIFF files.")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's, 1 to 8; a PNG's only where it stands before the pixels, and not a TIFF's, which Pillow turns itself."""
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def _size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) of the upright image."""
+    return image.size if 5 <= _orientation(image) <= 8 else image.size[::-1]
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """Pixels uint8 (H, W, 3), upright."""
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its mode {image.mode} holds numbers of no known range")
+    if 2 <= _orientation(image) <= 8:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    return np.asarray(image.convert("RGB"))

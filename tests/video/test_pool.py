@@ -1,0 +1,380 @@
+"""The pool of killable processes: limits, crashes, order, laziness, big results, and nothing left behind.
+
+The functions that workers run stand in this module, which imports no torch before it is needed: a worker starts fast.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from blueberry_video.video.errors import BrokenVideoError, KilledError, VideoError
+from blueberry_video.video.pool import Outcome, run_in_processes
+
+MEGABYTE = 2**20
+
+
+class UnpicklableError(Exception):
+    def __init__(self, code: int):
+        super().__init__(f"code {code}")
+        self.lock = threading.Lock()
+
+
+class UnreadableError(Exception):
+    """Pickle can write it, but not make it again: its constructor wants two arguments."""
+
+    def __init__(self, first: str, second: str):
+        super().__init__(f"{first} {second}")
+
+
+def act(order: str | tuple) -> Any:
+    """One function for most tests, so that a pool's workers can meet every kind of trouble."""
+    name, argument = order if isinstance(order, tuple) else (order, None)
+    match name:
+        case "return":
+            return argument
+        case "nested":
+            return [outcome.value for outcome in run([("return", argument)])]
+        case "process":
+            return os.getpid()
+        case "sleep":
+            time.sleep(argument)
+            return argument
+        case "spin":
+            while True:
+                pass
+        case "child":
+            return subprocess.Popen(["sleep", "1000"]).pid
+        case "signal":
+            os.kill(os.getpid(), argument)
+        case "exit":
+            sys.exit(argument)
+        case "allocate":
+            return len(np.ones(argument * MEGABYTE, dtype=np.uint8))
+        case "share":  # memory that RLIMIT_DATA does not count
+            import mmap
+
+            shared = mmap.mmap(-1, argument * MEGABYTE)
+            for start in range(0, argument * MEGABYTE, MEGABYTE):
+                shared[start : start + MEGABYTE] = bytes(MEGABYTE)
+            time.sleep(20)
+        case "broken":
+            raise BrokenVideoError("no frame of it decodes")
+        case "unpicklable error":
+            raise UnpicklableError(7)
+        case "unreadable error":
+            raise UnreadableError("two", "words")
+        case "unpicklable result":
+            return lambda: 0
+        case "temporary file":
+            import tempfile
+
+            with tempfile.NamedTemporaryFile(delete=False) as file:
+                file.write(b"left behind")
+            return file.name
+
+
+def big_result(megabytes: int) -> dict[str, Any]:
+    return {"pixels": np.arange(megabytes * MEGABYTE, dtype=np.uint8), "name": "big"}
+
+
+def tensors(count: int) -> dict[str, Any]:
+    import torch
+
+    return {
+        "half": torch.arange(count).to(torch.bfloat16),
+        "nothing": torch.zeros(0, 3),
+        "turned": torch.arange(6).reshape(2, 3).T,
+        "threads": torch.get_num_threads(),
+        "gradient": torch.ones(2, requires_grad=True),
+    }
+
+
+def run(orders, workers: int = 1, timeout: float | None = 20, memory: int | None = None, **options) -> list[Outcome]:
+    limit = None if memory is None else memory * MEGABYTE
+    return list(run_in_processes(act, orders, workers=workers, timeout=timeout, memory_bytes=limit, **options))
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_trouble_of_every_kind_stops_nothing_else():
+    troubles = {
+        ("return", 1): None,
+        ("signal", signal.SIGSEGV): (KilledError, r"item 1 \(tuple\).*crashed with SIGSEGV"),
+        ("signal", signal.SIGKILL): (KilledError, "SIGKILL"),
+        ("exit", 3): (KilledError, "exited with code 3"),
+        "broken": (BrokenVideoError, "^no frame of it decodes"),
+        "unpicklable error": (VideoError, "UnpicklableError: code 7"),
+        "unreadable error": (VideoError, "UnreadableError: two words"),
+        "unpicklable result": (VideoError, r"item 7 \('unpicklable result'\): its result cannot be pickled"),
+        ("nested", 2): None,
+    }
+    errors: Counter[str] = Counter()
+    progress: list[tuple[int, int]] = []
+    outcomes = run(troubles, 1, errors=errors, on_progress=lambda done, failed: progress.append((done, failed)))
+    assert [outcome.index for outcome in outcomes] == list(range(9))
+    for outcome, (order, trouble) in zip(outcomes, troubles.items(), strict=True):
+        assert outcome.item == order
+        if trouble is None:
+            assert (outcome.value, outcome.error) == ([2] if order[0] == "nested" else order[1], None)
+        else:
+            assert type(outcome.error) is trouble[0]
+            with pytest.raises(trouble[0], match=trouble[1]):
+                raise outcome.error
+    assert "line" in outcomes[4].error.__notes__[0]  # where it was raised
+    assert errors == {"KilledError": 3, "BrokenVideoError": 1, "VideoError": 3}
+    assert [done for done, _ in progress] == list(range(1, 10))
+    assert progress[-1] == (9, 7)
+
+
+def test_too_long_is_killed_with_what_it_started():
+    before = time.monotonic()
+    first, spinning, last = run([("child"), ("spin"), ("return", 5)], timeout=0.5)
+    assert time.monotonic() - before < 8
+    with pytest.raises(KilledError, match=r"item 1 \('spin'\).*timeout=0.5 s"):
+        raise spinning.error
+    assert 0.5 <= spinning.seconds < 3
+    assert last.value == 5
+    wait_until(lambda: gone(first.value))
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("allocate", r"ran out of memory_bytes=209715200 \(\w*MemoryError"),
+        ("share", "took more than memory_bytes=209715200"),
+    ],
+)
+def test_too_much_memory_is_killed(how: str, said: str):
+    outcomes = run([("allocate", 50), ("return", 4), (how, 400), ("return", 5)], memory=200)
+    assert [outcome.value for outcome in outcomes] == [50 * MEGABYTE, 4, None, 5]
+    with pytest.raises(KilledError, match=f"item 2 .*{said}"):
+        raise outcomes[2].error
+    assert 45 * MEGABYTE < outcomes[0].peak_memory < 100 * MEGABYTE
+    assert outcomes[1].peak_memory < 20 * MEGABYTE  # its own, not that of the item before
+
+
+def test_order_is_that_of_the_items_or_that_of_finishing():
+    orders = [("sleep", 0.4), ("sleep", 0.0), ("sleep", 0.01), ("sleep", 0.0)]
+    assert [outcome.index for outcome in run(orders, 2)] == [0, 1, 2, 3]
+    indices = [outcome.index for outcome in run(orders, 2, ordered=False)]
+    assert sorted(indices) == [0, 1, 2, 3]
+    assert indices[-1] == 0
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_items_are_taken_only_when_they_are_needed(ordered: bool):
+    taken = 0
+
+    def endless() -> Iterator[tuple]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield "return", taken
+
+    outcomes = run_in_processes(act, endless(), workers=2, timeout=9, memory_bytes=None, ordered=ordered)
+    assert taken == 0
+    assert children() == set()
+    for given in range(30):
+        next(outcomes)
+        assert taken - given <= 2
+    outcomes.close()
+    assert children() == set()
+
+
+def test_workers_persist_and_only_as_many_start_as_there_are_items():
+    outcomes = run(["process"] * 5, workers=1)
+    assert len({outcome.value for outcome in outcomes}) == 1
+    running = run_in_processes(act, ["process"], workers=8, timeout=9, memory_bytes=None)
+    pid = next(running).value
+    assert children() == {pid}
+    assert list(running) == []
+    assert gone(pid)
+
+
+def test_a_worker_that_keeps_much_memory_is_replaced():
+    outcomes = run(["process", ("allocate", 10), "process"], memory=400)
+    assert outcomes[0].value == outcomes[2].value
+    kept = run_in_processes(keep, [0, 150, 0], workers=1, timeout=20, memory_bytes=200 * MEGABYTE)
+    first, second, third = (outcome.value for outcome in kept)
+    assert first == second != third
+
+
+_KEPT: list[bytes] = []
+
+
+def keep(megabytes: int) -> int:
+    _KEPT.append(b"x" * (megabytes * MEGABYTE))
+    return os.getpid()
+
+
+def test_closing_early_ends_workers_in_the_middle_of_their_work_and_their_files():
+    outcomes = run_in_processes(
+        act, ["child", "temporary file", "spin", "spin"], workers=2, timeout=None, memory_bytes=None, ordered=False
+    )
+    values = [next(outcomes).value for _ in range(2)]
+    [child] = [value for value in values if isinstance(value, int)]
+    [file] = [value for value in values if isinstance(value, str)]
+    assert Path(file).read_bytes() == b"left behind"
+    assert len(children()) >= 3
+    outcomes.close()
+    assert children() == set()
+    wait_until(lambda: gone(child))
+    assert not Path(file).parent.exists()
+
+
+def test_an_exception_of_the_caller_ends_the_workers():
+    def interrupted() -> Iterator[str]:
+        yield "spin"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupted(), workers=2)
+    assert children() == set()
+
+
+def test_big_results_come_back_at_once_from_all_and_leave_nothing():
+    shared = set(os.listdir("/dev/shm"))
+    outcomes = list(run_in_processes(big_result, [200, 200, 1], workers=2, timeout=30, memory_bytes=None))
+    assert [outcome.value["pixels"].nbytes for outcome in outcomes] == [200 * MEGABYTE, 200 * MEGABYTE, MEGABYTE]
+    pixels = outcomes[1].value["pixels"]
+    assert pixels[:: 2**19].tolist() == [0] * 400
+    assert pixels[-1] == 255
+    pixels[0] = 1  # the caller's own memory
+    assert set(os.listdir("/dev/shm")) == shared
+
+
+def test_time_that_the_caller_takes_is_not_the_workers():
+    options: dict = {"workers": 2, "timeout": 0.4, "memory_bytes": None}
+    for outcome in run_in_processes(big_result, [20, 20, 20], **options):
+        assert outcome.error is None
+        time.sleep(0.6)  # meanwhile the next results lie half sent
+
+
+def test_tensors_come_back_as_they_were_from_one_thread():
+    import torch
+
+    [outcome] = run_in_processes(tensors, [1000], workers=1, timeout=30, memory_bytes=None)
+    value = outcome.value
+    assert torch.equal(value["half"], torch.arange(1000).to(torch.bfloat16))
+    assert value["half"].dtype == torch.bfloat16
+    assert value["nothing"].shape == (0, 3)
+    assert value["turned"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert value["gradient"].requires_grad
+    assert value["threads"] == 1
+
+
+def test_descriptors_do_not_grow():
+    orders = [("signal", signal.SIGSEGV) if number in (15, 35) else ("return", b"x" * 100_000) for number in range(50)]
+    run(orders[:1])
+    before = psutil.Process().num_fds()
+    outcomes = run_in_processes(act, orders, workers=1, timeout=20, memory_bytes=None)
+    counts = [psutil.Process().num_fds() for _ in outcomes]
+    assert max(counts[10:]) <= max(counts[:10])
+    assert psutil.Process().num_fds() == before
+
+
+SCRIPT = """
+import sys, time
+from blueberry_video.video.pool import run_in_processes
+sys.path.insert(0, {folder!r})
+import test_pool
+outcomes = run_in_processes(test_pool.act, ["process", "child", "spin", "spin"], workers=2, timeout=None,
+                            memory_bytes=None)  # no guard: its workers do not import this script
+print(next(outcomes).value, next(outcomes).value, flush=True)
+next(outcomes)
+"""
+
+
+def test_workers_die_with_a_parent_that_is_killed(tmp_path: Path):
+    script = tmp_path / "parent.py"
+    script.write_text(SCRIPT.format(folder=str(Path(__file__).parent)))
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    workers = {child.pid for child in psutil.Process(parent.pid).children()}
+    assert len(workers) == 2
+    time.sleep(0.1)  # into the endless loops
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    wait_until(lambda: all(gone(pid) for pid in workers | {pids[1]}))
+
+
+GUARDLESS = """
+from blueberry_video.video.pool import run_in_processes
+def double(number):
+    return 2 * number
+{guard}
+    print([outcome.value for outcome in run_in_processes(double, [1, 2], workers=1, timeout=9, memory_bytes=None)])
+"""
+
+
+def test_a_function_of_the_main_script_needs_a_guard_and_is_told_so(tmp_path: Path):
+    script = tmp_path / "main.py"
+    script.write_text(GUARDLESS.format(guard="if __name__ == '__main__':"))
+    assert subprocess.check_output([sys.executable, str(script)], text=True) == "[2, 4]\n"
+    script.write_text(GUARDLESS.format(guard="if True:"))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 1
+    assert "put that call under `if __name__ == '__main__':`" in done.stderr
+
+
+def test_what_a_worker_cannot_import_is_refused():
+    options: dict = {"workers": 1, "timeout": 1, "memory_bytes": None}
+    with pytest.raises(TypeError, match="define it with `def` at the top of a module"):
+        run_in_processes(lambda item: item, [1], **options)
+    with pytest.raises(TypeError, match=r"item 0 \(function\) cannot be sent"):
+        next(run_in_processes(act, [lambda: 0], **options))
+    [outcome] = run_in_processes(partial(pow, 2), [10], **options)
+    assert outcome.value == 1024
+
+
+def test_a_function_whose_module_is_gone_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "vanishing.py").write_text("def work(item):\n    return item\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import vanishing
+
+    (tmp_path / "vanishing.py").write_text("raise OSError('gone')")
+    with pytest.raises(RuntimeError, match=r"could not import the function(.|\n)*OSError: gone"):
+        next(run_in_processes(vanishing.work, [1], workers=1, timeout=1, memory_bytes=None))
+    assert children() == set()
+
+
+def test_the_time_of_importing_the_function_is_not_the_first_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(0.5)\ndef work(item):\n    return item\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    from slow_to_import import work
+
+    [outcome] = run_in_processes(work, [7], workers=1, timeout=0.3, memory_bytes=None)
+    assert outcome.value == 7
+    assert outcome.seconds < 0.3
+
+
+@pytest.mark.parametrize("wrong", [{"workers": 0}, {"timeout": 0}, {"memory": -1}])
+def test_limits_must_be_positive(wrong: dict):
+    with pytest.raises(ValueError, match="lets nothing run"):
+        run([], **wrong)
