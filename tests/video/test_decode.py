@@ -133,7 +133,7 @@ def test_raw_stream_without_timestamps(tmp_path: Path):
     assert close(levels(decode(path, [9, 2]).pixels), [LEVELS[9], LEVELS[2]])
 
 
-@pytest.mark.parametrize("backend", WORKING)
+@pytest.mark.parametrize("backend", [name for name in WORKING if name != "decord"])  # which says that it cannot
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 def test_rotation_is_applied(tmp_path: Path, backend: str, degrees: int):
     path = write(tmp_path / "a.mp4", LEVELS[:3])

@@ -87,6 +87,8 @@ def read_decord(video: OpenVideo, wanted: Sequence[int], num_threads: int, devic
     import decord
 
     info = video.info
+    if info.rotation:
+        raise ValueError("decord pads turned pictures with black where their width is no multiple of 32")
     if info.container == "mpegts":
         raise ValueError("decord shows other frames of transport streams than the packets say")
     if info.pixel_format not in ("yuv420p", "yuvj420p") or info.height % 2 or info.width % 2:
