@@ -63,8 +63,9 @@ def measure(side: str, path: str, save: str) -> None:
         from blueberry_video.video import process_video
 
         def run() -> tuple[torch.Tensor, list[int]]:
-            video = process_video(path, num_frames=16, resample=side.split()[1], measure_quality=False)
-            return video.pixels, list(video.metadata.frame_indices)
+            same = {"dtype": "float32", "rescale": False, "mean": None, "std": None, "measure_quality": False}
+            video = process_video(path, num_frames=16, resample=side.split()[1], **same)
+            return video.frames, list(video.metadata.frame_indices)
 
     start = peak_memory()
     seconds = []

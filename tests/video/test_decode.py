@@ -195,8 +195,8 @@ def test_damage_names_every_backend_or_leaves_a_mask(tmp_path: Path):
 def test_the_next_backend_takes_over_where_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = write(tmp_path / "a.mp4", LEVELS)
 
-    def fails_at_the_tenth(video, wanted, *arguments):
-        for number, picture in enumerate(backends.read_pyav(video, wanted, *arguments)):
+    def fails_at_the_tenth(video, wanted, device):
+        for number, picture in enumerate(backends.read_pyav(video, wanted)):
             if number == 10:
                 raise RuntimeError("cannot today")
             yield picture

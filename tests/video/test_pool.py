@@ -365,13 +365,14 @@ def test_a_function_whose_module_is_gone_is_told(tmp_path: Path, monkeypatch: py
 
 
 def test_the_time_of_importing_the_function_is_not_the_first_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(0.5)\ndef work(item):\n    return item\n")
+    (tmp_path / "slow_to_import.py").write_text(
+        "import time\ntime.sleep(1)\ndef work(item):\n    time.sleep(0.3)\n    return item\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     from slow_to_import import work
 
-    [outcome] = run_in_processes(work, [7], workers=1, timeout=0.3, memory_bytes=None)
+    [outcome] = run_in_processes(work, [7], workers=1, timeout=0.9, memory_bytes=None)
     assert outcome.value == 7
-    assert outcome.seconds < 0.3
 
 
 @pytest.mark.parametrize("wrong", [{"workers": 0}, {"timeout": 0}, {"memory": -1}])

@@ -8,18 +8,28 @@ One file a stage: source → decode → sampling → resize → tokens → forma
 the settings of each model.
 """
 
-from blueberry_video.video.errors import (
-    BrokenVideoError,
-    FetchError,
-    KilledError,
-    LimitError,
-    RefusedSourceError,
-    VideoError,
-)
-from blueberry_video.video.process import Hooks, VideoProcessor, process_video, process_videos, stream_video
-from blueberry_video.video.result import ProcessedVideo, VideoChunk, VideoMetadata
-from blueberry_video.video.settings import load_settings, models
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from blueberry_video.video.errors import (
+        BrokenVideoError,
+        FetchError,
+        KilledError,
+        LimitError,
+        RefusedSourceError,
+        VideoError,
+    )
+    from blueberry_video.video.process import Hooks, VideoProcessor, process_video, process_videos, stream_video
+    from blueberry_video.video.result import ProcessedVideo, VideoChunk, VideoMetadata
+    from blueberry_video.video.settings import load_settings, models
+
+_HOMES = {
+    "errors": ("BrokenVideoError", "FetchError", "KilledError", "LimitError", "RefusedSourceError", "VideoError"),
+    "process": ("Hooks", "VideoProcessor", "process_video", "process_videos", "stream_video"),
+    "result": ("ProcessedVideo", "VideoChunk", "VideoMetadata"),
+    "settings": ("load_settings", "models"),
+}
 __all__ = [
     "BrokenVideoError",
     "FetchError",
@@ -38,3 +48,11 @@ __all__ = [
     "process_videos",
     "stream_video",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a name when it is asked for: a worker process that needs one file here does not wait for torch."""
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,7 +29,7 @@ _SKIPPABLE = {"h264", "mpeg1video", "mpeg2video", "mpeg4"}  # codecs whose "non-
 _BATCH = 16  # frames that a backend without a forward iterator decodes at once
 
 
-def read_pyav(video: OpenVideo, wanted: Sequence[int], num_threads: int, device: str = "cpu") -> Iterator[Tensor]:
+def read_pyav(video: OpenVideo, wanted: Sequence[int], device: str = "cpu") -> Iterator[Tensor]:
     """Pictures uint8 (H, W, 3) of ascending frame numbers.
 
     Seeks to the keyframe before a wanted frame and decodes forward; where a file cannot seek, or its frames do not
@@ -47,13 +47,13 @@ def read_pyav(video: OpenVideo, wanted: Sequence[int], num_threads: int, device:
         with av.open(str(video.info.path), options=PYAV_OPTIONS, metadata_errors="replace") as again:
             stream = again.streams[video.stream.index]
             assert isinstance(stream, VideoStream)
-            stream.codec_context.thread_count = num_threads
+            stream.codec_context.thread_count = video.num_threads
             stream.thread_type = "AUTO"
             for frame in _from_the_start(video, again, stream, wanted[done:]):
                 yield to_rgb(_whole(frame))
 
 
-def read_torchcodec(video: OpenVideo, wanted: Sequence[int], num_threads: int, device: str = "cpu") -> Iterator[Tensor]:
+def read_torchcodec(video: OpenVideo, wanted: Sequence[int], device: str = "cpu") -> Iterator[Tensor]:
     """As ``read_pyav``; pictures are on ``device``, which may be a CUDA device whose decoder is then used.
 
     Raises:
@@ -66,7 +66,7 @@ def read_torchcodec(video: OpenVideo, wanted: Sequence[int], num_threads: int, d
         info.path,
         stream_index=info.stream_index,
         dimension_order="NHWC",
-        num_ffmpeg_threads=num_threads,
+        num_ffmpeg_threads=video.num_threads,
         device=device,
         seek_mode="exact",  # the approximate mode shows wrong frames where the rate varies
     )
@@ -78,7 +78,7 @@ def read_torchcodec(video: OpenVideo, wanted: Sequence[int], num_threads: int, d
         yield from batch.data
 
 
-def read_decord(video: OpenVideo, wanted: Sequence[int], num_threads: int, device: str = "cpu") -> Iterator[Tensor]:
+def read_decord(video: OpenVideo, wanted: Sequence[int], device: str = "cpu") -> Iterator[Tensor]:
     """As ``read_pyav``, by decord 0.6, which is unmaintained and can hang on damaged files: for a killable process.
 
     Raises:
@@ -94,7 +94,7 @@ def read_decord(video: OpenVideo, wanted: Sequence[int], num_threads: int, devic
     if info.pixel_format not in ("yuv420p", "yuvj420p") or info.height % 2 or info.width % 2:
         raise ValueError(f"decord converts {info.pixel_format} of {info.height}x{info.width} pixels to other colours")
     try:
-        reader = decord.VideoReader(str(info.path), ctx=decord.cpu(0), num_threads=num_threads)
+        reader = decord.VideoReader(str(info.path), ctx=decord.cpu(0), num_threads=video.num_threads)
         _same_count("decord", len(reader), video)
         _same_times(
             "decord", np.asarray(reader.get_frame_timestamp(list(wanted)))[:, 0], video, wanted, 2e-3
@@ -112,9 +112,7 @@ def read_decord(video: OpenVideo, wanted: Sequence[int], num_threads: int, devic
         raise RuntimeError(str(error)) from error
 
 
-def read_torchvision(
-    video: OpenVideo, wanted: Sequence[int], num_threads: int, device: str = "cpu"
-) -> Iterator[Tensor]:
+def read_torchvision(video: OpenVideo, wanted: Sequence[int], device: str = "cpu") -> Iterator[Tensor]:
     """As ``read_pyav``, by ``torchvision.io.read_video`` where it exists (before 0.26); reads the whole file.
 
     Raises:
@@ -130,7 +128,7 @@ def read_torchvision(
         yield pictures[number]
 
 
-READERS: dict[str, Callable[[OpenVideo, Sequence[int], int, str], Iterator[Tensor]]] = {
+READERS: dict[str, Callable[[OpenVideo, Sequence[int], str], Iterator[Tensor]]] = {
     "pyav": read_pyav,
     "torchcodec": read_torchcodec,
     "decord": read_decord,
@@ -152,7 +150,7 @@ def backend_failure(name: str) -> str | None:
         path.write_bytes(_tiny_clip())
         try:
             with open_video(path) as video:
-                pictures = list(READERS[name](video, [0, 2], 1, "cpu"))
+                pictures = list(READERS[name](video, [0, 2], "cpu"))
         except FAILURES as error:
             return one_line(error)
     levels = [picture.float().mean().item() for picture in pictures]

@@ -7,6 +7,7 @@ file, so that falling back never silently changes which frame is shown.
 Nothing here is open before a fork or ever pickled: an ``OpenVideo`` lives inside one call.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +75,10 @@ class OpenVideo:
     info: VideoInfo
     pts: np.ndarray | None  # int64 (num_frames,) in display order; None where packets carry none or repeat one
 
+    @property
+    def num_threads(self) -> int:
+        return self.stream.codec_context.thread_count
+
     def __enter__(self) -> "OpenVideo":
         return self
 
@@ -105,7 +110,7 @@ def open_video(
     Args:
         path: a local file.
         stream_index: a video stream of the file; None takes the one that FFmpeg holds for the best.
-        num_threads: of the decoder; 0 lets FFmpeg choose.
+        num_threads: of the decoder; 0 chooses.
         by_decoding: count and time the frames that come out of the decoder, not the packets that go in: for the rare
             codec in which a packet need not hold one frame. Costs the time of decoding everything.
         max_frame_pixels: height × width above which nothing is decoded.
@@ -121,7 +126,7 @@ def open_video(
         try:
             stream = _choose_stream(container, stream_index)
             _check_size(resolved, stream, max_frame_pixels)
-            stream.codec_context.thread_count = num_threads
+            stream.codec_context.thread_count = num_threads or _threads(stream)
             stream.thread_type = "AUTO"
             return _by_frames(resolved, container, stream) if by_decoding else _by_packets(resolved, container, stream)
         except FAILURES:
@@ -143,18 +148,26 @@ def one_line(error: BaseException) -> str:
 
 
 def _choose_stream(container: InputContainer, stream_index: int | None) -> VideoStream:
-    videos = {stream.index: stream for stream in container.streams.video}
+    # PyAV has no decoder for a stream whose codec context is None
+    videos = {stream.index: stream for stream in container.streams.video if stream.codec_context is not None}
     if stream_index is not None:
         if stream_index not in videos:
             raise ValueError(f"stream_index={stream_index} is no video stream of it: these are {sorted(videos)}")
         return videos[stream_index]
     if not videos:
-        raise ValueError("it has no video stream")
+        unknown = " of a known codec" if container.streams.video else ""
+        raise ValueError(f"it has no video stream{unknown}")
     moving = [stream for stream in videos.values() if not stream.disposition & stream.disposition.attached_pic]
     best = container.streams.best("video")
-    if isinstance(best, VideoStream) and (best in moving or not moving):
+    if isinstance(best, VideoStream) and best.index in videos and (best in moving or not moving):
         return best
     return (moving or list(videos.values()))[0]  # cover art is the picture only where there is no other
+
+
+def _threads(stream: VideoStream) -> int:
+    """More than cores, for decoding threads wait for each other; each holds a frame, of 128 MB in all."""
+    frame_bytes = max(1, stream.codec_context.width * stream.codec_context.height * 3 // 2)
+    return max(1, min(max(8, os.cpu_count() or 1), 16, 2**27 // frame_bytes))
 
 
 def _check_size(path: Path, stream: VideoStream, max_frame_pixels: int) -> None:
@@ -172,13 +185,14 @@ def _by_packets(path: Path, container: InputContainer, stream: VideoStream) -> O
     is_vp8 = stream.codec_context.name == "vp8"
     for packet in container.demux(stream):
         size = packet.size
-        if first is None:
-            first = _first_frame(packet)
+        if first is None and packet.is_keyframe:
+            first = _frame_of(packet, stream)
         held += size > 0
         if not size or packet.is_discard or (is_vp8 and not bytes(packet)[0] & _SHOWN_VP8):
             continue  # the flush at the end; what lies before the start of an edit list; what is never shown
         seen.append(packet.pts)
         keys.append(packet.is_keyframe)
+    first = first or _first_frame(path, stream)
     lost = _listed(stream, held) - held
     pts = None if None in seen or len(set(seen)) != len(seen) else np.array(seen, np.int64)
     order = np.arange(len(seen)) if pts is None else np.argsort(pts)
@@ -200,11 +214,27 @@ def _by_frames(path: Path, container: InputContainer, stream: VideoStream) -> Op
     return _opened(path, container, stream, first, pts, np.array(keys), lost=0)
 
 
-def _first_frame(packet: av.Packet) -> VideoFrame | None:
+def _frame_of(packet: av.Packet, stream: VideoStream) -> VideoFrame | None:
+    """The frame of one packet, if it decodes by itself, as a keyframe does; leaves the decoder as new."""
     try:
-        return next((frame for frame in packet.decode() if isinstance(frame, VideoFrame)), None)
-    except av.error.InvalidDataError:  # a later packet may do; frames that are asked for are not lenient
-        return None
+        frames = [*packet.decode(), *stream.codec_context.decode(None)]  # drained: threads would wait for more packets
+    except (av.error.InvalidDataError, av.error.EOFError):  # a later packet may do
+        frames = []
+    stream.codec_context.flush_buffers()
+    return next((frame for frame in frames if isinstance(frame, VideoFrame)), None)
+
+
+def _first_frame(path: Path, stream: VideoStream) -> VideoFrame | None:
+    """The first frame that comes out of the decoder, as where all before it lies before the start of an edit list."""
+    with av.open(str(path), options=PYAV_OPTIONS, metadata_errors="replace") as again:
+        for packet in again.demux(again.streams[stream.index]):
+            try:
+                for frame in packet.decode():
+                    if isinstance(frame, VideoFrame):
+                        return frame
+            except av.error.InvalidDataError:
+                continue
+    return None
 
 
 def _listed(stream: VideoStream, held: int) -> int:

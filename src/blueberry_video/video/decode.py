@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,8 @@ class DecodeOptions:
 
     Attributes:
         backends: decoders in the order in which they are tried; those that do not work on this machine are passed over.
-        num_threads: decoding threads; 0 lets FFmpeg choose; keep 1 in loader workers.
+        num_threads: decoding threads; 0 chooses, at least 8 where the pictures are not huge: more than cores, for they
+            wait for each other; keep 1 in loader workers.
         stream_index: which video stream of a file with several; None takes the one that FFmpeg holds for the best.
         salvage: where no backend can decode all frames, return what can be decoded and a mask of what is missing.
         max_missing_share: 0 to 1; a video of which more is missing is broken.
@@ -54,8 +56,8 @@ class DecodeOptions:
             raise ValueError(f"backends is empty: name at least one of {', '.join(READERS)}.")
         if self.num_threads < 0 or self.chunk_frames < 1:
             raise ValueError(
-                f"num_threads={self.num_threads} and chunk_frames={self.chunk_frames}: use at least 0 threads (0 lets "
-                "FFmpeg choose) and at least 1 frame."
+                f"num_threads={self.num_threads} and chunk_frames={self.chunk_frames}: use at least 0 threads (0 "
+                "chooses) and at least 1 frame."
             )
         if not 0 <= self.max_missing_share <= 1:
             raise ValueError(f"max_missing_share={self.max_missing_share} is a share: use 0 to 1, such as 0.5.")
@@ -183,7 +185,8 @@ def decode_in_chunks(video: OpenVideo, wanted: Sequence[int], options: DecodeOpt
         for i, picture in zip(range(len(indices)), pictures):
             if pixels is None:
                 pixels = picture.rgb.new_empty(len(indices), *picture.rgb.shape)
-            pixels[i], missing[i], suspect[i] = picture.rgb, picture.is_missing, picture.is_suspect
+            _copy(picture.rgb, pixels[i])
+            missing[i], suspect[i] = picture.is_missing, picture.is_suspect
             backend = picture.backend
         assert pixels is not None
         lost += int(missing.sum())
@@ -213,7 +216,7 @@ def _pictures(
             failures[name] = reason
             continue
         try:
-            for picture in READERS[name](video, wanted[position:], options.num_threads, options.decode_device):
+            for picture in READERS[name](video, wanted[position:], options.decode_device):
                 position += 1
                 yield _Picture(picture, False, False, name)
         except FAILURES as error:
@@ -233,6 +236,13 @@ def _pictures(
             f"Nothing of {video.info.path} can be decoded ({_listed(failures)}; salvage: {one_line(error)}). Re-encode "
             "the file, or remove it."
         ) from error
+
+
+def _copy(picture: Tensor, place: Tensor) -> None:
+    if picture.device.type == "cpu":  # torch would copy with OpenMP threads, which go on spinning beside the decoder's
+        np.copyto(place.numpy(), picture.numpy())
+    else:
+        place.copy_(picture)
 
 
 def _listed(failures: dict[str, str]) -> str:
