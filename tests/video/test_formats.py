@@ -19,7 +19,6 @@ from blueberry_video.video.formats import (
     FormatOptions,
     PixelValues,
     format_frames,
-    format_stream,
     to_base64,
     to_huggingface,
     to_numpy,
@@ -203,47 +202,12 @@ def test_times_of_patches():
     assert to_huggingface(frames, timestamps, patch_size=4).keys() == {"pixel_values_videos", "video_grid_thw"}
 
 
-def stream(frames: Tensor, lengths: list[int], options: FormatOptions, **sizes: int) -> list[Any]:
-    """The formatted chunks of a video cut into ``lengths``."""
-    cuts = zip(frames.split(lengths), seconds(len(frames)).split(lengths))
-    return list(format_stream(cuts, options, **sizes))
-
-
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(1, 3), st.integers(1, 2), st.integers(0, 99))
-def test_the_patches_of_a_stream_are_those_of_the_whole(lengths: list[int], tp: int, merge: int, seed: int):
-    torch.manual_seed(seed)
-    frames = noise(sum(lengths), 2 * merge, 4 * merge)
-    options = FormatOptions(format="huggingface", patch_times="timestamps", dtype="float32", mean=MEAN, std=STD)
-    sizes = {"patch_size": 2, "merge_size": merge, "temporal_patch_size": tp}
-    whole: Any = format_frames(frames, seconds(len(frames)), options, **sizes)
-    parts = stream(frames, lengths, options, **sizes)
-    assert torch.equal(torch.cat([part["pixel_values_videos"] for part in parts]), whole["pixel_values_videos"])
-    assert torch.equal(torch.cat([part["timestamps"] for part in parts]), whole["timestamps"])
-    assert sum(int(part["video_grid_thw"][0, 0]) for part in parts) == int(whole["video_grid_thw"][0, 0])
-
-
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 99))
 def test_patches_of_chunks_of_whole_temporal_patches_are_those_of_the_whole(first: int, rest: int, tp: int, seed: int):
     torch.manual_seed(seed)
     frames = noise(first * tp + rest, 4, 4)
     parts = [to_patches(part, patch_size=2, temporal_patch_size=tp) for part in frames.tensor_split([first * tp])]
     assert torch.equal(torch.cat(parts), to_patches(frames, patch_size=2, temporal_patch_size=tp))
-
-
-@pytest.mark.parametrize("lengths", [[5], [1, 1, 1, 1, 1], [2, 3]])
-def test_other_formats_stream_chunk_by_chunk(lengths: list[int]):
-    frames = noise(5, 4, 6)
-    tensors = stream(frames, lengths, FormatOptions(dtype="float32", rescale=True))
-    assert [len(part) for part in tensors] == lengths
-    assert torch.equal(torch.cat(tensors), to_tensor(frames, formats.UNIT_RANGE))
-    uris = stream(frames, lengths, FormatOptions(format="base64"))
-    assert [uri for part in uris for uri in part] == to_base64(frames)
-    layout = FormatOptions(format="huggingface", huggingface_layout="frames")
-    assert torch.equal(torch.cat([x["pixel_values_videos"] for x in stream(frames, lengths, layout)], 1)[0], frames)
-
-
-def test_a_stream_without_frames_gives_nothing():
-    assert list(format_stream([], FormatOptions())) == []
 
 
 class Allocations(TorchDispatchMode):

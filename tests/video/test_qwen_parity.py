@@ -14,11 +14,14 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from blueberry_video.video import process_video
+from blueberry_video.video.backends import backend_failure
 from blueberry_video.video.resize import (
     ResizeOptions,
     fill,
@@ -271,3 +274,38 @@ def test_transformers_sizes():
         assert fill(height, width, 48, 630 * 16**2) == expected
     for height, width in ((10, 900), (900, 10), (1, 5000)):
         assert fill(height, width, 48, 630 * 16**2) == preserving(height, width, 16, 630, 3)
+
+
+@pytest.mark.parametrize("patch_size", [14, 16])
+@pytest.mark.parametrize(
+    ("element", "overrides"),
+    [
+        ({}, {}),
+        ({"fps": 5.0}, {"fps": 5.0}),
+        ({"nframes": 7}, {"num_frames": 7}),
+        ({"video_start": 0.31, "video_end": 1.7}, {"video_start": 0.31, "video_end": 1.7}),
+        ({"max_pixels": 140_000}, {"max_pixels": 140_000}),
+        ({"min_pixels": 300_000}, {"min_pixels": 300_000}),
+        ({"total_pixels": 900_000}, {"total_pixels": 900_000}),
+        ({"resized_height": 200, "resized_width": 330}, {"resized_height": 200, "resized_width": 330}),
+    ],
+)
+def test_whole_videos_are_those_of_fetch_video(qwen, tmp_path, monkeypatch, patch_size, element, overrides):
+    if backend_failure("torchcodec"):
+        pytest.skip("torchcodec does not work here, which qwen-vl-utils reads with")
+    monkeypatch.setenv("FORCE_QWENVL_VIDEO_READER", "torchcodec")
+    path = tmp_path / "clip.mp4"
+    rng = np.random.default_rng(0)
+    canvas = rng.integers(0, 255, (9, 30, 3), dtype=np.uint8).repeat(20, axis=0).repeat(20, axis=1)
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("libx264", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 322, 180, "yuv420p"
+        for i in range(53):
+            frame = np.ascontiguousarray(canvas[:, 4 * i : 4 * i + 322])
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        output.mux(stream.encode())
+    expected, known = qwen.fetch_video({"video": str(path), **element}, patch_size, return_video_metadata=True)
+    video = process_video(path, {14: "qwen2.5-vl", 16: "qwen3-vl"}[patch_size], **overrides)
+    assert list(video.metadata.frame_indices) == known["frames_indices"]
+    assert video.pixels.shape == expected.shape
+    assert float((video.pixels.float() - expected).abs().max()) <= 1

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import safetensors.torch
 import torch
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", help="folder to write to; without it only the plan is printed")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting, such as fps=1 format=numpy")
     given = parser.parse_intermixed_args(arguments)
+    av.logging.set_libav_level(av.logging.FATAL)  # what FFmpeg complains about stands in our own report
     try:
         processor = VideoProcessor(load_settings(given.model, _parsed(given.overrides)))
         plan = processor.plan(given.video)
@@ -73,16 +75,7 @@ def told(plan: Plan, model: str) -> list[str]:
 def write(video: ProcessedVideo, folder: Path, title: list[str]) -> list[str]:
     """Writes everything about a processed video; returns what was written, a line each."""
     folder.mkdir(parents=True, exist_ok=True)
-    known = {
-        "metadata": asdict(video.metadata),
-        "timing": video.timing,
-        "quality": video.quality,
-        "missing": video.missing.nonzero().flatten().tolist(),
-        "suspect": video.suspect.nonzero().flatten().tolist(),
-        "degraded": video.degraded,
-        "failures": video.failures,
-    }
-    (folder / "video.json").write_text(json.dumps(known, indent=2) + "\n")
+    (folder / "video.json").write_text(json.dumps(video.summary(), indent=2) + "\n")
     times = torch.tensor(video.metadata.timestamps)
     contact_sheet(video.pixels, times, video.missing, video.suspect, title=title).save(folder / "contact_sheet.png")
     written = ("video.json", "contact_sheet.png", _write_frames(video.frames, folder))

@@ -9,7 +9,7 @@ Pixels become floats a few frames at a time, straight into the result: the peak 
 import base64
 import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,38 +176,6 @@ def format_frames(
     if o.huggingface_layout == "frames":
         return {"pixel_values_videos": to_tensor(frames, o.values)[None]}
     return to_huggingface(frames, timestamps, o.values, patch_size, merge_size, temporal_patch_size, o.patch_times)
-
-
-def format_stream(
-    chunks: Iterable[tuple[Tensor, Tensor]],
-    options: FormatOptions,
-    patch_size: int = 14,
-    merge_size: int = 2,
-    temporal_patch_size: int = 2,
-) -> Iterator[Formatted]:
-    """Formats a video that comes as (frames, timestamps) of any lengths; the results, one after the other, are those
-    of the whole video.
-
-    Frames that do not fill a temporal patch wait for the next chunk; only the end of the video is padded. What counts
-    over the whole video is of the chunk instead: t of ``video_grid_thw`` (they add up) and ``second_per_grid_ts``.
-
-    Raises:
-        TypeError, ValueError: as :func:`format_frames`.
-    """
-    patches = options.format == "huggingface" and options.huggingface_layout == "patches"
-    multiple = temporal_patch_size if patches else 1
-    sizes = (patch_size, merge_size, temporal_patch_size)
-    waiting: tuple[Tensor, Tensor] | None = None
-    for frames, timestamps in chunks:
-        if waiting is not None:
-            frames, timestamps = torch.cat((waiting[0], frames)), torch.cat((waiting[1], timestamps))
-        full = len(frames) // multiple * multiple
-        # cloned, or the few would keep the memory of all
-        waiting = (frames[full:].clone(), timestamps[full:]) if full < len(frames) else None
-        if full:
-            yield format_frames(frames[:full], timestamps[:full], options, *sizes)
-    if waiting is not None:
-        yield format_frames(*waiting, options, *sizes)
 
 
 def to_tensor(frames: Tensor, values: PixelValues = AS_THEY_ARE, layout: str = "tchw") -> Tensor:

@@ -31,6 +31,7 @@ from blueberry_video.video.sampling import candidate_frames, change_scores, choo
 from blueberry_video.video.settings import VideoSettings, load_settings
 from blueberry_video.video.source import Source, open_source
 
+CHUNK_BYTES = 2**27  # of decoded frames in memory at a time
 CANDIDATE_WIDTH = 160  # pixels of the frames that scores are computed on
 PACKAGES = ("blueberry-video", "av", "torchcodec", "decord", "torch")  # whose versions decide about pixels
 Read = Callable[[Sequence[int], int], Iterator[Frames]]  # ascending frame numbers, frames a chunk → chunks
@@ -175,16 +176,14 @@ class VideoProcessor:
     def stream(self, source: Any) -> Iterator[VideoChunk]:
         """As ``stream_video``."""
         settings = self.settings
-        group = settings.tokens.temporal_patch_size
-        chunk_frames = -(-settings.decode.chunk_frames // group) * group  # so that no temporal patch is cut
         with open_source(source, settings.source) as opened:
             if opened.frames is not None:
                 info = _info_of(opened, opened.frames)
-                yield from self._chunks(info, _reader_of(opened.frames, info), chunk_frames)
+                yield from self._chunks(info, _reader_of(opened.frames, info))
                 return
             assert opened.path is not None
             with open_video(opened.path, settings.decode.stream_index, settings.decode.num_threads) as video:
-                yield from self._chunks(video.info, _reader(video, settings.decode), chunk_frames)
+                yield from self._chunks(video.info, _reader(video, settings.decode))
 
     def map(
         self,
@@ -231,7 +230,7 @@ class VideoProcessor:
             plans = [plan] if limit is None else [plan, *faster_plans(plan, info, self.settings)]
             for number, plan in enumerate(plans):
                 deadline = float("inf") if limit is None or number == len(plans) - 1 else begun + limit
-                taken = self._take(plan, read, watch, deadline)
+                taken = self._take(plan, info, read, watch, deadline)
                 if taken is not None:
                     break
             assert taken is not None
@@ -257,17 +256,19 @@ class VideoProcessor:
         small = torch.cat(
             [
                 resize(chunk.pixels, size, "fast", "bilinear").contiguous()
-                for chunk in read(sorted(set(candidates)), self.settings.decode.chunk_frames)
+                for chunk in read(sorted(set(candidates)), self._chunk_frames(info))
             ]
         )
         scores = self.hooks.score(small) if self.hooks.score else change_scores(small)
         return choose(times, options, keyframes, scores)
 
-    def _take(self, plan: Plan, read: Read, watch: Stopwatch, deadline: float) -> tuple[Tensor, Tensor, Frames] | None:
+    def _take(
+        self, plan: Plan, info: VideoInfo, read: Read, watch: Stopwatch, deadline: float
+    ) -> tuple[Tensor, Tensor, Frames] | None:
         """(pixels, missing and suspect, last chunk) of the plan's frames; None where they would be too late."""
         wanted = sorted(set(plan.indices))
         hurried = deadline < float("inf")
-        chunk_frames = min(self.settings.decode.chunk_frames, 2 if hurried else len(wanted))
+        chunk_frames = 2 if hurried else self._chunk_frames(info)
         pixels = torch.empty(len(wanted), 3, plan.height, plan.width, dtype=torch.uint8)
         masks = torch.zeros(2, len(wanted), dtype=torch.bool)
         position, begun = 0, time.perf_counter()
@@ -348,8 +349,14 @@ class VideoProcessor:
         sizes = (tokens.patch_size, tokens.merge_size, tokens.temporal_patch_size)
         return format_frames(pixels, timestamps, self.settings.format, *sizes)
 
-    def _chunks(self, info: VideoInfo, read: Read, chunk_frames: int) -> Iterator[VideoChunk]:
+    def _chunk_frames(self, info: VideoInfo) -> int:
+        """Frames that are decoded before they are resized: fewer where they are large."""
+        return max(1, min(self.settings.decode.chunk_frames, CHUNK_BYTES // (3 * info.height * info.width)))
+
+    def _chunks(self, info: VideoInfo, read: Read) -> Iterator[VideoChunk]:
         check_limits(info, self.settings)
+        group = self.settings.tokens.temporal_patch_size
+        chunk_frames = -(-self._chunk_frames(info) // group) * group  # so that no temporal patch is cut
         indices = sorted(set(self._choose(info, read)))
         size = video_size(info.height, info.width, min(len(indices), chunk_frames), self.settings.resize)
         for chunk in read(indices, chunk_frames):

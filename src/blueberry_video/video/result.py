@@ -80,6 +80,19 @@ class ProcessedVideo:
     failures: dict[str, str] = field(default_factory=dict)
     cached: bool = False
 
+    def summary(self) -> dict[str, Any]:
+        """All that is known but the frames, as plain values: for JSON, or a row of ``quality.wandb_table``."""
+        return {
+            "metadata": asdict(self.metadata),
+            "timing": self.timing,
+            "quality": self.quality,
+            "missing": self.missing.nonzero().flatten().tolist(),
+            "suspect": self.suspect.nonzero().flatten().tolist(),
+            "degraded": list(self.degraded),
+            "failures": self.failures,
+            "cached": self.cached,
+        }
+
 
 @dataclass(frozen=True, eq=False)
 class VideoChunk:

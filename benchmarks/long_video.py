@@ -1,0 +1,63 @@
+"""A video of an hour: 32 frames of it, and all 108,000 of them as a stream.
+
+run: python benchmarks/long_video.py            (writes and reads about 400 MB in a temporary folder; three minutes)
+
+The clip is 320x240 at 30 frames a second with a keyframe every 250. Seconds and resident memory are those of a process
+of its own; the stream prints memory along the way, which must not grow.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from decode import make_clip
+
+from blueberry_video.video import process_video, stream_video
+from blueberry_video.video.quality import peak_memory
+
+
+def sample(path: str) -> None:
+    begin = time.perf_counter()
+    video = process_video(path, num_frames=32)
+    seconds = time.perf_counter() - begin
+    stages = ", ".join(f"{name} {value:.2f}" for name, value in video.timing.items())
+    memory = peak_memory() / 1e6
+    print(f"32 of {video.metadata.total_frames} frames: {seconds:.2f} s ({stages}), peak memory {memory:.0f} MB")
+
+
+def stream(path: str) -> None:
+    begin, frames, process = time.perf_counter(), 0, psutil.Process()
+    early = 0.0
+    for chunk in stream_video(path, format="tensor", dtype="uint8", resized_height=56, resized_width=84):
+        frames += len(chunk.indices)
+        memory = process.memory_info().rss / 1e6
+        if frames % 20_000 < len(chunk.indices):
+            print(f"{frames} frames: resident memory {memory:.0f} MB")
+        early = memory if frames < 5_000 else early
+    grown = memory / early - 1
+    print(f"{frames} frames in {time.perf_counter() - begin:.0f} s; memory since frame 5,000: {grown:+.1%}")
+    if grown > 0.05:
+        sys.exit("memory grows with the length of the video")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--hours", type=float, default=1.0)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        name, path = arguments.measure
+        return {"sample": sample, "stream": stream}[name](path)
+    with tempfile.TemporaryDirectory() as folder:
+        path = make_clip(Path(folder, "long.mp4"), 320, 240, seconds=round(3600 * arguments.hours))
+        print(f"{arguments.hours:g} hours, {path.stat().st_size / 1e6:.0f} MB", flush=True)
+        for name in ("sample", "sample", "stream"):
+            subprocess.run([sys.executable, __file__, "--measure", name, str(path)], check=True)
+
+
+if __name__ == "__main__":
+    main()
