@@ -8,6 +8,7 @@ Nothing here is open before a fork or ever pickled: an ``OpenVideo`` lives insid
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ FORMATS = (  # containers that hold their own frames: no playlists, no image seq
 )
 PYAV_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
 FAILURES = (ImportError, OSError, RuntimeError, ValueError, IndexError, av.error.FFmpegError)  # what decoders raise
+Opener = Callable[[], tuple[InputContainer, VideoStream]]
 MAX_FRAME_PIXELS = 8192 * 4352  # 8K
 _SHOWN_VP8 = 0x10  # bit of a VP8 packet's first byte; the others are references that are never shown
 
@@ -120,21 +122,26 @@ def open_video(
         LimitError: larger frames than ``max_frame_pixels``.
     """
     resolved = local_video(path)
-    limited = {**PYAV_OPTIONS, "max_pixels": str(max_frame_pixels)}  # for a size that the header does not tell
-    try:
-        container = av.open(str(resolved), options=limited, metadata_errors="replace")
+
+    def opened() -> tuple[InputContainer, VideoStream]:
+        # max_pixels stops frames that are larger than the header says
+        options = {**PYAV_OPTIONS, "max_pixels": str(max_frame_pixels)}
+        container = av.open(str(resolved), options=options, metadata_errors="replace")
         try:
             stream = _choose_stream(container, stream_index)
             _check_size(resolved, stream, max_frame_pixels)
             stream.codec_context.thread_count = num_threads or _threads(stream)
             stream.thread_type = "AUTO"
-            return _by_frames(resolved, container, stream) if by_decoding else _by_packets(resolved, container, stream)
         except FAILURES:
             container.close()
             raise
+        return container, stream
+
+    try:
+        return _by_frames(resolved, opened) if by_decoding else _by_packets(resolved, opened)
+    except VideoError:
+        raise
     except FAILURES as error:
-        if isinstance(error, VideoError):
-            raise
         raise BrokenVideoError(
             f"{resolved} cannot be read as a video (pyav, whose packet index every backend uses: {one_line(error)}). "
             "Re-encode the file, or remove it."
@@ -179,61 +186,77 @@ def _check_size(path: Path, stream: VideoStream, max_frame_pixels: int) -> None:
         )
 
 
-def _by_packets(path: Path, container: InputContainer, stream: VideoStream) -> OpenVideo:
-    first: VideoFrame | None = None
-    seen, held, keys = [], 0, []
-    is_vp8 = stream.codec_context.name == "vp8"
-    for packet in container.demux(stream):
-        size = packet.size
-        if first is None and packet.is_keyframe:
-            first = _frame_of(packet, stream)
-        held += size > 0
-        if not size or packet.is_discard or (is_vp8 and not bytes(packet)[0] & _SHOWN_VP8):
-            continue  # the flush at the end; what lies before the start of an edit list; what is never shown
-        seen.append(packet.pts)
-        keys.append(packet.is_keyframe)
-    first = first or _first_frame(path, stream)
-    lost = _listed(stream, held) - held
-    pts = None if None in seen or len(set(seen)) != len(seen) else np.array(seen, np.int64)
-    order = np.arange(len(seen)) if pts is None else np.argsort(pts)
-    return _opened(path, container, stream, first, None if pts is None else pts[order], np.array(keys)[order], lost)
+def _by_packets(path: Path, opened: Opener) -> OpenVideo:
+    container, stream = opened()
+    try:
+        first: VideoFrame | None = None
+        seen, held, keys, tried = [], 0, [], False
+        is_vp8 = stream.codec_context.name == "vp8"
+        for packet in container.demux(stream):
+            size = packet.size
+            if packet.is_keyframe and not tried:
+                tried, first = True, _frame_of(packet, stream)
+            held += size > 0
+            if not size or packet.is_discard or (is_vp8 and not bytes(packet)[0] & _SHOWN_VP8):
+                continue  # the flush at the end; what lies before the start of an edit list; what is never shown
+            seen.append(packet.pts)
+            keys.append(packet.is_keyframe)
+        if first is None:  # FFmpeg's VP9 decoder crashes where it goes on after an error: a fresh one
+            container.close()
+            container, stream = opened()
+            first = _first_frame(container, stream)
+            container.close()
+            container, stream = opened()
+        lost = _listed(stream, held) - held
+        pts = None if None in seen or len(set(seen)) != len(seen) else np.array(seen, np.int64)
+        order = np.arange(len(seen)) if pts is None else np.argsort(pts)
+        in_order = None if pts is None else pts[order]
+        return _indexed(path, container, stream, first, in_order, np.array(keys)[order], lost)
+    except FAILURES:
+        container.close()
+        raise
 
 
-def _by_frames(path: Path, container: InputContainer, stream: VideoStream) -> OpenVideo:
-    first: VideoFrame | None = None
-    seen, keys = [], []
-    for frame in container.decode(stream):
-        first = first or frame
-        seen.append(frame.pts)
-        keys.append(frame.key_frame)
-    if (listed := _listed(stream, len(seen))) > len(seen):
-        raise ValueError(f"its header lists {listed} frames, but only {len(seen)} decode")
-    known = [time for time in seen if time is not None]
-    rising = len(known) == len(seen) and sorted(set(known)) == known
-    pts = np.array(known, np.int64) if rising else None
-    return _opened(path, container, stream, first, pts, np.array(keys), lost=0)
+def _by_frames(path: Path, opened: Opener) -> OpenVideo:
+    container, stream = opened()
+    try:
+        first: VideoFrame | None = None
+        seen, keys = [], []
+        for frame in container.decode(stream):
+            first = first or frame
+            seen.append(frame.pts)
+            keys.append(frame.key_frame)
+        if (listed := _listed(stream, len(seen))) > len(seen):
+            raise ValueError(f"its header lists {listed} frames, but only {len(seen)} decode")
+        known = [time for time in seen if time is not None]
+        rising = len(known) == len(seen) and sorted(set(known)) == known
+        pts = np.array(known, np.int64) if rising else None
+        return _indexed(path, container, stream, first, pts, np.array(keys), lost=0)
+    except FAILURES:
+        container.close()
+        raise
 
 
 def _frame_of(packet: av.Packet, stream: VideoStream) -> VideoFrame | None:
-    """The frame of one packet, if it decodes by itself, as a keyframe does; leaves the decoder as new."""
+    """The frame of one packet, if it decodes by itself, as a keyframe does; leaves the decoder as new, or broken."""
     try:
         frames = [*packet.decode(), *stream.codec_context.decode(None)]  # drained: threads would wait for more packets
-    except (av.error.InvalidDataError, av.error.EOFError):  # a later packet may do
-        frames = []
-    stream.codec_context.flush_buffers()
+        stream.codec_context.flush_buffers()
+    except (av.error.InvalidDataError, av.error.EOFError):
+        return None
     return next((frame for frame in frames if isinstance(frame, VideoFrame)), None)
 
 
-def _first_frame(path: Path, stream: VideoStream) -> VideoFrame | None:
-    """The first frame that comes out of the decoder, as where all before it lies before the start of an edit list."""
-    with av.open(str(path), options=PYAV_OPTIONS, metadata_errors="replace") as again:
-        for packet in again.demux(again.streams[stream.index]):
-            try:
-                for frame in packet.decode():
-                    if isinstance(frame, VideoFrame):
-                        return frame
-            except av.error.InvalidDataError:
-                continue
+def _first_frame(container: InputContainer, stream: VideoStream) -> VideoFrame | None:
+    """The first frame that comes out of the decoder: where the first keyframe is damaged, or lies before the start of
+    an edit list."""
+    for packet in container.demux(stream):
+        try:
+            for frame in packet.decode():
+                if isinstance(frame, VideoFrame):
+                    return frame
+        except (av.error.InvalidDataError, av.error.EOFError):
+            continue
     return None
 
 
@@ -245,7 +268,7 @@ def _listed(stream: VideoStream, held: int) -> int:
     return max(held, sum(entry.size > 0 for entry in entries))
 
 
-def _opened(
+def _indexed(
     path: Path,
     container: InputContainer,
     stream: VideoStream,

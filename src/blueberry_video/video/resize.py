@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blueberry_video.video.errors import LimitError
+
 RULES = ("smart", "fill", "crop", "stretch", "fit", "none")
 RESAMPLES = ("exact", "fast")
 INTERPOLATIONS = ("bicubic", "bilinear")
@@ -102,7 +104,8 @@ def smart_resize(
     result outside of the budgets.
 
     Raises:
-        ValueError: an aspect above ``max_aspect``, or ``min_pixels`` > ``max_pixels``.
+        LimitError: an aspect above ``max_aspect``.
+        ValueError: ``min_pixels`` > ``max_pixels``.
     """
     if min_pixels > max_pixels:
         raise ValueError(
@@ -392,7 +395,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 def _check_aspect(height: int, width: int, max_aspect: float) -> None:
     aspect = max(height, width) / min(height, width)
     if aspect > max_aspect:
-        raise ValueError(
+        raise LimitError(
             f"Frames of {width}x{height} pixels have an aspect of {aspect:.4g}, above max_aspect={max_aspect:g}: crop "
             "the video, raise max_aspect, or use rule='stretch'."
         )
