@@ -184,12 +184,12 @@ def test_damage_names_every_backend_or_leaves_a_mask(tmp_path: Path):
     start = whole.index(b"mdat")
     middle = start + (len(whole) - start) // 2
     path.write_bytes(whole[:middle] + bytes(len(whole) - middle))
-    with pytest.raises(BrokenVideoError, match=r"No backend could decode .*pyav: .+; torchcodec: .+"):
+    with pytest.raises(BrokenVideoError, match=r"No backend could decode .*pyav: .+salvage=true"):
         decode(path, range(40), STRICT)
     frames = decode(path, [39, 0, 20], DecodeOptions(max_missing_share=1.0))
     assert frames.missing.tolist() == [True, False, frames.missing[2].item()]
     assert close(levels(frames.pixels[1:2]), LEVELS[:1])
-    assert {"pyav", "torchcodec"} <= frames.failures.keys()
+    assert frames.failures.keys() == {"pyav"}  # the others would show concealed pictures, and say nothing
 
 
 def test_the_next_backend_takes_over_where_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 
 from blueberry_video.video.backends import READERS, backend_failure
 from blueberry_video.video.container import probe
@@ -45,6 +46,11 @@ ODD = {  # file name: (arguments of ffmpeg, its input is another row's file)
     "av1.mkv": f"{SOURCE} -c:v libsvtav1 -preset 12",
     "mjpeg.avi": f"{SOURCE} -c:v mjpeg",
     "mpeg4.avi": f"{SOURCE} -c:v mpeg4 -bf 2",
+    "h264.avi": f"{SOURCE} {H264} -bf 3",
+    "h264.asf": f"{SOURCE} {H264} -bf 3",
+    "xvid.avi": f"{SOURCE} -c:v libxvid -bf 2",
+    "h264.nut": f"{SOURCE} {H264} -bf 3",
+    "real.rm": f"{SOURCE} -c:v rv20",
     "mpeg2.mpg": f"{SOURCE} -c:v mpeg2video -bf 2",
     "wmv.wmv": f"{SOURCE} -c:v wmv2",
     "flash.flv": f"{SOURCE} -c:v flv1",
@@ -197,6 +203,37 @@ def test_a_file_that_was_cut_short_is_salvaged_with_a_mask(tmp_path: Path):
     assert_same(frames.pixels[good], torch.stack([whole[time] for time in times]))
     with pytest.raises(BrokenVideoError, match=r"max_missing_share=0\.01"):
         decode(cut, range(60), DecodeOptions(max_missing_share=0.01))
+
+
+def test_pictures_with_exif_are_read(tmp_path: Path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "camera"
+    for i in range(5):
+        Image.new("RGB", (64, 48), (40 * i, 0, 0)).save(tmp_path / f"{i}.jpg", exif=exif)
+    path = run(tmp_path, "-framerate 5 -i %d.jpg -c copy", "exif.mov")
+    assert [round(level) for level in decode(path, range(5)).pixels[:, 0].float().mean(dim=(1, 2)).tolist()] == [
+        pytest.approx(40 * i, abs=3) for i in range(5)
+    ]
+
+
+def test_a_long_row_of_jpegs_is_a_video(tmp_path: Path):
+    path = run(tmp_path, f"{SOURCE} -vf noise=alls=40 -q:v 2 -c:v mjpeg -f mjpeg", "row.mjpeg")
+    assert path.stat().st_size > 300_000
+    assert decode(path, [0, 59]).indices == (0, 59)
+
+
+def test_more_frames_than_bytes_are_refused(tmp_path: Path):
+    path = run(tmp_path, f"{SOURCE} {H264}", "claims.mp4")
+    content = bytearray(path.read_bytes())
+    sizes = content.index(b"stsz") + 8
+    content[sizes : sizes + 8] = (1).to_bytes(4, "big") + (2_000_000).to_bytes(4, "big")  # all of one byte
+    times = content.index(b"stts") + 12
+    content[times : times + 4] = (2_000_000).to_bytes(4, "big")
+    chunks = content.index(b"stsc") + 16
+    content[chunks : chunks + 4] = (2_000_000).to_bytes(4, "big")
+    path.write_bytes(content)
+    with pytest.raises(LimitError, match="its header is damaged, or meant to fill memory"):
+        probe(path)
 
 
 def test_a_changing_picture_size_is_scaled_to_the_first(tmp_path: Path):

@@ -345,8 +345,10 @@ def test_what_a_worker_cannot_import_is_refused():
     options: dict = {"workers": 1, "timeout": 1, "memory_bytes": None}
     with pytest.raises(TypeError, match="define it with `def` at the top of a module"):
         run_in_processes(lambda item: item, [1], **options)
-    with pytest.raises(TypeError, match=r"item 0 \(function\) cannot be sent"):
-        next(run_in_processes(act, [lambda: 0], **options))
+    outcomes = list(run_in_processes(act, [lambda: 0, None], **options))
+    assert isinstance(outcomes[0].error, TypeError)  # and the rest goes on
+    assert "item 0 (function) cannot be sent" in str(outcomes[0].error)
+    assert [outcome.index for outcome in outcomes] == [0, 1]
     [outcome] = run_in_processes(partial(pow, 2), [10], **options)
     assert outcome.value == 1024
 

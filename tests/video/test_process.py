@@ -318,3 +318,69 @@ def test_the_command_says_what_is_wrong_in_a_line(tmp_path: Path, capsys: pytest
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
+
+
+# ---- what a demanding user does --------------------------------------------------------------------------------------
+
+
+def test_what_a_hook_returns_is_checked(clip: Path):
+    for wrong in (lambda pixels: None, lambda pixels: pixels[:1], lambda pixels: pixels[:, :1]):
+        with pytest.raises(TypeError, match=r"hooks\.preprocess was given frames uint8 \(8, 3, 64, 96\)"):
+            process_video(clip, hooks=Hooks(preprocess=wrong), num_frames=8)
+
+
+def test_a_stream_refuses_what_it_cannot_do(clip: Path):
+    with pytest.raises(ValueError, match="leave out isolate, and the hooks formatter"):
+        next(stream_video(clip, hooks=Hooks(formatter=len)))
+    with pytest.raises(LimitError, match="max_frame_pixels=1000"):
+        next(stream_video(clip, max_frame_pixels=1000))
+
+
+def test_what_was_given_up_for_time_is_not_cached(clip: Path, tmp_path: Path):
+    hurried = {"num_frames": 32, "max_seconds": 1e-9, "cache_folder": str(tmp_path)}
+    assert process_video(clip, **hurried).degraded
+    assert not process_video(clip, **hurried).cached
+
+
+def test_a_cache_that_cannot_be_written_costs_no_result(clip: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.warns(UserWarning, match="could not write"):
+        assert process_video(clip, num_frames=4, cache_folder=str(tmp_path / "file")).metadata.num_frames == 4
+
+
+def test_candidates_of_adaptive_sampling_count_as_decoded(clip: Path):
+    with pytest.raises(LimitError, match="max_decoded_pixels=100000"):
+        process_video(clip, sampling="adaptive", num_frames=8, max_decoded_pixels=100_000)
+
+
+def test_more_frames_than_allowed_are_thinned_where_nobody_knows_their_rate():
+    video = process_video(np.zeros((900, 32, 32, 3), np.uint8), resized_height=28, resized_width=28)
+    assert video.metadata.num_frames == 768
+    assert video.metadata.frame_indices[-1] == 899
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"device": "meta"}, {"device": "cuda:99"}, {"decode_device": "foo"}, {"num_threads": 100_000}, {"fps": -1.0}],
+)
+def test_wrong_arguments_are_told_before_anything_is_opened(wrong: dict):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        process_video("nowhere.mp4", **wrong)
+
+
+def test_a_long_animation_is_decoded_once(tmp_path: Path):
+    pictures = [Image.new("RGB", (40, 30), (i % 256, 0, 0)) for i in range(300)]
+    path = tmp_path / "long.png"
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=100)
+    video = process_video(path, sampling="all", max_frames=300, resized_height=28, resized_width=56)
+    assert video.metadata.duration == pytest.approx(30)
+    assert [round(frame[0].float().mean().item()) for frame in video.pixels] == [i % 256 for i in range(300)]
+    assert video.timing["decode"] < 5  # quadratic, it took a minute for some more
+
+
+def test_times_are_those_of_the_frames_in_whatever_order(clip: Path):
+    video = process_video(clip, indices=(4, 0, 2, 2), format="huggingface", measure_quality=False)
+    assert video.metadata.frame_indices == (4, 0, 2, 2)
+    assert float(video.frames["second_per_grid_ts"][0]) == pytest.approx(2 * 2 / 30)
+    with pytest.raises(ValueError, match="huggingface_layout=patches needs a model that counts patches"):
+        process_video(clip, "gemini", format="huggingface")

@@ -702,7 +702,7 @@ def test_channels_are_first_where_both_readings_fit():
         (torch.zeros(2, 3, 8, 8, dtype=torch.int64), "int64"),
         (np.zeros((2, 3, 8, 8), bool), "bool"),
         ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], "same size"),
-        ([np.zeros((3, 8, 8), np.uint8), np.zeros((8, 8, 3), np.uint8)], "same size"),
+        ([np.zeros((3, 8, 8), np.uint8), np.zeros((8, 8, 3), np.uint8)], "one layout"),
         ([picture(1), picture(2, (5, 4))], "same size"),
     ],
 )

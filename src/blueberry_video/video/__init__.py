@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blueberry_video.video.errors import (
         BrokenVideoError,
+        DamagedVideoError,
         FetchError,
         KilledError,
         LimitError,
@@ -25,13 +26,22 @@ if TYPE_CHECKING:
     from blueberry_video.video.settings import load_settings, models
 
 _HOMES = {
-    "errors": ("BrokenVideoError", "FetchError", "KilledError", "LimitError", "RefusedSourceError", "VideoError"),
+    "errors": (
+        "BrokenVideoError",
+        "DamagedVideoError",
+        "FetchError",
+        "KilledError",
+        "LimitError",
+        "RefusedSourceError",
+        "VideoError",
+    ),
     "process": ("Hooks", "VideoProcessor", "process_video", "process_videos", "stream_video"),
     "result": ("ProcessedVideo", "VideoChunk", "VideoMetadata"),
     "settings": ("load_settings", "models"),
 }
 __all__ = [
     "BrokenVideoError",
+    "DamagedVideoError",
     "FetchError",
     "Hooks",
     "KilledError",

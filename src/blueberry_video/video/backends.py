@@ -7,6 +7,7 @@ Decoding pictures that nothing refers to and nobody asked for is skipped in PyAV
 2 and 4 a B-frame of that kind changes no other picture, so what is shown stays the same to the bit.
 """
 
+import contextlib
 import functools
 import io
 import tempfile
@@ -22,8 +23,20 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from torch import Tensor
 
-from blueberry_video.video.container import FAILURES, PYAV_OPTIONS, OpenVideo, one_line, open_video
+from blueberry_video.video.container import (
+    FAILURES,
+    MAX_FRAME_PIXELS,
+    PYAV_OPTIONS,
+    OpenVideo,
+    one_line,
+    open_video,
+)
 from blueberry_video.video.picture import ToRGB
+
+
+class DamagedError(ValueError):
+    """A decoder met damage: another one would show what it makes of it, and not say so."""
+
 
 _SKIPPABLE = {"h264", "mpeg1video", "mpeg2video", "mpeg4"}  # codecs whose "non-reference" means: of no other picture
 _BATCH = 16  # frames that a backend without a forward iterator decodes at once
@@ -36,21 +49,20 @@ def read_pyav(video: OpenVideo, wanted: Sequence[int], device: str = "cpu") -> I
     carry its packets' timestamps, decodes everything from the start.
 
     Raises:
-        ValueError, av.error.FFmpegError: these frames cannot be decoded.
+        DamagedError: these frames, or what they are predicted from, are damaged.
+        ValueError, av.error.FFmpegError: they cannot be decoded.
     """
     done, to_rgb = 0, ToRGB((video.info.height, video.info.width))
-    for frame in _by_timestamp(video, wanted):
-        yield to_rgb(_whole(frame))
-        done += 1
-    if done < len(wanted):
-        # a fresh container: a raw stream cannot seek back to its start
-        with av.open(str(video.info.path), options=PYAV_OPTIONS, metadata_errors="replace") as again:
-            stream = again.streams[video.stream.index]
-            assert isinstance(stream, VideoStream)
-            stream.codec_context.thread_count = video.num_threads
-            stream.thread_type = "AUTO"
-            for frame in _from_the_start(video, again, stream, wanted[done:]):
-                yield to_rgb(_whole(frame))
+    try:
+        for frame in _by_timestamp(video, wanted):
+            yield to_rgb(_whole(frame))
+            done += 1
+        if done < len(wanted):
+            with _again(video, video.num_threads) as (container, stream):  # a raw stream cannot seek back to its start
+                for frame in _from_the_start(video, container, stream, wanted[done:]):
+                    yield to_rgb(_whole(frame))
+    except av.error.InvalidDataError as error:
+        raise DamagedError(one_line(error)) from error
 
 
 def read_torchcodec(video: OpenVideo, wanted: Sequence[int], device: str = "cpu") -> Iterator[Tensor]:
@@ -62,6 +74,8 @@ def read_torchcodec(video: OpenVideo, wanted: Sequence[int], device: str = "cpu"
     from torchcodec.decoders import VideoDecoder  # raises where FFmpeg's libraries are missing
 
     info = video.info
+    if video.pts is None:
+        raise ValueError("torchcodec finds frames by their times, which this file does not tell")
     decoder = VideoDecoder(
         info.path,
         stream_index=info.stream_index,
@@ -171,9 +185,7 @@ def salvage(video: OpenVideo, wanted: Sequence[int]) -> Iterator[tuple[Tensor, b
     to_rgb = ToRGB((video.info.height, video.info.width))
     last: VideoFrame | None = None
     position = 0  # how many of ``wanted`` are passed
-    with av.open(str(video.info.path), options=PYAV_OPTIONS, metadata_errors="replace") as container:
-        stream = container.streams[video.stream.index]
-        assert isinstance(stream, VideoStream)
+    with _again(video, num_threads=1) as (container, stream):  # slices in threads of their own hide damage
         for number, (frame, is_suspect) in _numbered(video, _undamaged(container, stream)):
             while position < len(wanted) and wanted[position] <= number:
                 is_missing = wanted[position] < number
@@ -186,6 +198,20 @@ def salvage(video: OpenVideo, wanted: Sequence[int]) -> Iterator[tuple[Tensor, b
         raise ValueError("not one of its frames decodes")
     for _ in wanted[position:]:
         yield to_rgb(last), True, False
+
+
+@contextlib.contextmanager
+def _again(video: OpenVideo, num_threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The file and its stream, at its start, with a decoder that knows nothing yet."""
+    options = {**PYAV_OPTIONS, "max_pixels": str(MAX_FRAME_PIXELS)}
+    forced = "mjpeg" if video.container.format.name == "mjpeg" else None
+    with av.open(str(video.info.path), format=forced, options=options, metadata_errors="replace") as container:
+        stream = container.streams[video.stream.index]
+        assert isinstance(stream, VideoStream)
+        stream.codec_context.thread_count = num_threads
+        stream.thread_type = "AUTO"
+        stream.codec_context.options = video.stream.codec_context.options
+        yield container, stream
 
 
 def _by_timestamp(video: OpenVideo, wanted: Sequence[int]) -> Iterator[VideoFrame]:
@@ -217,10 +243,12 @@ def _by_timestamp(video: OpenVideo, wanted: Sequence[int]) -> Iterator[VideoFram
 
 
 def _next_until(frames: Iterator[VideoFrame], target: int) -> VideoFrame | None:
-    """The frame of that timestamp, or None where a later one or none comes."""
+    """The frame of that timestamp, or None where none comes, or frames come in another order than their times."""
+    last: int | None = None
     for frame in frames:
-        if frame.pts is None or frame.pts > target:
+        if frame.pts is None or frame.pts > target or (last is not None and frame.pts <= last):
             return None
+        last = frame.pts
         if frame.pts == target:
             return frame
     return None
@@ -254,11 +282,12 @@ def _numbered(
 ) -> Iterator[tuple[int, tuple[VideoFrame, bool]]]:
     """Each frame with its number: the place of its timestamp, or a count where there are no timestamps."""
     places = None if video.pts is None else {int(pts): number for number, pts in enumerate(video.pts)}
+    last = -1
     for count, (frame, is_suspect) in enumerate(frames):
-        if places is None:
-            yield count, (frame, is_suspect)
-        elif frame.pts in places:
-            yield places[frame.pts], (frame, is_suspect)
+        number = count if places is None else places.get(frame.pts, -1) if frame.pts is not None else -1
+        if number > last:
+            yield number, (frame, is_suspect)
+            last = number
 
 
 def _undamaged(container: InputContainer, stream: VideoStream) -> Iterator[tuple[VideoFrame, bool]]:
@@ -293,7 +322,7 @@ def _video_frames(packet: av.Packet) -> list[VideoFrame]:
 
 def _whole(frame: VideoFrame) -> VideoFrame:
     if frame.is_corrupt:
-        raise ValueError("a frame is damaged")
+        raise DamagedError("a frame is damaged")
     return frame
 
 

@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.out:
             video = processor(given.video)
             print("\n".join([*_reported(video), *write(video, Path(given.out), told(plan, given.model))]))
-    except (VideoError, ValueError, TypeError, OSError) as error:
-        print(f"make process: {error}", file=sys.stderr)
+    except (VideoError, ValueError, TypeError, OSError, yaml.YAMLError) as error:
+        print(f"make process: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 

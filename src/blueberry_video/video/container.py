@@ -24,7 +24,7 @@ from blueberry_video.video.sniff import local_video
 
 FORMATS = (  # containers that hold their own frames: no playlists, no image sequences, no devices
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg,gif,ivf,obu,av1,h264,hevc,m4v,mjpeg,"
-    "yuv4mpegpipe,mxf,dv,mp3,flac"
+    "yuv4mpegpipe,mxf,dv,mp3,flac,nut,rm,wtv"
 )
 PYAV_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
 FAILURES = (ImportError, OSError, RuntimeError, ValueError, IndexError, av.error.FFmpegError)  # what decoders raise
@@ -39,6 +39,7 @@ class VideoInfo:
 
     Attributes:
         path: the resolved file.
+        name: for messages: what the user gave, where the file is a temporary one.
         num_frames: frames that are shown, those included that the header lists but the file no longer holds.
         fps: (n - 1) / (last - first timestamp); the header's rate where there is a single frame; 0.0 where neither is
             known.
@@ -53,6 +54,7 @@ class VideoInfo:
     """
 
     path: Path
+    name: str
     num_frames: int
     fps: float
     duration: float
@@ -75,7 +77,7 @@ class OpenVideo:
     container: InputContainer
     stream: VideoStream
     info: VideoInfo
-    pts: np.ndarray | None  # int64 (num_frames,) in display order; None where packets carry none or repeat one
+    pts: np.ndarray | None  # int64 (num_frames,) in display order; None where frames do not carry those of packets
 
     @property
     def num_threads(self) -> int:
@@ -106,6 +108,7 @@ def open_video(
     num_threads: int = 1,
     by_decoding: bool = False,
     max_frame_pixels: int = MAX_FRAME_PIXELS,
+    name: str | None = None,
 ) -> OpenVideo:
     """Opens a local file and reads its index.
 
@@ -116,20 +119,26 @@ def open_video(
         by_decoding: count and time the frames that come out of the decoder, not the packets that go in: for the rare
             codec in which a packet need not hold one frame. Costs the time of decoding everything.
         max_frame_pixels: height × width above which nothing is decoded.
+        name: for messages; the path if None.
 
     Raises:
         FileNotFoundError, RefusedSourceError, BrokenVideoError: as ``probe``.
         LimitError: larger frames than ``max_frame_pixels``.
     """
-    resolved = local_video(path)
+    resolved, kind = local_video(path)
+    name = name or str(resolved)
 
     def opened() -> tuple[InputContainer, VideoStream]:
         # max_pixels stops frames that are larger than the header says
         options = {**PYAV_OPTIONS, "max_pixels": str(max_frame_pixels)}
-        container = av.open(str(resolved), options=options, metadata_errors="replace")
+        # FFmpeg takes a long row of JPEG pictures for a pipe of images
+        forced = "mjpeg" if kind == "mjpeg" else None
+        container = av.open(str(resolved), format=forced, options=options, metadata_errors="replace")
         try:
-            stream = _choose_stream(container, stream_index)
-            _check_size(resolved, stream, max_frame_pixels)
+            stream = _choose_stream(container, stream_index, name)
+            _check_size(resolved, name, stream, max_frame_pixels)
+            if stream.codec_context.name == "hevc":  # else it shows what damage left of a picture, and says nothing
+                stream.codec_context.options = {"err_detect": "explode"}
             stream.codec_context.thread_count = num_threads or _threads(stream)
             stream.thread_type = "AUTO"
         except FAILURES:
@@ -138,12 +147,12 @@ def open_video(
         return container, stream
 
     try:
-        return _by_frames(resolved, opened) if by_decoding else _by_packets(resolved, opened)
+        return _by_frames(resolved, name, opened) if by_decoding else _by_packets(resolved, name, opened)
     except VideoError:
         raise
     except FAILURES as error:
         raise BrokenVideoError(
-            f"{resolved} cannot be read as a video (pyav, whose packet index every backend uses: {one_line(error)}). "
+            f"{name} cannot be read as a video (pyav, whose packet index every backend uses: {one_line(error)}). "
             "Re-encode the file, or remove it."
         ) from error
 
@@ -154,12 +163,14 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:200] + "…"
 
 
-def _choose_stream(container: InputContainer, stream_index: int | None) -> VideoStream:
+def _choose_stream(container: InputContainer, stream_index: int | None, name: str) -> VideoStream:
     # PyAV has no decoder for a stream whose codec context is None
     videos = {stream.index: stream for stream in container.streams.video if stream.codec_context is not None}
     if stream_index is not None:
         if stream_index not in videos:
-            raise ValueError(f"stream_index={stream_index} is no video stream of it: these are {sorted(videos)}")
+            raise VideoError(
+                f"stream_index={stream_index} is no video stream of {name}: choose from {sorted(videos)}, or use null."
+            )
         return videos[stream_index]
     if not videos:
         unknown = " of a known codec" if container.streams.video else ""
@@ -177,16 +188,21 @@ def _threads(stream: VideoStream) -> int:
     return max(1, min(max(8, os.cpu_count() or 1), 16, 2**27 // frame_bytes))
 
 
-def _check_size(path: Path, stream: VideoStream, max_frame_pixels: int) -> None:
+def _check_size(path: Path, name: str, stream: VideoStream, max_frame_pixels: int) -> None:
+    if len(stream.index_entries) > path.stat().st_size:
+        raise LimitError(
+            f"{name} says it has {len(stream.index_entries)} frames, but it has {path.stat().st_size} bytes: its "
+            "header is damaged, or meant to fill memory. Leave it out."
+        )
     width, height = stream.codec_context.width, stream.codec_context.height
     if width * height > max_frame_pixels:
         raise LimitError(
-            f"{path} has frames of {width}x{height} pixels, more than max_frame_pixels={max_frame_pixels}: make it "
+            f"{name} has frames of {width}x{height} pixels, more than max_frame_pixels={max_frame_pixels}: make it "
             "smaller, or raise the limit."
         )
 
 
-def _by_packets(path: Path, opened: Opener) -> OpenVideo:
+def _by_packets(path: Path, name: str, opened: Opener) -> OpenVideo:
     container, stream = opened()
     try:
         first: VideoFrame | None = None
@@ -209,15 +225,17 @@ def _by_packets(path: Path, opened: Opener) -> OpenVideo:
             container, stream = opened()
         lost = _listed(stream, held) - held
         pts = None if None in seen or len(set(seen)) != len(seen) else np.array(seen, np.int64)
+        # AVI and ASF know only when a packet is decoded: the frames come in another order than these times
+        reordered = container.format.name in ("avi", "asf") and stream.codec_context.has_b_frames > 0
         order = np.arange(len(seen)) if pts is None else np.argsort(pts)
         in_order = None if pts is None else pts[order]
-        return _indexed(path, container, stream, first, in_order, np.array(keys)[order], lost)
+        return _indexed(path, name, container, stream, first, in_order, np.array(keys)[order], lost, reordered)
     except FAILURES:
         container.close()
         raise
 
 
-def _by_frames(path: Path, opened: Opener) -> OpenVideo:
+def _by_frames(path: Path, name: str, opened: Opener) -> OpenVideo:
     container, stream = opened()
     try:
         first: VideoFrame | None = None
@@ -231,7 +249,7 @@ def _by_frames(path: Path, opened: Opener) -> OpenVideo:
         known = [time for time in seen if time is not None]
         rising = len(known) == len(seen) and sorted(set(known)) == known
         pts = np.array(known, np.int64) if rising else None
-        return _indexed(path, container, stream, first, pts, np.array(keys), lost=0)
+        return _indexed(path, name, container, stream, first, pts, np.array(keys), lost=0)
     except FAILURES:
         container.close()
         raise
@@ -270,12 +288,14 @@ def _listed(stream: VideoStream, held: int) -> int:
 
 def _indexed(
     path: Path,
+    name: str,
     container: InputContainer,
     stream: VideoStream,
     first: VideoFrame | None,
     pts: np.ndarray | None,
     keys: np.ndarray,
     lost: int,
+    reordered: bool = False,
 ) -> OpenVideo:
     if first is None or not len(keys):
         raise ValueError("its video stream has no frame that decodes")
@@ -296,6 +316,7 @@ def _indexed(
     height, width = (first.width, first.height) if turns % 2 else (first.height, first.width)
     info = VideoInfo(
         path=path,
+        name=name,
         num_frames=len(timestamps),
         fps=rate,
         duration=float(timestamps[-1] - timestamps[0]) + step,
@@ -310,4 +331,4 @@ def _indexed(
         stream_index=stream.index,
         lost=lost,
     )
-    return OpenVideo(container, stream, info, pts)
+    return OpenVideo(container, stream, info, None if reordered else pts)

@@ -5,6 +5,8 @@ through constant memory. Both keep the reason of every backend that failed. Wher
 can be decoded, with a mask of what is missing.
 """
 
+import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blueberry_video.video.backends import READERS, backend_failure, salvage
+from blueberry_video.video.backends import READERS, DamagedError, backend_failure, salvage
 from blueberry_video.video.container import FAILURES, MAX_FRAME_PIXELS, OpenVideo, VideoInfo, one_line, open_video
-from blueberry_video.video.errors import BrokenVideoError
+from blueberry_video.video.errors import BrokenVideoError, DamagedVideoError
 
 BACKENDS = ("pyav", "torchcodec", "decord", "torchvision")  # the order in which they are tried
 Result = TypeVar("Result")
@@ -54,11 +56,13 @@ class DecodeOptions:
             raise ValueError(f"backends names {unknown[0]!r}, which does not exist: choose from {', '.join(READERS)}.")
         if not self.backends:
             raise ValueError(f"backends is empty: name at least one of {', '.join(READERS)}.")
-        if self.num_threads < 0 or self.chunk_frames < 1:
+        if not 0 <= self.num_threads <= 64 or self.chunk_frames < 1:
             raise ValueError(
-                f"num_threads={self.num_threads} and chunk_frames={self.chunk_frames}: use at least 0 threads (0 "
-                "chooses) and at least 1 frame."
+                f"num_threads={self.num_threads} and chunk_frames={self.chunk_frames}: use 0 to 64 threads (0 chooses) "
+                "and at least 1 frame."
             )
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.decode_device):
+            raise ValueError(f"decode_device={self.decode_device!r} does not exist: use cpu, cuda or cuda:0.")
         if not 0 <= self.max_missing_share <= 1:
             raise ValueError(f"max_missing_share={self.max_missing_share} is a share: use 0 to 1, such as 0.5.")
 
@@ -116,6 +120,7 @@ def with_fallbacks(
     options: DecodeOptions,
     work: Callable[[OpenVideo, DecodeOptions], Result],
     max_frame_pixels: int = MAX_FRAME_PIXELS,
+    name: str | None = None,
 ) -> Result:
     """Runs ``work`` on an open file: strictly on its packet index; where no backend can follow that, on an index made
     by decoding everything; where that fails too and ``options.salvage`` is set, leniently on the packet index.
@@ -124,18 +129,19 @@ def with_fallbacks(
         FileNotFoundError, RefusedSourceError, BrokenVideoError: as ``decode``; and what ``work`` raises.
     """
     strict = replace(options, salvage=False)
-    opened = partial(open_video, path, options.stream_index, options.num_threads, max_frame_pixels=max_frame_pixels)
+    opened = partial(
+        open_video, path, options.stream_index, options.num_threads, max_frame_pixels=max_frame_pixels, name=name
+    )
     try:
         with opened() as video:
             return work(video, strict)
     except BrokenVideoError as error:
         first = error
-    try:
-        with opened(by_decoding=True) as video:
+    if not isinstance(first, DamagedVideoError):
+        with contextlib.suppress(BrokenVideoError), opened(by_decoding=True) as video:  # the first error is told
             return work(video, strict)
-    except BrokenVideoError:
-        if not options.salvage:
-            raise first from None
+    if not options.salvage:
+        raise first
     with opened() as video:
         return work(video, options)
 
@@ -146,7 +152,7 @@ def decode_open(video: OpenVideo, choose: Choice, options: DecodeOptions) -> Fra
     last = video.info.num_frames - 1
     if not chosen or min(chosen) < 0 or max(chosen) > last:
         raise IndexError(
-            f"Frames {chosen} were asked of {video.info.path}, which has the frames 0 to {last}: ask for at least one "
+            f"Frames {chosen} were asked of {video.info.name}, which has the frames 0 to {last}: ask for at least one "
             "of these."
         )
     wanted = sorted(set(chosen))
@@ -192,7 +198,7 @@ def decode_in_chunks(video: OpenVideo, wanted: Sequence[int], options: DecodeOpt
         lost += int(missing.sum())
         if lost > options.max_missing_share * len(wanted):
             raise BrokenVideoError(
-                f"More than {lost} of the {len(wanted)} frames asked of {video.info.path} cannot be decoded, above "
+                f"More than {lost} of the {len(wanted)} frames asked of {video.info.name} cannot be decoded, above "
                 f"max_missing_share={options.max_missing_share} ({_listed(failures)}). Re-encode the file, remove it, "
                 "or raise max_missing_share."
             )
@@ -205,12 +211,13 @@ def _pictures(
 ) -> Iterator[_Picture]:
     """The picture of each; writes down why backends fail."""
     if video.info.lost and not options.salvage:
-        raise BrokenVideoError(
-            f"{video.info.path} is cut short: its header lists {video.info.num_frames} frames, but it holds "
+        raise DamagedVideoError(
+            f"{video.info.name} is cut short: its header lists {video.info.num_frames} frames, but it holds "
             f"{video.info.num_frames - video.info.lost}. Replace or remove the file, or set salvage=true to use what "
             "is there."
         )
     position = 0
+    kind: type[BrokenVideoError] = BrokenVideoError
     for name in options.backends:
         if reason := backend_failure(name):
             failures[name] = reason
@@ -219,13 +226,16 @@ def _pictures(
             for picture in READERS[name](video, wanted[position:], options.decode_device):
                 position += 1
                 yield _Picture(picture, False, False, name)
+        except DamagedError as error:
+            failures[name], kind = one_line(error), DamagedVideoError
+            break  # the others would show what damage left, without a word
         except FAILURES as error:
             failures[name] = one_line(error)
         if position == len(wanted):
             return
     if not options.salvage:
-        raise BrokenVideoError(
-            f"No backend could decode {video.info.path} ({_listed(failures)}). Re-encode the file, remove it, or set "
+        raise kind(
+            f"No backend could decode {video.info.name} ({_listed(failures)}). Re-encode the file, remove it, or set "
             "salvage=true to use what can be decoded."
         )
     try:
@@ -233,7 +243,7 @@ def _pictures(
             yield _Picture(*salvaged, "pyav (salvage)")
     except FAILURES as error:
         raise BrokenVideoError(
-            f"Nothing of {video.info.path} can be decoded ({_listed(failures)}; salvage: {one_line(error)}). Re-encode "
+            f"Nothing of {video.info.name} can be decoded ({_listed(failures)}; salvage: {one_line(error)}). Re-encode "
             "the file, or remove it."
         ) from error
 

@@ -21,5 +21,9 @@ class BrokenVideoError(VideoError):
     """A file that no backend can read; the message names every backend's reason."""
 
 
+class DamagedVideoError(BrokenVideoError):
+    """A file of which a part cannot be decoded, where salvaging the rest is switched off."""
+
+
 class KilledError(VideoError):
     """The process that worked on a video was ended: out of time, out of memory, or crashed."""

@@ -40,6 +40,16 @@ def _refuse_other(key: str, value: str, choices: Iterable[str]) -> None:
         raise ValueError(f"{key}={value!r} does not exist: choose from {', '.join(choices)}.")
 
 
+def _refuse_device(device: str) -> None:
+    try:
+        usable = torch.device(device).type != "meta"
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's builds each have their own
+        raise ValueError(f"device={device!r} cannot be used here: use cpu, cuda, cuda:1 or mps. ({error})") from error
+    if not usable:
+        raise ValueError(f"device={device!r} holds no pixels: use cpu, cuda, cuda:1 or mps.")
+
+
 @dataclass(frozen=True)
 class PixelValues:
     """What a pixel becomes: the part of :class:`FormatOptions`, where the fields are explained, that tensors share.
@@ -71,10 +81,7 @@ class PixelValues:
                 f"mean={mean} and std={std}: give both, each three finite numbers, one a channel, and std above 0; or "
                 "neither."
             )
-        try:
-            torch.device(self.device)
-        except RuntimeError as error:
-            raise ValueError(f"device={self.device!r} is none of PyTorch's: use cpu, cuda, cuda:1 or mps.") from error
+        _refuse_device(self.device)
 
 
 AS_THEY_ARE = PixelValues()  # uint8 RGB on the CPU
@@ -356,8 +363,8 @@ def _converted(frames: Tensor, values: PixelValues) -> Tensor:
 
 def _spacing(timestamps: Tensor) -> float:
     """Mean seconds from a frame to the next, repeated frames left out; 1 for a still, where nothing depends on it."""
-    steps = int((timestamps.diff() > 0).sum())
-    return float(timestamps[-1] - timestamps[0]) / steps if steps else 1.0
+    distinct = timestamps.unique()  # ascending, whatever order the frames were asked for in
+    return float(distinct[-1] - distinct[0]) / (len(distinct) - 1) if len(distinct) > 1 else 1.0
 
 
 def _check(frames: Tensor, timestamps: Tensor | None = None) -> None:

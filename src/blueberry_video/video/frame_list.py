@@ -1,5 +1,6 @@
 """Video that is decoded already: arrays, pictures, folders of images and animations, loaded when they are read."""
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -14,11 +15,12 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from blueberry_video.video.errors import BrokenVideoError, LimitError
+from blueberry_video.video.errors import BrokenVideoError, LimitError, VideoError
 from blueberry_video.video.sniff import IMAGES
 from blueberry_video.video.source_options import SourceOptions
 
-_IMAGE_FAILURES = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what Pillow raises for broken files
+# what Pillow raises for broken files
+IMAGE_FAILURES = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, AttributeError, struct.error)
 
 
 class FrameList(ABC):
@@ -68,10 +70,8 @@ class FrameList(ABC):
                 "ask for at least one of these."
             )
         wanted = sorted(set(indices))
-        try:
+        with readable(self._name):
             loaded = dict(zip(wanted, self._load(wanted)))
-        except _IMAGE_FAILURES as error:
-            raise _broken_image(self._name, error) from error
         return torch.from_numpy(np.stack([loaded[i] for i in indices])).permute(0, 3, 1, 2).contiguous()
 
     @abstractmethod
@@ -96,6 +96,11 @@ class Arrays(FrameList):
                     "channels, and a whole video as (T, C, H, W) or (T, H, W, C)."
                 )
         self._first = shapes[0][0] in (1, 3, 4)  # where both readings fit, channels are first
+        for number, shape in enumerate(shapes):
+            if shape[0 if self._first else 2] not in (1, 3, 4):
+                raise BrokenVideoError(
+                    f"Frame {number} of {name} has the shape {shape}, frame 0 has {shapes[0]}: give all in one layout."
+                )
         super().__init__(len(frames), ((s[1:] if self._first else s[:2]) for s in shapes), name, options)
         for number, frame in enumerate(frames):
             values = _numpy(frame)
@@ -131,8 +136,10 @@ class Pictures(FrameList):
 
     def _sizes(self) -> Iterator[tuple[int, int]]:
         for item in self._images:
-            with opened_image(item) as image:
-                yield _size(image)
+            name = str(item) if isinstance(item, Path) else "an image"
+            with readable(name), opened_image(item) as image:
+                size = _size(image)
+            yield size
 
     def _load(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         for i in indices:
@@ -147,11 +154,18 @@ class Pictures(FrameList):
 
 
 class Animation(FrameList):
-    """The frames of one WebP, PNG or TIFF file; decoded from its start when they are read."""
+    """The frames of one WebP, PNG or TIFF file; decoded forward, from the start again only where a frame lies behind.
+
+    Raises:
+        LimitError: more pixels than ``max_decoded_pixels``.
+        BrokenVideoError: the file cannot be read.
+    """
 
     def __init__(self, path: Path, name: str, options: SourceOptions):
         self._path = path
-        with opened_image(path) as image:
+        self._image: Image.Image | None = None
+        self._position = 0  # of the next frame that costs nothing to pass
+        with readable(name), opened_image(path) as image:
             self._skipped = int(getattr(image, "default_image", False))  # of a PNG: a picture beside the animation
             count, size = getattr(image, "n_frames", 1) - self._skipped, _size(image)
         if count * size[0] * size[1] > options.max_decoded_pixels:
@@ -163,7 +177,8 @@ class Animation(FrameList):
 
     @functools.cached_property
     def _durations(self) -> list[float]:  # milliseconds; the formats know some only once a frame is decoded
-        return [image.info.get("duration", 0) for image in self._walk(range(len(self)))]
+        with readable(self._name):
+            return [image.info.get("duration", 0) for image in self._walk(range(len(self)))]
 
     @property
     def timestamps(self) -> tuple[float, ...] | None:
@@ -172,13 +187,16 @@ class Animation(FrameList):
         return tuple(total / 1000 for total in itertools.accumulate(self._durations[:-1], initial=0.0))
 
     def _walk(self, indices: Sequence[int]) -> Iterator[Image.Image]:
-        with opened_image(self._path) as image:
-            for i in indices:
-                image.seek(i + self._skipped)
-                image.load()
-                if _size(image) != self.size:
-                    raise ValueError(f"frame {i} has another size than frame 0")
-                yield image
+        for i in indices:
+            if self._image is None or i < self._position:
+                self._image = opened_file(self._path, self._name)
+            image = self._image
+            image.seek(i + self._skipped)
+            if _size(image) != self.size:  # before its pixels are decoded: it may be any size
+                raise ValueError(f"frame {i} has another size than frame 0")
+            image.load()
+            self._position = i
+            yield image
 
     def _load(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         return map(_rgb, self._walk(indices))
@@ -200,17 +218,34 @@ def _numpy(frame: np.ndarray | Tensor) -> np.ndarray:
 
 
 def opened_image(image: Path | Image.Image, name: str = "") -> AbstractContextManager[Image.Image]:
-    """An image whose header is read and whose pixels are not."""
-    if isinstance(image, Image.Image):
-        return nullcontext(image)
-    try:
-        opened = Image.open(image, formats=IMAGES)
+    """An image whose header is read and whose pixels are not; a file is closed at the end."""
+    return nullcontext(image) if isinstance(image, Image.Image) else opened_file(image, name)
+
+
+def opened_file(path: Path, name: str = "") -> Image.Image:
+    """As ``opened_image``, of a file that stays open.
+
+    Raises:
+        LimitError: more pixels than Pillow allows.
+        BrokenVideoError: it cannot be read.
+    """
+    with readable(name or str(path)):
+        opened = Image.open(path, formats=IMAGES)
         opened.filename = ""  # else Pillow maps it into memory, and mixes up the sides of a turned TIFF
         return opened
+
+
+@contextlib.contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Whatever Pillow raises for a broken image, as one error that names it."""
+    try:
+        yield
+    except VideoError:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise LimitError(f"{name or image} has too many pixels for Pillow ({error}): make it smaller.") from error
-    except _IMAGE_FAILURES as error:
-        raise _broken_image(name or str(image), error) from error
+        raise LimitError(f"{name} has too many pixels for Pillow ({error}): make it smaller.") from error
+    except IMAGE_FAILURES as error:
+        raise _broken_image(name, error) from error
 
 
 def _broken_image(name: str, error: BaseException) -> BrokenVideoError:

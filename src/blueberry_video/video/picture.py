@@ -68,7 +68,10 @@ def orientation(frame: VideoFrame) -> tuple[int, bool]:
     Read from the display matrix, which also knows the mirrored pictures of front cameras; angles are rounded to
     quarters.
     """
-    data = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV does not know all kinds of side data, such as EXIF, and stumbles over them
+        return round(frame.rotation / 90) % 4, False
     if not isinstance(data, SideData):
         return 0, False
     a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].astype(float)  # x' = ax + cy, y' = bx + dy, y downwards

@@ -4,6 +4,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import psutil
+
 from blueberry_video.video.budget import shrink
 from blueberry_video.video.container import VideoInfo
 from blueberry_video.video.errors import LimitError
@@ -67,12 +69,13 @@ def make_plan(info: VideoInfo, indices: Sequence[int], settings: VideoSettings) 
         )
     if run.on_overflow == "error":
         validate(len(plan.indices), plan.height, plan.width, tokens)
-    count = len(set(plan.indices))
-    pixels = count * info.height * info.width
-    if pixels > settings.source.max_decoded_pixels:
+    check_decoded(info, plan.indices, settings)
+    available = psutil.virtual_memory().available
+    if plan.frame_bytes > available:
         raise LimitError(
-            f"{count} frames of {info.path} at {info.width}x{info.height} are {pixels} pixels to decode, above "
-            f"max_decoded_pixels={settings.source.max_decoded_pixels}: take fewer frames, or raise it."
+            f"{len(plan.indices)} frames of {info.name} at {plan.width}x{plan.height} pixels, with what is formatted "
+            f"from them, take {plan.frame_bytes} bytes, and {available} are free: take fewer frames or pixels, or set "
+            "max_memory_bytes, which does."
         )
     return plan
 
@@ -103,8 +106,23 @@ def check_limits(info: VideoInfo, settings: VideoSettings) -> None:
     """
     if info.duration > settings.source.max_duration:
         raise LimitError(
-            f"{info.path} lasts {info.duration:.0f} s, longer than max_duration={settings.source.max_duration:g}: cut "
+            f"{info.name} lasts {info.duration:.0f} s, longer than max_duration={settings.source.max_duration:g}: cut "
             "it, or raise the limit."
+        )
+
+
+def check_decoded(info: VideoInfo, indices: Sequence[int], settings: VideoSettings) -> None:
+    """Refuses to decode too many pixels.
+
+    Raises:
+        LimitError: more than ``max_decoded_pixels``.
+    """
+    count = len(set(indices))
+    pixels = count * info.height * info.width
+    if pixels > settings.source.max_decoded_pixels:
+        raise LimitError(
+            f"{count} frames of {info.name} at {info.width}x{info.height} are {pixels} pixels to decode, above "
+            f"max_decoded_pixels={settings.source.max_decoded_pixels}: take fewer frames, or raise it."
         )
 
 
@@ -137,7 +155,7 @@ def _reduced(
     step = None if settings.resize.rule in FIXED_SIZES else settings.tokens.size_step
     found = shrink(count, size, fits, options.frame_factor, options.min_frames, step)
     if found is None:
-        raise LimitError(f"Not even {options.frame_factor} frames of {info.path} fit {why}: raise it.")
+        raise LimitError(f"Not even {options.frame_factor} frames of {info.name} fit {why}: raise it.")
     fewer, smaller = found
     degraded = list(plan.degraded)
     if fewer != count:

@@ -167,7 +167,12 @@ def _outcomes(
                 while idle and not idle[-1].reusable:
                     idle.pop().stop()
                 busy.append(idle.pop() if idle else _Worker(setup, timeout, memory_bytes))
-                busy[-1].begin(taken, item, selector)
+                try:
+                    busy[-1].begin(taken, item, selector)
+                except TypeError as error:  # nothing was sent: the worker is as it was
+                    idle.append(busy.pop())
+                    finished[taken] = Outcome(taken, item, None, error, 0.0, 0)
+                    done, failed = done + 1, failed + 1
                 taken += 1
             index = given if ordered else next(iter(finished), given)
             if index in finished:

@@ -6,6 +6,7 @@ is over a budget, it is degraded in stated steps: fewer frames, then fewer pixel
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,7 +23,7 @@ from blueberry_video.video.container import OpenVideo, VideoInfo, open_video
 from blueberry_video.video.decode import DecodeOptions, Frames, decode_in_chunks, with_fallbacks
 from blueberry_video.video.formats import Formatted, format_frames
 from blueberry_video.video.frame_list import FrameList
-from blueberry_video.video.plan import Plan, check_limits, faster_plans, make_plan
+from blueberry_video.video.plan import Plan, check_decoded, check_limits, faster_plans, make_plan
 from blueberry_video.video.pool import Outcome, run_in_processes
 from blueberry_video.video.quality import Stopwatch, coverage, frame_quality, peak_memory
 from blueberry_video.video.resize import crop, resize, video_size
@@ -32,7 +33,7 @@ from blueberry_video.video.settings import VideoSettings, load_settings
 from blueberry_video.video.source import Source, open_source
 
 CHUNK_BYTES = 2**27  # of decoded frames in memory at a time
-CANDIDATE_WIDTH = 160  # pixels of the frames that scores are computed on
+CANDIDATE_SIDE = 160  # pixels of the longer side of frames that scores are computed on
 PACKAGES = ("blueberry-video", "av", "torchcodec", "decord", "torch")  # whose versions decide about pixels
 Read = Callable[[Sequence[int], int], Iterator[Frames]]  # ascending frame numbers, frames a chunk → chunks
 
@@ -44,8 +45,8 @@ class Hooks:
     Attributes:
         preprocess: decoded frames uint8 (n, 3, H, W) of one size → the same of any one size, before resizing; sees a
             few frames at a time.
-        score: candidate frames uint8 (N, 3, h, w), about 160 pixels wide → how much each matters, (N,) at least 0: for
-            ``sampling="adaptive"``, in the place of how much the picture changes.
+        score: candidate frames uint8 (N, 3, h, w), at most 160 pixels wide and high → how much each matters, (N,) at
+            least 0: for ``sampling="adaptive"``, in the place of how much the picture changes.
         formatter: the ProcessedVideo, with its uint8 frames → whatever is wanted, in the place of ``format``.
         postprocess: the finished ProcessedVideo → what ``process_video`` returns.
     """
@@ -75,13 +76,7 @@ def process_video(
         FileNotFoundError: there is no such file.
         ValueError, TypeError: an unknown model or override, or values that this video cannot meet.
     """
-    processor = VideoProcessor(load_settings(model, overrides), hooks)
-    if not processor.settings.run.isolate:
-        return processor(source)
-    [outcome] = processor.map([source], workers=1)
-    if outcome.error is not None:
-        raise outcome.error
-    return outcome.value
+    return VideoProcessor(load_settings(model, overrides), hooks)(source)
 
 
 def process_videos(
@@ -145,6 +140,11 @@ class VideoProcessor:
 
     def __call__(self, source: Any) -> Any:
         """As ``process_video``."""
+        if self.settings.run.isolate:
+            [outcome] = self.map([source], workers=1)
+            if outcome.error is not None:
+                raise outcome.error
+            return outcome.value
         watch, start = Stopwatch(), time.perf_counter()
         with watch.stage("source"):
             opened = open_source(source, self.settings.source)
@@ -152,8 +152,12 @@ class VideoProcessor:
             key = "" if self.cache is None else self._key(opened, watch)
             entry = self.cache.get(key) if self.cache is not None else None
             video = from_entry(entry, opened.name) if entry is not None else self._decoded(opened, watch)
-            if self.cache is not None and entry is None:
-                self.cache.put(key, *to_entry(video))
+            # what was given up for want of time is not what another day would give
+            if self.cache is not None and entry is None and not (self.settings.run.max_seconds and video.degraded):
+                try:
+                    self.cache.put(key, *to_entry(video))
+                except OSError as error:  # the video is there: only the next one will take as long
+                    warnings.warn(str(error), stacklevel=2)
         if self.settings.run.measure_quality:
             with watch.stage("quality"):
                 video = replace(video, quality=self._quality(video))
@@ -176,13 +180,20 @@ class VideoProcessor:
     def stream(self, source: Any) -> Iterator[VideoChunk]:
         """As ``stream_video``."""
         settings = self.settings
+        if settings.run.isolate or self.hooks.formatter or self.hooks.postprocess:
+            raise ValueError(
+                "a stream is decoded in this process, and formatted a chunk at a time: leave out isolate, and the "
+                "hooks formatter and postprocess."
+            )
         with open_source(source, settings.source) as opened:
             if opened.frames is not None:
                 info = _info_of(opened, opened.frames)
                 yield from self._chunks(info, _reader_of(opened.frames, info))
                 return
             assert opened.path is not None
-            with open_video(opened.path, settings.decode.stream_index, settings.decode.num_threads) as video:
+            given = (settings.decode.stream_index, settings.decode.num_threads)
+            largest = settings.source.max_frame_pixels
+            with open_video(opened.path, *given, max_frame_pixels=largest, name=opened.name) as video:
                 yield from self._chunks(video.info, _reader(video, settings.decode))
 
     def map(
@@ -215,9 +226,10 @@ class VideoProcessor:
         assert source.path is not None
 
         def on_file(video: OpenVideo, options: DecodeOptions) -> Any:
-            return work(replace(video.info, path=Path(source.name)), _reader(video, options))
+            return work(video.info, _reader(video, options))
 
-        return with_fallbacks(source.path, self.settings.decode, on_file, self.settings.source.max_frame_pixels)
+        largest = self.settings.source.max_frame_pixels
+        return with_fallbacks(source.path, self.settings.decode, on_file, largest, source.name)
 
     def _decoded(self, source: Source, watch: Stopwatch) -> ProcessedVideo:
         """Everything but quality and format."""
@@ -246,19 +258,19 @@ class VideoProcessor:
     def _choose(self, info: VideoInfo, read: Read) -> list[int]:
         options = self.settings.sampling
         if info.fps == 0 and options.sampling == "fps" and options.num_frames is None and options.indices is None:
-            options = replace(options, sampling="all", fps=None)  # frames that are given without times: chosen already
+            # frames that are given without times have been chosen already
+            options = replace(options, sampling="all", fps=None)
+            if info.num_frames > options.max_frames:
+                options = replace(options, sampling="uniform", num_frames=options.max_frames)
         times, keyframes = info.timestamps, info.keyframes.tolist()
         if options.sampling != "adaptive" or options.indices is not None:
             return choose(times, options, keyframes)
-        candidates = candidate_frames(times, options)
-        height = max(1, round(info.height * CANDIDATE_WIDTH / max(info.width, CANDIDATE_WIDTH)))
-        size = (height, min(info.width, CANDIDATE_WIDTH))
-        small = torch.cat(
-            [
-                resize(chunk.pixels, size, "fast", "bilinear").contiguous()
-                for chunk in read(sorted(set(candidates)), self._chunk_frames(info))
-            ]
-        )
+        candidates = sorted(set(candidate_frames(times, options)))
+        check_decoded(info, candidates, self.settings)
+        scale = min(1.0, CANDIDATE_SIDE / max(info.height, info.width))
+        size = (max(1, round(info.height * scale)), max(1, round(info.width * scale)))
+        chunks = read(candidates, self._chunk_frames(info))
+        small = torch.cat([resize(chunk.pixels, size, "fast", "bilinear").contiguous() for chunk in chunks])
         scores = self.hooks.score(small) if self.hooks.score else change_scores(small)
         return choose(times, options, keyframes, scores)
 
@@ -294,7 +306,14 @@ class VideoProcessor:
 
     def _resized(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
         if self.hooks.preprocess:
-            pixels = self.hooks.preprocess(pixels)
+            given, pixels = pixels, self.hooks.preprocess(pixels)
+            right = isinstance(pixels, Tensor) and pixels.dtype == torch.uint8 and pixels.ndim == 4
+            if not right or pixels.shape[:2] != given.shape[:2]:
+                found = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
+                raise TypeError(
+                    f"hooks.preprocess was given frames uint8 {tuple(given.shape)} and returned {found}: return as "
+                    "many frames, uint8 (n, 3, H, W)."
+                )
         options = self.settings.resize
         device = self.settings.format.device
         if device != "cpu":
@@ -401,6 +420,7 @@ def _info_of(source: Source, frames: FrameList) -> VideoInfo:
     fps = (len(times) - 1) / span if known is not None and span else 0.0
     return VideoInfo(
         path=Path(source.name),
+        name=source.name,
         num_frames=len(frames),
         fps=fps,
         duration=span + (1 / fps if fps else 0.0),

@@ -420,5 +420,5 @@ def _check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _check_positive(key: str, value: float | None) -> None:
-    if value is not None and value < 1:
+    if value is not None and not value >= 1:
         raise ValueError(f"{key}={value} is out of range: use at least 1.")

@@ -52,6 +52,12 @@ class VideoSettings:
     run: RunOptions = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
+        patches = self.format.format == "huggingface" and self.format.huggingface_layout == "patches"
+        if patches and self.tokens.count != "patches":
+            raise ValueError(
+                f"format=huggingface with huggingface_layout=patches needs a model that counts patches, but "
+                f"count={self.tokens.count}: use huggingface_layout=frames, or the format of this model's profile."
+            )
         step, factor = self.tokens.size_step, self.resize.size_factor
         if self.resize.rule in ("smart", "fill") and factor % step:
             raise ValueError(

@@ -26,6 +26,9 @@ _CONTAINERS = (
     (rb"(?:G.{187}){2}G|(?:.{4}G.{187}){2}.{4}G|(?:G.{203}){2}G", "mpegts"),
     (rb".{0,204}?(?:G.{187}){4}G", "mpegts"),  # cut out of a longer stream
     (rb"\x1f\x07\0[\x3f\xbf]", "dv"),
+    (rb"nut/multimedia container\0", "nut"),
+    (rb"\.RMF\0", "rm"),
+    (rb"\xb7\xd8\x00 7I\xda\x11\xa6N\x00\x07\xe9\x5e\xad\x8d", "wtv"),
     (rb"FLV\x01", "flv"),
     (rb"0&\xb2u\x8ef\xcf\x11\xa6\xd9\0\xaa\0b\xcel", "asf"),
     (rb"OggS\0", "ogg"),
@@ -82,9 +85,11 @@ def local_path(text: str, folder: bool = False) -> Path:
             f"A source that begins with {protocol.group(1)!r} is a protocol, of which only http and https (as str, and "
             "not as a frame) are fetched: give the path of a local file, with './' before a name that has a colon."
         )
-    path = Path(os.path.realpath(text))
     try:
+        path = Path(os.path.realpath(text))
         mode = path.stat().st_mode
+    except UnicodeError as error:
+        raise RefusedSourceError("The path has characters that no file name can have: give another.") from error
     except OSError as error:
         raise FileNotFoundError(f"There is no file at {str(path)[:300]} ({error.strerror}): check the path.") from error
     if not stat.S_ISREG(mode) and not (folder and stat.S_ISDIR(mode)):
@@ -92,8 +97,8 @@ def local_path(text: str, folder: bool = False) -> Path:
     return path
 
 
-def local_video(path: str | Path) -> Path:
-    """The resolved path of a file that may be decoded.
+def local_video(path: str | Path) -> tuple[Path, str]:
+    """The resolved path of a file that may be decoded, and its container.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -101,8 +106,7 @@ def local_video(path: str | Path) -> Path:
         BrokenVideoError: no video.
     """
     found = local_path(os.fspath(path))
-    sniff(found, str(found))
-    return found
+    return found, sniff(found, str(found))
 
 
 def sniff(path: Path, name: str) -> str:

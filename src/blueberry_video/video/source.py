@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from blueberry_video.video.errors import BrokenVideoError, LimitError, RefusedSourceError
 from blueberry_video.video.fetch import fetch, public_name
-from blueberry_video.video.frame_list import Animation, Arrays, FrameList, Pictures, file_digest, opened_image
+from blueberry_video.video.frame_list import Animation, Arrays, FrameList, Pictures, file_digest, opened_image, readable
 from blueberry_video.video.sniff import IMAGES, local_path, sniff
 from blueberry_video.video.source_options import SourceOptions
 
@@ -97,6 +98,8 @@ def open_source(value: object, options: SourceOptions | None = None) -> Source:
     if isinstance(value, dict) and value.keys() <= {"path", "bytes"} and any(v is not None for v in value.values()):
         if value.get("bytes") is None:
             return open_source(value["path"], options)
+        if not isinstance(value["bytes"], bytes | bytearray | memoryview):
+            raise TypeError(f"'bytes' of a video is a {type(value['bytes']).__name__}: give bytes, or a 'path' alone.")
         return _open_bytes(value["bytes"], os.path.basename(value.get("path") or "bytes"), options)
     if isinstance(value, str):
         return _open_text(value, options)
@@ -106,6 +109,12 @@ def open_source(value: object, options: SourceOptions | None = None) -> Source:
         return _open_bytes(value, "bytes", options)
     if isinstance(value, Image.Image):
         return _open_frames([value], options)
+    if isinstance(value, Tensor) and (value.is_nested or value.device.type == "meta" or value.layout != torch.strided):
+        raise TypeError("A video cannot be a nested, sparse or meta tensor: give a plain one, (T, C, H, W).")
+    if isinstance(value, np.ndarray | Tensor) and value.ndim != 4:
+        raise BrokenVideoError(
+            f"An array of shape {tuple(value.shape)} is no video: give (T, C, H, W) or (T, H, W, C)."
+        )
     if isinstance(value, list | tuple | np.ndarray | Tensor):
         return _open_frames(value, options)
     if hasattr(value, "read"):
@@ -157,7 +166,12 @@ def _open_base64(text: str, start: int, options: SourceOptions) -> Source:
 def _open_bytes(content: bytes | bytearray | memoryview, name: str, options: SourceOptions) -> Source:
     if (size := memoryview(content).nbytes) > options.max_bytes:
         raise LimitError(f"{name} has {size} bytes, more than max_bytes={options.max_bytes}: raise it, or cut it.")
-    return _spilled("bytes", name, options, lambda file: file.write(content))
+    return _spilled(
+        "bytes",
+        name,
+        options,
+        lambda file: file.write(memoryview(content).tobytes() if not memoryview(content).contiguous else content),
+    )
 
 
 def _open_stream(stream: BinaryIO, name: str, options: SourceOptions) -> Source:
@@ -233,7 +247,7 @@ def _checked(kind: str, name: str, path: Path, options: SourceOptions) -> Source
     container = sniff(path, name)
     if container not in IMAGES:
         return Source(kind, name, container, path)
-    with opened_image(path, name) as image:
+    with readable(name), opened_image(path, name) as image:
         animated = container != "jpeg" and getattr(image, "n_frames", 1) > 1
     frames = Animation(path, name, options) if animated else Pictures([path], name, options)
     return Source(kind, name, container, frames=frames)

@@ -33,4 +33,6 @@ class SourceOptions:
             unknown = value is None and key == "frames_fps"
             if key != "allowed_networks" and not unknown and not 0 < value < float("inf"):
                 raise ValueError(f"{key}={value} must be a number above 0: raise it.")
+        if self.frames_fps is not None and not 1e-4 <= self.frames_fps <= 1e6:
+            raise ValueError(f"frames_fps={self.frames_fps:g} is no frame rate: use 0.0001 to 1,000,000.")
         parse_networks(self.allowed_networks)
