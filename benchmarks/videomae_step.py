@@ -67,7 +67,7 @@ def losses(ours: MaskedAutoencoder, theirs: VideoMAEForPreTraining, batch: int) 
     """name -> forward pass, on the same clips and masks."""
     video = torch.rand(batch, 3, 16, 224, 224)
     mean, std = (torch.tensor(x).view(3, 1, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
-    keep, target = TubeMasking(0.9)(batch, ours.encoder.grid(video.shape))
+    keep, target, _ = TubeMasking(0.9)(batch, ours.encoder.grid(video.shape))
     masked = torch.zeros(batch, ours.encoder.num_tokens, dtype=torch.bool).scatter(1, target, True)
     pixel_values = ((video - mean) / std).transpose(1, 2).contiguous()
     return {

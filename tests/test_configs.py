@@ -38,15 +38,17 @@ def overrides_for(name: str) -> list[str]:
     group, _, choice = name.partition("/")
     match group:
         case "model" if choice.startswith("vit/"):
-            return [f"model={choice.replace('vit/', 'videomae/')}"]
+            return [f"model={choice.replace('vit/', 'videomae_v2/')}"]
         case "model" if choice.startswith("classifier/"):
             return [f"model={choice}", "task=classification"]
-        case "task" if choice == "classification":
-            return ["task=classification", "model=classifier/tiny"]
+        case "task" if choice in ("classification", "finetuning"):
+            return [f"task={choice}", "model=classifier/tiny"]
+        case "task" if choice == "distillation":
+            return ["task=distillation", "model=classifier/tiny", "task.teacher_from=somewhere"]
         case "debug":
             return [f"+debug={choice}"]
-        case "data" if choice == "video_folder":
-            return ["data=video_folder", "data.train.root=somewhere"]
+        case "data" if choice in ("video_folder", "image_folder"):
+            return [f"data={choice}", "data.train.root=somewhere"]
     return [f"{group}={choice}"]
 
 

@@ -5,10 +5,30 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from blueberry_video.masking import RandomMasking, TubeMasking
+from blueberry_video.masking import ByModality, DualMasking, Masks, RandomMasking, TubeMasking
 
 grids = st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 6))
+even_grids = st.tuples(
+    st.integers(1, 9), st.integers(1, 4).map(lambda n: 2 * n), st.integers(1, 4).map(lambda n: 2 * n)
+)
 ratios = st.floats(0.05, 0.95)
+seeds = st.integers(0, 2**31)
+SIMPLE = [TubeMasking, RandomMasking]
+EVERY = [
+    TubeMasking(0.5),
+    RandomMasking(0.5),
+    DualMasking(TubeMasking(0.5)),
+    DualMasking(RandomMasking(0.5), 0.25),
+    ByModality(RandomMasking(0.25), DualMasking(TubeMasking(0.75), 0.75)),
+]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def same(a: Masks, b: Masks) -> bool:
+    return all(x is y if x is None or y is None else torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def hidden_of(kind, ratio: float, grid: tuple[int, int, int]) -> tuple[int, int]:
@@ -18,31 +38,103 @@ def hidden_of(kind, ratio: float, grid: tuple[int, int, int]) -> tuple[int, int]
     return int(ratio * places) * (t if kind is TubeMasking else 1), places
 
 
-@pytest.mark.parametrize("kind", [TubeMasking, RandomMasking])
+def assert_ascending_tokens(index: torch.Tensor, tokens: int) -> None:
+    assert index.dtype == torch.long
+    assert (index.diff(dim=1) > 0).all()
+    assert index.min() >= 0
+    assert index.max() < tokens
+
+
+@pytest.mark.parametrize("kind", SIMPLE)
 @settings(max_examples=60, deadline=None)
-@given(grid=grids, ratio=ratios, batch=st.integers(1, 4), seed=st.integers(0, 2**31))
+@given(grid=grids, ratio=ratios, batch=st.integers(1, 4), seed=seeds)
 def test_masks_split_the_tokens_in_two_ascending_halves(kind, grid, ratio, batch, seed):
     expected, places = hidden_of(kind, ratio, grid)
     assume(0 < int(ratio * places) < places)
-    keep, target = kind(ratio)(batch, grid, torch.Generator().manual_seed(seed))
+    masks = kind(ratio)(batch, grid, generator(seed))
     tokens = grid[0] * grid[1] * grid[2]
-    assert target.shape == (batch, expected)
-    assert keep.shape == (batch, tokens - expected)
-    assert keep.dtype == target.dtype == torch.long
+    assert masks.target.shape == (batch, expected)
+    assert masks.keep.shape == (batch, tokens - expected)
+    assert masks.scored is None
+    for index in (masks.keep, masks.target):
+        assert_ascending_tokens(index, tokens)
     for b in range(batch):
-        assert sorted(keep[b].tolist() + target[b].tolist()) == list(range(tokens))
-        assert keep[b].tolist() == sorted(keep[b].tolist())
-        assert target[b].tolist() == sorted(target[b].tolist())
+        assert sorted(masks.keep[b].tolist() + masks.target[b].tolist()) == list(range(tokens))
 
 
 def test_the_tube_of_videomae_leaves_160_of_1568():
-    keep, target = TubeMasking(0.9)(3, (8, 14, 14))
-    assert keep.shape == (3, 160)
-    assert target.shape == (3, 1408)
+    masks = TubeMasking(0.9)(3, (8, 14, 14))
+    assert masks.keep.shape == (3, 160)
+    assert masks.target.shape == (3, 1408)
+
+
+# grid of ViT-B/16 and ViT-g/14: visible, decoded, in the loss
+@pytest.mark.parametrize(("grid", "counts"), [((8, 14, 14), (160, 784, 704)), ((8, 16, 16), (208, 1024, 920))])
+def test_the_counts_of_videomae_v2_are_exact_in_every_sample(grid, counts):
+    masks = DualMasking()(16, grid, generator())
+    assert (masks.keep.shape[1], masks.target.shape[1]) == counts[:2]
+    assert masks.scored.sum(dim=1).tolist() == [counts[2]] * 16
+
+
+def test_the_masks_of_omnimae_see_49_tokens_of_a_picture_and_157_of_a_clip():
+    masking = ByModality(image=RandomMasking(0.75), clip=RandomMasking(0.9))
+    assert [part.shape[1] for part in masking(2, (1, 14, 14))[:2]] == [49, 147]
+    assert [part.shape[1] for part in masking(2, (8, 14, 14))[:2]] == [157, 1411]
+
+
+def decoded_in_loops(grid: tuple[int, int, int], p: int, not_decoded: int = 2) -> list[int]:
+    """The running cell, token by token: a queue of four that moves on by one in every frame."""
+    queue = [1] * not_decoded + [0] * (4 - not_decoded)
+    decoded = []
+    for f in range(grid[0]):
+        for i in range(grid[1]):
+            for j in range(grid[2]):
+                if queue[(2 * (i % 2) + (j % 2) + p + f + 1) % 4] == 0:
+                    decoded.append((f * grid[1] + i) * grid[2] + j)
+    return decoded
+
+
+@pytest.mark.parametrize(("ratio", "not_decoded"), [(0.25, 1), (0.5, 2), (0.75, 3)])
+@settings(max_examples=40, deadline=None)
+@given(grid=even_grids, seed=seeds, hidden=st.floats(0.8, 0.95))
+def test_dual_masking_equals_the_running_cell_in_loops(ratio, not_decoded, grid, seed, hidden):
+    tokens = grid[0] * grid[1] * grid[2]
+    assume(tokens - int(hidden * tokens) < (1 - ratio) * tokens)  # else the encoder might see all that is decoded
+    batch = 6
+    masks = DualMasking(RandomMasking(hidden), ratio)(batch, grid, generator(seed))
+    alone = RandomMasking(hidden)(batch, grid, generator(seed))
+    assert torch.equal(masks.keep, alone.keep)  # the encoder's mask is drawn first, and as it is
+    assert masks.target.shape == (batch, tokens * (4 - not_decoded) // 4)
+    assert masks.scored.shape == masks.target.shape
+    assert_ascending_tokens(masks.target, tokens)
+    patterns = [decoded_in_loops(grid, p, not_decoded) for p in range(4)]
+    for b in range(batch):
+        visible, target = set(masks.keep[b].tolist()), masks.target[b].tolist()
+        assert target in patterns
+        assert masks.scored[b].tolist() == [token not in visible for token in target]
+
+
+def test_all_four_starts_of_the_running_cell_are_alike_likely():
+    grid = (1, 2, 2)
+    targets = DualMasking(TubeMasking(0.75))(4000, grid, generator()).target.tolist()
+    shares = [targets.count(decoded_in_loops(grid, p)) / 4000 for p in range(4)]
+    assert sum(shares) == 1
+    assert shares == pytest.approx([0.25] * 4, abs=0.03)  # more than 4 standard deviations
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+def test_four_frames_of_the_running_cell_decode_each_place_equally_often(ratio):
+    target = DualMasking(decoder_ratio=ratio)(1, (4, 4, 6), generator()).target[0]
+    assert (target % 24).bincount(minlength=24).tolist() == [round(4 * (1 - ratio))] * 24
+
+
+def test_where_frames_are_no_multiple_of_four_the_scored_differ_by_sample():
+    scored = DualMasking(TubeMasking(0.5))(32, (2, 2, 4), generator()).scored.sum(dim=1)
+    assert len(set(scored.tolist())) > 1
 
 
 def test_a_tube_hides_the_same_places_in_every_frame_and_others_in_every_sample():
-    keep, target = TubeMasking(0.75)(4, (5, 6, 7), torch.Generator().manual_seed(0))
+    keep, target, _ = TubeMasking(0.75)(4, (5, 6, 7), generator())
     for tokens in (keep, target):
         places = tokens.view(4, 5, -1) - 42 * torch.arange(5)[:, None]
         assert torch.equal(places, places[:, :1].expand_as(places))
@@ -50,49 +142,96 @@ def test_a_tube_hides_the_same_places_in_every_frame_and_others_in_every_sample(
 
 
 def test_random_masks_differ_between_frames():
-    keep, _ = RandomMasking(0.5)(1, (4, 6, 6), torch.Generator().manual_seed(0))
+    keep = RandomMasking(0.5)(1, (4, 6, 6), generator()).keep
     frames = [frozenset((keep[0][keep[0] // 36 == t] % 36).tolist()) for t in range(4)]
     assert len(set(frames)) == 4
 
 
-@pytest.mark.parametrize("kind", [TubeMasking, RandomMasking])
+@pytest.mark.parametrize("kind", SIMPLE)
 def test_every_place_is_hidden_equally_often(kind):
-    _, target = kind(0.25)(4000, (1, 2, 4), torch.Generator().manual_seed(0))
+    target = kind(0.25)(4000, (1, 2, 4), generator()).target
     share = target.flatten().bincount(minlength=8) / 4000
     assert (share - 0.25).abs().max() < 0.03  # more than 4 standard deviations
 
 
-@pytest.mark.parametrize("kind", [TubeMasking, RandomMasking])
-def test_a_generator_decides_alone_and_leaves_the_global_one_as_it_was(kind):
-    masking, grid = kind(0.5), (2, 4, 4)
+@settings(max_examples=30, deadline=None)
+@given(grid=grids, seed=seeds, batch=st.integers(1, 3))
+def test_the_modality_is_told_by_the_number_of_frames(grid, seed, batch):
+    assume(grid[1] * grid[2] >= 4)
+    image, clip = TubeMasking(0.25), RandomMasking(0.75)
+    masks = ByModality(image, clip)(batch, grid, generator(seed))
+    assert same(masks, (image if grid[0] == 1 else clip)(batch, grid, generator(seed)))
+
+
+@pytest.mark.parametrize("masking", EVERY)
+@settings(max_examples=15, deadline=None)
+@given(frames=st.sampled_from([1, 2, 4]), seed=seeds)
+def test_a_generator_decides_alone_and_leaves_the_global_one_as_it_was(masking, frames, seed):
+    grid = (frames, 6, 8)
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = masking(2, grid, torch.Generator().manual_seed(7))
+    first = masking(2, grid, generator(seed))
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    second = masking(2, grid, torch.Generator().manual_seed(7))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert not torch.equal(masking(2, grid, torch.Generator().manual_seed(8)).keep, first.keep)
+    assert same(masking(2, grid, generator(seed)), first)
+    assert not torch.equal(masking(2, grid, generator(seed + 1)).keep, first.keep)
 
 
-@pytest.mark.parametrize("kind", [TubeMasking, RandomMasking])
-def test_without_a_generator_the_global_seed_decides(kind):
-    masking = kind(0.5)
+@pytest.mark.parametrize("masking", EVERY)
+def test_without_a_generator_the_global_seed_decides(masking):
     torch.manual_seed(3)
-    first, other = masking(2, (2, 4, 4)), masking(2, (2, 4, 4))
+    first, other = masking(8, (2, 4, 4)), masking(8, (2, 4, 4))
     torch.manual_seed(3)
-    assert torch.equal(masking(2, (2, 4, 4)).keep, first.keep)
-    assert not torch.equal(other.keep, first.keep)
+    assert same(masking(8, (2, 4, 4)), first)
+    assert not same(other, first)
 
 
-@pytest.mark.parametrize("kind", [TubeMasking, RandomMasking])
+@pytest.mark.parametrize("masking", EVERY)
+def test_masks_move_together_and_keep_what_is_scored(masking):
+    masks = masking(2, (2, 4, 4))
+    moved = masks.to(torch.device("meta"))
+    assert [None if x is None else (x.device.type, x.shape, x.dtype) for x in moved] == [
+        None if x is None else ("meta", x.shape, x.dtype) for x in masks
+    ]
+    assert same(masks.to(torch.device("cpu")), masks)
+
+
+@pytest.mark.parametrize("kind", SIMPLE)
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5])
 def test_a_ratio_outside_is_refused(kind, ratio):
     with pytest.raises(ValueError, match=f"masking ratio={ratio} is outside"):
         kind(ratio)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "nearest"), [(0.0, 0.25), (1.0, 0.75), (-2.0, 0.25), (1.5, 0.75), (0.3, 0.25), (0.6, 0.5), (0.7, 0.75)]
+)
+def test_a_decoder_ratio_that_is_no_share_of_a_cell_is_refused_with_the_nearest(ratio, nearest):
+    with pytest.raises(ValueError, match=rf"decoder_ratio={ratio} is no share of a cell .* is {nearest}\."):
+        DualMasking(decoder_ratio=ratio)
+
+
 @pytest.mark.parametrize(("kind", "places"), [(TubeMasking, 4), (RandomMasking, 8)])
 def test_a_grid_too_coarse_for_the_ratio_is_refused(kind, places):
-    with pytest.raises(ValueError, match=f"masking ratio=0.1 hides 0 of {places} places: .* or smaller patches"):
-        kind(0.1)(1, (2, 2, 2))
+    for masking in (kind(0.1), DualMasking(kind(0.1)), ByModality(RandomMasking(0.5), kind(0.1))):
+        with pytest.raises(ValueError, match=f"masking ratio=0.1 hides 0 of {places} places: .* or smaller patches"):
+            masking(1, (2, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("grid", "even"), [((4, 7, 8), "8 x 8"), ((4, 8, 5), "8 x 6"), ((4, 1, 1), "2 x 2"), ((1, 7, 7), "8 x 8")]
+)
+def test_the_running_cell_refuses_odd_grids_and_names_the_fix(grid, even):
+    t, h, w = grid
+    with pytest.raises(ValueError, match=f"grid of {t} x {h} x {w} tokens .* such as {even}. Choose image_size"):
+        DualMasking(TubeMasking(0.5))(2, grid)
+
+
+def test_masks_that_leave_nothing_to_score_are_refused():
+    grid, everything = (4, 2, 2), torch.arange(16).expand(4, -1)
+    with pytest.raises(ValueError, match=r"decoder_ratio=0\.5 leaves no token to score: the encoder sees all of the 8"):
+        DualMasking(lambda *_: Masks(everything, everything[:, :0]))(4, grid)
+    one_pattern = torch.tensor([decoded_in_loops(grid, 0)] * 16)
+    scored = DualMasking(lambda *_: Masks(one_pattern, one_pattern))(16, grid, generator()).scored
+    assert not scored.any(dim=1).all()  # a sample with nothing left does no harm where another has something
+    assert scored.any()

@@ -128,3 +128,66 @@ def test_shapes():
 def test_a_recipe_stretches_with_the_run(schedule):
     short, long = ([schedule(step, total, warmup=0.1) for step in range(total)] for total in (100, 10_000))
     assert max(abs(long[100 * step + 50] - short[step]) for step in range(100)) < 0.06
+
+
+def deep(depth: int, **changes) -> VideoClassifier:
+    vit = VisionTransformer(16, 4, 8, 2, embed_dim=4, depth=depth, num_heads=1)
+    return VideoClassifier(vit, {"motion": 8}, **changes)
+
+
+def scale_of(module: nn.Module, layer_decay: float) -> dict[str, float]:
+    found = {id(p): group["lr_scale"] for group in parameter_groups(module, layer_decay) for p in group["params"]}
+    return {name: found[id(parameter)] for name, parameter in module.named_parameters()}
+
+
+def test_learning_rates_fall_by_the_layer_towards_the_input():
+    """The assignment of BEiT and VideoMAE, at ViT-B's depth with its published decay."""
+    for name, scale in scale_of(deep(12), 0.75).items():
+        if name.startswith("encoder.patch_embed."):
+            assert scale == 0.75**13, name
+        elif name.startswith("encoder.blocks."):
+            assert scale == 0.75 ** (12 - int(name.split(".")[2])), name
+        else:
+            assert scale == 1.0, name
+            assert name.startswith(("encoder.norm.", "head.")), name
+
+
+def test_with_layer_decay_weight_decay_stays_where_it_was_and_nothing_is_lost():
+    model = deep(3, pooling="attentive")
+    groups, plain = parameter_groups(model, 0.9), parameter_groups(model)
+    assert len(plain) == 2
+    assert [group["lr_scale"] for group in plain] == [1.0, 1.0]
+    assert [group["lr_scale"] for group in groups] == [scale for n in range(5) for scale in 2 * [0.9**n]]
+    for decays, whole in ((True, plain[0]), (False, plain[1])):
+        parts = [names(model, group) for group in groups if ("weight_decay" not in group) == decays]
+        assert set.union(*parts) == names(model, whole)
+        assert sum(map(len, parts)) == len(whole["params"])
+
+
+def test_what_an_encoder_registers_before_its_blocks_is_its_first_layer():
+    model = deep(2)
+    model.encoder.class_token = nn.Parameter(torch.zeros(1, 1, 4))
+    model.encoder.last = nn.Linear(4, 4)
+    scales = scale_of(nn.ModuleDict({"model": model, "beside": nn.Linear(2, 2)}), 0.5)
+    assert scales["model.encoder.class_token"] == 0.5**3
+    assert scales["model.encoder.blocks.0.norm1.bias"] == 0.5**2
+    assert scales["model.encoder.last.weight"] == scales["beside.weight"] == 1.0
+
+
+def test_frozen_layers_still_count_as_layers():
+    model = deep(2)
+    model.encoder.requires_grad_(False)
+    model.encoder.blocks[0].requires_grad_(True)
+    assert {group["lr_scale"] for group in parameter_groups(model, 0.5) if group["params"]} == {1.0, 0.5**2}
+
+
+def test_layer_decay_without_layers_is_refused():
+    with pytest.raises(ValueError, match=r"layer_decay=0\.75 needs to know the encoder's layers, and Linear has no"):
+        parameter_groups(nn.Linear(2, 2), 0.75)
+    assert len(parameter_groups(nn.Linear(2, 2))) == 2
+
+
+@pytest.mark.parametrize("decay", [0.0, -0.5, 1.1])
+def test_layer_decay_out_of_range_is_refused(decay):
+    with pytest.raises(ValueError, match=rf"layer_decay={decay} is outside \(0, 1\]"):
+        parameter_groups(deep(1), decay)

@@ -5,27 +5,70 @@ counts optimiser steps from 0. Warm-up is a share of the run, so that a recipe s
 """
 
 import math
+import re
 
 from torch import nn
 
 
-def parameter_groups(module: nn.Module) -> list[dict]:
-    """Two groups for an optimiser: matrices get its weight decay; biases, norms, and what a module lists in
+def parameter_groups(module: nn.Module, layer_decay: float = 1.0) -> list[dict]:
+    """Groups for an optimiser: matrices get its weight decay; biases, norms, and what a module lists in
     ``no_weight_decay`` none.
 
-    Parameters that need no gradient are left out.
+    With ``layer_decay`` each layer of the encoder has two groups of its own, and its learning rate falls towards the
+    input, as in the fine-tuning of BEiT (arXiv 2106.08254) and VideoMAE. What the encoder registers before its blocks
+    (patch embedding, positions) is layer 0, block i layer i + 1, all else (norm, head) layer depth + 1. The optimiser
+    does not look at ``lr_scale``: whoever makes it multiplies each group's rate by it, once.
+
+    Args:
+        module: contains the encoder as ``encoder`` and its blocks as ``encoder.blocks``, at any depth.
+        layer_decay: in (0, 1]; layer l gets ``lr_scale = layer_decay ** (depth + 1 - l)``. At 1 there are two groups.
+
+    Returns:
+        Groups with ``params``, ``lr_scale`` and, where it is to be 0, ``weight_decay``; the head's come first.
+        Parameters that need no gradient are left out.
+
+    Raises:
+        ValueError: for a decay outside (0, 1], or one below 1 where there are no ``encoder.blocks``.
     """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(
+            f"task.layer_decay={layer_decay} is outside (0, 1]: 1 is none, VideoMAE-B fine-tunes with 0.75."
+        )
     exempt = {
         f"{prefix}.{name}" if prefix else name
         for prefix, child in module.named_modules()
         for name in getattr(child, "no_weight_decay", ())
     }
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+    scales = _layer_scales(module, layer_decay) if layer_decay < 1 else {}
+    matrices: dict[float, list[nn.Parameter]] = {1.0: []}
+    rest: dict[float, list[nn.Parameter]] = {1.0: []}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (rest if parameter.ndim <= 1 or name in exempt else matrices).append(parameter)
-    return [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
+            chosen = rest if parameter.ndim <= 1 or name in exempt else matrices
+            chosen.setdefault(scales.get(name, 1.0), []).append(parameter)
+    groups: list[dict] = []
+    for scale in sorted({*matrices, *rest}, reverse=True):
+        groups.append({"params": matrices.get(scale, []), "lr_scale": scale})
+        groups.append({"params": rest.get(scale, []), "lr_scale": scale, "weight_decay": 0.0})
+    return groups
+
+
+def _layer_scales(module: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Name -> factor on the learning rate, of the parameters of ``encoder`` up to its last block."""
+    names = [name for name, _ in module.named_parameters()]
+    blocks = {name: found for name in names if (found := re.search(r"(?:^|\.)encoder\.blocks\.(\d+)\.", name))}
+    if not blocks:
+        raise ValueError(
+            f"task.layer_decay={layer_decay} needs to know the encoder's layers, and {type(module).__name__} has no "
+            "parameters named encoder.blocks.<number>: set task.layer_decay=1, or keep the encoder's layers in a "
+            "ModuleList `blocks`."
+        )
+    depth = 1 + max(int(found[1]) for found in blocks.values())
+    first = names.index(next(iter(blocks)))
+    stem = next(iter(blocks)).split("blocks.")[0]  # such as "model.encoder."
+    layers = {name: 0 for name in names[:first] if name.startswith(stem)}
+    layers |= {name: int(found[1]) + 1 for name, found in blocks.items()}
+    return {name: layer_decay ** (depth + 1 - layer) for name, layer in layers.items()}
 
 
 def constant(step: int, total_steps: int, warmup: float = 0.0) -> float:

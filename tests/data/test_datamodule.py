@@ -10,6 +10,8 @@ from torch.utils.data import Dataset
 
 from blueberry_video.data.clip_cache import CachedClips
 from blueberry_video.data.datamodule import DataModule, EvaluationBatches, TrainBatches
+from blueberry_video.data.mixture import Mixture
+from blueberry_video.data.single_frames import SingleFrames
 from blueberry_video.data.sprites import Sprites
 from blueberry_video.data.video_folder import VideoFolder
 from blueberry_video.data.write import FolderWriter
@@ -158,6 +160,52 @@ def test_between_epochs_the_order_may_change(tmp_path: Path):
     assert (position["epoch"], position["batches"]) == (2, 0)
     seen = fit(tmp_path / "b", Recorder(), numbers(batch_size=11), tmp_path / "epoch-10.ckpt").seen
     assert [(epochs[0], len(indices)) for _, epochs, indices in seen] == [(2, 11), (2, 11)]
+
+
+class PixelRecorder(Recorder):
+    """Writes down ids, labels and pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches: list[dict] = []
+
+    def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
+        self.batches.append(batch)
+        return (self.weight * batch["video"].float().mean()).sum()
+
+    def validation_step(self, batch: dict) -> None:
+        self.validated += batch["id"]
+
+
+def omni(num_workers: int = 0, images: int = 20, shares: tuple[float, float] = (0.4, 0.6)) -> DataModule:
+    """Seven batches an epoch: three of images, four of clips."""
+    train = Mixture(
+        {"image": SingleFrames(Sprites("train", images, 4, 8)), "clip": Sprites("train", 10, 4, 8)},
+        dict(zip(("image", "clip"), shares)),
+    )
+    val = Mixture({"image": SingleFrames(Sprites("val", 5, 4, 8)), "clip": Sprites("val", 3, 4, 8)})
+    return DataModule(train, val, batch_size=4, num_workers=num_workers)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_mixture_resumes_in_mid_epoch_bit_for_bit(tmp_path: Path, num_workers: int):
+    whole = fit(tmp_path / "a", PixelRecorder(), omni(num_workers), every=1)
+    assert len(whole.batches) == 21
+    assert [len(batch["video"][0]) for batch in whole.batches].count(1) == 9
+    assert sorted(whole.validated[-8:]) == sorted(set(whole.validated))
+    resumed = fit(tmp_path / "b", PixelRecorder(), omni(num_workers), tmp_path / "a" / "step=10.ckpt").batches
+    for batch, known in zip(resumed, whole.batches[10:], strict=True):
+        assert batch["id"] == known["id"]
+        assert torch.equal(batch["video"], known["video"])
+        assert batch["labels"].keys() == known["labels"].keys()
+
+
+def test_a_changed_mixture_is_refused(tmp_path: Path):
+    fit(tmp_path, PixelRecorder(), omni(), every=1, max_epochs=1)
+    with pytest.raises(ValueError, match=r"3 batches into epoch 0, and since then shares was .*0\.4.* and is .*0\.5"):
+        fit(tmp_path / "b", PixelRecorder(), omni(shares=(0.5, 0.5)), tmp_path / "step=3.ckpt")
+    with pytest.raises(ValueError, match="since then clips was 30 and is 31 and part_sizes was"):
+        fit(tmp_path / "b", PixelRecorder(), omni(images=21), tmp_path / "step=3.ckpt")
 
 
 def test_validation_shows_every_clip_once(tmp_path: Path):

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from blueberry_video.data.video_folder import VideoFolder, _append_skipped
+from blueberry_video.data.media_folder import _append_skipped
+from blueberry_video.data.video_folder import VideoFolder
 from blueberry_video.data.write import write_video
+from blueberry_video.video.decode import decode
 
 REAL = os.environ.get("BLUEBERRY_TEST_VIDEOS")
 
@@ -125,6 +127,60 @@ def test_fixed_fps_and_multi_clip(tmp_path: Path):
     assert [frame_numbers(clips[i], file=1) for i in (3, 4, 5)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
+def thirds(root: Path, height: int, width: int, frames: int = 8) -> Path:
+    """One video whose long side is cut into a black, a grey and a white third, each frame 2 levels brighter."""
+    (root / "videos").mkdir(parents=True)
+    across = np.repeat([0, 100, 200], max(height, width) // 3)
+    picture = np.broadcast_to(across[None, :] if width > height else across[:, None], (height, width))
+    levels = picture[None, :, :, None] + 2 * np.arange(frames)[:, None, None, None]
+    pixels = np.broadcast_to(levels.astype(np.uint8), (frames, height, width, 3))
+    write_video(root / "videos" / "a.mp4", np.ascontiguousarray(pixels), fps=10)
+    return root
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 96), (96, 32)])
+def test_three_crops_along_the_long_side(tmp_path: Path, height: int, width: int):
+    how = {"sampler": "multi_clip", "metadata": "none", "image_size": 16}
+    clips = VideoFolder(thirds(tmp_path, height, width), 2, num_clips=2, num_crops=3, **how)
+    items = [clips[i] for i in range(len(clips))]
+    assert [item["id"] for item in items] == [f"a.mp4#{clip}.{crop}" for clip in range(2) for crop in range(3)]
+    assert {tuple(item["video"].shape) for item in items} == {(2, 3, 16, 16)}
+    for item, level in zip(items, [0, 100, 200, 12, 112, 212], strict=True):  # the second window is frames 6 and 7
+        assert abs(item["video"][0].float().mean() - level) < 6
+        assert item["video"][0].float().std() < 12
+        assert item["video"].is_contiguous()
+    assert torch.equal(clips[5]["video"], items[5]["video"])
+    centre = VideoFolder(tmp_path, 2, num_clips=2, **how)
+    assert torch.equal(items[4]["video"], centre[1]["video"])
+    assert [centre[i]["id"] for i in range(2)] == ["a.mp4#0", "a.mp4#1"]
+    assert clips.cache_key != centre.cache_key
+
+
+def test_crops_of_one_window_share_a_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make(tmp_path, files=2)
+    decoded = []
+
+    def counting(path: Path, *arguments):
+        decoded.append(path.name)
+        return decode(path, *arguments)
+
+    monkeypatch.setattr("blueberry_video.data.video_folder.decode", counting)
+    clips = VideoFolder(tmp_path, 4, sampler="multi_clip", num_clips=2, num_crops=3, image_size=16)
+    in_order = [clips[i] for i in range(len(clips))]
+    assert decoded == ["0.mp4"] * 2 + ["1.mp4"] * 2
+    for i in (7, 0, 11, 4):  # any other order gives the same
+        assert torch.equal(clips[i]["video"], in_order[i]["video"])
+        assert clips[i]["fps"] == in_order[i]["fps"]
+
+
+def test_a_broken_file_among_crops_is_replaced(tmp_path: Path):
+    make(tmp_path, files=3)
+    break_file(tmp_path, 0)
+    how = {"sampler": "multi_clip", "num_crops": 3, "image_size": 16}
+    clips = VideoFolder(tmp_path, 4, max_broken_share=0.5, **how)
+    assert [clips[i]["id"] for i in range(4)] == ["1.mp4#0.0", "1.mp4#0.1", "1.mp4#0.2", "1.mp4#0.0"]
+
+
 def test_resizing(tmp_path: Path):
     make(tmp_path, files=1)
     assert VideoFolder(tmp_path, 2, image_size=16)[0]["video"].shape == (2, 3, 16, 16)
@@ -209,6 +265,13 @@ def test_faulty_rows_are_named(tmp_path: Path, rows: list, error: type[Exception
         ({"fps": 4}, "no other sampler uses it"),
         ({"stride": 2}, "stride=2 with sampler='uniform'"),
         ({"num_clips": 3}, "num_clips=3 with sampler='uniform'"),
+        ({"num_crops": 2}, "num_crops=2 is neither 1"),
+        ({"num_crops": 3, "image_size": 16}, "num_crops=3 with sampler='uniform'.* set sampler=multi_clip"),
+        ({"num_crops": 3, "sampler": "multi_clip"}, "image_size=None and resize='crop': .* an image_size"),
+        (
+            {"num_crops": 3, "sampler": "multi_clip", "image_size": 16, "resize": "stretch"},
+            "resize='stretch': .*resize=crop",
+        ),
         ({"metadata": "none", "split": "train"}, "split='train' with metadata='none'"),
         ({"image_size": 0}, "image_size=0 is no size in pixels: write"),
         ({"image_size": -1}, "image_size=-1 is no size in pixels: write"),

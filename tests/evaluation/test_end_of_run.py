@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import lightning
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from blueberry_video.data.datamodule import DataModule
+from blueberry_video.data.mixture import Mixture
 from blueberry_video.evaluation.callbacks import FewLabels, Probe
 from blueberry_video.masking import RandomMasking
 from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
@@ -97,3 +99,62 @@ def test_encoders_of_any_size_are_probed(ramps):
     probe = Probe(["level"], train_clips=32, val_clips=32, steps=2)
     probe.untrained = copy.deepcopy(wide)
     assert "level" in probe.measure(fake_task(wide), fake_data(ramps))
+
+
+class Frames(Dataset):
+    """The second frame of each of the ramps, as an image dataset gives it: labels and reversal pairs are the clips'."""
+
+    def __init__(self, clips):
+        self.clips, self.classes, self.reversal_pairs = clips, clips.classes, clips.reversal_pairs
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, index):
+        clip = self.clips[index]
+        return {**clip, "video": clip["video"][1:2]}
+
+
+@pytest.fixture
+def mixed(ramps):
+    both = Mixture({"images": Frames(ramps), "clips": ramps})
+    return SimpleNamespace(train=both, val=both, classes=both.classes, reversal_pairs=both.reversal_pairs)
+
+
+@pytest.fixture
+def omni():
+    torch.manual_seed(0)
+    return VisionTransformer(8, 4, 4, 2, embed_dim=24, depth=1, num_heads=2, images=True)
+
+
+@pytest.mark.parametrize("evaluation", ["probe", "few_labels"])
+def test_one_encoder_is_evaluated_on_the_images_and_on_the_clips_of_a_mixture(omni, mixed, evaluation):
+    def measure(part: str) -> dict[str, float]:
+        sizes = {"val_clips": 32, "steps": 40, "part": part}
+        if evaluation == "probe":
+            callback = Probe(["motion", "level"], train_clips=64, lr=1e-2, **sizes)
+        else:
+            callback = FewLabels(["motion", "level"], num_labelled=64, lrs=[3e-3], **sizes)
+        callback.untrained = copy.deepcopy(omni)
+        return callback.measure(fake_task(omni), mixed)
+
+    reference = "random_init" if evaluation == "probe" else "scratch"
+    plain = {"", f"_{reference}", "_gain", "_trivial"}
+    images, clips = measure("images"), measure("clips")
+    assert images.keys() == {f"{label}{suffix}" for label in ("motion", "level") for suffix in plain}
+    assert images["level"] > 0.9
+    assert clips.keys() == images.keys() | CONTROLS | {f"motion_within_pairs{s}" for s in ("", f"_{reference}")}
+
+
+@pytest.mark.parametrize(("train", "val"), [("mixed", "mixed"), ("mixed", "ramps"), ("ramps", "ramps")])
+def test_a_part_that_the_data_has_not_is_refused(omni, mixed, ramps, train, val):
+    sets = {"mixed": mixed.train, "ramps": ramps}
+    data = SimpleNamespace(train=sets[train], val=sets[val], classes=ramps.classes, reversal_pairs={})
+    part = "sounds" if train == val == "mixed" else "images"
+    probe = Probe(["level"], train_clips=8, val_clips=8, steps=1, part=part)
+    probe.untrained = copy.deepcopy(omni)
+    split = "train" if train == val else "val"
+    with pytest.raises(
+        ValueError, match=rf"callbacks\.probe\.part='{part}' is not a part of data\.{split}: choose one"
+    ):
+        probe.measure(fake_task(omni), data)

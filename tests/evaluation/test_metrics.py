@@ -1,11 +1,14 @@
-"""Accuracies and the shuffle control."""
+"""Accuracies, of single clips and of videos in several views, and the shuffle control."""
+
+import multiprocessing
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blueberry_video.evaluation.metrics import accuracy, shuffle_frames, within_pair_correct
+from blueberry_video.evaluation.metrics import ViewScores, accuracy, shuffle_frames, within_pair_correct
 
 
 def test_accuracy_is_a_share():
@@ -79,3 +82,88 @@ def test_shuffling_with_a_generator_leaves_the_global_one_as_it_was():
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_shuffling_keeps_the_dtype(dtype):
     assert shuffle_frames(torch.zeros(1, 3, 4, 2, 2, dtype=dtype)).dtype == dtype
+
+
+def views(videos: int = 7, per_video: int = 6, classes: int = 4) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+    """Ids, logits and labels of all views, in a random order."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(videos * per_video, generator=generator).tolist()
+    ids = [f"cooking/v{i // per_video}.mp4#{i % per_video // 3}.{i % 3}" for i in order]
+    logits = 2 * torch.randn(len(order), classes, generator=generator)
+    labels = torch.tensor([i // per_video % classes for i in order])
+    return ids, logits, labels
+
+
+def by_hand(ids: list[str], logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of videos whose mean softmax, over views that count once each, is largest at the label."""
+    right = []
+    for video in sorted({view.split("#")[0] for view in ids}):
+        rows = {view: row for row, view in enumerate(ids) if view.startswith(f"{video}#")}.values()
+        mean = sum(logits[row].softmax(dim=0) for row in rows) / len(rows)
+        right.append(int(mean.argmax()) == labels[next(iter(rows))])
+    return sum(right) / len(right)
+
+
+def test_views_of_a_video_are_averaged():
+    ids, logits, labels = views()
+    scores = ViewScores()
+    for rows in torch.arange(len(ids)).split(5):
+        part = slice(rows[0], rows[-1] + 1)
+        scores.add(
+            ids[part],
+            {"action": logits[part], "again": -logits[part]},
+            dict.fromkeys(("action", "again"), labels[part]),
+        )
+    found = scores.accuracies()
+    assert found["action"] == pytest.approx(by_hand(ids, logits, labels))
+    assert found["again"] == pytest.approx(by_hand(ids, -logits, labels))
+    assert 0 < found["action"] < 1
+    assert scores.accuracies() == {}  # begun anew
+
+
+def test_a_view_that_comes_twice_counts_once():
+    logits = torch.tensor([[0.0, 1.0], [3.0, 0.0], [0.0, 2.0]])
+    ids, labels = ["a#0.0", "a#0.1", "a#1.0"], torch.tensor([1, 1, 1])
+    assert by_hand(ids, logits, labels) == 1
+    scores = ViewScores()
+    scores.add(ids, {"x": logits}, {"x": labels})
+    scores.add(["a#0.1"] * 5, {"x": logits[1:2].expand(5, 2)}, {"x": labels[:1].expand(5)})
+    assert scores.accuracies() == {"x": 1.0}
+
+
+@pytest.mark.parametrize("clip", ["video.mp4", "no#view", "#0.1", "a#1.x"])
+def test_clips_that_are_no_views_are_passed_over(clip):
+    scores = ViewScores()
+    scores.add([clip], {"x": torch.randn(1, 2)}, {"x": torch.tensor([0])})
+    assert scores.accuracies() == {}
+
+
+def test_views_without_crops_are_views():
+    scores = ViewScores()
+    logits = torch.tensor([[0.0, 1.0], [3.0, 0.0]])
+    scores.add(["a#0", "a#11"], {"x": logits}, {"x": torch.tensor([0, 0])})
+    assert scores.accuracies() == {"x": 1.0}
+
+
+def gathered(rank: int, rendezvous: str, results) -> None:
+    """One of two processes: every other view, and the first one twice, as a sampler that fills up deals them out."""
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    ids, logits, labels = views()
+    rows = [*range(rank, len(ids), 2), *([0] if rank else [])]
+    scores = ViewScores()
+    scores.add([ids[row] for row in rows], {"action": logits[rows]}, {"action": labels[rows]})
+    results.put(scores.accuracies())
+    dist.destroy_process_group()
+
+
+def test_views_of_all_processes_are_averaged_together(tmp_path):
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    processes = [context.Process(target=gathered, args=(rank, str(tmp_path / "meet"), results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    expected = pytest.approx(by_hand(*views()))
+    assert [results.get()["action"] for _ in range(2)] == [expected, expected]

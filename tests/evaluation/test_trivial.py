@@ -6,27 +6,31 @@ import pytest
 import torch
 
 from blueberry_video.evaluation.trivial import majority_share, trivial_patch_losses
-from blueberry_video.masking import RandomMasking, TubeMasking
+from blueberry_video.masking import DualMasking, RandomMasking, TubeMasking
 
 
-@pytest.mark.parametrize("masking", [TubeMasking(0.75), RandomMasking(0.9), RandomMasking(0.3)])
-@pytest.mark.parametrize("grid", [(2, 2, 4), (4, 5, 6)])  # 16 and 120 places: torch computes distances in two ways
+@pytest.mark.parametrize(
+    "masking", [TubeMasking(0.75), RandomMasking(0.9), RandomMasking(0.3), DualMasking(RandomMasking(0.75))]
+)
+@pytest.mark.parametrize("grid", [(2, 2, 4), (4, 4, 6)])  # 16 and 96 places: torch computes distances in two ways
 def test_losses_equal_loops(masking, grid):
     generator = torch.Generator().manual_seed(0)
-    keep, target = masking(2, grid, generator)
+    keep, target, scored = masking(2, grid, generator)
     patches = torch.randn(2, grid[0] * grid[1] * grid[2], 5, generator=generator)
     places = list(itertools.product(*(range(n) for n in grid)))
     sums, count = {"zero": 0.0, "mean": 0.0, "nearest": 0.0}, 0
     for b in range(2):
         visible = keep[b].tolist()
         mean = sum(patches[b, n] for n in visible) / len(visible)
-        for hidden in target[b].tolist():
+        for n, hidden in enumerate(target[b].tolist()):
+            if scored is not None and not scored[b, n]:
+                continue
             distances = [sum((p - q) ** 2 for p, q in zip(places[hidden], places[n], strict=True)) for n in visible]
             nearest = patches[b, visible[distances.index(min(distances))]]  # the first of several
             for name, prediction in (("zero", torch.zeros(5)), ("mean", mean), ("nearest", nearest)):
                 sums[name] += (prediction - patches[b, hidden]).square().sum().item()
             count += 5
-    losses = trivial_patch_losses(patches, keep, target, grid)
+    losses = trivial_patch_losses(patches, keep, target, grid, scored)
     assert {name: value.item() for name, value in losses.items()} == pytest.approx(
         {name: value / count for name, value in sums.items()}, rel=1e-5
     )
@@ -36,7 +40,8 @@ def test_predicting_zero_gets_the_variance():
     """About 1 where patches are normalised: the number a loss curve must be read against."""
     patches = torch.randn(2, 8, 3000)
     patches = (patches - patches.mean(2, keepdim=True)) / patches.std(2, keepdim=True)
-    losses = trivial_patch_losses(patches, *TubeMasking(0.5)(2, (2, 2, 2)), (2, 2, 2))
+    keep, target, _ = TubeMasking(0.5)(2, (2, 2, 2))
+    losses = trivial_patch_losses(patches, keep, target, (2, 2, 2))
     assert losses["zero"].item() == pytest.approx(1.0, abs=1e-3)
     assert losses["nearest"].item() == pytest.approx(2.0, abs=0.1)  # an unrelated patch: twice the variance
 

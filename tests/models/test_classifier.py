@@ -2,18 +2,28 @@
 
 import pytest
 import torch
+from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 from blueberry_video.models import classifier
-from blueberry_video.models.classifier import VideoClassifier
+from blueberry_video.models.classifier import VideoClassifier, convert_finetuned, load_classifier, load_whole
 from blueberry_video.models.vit import VisionTransformer
 
 VIDEO = torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-def tiny(**changes) -> VideoClassifier:
+def tiny(qkv_bias: str = "qv", **changes) -> VideoClassifier:
     torch.manual_seed(0)
-    encoder = VisionTransformer(16, 4, 8, 2, embed_dim=16, depth=1, num_heads=2, final_norm=False, drop_path=0.5)
+    sizes = {"embed_dim": 16, "depth": 1, "num_heads": 2, "drop_path": 0.5, "qkv_bias": qkv_bias}
+    encoder = VisionTransformer(16, 4, 8, 2, **sizes, final_norm=False)
     return VideoClassifier(encoder, **{"num_classes": {"motion": 8, "shape": 3}, **changes})
+
+
+def noisy(**changes) -> VideoClassifier:
+    """No weight is zero or one: a dropped or misplaced one shows."""
+    model = tiny(head_init_scale=50.0, **changes).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
 
 
 @pytest.mark.parametrize("pooling", ["mean", "attentive"])
@@ -113,3 +123,171 @@ def test_learned_positions_are_not_dropped_in_silence(tmp_path):
     torch.save({**published(), "pos_embed": torch.zeros(1, 8, 16)}, tmp_path / "wrong.pth")
     with pytest.raises(RuntimeError, match=r"(?s)Unexpected key.*pos_embed"):
         load(tmp_path / "wrong.pth")
+
+
+LAYOUTS = [("qv", classifier.to_original), ("qv", classifier.to_huggingface)]
+LAYOUTS += [("qkv", lambda state, label: classifier.to_omnimae(state, label, num_frames=4, image_size=16))]
+
+
+@pytest.mark.parametrize(("qkv_bias", "to"), LAYOUTS, ids=["original", "huggingface", "omnimae"])
+def test_published_layouts_lead_back_to_the_same_weights(qkv_bias, to, tmp_path):
+    model = noisy(qkv_bias=qkv_bias, num_classes={"action": 5})
+    written = to(model.state_dict(), "action")
+    again = convert_finetuned(written, "action")
+    assert again.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.items())
+    torch.save({"model": written}, tmp_path / "published.pth")
+    torch.testing.assert_close(load(tmp_path / "published.pth").eval()(VIDEO), model(VIDEO), rtol=0, atol=0)
+
+
+def test_transformers_takes_the_weights_and_says_the_same():
+    model = noisy(num_classes={"action": 5, "other": 2})
+    config = VideoMAEConfig(
+        image_size=16,
+        patch_size=8,
+        num_frames=4,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        layer_norm_eps=1e-6,
+        num_labels=5,
+        use_mean_pooling=True,
+    )
+    theirs = VideoMAEForVideoClassification(config).eval()
+    theirs.load_state_dict(classifier.to_huggingface(model.state_dict(), "action"))
+    theirs.fc_norm.eps = 1e-6
+    with torch.no_grad():
+        expected = theirs(VIDEO.transpose(1, 2)).logits
+    torch.testing.assert_close(model(VIDEO)["action"], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "label", "text"),
+    [
+        (tiny(), "colour", "no head of 'colour': choose one of motion, shape"),
+        (tiny(pooling="attentive"), "motion", r"no head\.pool\.query: only one made with"),
+    ],
+)
+def test_what_a_published_layout_cannot_hold_is_refused(model, label, text):
+    for to in (classifier.to_original, classifier.to_huggingface, classifier.to_omnimae):
+        with pytest.raises(ValueError, match=text):
+            to(model.state_dict(), label)
+
+
+def test_a_norm_in_the_encoder_has_no_place_in_a_published_layout():
+    encoder = VisionTransformer(16, 4, 8, 2, embed_dim=16, depth=1, num_heads=2)
+    with pytest.raises(ValueError, match=r"no encoder\.norm\.weight"):
+        classifier.to_original(VideoClassifier(encoder, {"motion": 8}).state_dict(), "motion")
+
+
+def test_omnimae_keeps_the_norm_after_the_mean_in_its_trunk(tmp_path):
+    """A file as the original repository writes it, with the table of positions as a buffer."""
+    state = noisy(qkv_bias="qkv", num_classes={"action": 5}).state_dict()
+    written = classifier.to_omnimae(state, "action", num_frames=4, image_size=16)
+    assert torch.equal(written["trunk.norm.weight"], state["head.fc_norm.weight"])
+    assert torch.equal(written["head.bias"], state["head.linear.action.bias"])
+    assert written["trunk.pos_embed"].shape == (1, 8, 16)
+    torch.save(written, tmp_path / "omnimae.torch")
+    assert load(tmp_path / "omnimae.torch")(VIDEO[:, :, :1])["action"].shape == (2, 5)  # takes pictures, too
+
+
+# ---- init_from: what of a file fits a classifier ----
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes weights and gives their path."""
+
+    def write(state) -> str:
+        torch.save(state, tmp_path / "weights.pth")
+        return str(tmp_path / "weights.pth")
+
+    return write
+
+
+def same(model: VideoClassifier, source: VideoClassifier, prefix: str) -> bool:
+    own, theirs = model.state_dict(), source.state_dict()
+    return all(torch.equal(own[name], theirs[name]) for name in own if name.startswith(prefix))
+
+
+def test_a_published_head_is_taken_by_the_only_label(file):
+    source, model = noisy(num_classes={"action": 5}), tiny(num_classes={"verb": 5})
+    path = file({"module": classifier.to_original(source.state_dict(), "action")})
+    assert load_classifier(model, path) == f"loaded 15 encoder tensors from {path}, and the head 'verb' (5 classes)"
+    assert same(model, source, "encoder.")
+    assert torch.equal(model.eval()(VIDEO)["verb"], source(VIDEO)["action"])
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        ({"action": 4}, "; its head 'action' (5 classes) was left out, since this model has 'action' (4 classes)"),
+        (
+            {"action": 5, "verb": 5},
+            "; its head 'without a label' (5 classes) was left out, since this model has 'action' (5 classes), 'verb' "
+            "(5 classes)",
+        ),
+    ],
+)
+def test_a_head_that_does_not_fit_is_left_out_and_named(file, classes, said):
+    source, model = noisy(num_classes={"action": 5}), tiny(num_classes=classes)
+    before = model.head.linear["action"].weight.clone()
+    assert load_classifier(model, file(classifier.to_original(source.state_dict(), "action"))).endswith(said)
+    assert same(model, source, "encoder.")
+    assert same(model, source, "head.fc_norm.")
+    assert torch.equal(model.head.linear["action"].weight, before)
+
+
+def test_own_heads_are_found_by_their_label(file):
+    source, model = noisy(num_classes={"motion": 8, "shape": 3}), tiny(num_classes={"shape": 3, "motion": 6, "size": 2})
+    state = {f"model.{name}": value for name, value in source.state_dict().items()}
+    said = load_classifier(model, file({"state_dict": state}))
+    assert "and the head 'shape' (3 classes); its head 'motion' (8 classes) was left out" in said
+    assert same(model, source, "head.linear.shape.")
+    assert not model.head.linear["size"].bias.any()
+
+
+def test_a_head_that_pools_in_another_way_is_left_out(file):
+    source, model = noisy(), tiny(pooling="attentive")
+    before = {name: value.clone() for name, value in model.head.state_dict().items()}
+    assert "its head was left out, since it pools in another way" in load_classifier(model, file(source.state_dict()))
+    assert all(torch.equal(value, before[name]) for name, value in model.head.state_dict().items())
+    assert same(model, source, "encoder.")
+
+
+def test_a_pre_trained_file_gives_the_encoder_alone(file):
+    source, model = noisy(), tiny()
+    state = {f"encoder.{name}": value for name, value in source.encoder.state_dict().items()}
+    said = load_classifier(model, file({"model": state | {"decoder.head.weight": torch.zeros(3, 3)}}))
+    assert said.endswith("; it holds no head: this model's starts anew")
+    assert same(model, source, "encoder.")
+
+
+def test_the_pixel_head_of_a_pre_trained_omnimae_is_no_head(file):
+    source, model = noisy(qkv_bias="qkv", num_classes={"action": 5}), tiny(qkv_bias="qkv", num_classes={"action": 5})
+    state = classifier.to_omnimae(source.state_dict(), "action", num_frames=4, image_size=16)
+    assert "holds no head" in load_classifier(model, file(state | {"trunk.mask_token": torch.zeros(1, 16)}))
+
+
+def test_an_encoder_that_does_not_fit_is_refused(file):
+    state = noisy().state_dict()
+    del state["encoder.blocks.0.norm1.bias"]
+    with pytest.raises(ValueError, match=r"do not fit model\.encoder: 1 missing, such as blocks\.0\.norm1\.bias"):
+        load_classifier(tiny(), file(state))
+
+
+def test_loading_the_whole_is_strict(file):
+    source = noisy(num_classes={"action": 5})
+    model = tiny(num_classes={"verb": 5})
+    written = classifier.to_original(source.state_dict(), "action")
+    assert load_whole(model, file(written)).startswith("loaded 19 tensors from ")
+    assert torch.equal(model.eval()(VIDEO)["verb"], source(VIDEO)["action"])
+    faults = [({"num_classes": {"verb": 4}}, r"2 weights.*such as head\.linear\.verb\.bias")]
+    faults += [({"num_classes": {"a": 5, "b": 2}}, r"6 weights"), ({"pooling": "attentive"}, r"head\.")]
+    for changes, text in faults:
+        with pytest.raises(ValueError, match=f"does not hold the whole of this classifier: .*{text}"):
+            load_whole(tiny(**changes), file(written))
+    pre_trained = {name: value for name, value in written.items() if not name.startswith(("head.", "fc_norm."))}
+    with pytest.raises(ValueError, match="4 weights are missing, left over or of another shape"):
+        load_whole(model, file(pre_trained))

@@ -66,6 +66,36 @@ def test_a_video_of_another_shape_is_refused_and_both_shapes_are_named(shape):
     assert "(3, 4, 16, 16)" in str(error.value)
 
 
+def test_a_single_frame_is_a_still_of_one_tubelet_at_the_first_places():
+    encoder, frame = tiny(images=True), torch.randn(2, 3, 1, 16, 16)
+    assert encoder.grid(frame.shape) == (1, 2, 2)
+    tokens = encoder(frame)
+    assert tokens.shape == (2, 4, 16)
+    still = frame.repeat(1, 1, 4, 1, 1)  # a clip in which nothing moves: its first tokens, and no others seen
+    torch.testing.assert_close(tokens, encoder(still, torch.arange(4).expand(2, 4)))
+    keep = torch.tensor([[0, 3], [1, 2]])
+    torch.testing.assert_close(encoder(frame, keep), encoder(still, keep))
+    assert encoder(still).shape == (2, 8, 16)
+
+
+def test_a_single_frame_is_repeated_over_its_tubelet_and_a_clip_is_left_alone():
+    encoder, frame, clip = tiny(images=True), torch.randn(2, 3, 1, 16, 16), torch.randn(2, 3, 4, 16, 16)
+    assert torch.equal(encoder.as_clip(frame), torch.cat([frame, frame], dim=2))
+    assert encoder.as_clip(clip) is clip
+    assert encoder.grid(clip.shape) == (2, 2, 2)
+
+
+def test_single_frames_are_refused_by_an_encoder_of_clips_alone():
+    with pytest.raises(ValueError, match=r"\(3, 1, 16, 16\) .* single frames need model\.encoder\.images=true"):
+        tiny()(torch.zeros(2, 3, 1, 16, 16))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 16, 16), (3, 1, 16, 8), (1, 1, 16, 16)])
+def test_an_encoder_of_images_names_both_shapes_it_takes(shape):
+    with pytest.raises(ValueError, match=r"\(3, 4, 16, 16\) or, for images, \(C, 1, H, W\) = \(3, 1, 16, 16\)"):
+        tiny(images=True)(torch.zeros(2, *shape))
+
+
 @pytest.mark.parametrize(
     ("sizes", "key", "nearest"),
     [

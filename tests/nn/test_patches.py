@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blueberry_video.nn.patches import gather_tokens, normalize_patches, patchify, unpatchify
+from blueberry_video.nn.patches import gather_tokens, normalize_patches, patchify, token_mse, unpatchify
 
 small = st.integers(1, 3)
 
@@ -41,6 +41,28 @@ def test_constant_patches_become_zero():
     assert torch.equal(normalised, torch.zeros(1, 2, 8, 3))
     assert mean.unique().item() == 0.25
     assert std.unique().item() == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-5])
+def test_the_epsilon_is_outside_the_root_or_under_it(spread):
+    values = [0.3, 0.9, 0.2, 0.6]
+    mean = sum(values) / 4
+    variance = spread**2 * sum((value - mean) ** 2 for value in values) / 3
+    patches = spread * torch.tensor(values, dtype=torch.float64).view(1, 1, 4, 1)
+    for under, divisor in ((False, variance**0.5 + 1e-6), (True, (variance + 1e-6) ** 0.5)):
+        normalised, _, std = normalize_patches(patches, eps_under_root=under)
+        assert std.item() == pytest.approx(divisor, rel=1e-10)
+        assert normalised.flatten().tolist() == pytest.approx([spread * (v - mean) / divisor for v in values])
+
+
+def test_the_mean_squared_error_is_taken_over_all_scored_tokens_of_the_batch():
+    predicted, truth = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    scored = torch.tensor([[True, False, True], [False, False, True]])  # two of one sample and one of the other
+    squares = [(predicted[b, n] - truth[b, n]).square() for b, n in ((0, 0), (0, 2), (1, 2))]
+    torch.testing.assert_close(token_mse(predicted, truth, scored), torch.cat(squares).sum() / 12)
+    torch.testing.assert_close(token_mse(predicted, truth), (predicted - truth).square().sum() / 24)
+    predicted[~scored] += 100
+    torch.testing.assert_close(token_mse(predicted, truth, scored), torch.cat(squares).sum() / 12)
 
 
 @pytest.mark.parametrize("trailing", [(), (4,), (4, 3)])

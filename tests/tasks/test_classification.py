@@ -4,11 +4,13 @@ import lightning
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.sprites import Sprites
 from blueberry_video.models.classifier import VideoClassifier
 from blueberry_video.models.vit import VisionTransformer
+from blueberry_video.nn.mixing import Mixing
 from blueberry_video.optim import warmup_cosine
 from blueberry_video.tasks.classification import Classification
 
@@ -123,6 +125,78 @@ def test_label_smoothing_is_for_training_alone(tmp_path):
         for s in (0.0, 0.5)
     ]
     assert values[0] == values[1]
+
+
+def test_mixed_labels_are_those_of_the_mixed_clips(monkeypatch):
+    """Half of each clip is the other's, and so is half of the loss; there is no accuracy to speak of."""
+    halves = Mixing()
+    monkeypatch.setattr(halves, "forward", lambda video: (torch.lerp(video.flip(0), video, 0.5), 0.5))
+    module = task(BrightestFrame(), mixing=halves)
+    clip = {"video": torch.rand(2, 3, 4, 16, 16)}
+    clip["labels"] = {"motion": torch.tensor([1, 6]), "shape": torch.tensor([0, 2])}
+    values = module.shared_step(clip, "train")
+    assert values.keys() == {"loss"}
+    logits = module.model(module.normalize((clip["video"] + clip["video"].flip(0)) / 2))
+    losses = [nn.functional.cross_entropy(logits[n], t) for n in logits for t in (clip["labels"][n],)]
+    losses += [nn.functional.cross_entropy(logits[n], t.flip(0)) for n in logits for t in (clip["labels"][n],)]
+    assert values["loss"].item() == pytest.approx(sum(losses).item() / 4, rel=1e-5)
+
+
+def test_batches_left_unmixed_have_an_accuracy_and_validation_is_never_mixed(tmp_path):
+    fit = trainer(tmp_path)
+    fit.fit(task(mixing=Mixing(prob=0.0)), datamodule=data())
+    assert {"train/motion", "train/shape"} <= fit.logged_metrics.keys()
+    fit = trainer(tmp_path)
+    fit.fit(task(mixing=Mixing()), datamodule=data())
+    assert not {"train/motion", "train/shape"} & fit.logged_metrics.keys()
+    plain, mixing = (
+        trainer(tmp_path).validate(task(BrightestFrame(), mixing=m), data(), verbose=False) for m in (None, Mixing())
+    )
+    assert plain == mixing
+
+
+class Views(Dataset):
+    """Two views of each of three videos; the motion logits of the brightest frame agree with the label in one."""
+
+    classes = {"motion": tuple("abcdefgh"), "shape": ("x", "y", "z")}  # noqa: RUF012
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        video, view = divmod(index, 2)
+        brightness = torch.tensor(
+            [[150, 250, 150, 150], [150, 150, 190, 150]][view] if video < 2 else [150, 150, 150, 250]
+        )
+        frames = brightness.byte().view(4, 1, 1, 1).expand(4, 3, 16, 16).clone()
+        return {"video": frames, "id": f"clip{video}.mp4#{view}.0", "labels": {"motion": 1, "shape": 0}}
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_views_are_averaged_to_one_answer_for_each_video(tmp_path, stage):
+    views = Views()
+    clips = DataModule(views, views, batch_size=4, test=views)
+    fit = trainer(tmp_path)
+    values = (fit.validate if stage == "val" else fit.test)(task(BrightestFrame()), clips, verbose=False)[0]
+    assert values[f"{stage}/motion"] == pytest.approx(2 / 6)  # of six clips two show the second frame brightest
+    assert values[f"{stage}/motion_views"] == pytest.approx(2 / 3)  # there the brighter view decides
+    assert not [name for name in trainer(tmp_path).validate(task(), data(), verbose=False)[0] if "views" in name]
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0])
+def test_bad_smoothing_is_refused(smoothing):
+    with pytest.raises(ValueError, match=rf"task\.label_smoothing={smoothing} is outside \[0, 1\)"):
+        task(label_smoothing=smoothing)
+
+
+def test_init_from_loads_the_head_that_fits(tmp_path, capsys):
+    source, module = task(), task()
+    source.model.head.linear["motion"].bias.data += 1
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "own.ckpt")
+    module.init_from = tmp_path / "own.ckpt"
+    module.setup("fit")
+    assert torch.equal(module.model.head.linear["motion"].bias, source.model.head.linear["motion"].bias)
+    assert "the head 'motion' (8 classes), and the head 'shape' (3 classes)" in capsys.readouterr().out
 
 
 def test_pictures_are_the_clips():

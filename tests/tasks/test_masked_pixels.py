@@ -7,9 +7,9 @@ import torch
 from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.sprites import Sprites
 from blueberry_video.evaluation.trivial import trivial_patch_losses
-from blueberry_video.masking import TubeMasking
+from blueberry_video.masking import ByModality, DualMasking, RandomMasking, TubeMasking
 from blueberry_video.models import masked_autoencoder
-from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
+from blueberry_video.models.masked_autoencoder import MaskedAutoencoder, decoder_flops
 from blueberry_video.models.vit import VisionTransformer, load_encoder
 from blueberry_video.nn.augment import MultiScaleCrop
 from blueberry_video.optim import warmup_cosine
@@ -18,15 +18,15 @@ from blueberry_video.tasks.masked_pixels import MaskedPixels, masked_pixel_loss,
 PATCH, GRID = (2, 8, 8), (2, 2, 2)
 
 
-def model() -> MaskedAutoencoder:
+def model(images: bool = False) -> MaskedAutoencoder:
     torch.manual_seed(0)
-    encoder = VisionTransformer(16, 4, 8, 2, embed_dim=16, depth=1, num_heads=2)
+    encoder = VisionTransformer(16, 4, 8, 2, embed_dim=16, depth=1, num_heads=2, images=images)
     return MaskedAutoencoder(encoder, decoder_dim=12, decoder_depth=1, decoder_num_heads=2)
 
 
-def task(**changes) -> MaskedPixels:
+def task(images: bool = False, **changes) -> MaskedPixels:
     options = {"optimizer": lambda groups: torch.optim.AdamW(groups, lr=1e-3), "schedule": warmup_cosine}
-    return MaskedPixels(model(), **options, **{"masking": TubeMasking(0.5), **changes})
+    return MaskedPixels(model(images), **options, **{"masking": TubeMasking(0.5), **changes})
 
 
 def data(batch_size: int = 4, val: int = 6) -> DataModule:
@@ -56,19 +56,22 @@ def test_training_logs_what_it_documents_and_moves_every_weight(tmp_path):
         assert not torch.equal(parameter, before[name]), name
 
 
-def test_validation_numbers_are_those_of_the_formulas(tmp_path):
+@pytest.mark.parametrize("masking", [TubeMasking(0.5), DualMasking(TubeMasking(0.5))])
+def test_validation_numbers_are_those_of_the_formulas(masking, tmp_path):
     """Over batches of unequal size: every clip counts once."""
-    module, clips = task().eval(), data(batch_size=4, val=5)
+    module, clips = task(masking=masking).eval(), data(batch_size=4, val=5)
     fit = trainer(tmp_path)
     fit.validate(module, clips, verbose=False)
     sums = {"zero": 0.0, "mean": 0.0, "nearest": 0.0, "loss": 0.0}
     sizes = []
     for raw in clips.val_dataloader():
         video = raw["video"].transpose(1, 2).float() / 255
-        keep, target = TubeMasking(0.5)(len(video), GRID, torch.Generator().manual_seed(0))
-        losses = trivial_patch_losses(patch_targets(video, PATCH), keep, target, GRID)
+        keep, target, scored = masking(len(video), GRID, torch.Generator().manual_seed(0))
+        losses = trivial_patch_losses(patch_targets(video, PATCH), keep, target, GRID, scored)
         mean, std = (torch.tensor(x).view(3, 1, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        losses["loss"] = masked_pixel_loss(module.model((video - mean) / std, keep, target), video, target, PATCH)
+        losses["loss"] = masked_pixel_loss(
+            module.model((video - mean) / std, keep, target), video, target, PATCH, scored
+        )
         sums = {name: value + losses[name].item() * len(video) / 5 for name, value in sums.items()}
         sizes.append(len(video))
     assert sorted(sizes) == [2, 3]
@@ -79,6 +82,91 @@ def test_validation_numbers_are_those_of_the_formulas(tmp_path):
     assert logged["val/loss"] == pytest.approx(sums["loss"], rel=1e-5)
     assert logged["val/loss_trivial"] == pytest.approx(best, rel=1e-5)
     assert logged["val/loss_share"] == pytest.approx(sums["loss"] / best, rel=1e-5)
+
+
+def test_tokens_that_are_not_scored_do_not_influence_the_loss():
+    video, masks = batch(2)["video"], DualMasking(TubeMasking(0.5))(2, GRID, torch.Generator().manual_seed(0))
+    predicted = torch.randn(2, 4, 384, requires_grad=True)
+    loss = masked_pixel_loss(predicted, video, masks.target, PATCH, masks.scored)
+    loss.backward()
+    assert 0 < masks.scored.sum() < 8
+    assert not predicted.grad[~masks.scored].any()
+    assert (predicted.grad[masks.scored] != 0).any(dim=1).all()
+    changed, other = video.clone(), predicted.detach().clone()
+    other[~masks.scored] = 100.0
+    for b in range(2):
+        for token in masks.target[b][~masks.scored[b]].tolist():
+            t, i, j = token // 4, token // 2 % 2, token % 2
+            changed[b, :, 2 * t : 2 * t + 2, 8 * i : 8 * i + 8, 8 * j : 8 * j + 8] = torch.rand(3, 2, 8, 8)
+    assert not torch.equal(changed, video)
+    assert masked_pixel_loss(other, changed, masks.target, PATCH, masks.scored) == loss
+
+
+def test_pictures_and_clips_are_measured_apart(tmp_path):
+    """Batches of both through one set of weights; those of pictures have a suffix."""
+    masking = ByModality(image=RandomMasking(0.5), clip=RandomMasking(0.75))
+    module, fit = task(images=True, masking=masking, eps_under_root=True), trainer(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        {"video": torch.randint(256, (size, frames, 3, 16, 16), generator=generator, dtype=torch.uint8)}
+        for size, frames in ((2, 1), (3, 4), (1, 1))
+    ]
+    fit.validate(module, torch.utils.data.DataLoader(batches, batch_size=None), verbose=False)
+    logged = {name: value.item() for name, value in fit.callback_metrics.items()}
+    names = ("loss", "loss_trivial_zero", "loss_trivial_mean", "loss_trivial_nearest", "loss_trivial", "loss_share")
+    costs = {"val/decoder_mflops", "val/decoder_mflops_full"}
+    assert logged.keys() == {f"val/{name}{suffix}" for name in names for suffix in ("", "_image")} | costs
+    with torch.no_grad():
+        steps = [module.shared_step({"video": raw["video"].transpose(1, 2).float() / 255}, "val") for raw in batches]
+    for name in names[:4]:
+        expected = (2 * steps[0][f"{name}_image"] + steps[2][f"{name}_image"]) / 3
+        assert logged[f"val/{name}_image"] == pytest.approx(expected.item(), rel=1e-5)
+        assert logged[f"val/{name}"] == pytest.approx(steps[1][name].item(), rel=1e-5)
+    for suffix in ("", "_image"):
+        trivial = min(logged[f"val/{name}{suffix}"] for name in names[1:4])
+        assert logged[f"val/loss_trivial{suffix}"] == trivial
+        assert logged[f"val/loss_share{suffix}"] == pytest.approx(logged[f"val/loss{suffix}"] / trivial)
+    assert list(module.shared_step({"video": torch.rand(2, 3, 1, 16, 16)}, "train")) == ["loss"]
+
+
+def test_a_run_says_what_its_decoder_computes_and_what_the_full_one_would(tmp_path):
+    for masking, targets in ((TubeMasking(0.5), 4), (DualMasking(TubeMasking(0.5), 0.75), 2)):
+        module, fit = task(masking=masking), trainer(tmp_path)
+        fit.validate(module, data(), verbose=False)
+        logged = {name: value.item() for name, value in fit.callback_metrics.items()}
+        assert logged["val/decoder_mflops"] == pytest.approx(decoder_flops(module.model, 4, targets) / 1e6)
+        assert logged["val/decoder_mflops_full"] == pytest.approx(decoder_flops(module.model, 4, 4) / 1e6)
+
+
+def test_the_loss_of_a_picture_is_that_of_the_still_it_stands_for():
+    module = task(images=True, masking=RandomMasking(0.5))
+    picture = batch(2)["video"][:, :, :1]
+    values = module.shared_step({"video": picture}, "val")
+    keep, target, _ = RandomMasking(0.5)(2, (1, 2, 2), torch.Generator().manual_seed(0))
+    still = picture.repeat(1, 1, 4, 1, 1)
+    predicted = module.model(module.normalize(still), keep, target)
+    torch.testing.assert_close(values["loss_image"], masked_pixel_loss(predicted, still, target, PATCH))
+    assert module.media({"video": picture})["reconstruction"].shape == (1, 3, 2 * 17, 3 * 17)
+
+
+def test_where_all_clips_have_one_frame_nothing_has_a_suffix():
+    network = MaskedAutoencoder(VisionTransformer(16, 1, 8, 1, 16, 1, 2), 12, 1, 2)
+    module = MaskedPixels(network, torch.optim.SGD, warmup_cosine, RandomMasking(0.5))
+    assert "loss" in module.shared_step({"video": torch.rand(2, 3, 1, 16, 16)}, "val")
+
+
+def test_pictures_are_refused_by_an_encoder_of_clips():
+    with pytest.raises(ValueError, match=r"single frames need model\.encoder\.images=true"):
+        task().shared_step({"video": torch.rand(2, 3, 1, 16, 16)}, "train")
+
+
+def test_the_way_targets_are_normalised_is_chosen():
+    """At a contrast of 0.0002 the 1e-6 under the root is most of the divisor."""
+    faint = {"video": 0.5 + 0.002 * batch(2)["video"]}
+    beside, under = (task(eps_under_root=choice).shared_step(faint, "val") for choice in (False, True))
+    assert 0.9 < beside["loss_trivial_zero"] < 1
+    assert under["loss_trivial_zero"] < 0.1
+    assert under["loss"] != beside["loss"]
 
 
 def test_training_masks_change_and_validation_masks_do_not():

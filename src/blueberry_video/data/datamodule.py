@@ -1,8 +1,8 @@
-"""The LightningDataModule: which clips make which batch, and where a resumed run goes on.
+"""The LightningDataModule: the loaders of a run, and where a resumed run goes on.
 
 The order of an epoch is a pure function of (seed, epoch), cut into global batches and these into one slice for each
-rank; so the same position means the same clips whatever the number of workers or ranks. A resumed run seeks to its
-position instead of replaying batches.
+rank (``batches.py``); so the same position means the same clips whatever the number of workers or ranks. A resumed run
+seeks to its position instead of replaying batches.
 
 The position travels in the DataModule's own state. Lightning would also keep a loader's state, but loads it only where
 it judges the run to be in mid-epoch, and drops it where something has asked for the loader before the checkpoint was
@@ -11,14 +11,22 @@ read.
 
 import os
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from blueberry_video.data.batches import (
+    ByEpoch,
+    EvaluationBatches,
+    MixedEvaluationBatches,
+    MixedTrainBatches,
+    TrainBatches,
+    collate,
+)
 from blueberry_video.data.clip_cache import Clips
+from blueberry_video.data.mixture import Mixture
 
 
 class DataModule(LightningDataModule):
@@ -26,7 +34,7 @@ class DataModule(LightningDataModule):
 
     Args:
         train, val, test: map-style datasets of clips. A dataset with a method ``sample(index, epoch)`` is read through
-            it.
+            it. Of a ``Mixture`` every batch comes from one part.
         batch_size: clips a step on each rank.
         num_workers: loading processes on each rank; 0 loads in the training process.
         seed: of the order of the training clips.
@@ -35,11 +43,11 @@ class DataModule(LightningDataModule):
             smaller, and repeats up to (world size - 1) clips so that it divides among the ranks.
 
     Validation and test show every clip exactly once, in order, in batches of nearly equal size, equally many on each
-    rank.
+    rank; the parts of a mixture take turns.
 
     Raises:
-        ValueError: a value out of range; when loading: a dataset smaller than a global batch, or a position that
-            belongs to another batch size, seed or dataset.
+        ValueError: a value out of range; when loading: a dataset or a part smaller than a global batch, videos of
+            different shapes in a batch, or a position that belongs to another batch size, seed or dataset.
     """
 
     def __init__(
@@ -93,21 +101,19 @@ class DataModule(LightningDataModule):
         self._resume_at = (0, 0)  # Lightning calls this before it loads a checkpoint
 
     def train_dataloader(self) -> DataLoader:
-        self._sampler = TrainBatches(
-            len(self.train),
-            self.batch_size,
-            self.seed,
-            rank=self._rank,
-            world_size=self._world_size,
-            drop_last=self.drop_last,
-        )
+        how = (self.batch_size, self.seed, self._rank, self._world_size, self.drop_last)
+        if isinstance(self.train, Mixture):
+            self._sampler = MixedTrainBatches(self.train.part_sizes, list(self.train.shares.values()), *how)
+        else:
+            self._sampler = TrainBatches(len(self.train), *how)
         self._sampler.resume_at = self._resume_at
         return _LazyLoader(
-            _ByEpoch(self.train),
+            ByEpoch(self.train),
             batch_sampler=self._sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            collate_fn=collate,
             generator=torch.Generator(),  # else each epoch draws from the global one, and a resumed run once more
         )
 
@@ -135,7 +141,9 @@ class DataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict) -> None:
         changed = [
-            f"{key} was {state_dict[key]} and is {now}" for key, now in self._order().items() if state_dict[key] != now
+            f"{key} was {state_dict.get(key)} and is {now}"
+            for key, now in self._order().items()
+            if state_dict.get(key) != now
         ]
         if changed and state_dict["batches"]:
             raise ValueError(
@@ -147,21 +155,30 @@ class DataModule(LightningDataModule):
         if self._sampler is not None:
             self._sampler.resume_at = self._resume_at
 
-    def _order(self) -> dict[str, int]:
-        return {
+    def _order(self) -> dict[str, Any]:
+        order = {
             "clips": len(self.train),
             "global_batch": self.batch_size * self._world_size,
             "seed": self.seed,
         }
+        if not isinstance(self.train, Mixture):
+            return order
+        return {**order, "part_sizes": self.train.part_sizes, "shares": self.train.shares, "drop_last": self.drop_last}
 
     def _evaluation(self, dataset: Clips) -> DataLoader:
-        batches = EvaluationBatches(len(dataset), self.val_batch_size, self._rank, self._world_size)
+        how = (self.val_batch_size, self._rank, self._world_size)
+        batches: EvaluationBatches | MixedEvaluationBatches
+        if isinstance(dataset, Mixture):
+            batches = MixedEvaluationBatches(list(dataset.part_sizes.values()), *how)
+        else:
+            batches = EvaluationBatches(len(dataset), *how)
         return DataLoader(
             cast(Dataset, dataset),
             batch_sampler=batches,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            collate_fn=collate,
             generator=torch.Generator(),
         )
 
@@ -172,103 +189,6 @@ class DataModule(LightningDataModule):
     @property
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer is not None else 1
-
-
-class TrainBatches:
-    """Batches of (epoch, index) of one rank; endless epochs, each begun anew by ``iter``.
-
-    Args:
-        size: clips in the dataset.
-        batch_size: clips of one rank's batch.
-        seed: with the epoch determines the order.
-        rank, world_size: global batch b is the b-th run of batch_size · world_size clips of the order; a rank takes
-            its slice.
-        drop_last: whether the clips that do not fill a global batch are left out.
-
-    Attributes:
-        epoch: shown by the next ``iter``; set by ``set_epoch``.
-        running_epoch: shown by the last ``iter``; None before the first.
-        resume_at: (epoch, batches): in this epoch alone, begin after so many batches. ``len`` remains the whole
-            epoch's.
-
-    Raises:
-        ValueError: there is not one batch.
-    """
-
-    def __init__(
-        self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, drop_last: bool = True
-    ):
-        self.global_batch = batch_size * world_size
-        if size < (self.global_batch if drop_last else 1):
-            raise ValueError(
-                f"The training set has {size} clips, fewer than one batch of {self.global_batch} "
-                f"(data.batch_size={batch_size} "
-                f"on {world_size} ranks): lower data.batch_size, add clips, or set data.drop_last=false."
-            )
-        self.size, self.seed, self.rank, self.world_size, self.drop_last = size, seed, rank, world_size, drop_last
-        self.epoch = 0
-        self.running_epoch: int | None = None
-        self.resume_at = (0, 0)
-
-    def __len__(self) -> int:
-        return self.size // self.global_batch if self.drop_last else -(-self.size // self.global_batch)
-
-    @property
-    def sampler(self) -> "TrainBatches":
-        """Itself: Lightning calls ``set_epoch`` on a batch sampler's ``sampler``."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.running_epoch = self.epoch
-        first = self.resume_at[1] if self.resume_at[0] == epoch else 0
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.size)
-        for batch in range(first, len(self)):
-            clips = order[batch * self.global_batch : (batch + 1) * self.global_batch]
-            clips = np.resize(
-                clips, -(-len(clips) // self.world_size) * self.world_size
-            )  # repeats clips of a last batch
-            yield [(epoch, int(i)) for i in np.array_split(clips, self.world_size)[self.rank]]
-
-
-class EvaluationBatches:
-    """Every clip once, in order; equally many batches, of at most ``batch_size`` clips, on every rank.
-
-    Raises:
-        ValueError: fewer clips than ranks.
-    """
-
-    def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1):
-        if size < world_size:
-            raise ValueError(f"An evaluation set of {size} clips cannot be shared by {world_size} ranks: add clips.")
-        self.size, self.rank, self.world_size = size, rank, world_size
-        self.count = -(-size // (batch_size * world_size))
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in np.array_split(np.arange(self.size), self.count):
-            yield [int(i) for i in np.array_split(batch, self.world_size)[self.rank]]
-
-
-class _ByEpoch(Dataset):
-    """Reads clip (epoch, index). The epoch comes with the index, because a worker that lives on never hears of a new
-    epoch."""
-
-    def __init__(self, dataset: Clips):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, position: tuple[int, int]) -> dict:
-        epoch, index = position
-        if hasattr(self.dataset, "sample"):
-            return self.dataset.sample(index, epoch)
-        return self.dataset[index]
 
 
 class _LazyLoader(DataLoader):

@@ -1,10 +1,10 @@
-"""The rows of a video folder: which file, said to show what.
+"""The rows of a folder of videos or images: which file, said to show what.
 
 A row is an object of ``metadata.jsonl`` (one a line) or ``metadata.json`` (a list of them), or a line of
 ``metadata.csv``, with
 
-- the file name, relative to the root or to its ``videos`` folder, under ``file_name`` (or, for folders made elsewhere,
-  ``filename``, ``file``, ``video`` or ``path``);
+- the file name, relative to the root or to its ``videos`` (or ``images``) folder, under ``file_name`` (for folders made
+  elsewhere also ``filename``, ``file``, ``path``, and ``video`` or ``image``);
 - ``caption``, optional text;
 - ``labels``, an optional object {label: class}; in a csv one column ``labels.<label>`` each; ``label`` alone is short
   for {"label": …};
@@ -12,6 +12,8 @@ A row is an object of ``metadata.jsonl`` (one a line) or ``metadata.json`` (a li
 
 Other keys are left alone. A class is a name, or a number; classes are numbered in the order of ``classes.json`` or of
 the argument ``classes``, else sorted, numbers by value. A caption or a label is given by every row or by none.
+
+Images may also lie in a folder for each class, without metadata: ``read_class_folders``.
 """
 
 import csv
@@ -21,14 +23,34 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 NAMES = ("metadata.jsonl", "metadata.json", "metadata.csv")
-FILE_KEYS = ("file_name", "filename", "file", "video", "path")
-EXTENSIONS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".gif", ".flv", ".wmv"}
-EXTENSIONS |= {".3gp", ".ogv", ".h264", ".h265", ".ivf"}
+
+
+@dataclass(frozen=True)
+class Media:
+    """What a folder holds: ``<root>/<noun>s/`` with files of these ``extensions``."""
+
+    noun: str
+    extensions: frozenset[str]
+
+    @property
+    def folder(self) -> str:
+        return f"{self.noun}s"
+
+    @property
+    def file_keys(self) -> tuple[str, ...]:
+        """Keys of a row that name the file."""
+        return ("file_name", "filename", "file", self.noun, "path")
+
+
+_VIDEO_FILES = ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .gif .flv .wmv .3gp .ogv .h264 .h265 .ivf"
+_IMAGE_FILES = ".jpg .jpeg .png .webp .bmp .tif .tiff"
+VIDEOS = Media("video", frozenset(_VIDEO_FILES.split(" ")))
+IMAGES = Media("image", frozenset(_IMAGE_FILES.split(" ")))
 
 
 @dataclass(frozen=True)
 class Row:
-    """``name`` is the path below ``videos``, with slashes; ``labels`` are class ids."""
+    """``name`` is the path below ``videos``, ``images`` or the split, with slashes; ``labels`` are class ids."""
 
     name: str
     path: Path
@@ -59,65 +81,108 @@ def read_classes(root: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, tupl
 
 
 def read_metadata(
-    root: Path, metadata: str | None, split: str | None, classes: dict[str, tuple[str, ...]]
+    root: Path, metadata: str | None, split: str | None, classes: dict[str, tuple[str, ...]], media: Media = VIDEOS
 ) -> tuple[list[Row], dict[str, tuple[str, ...]]]:
     """The rows of a split, sorted by name, and the class names of every label.
 
     Args:
         root: the folder.
-        metadata: file name below root; None finds the one there is; ``"none"`` makes a bare row for every video.
+        metadata: file name below root; None finds the one there is; ``"none"`` makes a bare row for every file.
         split: keeps rows whose ``split`` equals it; None keeps all.
         classes: known class names; labels that it lacks are numbered in sorted order.
+        media: what the folder holds.
 
     Raises:
-        FileNotFoundError: no folder, no videos, no metadata, or rows whose files are missing.
-        ValueError: videos without row, or a faulty row.
+        FileNotFoundError: no folder, no files in it, no metadata, or rows whose files are missing.
+        ValueError: files without row, or a faulty row.
     """
-    videos = _videos(root)
+    files = _files(root, media)
     if metadata == "none":
         if split is not None:
             raise ValueError(
                 f"split={split!r} with metadata='none': a split is named by metadata rows. Set one of them to null."
             )
-        return [Row(name, path, None, {}) for name, path in videos.items()], {}
-    source = _source(root, metadata)
+        return [Row(name, path, None, {}) for name, path in files.items()], {}
+    source = _source(root, metadata, media)
     entries: dict[str, dict] = {}
-    for where, entry in _entries(source):
-        name = _file_name(where, entry)
+    for where, entry in _entries(source, media):
+        name = _file_name(where, entry, media)
         if name in entries:
             raise ValueError(f"{where} names {name!r} a second time: keep one row for each file.")
         entries[name] = entry
-    _check_complete(root, source, videos, entries)
+    _check_complete(root / media.folder, source, media, files, entries)
     captions = _captions(source, entries)
     labels, classes = _number(source, {name: _labels(source, name, entry) for name, entry in entries.items()}, classes)
     kept = _of_split(source, entries, split)
-    return [Row(name, videos[name], captions.get(name), labels[name]) for name in sorted(kept)], classes
+    return [Row(name, files[name], captions.get(name), labels[name]) for name in sorted(kept)], classes
 
 
-def _videos(root: Path) -> dict[str, Path]:
-    folder = root / "videos"
+def read_class_folders(
+    root: Path, split: str | None, classes: dict[str, tuple[str, ...]], media: Media = IMAGES
+) -> tuple[list[Row], dict[str, tuple[str, ...]]]:
+    """The rows of ``<root>/<split>/<class>/<file>`` (ImageNet's layout), sorted by name; the label is ``class``.
+
+    Args:
+        root: the folder.
+        split: its sub-folder; None where the folders of the classes lie in root itself.
+        classes: known class names; else the folders found are numbered in sorted order, over all splits.
+        media: what the folders hold.
+
+    Raises:
+        FileNotFoundError: no folder of a class with files in it.
+        ValueError: a folder that is not among the known classes.
+    """
+    top = root if split is None else root / split
+    found = [path for folder in _class_folders(top, media) for path in folder.iterdir() if _is_media(path, media)]
+    if not found:
+        raise FileNotFoundError(
+            f"The folder {root} holds no {media.folder}/, and {top} no folder of a class with {media.noun} files "
+            f"({', '.join(sorted(media.extensions))}) right in it: correct root, or name as split the folder between "
+            "root and the classes (train), null where there is none."
+        )
+    splits = [root] if split is None else [path for path in root.iterdir() if path.is_dir()]
+    names = _in_order({folder.name for path in splits for folder in _class_folders(path, media)})
+    files = dict(sorted((path.relative_to(top).as_posix(), path) for path in found))
+    given: dict[str, dict[str, object]] = {name: {"class": path.parent.name} for name, path in files.items()}
+    labels, numbered = _number(top, given, {"class": classes.get("class", tuple(names))})
+    return [Row(name, path, None, labels[name]) for name, path in files.items()], numbered
+
+
+def _class_folders(folder: Path, media: Media) -> list[Path]:
+    """Sub-folders with a file right in them."""
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"There is no folder {folder}: set root to a folder that holds videos/ and metadata.jsonl (`make data` "
-            "writes one)."
-        )
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."))
-    videos = {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
-    if not videos:
-        raise FileNotFoundError(
-            f"The folder {folder} holds no video file ({', '.join(sorted(EXTENSIONS))}): put videos there, or correct "
-            "root."
-        )
-    return dict(sorted(videos.items()))
+        return []
+    folders = (path for path in folder.iterdir() if path.is_dir())
+    return [path for path in folders if any(_is_media(file, media) for file in path.iterdir())]
 
 
-def _source(root: Path, metadata: str | None) -> Path:
+def _is_media(path: Path, media: Media) -> bool:
+    return path.suffix.lower() in media.extensions and not path.name.startswith(".") and path.is_file()
+
+
+def _files(root: Path, media: Media) -> dict[str, Path]:
+    folder = root / media.folder
+    if not folder.is_dir():
+        writes = " (`make data` writes one)" if media is VIDEOS else ""
+        raise FileNotFoundError(
+            f"There is no folder {folder}: set root to a folder that holds {media.folder}/ and metadata.jsonl{writes}."
+        )
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if _is_media(path, media)}
+    if not files:
+        raise FileNotFoundError(
+            f"The folder {folder} holds no {media.noun} file ({', '.join(sorted(media.extensions))}): put "
+            f"{media.folder} there, or correct root."
+        )
+    return dict(sorted(files.items()))
+
+
+def _source(root: Path, metadata: str | None, media: Media) -> Path:
     found = [root / name for name in ([metadata] if metadata else NAMES) if (root / name).is_file()]
     if not found:
         raise FileNotFoundError(
-            f"The folder {root} holds no {metadata or ' or '.join(NAMES)}: write one row for each video "
-            '({"file_name": "videos/a.mp4", "caption": "…", "labels": {…}}), or set metadata=none for clips without '
-            "labels."
+            f"The folder {root} holds no {metadata or ' or '.join(NAMES)}: write one row for each {media.noun} "
+            f'({{"file_name": "{media.folder}/…", "caption": "…", "labels": {{…}}}}), or set metadata=none for '
+            f"{media.folder} without labels."
         )
     if len(found) > 1:
         raise ValueError(
@@ -126,7 +191,7 @@ def _source(root: Path, metadata: str | None) -> Path:
     return found[0]
 
 
-def _entries(source: Path) -> Iterable[tuple[str, dict]]:
+def _entries(source: Path, media: Media) -> Iterable[tuple[str, dict]]:
     """(where it stands, the row as an object)."""
     try:
         text = source.read_text(encoding="utf-8-sig")
@@ -144,12 +209,13 @@ def _entries(source: Path) -> Iterable[tuple[str, dict]]:
         content = _json(str(source), text)
         if not isinstance(content, list):
             raise ValueError(
-                f"{source} holds {type(content).__name__}, not a list: write a list with one object for each video."
+                f"{source} holds {type(content).__name__}, not a list: write a list with one object for each "
+                f"{media.noun}."
             )
         listed = [(f"{source} entry {i}", row) for i, row in enumerate(content)]
     for where, row in listed:
         if not isinstance(row, dict):
-            raise ValueError(f'{where} is {row!r}, not an object: write {{"file_name": "videos/a.mp4", …}}.')
+            raise ValueError(f'{where} is {row!r}, not an object: write {{"file_name": "{media.folder}/…", …}}.')
     return listed
 
 
@@ -160,8 +226,8 @@ def _json(where: str, text: str):
         raise ValueError(f"{where} is not valid JSON ({error}): correct it.") from error
 
 
-def _file_name(where: str, entry: dict) -> str:
-    given = [key for key in FILE_KEYS if entry.get(key)]
+def _file_name(where: str, entry: dict, media: Media) -> str:
+    given = [key for key in media.file_keys if entry.get(key)]
     if len(given) != 1 and given[:1] != ["file_name"]:
         has = (
             f"names its file by {' and '.join(given)}" if given else f"has only the keys {', '.join(map(repr, entry))}"
@@ -170,20 +236,20 @@ def _file_name(where: str, entry: dict) -> str:
     path = PurePosixPath(str(entry[given[0]]))
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(
-            f"{where} has {given[0]}={str(path)!r}, which may lie outside the folder: write it relative to videos/."
+            f"{where} has {given[0]}={str(path)!r}, which may lie outside the folder: write it relative to "
+            f"{media.folder}/."
         )
-    return path.relative_to("videos").as_posix() if path.parts[0] == "videos" else path.as_posix()
+    return path.relative_to(media.folder).as_posix() if path.parts[0] == media.folder else path.as_posix()
 
 
-def _check_complete(root: Path, source: Path, videos: dict[str, Path], entries: dict[str, dict]) -> None:
-    if missing := [name for name in entries if name not in videos]:
+def _check_complete(folder: Path, source: Path, media: Media, files: dict[str, Path], entries: dict[str, dict]) -> None:
+    if missing := [name for name in entries if name not in files]:
         raise FileNotFoundError(
-            f"{source} names {_some(missing)}, but {root / 'videos'} holds no such video: add the file or remove the "
-            "row."
+            f"{source} names {_some(missing)}, but {folder} holds no such {media.noun}: add the file or remove the row."
         )
-    if missing := [name for name in videos if name not in entries]:
+    if missing := [name for name in files if name not in entries]:
         raise ValueError(
-            f"{root / 'videos'} holds {_some(missing)}, but {source} has no row for it: add a row or remove the file."
+            f"{folder} holds {_some(missing)}, but {source} has no row for it: add a row or remove the file."
         )
 
 
@@ -193,7 +259,7 @@ def _captions(source: Path, entries: dict[str, dict]) -> dict[str, str]:
     }
     missing = [name for name in entries if name not in captions]
     if captions and missing:
-        raise ValueError(f"{source} has captions, but none for {_some(missing)}: caption every video or none.")
+        raise ValueError(f"{source} has captions, but none for {_some(missing)}: caption every file or none.")
     return captions
 
 

@@ -9,10 +9,7 @@ See ``read_metadata`` for the rows. Which frames a clip shows is a pure function
 the worker that decodes it.
 """
 
-import csv
-import fcntl
 import hashlib
-import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,19 +17,18 @@ from typing import Literal
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from blueberry_video.data.metadata import Row, read_classes, read_metadata
+from blueberry_video.data.media_folder import MediaFolder
+from blueberry_video.data.metadata import VIDEOS, Row, read_classes, read_metadata
 from blueberry_video.video import resize as resizing
 from blueberry_video.video import sampling
 from blueberry_video.video.container import VideoInfo
 from blueberry_video.video.decode import BACKENDS, DecodeOptions, decode
-from blueberry_video.video.errors import VideoError
 
 SAMPLERS = ("uniform", "random", "fixed_fps", "multi_clip")
 
 
-class VideoFolder(Dataset):
+class VideoFolder(MediaFolder):
     """Map-style dataset of clips: ``video`` uint8 (T, 3, H, W), ``id``, ``fps`` and, where the metadata has them,
     ``caption``, ``labels``.
 
@@ -43,10 +39,13 @@ class VideoFolder(Dataset):
             another place in each epoch; ``fixed_fps``: frames 1 / ``fps`` s apart, in the middle of the video;
             ``multi_clip``: ``num_clips`` evenly spaced windows of each file, for testing. Each window is an item of
             its own, with id ``name#k``, so that a clip always has the same shape; average what a model says over the
-            part of the id before ``#``.
+            items whose id is the same before ``#``.
         stride: frames between two of a ``random`` or ``multi_clip`` window.
         fps: frames a second of ``fixed_fps``.
         num_clips: windows a file of ``multi_clip``.
+        num_crops: of each ``multi_clip`` window: 1, the centre, or 3 items ``name#<clip>.<crop>``: squares of
+            ``image_size`` at the start, the middle and the end of the picture's long side. Neighbouring items share
+            one decoding.
         image_size: pixels, one number for a square or (height, width); None keeps each file's size, which must then be
             the same within a batch.
         resize: ``crop`` scales until the picture covers ``image_size`` and cuts out the centre; ``stretch`` changes
@@ -70,6 +69,8 @@ class VideoFolder(Dataset):
         RuntimeError: (when reading a clip) more than ``max_broken_share`` of the files are broken.
     """
 
+    media = VIDEOS
+
     def __init__(
         self,
         root: str | Path,
@@ -78,6 +79,7 @@ class VideoFolder(Dataset):
         stride: int = 1,
         fps: float | None = None,
         num_clips: int = 1,
+        num_crops: Literal[1, 3] = 1,
         image_size: int | Sequence[int] | None = None,
         resize: Literal["crop", "stretch"] = "crop",
         pad: bool = False,
@@ -90,44 +92,24 @@ class VideoFolder(Dataset):
         seed: int = 0,
         make: Callable[[Path], None] | None = None,
     ):
-        _check_choices(sampler, stride, fps, num_clips, resize)
-        size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if size is not None and (len(size) != 2 or min(size) < 1):
-            raise ValueError(
-                f"image_size={image_size} is no size in pixels: write one number of at least 1, [height, width], or "
-                "null for the size of the files."
-            )
-        if not 0 <= max_broken_share <= 1:
-            raise ValueError(
-                f"max_broken_share={max_broken_share} is outside 0 to 1: it is a share of the files, such as 0.05."
-            )
-        self.root = Path(root)
+        _check_choices(sampler, stride, fps, num_clips)
+        _check_crops(num_crops, sampler, image_size, resize)
+        super().__init__(root, image_size, resize, max_broken_share, skipped_file)
         if make is not None:
             make(self.root)
-        self.num_frames, self.sampler, self.stride, self.fps, self.num_clips = (
-            num_frames,
-            sampler,
-            stride,
-            fps,
-            num_clips,
-        )
-        self.image_size = (int(size[0]), int(size[1])) if size is not None else None
-        self.resize, self.pad = resize, pad
+        self.num_frames, self.sampler, self.stride, self.fps, self.pad = num_frames, sampler, stride, fps, pad
+        self.num_clips, self.num_crops = num_clips, num_crops
         # one thread, for loaders have many workers; a damaged file is skipped, not salvaged: training repeats it often
         self.decoding = DecodeOptions(backends=tuple(backends), num_threads=1, salvage=False)
-        self.max_broken_share, self.skipped_file, self.seed = max_broken_share, skipped_file, seed
+        self.seed = seed
         self.varies_by_epoch = sampler == "random"
         named, self.reversal_pairs = read_classes(self.root)
         named = {name: tuple(values) for name, values in (classes or named).items()}
-        self.classes: dict[str, tuple[str, ...]]
-        self.rows: list[Row]
         self.rows, self.classes = read_metadata(self.root, metadata, split, named)
-        self.skipped: dict[
-            str, str
-        ] = {}  # file name -> reason, of those that this process met or read from skipped_file
+        self._last: tuple[tuple[str, int], tuple[Tensor, float]] | None = None  # (file, clip), and it, of num_crops=3
 
     def __len__(self) -> int:
-        return len(self.rows) * self.num_clips
+        return len(self.rows) * self.num_clips * self.num_crops
 
     def __getitem__(self, index: int) -> dict:
         return self.sample(index, epoch=0)
@@ -136,44 +118,14 @@ class VideoFolder(Dataset):
         """Clip ``index`` as epoch ``epoch`` shows it."""
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside this dataset of {len(self)} clips.")
-        start, clip = divmod(index, self.num_clips)
-        for step in range(len(self.rows)):
-            row = self.rows[(start + step) % len(self.rows)]
-            if row.name in self.skipped:
-                continue
-            try:
-                return self._read(row, clip, epoch)
-            except VideoError as error:
-                self.skip(row.name, str(error))
-        raise RuntimeError(
-            f"All {len(self.rows)} video files in {self.root} are broken: {self._examples()}. Replace them."
-        )
-
-    def skip(self, name: str, reason: str) -> None:
-        """Lists a broken file.
-
-        Raises:
-            RuntimeError: more than ``max_broken_share`` of the files are broken.
-        """
-        self.skipped[name] = reason
-        if self.skipped_file is not None:
-            self.skipped.update(_append_skipped(Path(self.skipped_file), self.root, name, reason))
-        broken = sum(row.name in self.skipped for row in self.rows)
-        if broken > self.max_broken_share * len(self.rows):
-            raise RuntimeError(
-                f"{broken} of {len(self.rows)} video files in {self.root} are broken, more than "
-                f"max_broken_share={self.max_broken_share}: "
-                f"{self._examples()}. Replace or remove them (with their metadata rows), or raise max_broken_share."
-            )
+        rest, crop = divmod(index, self.num_crops)
+        start, clip = divmod(rest, self.num_clips)
+        return self._first_good(start, lambda row: self._read(row, clip, crop, epoch))
 
     @property
     def cache_key(self) -> str:
         """Everything a clip depends on but its index: settings, files with size and modification time, labels and
         captions."""
-        digest = hashlib.sha256()
-        for row in self.rows:
-            stat = row.path.stat()
-            digest.update(json.dumps([row.name, stat.st_size, stat.st_mtime_ns, row.caption, row.labels]).encode())
         settings: list = [
             self.num_frames,
             self.sampler,
@@ -183,24 +135,43 @@ class VideoFolder(Dataset):
             self.image_size,
             self.resize,
         ]
-        settings += [self.pad, self.decoding.backends, self.seed]
-        return f"video-folder-2/{json.dumps(settings)}/{digest.hexdigest()}"
+        settings += [self.pad, self.decoding.backends, self.seed, *([self.num_crops] if self.num_crops > 1 else [])]
+        return f"video-folder-2/{json.dumps(settings)}/{self._digest()}"
 
-    def _read(self, row: Row, clip: int, epoch: int) -> dict:
+    def _read(self, row: Row, clip: int, crop: int, epoch: int) -> dict:
+        if self.num_crops == 1:
+            pixels, fps = self._clip(row, clip, epoch)
+            video, part = self._resized(pixels), f"#{clip}" if self.sampler == "multi_clip" else ""
+        else:
+            covering, fps = self._covering(row, clip)
+            video, part = self._third(covering, crop), f"#{clip}.{crop}"
+        return {"video": video, "id": row.name + part, "fps": fps, **self._said(row)}
+
+    def _clip(self, row: Row, clip: int, epoch: int) -> tuple[Tensor, float]:
+        """Frames uint8 (T, 3, H, W) in the size of the file, and their frames a second."""
         rng = np.random.default_rng([self.seed, epoch, int(hashlib.sha256(row.name.encode()).hexdigest()[:16], 16)])
         frames = decode(row.path, lambda info: self._choose(info, clip, rng), self.decoding)
         seconds = frames.timestamps.unique()  # without the repetitions of padding
         fps = self.fps or ((len(seconds) - 1) / float(seconds[-1] - seconds[0]) if len(seconds) > 1 else 0.0)
-        sample: dict = {
-            "video": self._resized(frames.pixels),
-            "id": f"{row.name}#{clip}" if self.sampler == "multi_clip" else row.name,
-            "fps": float(fps),
-        }
-        if row.caption is not None:
-            sample["caption"] = row.caption
-        if row.labels:
-            sample["labels"] = dict(row.labels)
-        return sample
+        return frames.pixels, float(fps)
+
+    def _covering(self, row: Row, clip: int) -> tuple[Tensor, float]:
+        """A window scaled until ``image_size`` is covered, as ``resize.crop`` does before it cuts; and its frames a
+        second. The last one is kept for the item that follows."""
+        if self._last is None or self._last[0] != (row.name, clip):
+            assert self.image_size is not None
+            pixels, fps = self._clip(row, clip, epoch=0)
+            scale = max(size / side for size, side in zip(self.image_size, pixels.shape[2:]))
+            height, width = (max(round(side * scale), size) for size, side in zip(self.image_size, pixels.shape[2:]))
+            covering = resizing.resize(pixels, (height, width), resample="fast", interpolation="bilinear")
+            self._last = (row.name, clip), (covering, fps)
+        return self._last[1]
+
+    def _third(self, covering: Tensor, crop: int) -> Tensor:
+        """``image_size`` of a picture that covers it: 0, 1, 2 at the start, in the middle, at the end."""
+        assert self.image_size is not None
+        top, left = ((side - size) * crop // 2 for side, size in zip(covering.shape[2:], self.image_size))
+        return covering[:, :, top : top + self.image_size[0], left : left + self.image_size[1]].contiguous()
 
     def _choose(self, info: VideoInfo, clip: int, rng: np.random.Generator) -> list[int]:
         try:
@@ -218,21 +189,10 @@ class VideoFolder(Dataset):
                 "data.train.pad=true (or data.val.…)."
             ) from error
 
-    def _resized(self, pixels: Tensor) -> Tensor:
-        if self.image_size is not None:
-            how = resizing.crop if self.resize == "crop" else resizing.resize
-            pixels = how(pixels, self.image_size, resample="fast", interpolation="bilinear")
-        return pixels.contiguous()  # decoders give channels last
 
-    def _examples(self) -> str:
-        return "; ".join(f"{name}: {reason}" for name, reason in list(self.skipped.items())[:3])
-
-
-def _check_choices(sampler: str, stride: int, fps: float | None, num_clips: int, resize: str) -> None:
+def _check_choices(sampler: str, stride: int, fps: float | None, num_clips: int) -> None:
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler={sampler!r} does not exist: choose from {', '.join(SAMPLERS)}.")
-    if resize not in ("crop", "stretch"):
-        raise ValueError(f"resize={resize!r} is neither 'crop' nor 'stretch': choose one of these.")
     if (fps is not None) != (sampler == "fixed_fps"):
         raise ValueError(
             f"fps={fps} with sampler={sampler!r}: sampler=fixed_fps needs fps, and no other sampler uses it."
@@ -245,18 +205,11 @@ def _check_choices(sampler: str, stride: int, fps: float | None, num_clips: int,
         raise ValueError(f"num_clips={num_clips} with sampler={sampler!r}: use sampler=multi_clip, and at least 1.")
 
 
-def _append_skipped(path: Path, root: Path, name: str, reason: str) -> dict[str, str]:
-    """Adds a row unless the file is listed already; returns what is listed of this root. Safe when several workers do
-    it at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", newline="") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
-        file.seek(0)
-        text = file.read()
-        listed = {row["file"]: row["reason"] for row in csv.DictReader(io.StringIO(text)) if row["root"] == str(root)}
-        if name not in listed:
-            writer = csv.writer(file)
-            if not text:
-                writer.writerow(["root", "file", "reason"])
-            writer.writerow([str(root), name, reason])
-    return {**listed, name: reason}
+def _check_crops(num_crops: int, sampler: str, image_size: int | Sequence[int] | None, resize: str) -> None:
+    if num_crops not in (1, 3):
+        raise ValueError(f"num_crops={num_crops} is neither 1 (the centre) nor 3 (start, middle, end): choose one.")
+    if num_crops > 1 and (sampler != "multi_clip" or image_size is None or resize != "crop"):
+        raise ValueError(
+            f"num_crops={num_crops} with sampler={sampler!r}, image_size={image_size} and resize={resize!r}: crops are "
+            "cut for testing, so set sampler=multi_clip, an image_size and resize=crop."
+        )

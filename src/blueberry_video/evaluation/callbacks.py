@@ -36,8 +36,16 @@ class _EncoderEvaluation(Callback, ABC):
 
     reference: ClassVar[str]  # suffix of the untrained encoder's metrics
 
-    def __init__(self, name: str, labels: Sequence[str], train_clips: int, val_clips: int, recipes: Sequence[Recipe]):
-        self.name, self.labels, self.recipes = name, tuple(labels), list(recipes)
+    def __init__(
+        self,
+        name: str,
+        labels: Sequence[str],
+        train_clips: int,
+        val_clips: int,
+        recipes: Sequence[Recipe],
+        part: str | None,
+    ):
+        self.name, self.labels, self.recipes, self.part = name, tuple(labels), list(recipes), part
         self.train_clips, self.val_clips = train_clips, val_clips
         self.untrained: Encoder | None = None
 
@@ -57,12 +65,16 @@ class _EncoderEvaluation(Callback, ABC):
 
         Args:
             task: has ``model.encoder`` and ``normalize``.
-            data: has ``train``, ``val``, ``classes`` and ``reversal_pairs``.
+            data: has ``train`` and ``val``, ``classes`` and ``reversal_pairs``.
+
+        Raises:
+            ValueError: if the data has no such part, too few clips in it, or no such label.
         """
         assert self.untrained is not None, "setup runs first"
-        train = LabelledClips.of(data.train, self.train_clips, self.labels)
-        val = LabelledClips.of(data.val, self.val_clips, self.labels)
-        num_classes, pairs = {label: len(data.classes[label]) for label in self.labels}, data.reversal_pairs
+        train = LabelledClips.of(self._chosen("train", data.train), self.train_clips, self.labels)
+        val = LabelledClips.of(self._chosen("val", data.val), self.val_clips, self.labels)
+        num_classes = {label: len(data.classes[label]) for label in self.labels}
+        pairs = data.reversal_pairs if val.video.shape[1] > 1 else {}  # a single frame is its own reversal
 
         def scores(encoder: Encoder, head: ClassificationHead, clips: LabelledClips) -> dict[str, float]:
             return score(head, encode(encoder, clips.video, task.normalize), clips.labels, pairs)
@@ -75,8 +87,8 @@ class _EncoderEvaluation(Callback, ABC):
 
         trained, values = best(task.model.encoder)
         _, reference = best(self.untrained.to(task.device))
-        shuffled = scores(*trained, val.shuffled(self.recipes[0].seed))
         in_order = [name for name in values if name.removesuffix("_within_pairs") in pairs]
+        shuffled = scores(*trained, val.shuffled(self.recipes[0].seed)) if in_order else {}
         return {
             **values,
             **{f"{name}_{self.reference}": value for name, value in reference.items()},
@@ -85,6 +97,18 @@ class _EncoderEvaluation(Callback, ABC):
             **{f"{name}_trivial": majority_share(truth) for name, truth in val.labels.items()},
             **{f"{name}_within_pairs_trivial": 0.5 for name in self.labels if name in pairs},
         }
+
+    def _chosen(self, split: str, dataset: Any) -> Any:
+        """The part to evaluate on, of a mixture of several; else all."""
+        if self.part is None:
+            return dataset
+        parts = getattr(dataset, "parts", {})
+        if self.part not in parts:
+            raise ValueError(
+                f"callbacks.{self.name}.part={self.part!r} is not a part of data.{split}: choose one of "
+                f"{', '.join(parts) or 'none, it is no mixture'}, or null for all of it."
+            )
+        return parts[self.part]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
@@ -118,6 +142,8 @@ class Probe(_EncoderEvaluation):
         name: prefix of the metrics.
         train_clips, val_clips: how many of the first training and validation clips are used.
         steps, batch_size, lr, weight_decay, seed: of the head's training.
+        part: of mixed data the part to evaluate on, in training and validation; ``None`` is for data of one kind.
+            Single frames have no shuffled control.
     """
 
     reference = "random_init"
@@ -134,9 +160,10 @@ class Probe(_EncoderEvaluation):
         lr: float = 1e-3,
         weight_decay: float = 0.01,
         seed: int = 0,
+        part: str | None = None,
     ):
         recipes = [Recipe(steps, batch_size, lr, weight_decay, seed)]
-        super().__init__(name, labels, train_clips, val_clips, recipes)
+        super().__init__(name, labels, train_clips, val_clips, recipes, part)
         self.pooling = {"linear": "mean", "attentive": "attentive"}[pooling]
 
     def learn(
@@ -167,6 +194,8 @@ class FewLabels(_EncoderEvaluation):
         val_clips: clips to measure on.
         lrs: learning rates to try.
         steps, batch_size, weight_decay, seed: of the fine-tuning.
+        part: of mixed data the part to evaluate on, in training and validation; ``None`` is for data of one kind.
+            Single frames have no shuffled control.
     """
 
     reference = "scratch"
@@ -182,11 +211,12 @@ class FewLabels(_EncoderEvaluation):
         lrs: Sequence[float] = (5e-4, 1e-3, 2e-3, 4e-3),
         weight_decay: float = 0.05,
         seed: int = 0,
+        part: str | None = None,
     ):
         if not lrs:
             raise ValueError("callbacks.few_labels.lrs is empty: give at least one learning rate.")
         recipes = [Recipe(steps, batch_size, lr, weight_decay, seed) for lr in lrs]
-        super().__init__(name, labels, num_labelled, val_clips, recipes)
+        super().__init__(name, labels, num_labelled, val_clips, recipes, part)
 
     def learn(
         self,

@@ -1,7 +1,14 @@
-"""Accuracies, and the control that a claim about motion must survive."""
+"""Accuracies, of single clips and of videos seen as several, and the control that a claim about motion must survive."""
+
+import re
+from itertools import chain
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+VIEW = re.compile(r".+#\d+(\.\d+)?")  # the id of one view of a video
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -37,3 +44,58 @@ def shuffle_frames(video: Tensor, generator: torch.Generator | None = None) -> T
     """
     order = torch.rand(video.shape[0], video.shape[2], generator=generator).argsort(dim=1).to(video.device)
     return video.gather(2, order[:, None, :, None, None].expand_as(video))
+
+
+class _Views(NamedTuple):
+    """Of a batch: the ids of its M views, and label -> scores (M, classes) and label -> classes (M,)."""
+
+    ids: list[str]
+    scores: dict[str, Tensor]
+    truth: dict[str, Tensor]
+
+
+class ViewScores:
+    """Accuracies over videos that are each shown as several views (clips and crops), whose softmax scores are averaged:
+    the field's test protocol, such as 5 clips x 3 crops on Kinetics (github.com/MCG-NJU/VideoMAE).
+
+    A view's id is its video's, ``#``, the number of its clip and, where there are several crops of it, ``.`` and that
+    of the crop: ``cooking/17.mp4#4.2``. Clips with other ids are passed over. A view that comes twice, as from samplers
+    that fill up a batch, counts once.
+    """
+
+    def __init__(self) -> None:
+        self._batches: list[_Views] = []
+
+    def add(self, ids: list[str], logits: dict[str, Tensor], labels: dict[str, Tensor]) -> None:
+        """Keeps the scores of a batch: ``ids`` of its B clips, ``logits`` label -> (B, classes), ``labels`` -> (B,)."""
+        rows = [row for row, clip in enumerate(ids) if VIEW.fullmatch(clip)]
+        if rows:
+            scores = {name: values[rows].float().softmax(dim=1).cpu() for name, values in logits.items()}
+            truth = {name: labels[name][rows].cpu() for name in logits}
+            self._batches.append(_Views([ids[row] for row in rows], scores, truth))
+
+    def accuracies(self) -> dict[str, float]:
+        """Label -> share in [0, 1] of the videos that are classified rightly, over all processes; none without views.
+
+        Every process must call it, and gets the same. Begins anew.
+        """
+        batches, self._batches = self._batches, []
+        if dist.is_available() and dist.is_initialized():
+            gathered: list = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, batches)
+            batches = list(chain.from_iterable(gathered))
+        if not batches:
+            return {}
+        row_of = {view: row for row, view in enumerate(view for batch in batches for view in batch.ids)}
+        rows = torch.tensor(list(row_of.values()))
+        names = [view.rpartition("#")[0] for view in row_of]
+        index_of = {name: index for index, name in enumerate(dict.fromkeys(names))}
+        videos = torch.tensor([index_of[name] for name in names])
+        found = {}
+        for label in batches[0].scores:
+            scores = torch.cat([batch.scores[label] for batch in batches])[rows]
+            truth = torch.cat([batch.truth[label] for batch in batches])[rows]
+            total = torch.zeros(len(index_of), scores.shape[1]).index_add_(0, videos, scores)
+            labels = torch.zeros(len(index_of), dtype=torch.long).index_copy_(0, videos, truth)
+            found[label] = accuracy(total, labels).item()
+        return found

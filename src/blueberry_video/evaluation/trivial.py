@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from blueberry_video.nn.patches import gather_tokens
+from blueberry_video.nn.patches import gather_tokens, token_mse
 
 
 def trivial_patch_losses(
-    patches: Tensor, keep: Tensor, target: Tensor, grid: tuple[int, int, int]
+    patches: Tensor, keep: Tensor, target: Tensor, grid: tuple[int, int, int], scored: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Mean squared error of three predictors of hidden, normalised patches.
 
@@ -16,6 +16,7 @@ def trivial_patch_losses(
         keep: (B, N_visible) indices of the visible patches.
         target: (B, N_target) indices of the hidden ones.
         grid: number of patches along (t, h, w).
+        scored: (B, N_target) bool: which of the targets count; all if ``None``.
 
     Returns:
         Scalars by name: ``zero`` predicts 0, the mean of every patch; ``mean`` the mean of the clip's visible
@@ -29,7 +30,7 @@ def trivial_patch_losses(
         "mean": visible.mean(dim=1, keepdim=True).expand_as(truth),
         "nearest": gather_tokens(visible, nearest),
     }
-    return {name: (prediction - truth).square().mean() for name, prediction in predictions.items()}
+    return {name: token_mse(prediction, truth, scored) for name, prediction in predictions.items()}
 
 
 def majority_share(labels: Tensor) -> float:

@@ -1,4 +1,7 @@
-"""A classifier over any encoder: the network that is trained from scratch, fine-tuned, or (encoder frozen) probed."""
+"""A classifier over any encoder: the network that is trained from scratch, fine-tuned, or (encoder frozen) probed.
+
+Its published files are those of fine-tuned VideoMAE (original, transformers) and OmniMAE; they hold one head.
+"""
 
 from pathlib import Path
 
@@ -18,6 +21,9 @@ class VideoClassifier(nn.Module):
         pooling, num_heads, dropout, head_init_scale: see :class:`~blueberry_video.nn.heads.ClassificationHead`.
         freeze_encoder: train the head alone; the encoder then stays in evaluation mode.
 
+    Attributes:
+        num_classes: label -> number of its classes.
+
     Raises:
         ValueError: for an unknown pooling, or no label.
     """
@@ -34,6 +40,7 @@ class VideoClassifier(nn.Module):
     ):
         super().__init__()
         self.encoder, self.freeze_encoder = encoder, freeze_encoder
+        self.num_classes = dict(num_classes)
         self.head = ClassificationHead(encoder.embed_dim, num_classes, pooling, num_heads, dropout, head_init_scale)
         if freeze_encoder:
             encoder.requires_grad_(False)
@@ -48,21 +55,101 @@ class VideoClassifier(nn.Module):
         return self.head(self.encoder(video))
 
 
-def convert_finetuned(state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
-    """The weights of a fine-tuned VideoMAE, original or transformers, under the names of :class:`VideoClassifier`."""
-    converted = {f"encoder.{name}": value for name, value in vit.encoder_weights(state).items()}
-    linear = f"head.linear.{label}."
-    for theirs, ours in (("fc_norm.", "head.fc_norm."), ("head.", linear), ("classifier.", linear)):
-        found = [name for name in state if name.startswith(theirs)]
-        converted |= {ours + name.removeprefix(theirs): state[name] for name in found}
+def is_omnimae(state: dict[str, Tensor]) -> bool:
+    return any(name.startswith("trunk.") for name in state)
+
+
+def convert_head(state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
+    """The head in a state dict of any layout, under the names of :class:`~blueberry_video.nn.heads.ClassificationHead`.
+
+    Published files have one head and no name for it: here it is called ``label``. OmniMAE keeps the LayerNorm after
+    the mean as ``trunk.norm``. Files of pre-trained models have no head, and give an empty dict.
+    """
+    if any(name.startswith("head.linear.") for name in state):  # one of this package
+        return {name.removeprefix("head."): value for name, value in state.items() if name.startswith("head.")}
+    if any(name.startswith(("trunk.decoder.", "trunk.mask_token")) for name in state):  # OmniMAE's head of pixels
+        return {}
+    norm = "trunk.norm." if is_omnimae(state) else "fc_norm."
+    converted: dict[str, Tensor] = {}
+    for theirs, ours in ((norm, "fc_norm."), ("head.", f"linear.{label}."), ("classifier.", f"linear.{label}.")):
+        converted |= {ours + name.removeprefix(theirs): state[name] for name in state if name.startswith(theirs)}
     return converted
+
+
+def convert_finetuned(state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
+    """The weights of a fine-tuned VideoMAE (original or transformers) or OmniMAE, under the names of
+    :class:`VideoClassifier`.
+
+    Raises:
+        ValueError: if there is no encoder in it, or one with other positions.
+    """
+    encoder = vit.encoder_weights(state)
+    if is_omnimae(state):  # its norm is the head's
+        encoder = {name: value for name, value in encoder.items() if not name.startswith("norm.")}
+    converted = {f"encoder.{name}": value for name, value in encoder.items()}
+    return converted | {f"head.{name}": value for name, value in convert_head(state, label).items()}
+
+
+def to_original(state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
+    """The weights of a :class:`VideoClassifier`, with the head of one label, as a fine-tuned file of the original
+    VideoMAE has them: the inverse of :func:`convert_finetuned`.
+
+    Raises:
+        ValueError: if the model cannot be told in that layout: see :func:`_one_head`.
+    """
+    encoder, norm, linear = _one_head(state, label)
+    return encoder | _prefixed("fc_norm.", norm) | _prefixed("head.", linear)
+
+
+def to_huggingface(state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
+    """As :func:`to_original`, for transformers' ``VideoMAEForVideoClassification`` (with ``use_mean_pooling``).
+
+    Its epsilons are in its config and code: set ``layer_norm_eps=1e-6``; that of ``fc_norm`` stays 1e-5 there.
+    """
+    encoder, norm, linear = _one_head(state, label)
+    return vit.to_huggingface(encoder) | _prefixed("fc_norm.", norm) | _prefixed("classifier.", linear)
+
+
+def to_omnimae(state: dict[str, Tensor], label: str, num_frames: int = 16, image_size: int = 224) -> dict[str, Tensor]:
+    """As :func:`to_original`, for a fine-tuned OmniMAE; its file holds the positions of clips of this size, too."""
+    encoder, norm, linear = _one_head(state, label)
+    trunk = vit.to_omnimae(encoder | _prefixed("norm.", norm), num_frames, image_size)
+    return trunk | _prefixed("head.", linear)
+
+
+def _one_head(state: dict[str, Tensor], label: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Encoder, LayerNorm and linear layer of one label, by their own names.
+
+    Raises:
+        ValueError: if there is no such label, or what published models do not have: a norm in the encoder, attentive
+            pooling.
+    """
+    if f"head.linear.{label}.weight" not in state:
+        labels = sorted({name.split(".")[2] for name in state if name.startswith("head.linear.")})
+        raise ValueError(f"this model has no head of {label!r}: choose one of {', '.join(labels) or 'none'}.")
+    for name in ("encoder.norm.weight", "head.pool.query"):
+        if name in state:
+            raise ValueError(
+                f"published fine-tuned models have no {name}: only one made with model.encoder.final_norm=false and "
+                "model.pooling=mean can be written in their layout."
+            )
+    prefixes = ("encoder.", "head.fc_norm.", f"head.linear.{label}.")
+    encoder, norm, linear = (
+        {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        for prefix in prefixes
+    )
+    return encoder, norm, linear
+
+
+def _prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in state.items()}
 
 
 def from_published(
     path: str | Path, label: str = "action", num_frames: int = 16, image_size: int = 224, num_heads: int | None = None
 ) -> VideoClassifier:
-    """A fine-tuned VideoMAE from an original or a transformers file; its variant is read off the shapes of the
-    weights.
+    """A fine-tuned VideoMAE from an original or a transformers file, or a fine-tuned OmniMAE; its variant is read off
+    the shapes of the weights.
 
     Args:
         path: see :func:`~blueberry_video.models.vit.read_weights`.
@@ -76,14 +163,78 @@ def from_published(
         RuntimeError: if a weight is missing, left over, or of another shape: each is named.
     """
     state = vit.read_weights(path)
-    if "fc_norm.weight" not in state or not {"head.weight", "classifier.weight"} & state.keys():
+    if not {"fc_norm.weight", f"linear.{label}.weight"} <= convert_head(state, label).keys():
         raise ValueError(
             f"{path} holds no fine-tuned VideoMAE (fc_norm.weight or head.weight is missing): load a pre-trained "
             "one with blueberry_video.models.masked_autoencoder.from_published."
         )
     weights = convert_finetuned(state, label)
     own = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
-    encoder = vit.build_from_weights(own, num_frames, image_size, num_heads)
+    encoder = vit.build_from_weights(own, num_frames, image_size, num_heads, images=is_omnimae(state))
     model = VideoClassifier(encoder, num_classes={label: weights[f"head.linear.{label}.weight"].shape[0]})
     model.load_state_dict(weights)
     return model
+
+
+def load_classifier(model: VideoClassifier, path: str | Path) -> str:
+    """Puts a published file, or an own run's checkpoint, into a classifier: the encoder strictly (see
+    :func:`~blueberry_video.models.vit.load_encoder`), and of the head what fits.
+
+    A head fits the one of the same label with as many classes; a published head, which has no label, the only one of
+    the model. The LayerNorm before them is loaded even where none fits, as the original code does.
+
+    Returns:
+        What was loaded, and a sentence on every head that was left out.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if encoder weights are missing, left over, or of other shapes; the message names them.
+    """
+    said = vit.load_encoder(model.encoder, path)
+    found, own = convert_head(vit.read_weights(path), _only_label(model)), model.head.state_dict()
+    if not found:
+        return f"{said}; it holds no head: this model's starts anew"
+    stem = {name for name in found if not name.startswith("linear.")}
+    if stem != {name for name in own if not name.startswith("linear.")}:
+        return f"{said}; its head was left out, since it pools in another way than this model's, which starts anew"
+    fitting, left_out = stem.copy(), ""
+    for label in dict.fromkeys(name.split(".")[1] for name in found if name not in stem):
+        classes = len(found[f"linear.{label}.weight"])
+        if model.num_classes.get(label) == classes:
+            fitting |= {f"linear.{label}.{kind}" for kind in ("weight", "bias")}
+            said += f", and the head {label!r} ({classes} classes)"
+        else:
+            ours = ", ".join(f"{name!r} ({count} classes)" for name, count in model.num_classes.items())
+            left_out += f"; its head {label!r} ({classes} classes) was left out, since this model has {ours}"
+    model.head.load_state_dict(own | {name: found[name] for name in fitting})
+    return said + left_out
+
+
+def load_whole(model: VideoClassifier, path: str | Path) -> str:
+    """Puts a fine-tuned file, published or of an own run, into a classifier: encoder and head, strictly.
+
+    Returns:
+        One sentence on what was loaded.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if weights are missing, left over, or of other shapes.
+    """
+    weights = convert_finetuned(vit.read_weights(path), _only_label(model))
+    own = model.state_dict()
+    wrong = own.keys() ^ weights.keys() | {
+        name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape
+    }
+    if wrong:
+        raise ValueError(
+            f"{path} does not hold the whole of this classifier: {len(wrong)} weights are missing, left over or of "
+            f"another shape, such as {min(wrong)}. Give a fine-tuned file, and the model variant and num_classes it "
+            "was made with."
+        )
+    model.load_state_dict(weights)
+    return f"loaded {len(weights)} tensors from {path}"
+
+
+def _only_label(model: VideoClassifier) -> str:
+    """What to call the nameless head of a published file."""
+    return next(iter(model.num_classes)) if len(model.num_classes) == 1 else "without a label"

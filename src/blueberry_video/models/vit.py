@@ -1,4 +1,5 @@
-"""The plain video vision transformer: the encoder of VideoMAE (arXiv 2203.12602; github.com/MCG-NJU/VideoMAE).
+"""The plain video vision transformer: the encoder of VideoMAE (arXiv 2203.12602; github.com/MCG-NJU/VideoMAE), of
+VideoMAE V2 and, with a bias on the keys, of OmniMAE (github.com/facebookresearch/omnivore).
 
 Unusual about it: the positions are a fixed 1-D sinusoid over the flattened token index, added to the tokens and
 absent from the state dict; keys have no bias; there is no class token. Parameter names are those of the original
@@ -6,6 +7,7 @@ code.
 """
 
 import argparse
+import math
 import pickle
 import re
 from pathlib import Path
@@ -35,6 +37,7 @@ class VisionTransformer(Encoder):
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
         final_norm: LayerNorm after the last block. Published fine-tuned models have none: their classifier normalises
             the mean of the tokens.
+        images: take single frames (B, C, 1, H, W), too; see :class:`~blueberry_video.nn.encoder.Encoder`.
 
     Raises:
         ValueError: for sizes the patches do not divide, and in ``forward`` for a video of another shape than built
@@ -57,8 +60,9 @@ class VisionTransformer(Encoder):
         qkv_bias: str = "qv",
         drop_path: float = 0.0,
         final_norm: bool = True,
+        images: bool = False,
     ):
-        super().__init__(image_size, num_frames, patch_size, tubelet_size, embed_dim, in_channels)
+        super().__init__(image_size, num_frames, patch_size, tubelet_size, embed_dim, in_channels, images)
         self.patch_embed = TubeletEmbed(in_channels, embed_dim, self.patch_size)
         self.register_buffer("positions", sinusoid_table(self.num_tokens, embed_dim), persistent=False)
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
@@ -68,8 +72,8 @@ class VisionTransformer(Encoder):
 
     def forward(self, video: Tensor, keep: Tensor | None = None) -> Tensor:
         """(B, C, T, H, W) and, optionally, indices (B, N_kept) of the visible tokens -> (B, N or N_kept, D)."""
-        self.check_video(video)
-        x = self.patch_embed(video, keep) + (self.positions if keep is None else self.positions[keep])
+        x = self.patch_embed(self.as_clip(video), keep)
+        x = x + (self.positions[: x.shape[1]] if keep is None else self.positions[keep])
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -130,6 +134,23 @@ def _read(path: Path) -> object:
         ) from error
 
 
+# Names within a block: transformers' VideoMAE (from version 5) -> ours, beside query, key and value: one matrix here.
+HUGGINGFACE_BLOCK = {
+    "attention.attention.query.bias": "attn.q_bias",
+    "attention.attention.value.bias": "attn.v_bias",
+} | {
+    f"{theirs}.{kind}": f"{ours}.{kind}"
+    for theirs, ours in (
+        ("attention.output.dense", "attn.proj"),
+        ("intermediate.dense", "mlp.fc1"),
+        ("output.dense", "mlp.fc2"),
+        ("layernorm_before", "norm1"),
+        ("layernorm_after", "norm2"),
+    )
+    for kind in ("weight", "bias")
+}
+
+
 def convert_huggingface_blocks(state: dict[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
     """Transformer blocks of transformers' VideoMAE, ``<source>.<i>.…``, under the names of this package,
     ``<target>.<i>.…``.
@@ -137,21 +158,8 @@ def convert_huggingface_blocks(state: dict[str, Tensor], source: str, target: st
     Query, key and value become one matrix. Keys have no bias; a query or value bias is read by its name in either
     layout (``query.bias`` from transformers 5, ``q_bias`` before). Unknown names stay, for a strict load to report.
     """
-    ours = {
-        "attention.attention.query.weight": "attn.qkv.weight",
-        "attention.attention.query.bias": "attn.q_bias",
-        "attention.attention.q_bias": "attn.q_bias",
-        "attention.attention.value.bias": "attn.v_bias",
-        "attention.attention.v_bias": "attn.v_bias",
-    }
-    for theirs, our in (
-        ("attention.output.dense", "attn.proj"),
-        ("intermediate.dense", "mlp.fc1"),
-        ("output.dense", "mlp.fc2"),
-        ("layernorm_before", "norm1"),
-        ("layernorm_after", "norm2"),
-    ):
-        ours |= {f"{theirs}.{kind}": f"{our}.{kind}" for kind in ("weight", "bias")}
+    before_5 = {f"attention.attention.{part}_bias": f"attn.{part}_bias" for part in "qv"}
+    ours = HUGGINGFACE_BLOCK | before_5 | {"attention.attention.query.weight": "attn.qkv.weight"}
     converted = {}
     for name, value in state.items():
         if not name.startswith(f"{source}.") or name.endswith((".key.weight", ".value.weight")):
@@ -161,6 +169,28 @@ def convert_huggingface_blocks(state: dict[str, Tensor], source: str, target: st
             parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
             value = torch.cat([state[part] for part in parts if part in state])
         converted[f"{target}.{index}.{ours.get(inner, inner)}"] = value
+    return converted
+
+
+def to_huggingface_blocks(state: dict[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
+    """The inverse of :func:`convert_huggingface_blocks`, in the layout of transformers 5.
+
+    Raises:
+        ValueError: if keys have a bias, which transformers' VideoMAE has no place for.
+    """
+    theirs = {our: their for their, our in HUGGINGFACE_BLOCK.items()}
+    converted = {}
+    for name, value in state.items():
+        if not name.startswith(f"{source}."):
+            continue
+        index, inner = name.removeprefix(f"{source}.").split(".", 1)
+        if inner == "attn.qkv.bias":
+            raise ValueError(f"{name} biases the keys, which VideoMAE cannot hold: this model has qkv_bias='qkv'.")
+        if inner == "attn.qkv.weight":
+            for part, matrix in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                converted[f"{target}.{index}.attention.attention.{part}.weight"] = matrix
+        else:
+            converted[f"{target}.{index}.{theirs.get(inner, inner)}"] = value
     return converted
 
 
@@ -176,6 +206,20 @@ def convert_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
+def to_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`convert_huggingface`: a :class:`VisionTransformer`'s weights as ``videomae.…``.
+
+    Raises:
+        ValueError: if keys have a bias, which transformers' VideoMAE has no place for.
+    """
+    converted = to_huggingface_blocks(state, "blocks", "videomae.encoder.layer")
+    for name, value in state.items():
+        if not name.startswith("blocks."):
+            name = name.replace("patch_embed.proj.", "embeddings.patch_embeddings.projection.")
+            converted[f"videomae.{re.sub('^norm', 'layernorm', name)}"] = value
+    return converted
+
+
 def convert_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The encoder of an original VideoMAE file, or of one of this package, as a :class:`VisionTransformer`'s.
 
@@ -186,15 +230,68 @@ def convert_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if not name.startswith(("fc_norm.", "head."))}
 
 
-def encoder_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder in a published state dict of either layout, under the names of :class:`VisionTransformer`.
+def convert_omnimae(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder of an OmniMAE file (keys ``trunk.…``) as a :class:`VisionTransformer`'s.
+
+    The file holds the position table as a buffer. It is left out here, once it has been found to be the one this
+    package computes. The convolution has a number of its own there, behind what repeats a picture.
 
     Raises:
-        ValueError: if there is no VideoMAE encoder in it.
+        ValueError: for other positions.
+    """
+    check_positions(state, "trunk.pos_embed")
+    others = ("trunk.decoder.", "trunk.mask_token", "trunk.pos_embed")
+    names = [name for name in state if name.startswith("trunk.") and not name.startswith(others)]
+    return {re.sub(r"^trunk\.(patch_embed\.proj\.)?(\d\.)?", r"\1", name): state[name] for name in names}
+
+
+def to_omnimae(state: dict[str, Tensor], num_frames: int = 16, image_size: int = 224) -> dict[str, Tensor]:
+    """The inverse of :func:`convert_omnimae`: a :class:`VisionTransformer`'s weights as ``trunk.…``, with positions.
+
+    Args:
+        state: the weights of the encoder.
+        num_frames, image_size: of its clips, which tell the length of the position table.
+
+    Raises:
+        ValueError: if keys have no bias, as in VideoMAE: OmniMAE's have.
+    """
+    if "blocks.0.attn.qkv.bias" not in state:
+        raise ValueError("blocks.0.attn.qkv.bias is missing: OmniMAE's encoder has qkv_bias='qkv', this one has not.")
+    width, _, tubelet_size, *patch_size = state["patch_embed.proj.weight"].shape
+    num_tokens = num_frames // tubelet_size * math.prod(image_size // size for size in patch_size)
+    converted = {"trunk.pos_embed": sinusoid_table(num_tokens, width)[None]}
+    for name, value in state.items():
+        converted[f"trunk.{name.replace('patch_embed.proj.', 'patch_embed.proj.1.')}"] = value
+    return converted
+
+
+def check_positions(state: dict[str, Tensor], name: str) -> None:
+    """A position table in a file, (1, N, D), is the sinusoid of this package; that it is missing does no harm.
+
+    Raises:
+        ValueError: if it is another: computed positions would not be those the weights were trained with.
+    """
+    if name not in state:
+        return
+    table = state[name]
+    expected = sinusoid_table(*table.shape[-2:])
+    if table.shape != (1, *expected.shape) or (table.float() - expected).abs().max() > 1e-5:
+        raise ValueError(
+            f"{name} in the file, {tuple(table.shape)}, is not the 1-D sinusoid over the flattened tokens that this "
+            "package computes: learned or other positions cannot be loaded."
+        )
+
+
+def encoder_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder in a published state dict of any layout, under the names of :class:`VisionTransformer`.
+
+    Raises:
+        ValueError: if there is no VideoMAE or OmniMAE encoder in it, or one with other positions.
     """
     if any("embeddings.patch_embeddings" in name for name in state):
         return convert_huggingface(state)
-    converted = convert_original(state)
+    is_omnimae = any(name.startswith("trunk.") for name in state)
+    converted = convert_omnimae(state) if is_omnimae else convert_original(state)
     if "patch_embed.proj.weight" not in converted:
         some = ", ".join(list(state)[:3])
         raise ValueError(
@@ -204,8 +301,8 @@ def encoder_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def head_width(width: int) -> int:
-    """Published VideoMAE models have heads of 64 channels, the encoder and decoder of ViT-H of 80."""
-    return 80 if width in (640, 1280) else 64
+    """Published models have heads of 64 channels, ViT-H (encoder and VideoMAE's decoder) of 80, ViT-g of 88."""
+    return {640: 80, 1280: 80, 1408: 88}.get(width, 64)
 
 
 def num_blocks(state: dict[str, Tensor], prefix: str) -> int:
@@ -213,8 +310,17 @@ def num_blocks(state: dict[str, Tensor], prefix: str) -> int:
     return 1 + max(int(name[len(prefix) + 1 :].split(".")[0]) for name in state if name.startswith(f"{prefix}."))
 
 
+def qkv_bias(state: dict[str, Tensor], block: str) -> str:
+    """Which projections of a block, such as ``blocks.0``, have a bias: as :class:`VisionTransformer` names it."""
+    return "qv" if f"{block}.attn.q_bias" in state else "qkv" if f"{block}.attn.qkv.bias" in state else "none"
+
+
 def build_from_weights(
-    weights: dict[str, Tensor], num_frames: int = 16, image_size: int = 224, num_heads: int | None = None
+    weights: dict[str, Tensor],
+    num_frames: int = 16,
+    image_size: int = 224,
+    num_heads: int | None = None,
+    images: bool = False,
 ) -> VisionTransformer:
     """A :class:`VisionTransformer` of the size the weights have, loaded strictly.
 
@@ -222,6 +328,7 @@ def build_from_weights(
         weights: as :func:`encoder_weights` gives them.
         num_frames, image_size: of the clips; no weight tells them, as positions are computed.
         num_heads: no weight tells this either; by default what the published models have.
+        images: take single frames, too, as OmniMAE.
 
     Raises:
         RuntimeError: if a weight is missing, left over, or of another shape: each is named.
@@ -237,8 +344,9 @@ def build_from_weights(
         num_heads=num_heads or embed_dim // head_width(embed_dim),
         mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
         in_channels=in_channels,
-        qkv_bias="qv" if "blocks.0.attn.q_bias" in weights else "none",
+        qkv_bias=qkv_bias(weights, "blocks.0"),
         final_norm="norm.weight" in weights,
+        images=images,
     )
     encoder.load_state_dict(weights)
     return encoder

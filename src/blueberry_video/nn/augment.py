@@ -1,4 +1,11 @@
-"""Augmentation of whole clips on the device: every frame of a clip gets the same crop and flip."""
+"""Augmentation of whole clips on the device: every frame of a clip gets the same crop, flip and hole.
+
+Each module takes and gives video float (B, C, T, H, W) in [0, 1] and draws anew for every clip, from torch's global
+generator; several in a row are a ``torch.nn.Sequential``.
+"""
+
+import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +35,7 @@ class MultiScaleCrop(nn.Module):
         super().__init__()
         if not scales or not all(0 < scale <= 1 for scale in scales):
             raise ValueError(f"augment.scales={scales} must be shares of the picture in (0, 1], at least one.")
-        if not 0 <= flip <= 1:
-            raise ValueError(f"augment.flip={flip} is not a probability: use a number in [0, 1].")
+        _check_probability("flip", flip)
         self.size, self.scales, self.flip = size, tuple(scales), flip
         steps = range(len(scales))
         self._pairs = [(i, j) for i in steps for j in steps if abs(i - j) <= 1]
@@ -54,3 +60,161 @@ class MultiScaleCrop(nn.Module):
         if torch.rand(()) < self.flip:
             crop = crop.flip(-1)
         return crop.transpose(0, 1)
+
+
+class RandomResizedCrop(nn.Module):
+    """Random crop of any size and shape, resized to a square: what classifiers are fine-tuned with (Szegedy et al.,
+    arXiv 1409.4842; VideoMAE's fine-tuning has these defaults).
+
+    Args:
+        size: height and width of the result in pixels.
+        scale: least and greatest share of the picture's area.
+        ratio: least and greatest width over height; drawn evenly on a logarithmic scale.
+
+    Raises:
+        ValueError: for shares outside (0, 1], ratios that are not positive, or a range that ends before it begins.
+    """
+
+    def __init__(
+        self, size: int, scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ):
+        super().__init__()
+        _check_range("scale", scale, most=1.0)
+        _check_range("ratio", ratio)
+        self.size, self.scale, self.ratio = size, scale, ratio
+
+    def forward(self, video: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, C, T, size, size)."""
+        height, width = video.shape[-2:]
+        boxes, fits = random_boxes(len(video), height, width, self.scale, self.ratio)
+        boxes = torch.where(fits[:, None], boxes, torch.tensor(self._centred(height, width)))
+        return torch.stack([self._resized(clip, *box) for clip, box in zip(video, boxes.tolist(), strict=True)])
+
+    def _centred(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """The largest box of an allowed ratio, in the middle."""
+        box_height = min(height, round(width / self.ratio[0]))
+        box_width = min(width, round(height * self.ratio[1]))
+        return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+    def _resized(self, clip: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
+        crop = clip[..., top : top + height, left : left + width].transpose(0, 1)  # (T, C, h, w)
+        size = (self.size, self.size)
+        crop = F.interpolate(crop, size=size, mode="bilinear", antialias=True, align_corners=False)
+        return crop.transpose(0, 1)
+
+
+class HorizontalFlip(nn.Module):
+    """Mirrors a clip left to right. Not where left and right are labels, as in Something-Something.
+
+    Args:
+        probability: for each clip.
+
+    Raises:
+        ValueError: for a probability outside [0, 1].
+    """
+
+    def __init__(self, probability: float = 0.5):
+        super().__init__()
+        _check_probability("probability", probability)
+        self.probability = probability
+
+    def forward(self, video: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> the same shape."""
+        chosen = torch.rand(len(video)) < self.probability
+        return torch.stack([clip.flip(-1) if flip else clip for clip, flip in zip(video, chosen.tolist(), strict=True)])
+
+
+class RandomErasing(nn.Module):
+    """Overwrites a box with noise, the same box in all frames of a clip (Zhong et al., arXiv 1708.04896; the defaults
+    are those of VideoMAE's fine-tuning).
+
+    Published models erase after normalising, with standard normal noise or zeros. Here pixels are still in [0, 1], so
+    noise has the mean and deviation that normalising takes out, and a constant is that mean.
+
+    Args:
+        probability: for each clip.
+        area: least and greatest share of the picture.
+        ratio: least and greatest width over height; drawn evenly on a logarithmic scale.
+        mode: ``"noise"``: each value of each pixel and frame on its own; ``"constant"``: the mean colour.
+        mean, std: of the pixels, by channel; those that the task normalises with.
+
+    Raises:
+        ValueError: for a probability or shares outside [0, 1], ratios that are not positive, a range that ends before
+            it begins, or an unknown mode.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        probability: float = 0.25,
+        area: tuple[float, float] = (0.02, 1 / 3),
+        ratio: tuple[float, float] = (0.3, 1 / 0.3),
+        mode: Literal["noise", "constant"] = "noise",
+        mean: tuple[float, ...] = (0.485, 0.456, 0.406),
+        std: tuple[float, ...] = (0.229, 0.224, 0.225),
+    ):
+        super().__init__()
+        _check_probability("probability", probability)
+        _check_range("area", area, most=1.0)
+        _check_range("ratio", ratio)
+        if mode not in ("noise", "constant"):
+            raise ValueError(f"augment.mode={mode!r} is unknown: choose 'noise' or 'constant'.")
+        self.probability, self.area, self.ratio, self.mode = probability, area, ratio, mode
+        self.register_buffer("mean", torch.tensor(list(mean)).view(-1, 1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(list(std)).view(-1, 1, 1, 1), persistent=False)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> the same shape; noise may leave [0, 1]."""
+        chosen = torch.rand(len(video)) < self.probability
+        boxes, fits = random_boxes(len(video), video.shape[-2], video.shape[-1], self.area, self.ratio)
+        video = video.clone()
+        for index in (chosen & fits).nonzero().flatten().tolist():
+            top, left, height, width = boxes[index].tolist()
+            hole = video[index, :, :, top : top + height, left : left + width]  # (C, T, h, w)
+            if self.mode == "constant":
+                hole.copy_(self.mean.expand_as(hole))
+            else:
+                hole.normal_().mul_(self.std).add_(self.mean)
+        return video
+
+
+def random_boxes(
+    count: int, height: int, width: int, area: tuple[float, float], ratio: tuple[float, float], attempts: int = 10
+) -> tuple[Tensor, Tensor]:
+    """Boxes of random area, shape and place in a picture, drawn on the CPU.
+
+    Args:
+        count: number of boxes.
+        height, width: of the picture in pixels.
+        area: range of a box's share of the picture, drawn evenly.
+        ratio: range of its width over its height, drawn evenly on a logarithmic scale.
+        attempts: draws a box, of which the first that fits into the picture is taken.
+
+    Returns:
+        (top, left, height, width) of each, long (count, 4), and which of them fit, bool (count,).
+    """
+    logs = [math.log(limit) for limit in ratio]
+    pixels = torch.empty(count, attempts).uniform_(*area) * height * width
+    shape = torch.empty(count, attempts).uniform_(*logs).exp()
+    heights, widths = (pixels / shape).sqrt().round(), (pixels * shape).sqrt().round()
+    fits = (heights >= 1) & (widths >= 1) & (heights <= height) & (widths <= width)
+    first = fits.byte().argmax(dim=1, keepdim=True)
+    sides = torch.cat([heights.gather(1, first), widths.gather(1, first)], dim=1)
+    places = (torch.rand(count, 2) * (torch.tensor([height, width]) - sides + 1)).floor()
+    return torch.cat([places, sides], dim=1).long(), fits.any(dim=1)
+
+
+def _check_probability(key: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"augment.{key}={value} is not a probability: use a number in [0, 1].")
+
+
+def _check_range(key: str, limits: tuple[float, float], most: float = math.inf) -> None:
+    least, greatest = limits
+    if not 0 < least <= greatest <= most:
+        above = f", at most {most:g}" if most < math.inf else ""
+        raise ValueError(
+            f"augment.{key}={tuple(limits)} is not a range: give its least and greatest value, above 0{above}."
+        )

@@ -18,18 +18,28 @@ class Encoder(nn.Module):
         tubelet_size: frames a patch spans.
         embed_dim: width D of the tokens.
         in_channels: colour channels C.
+        images: take single frames (T = 1) as well as clips: each is repeated over a tubelet, so that it becomes 1 x h x
+            w tokens with the positions of a clip's first ones (OmniMAE, arXiv 2206.08356).
 
     Attributes:
         embed_dim: width of the tokens.
         patch_size: pixels a token stands for, (t, h, w).
         video_size: the shape (C, T, H, W) it was built for.
+        images: whether it takes single frames, too.
 
     Raises:
         ValueError: for sizes that the patches do not divide.
     """
 
     def __init__(
-        self, image_size: int, num_frames: int, patch_size: int, tubelet_size: int, embed_dim: int, in_channels: int = 3
+        self,
+        image_size: int,
+        num_frames: int,
+        patch_size: int,
+        tubelet_size: int,
+        embed_dim: int,
+        in_channels: int = 3,
+        images: bool = False,
     ):
         super().__init__()
         for key, size, by, patch in (
@@ -39,24 +49,35 @@ class Encoder(nn.Module):
             if size < patch or size % patch:
                 nearest = max(round(size / patch), 1) * patch
                 raise ValueError(f"{key}={size} is not a multiple of {by}={patch}: the nearest that is, is {nearest}.")
-        self.embed_dim = embed_dim
+        self.embed_dim, self.images = embed_dim, images
         self.patch_size: tuple[int, int, int] = (tubelet_size, patch_size, patch_size)
         self.video_size: tuple[int, int, int, int] = (in_channels, num_frames, image_size, image_size)
 
     def grid(self, video_shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Shape (…, T, H, W) of a video -> number of tokens along (t, h, w)."""
+        """Shape (…, T, H, W) of a video -> number of tokens along (t, h, w); of a single frame (1, h, w)."""
         t, h, w = (size // patch for size, patch in zip(video_shape[-3:], self.patch_size, strict=True))
-        return t, h, w
+        return 1 if video_shape[-3] == 1 else t, h, w
 
     @property
     def num_tokens(self) -> int:
         """Tokens of a whole clip of the size this encoder was built for."""
         return math.prod(self.grid(self.video_size))
 
-    def check_video(self, video: Tensor) -> None:
-        """Raises a ``ValueError`` if ``video`` has another (C, T, H, W) than this encoder was built for."""
+    def as_clip(self, video: Tensor) -> Tensor:
+        """The video float (B, C, T, H, W) as patches are cut from it: a single frame repeated over a tubelet.
+
+        Raises:
+            ValueError: for another (C, T, H, W) than this encoder was built for, or for a single frame if it takes no
+                images.
+        """
+        channels, _, *size = self.video_size
+        if self.images and tuple(video.shape[1:]) == (channels, 1, *size):
+            return video.expand(-1, -1, self.patch_size[0], -1, -1)
         if tuple(video.shape[1:]) != self.video_size:
+            single = f" or, for images, (C, 1, H, W) = {(channels, 1, *size)}" if self.images else ""
+            fix = "" if self.images or video.shape[2] != 1 else "; single frames need model.encoder.images=true"
             raise ValueError(
                 f"the video has (C, T, H, W) = {tuple(video.shape[1:])} but the encoder was built for "
-                f"{self.video_size}: give the data and model.encoder the same num_frames and image_size."
+                f"{self.video_size}{single}: give the data and model.encoder the same num_frames and image_size{fix}."
             )
+        return video

@@ -1,7 +1,10 @@
-"""Pixels of patches: cutting a video up, normalising each patch, gathering tokens, and putting it together again."""
+"""Pixels of patches: cutting a video up, normalising and comparing patches, gathering tokens, and putting it together
+again.
+"""
 
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -31,16 +34,22 @@ def unpatchify(patches: Tensor, grid: tuple[int, int, int], patch_size: tuple[in
     return rearrange(patches, pattern, t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
 
 
-def normalize_patches(patches: Tensor, eps: float = 1e-6) -> NormalizedPatches:
+def normalize_patches(patches: Tensor, eps: float = 1e-6, eps_under_root: bool = False) -> NormalizedPatches:
     """Per patch **and per channel** over its pixels, with the unbiased variance, as VideoMAE does.
 
     Normalising over all P * C values at once, or with the biased variance, trains another model.
+
+    Args:
+        patches: (B, N, P, C).
+        eps: keeps constant patches finite.
+        eps_under_root: divide by sqrt(variance + eps), as OmniMAE does, and not by sqrt(variance) + eps: patches of
+            little contrast then come out smaller.
     """
     mean = patches.mean(dim=2, keepdim=True)
     centred = patches - mean
     # Written out: torch.var takes a hundred times as long as these two passes on the CPU.
     variance = centred.square().sum(dim=2, keepdim=True) / (patches.shape[2] - 1)
-    std = variance.sqrt() + eps
+    std = (variance + eps).sqrt() if eps_under_root else variance.sqrt() + eps
     return NormalizedPatches(centred / std, mean, std)
 
 
@@ -49,3 +58,13 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     trailing = tokens.shape[2:]
     index = index.reshape(*index.shape, *[1] * len(trailing)).expand(*index.shape, *trailing)
     return tokens.gather(1, index)
+
+
+def token_mse(predicted: Tensor, truth: Tensor, scored: Tensor | None = None) -> Tensor:
+    """Mean squared error of tokens (B, N, K): of all, or of those where ``scored`` (B, N) is true.
+
+    All scored tokens of the batch count alike, also where samples have different numbers of them.
+    """
+    if scored is None:
+        return F.mse_loss(predicted, truth)
+    return ((predicted - truth).square().mean(dim=2) * scored).sum() / scored.sum()

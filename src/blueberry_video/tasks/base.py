@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import lightning
 import torch
@@ -34,10 +34,15 @@ class Task(lightning.LightningModule, ABC):
         augment: applied to training videos (B, C, T, H, W) in [0, 1] on the device.
         mean, std: of the pixels, by channel, that :meth:`normalize` takes out; the default is ImageNet's.
         lr_batch_size: the global batch the learning rate is meant for: at another batch it is scaled linearly.
-            ``None`` takes the rate as it is. VideoMAE's published rates are for 256.
+            ``None`` takes the rate as it is. VideoMAE's published rates are for 256. Repeats do not count.
+        layer_decay: factor on the learning rate from each layer of the encoder to the one before it, see
+            :func:`~blueberry_video.optim.parameter_groups`; 1 is none.
+        repeats: how often a training step takes each clip of the batch, each time augmented and masked anew: decoding
+            a clip costs more than cutting it up differently (Hoffer et al., arXiv 1901.09335).
+        image_repeats: the same for batches of single frames.
 
     Raises:
-        ValueError: if ``model`` is not what this task trains.
+        ValueError: if ``model`` is not what this task trains, or for repeats below 1.
 
     Attributes:
         init_from: a checkpoint or published weights that ``model.encoder`` starts from; ``None`` for random weights.
@@ -57,6 +62,9 @@ class Task(lightning.LightningModule, ABC):
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         lr_batch_size: int | None = None,
+        layer_decay: float = 1.0,
+        repeats: int = 1,
+        image_repeats: int = 1,
     ):
         super().__init__()
         if not isinstance(model, self.trains):
@@ -64,9 +72,13 @@ class Task(lightning.LightningModule, ABC):
                 f"task {type(self).__name__} trains a {self.trains.__name__}, but model is a {type(model).__name__}: "
                 f"choose a model of conf/model/ whose _target_ is {self.trains.__name__}, or the task that fits it."
             )
+        for key, times in (("repeats", repeats), ("image_repeats", image_repeats)):
+            if times < 1:
+                raise ValueError(f"task.{key}={times} must be 1 or more: 1 takes every clip once.")
         self.model = model
         self.augment = augment
-        self.lr_batch_size = lr_batch_size
+        self.lr_batch_size, self.layer_decay = lr_batch_size, layer_decay
+        self.repeats, self.image_repeats = repeats, image_repeats
         self.init_from: str | Path | None = None
         self._make_optimizer, self._schedule = optimizer, schedule
         self.register_buffer("pixel_mean", torch.tensor(list(mean)).view(-1, 1, 1, 1), persistent=False)
@@ -78,7 +90,7 @@ class Task(lightning.LightningModule, ABC):
 
         Args:
             batch: the collated clips, ``video`` float (B, C, T, H, W) in [0, 1].
-            stage: ``"train"`` or ``"val"``.
+            stage: ``"train"``, ``"val"`` or ``"test"``.
 
         Returns:
             ``loss`` (scalar) and other scalars, each logged as ``<stage>/<name>``.
@@ -98,8 +110,8 @@ class Task(lightning.LightningModule, ABC):
         return rearrange(torch.cat(bordered, dim=4), "b c t h w -> t c (b h) w").mul(255).round().byte()
 
     def tokens_per_clip(self, batch: dict) -> int:
-        """Number of tokens a clip of this batch is cut into."""
-        return math.prod(cast(Encoder, self.model.encoder).grid(batch["video"].shape))
+        """Number of tokens that training cuts a clip of this batch into, over all its repeats."""
+        return math.prod(cast(Encoder, self.model.encoder).grid(batch["video"].shape)) * self._times(batch)
 
     def normalize(self, video: Tensor) -> Tensor:
         """[0, 1] -> zero mean and unit variance a channel: what the model takes."""
@@ -108,20 +120,27 @@ class Task(lightning.LightningModule, ABC):
     def setup(self, stage: str) -> None:
         """Loads ``init_from``: after the callbacks' setup, so that those can keep a copy of the untrained encoder."""
         if stage == "fit" and self.init_from is not None:
-            said = load_encoder(cast(nn.Module, self.model.encoder), self.init_from)
-            rank_zero_only(print)(said)
+            rank_zero_only(print)(self.load_weights(self.init_from))
+
+    def load_weights(self, path: str | Path) -> str:
+        """Puts the weights in a file into the model: its encoder. Gives one sentence on what was loaded."""
+        return load_encoder(cast(nn.Module, self.model.encoder), path)
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         """uint8 (B, T, C, H, W) on the device -> float (B, C, T, H, W) in [0, 1]."""
         return {**batch, "video": batch["video"].transpose(1, 2).to(self.dtype).div(255)}
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        batch = repeat_clips(batch, self._times(batch))
         if self.augment is not None:  # here, not on transfer: a step's random numbers are set when the step begins
             batch = {**batch, "video": self.augment(batch["video"])}
         return self._step(batch, "train")["loss"]
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         self._step(batch, "val")
+
+    def test_step(self, batch: dict, batch_idx: int) -> None:
+        self._step(batch, "test")
 
     def _step(self, batch: dict, stage: str) -> dict[str, Tensor]:
         values = self.shared_step(batch, stage)
@@ -134,15 +153,15 @@ class Task(lightning.LightningModule, ABC):
             sync_dist=not training,
         )
         if training:
+            # of the first group: the head's, which no layer decay lowers
             self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_epoch=False)
         return values
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self._make_optimizer(parameter_groups(self))
-        if self.lr_batch_size is not None:
-            scale = self._global_batch_size() / self.lr_batch_size
-            for group in optimizer.param_groups:
-                group["lr"] *= scale
+        optimizer = self._make_optimizer(parameter_groups(self, self.layer_decay))
+        scale = 1.0 if self.lr_batch_size is None else self._global_batch_size() / self.lr_batch_size
+        for group in optimizer.param_groups:
+            group["lr"] *= scale * group["lr_scale"]
         total_steps = self.trainer.estimated_stepping_batches
         if math.isinf(total_steps):
             raise ValueError(
@@ -153,6 +172,22 @@ class Task(lightning.LightningModule, ABC):
         scheduler = LambdaLR(optimizer, lambda step: self._schedule(min(step, total_steps - 1), total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def _times(self, batch: dict) -> int:
+        return self.image_repeats if batch["video"].shape[2] == 1 else self.repeats
+
     def _global_batch_size(self) -> int:
         per_device = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
         return per_device * self.trainer.world_size * self.trainer.accumulate_grad_batches
+
+
+def repeat_clips(batch: dict, times: int) -> dict:
+    """A collated batch in which each clip comes ``times`` in a row, with its id, its labels and all else it has."""
+
+    def repeated(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.repeat_interleave(times, dim=0)
+        if isinstance(value, dict):
+            return {key: repeated(part) for key, part in value.items()}
+        return [item for item in value for _ in range(times)]  # strings
+
+    return batch if times == 1 else repeated(batch)

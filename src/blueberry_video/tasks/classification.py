@@ -2,29 +2,44 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from blueberry_video.evaluation.metrics import accuracy, shuffle_frames, within_pair_correct
-from blueberry_video.models.classifier import VideoClassifier
+from blueberry_video.evaluation.metrics import ViewScores, accuracy, shuffle_frames, within_pair_correct
+from blueberry_video.models.classifier import VideoClassifier, load_classifier
+from blueberry_video.nn.mixing import Mixing, soft_targets
 from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD, Task
+
+
+def soft_cross_entropy(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
+    """Mean over labels and clips of the cross-entropies with class probabilities; both are label -> (B, classes)."""
+    return torch.stack([F.cross_entropy(logits[name].float(), target) for name, target in targets.items()]).mean()
 
 
 class Classification(Task):
     """Cross-entropy over one or several labels.
 
-    Logs ``loss`` and the accuracy of every label by its name. In validation also the controls: ``<label>_trivial``,
-    the share of the most frequent class; and, for labels whose classes are reversals of each other,
-    ``<label>_shuffled``, the accuracy on clips whose frames were shuffled, with ``<label>_within_pairs`` and
-    ``<label>_within_pairs_shuffled``, how well the two classes of a pair are told apart (chance: 0.5).
+    Logs ``loss`` and the accuracy of every label by its name, in training of the last batch that was not mixed. In
+    validation also the controls: ``<label>_trivial``, the share of the most frequent class; and, for labels whose
+    classes are reversals of each other, ``<label>_shuffled``, the accuracy on clips whose frames were shuffled, with
+    ``<label>_within_pairs`` and ``<label>_within_pairs_shuffled``, how well the two classes of a pair are told apart
+    (chance: 0.5). Where validation shows several views of each video, as their ids tell (see
+    :class:`~blueberry_video.evaluation.metrics.ViewScores`), ``<label>`` is the accuracy of a single view and
+    ``<label>_views`` that of a video's averaged scores.
 
     Args:
-        model, optimizer, schedule, augment, mean, std, lr_batch_size: see :class:`~blueberry_video.tasks.base.Task`.
+        model, optimizer, schedule, augment, mean, std, lr_batch_size, layer_decay, repeats, image_repeats: see
+            :class:`~blueberry_video.tasks.base.Task`.
+        mixing: mixes the clips and labels of a training batch, after ``augment``.
         label_smoothing: of the training loss, in [0, 1).
         num_pictures: clips shown in :meth:`media`.
+
+    Raises:
+        ValueError: if ``model`` is no classifier, or for a smoothing outside [0, 1).
     """
 
     trains = VideoClassifier
@@ -39,43 +54,67 @@ class Classification(Task):
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         lr_batch_size: int | None = None,
+        layer_decay: float = 1.0,
+        repeats: int = 1,
+        image_repeats: int = 1,
+        mixing: Mixing | None = None,
         label_smoothing: float = 0.0,
         num_pictures: int = 6,
     ):
-        super().__init__(model, optimizer, schedule, augment, mean, std, lr_batch_size)
-        self.label_smoothing = label_smoothing
+        super().__init__(
+            model, optimizer, schedule, augment, mean, std, lr_batch_size, layer_decay, repeats, image_repeats
+        )
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"task.label_smoothing={label_smoothing} is outside [0, 1): the field uses 0.1.")
+        self.mixing, self.label_smoothing = mixing, label_smoothing
         self.num_pictures = num_pictures
         self.untrained = copy.deepcopy(model) if model.freeze_encoder else None  # before init_from is loaded
         self._class_counts: dict[str, Tensor] = {}
+        self._views = ViewScores()
+
+    def load_weights(self, path: str | Path) -> str:
+        return load_classifier(self.model, path)
 
     def shared_step(self, batch: dict, stage: str) -> dict[str, Tensor]:
-        inputs = self.normalize(batch["video"])
+        video, own, smoothing = batch["video"], 1.0, 0.0
+        if stage == "train":
+            smoothing = self.label_smoothing
+            if self.mixing is not None:
+                video, own = self.mixing(video)
+        inputs = self.normalize(video)
         logits = self.model(inputs)
         labels = {name: batch["labels"][name] for name in logits}
-        values = {"loss": self._loss(logits, labels, stage)}
-        values |= {name: accuracy(logits[name], labels[name]) for name in logits}
+        targets = {name: soft_targets(labels[name], logits[name].shape[1], own, smoothing) for name in logits}
+        values = self.losses(inputs, logits, targets)
+        if own == 1:
+            values |= {name: accuracy(logits[name], labels[name]) for name in logits}
         if self.untrained is not None:
             untrained = self.untrained(inputs)
-            beside = self._loss(untrained, labels, stage)
+            beside = soft_cross_entropy(untrained, targets)
             values["loss"] = values["loss"] + (beside - beside.detach())  # the loss of the probe, the gradients of both
-            values |= {f"{name}_random_init": accuracy(untrained[name], labels[name]) for name in logits}
+            values |= {f"{name}_random_init": accuracy(untrained[name], labels[name]) for name in logits if own == 1}
         if stage != "train":
             self._count_classes(logits, labels)
-            values |= self._motion_controls(batch["video"], logits, labels)
+            self._views.add(batch.get("id", []), logits, labels)
+            values |= self._motion_controls(video, logits, labels, stage)
         return values
 
-    def _loss(self, logits: dict[str, Tensor], labels: dict[str, Tensor], stage: str) -> Tensor:
-        """Mean over the labels of their cross-entropies."""
-        smoothing = self.label_smoothing if stage == "train" else 0.0
-        losses = [F.cross_entropy(logits[name].float(), labels[name], label_smoothing=smoothing) for name in logits]
-        return torch.stack(losses).mean()
+    def losses(self, inputs: Tensor, logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``loss`` and what it consists of.
+
+        Args:
+            inputs: (B, C, T, H, W), what the model was given.
+            logits: label -> (B, classes), what it gave.
+            targets: label -> class probabilities (B, classes), mixed and smoothed.
+        """
+        return {"loss": soft_cross_entropy(logits, targets)}
 
     def _motion_controls(
-        self, video: Tensor, logits: dict[str, Tensor], labels: dict[str, Tensor]
+        self, video: Tensor, logits: dict[str, Tensor], labels: dict[str, Tensor], stage: str
     ) -> dict[str, Tensor]:
         """Accuracies on shuffled frames, of the labels that shuffling should destroy."""
         pairs = self.trainer.datamodule.reversal_pairs  # type: ignore[attr-defined]
-        names = [name for name in logits if name in pairs]
+        names = [name for name in logits if name in pairs and video.shape[2] > 1]
         if not names:
             return {}
         shuffled = self.model(self.normalize(shuffle_frames(video, torch.Generator().manual_seed(0))))
@@ -84,7 +123,7 @@ class Classification(Task):
             values[f"{name}_within_pairs_trivial"] = video.new_tensor(0.5)  # a coin
             for suffix, given in (("", logits), ("_shuffled", shuffled)):
                 correct = within_pair_correct(given[name], labels[name], pairs[name])
-                self._log_mean(f"val/{name}_within_pairs{suffix}", correct)
+                self._log_mean(f"{stage}/{name}_within_pairs{suffix}", correct)
         return values
 
     def _log_mean(self, key: str, values: Tensor) -> None:
@@ -98,10 +137,18 @@ class Classification(Task):
             self._class_counts[name] = self._class_counts.get(name, 0) + counts
 
     def on_validation_epoch_end(self) -> None:
+        self._log_whole_set("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_whole_set("test")
+
+    def _log_whole_set(self, stage: str) -> None:
+        """What no batch alone tells."""
         for name, counts in self._class_counts.items():
             counts = self.trainer.strategy.reduce(counts.float(), reduce_op="sum")
-            self.log(f"val/{name}_trivial", counts.max() / counts.sum())
+            self.log(f"{stage}/{name}_trivial", counts.max() / counts.sum())
         self._class_counts.clear()
+        self.log_dict({f"{stage}/{name}_views": value for name, value in self._views.accuracies().items()})
 
     def media(self, batch: dict) -> dict[str, Tensor]:
         """``clips``: a row a clip, as the model gets them."""

@@ -1,54 +1,69 @@
-"""Masked-pixel prediction: hide most patches, predict their normalised pixels (VideoMAE, arXiv 2203.12602)."""
+"""Masked-pixel prediction: hide most patches, predict their normalised pixels (VideoMAE, arXiv 2203.12602; VideoMAE V2,
+arXiv 2303.16727; OmniMAE, arXiv 2206.08356).
+"""
 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from blueberry_video.evaluation.trivial import trivial_patch_losses
 from blueberry_video.inference.reconstruction import hide, reconstruct
 from blueberry_video.masking import Masks
-from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
-from blueberry_video.nn.patches import gather_tokens, normalize_patches, patchify
+from blueberry_video.models.masked_autoencoder import MaskedAutoencoder, decoder_flops
+from blueberry_video.nn.patches import gather_tokens, normalize_patches, patchify, token_mse
 from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD, Task
 
 
-def patch_targets(video: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
+def patch_targets(video: Tensor, patch_size: tuple[int, int, int], eps_under_root: bool = False) -> Tensor:
     """What the decoder must predict: each patch normalised per channel, the channel running fastest.
 
     (B, C, T, H, W) in [0, 1] -> (B, N, P * C).
     """
-    return normalize_patches(patchify(video, patch_size)).patches.flatten(2)
+    return normalize_patches(patchify(video, patch_size), eps_under_root=eps_under_root).patches.flatten(2)
 
 
-def masked_pixel_loss(predicted: Tensor, video: Tensor, target: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
-    """Mean squared error on the hidden patches alone.
+def masked_pixel_loss(
+    predicted: Tensor,
+    video: Tensor,
+    target: Tensor,
+    patch_size: tuple[int, int, int],
+    scored: Tensor | None = None,
+    eps_under_root: bool = False,
+) -> Tensor:
+    """Mean squared error on the predicted patches alone.
 
     Args:
         predicted: (B, N_target, P * C).
         video: (B, C, T, H, W) in [0, 1].
-        target: (B, N_target) indices of the hidden patches.
+        target: (B, N_target) indices of the predicted patches.
         patch_size: (t, h, w).
+        scored: (B, N_target) bool: which of them count; all if ``None``.
+        eps_under_root: see :func:`~blueberry_video.nn.patches.normalize_patches`.
 
     Returns:
         A scalar; predicting zero everywhere gets about 1 where no patch is constant, less on plain backgrounds.
     """
-    truth = gather_tokens(patch_targets(video, patch_size), target)
-    return F.mse_loss(predicted.float(), truth)
+    truth = gather_tokens(patch_targets(video, patch_size, eps_under_root), target)
+    return token_mse(predicted.to(torch.promote_types(predicted.dtype, torch.float32)), truth, scored)
 
 
 class MaskedPixels(Task):
     """Trains a masked autoencoder.
 
     Logs ``loss`` and, in validation, ``loss_trivial_zero``, ``loss_trivial_mean``, ``loss_trivial_nearest``, their
-    minimum ``loss_trivial`` and the share of it that remains, ``loss_share``. Validation masks are the same in every
-    epoch and run.
+    minimum ``loss_trivial`` and the share of it that remains, ``loss_share``; of batches of single frames, all with the
+    suffix ``_image``. Validation masks are the same in every epoch and run. Also logs ``decoder_mflops``, what the
+    decoder computes for one clip in the forward pass, and ``decoder_mflops_full``, what it would if it predicted all
+    that the encoder does not see.
 
     Args:
-        model, optimizer, schedule, augment, mean, std, lr_batch_size: see :class:`~blueberry_video.tasks.base.Task`.
+        model, optimizer, schedule, augment, mean, std, lr_batch_size, layer_decay, repeats, image_repeats: see
+            :class:`~blueberry_video.tasks.base.Task`.
         masking: ``(batch_size, grid, generator) -> Masks``, one of :mod:`blueberry_video.masking`.
+        eps_under_root: how targets are normalised: as in OmniMAE, rather than as in VideoMAE; see
+            :func:`~blueberry_video.nn.patches.normalize_patches`.
         num_pictures: clips shown in :meth:`media`.
     """
 
@@ -65,34 +80,63 @@ class MaskedPixels(Task):
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         lr_batch_size: int | None = None,
+        layer_decay: float = 1.0,
+        repeats: int = 1,
+        image_repeats: int = 1,
+        eps_under_root: bool = False,
         num_pictures: int = 6,
     ):
-        super().__init__(model, optimizer, schedule, augment, mean, std, lr_batch_size)
+        super().__init__(
+            model, optimizer, schedule, augment, mean, std, lr_batch_size, layer_decay, repeats, image_repeats
+        )
         self.masking = masking
+        self.eps_under_root = eps_under_root
         self.num_pictures = num_pictures
+        self._decoder_mflops: dict[str, float] = {}
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        # Here, where no strategy has cut the weights up yet
+        grid = self.model.encoder.grid(self.model.encoder.video_size)
+        masks = self._validation_masks(1, grid)
+        visible, tokens = masks.keep.shape[1], self.model.encoder.num_tokens
+        for name, targets in (("", masks.target.shape[1]), ("_full", tokens - visible)):
+            self._decoder_mflops[f"val/decoder_mflops{name}"] = decoder_flops(self.model, visible, targets) / 1e6
 
     def shared_step(self, batch: dict, stage: str) -> dict[str, Tensor]:
-        video = batch["video"]
-        grid, patch_size = self.model.encoder.grid(video.shape), self.model.encoder.patch_size
-        generator = None if stage == "train" else torch.Generator().manual_seed(0)
-        masks = self.masking(len(video), grid, generator).to(video.device)
-        predicted = self.model(self.normalize(video), masks.keep, masks.target)
-        values = {"loss": masked_pixel_loss(predicted, video, masks.target, patch_size)}
-        if stage != "train":
-            trivial = trivial_patch_losses(patch_targets(video, patch_size), masks.keep, masks.target, grid)
-            values |= {f"loss_trivial_{name}": value for name, value in trivial.items()}
-        return values
+        video, encoder = batch["video"], self.model.encoder
+        clip, grid = encoder.as_clip(video), encoder.grid(video.shape)
+        masks = self.masking(len(video), grid) if stage == "train" else self._validation_masks(len(video), grid)
+        keep, target, scored = masks.to(video.device)
+        predicted = self.model(self.normalize(video), keep, target)
+        values = {"loss": masked_pixel_loss(predicted, clip, target, encoder.patch_size, scored, self.eps_under_root)}
+        if stage == "train":
+            return values
+        patches = patch_targets(clip, encoder.patch_size, self.eps_under_root)
+        trivial = trivial_patch_losses(patches, keep, target, grid, scored)
+        values |= {f"loss_trivial_{name}": value for name, value in trivial.items()}
+        suffix = "_image" if encoder.images and video.shape[2] == 1 else ""
+        return {f"{name}{suffix}": value for name, value in values.items()}
 
     def on_validation_epoch_end(self) -> None:
         logged = self.trainer.callback_metrics
-        trivial = min(value for name, value in logged.items() if name.startswith("val/loss_trivial_"))
-        self.log_dict({"val/loss_trivial": trivial, "val/loss_share": logged["val/loss"] / trivial}, sync_dist=True)
+        for suffix in ("", "_image"):
+            if f"val/loss{suffix}" not in logged:
+                continue
+            trivial = min(logged[f"val/loss_trivial_{name}{suffix}"] for name in ("zero", "mean", "nearest"))
+            share = logged[f"val/loss{suffix}"] / trivial
+            values = {f"val/loss_trivial{suffix}": trivial, f"val/loss_share{suffix}": share}
+            self.log_dict(values, sync_dist=True)
+        self.log_dict(self._decoder_mflops, sync_dist=True)
 
     def media(self, batch: dict) -> dict[str, Tensor]:
         """``reconstruction``: a row a clip: the clip, what the model sees of it, what it makes of the rest."""
-        video = batch["video"][: self.num_pictures]
-        encoder = self.model.encoder
-        masks = self.masking(len(video), encoder.grid(video.shape), torch.Generator().manual_seed(0)).to(video.device)
-        seen = hide(video, masks.target, encoder.grid(video.shape), encoder.patch_size)
-        filled = reconstruct(self.model, video, self.normalize(video), masks.keep, masks.target)
+        video, encoder = batch["video"][: self.num_pictures], self.model.encoder
+        keep, target, _ = self._validation_masks(len(video), encoder.grid(video.shape)).to(video.device)
+        seen = hide(encoder, video, keep)
+        filled = reconstruct(self.model, video, self.normalize(video), keep, target)
         return {"reconstruction": self.panels([video, seen, filled])}
+
+    def _validation_masks(self, batch_size: int, grid: tuple[int, int, int]) -> Masks:
+        """Always the same."""
+        return self.masking(batch_size, grid, torch.Generator().manual_seed(0))

@@ -1,0 +1,125 @@
+"""Distillation of a classifier: a small one learns what a large, frozen one answers (Hinton et al., arXiv 1503.02531).
+
+VideoMAE V2 (arXiv 2303.16727) makes its ViT-S and ViT-B so, from ViT-g on Kinetics-710.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from blueberry_video.evaluation.metrics import accuracy
+from blueberry_video.models.classifier import VideoClassifier, load_whole
+from blueberry_video.nn.mixing import Mixing
+from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD
+from blueberry_video.tasks.classification import Classification, soft_cross_entropy
+
+
+def distillation_loss(student: dict[str, Tensor], teacher: dict[str, Tensor], temperature: float) -> Tensor:
+    """KL divergence of the student's class probabilities from the teacher's, both softened, times the square of the
+    temperature, which keeps the gradients' size. Mean over labels and clips.
+
+    Args:
+        student, teacher: label -> logits (B, classes).
+        temperature: above 0; both logits are divided by it.
+    """
+    parts = []
+    for name, logits in student.items():
+        log_student, log_teacher = ((values.float() / temperature).log_softmax(1) for values in (logits, teacher[name]))
+        parts.append(F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True))
+    return torch.stack(parts).mean() * temperature**2
+
+
+class Distillation(Classification):
+    """Trains a classifier on the logits of a frozen one and, with a weight, on the labels.
+
+    Both see the same augmented and mixed clips (Beyer et al., arXiv 2106.05237). Logs what
+    :class:`~blueberry_video.tasks.classification.Classification` logs and ``loss_soft``, ``loss_hard``; in validation
+    the teacher's accuracy, ``<label>_teacher``. The teacher is not in the checkpoints.
+
+    Args:
+        model: the student.
+        optimizer, schedule, augment, mean, std, lr_batch_size, layer_decay, repeats, image_repeats, mixing,
+            label_smoothing, num_pictures: see :class:`~blueberry_video.tasks.classification.Classification`; mixing and
+            smoothing reach the labels, not the teacher's answers.
+        teacher: the classifier to learn from; it has the student's labels with as many classes.
+        teacher_from: file of its weights, published or of an own run: all of them, with the heads.
+        temperature: of both softmaxes, above 0.
+        hard_weight: of the cross-entropy with the labels, 0 or more.
+
+    Raises:
+        ValueError: if the two do not classify the same, or for a temperature or weight out of range; when training
+            begins, if ``teacher_from`` does not hold the teacher's weights.
+        FileNotFoundError: then, if there is no such file.
+    """
+
+    teacher: VideoClassifier
+
+    def __init__(
+        self,
+        model: VideoClassifier,
+        optimizer: Callable[[list[dict]], Optimizer],
+        schedule: Callable[[int, int], float],
+        teacher: VideoClassifier,
+        teacher_from: str | Path,
+        augment: nn.Module | None = None,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        lr_batch_size: int | None = None,
+        layer_decay: float = 1.0,
+        repeats: int = 1,
+        image_repeats: int = 1,
+        mixing: Mixing | None = None,
+        label_smoothing: float = 0.0,
+        num_pictures: int = 6,
+        temperature: float = 1.0,
+        hard_weight: float = 0.0,
+    ):
+        super().__init__(
+            model,
+            optimizer,
+            schedule,
+            augment,
+            mean,
+            std,
+            lr_batch_size,
+            layer_decay,
+            repeats,
+            image_repeats,
+            mixing,
+            label_smoothing,
+            num_pictures,
+        )
+        if temperature <= 0 or hard_weight < 0:
+            raise ValueError(
+                f"task.temperature={temperature} must be above 0 and task.hard_weight={hard_weight} at least 0."
+            )
+        if model.num_classes != teacher.num_classes:
+            raise ValueError(
+                f"the teacher classifies {teacher.num_classes} and the student {model.num_classes}: give "
+                "task.teacher.num_classes and model.num_classes the same labels and numbers."
+            )
+        # Past nn.Module's registration: a submodule would be trained, averaged, sharded and written to checkpoints.
+        self.__dict__["teacher"] = teacher.requires_grad_(False).eval()
+        self.teacher_from: str | Path | None = teacher_from
+        self.temperature, self.hard_weight = temperature, hard_weight
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.teacher_from is not None:  # once: fit and validate both set up
+            rank_zero_only(print)(f"teacher: {load_whole(self.teacher, self.teacher_from)}")
+            self.teacher_from = None
+
+    def losses(self, inputs: Tensor, logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            answers = self.teacher.to(inputs)(inputs)  # on the device and in the precision of the step
+        soft = distillation_loss(logits, answers, self.temperature)
+        hard = soft_cross_entropy(logits, targets)
+        values = {"loss": soft + self.hard_weight * hard, "loss_soft": soft, "loss_hard": hard}
+        if not self.training:
+            values |= {f"{name}_teacher": accuracy(answers[name], targets[name].argmax(dim=1)) for name in answers}
+        return values

@@ -1,0 +1,198 @@
+"""Folders of pictures in both layouts: whole, mislabelled, broken."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from blueberry_video.data.clip_cache import CachedClips
+from blueberry_video.data.image_folder import ImageFolder
+
+
+def picture(path: Path, colour: tuple[int, int, int] = (200, 30, 60), size: tuple[int, int] = (24, 16), **how) -> Path:
+    """A plain picture of ``size`` (width, height)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **how)
+    return path
+
+
+def listed(root: Path, count: int = 4, rows: list[dict] | None = None) -> Path:
+    """Pictures of red 40 · k with a row each."""
+    for k in range(count):
+        picture(root / "images" / f"{k}.png", (40 * k, 0, 0))
+    made = [{"file_name": f"images/{k}.png", "caption": f"picture {k}", "label": "ba"[k % 2]} for k in range(count)]
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (made if rows is None else rows)))
+    return root
+
+
+def by_class(root: Path, splits: dict[str, dict[str, int]]) -> Path:
+    """<root>/<split>/<class>/<number>.jpg."""
+    for split, classes in splits.items():
+        for name, count in classes.items():
+            for k in range(count):
+                picture(root / split / name / f"{k}.jpg")
+    return root
+
+
+def test_an_image_is_a_clip_of_one_frame(tmp_path: Path):
+    images = ImageFolder(listed(tmp_path), image_size=8)
+    item = images[3]
+    assert set(item) == {"video", "id", "caption", "labels"}
+    assert (len(images), item["id"], item["caption"], item["labels"]) == (4, "3.png", "picture 3", {"label": 0})
+    assert item["video"].dtype == torch.uint8
+    assert item["video"].shape == (1, 3, 8, 8)
+    assert item["video"].amax((0, 2, 3)).tolist() == item["video"].amin((0, 2, 3)).tolist() == [120, 0, 0]
+    assert images.classes == {"label": ("a", "b")}
+    assert images.reversal_pairs == {}
+    assert next(iter(DataLoader(images, batch_size=4)))["labels"]["label"].tolist() == [1, 0, 1, 0]
+    with pytest.raises(IndexError, match="outside this dataset of 4 images"):
+        images[4]
+
+
+@pytest.mark.parametrize("form", ["csv", "image", "none"])
+def test_other_forms_of_metadata(tmp_path: Path, form: str):
+    listed(tmp_path, 2)
+    (tmp_path / "metadata.jsonl").unlink()
+    picture(tmp_path / "images" / "more" / "2.JPEG")
+    names = ["0.png", "1.png", "more/2.JPEG"]
+    if form == "csv":
+        (tmp_path / "metadata.csv").write_text("file_name,labels.kind,split\n" + "".join(f"{n},x,val\n" for n in names))
+        images = ImageFolder(tmp_path, 8, split="val")
+        assert images[2]["labels"] == {"kind": 0}
+    elif form == "image":
+        (tmp_path / "metadata.json").write_text(json.dumps([{"image": name} for name in names]))
+        images = ImageFolder(tmp_path, 8)
+    else:
+        images = ImageFolder(tmp_path, 8, metadata="none")
+    assert [item["id"] for item in DataLoader(images, batch_size=None)] == names
+
+
+def test_class_folders_with_and_without_split(tmp_path: Path):
+    by_class(tmp_path, {"train": {"cat": 2, "ant": 1}, "val": {"cat": 1, "bee": 1}})
+    (tmp_path / "notes" / "drafts").mkdir(parents=True)  # no class: it holds no picture
+    train, val = (ImageFolder(tmp_path, 8, split=split) for split in ("train", "val"))
+    assert train.classes == val.classes == {"class": ("ant", "bee", "cat")}  # over all splits
+    assert [train[i]["id"] for i in range(3)] == ["ant/0.jpg", "cat/0.jpg", "cat/1.jpg"]
+    assert [train[i]["labels"]["class"] for i in range(3)] == [0, 2, 2]
+    assert [val[i]["labels"]["class"] for i in range(2)] == [1, 2]
+    bare = ImageFolder(tmp_path / "train", 8)
+    assert bare.classes == {"class": ("ant", "cat")}
+    assert ImageFolder(tmp_path, 8, split="val", classes={"class": ["cat", "bee", "ant"]})[0]["labels"] == {"class": 1}
+    (tmp_path / "classes.json").write_text('{"classes": {"class": ["cat", "ant"]}}')
+    with pytest.raises(ValueError, match="label class has the classes 'bee', which are not among cat, ant"):
+        ImageFolder(tmp_path, 8, split="val")
+
+
+def test_classes_with_numbers_are_in_order_of_value(tmp_path: Path):
+    by_class(tmp_path, {"train": {"10": 1, "9": 1}})
+    assert ImageFolder(tmp_path, 8, split="train").classes == {"class": ("9", "10")}
+
+
+def test_pictures_are_upright_rgb_whatever_the_file_says(tmp_path: Path):
+    half = np.zeros((16, 32, 3), np.uint8)
+    half[:, 16:] = 255  # white on the right
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    (tmp_path / "images").mkdir()
+    Image.fromarray(half).save(tmp_path / "images" / "turned.jpg", exif=exif, quality=100)
+    Image.new("L", (8, 8), 77).save(tmp_path / "images" / "grey.png")
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "images" / "print.jpg", quality=100)
+    Image.new("RGBA", (8, 8), (10, 20, 30, 128)).save(tmp_path / "images" / "clear.webp", lossless=True, exact=True)
+    images = ImageFolder(tmp_path, None, metadata="none")
+    clear, grey, red, turned = (images[i]["video"] for i in range(4))
+    assert turned.shape == (1, 3, 32, 16)
+    assert turned[0, :, 20:].min() > 200 > 50 > turned[0, :, :12].max()  # white below
+    assert grey.unique().tolist() == [77]
+    assert clear[0, :, 0, 0].tolist() == [10, 20, 30]
+    assert red[0, 0].min() > 200 > 60 > red[0, 1:].max()
+
+
+def test_resizing_is_that_of_videos(tmp_path: Path):
+    stripes = np.zeros((32, 64, 3), np.uint8)
+    stripes[:, 16:48] = 255  # the centre square is white
+    (tmp_path / "images").mkdir()
+    Image.fromarray(stripes).save(tmp_path / "images" / "a.png")
+    assert ImageFolder(tmp_path, 16, metadata="none")[0]["video"].min() > 200  # as of a video
+    stretched = ImageFolder(tmp_path, (16, 32), metadata="none", resize="stretch")[0]["video"]
+    assert stretched.shape == (1, 3, 16, 32)
+    assert stretched[..., 0].max() < 20 < 230 < stretched[..., 15].min()
+
+
+def test_broken_files_are_replaced_listed_and_counted(tmp_path: Path):
+    listed(tmp_path, 5)
+    (tmp_path / "images" / "1.png").write_bytes(b"no picture")
+    whole = (tmp_path / "images" / "3.png").read_bytes()
+    (tmp_path / "images" / "3.png").write_bytes(whole[: len(whole) // 2])  # cut off
+    listing = tmp_path / "run" / "skipped.csv"
+    images = ImageFolder(tmp_path, 8, max_broken_share=0.4, skipped_file=str(listing))
+    for _ in range(2):  # the second time they are known
+        assert [images[i]["id"] for i in range(5)] == ["0.png", "2.png", "2.png", "4.png", "4.png"]
+    with listing.open() as file:
+        assert [row["file"] for row in csv.DictReader(file)] == ["1.png", "3.png"]
+    with pytest.raises(RuntimeError, match=r"1 of 5 image files in .* are broken, more than max_broken_share=0\.1"):
+        ImageFolder(tmp_path, 8, max_broken_share=0.1)[1]
+    for k in range(5):
+        (tmp_path / "images" / f"{k}.png").write_bytes(b"")
+    with pytest.raises(RuntimeError, match="All 5 image files"):
+        ImageFolder(tmp_path, 8, max_broken_share=1.0)[0]
+
+
+def test_images_can_be_cached_and_the_key_follows_the_files(tmp_path: Path):
+    images = ImageFolder(listed(tmp_path), 8)
+    cached = CachedClips(images, tmp_path / "cache")
+    assert torch.equal(cached[2]["video"], images[2]["video"])
+    keys = {images.cache_key, ImageFolder(tmp_path, 16).cache_key, ImageFolder(tmp_path, 8, resize="stretch").cache_key}
+    picture(tmp_path / "images" / "0.png", (9, 9, 9), (30, 30))
+    assert len(keys | {ImageFolder(tmp_path, 8).cache_key}) == 4
+
+
+def test_folder_errors_name_the_path_and_the_fix(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"holds no images/, and .* no folder of a class with image files"):
+        ImageFolder(tmp_path, 8)
+    with pytest.raises(FileNotFoundError, match=r"There is no folder .*images: set root"):
+        ImageFolder(tmp_path, 8, metadata="metadata.csv")
+    by_class(tmp_path, {"train": {"cat": 1}})
+    with pytest.raises(FileNotFoundError, match=r"name as split the folder between root and the classes \(train\)"):
+        ImageFolder(tmp_path, 8)  # split forgotten
+    with pytest.raises(FileNotFoundError, match=r"and .*/test no folder of a class"):
+        ImageFolder(tmp_path, 8, split="test")
+    (tmp_path / "images").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"holds no image file \(\.bmp, \.jpeg, \.jpg.*put images there"):
+        ImageFolder(tmp_path, 8)
+    picture(tmp_path / "images" / "a.png")
+    with pytest.raises(FileNotFoundError, match=r"write one row for each image .*images without labels"):
+        ImageFolder(tmp_path, 8)
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([{"file_name": "0.png"}], ValueError, r"images holds '1\.png', but .* has no row for it"),
+        ([{"image": f"{k}.png"} for k in range(3)], FileNotFoundError, r"names '2\.png', but .* holds no such image"),
+        ([{"video": "0.png"}], ValueError, "has only the keys 'video': give the file under file_name"),
+        ([{"file_name": "../0.png"}], ValueError, "may lie outside the folder: write it relative to images/"),
+    ],
+)
+def test_faulty_rows_are_named(tmp_path: Path, rows: list, error: type[Exception], message: str):
+    listed(tmp_path, 2, rows)
+    with pytest.raises(error, match=message):
+        ImageFolder(tmp_path, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_size": 0}, "image_size=0 is no size"),
+        ({"resize": "pad"}, "resize='pad' is neither"),
+        ({"max_broken_share": 2}, "max_broken_share=2 is outside"),
+        ({"split": "val"}, "split='val' selects no row"),
+    ],
+)
+def test_arguments_out_of_range(tmp_path: Path, arguments: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        ImageFolder(listed(tmp_path), **{"image_size": 8, **arguments})

@@ -1,0 +1,89 @@
+"""Images that are frames of clips."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from blueberry_video.data.clip_cache import CachedClips
+from blueberry_video.data.single_frames import SingleFrames
+from blueberry_video.data.sprites import Sprites
+from blueberry_video.data.video_folder import VideoFolder
+from blueberry_video.data.world import World
+from blueberry_video.data.write import write_video
+
+
+def number(item: dict) -> int:
+    return int(item["id"].rpartition("@")[2])
+
+
+def test_an_item_is_the_frame_that_its_id_names_without_labels_of_motion():
+    sprites = Sprites("train", 6)
+    frames = SingleFrames(sprites)
+    assert len(frames) == 6
+    for index in range(6):
+        item, clip = frames[index], sprites[index]
+        assert item["video"].dtype == torch.uint8
+        assert torch.equal(item["video"], clip["video"][number(item) : number(item) + 1])
+        assert item["id"].startswith(clip["id"] + "@")
+        assert item["caption"] == clip["caption"]
+        assert item["labels"] == {name: clip["labels"][name] for name in ("shape", "colour", "size")}
+    assert set(frames.classes) == {"shape", "colour", "size"}
+    assert frames.reversal_pairs == {}
+
+
+def test_random_frames_are_a_function_of_seed_epoch_and_index():
+    sprites = Sprites("train", 3)
+    frames = SingleFrames(sprites, seed=1)
+    shown = [number(frames.sample(2, epoch)) for epoch in range(200)]
+    assert shown == [number(SingleFrames(sprites, seed=1).sample(2, epoch)) for epoch in range(200)]
+    assert set(shown) == set(range(16))
+    assert shown != [number(frames.sample(1, epoch)) for epoch in range(200)]
+    assert shown != [number(SingleFrames(sprites, seed=2).sample(2, epoch)) for epoch in range(200)]
+    assert number(frames[2]) == shown[0]
+
+
+@pytest.mark.parametrize(("frame", "found"), [(0, 0), (15, 15), ("middle", 8)])
+def test_fixed_frames_are_the_same_in_every_epoch(frame, found: int):
+    frames = SingleFrames(Sprites("train", 2), frame)
+    assert [number(frames.sample(1, epoch)) for epoch in range(5)] == [found] * 5
+    assert not frames.varies_by_epoch
+
+
+def test_fixed_frames_can_be_cached_and_random_ones_not(tmp_path: Path):
+    sprites = Sprites("train", 3)
+    keys = {SingleFrames(sprites, frame, seed).cache_key for frame in (0, "middle") for seed in (0, 1)}
+    assert len(keys | {SingleFrames(Sprites("val", 3), 0).cache_key}) == 5
+    cached = CachedClips(SingleFrames(sprites, "middle"), tmp_path)
+    assert torch.equal(cached[1]["video"], sprites[1]["video"][8:9])
+    with pytest.raises(ValueError, match="other frames in each epoch"):
+        CachedClips(SingleFrames(sprites), tmp_path)
+
+
+def test_frames_of_the_world_and_of_files(tmp_path: Path):
+    image = SingleFrames(World("val", 2, num_frames=3, image_size=8, supersample=1))[1]
+    assert image["video"].shape == (1, 3, 8, 8)
+    assert set(image) == {"video", "id", "caption", "labels"}  # no depth of all frames
+    assert "motion" not in image["labels"]
+    (tmp_path / "videos").mkdir()
+    levels = np.arange(12, dtype=np.uint8)[:, None, None, None] * 16
+    write_video(tmp_path / "videos" / "a.mp4", np.ascontiguousarray(np.broadcast_to(levels, (12, 16, 16, 3))), fps=10)
+    window = VideoFolder(tmp_path, 4, sampler="random", metadata="none")
+    frames = SingleFrames(window, frame=0)
+    shown = [round(frames.sample(0, epoch)["video"].float().mean().item() / 16) for epoch in range(10)]
+    starts = [round(window.sample(0, epoch)["video"][0].float().mean().item() / 16) for epoch in range(10)]
+    assert shown == starts  # the epoch reaches the videos
+    assert len(set(shown)) > 2
+    assert frames.varies_by_epoch
+
+
+@pytest.mark.parametrize("frame", ["last", -1, 1.5, None])
+def test_what_is_no_frame_is_refused(frame):
+    with pytest.raises(ValueError, match="is no frame: write a number"):
+        SingleFrames(Sprites("train", 2), frame)
+
+
+def test_a_frame_beyond_the_clip_is_named():
+    with pytest.raises(ValueError, match=r"frame=16 of 'sprites-train-0', which has 16 frames: choose a lower one"):
+        SingleFrames(Sprites("train", 2), 16)[0]
