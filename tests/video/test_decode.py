@@ -278,6 +278,21 @@ def test_mirrored_pictures_are_shown_as_a_player_does(tmp_path: Path, matrix: tu
     assert torch.equal(shifted, expected)
 
 
+def test_a_file_is_opened_again_under_the_same_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write(tmp_path / "a.h264", LEVELS[:10], container="h264")  # cannot seek: read again from its start
+    seen = []
+
+    def opened(*arguments, options, **rest):
+        seen.append(options)
+        return av.open(*arguments, options=options, **rest)
+
+    with open_video(path, max_frame_pixels=10**8) as video:
+        monkeypatch.setattr(backends, "av", SimpleNamespace(open=opened, error=av.error))
+        list(decode_in_chunks(video, [9], STRICT))
+    assert [options["max_pixels"] for options in seen] == ["100000000"]
+    assert seen[0]["protocol_whitelist"] == "file"
+
+
 def test_missing_file():
     with pytest.raises(FileNotFoundError, match=r"no file at .*nowhere\.mp4"):
         decode("nowhere.mp4", [0])

@@ -23,14 +23,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from torch import Tensor
 
-from blueberry_video.video.container import (
-    FAILURES,
-    MAX_FRAME_PIXELS,
-    PYAV_OPTIONS,
-    OpenVideo,
-    one_line,
-    open_video,
-)
+from blueberry_video.video.container import FAILURES, OpenVideo, one_line, open_video
 from blueberry_video.video.picture import ToRGB
 
 
@@ -203,8 +196,8 @@ def salvage(video: OpenVideo, wanted: Sequence[int]) -> Iterator[tuple[Tensor, b
 @contextlib.contextmanager
 def _again(video: OpenVideo, num_threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The file and its stream, at its start, with a decoder that knows nothing yet."""
-    options = {**PYAV_OPTIONS, "max_pixels": str(MAX_FRAME_PIXELS)}
     forced = "mjpeg" if video.container.format.name == "mjpeg" else None
+    options = dict(video.container.options)  # a limit that was raised is raised here too
     with av.open(str(video.info.path), format=forced, options=options, metadata_errors="replace") as container:
         stream = container.streams[video.stream.index]
         assert isinstance(stream, VideoStream)
@@ -235,16 +228,16 @@ def _by_timestamp(video: OpenVideo, wanted: Sequence[int]) -> Iterator[VideoFram
                 if frame is not None or key < 0:
                     break
         else:
-            frame = _next_until(near, target)
+            frame = _next_until(near, target, position)
         if frame is None:
             return
         yield frame
         position = target
 
 
-def _next_until(frames: Iterator[VideoFrame], target: int) -> VideoFrame | None:
-    """The frame of that timestamp, or None where none comes, or frames come in another order than their times."""
-    last: int | None = None
+def _next_until(frames: Iterator[VideoFrame], target: int, last: int | None = None) -> VideoFrame | None:
+    """The frame of that timestamp, or None where none comes, or frames come in another order than their times; the one
+    before had the timestamp ``last``."""
     for frame in frames:
         if frame.pts is None or frame.pts > target or (last is not None and frame.pts <= last):
             return None
