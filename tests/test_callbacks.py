@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -219,6 +220,46 @@ def test_media_are_made_on_time_and_at_the_end(tmp_path: Path) -> None:
     first, *others = [path.read_bytes() for path in sorted((tmp_path / "media").glob("*.png"))]
     assert others == [first, first], "masks differ from picture to picture"
     assert task.training
+
+
+class ImagesAndClips(Dataset):
+    """Batches of 4: single frames and clips by turns, (C, T, H, W) each."""
+
+    def __len__(self) -> int:
+        return 4 * BATCHES
+
+    def __getitem__(self, index: int) -> dict:
+        return {"video": torch.full((3, 2 if index // 4 % 2 else 1, 8, 8), float(index))}
+
+
+class Shows(Tiny):
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        pass
+
+    def media(self, batch: dict) -> dict[str, Tensor]:
+        return {"clips": batch["video"][0].transpose(0, 1).byte()}
+
+
+def test_media_show_the_first_single_frames_and_the_first_clips(tmp_path: Path) -> None:
+    trainer = lightning.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        callbacks=[Media(every_n_steps=2 * BATCHES, min_side=8)],
+        default_root_dir=tmp_path,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+    )
+    trainer.fit(Shows(), DataLoader(Clips(), 4), DataLoader(ImagesAndClips(), 4))
+    shown = {path.stem: Image.open(path) for path in (tmp_path / "media").glob("*.gif")}
+    assert sorted(shown) == [f"clips{kind}_{step:08d}" for kind in ("", "_image") for step in (BATCHES, 3 * BATCHES)]
+    assert {name: getattr(picture, "n_frames", 1) for name, picture in shown.items() if "_image" in name} == {
+        f"clips_image_{step:08d}": 1 for step in (BATCHES, 3 * BATCHES)
+    }
+    first_of = {name: picture.convert("RGB").getpixel((0, 0))[0] for name, picture in shown.items()}
+    assert set(first_of.values()) == {0, 4}
+    assert all(value == (0 if "_image" in name else 4) for name, value in first_of.items())
 
 
 def test_enlarge_repeats_pixels() -> None:

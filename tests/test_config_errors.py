@@ -304,6 +304,7 @@ def test_a_misspelt_experiment_names_the_nearest():
         ("optimizer=videomae", "optimizer.lr", 0.00015),
         ("~callbacks.media", "callbacks.media", None),
         ("callbacks.media=null", "callbacks.media", None),
+        ("+callbacks.few_labels_image=null", "callbacks.few_labels_image", None),
         (
             "+callbacks.lr={_target_: lightning.pytorch.callbacks.LearningRateMonitor}",
             "callbacks.lr.logging_interval",
@@ -451,3 +452,48 @@ def test_an_augmentation_sets_the_size_of_training_clips():
     said = refusal(experiment, "task.augment.size=192")
     assert "`task.augment.size` = 192 and `model.encoder.image_size` = 224 disagree" in said
     assert "`data.val.image_size` = 256" in refusal(experiment, "data.val.image_size=256")
+
+
+def test_of_several_augmentations_the_last_that_crops_sets_the_size(experiment: Path):
+    file = ROOT / "experiments" / "videomae_finetune_k400" / "config.yaml"
+    said = refusal(file, "task.augment._args_.0.size=192")
+    assert "Write `task.augment._args_.0.size=224` or `model.encoder.image_size=192`" in said  # Hydra takes it
+    sequence, larger = "task.augment={_target_: torch.nn.Sequential, _args_: [%s]}", "data.train.image_size=64"
+    crop = "{_target_: blueberry_video.nn.augment.RandomResizedCrop, size: %s}"
+    flip, foreign = "{_target_: blueberry_video.nn.augment.HorizontalFlip}", "{_target_: json.JSONEncoder}"
+    compose(experiment, [sequence % f"{crop % 24}, {crop % 32}, {flip}", larger])
+    assert "_args_.1.size` = 24" in refusal(experiment, sequence % f"{crop % 32}, {crop % 24}")
+    assert "`data.train.image_size` = 64" in refusal(experiment, sequence % flip, larger)
+    compose(experiment, [sequence % f"{flip}, {foreign}", larger, "allow_targets=[json]"])  # it might crop, who knows
+
+
+FOLDER = ["data=image_folder", "data.train.root=somewhere"]
+
+
+@pytest.mark.parametrize(("data", "part"), [(FOLDER, ""), (["data=omni"], ".parts.image")])
+def test_single_frames_need_an_encoder_that_takes_them(experiment: Path, data: list[str], part: str):
+    said = refusal(experiment, *data)
+    assert f"`data.train{part}._target_` = blueberry_video.data." in said
+    assert "`model.encoder.images` = False takes clips alone. Write `model.encoder.images=true`" in said
+    compose(experiment, [*data, "model.encoder.images=true"])
+
+
+def test_single_frames_have_the_size_of_the_model_and_come_from_clips_of_any_length(experiment: Path):
+    compose(experiment, [*FOLDER, "model.encoder.num_frames=1", "model.encoder.tubelet_size=1"])
+    said = refusal(experiment, *FOLDER, "model.encoder.images=true", "data.train.image_size=64")
+    assert "`data.train.image_size` = 64" in said
+    source = (
+        "data.train.parts.image.dataset={_target_: blueberry_video.data.sprites.Sprites, split: train, size: 8, %s}"
+    )
+    mixture = ["data=omni", "model=omnimae/tiny"]
+    compose(experiment, [*mixture, source % "num_frames: 4"])
+    said = refusal(experiment, *mixture, source % "image_size: 16")
+    assert "`data.train.parts.image.dataset.image_size` = 16" in said
+
+
+def test_a_teacher_must_take_the_clips_too(experiment: Path):
+    distil = ["model=classifier/tiny", "task=distillation", "task.teacher_from=somewhere"]
+    assert "`task.teacher.encoder.image_size` = 224 disagree" in refusal(experiment, *distil)
+    small = [*distil, "model@task.teacher=classifier/tiny"]
+    compose(experiment, small)
+    assert "`task.teacher.encoder.num_heads=4`" in refusal(experiment, *small, "task.teacher.encoder.num_heads=5")

@@ -44,11 +44,20 @@ def overrides_for(name: str) -> list[str]:
         case "task" if choice in ("classification", "finetuning"):
             return [f"task={choice}", "model=classifier/tiny"]
         case "task" if choice == "distillation":
-            return ["task=distillation", "model=classifier/tiny", "task.teacher_from=somewhere"]
+            return [
+                "task=distillation",
+                "model=classifier/tiny",
+                "task.teacher_from=somewhere",
+                "model@task.teacher=classifier/tiny",
+            ]
         case "debug":
             return [f"+debug={choice}"]
-        case "data" if choice in ("video_folder", "image_folder"):
+        case "data" if choice in ("video_folder", "video_folder_tested"):
             return [f"data={choice}", "data.train.root=somewhere"]
+        case "data" if choice == "image_folder":
+            return ["data=image_folder", "data.train.root=somewhere", "model.encoder.images=true"]
+        case "data" if choice == "omni":
+            return ["data=omni", "model.encoder.images=true"]
     return [f"{group}={choice}"]
 
 

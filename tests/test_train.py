@@ -6,9 +6,13 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from blueberry_video import train
+from blueberry_video.data.write import write_video
+from blueberry_video.tasks.classification import Classification
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
@@ -86,6 +90,61 @@ def test_a_sweep_gives_every_job_its_own_folder(command):
     runs = command(*EXPERIMENT, "--multirun", "trainer.max_steps=1", "seed=1,2")
     assert [record(run)["seed"] for run in runs] == [1, 2]
     assert losses(runs[0]) != losses(runs[1])
+
+
+def test_a_misspelt_metric_to_optimise_is_told_after_a_complete_run(command, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"`optimized_metric` = val/los is nothing .* Did you mean `val/loss`\?"):
+        command(*EXPERIMENT, "trainer.max_steps=1", "optimized_metric=val/los")
+    [file] = tmp_path.rglob("run.json")
+    assert record(file.parent)["status"] == "finished"
+    assert (file.parent / "report.html").is_file()
+
+
+def write_videos(folder: Path) -> None:
+    """Four videos a split, of 24 frames and twice as wide as high; the class is the file's place."""
+    (folder / "videos").mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 256, (24, 32, 64, 3), np.uint8)
+    rows = []
+    for split in ("train", "val"):
+        for number in range(4):
+            name = f"videos/{split}_{number}.mp4"
+            write_video(folder / name, np.roll(noise, 8 * number, axis=2), fps=8)
+            rows.append({"file_name": name, "split": split, "labels": {"action": f"class {number % 2}"}})
+    (folder / "metadata.json").write_text(json.dumps(rows))
+
+
+def test_the_test_set_is_measured_once_at_the_end_as_mean_over_views(command, tmp_path: Path, monkeypatch):
+    """With the test set of the published fine-tuning, on small videos and a small model."""
+    write_videos(tmp_path / "videos")
+    tested: list[tuple[str, torch.Tensor]] = []
+    scores: list[torch.Tensor] = []
+    step = Classification.test_step
+
+    def spy(self: Classification, batch: dict, batch_idx: int) -> None:
+        tested.extend(zip(batch["id"], batch["labels"]["action"], strict=True))
+        scores.append(self.model(self.normalize(batch["video"]))["action"].softmax(dim=1))
+        step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classification, "test_step", spy)
+    experiment = ["--config-dir", str(ROOT / "experiments" / "videomae_finetune_k400"), *TINY[:3], "name=template"]
+    small = ["model=classifier/tiny", "model.num_classes={action: 2}", "model.encoder.depth=1", "trainer=cpu"]
+    data = [f"data.train.root={tmp_path / 'videos'}", "data.train.image_size=40", "data.num_workers=0"]
+    limits = ["data.batch_size=4", "trainer.max_epochs=1", "trainer.precision=32-true"]
+    [run] = command(*experiment, *small, *data, "data.train.stride=1", *limits)
+    views = [f"val_{number}.mp4#{clip}.{crop}" for number in range(4) for clip in range(5) for crop in range(3)]
+    assert [name for name, _ in tested] == views
+    means = torch.cat(scores).view(4, 15, 2).mean(dim=1)
+    truth = torch.stack([label for _, label in tested])[::15]
+    metrics = record(run)["metrics"]
+    assert metrics["test/action_views"] == pytest.approx((means.argmax(dim=1) == truth).float().mean().item())
+    assert {"train/loss", "val/loss", "test/loss", "test/action"} <= metrics.keys()
+    assert metrics["val/action_views"] == metrics["val/action"], "one view of each video"
+    assert "test/action_views" in (run / "metrics.csv").read_text().splitlines()[0]
+
+
+def test_without_a_test_set_nothing_is_tested(command):
+    [run] = command(*EXPERIMENT, "trainer.max_steps=1")
+    assert not [name for name in record(run)["metrics"] if name.startswith("test/")]
 
 
 def test_a_missed_expectation_ends_a_gate_with_an_error(command, capsys: pytest.CaptureFixture):

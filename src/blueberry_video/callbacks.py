@@ -254,7 +254,8 @@ class NaNGuard(Callback):
 
 
 class Media(Callback):
-    """Saves what ``task.media`` shows of the first validation batch: ``media/<name>_<step>.gif`` and a sheet, ``.png``.
+    """Saves what ``task.media`` shows of the first validation batch: ``media/<name>_<step>.gif`` and a sheet, ``.png``;
+    where validation has single frames too, also of their first batch: ``<name>_image``.
 
     Pictures are made in a validation once ``every_n_steps`` steps have passed since the last ones, and when training
     ends. They go to wandb too.
@@ -274,7 +275,7 @@ class Media(Callback):
         self.every_n_steps = every_n_steps
         self.fps = fps
         self.min_side = min_side
-        self._batch: Any = None
+        self._batches: dict[str, Any] = {}  # by what is added to the name
         self._made_step: int | None = None
 
     def on_validation_batch_end(
@@ -286,42 +287,42 @@ class Media(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if (
-            batch_idx
-            or dataloader_idx
-            or trainer.sanity_checking
-            or not trainer.is_global_zero
-            or trainer.state.fn != "fit"
-        ):
+        if dataloader_idx or trainer.sanity_checking or not trainer.is_global_zero or trainer.state.fn != "fit":
             return
-        self._batch = batch
-        if self._made_step is None or trainer.global_step - self._made_step >= self.every_n_steps:
-            self._make(trainer, pl_module)
+        if batch_idx == 0:
+            self._batches.clear()
+        kind = "_image" if batch["video"].shape[2:3] == (1,) else ""
+        if kind in self._batches:
+            return
+        self._batches[kind] = batch
+        made, now = self._made_step, trainer.global_step
+        if made is None or made == now or now - made >= self.every_n_steps:  # made now: those of the other kind
+            self._make(trainer, pl_module, kind)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._batch is not None:
-            self._make(trainer, pl_module)
-            self._batch = None
+        for kind in self._batches:
+            self._make(trainer, pl_module, kind)
+        self._batches.clear()
 
     @torch.no_grad()
-    def _make(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _make(self, trainer: Trainer, pl_module: LightningModule, kind: str) -> None:
         self._made_step = trainer.global_step
         was_training = pl_module.training
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)  # the same masks in every picture of a run
-            videos = pl_module.eval().media(self._batch)  # type: ignore[operator]
+            videos = pl_module.eval().media(self._batches[kind])  # type: ignore[operator]
         pl_module.train(was_training)
         folder = Path(trainer.default_root_dir) / "media"
         folder.mkdir(exist_ok=True)
         for name, video in videos.items():
-            stem = f"{name.replace('/', '_')}_{trainer.global_step:08d}"
+            stem = f"{name.replace('/', '_')}{kind}_{trainer.global_step:08d}"
             frames = enlarge(video.cpu(), self.min_side)
             save_gif(frames, folder / f"{stem}.gif", self.fps)
             contact_sheet(frames).save(folder / f"{stem}.png")
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
-                    logger.log_video(f"media/{name}", [str(folder / f"{stem}.gif")])
+                    logger.log_video(f"media/{name}{kind}", [str(folder / f"{stem}.gif")])
 
 
 def enlarge(video: Tensor, min_side: int) -> Tensor:

@@ -12,8 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from blueberry_video import config as configs
-from blueberry_video.launch import command_line, processes
-from blueberry_video.launch.check import dry_run
+from blueberry_video.launch import check, command_line, processes
 
 if TYPE_CHECKING:  # torch and lightning are imported once the config is known to be right
     from blueberry_video.experiment.run_folder import RunFolder
@@ -35,14 +34,12 @@ def sweep(config: DictConfig) -> float | None:
 
 def run(config: DictConfig, overrides: list[str] | None = None) -> float | None:
     """One run, from its folder to its report. Returns the metric that a sweep optimises."""
-    from blueberry_video.experiment.gate import gate
-    from blueberry_video.experiment.report import write_report
+    from blueberry_video.experiment import gate, report, summary
     from blueberry_video.experiment.run_folder import RunFolder
-    from blueberry_video.experiment.summary import summary
 
     command_line.quiet_libraries()
     if config.check:
-        dry_run(config, RunFolder.create, build)
+        check.dry_run(config, RunFolder.create, build)
         return None
     if shared := processes.shared_folder():  # one rank of several
         folder = RunFolder.open(shared)
@@ -60,20 +57,22 @@ def run(config: DictConfig, overrides: list[str] | None = None) -> float | None:
             fit(config, folder)
     if shared:  # the process that started the ranks does the rest
         return None
-    write_report(folder)
-    print(f"\n{summary(folder)}")
-    if config.enforce_expected and not (verdict := gate(folder))[0]:
+    report.write_report(folder)
+    print(f"\n{summary.summary(folder)}")
+    if config.enforce_expected and not (verdict := gate.gate(folder))[0]:
         sys.exit(f"\n{verdict[1]}")
-    return folder.record["metrics"].get(config.optimized_metric)
+    return folder.metric(config.optimized_metric)
 
 
 def fit(config: DictConfig, folder: "RunFolder") -> None:
-    """Trains, measures the final weights on the validation set, and records the metrics."""
+    """Trains, measures the final weights on the validation set and, where the data has one, the test set."""
     data, _, task, trainer = build(config, folder)
     trainer.fit(task, datamodule=data, ckpt_path=folder.checkpoint(), weights_only=False)
-    metrics = dict(trainer.callback_metrics)  # validating starts them anew
-    trainer.validate(task, datamodule=data, verbose=False)
-    folder.finish(metrics | trainer.callback_metrics)
+    metrics = dict(trainer.callback_metrics)  # evaluating starts them anew
+    for evaluate in (trainer.validate, trainer.test) if data.test is not None else (trainer.validate,):
+        evaluate(task, datamodule=data, verbose=False)
+        metrics |= trainer.callback_metrics
+    folder.finish(metrics)
 
 
 def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:

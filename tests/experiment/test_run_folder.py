@@ -62,6 +62,15 @@ def test_finish_records_metrics_and_verdicts(run: RunFolder) -> None:
     assert record["wall_seconds"] > 0
 
 
+def test_a_metric_that_was_not_reported_is_refused_with_the_nearest(run: RunFolder) -> None:
+    run.finish({"val/motion": 0.5, "val/shape": math.nan})
+    assert run.metric("val/motion") == 0.5
+    assert run.metric("val/shape") is run.metric(None) is None
+    assert run.metric("val/loss") is None, "the default, in a run without validation"
+    with pytest.raises(ValueError, match=r"`optimized_metric` = val/moton is nothing .*`val/motion`"):
+        run.metric("val/moton")
+
+
 def test_json_stays_valid_where_a_metric_is_not_finite(run: RunFolder) -> None:
     (verdict,) = run.finish({"val/loss": math.nan})
     assert not verdict.met

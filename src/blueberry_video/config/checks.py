@@ -35,6 +35,7 @@ SUPPLIED = {  # what train.py passes itself: a config neither needs it nor may g
     "logger": ("run",),
 }
 REQUIRED = ("model", "task", "data", "optimizer", "schedule", "trainer")
+IMAGE_DATA = (f"{OWN}.data.image_folder.ImageFolder", f"{OWN}.data.single_frames.SingleFrames")
 PARTIAL = ("optimizer", "schedule")  # called by the task, with the parameters and the steps
 SPECIAL = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 ROOT_KEYS = tuple(field.name for field in fields(Config))
@@ -166,14 +167,14 @@ def _check_plain(node: Mapping[str, Any], path: str, root: str) -> None:
             f"`{path}` has no `_target_`: it must name the class or function to build, as the files of conf/{root}/ do."
         )
     if path == "callbacks":
-        known = OmegaConf.load(CONF / "callbacks" / "default.yaml")
+        known = {str(key) for file in CONF.glob("callbacks/*.yaml") for key in OmegaConf.load(file)} - {"defaults"}
         for key, value in node.items():
             is_callback = isinstance(value, Mapping) and "_target_" in value
             is_switched_off = value is None and key in known
             if not is_callback and not is_switched_off:
                 raise ValueError(
                     f"`callbacks.{key}` = {short(value)} is not a callback: give it a `_target_`, or null to switch "
-                    f"off one of conf/callbacks/. {did_you_mean(str(key), map(str, known))}"
+                    f"off one of conf/callbacks/. {did_you_mean(str(key), (known | {*map(str, node)}) - {str(key)})}"
                 )
 
 
@@ -335,14 +336,16 @@ def validate(config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the first rule that is broken.
     """
-    models = list(targets(config.get("model"), "model"))
-    encoders = [(path, node) for path, node in models if _value(node, "patch_size") is not None]
-    for path, node in models:
+    teacher = (config.get("task") or {}).get("teacher")
+    networks = [*targets(config.get("model"), "model"), *targets(teacher, "task.teacher")]
+    for path, node in networks:
         _divides(node, path, "image_size", "patch_size", "pixels cannot be cut into whole patches")
         _divides(node, path, "num_frames", "tubelet_size", "frames cannot be cut into whole tubelets")
         _divides(node, path, "embed_dim", "num_heads", "channels cannot be shared by the heads")
         _divides(node, path, "decoder_dim", "decoder_num_heads", "channels cannot be shared by the heads")
-    for path, encoder in encoders:
+    for path, encoder in networks:
+        if _value(encoder, "patch_size") is None:
+            continue
         for place, node, key, same in _clip_sizes(config):
             wanted, given = _value(encoder, same), _value(node, key)
             if wanted is not None and given is not None and _pair(wanted) != _pair(given):
@@ -351,17 +354,31 @@ def validate(config: Mapping[str, Any]) -> None:
                     f"`{place}.{key}` = {given} and `{path}.{same}` = {wanted} disagree: the clips would not fit the "
                     f"model. Write `{plus}{place}.{key}={wanted}` or `{path}.{same}={given}`."
                 )
+        for place, node in targets(config.get("data"), "data"):
+            takes_clips_alone = _value(encoder, "images") is False and _value(encoder, "num_frames") != 1
+            if node["_target_"] in IMAGE_DATA and takes_clips_alone:
+                raise ValueError(
+                    f"`{place}._target_` = {node['_target_']} gives single frames, and `{path}.images` = False takes "
+                    f"clips alone. Write `{'' if 'images' in encoder else '+'}{path}.images=true`, or choose a dataset "
+                    "of clips."
+                )
 
 
 def _clip_sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], str, str]]:
     """What sets the size of the clips that reach the model: a node with its full key, its key, and the encoder's."""
-    augment = (config.get("task") or {}).get("augment")
-    for path, node in targets(config.get("data"), "data"):
-        if _value(node, "num_frames") is None:
-            continue
-        yield path, node, "num_frames", "num_frames"
-        if augment and path.startswith("data.train"):  # crops the clips last
-            yield "task.augment", augment, "size", "image_size"
+    augment = targets((config.get("task") or {}).get("augment"), "task.augment")
+    crops = [  # and what another package may do to the size
+        (path, node)
+        for path, node in augment
+        if _value(node, "size") is not None or not _inside(node["_target_"], (OWN, "torch.nn"))
+    ]
+    data = list(targets(config.get("data"), "data"))
+    images = [path for path, node in data if node["_target_"] in IMAGE_DATA]
+    for path, node in data:
+        if not any(path.startswith(f"{image}.") for image in images):  # of any number of frames, one is taken
+            yield path, node, "num_frames", "num_frames"
+        if crops and path.startswith("data.train"):
+            yield *crops[-1], "size", "image_size"  # the last one gives the clips their size
         else:
             yield path, node, "image_size", "image_size"
 
@@ -374,6 +391,9 @@ def targets(node: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         # A composed config may still hold `???`: it is looked at as it stands
         for key, value in node.items_ex(resolve=False) if isinstance(node, DictConfig) else node.items():
             yield from targets(value, f"{path}.{key!s}")
+    elif isinstance(node, list | tuple):
+        for index, item in enumerate(node):
+            yield from targets(item, f"{path}.{index}")
 
 
 def _value(node: Mapping[str, Any], key: str) -> Any:

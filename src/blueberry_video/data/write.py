@@ -30,6 +30,7 @@ from blueberry_video.data.world import World
 
 SOURCES = {"sprites": Sprites, "world": World}
 MANIFEST = "manifest.json"
+PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
 
 
 class FolderWriter:
@@ -50,6 +51,8 @@ class FolderWriter:
             raise ValueError("sources is empty, so there is nothing to write: name at least one split and its dataset.")
         if not 0 <= crf <= 51:
             raise ValueError(f"crf={crf} is outside 0 (nearly lossless) to 51: choose a value between.")
+        if preset not in PRESETS:
+            raise ValueError(f"preset={preset!r} is no speed of x264: choose from {', '.join(PRESETS)}.")
         self.sources = dict(sources)
         first = next(iter(self.sources.values()))
         self.classes: dict[str, tuple[str, ...]] = getattr(first, "classes", {})
@@ -215,14 +218,16 @@ def main(arguments: list[str]) -> None:
     known = {
         name: p for name, p in inspect.signature(SOURCES[source]).parameters.items() if name not in ("split", "size")
     }
-    own = inspect.signature(FolderWriter).parameters
+    own = {name: p for name, p in inspect.signature(FolderWriter).parameters.items() if name != "sources"}
     settings: dict = {}
     writing: dict = {}
     for key, value in options.items():
         if key not in known and key not in own:
             there = sorted({"source", "out", "train", "val", "test", "crf", "preset", "num_workers", *known})
             raise SystemExit(f"{key}={value} does not exist: choose from {', '.join(there)}.")
-        (settings if key in known else writing)[key] = _parsed(value)
+        (settings if key in known else writing)[key] = _parsed(key, value, (known | own)[key].default)
+    if (side := settings.get("image_size", 2)) % 2:  # else a worker would find it out, with a traceback
+        raise SystemExit(f"image_size={side} is odd, which H.264 cannot store: write image_size={side + 1}.")
     try:
         datasets = {split: SOURCES[source](split, size, **settings) for split, size in sizes.items() if size}
         FolderWriter(datasets, **writing)(out)
@@ -231,10 +236,17 @@ def main(arguments: list[str]) -> None:
     print(f"{sum(sizes.values()):,} videos in {out}")
 
 
-def _parsed(value: str) -> object:
+def _parsed(key: str, value: str, default: object) -> object:
+    """A number where the default is one, else a list written as JSON or the word itself."""
+    parsed: object = value
     with contextlib.suppress(json.JSONDecodeError):
-        return json.loads(value)
-    return value
+        parsed = json.loads(value)
+    if not isinstance(default, int | float):
+        return parsed if isinstance(parsed, list) else value
+    if type(parsed) not in {int, type(default)}:
+        number = "whole number" if isinstance(default, int) else "number"
+        raise SystemExit(f"{key}={value} is no {number}: write for example {key}={default}.")
+    return parsed
 
 
 if __name__ == "__main__":

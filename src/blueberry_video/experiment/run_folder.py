@@ -21,6 +21,7 @@ from typing import Any, Self
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from blueberry_video.config import Config, did_you_mean
 from blueberry_video.experiment.checkpoint import checkpoint_files, checkpoint_step, latest_good_checkpoint
 from blueberry_video.experiment.expected import Verdict, judge
 from blueberry_video.experiment.provenance import git_state, hardware, versions
@@ -221,6 +222,20 @@ class RunFolder:
         )
         self._end("finished", metrics=values, expected=[asdict(verdict) for verdict in verdicts])
         return verdicts
+
+    def metric(self, name: str | None) -> float | None:
+        """A final metric, as a sweep optimises it; ``None`` for no name, and for a value that is not finite.
+
+        Raises:
+            ValueError: if the run reported no such metric, unless it is the one that nobody chose.
+        """
+        metrics = self.record["metrics"]
+        if name not in metrics and name not in (None, Config.optimized_metric):  # a run may do without validation
+            raise ValueError(
+                f"`optimized_metric` = {name} is nothing that the run {self.path} reported; all else of it is "
+                f"complete. {did_you_mean(str(name), metrics)}"
+            )
+        return metrics.get(name)
 
     def fail(self, error: BaseException) -> None:
         """Records that the run ended by ``error``: ``interrupted`` for Ctrl-C and signals, else ``failed``."""

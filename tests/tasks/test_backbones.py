@@ -1,0 +1,120 @@
+"""Every task takes any encoder that keeps the contract of ``nn.encoder.Encoder``, also one without blocks."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from blueberry_video.data.datamodule import DataModule
+from blueberry_video.data.mixture import Mixture
+from blueberry_video.data.single_frames import SingleFrames
+from blueberry_video.data.sprites import Sprites
+from blueberry_video.evaluation.callbacks import FewLabels, Probe
+from blueberry_video.masking import ByModality, DualMasking, RandomMasking, TubeMasking
+from blueberry_video.models.classifier import VideoClassifier
+from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
+from blueberry_video.models.vit import VisionTransformer
+from blueberry_video.nn.encoder import Encoder
+from blueberry_video.nn.patches import gather_tokens, patchify
+from blueberry_video.optim import constant
+from blueberry_video.tasks.base import Task
+from blueberry_video.tasks.classification import Classification
+from blueberry_video.tasks.distillation import Distillation
+from blueberry_video.tasks.masked_pixels import MaskedPixels
+
+
+class Patches(Encoder):
+    """Each patch projected, and nothing else: no attention, no positions, no blocks."""
+
+    def __init__(self, images: bool = False):
+        super().__init__(32, 4, 8, 2, embed_dim=12, images=images)
+        self.project = nn.Linear(3 * 2 * 8 * 8, 12)
+
+    def forward(self, video: Tensor, keep: Tensor | None = None) -> Tensor:
+        tokens = self.project(patchify(self.as_clip(video), self.patch_size).flatten(2))
+        return tokens if keep is None else gather_tokens(tokens, keep)
+
+
+def adam(groups: list[dict]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=0.01)
+
+
+def masked(masking: Callable) -> Task:
+    return MaskedPixels(MaskedAutoencoder(Patches(), 8, 1, 2), adam, constant, masking)
+
+
+def omni() -> Task:
+    network = MaskedAutoencoder(Patches(images=True), 8, 1, 2, mask_before_projection=True)
+    return MaskedPixels(network, adam, constant, ByModality(RandomMasking(0.75), RandomMasking(0.9)))
+
+
+def classification() -> Task:
+    return Classification(VideoClassifier(Patches(), {"motion": 8}), adam, constant)
+
+
+def probing() -> Task:
+    return Classification(
+        VideoClassifier(Patches(), {"motion": 8}, pooling="attentive", freeze_encoder=True), adam, constant
+    )
+
+
+def distillation(folder: Path) -> Task:
+    encoder = VisionTransformer(32, 4, 8, 2, embed_dim=16, depth=1, num_heads=2, final_norm=False)
+    teacher = VideoClassifier(encoder, {"motion": 8})
+    torch.save(
+        {"model": {f"model.{name}": value for name, value in teacher.state_dict().items()}}, folder / "teacher.pt"
+    )
+    return Distillation(VideoClassifier(Patches(), {"motion": 8}), adam, constant, teacher, folder / "teacher.pt")
+
+
+def fit(task: Task, clips: Dataset, folder: Path, *callbacks: Callback) -> lightning.Trainer:
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(task, datamodule=DataModule(clips, clips, batch_size=4))
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda _: masked(TubeMasking(0.75)), id="videomae"),
+        pytest.param(lambda _: masked(DualMasking(TubeMasking(0.75))), id="videomae_v2"),
+        pytest.param(lambda _: omni(), id="omnimae"),
+        pytest.param(lambda _: classification(), id="classification"),
+        pytest.param(lambda _: probing(), id="probing"),
+        distillation,
+    ],
+)
+def test_every_task_trains_a_backbone_that_it_does_not_know(make: Callable[[Path], Task], tmp_path: Path):
+    task = make(tmp_path)
+    clips: Dataset = Sprites("train", 8, num_frames=4)
+    if task.model.encoder.images:
+        clips = Mixture({"image": SingleFrames(clips), "clip": clips})
+    before = {name: value.clone() for name, value in task.model.named_parameters()}
+    trainer = fit(task, clips, tmp_path)
+    moved = {name for name, value in task.model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == {name for name, value in task.model.named_parameters() if value.requires_grad}
+    assert ("encoder.project.weight" in moved) == task.model.encoder.project.weight.requires_grad
+    assert trainer.callback_metrics["val/loss"].isfinite()
+
+
+def test_it_is_evaluated_like_any_other(tmp_path: Path):
+    few_labels = FewLabels(["motion"], num_labelled=8, val_clips=8, steps=1, lrs=[1e-3])
+    probe = Probe(["motion"], train_clips=8, val_clips=8, steps=1)
+    task = masked(TubeMasking(0.75))
+    metrics = fit(task, Sprites("train", 8, num_frames=4), tmp_path, few_labels, probe).callback_metrics
+    assert {"few_labels/motion_gain", "probe/motion_gain"} <= metrics.keys()
