@@ -16,7 +16,7 @@ from blueberry_video.data.single_frames import SingleFrames
 from blueberry_video.data.sprites import Sprites
 from blueberry_video.evaluation.callbacks import FewLabels, Probe
 from blueberry_video.masking import ByModality, DualMasking, RandomMasking, TubeMasking
-from blueberry_video.models.classifier import VideoClassifier
+from blueberry_video.models.classifier import VideoClassifier, load_classifier, load_whole
 from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.nn.encoder import Encoder
@@ -118,3 +118,18 @@ def test_it_is_evaluated_like_any_other(tmp_path: Path):
     task = masked(TubeMasking(0.75))
     metrics = fit(task, Sprites("train", 8, num_frames=4), tmp_path, few_labels, probe).callback_metrics
     assert {"few_labels/motion_gain", "probe/motion_gain"} <= metrics.keys()
+
+
+def test_the_weights_of_an_own_run_load_whatever_the_encoder(tmp_path: Path):
+    trained, pretrained = VideoClassifier(Patches(), {"motion": 8}), MaskedAutoencoder(Patches(), 8, 1, 2)
+    for name, network in (("classifier", trained), ("masked", pretrained)):
+        state = {f"model.{key}": value for key, value in network.state_dict().items()}
+        torch.save({"state_dict": state}, tmp_path / f"{name}.ckpt")
+        fresh = VideoClassifier(Patches(), {"motion": 8})
+        assert "loaded" in load_classifier(fresh, tmp_path / f"{name}.ckpt")
+        assert torch.equal(fresh.encoder.project.weight, network.encoder.project.weight)
+    fresh = VideoClassifier(Patches(), {"motion": 8})
+    load_whole(fresh, tmp_path / "classifier.ckpt")
+    torch.testing.assert_close(fresh.state_dict(), trained.state_dict())
+    with pytest.raises(ValueError, match="does not hold the whole|no VideoMAE encoder"):
+        load_whole(fresh, tmp_path / "masked.ckpt")

@@ -220,8 +220,8 @@ def load_whole(model: VideoClassifier, path: str | Path) -> str:
         FileNotFoundError: if there is no such file.
         ValueError: if weights are missing, left over, or of other shapes.
     """
-    weights = convert_finetuned(vit.read_weights(path), _only_label(model))
-    own = model.state_dict()
+    state, own = vit.read_weights(path), model.state_dict()
+    weights = state if state.keys() == own.keys() else convert_finetuned(state, _only_label(model))
     wrong = own.keys() ^ weights.keys() | {
         name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape
     }

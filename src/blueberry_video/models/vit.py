@@ -282,6 +282,12 @@ def check_positions(state: dict[str, Tensor], name: str) -> None:
         )
 
 
+def own_names(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder in a checkpoint of this package, of whatever architecture, if it holds all of ``own``; else {}."""
+    inner = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
+    return {name: inner[name] for name in own} if own.keys() <= inner.keys() else {}
+
+
 def encoder_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The encoder in a published state dict of any layout, under the names of :class:`VisionTransformer`.
 
@@ -364,8 +370,8 @@ def load_encoder(encoder: nn.Module, path: str | Path) -> str:
     Raises:
         ValueError: if weights are missing, left over, or of other shapes; the message names them.
     """
-    weights = encoder_weights(read_weights(path))
-    own = encoder.state_dict()
+    state, own = read_weights(path), encoder.state_dict()
+    weights = own_names(state, own) or encoder_weights(state)
     norm = {name for name in weights.keys() ^ own.keys() if name.startswith("norm.")}
     missing, extra = own.keys() - weights.keys() - norm, weights.keys() - own.keys() - norm
     shapes = {name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape}
