@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 CHUNK = 64  # on the CPU the best of 32 … 256 (benchmarks/video_scan.py): longer tiles compute more exponentials
-PAIRS = (2**18, 2**28)  # heads times pairs of tokens at a time, on the CPU and on a GPU
+PAIRS = (2**19, 2**28)  # heads times pairs of tokens at a time, on the CPU (a core's cache) and on a GPU
 LEAST_DT = 1e-20  # as good as 0, and has a logarithm
 LEAST_LOG_DECAY = -60.0  # exp(-60) is nothing, and sums that stay small keep their precision
 
@@ -75,13 +75,13 @@ class Folding:
 
 
 class Tile(NamedTuple):
-    """All pairs of tokens of each chunk: i the one that reads, j the one that is read."""
+    """All pairs of tokens of each chunk, (j, i): j the one that is read, i the one that reads it."""
 
-    pairs: Tensor  # (c, G, 1, Q, Q): C_i · B_j, of the leg that the pair belongs to
+    pairs: Tensor  # (c, G, 1, Q, Q): B_j · C_i, of the leg that the pair belongs to
     weight: Tensor  # (c, G, h, Q, Q): dt_j and all decay between, of the same leg
 
     def matrix(self, D: Tensor | None) -> Tensor:
-        """(c, H, Q, Q), with D (c, H, Q) on the diagonal: times x it is what the chunk gives itself."""
+        """(c, H, Q, Q), with D (c, H, Q) on the diagonal: transposed and times x, what the chunk gives itself."""
         matrix = (self.pairs * self.weight).flatten(1, 2)
         if D is not None:
             matrix.diagonal(dim1=-2, dim2=-1).add_(D)
@@ -90,39 +90,38 @@ class Tile(NamedTuple):
 
 def tile(f: Leg, b: Leg | None) -> Tile:
     length, groups = f.dt.shape[-1], f.B.shape[1]
-    below = torch.ones(length, length, dtype=torch.bool, device=f.dt.device).tril(0 if b is None else -1)
-    pairs, exponent = f.C @ f.B.mT, exponents(f)
+    earlier = torch.ones(length, length, dtype=torch.bool, device=f.dt.device).triu(0 if b is None else 1)  # j < i
+    pairs, exponent = f.B @ f.C.mT, exponents(f)
     if b is None:
-        weight = exponent.masked_fill_(~below, -torch.inf).exp_()
+        weight = exponent.masked_fill_(~earlier, -torch.inf).exp_()
     else:
-        pairs = torch.where(below, pairs, b.C @ b.B.mT)
-        weight = torch.where(below, exponent, exponents(b)).exp_()
+        pairs = torch.where(earlier, pairs, b.B @ b.C.mT)
+        weight = torch.where(earlier, exponent, exponents(b)).exp_()
         weight.diagonal(dim1=-2, dim2=-1).zero_()
     return Tile(pairs[:, :, None], weight.unflatten(1, (groups, -1)))
 
 
 def exponents(leg: Leg) -> Tensor:
     """(c, H, Q, Q): the logarithm of dt_j and the decay from j to i."""
-    return leg.sums[..., :, None] - (leg.sums - leg.dt.log())[..., None, :]
+    return leg.sums[..., None, :] - (leg.sums - leg.dt.log())[..., :, None]
 
 
 def carry(added: Tensor, total: Tensor, start: Tensor | None, reverse: bool = False) -> tuple[Tensor, Tensor]:
     """The state before each chunk and behind the last, of s -> exp(total) s + added.
 
     Args:
-        added: (b, chunks, G, N, h, P), overwritten.
+        added: (b, chunks, G, N, h, P).
         total: (b, chunks, H).
         start: (b, G, N, h, P), zero if ``None``.
         reverse: from the last chunk to the first.
     """
     decay = rearrange(total.exp(), "b c (g h) -> b c g 1 h 1", g=added.shape[2])
-    state = torch.zeros_like(added[:, 0]) if start is None else start
-    order = range(added.shape[1])
-    for index in reversed(order) if reverse else order:
-        following = torch.addcmul(added[:, index], decay[:, index], state)
-        added[:, index] = state
-        state = following
-    return added, state
+    before, last = torch.empty_like(added), torch.empty_like(added[:, 0])
+    order = list(range(added.shape[1]))[:: -1 if reverse else 1]
+    before[:, order[0]] = 0 if start is None else start
+    for index, following in zip(order, [before[:, index] for index in order[1:]] + [last], strict=True):
+        torch.addcmul(added[:, index], decay[:, index], before[:, index], out=following)
+    return before, last
 
 
 class States:
@@ -141,17 +140,19 @@ class States:
         """``behind`` are the forward states behind each frame, where they are known already."""
         self.fold, groups = fold, f.B.shape[1]
         start = None if h0 is None else inward(h0, groups).to(x.dtype)
+        self.written_f = f.write * x  # (c, Q, H, P): what of each token is in the state that leaves its chunk
+        self.written_b = None if b is None else b.write * x
         if behind is not None and fold.chunks == 1:
             known = inward(behind, groups)
             first = torch.zeros_like(known[:, 0]) if start is None else start
             self.forward, self.last = torch.cat([first[:, None], known[:, :-1]], 1), known[:, -1]
         else:
-            self.forward, self.last = carry(self.by_sample(outer(f.write * x, f.B)), self.by_sample(f.total), start)
+            self.forward, self.last = carry(self.by_sample(outer(self.written_f, f.B)), self.by_sample(f.total), start)
         self.backward: Tensor | None = None
-        if b is not None and (fold.chunks > 1 or g0 is not None):
+        if b is not None and self.written_b is not None and (fold.chunks > 1 or g0 is not None):
             start = None if g0 is None else inward(g0.flatten(0, 1), groups).to(x.dtype)
             self.backward, _ = carry(
-                self.by_frame(outer(b.write * x, b.B)), self.by_frame(b.total), start, reverse=True
+                self.by_frame(outer(self.written_b, b.B)), self.by_frame(b.total), start, reverse=True
             )
 
     def by_sample(self, states: Tensor) -> Tensor:
@@ -174,20 +175,25 @@ def outward(states: Tensor) -> Tensor:
     return rearrange(states, "... g n h p -> ... (g h) p n")
 
 
+def by_group(u: Tensor, groups: int) -> Tensor:
+    """(c, Q, H, P) -> (c, G, Q, h P), for one product over all heads of a group."""
+    return u.reshape(*u.shape[:2], groups, -1).transpose(1, 2)
+
+
 def outer(u: Tensor, v: Tensor) -> Tensor:
     """Sum over the tokens of u (c, Q, H, P) ⊗ v (c, G, Q, N) -> (c, G, N, h, P)."""
-    groups = v.shape[1]
-    return (v.mT @ rearrange(u, "c q (g h) p -> c g q (h p)", g=groups)).unflatten(-1, (-1, u.shape[-1]))
+    return (v.mT @ by_group(u, v.shape[1])).unflatten(-1, (-1, u.shape[-1]))
 
 
 def inner(v: Tensor, states: Tensor) -> Tensor:
     """v (c, G, Q, N) times states (c, G, N, h, P) -> (c, Q, H, P)."""
-    return rearrange(v @ states.flatten(-2), "c g q (h p) -> c q (g h) p", h=states.shape[-2])
+    product = (v @ states.flatten(-2)).transpose(1, 2)  # (c, Q, G, h P)
+    return product.reshape(*product.shape[:2], -1, states.shape[-1])
 
 
 def per_token(weight: Tensor) -> Tensor:
-    """(c, H, Q) -> (c, Q, H, 1)."""
-    return weight.transpose(1, 2)[..., None]
+    """(c, H, Q) -> (c, Q, H, 1), laid out so: what it is multiplied with keeps its own layout."""
+    return weight.transpose(1, 2).contiguous()[..., None]
 
 
 def forward(
@@ -372,10 +378,10 @@ def forward_part(
     b = None if tokens.backward is None else fold.leg(tokens.backward, backward=True)
     states = States(fold, u, f, b, h0, g0)
     matrix = tile(f, b).matrix(None if D is None else fold.fold(D).transpose(1, 2))
-    y = (matrix @ u.transpose(1, 2)).transpose(1, 2)  # (c, Q, H, P)
-    y = torch.addcmul(y, f.read, inner(f.C, states.forward.flatten(0, 1)))
+    y = inner(f.C, states.forward.flatten(0, 1)).mul_(f.read)  # (c, Q, H, P)
     if b is not None and states.backward is not None:
         y.addcmul_(b.read, inner(b.C, states.backward.flatten(0, 1)))
+    y += (matrix.mT @ u.transpose(1, 2)).transpose(1, 2)
     return fold.unfold(y), states.behind_frames()
 
 
@@ -399,8 +405,8 @@ def backward_part(
     t = tile(f, b)
     u_heads, v_heads = (tensor.transpose(1, 2).contiguous() for tensor in (u, v))  # (c, H, Q, P)
     matrix = t.matrix(None if D is None else fold.fold(D).transpose(1, 2))
-    dx = (matrix.mT @ v_heads).transpose(1, 2)  # (c, Q, H, P)
-    d_matrix = v_heads @ u_heads.mT
+    dx = (matrix @ v_heads).transpose(1, 2).contiguous()  # (c, Q, H, P)
+    d_matrix = u_heads @ v_heads.mT
     dD = None if D is None else fold.unfold(d_matrix.diagonal(dim1=-2, dim2=-1).transpose(1, 2).clone())
     d_matrix = d_matrix.unflatten(1, (groups, -1)).mul_(t.weight)  # (c, G, h, Q, Q)
     d_pairs = d_matrix.sum(2)
@@ -412,16 +418,16 @@ def backward_part(
     behind = inward(dstates, groups)  # (B, T, G, N, h, P)
     added[:, fold.chunks :: fold.chunks] += behind[:, :-1]
     d_forward, d_h0 = carry(added, entered.by_sample(f.total), behind[:, -1], reverse=True)
-    through = Through(entered.forward.flatten(0, 1), read, d_forward.flatten(0, 1))
-    forward_leg = leg_gradients(f, u, dx, d_pairs, d_log, through, inclusive=b is None)
+    through = Through(entered.forward.flatten(0, 1), read, entered.written_f, d_forward.flatten(0, 1))
+    forward_leg = leg_gradients(f, dx, d_pairs, d_log, through, inclusive=b is None)
     backward_leg, d_g0 = forward_leg, None
     if b is not None:
         through_b = None
-        if entered.backward is not None:
+        if entered.backward is not None and entered.written_b is not None:
             read = b.read * v
             d_backward, d_g0 = carry(entered.by_frame(outer(read, b.C)), entered.by_frame(b.total), None)
-            through_b = Through(entered.backward.flatten(0, 1), read, d_backward.flatten(0, 1))
-        backward_leg = leg_gradients(b, u, dx, d_pairs, d_log, through_b, backward=True)
+            through_b = Through(entered.backward.flatten(0, 1), read, entered.written_b, d_backward.flatten(0, 1))
+        backward_leg = leg_gradients(b, dx, d_pairs, d_log, through_b, backward=True)
 
     def unfolded(leg: LegTokens) -> LegTokens:
         return LegTokens(*(fold.unfold(gradient.transpose(1, 2)) for gradient in leg))
@@ -435,12 +441,12 @@ class Through(NamedTuple):
 
     entering: Tensor  # (c, G, N, h, P)
     read: Tensor  # (c, Q, H, P): dy, by how much of that state reaches the token
+    written: Tensor  # (c, Q, H, P): x, by how much of it is in the state that leaves
     d_leaving: Tensor  # (c, G, N, h, P): gradient of the state that leaves
 
 
 def leg_gradients(
     leg: Leg,
-    x: Tensor,
     dx: Tensor,
     d_pairs: Tensor,
     d_log: Tensor,
@@ -454,30 +460,28 @@ def leg_gradients(
     differences of sums over the whole chunk, which would cancel.
 
     Args:
-        d_pairs: (c, G, Q, Q): gradient of C_i · B_j.
-        d_log: (c, H, Q, Q): gradient of the logarithm of what that is multiplied by.
+        d_pairs: (c, G, Q, Q), (j, i): gradient of B_j · C_i.
+        d_log: (c, H, Q, Q), (j, i): gradient of the logarithm of what that is multiplied by.
         inclusive: whether the diagonal belongs to this leg.
     """
     ones = torch.ones_like(d_pairs[0, 0])
-    behind, before = (ones.triu(), ones.tril(-1)) if backward else (ones.tril(), ones.triu(1))
-    behind, before = behind.mT, before.mT  # (k, i): i is k or behind it; (k, j): j is before k, in the leg's direction
+    before, since = (ones.tril(-1), ones.triu()) if backward else (ones.triu(1), ones.tril())
+    # before[j, k]: j comes before k in the leg's direction; since[i, k]: i is k or comes behind it
     own = d_pairs * (before + torch.eye(len(ones), dtype=ones.dtype, device=ones.device) * inclusive)
-    dB, dC = own.mT @ leg.C, own @ leg.B
-    sums = behind @ d_log  # (k, j): over all i that are k or behind it
-    da = (sums * before).sum(-1)
-    offset = 0 if inclusive else 1 if backward else -1
-    edge = sums.diagonal(offset, dim1=-2, dim2=-1)  # k next to j: all pairs of j
-    d_log_dt = F.pad(edge, (0, 0) if inclusive else (1, 0) if backward else (0, 1))
+    dB, dC = own @ leg.C, own.mT @ leg.B
+    sums = d_log @ since  # (j, k): over all i that are k or behind it
+    edge = sums.diagonal(0 if inclusive else -1 if backward else 1, dim1=-2, dim2=-1)  # k next to j: all pairs of j
+    d_log_dt = F.pad(edge, (0, 0) if inclusive else (1, 0) if backward else (0, 1)).clone()
+    da = sums.mul_(before).sum(-2)
     if through is not None:
-        entering, read, d_leaving = through
-        dC += rearrange(read, "c q (g h) p -> c g q (h p)", g=dC.shape[1]) @ entering.flatten(-2).mT
-        da += (read * inner(leg.C, entering)).sum(-1).transpose(1, 2) @ behind.mT
-        write, at = leg.write, inner(leg.B, d_leaving)
-        dx.addcmul_(write, at)
-        written = write * x
-        dB += rearrange(written, "c q (g h) p -> c g q (h p)", g=dB.shape[1]) @ d_leaving.flatten(-2).mT
-        d_written = (written * at).sum(-1).transpose(1, 2)  # (c, H, Q)
+        entering, read, written, d_leaving = through
+        dC += by_group(read, dC.shape[1]) @ entering.flatten(-2).mT
+        da += inner(leg.C, entering).mul_(read).sum(-1).transpose(1, 2) @ since
+        at = inner(leg.B, d_leaving)
+        dx.addcmul_(leg.write, at)
+        dB += by_group(written, dB.shape[1]) @ d_leaving.flatten(-2).mT
+        d_written = at.mul_(written).sum(-1).transpose(1, 2)  # (c, H, Q)
         d_log_dt = d_log_dt + d_written
-        da += d_written @ before.mT
+        da += d_written @ before
         da += (leg.total.exp() * (entering * d_leaving).sum((2, 4)).flatten(1))[..., None]
     return LegTokens(d_log_dt / leg.dt, da, dB, dC)
