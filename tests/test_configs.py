@@ -17,7 +17,8 @@ FILES = sorted(
     for path in CONF.rglob("*.yaml")
     if path.parent not in (CONF, CONF / "video")
 )  # video/: settings of models
-MODELS = [name for name in FILES if name.startswith("model/") and not name.startswith("model/vit/")]
+ENCODERS = ("model/vit", "model/hydra_video/")  # bare ones: they go into a network
+MODELS = [name for name in FILES if name.startswith("model/") and not name.startswith(ENCODERS)]
 EXPERIMENT = """
 # run: nothing, a test
 defaults: [train, override model: videomae/tiny, override task: masked_pixels, override data: sprites, _self_]
@@ -39,8 +40,17 @@ def overrides_for(name: str) -> list[str]:
     match group:
         case "model" if choice.startswith("vit/"):
             return [f"model={choice.replace('vit/', 'videomae_v2/')}"]
+        case "model" if f"model/{choice}".startswith(ENCODERS):
+            return ["model=videomae/tiny", f"model@model.encoder={choice}"]
         case "model" if choice.startswith("classifier/"):
             return [f"model={choice}", "task=classification"]
+        case "model" if choice.startswith(("vjepa/", "vjepa2/")):
+            return [f"model={choice}", "task=latent_prediction"]
+        case "task" if choice.startswith("latent_prediction"):
+            teacher = ["task.teacher_from=somewhere"] if choice.endswith("teacher") else []
+            return [f"task={choice}", "model=vjepa2/tiny", *teacher]
+        case "callbacks" if choice == "latent":
+            return ["callbacks=latent", "task=latent_prediction", "model=vjepa2/tiny"]
         case "task" if choice in ("classification", "finetuning"):
             return [f"task={choice}", "model=classifier/tiny"]
         case "task" if choice == "distillation":
@@ -76,7 +86,7 @@ def test_composes_and_passes_every_check(experiment: Path, name: str):
         chosen = OmegaConf.load(CONF / f"{name}.yaml")
         plain = OmegaConf.to_container(chosen, resolve=False)
         given = {key: value for key, value in plain.items() if isinstance(value, int | float)}
-        place = config.model.encoder if name.startswith("model/vit/") else config[name.partition("/")[0]]
+        place = config.model.encoder if name.startswith(ENCODERS) else config[name.partition("/")[0]]
         assert given.items() <= dict(place).items(), "the file's values are not those of the composed config"
 
 
