@@ -283,9 +283,9 @@ def check_positions(state: dict[str, Tensor], name: str) -> None:
 
 
 def own_names(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder in a checkpoint of this package, of whatever architecture, if it holds all of ``own``; else {}."""
+    """The encoder in a checkpoint of this package, of whatever architecture, if it is that of ``own``; else {}."""
     inner = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
-    return {name: inner[name] for name in own} if own.keys() <= inner.keys() else {}
+    return inner if {name for name in own if not name.startswith("norm.")} <= inner.keys() else {}
 
 
 def encoder_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
