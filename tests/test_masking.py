@@ -1,11 +1,13 @@
 """Masks: counts, complement, order, and what they draw from."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from blueberry_video.masking import ByModality, DualMasking, Masks, RandomMasking, TubeMasking
+from blueberry_video.masking import ByModality, DualMasking, Masks, MultiBlockMasking, RandomMasking, TubeMasking
 
 grids = st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 6))
 even_grids = st.tuples(
@@ -20,6 +22,8 @@ EVERY = [
     DualMasking(TubeMasking(0.5)),
     DualMasking(RandomMasking(0.5), 0.25),
     ByModality(RandomMasking(0.25), DualMasking(TubeMasking(0.75), 0.75)),
+    MultiBlockMasking(8, 0.15),
+    MultiBlockMasking(2, 0.4, temporal_scale=0.5, truncate="random"),
 ]
 
 
@@ -235,3 +239,157 @@ def test_masks_that_leave_nothing_to_score_are_refused():
     scored = DualMasking(lambda *_: Masks(one_pattern, one_pattern))(16, grid, generator()).scored
     assert not scored.any(dim=1).all()  # a sample with nothing left does no harm where another has something
     assert scored.any()
+
+
+SHORT, LONG = (8, 0.15), (2, 0.7)  # blocks and their share of the picture
+
+
+def block_sizes(spatial_scale: float, h: int, w: int, steps: int = 20000) -> dict[tuple[int, int], float]:
+    """Rows and columns of V-JEPA's blocks, and how likely each is, over evenly spaced aspect ratios."""
+    sizes: dict[tuple[int, int], float] = {}
+    places = int(h * w * spatial_scale)
+    for step in range(steps):
+        ratio = 0.75 + 0.75 * (step + 0.5) / steps
+        size = (min(round(math.sqrt(places * ratio)), h), min(round(math.sqrt(places / ratio)), w))
+        sizes[size] = sizes.get(size, 0) + 1 / steps
+    return sizes
+
+
+def expected_union(num_blocks: int, spatial_scale: float, h: int, w: int) -> float:
+    """Share of a frame under the union: of each place the chance that a block falls on it; draws that cover everything
+    are drawn again: two blocks as long as the frame at its opposite ends.
+    """
+    expected = 0.0
+    for (rows, columns), likely in block_sizes(spatial_scale, h, w).items():
+        union, starts = 0.0, (h - rows + 1, w - columns + 1)
+        for i in range(h):
+            for j in range(w):
+                row = sum(start <= i < start + rows for start in range(starts[0])) / starts[0]
+                column = sum(start <= j < start + columns for start in range(starts[1])) / starts[1]
+                union += (1 - (1 - row * column) ** num_blocks) / (h * w)
+        full = 2 / max(starts) ** 2 if num_blocks == 2 and min(starts) == 1 else 0.0
+        expected += likely * (union - full) / (1 - full)
+    return expected
+
+
+@pytest.mark.parametrize(("blocks", "published"), [(SHORT, 0.627), (LONG, 0.815)])
+def test_the_blocks_of_v_jepa_hide_as_much_of_the_clip_as_published(blocks, published):
+    masking, g = MultiBlockMasking(*blocks), generator()
+    shares = [masking.draw(16, (1, 14, 14), g).float().mean().item() for _ in range(1000)]
+    measured = sum(shares) / len(shares)
+    assert measured == pytest.approx(published, abs=0.005)
+    assert measured == pytest.approx(expected_union(*blocks, 14, 14), abs=0.003)  # 3 standard deviations
+
+
+block_maskings = st.builds(
+    MultiBlockMasking,
+    st.integers(1, 8),
+    st.floats(0.02, 0.6),
+    st.floats(0.1, 1.0),
+    st.tuples(st.floats(0.3, 1.0), st.floats(1.0, 3.0)),
+    st.sampled_from(["prefix", "random"]),
+)
+block_grids = st.tuples(st.integers(1, 5), st.integers(3, 8), st.integers(3, 8))
+
+
+def masks_or_none(masking: MultiBlockMasking, batch: int, grid: tuple[int, int, int], seed: int) -> Masks | None:
+    """``None`` where the blocks cover everything in a hundred draws."""
+    try:
+        return masking(batch, grid, generator(seed))
+    except ValueError as error:
+        assert "leaves no context" in str(error)  # noqa: PT017
+        return None
+
+
+@settings(max_examples=120, deadline=None)
+@given(masking=block_maskings, grid=block_grids, batch=st.integers(1, 5), seed=seeds)
+def test_context_is_the_complement_of_the_blocks_and_both_are_cut_to_the_fewest(masking, grid, batch, seed):
+    masks = masks_or_none(masking, batch, grid, seed)
+    assume(masks is not None)
+    hidden, tokens = masking.draw(batch, grid, generator(seed)), math.prod(grid)
+    counts = hidden.sum(dim=1)
+    assert masks.target.shape == (batch, counts.min())
+    assert masks.keep.shape == (batch, tokens - counts.max())
+    assert masks.keep.shape[1] > 0
+    assert masks.target.shape[1] > 0
+    assert masks.scored is None
+    for index, chosen in ((masks.keep, ~hidden), (masks.target, hidden)):
+        assert_ascending_tokens(index, tokens)
+        for b in range(batch):
+            candidates, kept = chosen[b].nonzero().flatten().tolist(), index[b].tolist()
+            assert set(kept) <= set(candidates)
+            if masking.truncate == "prefix":
+                assert kept == candidates[: len(kept)]
+    again = masking(batch, grid, generator(seed))
+    assert same(again, masks)
+
+
+@settings(max_examples=60, deadline=None)
+@given(masking=block_maskings, grid=block_grids, seed=seeds)
+def test_blocks_have_one_size_a_batch_as_the_formula_gives_it(masking, grid, seed):
+    assume(masks_or_none(masking, 1, grid, seed) is not None)
+    size = masking.block_size(grid, generator(seed))
+    assert masking.block_size(grid, generator(seed)) == size
+    (t, h, w), (frames, rows, columns) = grid, size
+    assert frames == max(1, int(masking.temporal_scale * t))
+    places, (low, high) = int(h * w * masking.spatial_scale), masking.aspect_ratio
+    assert min(h, round(math.sqrt(places * low))) <= rows <= max(1, round(math.sqrt(places * high)))
+    assert min(w, round(math.sqrt(places / high))) <= columns <= max(1, round(math.sqrt(places / low)))
+    one = MultiBlockMasking(1, masking.spatial_scale, masking.temporal_scale, masking.aspect_ratio)
+    for hidden in one.draw(6, grid, generator(seed)).view(-1, t, h, w):
+        assert hidden.sum() == math.prod(size)  # a box of this size:
+        assert [int(hidden.flatten(1).any(dim=1).sum()), int(hidden.any(dim=0).any(dim=1).sum())] == [frames, rows]
+        assert int(hidden.any(dim=0).any(dim=0).sum()) == columns
+
+
+def test_the_size_is_drawn_anew_for_each_batch_and_the_places_for_each_sample():
+    masking, g = MultiBlockMasking(1, 0.15), generator()
+    seen = [masking.block_size((8, 14, 14), g) for _ in range(300)]
+    assert {size[1:] for size in seen} == set(block_sizes(0.15, 14, 14))
+    assert {size[0] for size in seen} == {8}
+    assert len(torch.unique(masking.draw(16, (8, 14, 14), g), dim=0)) > 8
+
+
+def test_blocks_begin_everywhere_alike_often_also_in_time():
+    hidden = MultiBlockMasking(1, 0.25, temporal_scale=0.5, aspect_ratio=(1, 1)).draw(4000, (4, 4, 4), generator())
+    starts = hidden.float().argmax(dim=1).bincount(minlength=64).view(4, 4, 4)  # blocks of 2 x 2 x 2
+    assert starts[3:].sum() == starts[:, 3:].sum() == starts[:, :, 3:].sum() == 0
+    assert (starts[:3, :3, :3] / 4000 - 1 / 27).abs().max() < 0.015  # 5 standard deviations
+
+
+def test_a_prefix_drops_the_last_frames_and_random_truncation_any():
+    grid, last = (8, 14, 14), {}
+    for truncate in ("prefix", "random"):
+        target = MultiBlockMasking(*SHORT, truncate=truncate)(32, grid, generator()).target
+        last[truncate] = (target // 196).flatten().bincount(minlength=8)
+    assert last["prefix"][7] < 0.6 * last["prefix"][0]
+    assert last["random"][7] == pytest.approx(last["random"][0].item(), rel=0.1)
+
+
+def test_a_sample_whose_blocks_cover_everything_is_drawn_again():
+    masking = MultiBlockMasking(2, 0.7)  # of 4 x 4 places 3 x 4 or 4 x 3: in half of the draws two cover all
+    for seed in range(20):
+        assert not masking.draw(32, (2, 4, 4), generator(seed)).all(dim=1).any()
+
+
+@pytest.mark.parametrize("masking", [MultiBlockMasking(1, 1.0, aspect_ratio=(1, 1)), MultiBlockMasking(400, 0.5)])
+def test_blocks_that_leave_no_context_are_refused(masking):
+    with pytest.raises(ValueError, match=r"leaves no context: .* whole grid of 2 x 4 x 4. Use fewer or smaller blocks"):
+        masking(2, (2, 4, 4), generator())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_blocks": 0}, "num_blocks=0 hides nothing"),
+        ({"spatial_scale": 0.0}, r"spatial_scale=0.0 is no share"),
+        ({"spatial_scale": 1.5}, r"spatial_scale=1.5 is no share"),
+        ({"temporal_scale": -1.0}, r"temporal_scale=-1.0 is no share"),
+        ({"aspect_ratio": (1.5, 0.75)}, r"aspect_ratio=\[1.5, 0.75\] is no range"),
+        ({"aspect_ratio": (0.0, 1.0)}, r"aspect_ratio=\[0.0, 1.0\] is no range"),
+        ({"truncate": "suffix"}, "truncate='suffix' is unknown"),
+    ],
+)
+def test_blocks_that_are_none_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        MultiBlockMasking(**changes)

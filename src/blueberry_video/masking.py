@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_ATTEMPTS = 100  # how often blocks are drawn anew where they cover everything, before that counts as an error
+
 
 class Masks(NamedTuple):
     """Token indices in raster order, ascending in each row."""
@@ -119,6 +121,109 @@ class ByModality:
 
     def __call__(self, batch_size: int, grid: tuple[int, int, int], generator: torch.Generator | None = None) -> Masks:
         return (self.image if grid[0] == 1 else self.clip)(batch_size, grid, generator)
+
+
+class MultiBlockMasking:
+    """Hides the union of several blocks, each a rectangle of places over many frames (V-JEPA, arXiv 2404.08471).
+
+    V-JEPA trains on two of these at once: 8 blocks of 0.15 of the picture (short range) and 2 of 0.7 (long range), both
+    over the whole length. At 14 x 14 places they hide 0.63 and 0.81 of the clip. All blocks of a batch have one size,
+    drawn anew for each batch; their places are drawn for each sample. Since samples then hide different numbers of
+    tokens, targets and context are both cut to the fewest of the batch: some tokens are neither.
+
+    Args:
+        num_blocks: blocks a sample.
+        spatial_scale: share of a frame's places that a block covers, in (0, 1]; rounded to whole rows and columns.
+        temporal_scale: share of the frames that it covers, in (0, 1]; rounded down, one at least.
+        aspect_ratio: range of height over width, drawn uniformly.
+        truncate: which tokens stay where there are too many: ``"prefix"``, the first in raster order, as published,
+            which drops the last frames; or ``"random"`` ones.
+
+    Raises:
+        ValueError: for values outside these ranges; when called, if the blocks leave no context.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int = 8,
+        spatial_scale: float = 0.15,
+        temporal_scale: float = 1.0,
+        aspect_ratio: tuple[float, float] = (0.75, 1.5),
+        truncate: str = "prefix",
+    ):
+        if num_blocks < 1:
+            raise ValueError(f"masking num_blocks={num_blocks} hides nothing: use 1 or more; V-JEPA uses 8 and 2.")
+        for key, scale in (("spatial_scale", spatial_scale), ("temporal_scale", temporal_scale)):
+            if not 0 < scale <= 1:
+                raise ValueError(f"masking {key}={scale} is no share of the clip: use a number in (0, 1].")
+        low, high = aspect_ratio
+        if not 0 < low <= high:
+            raise ValueError(f"masking aspect_ratio={[low, high]} is no range: give two positive numbers, ascending.")
+        if truncate not in ("prefix", "random"):
+            raise ValueError(f"masking truncate={truncate!r} is unknown: choose 'prefix' or 'random'.")
+        self.num_blocks, self.spatial_scale, self.temporal_scale = num_blocks, spatial_scale, temporal_scale
+        self.aspect_ratio, self.truncate = (low, high), truncate
+
+    def __call__(self, batch_size: int, grid: tuple[int, int, int], generator: torch.Generator | None = None) -> Masks:
+        hidden = self.draw(batch_size, grid, generator)
+        return Masks(keep=self._cut(~hidden, generator), target=self._cut(hidden, generator))
+
+    def draw(
+        self, batch_size: int, grid: tuple[int, int, int], generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Which tokens the blocks cover: bool (B, t * h * w), before any are cut off; some are left in each sample."""
+        size = self.block_size(grid, generator)
+        hidden = self._union(batch_size, grid, size, generator)
+        for _ in range(_ATTEMPTS):
+            full = hidden.all(dim=1)
+            if not full.any():
+                return hidden
+            hidden[full] = self._union(int(full.sum()), grid, size, generator)
+        raise self._no_context(grid, size)
+
+    def block_size(self, grid: tuple[int, int, int], generator: torch.Generator | None = None) -> tuple[int, int, int]:
+        """Frames, rows and columns of the blocks of one batch: less than the whole grid."""
+        t, h, w = grid
+        low, high = self.aspect_ratio
+        frames, places = max(1, int(t * self.temporal_scale)), int(h * w * self.spatial_scale)
+        for _ in range(_ATTEMPTS):
+            ratio = low + (high - low) * torch.rand((), generator=generator).item()
+            rows, columns = round(math.sqrt(places * ratio)), round(math.sqrt(places / ratio))
+            size = (frames, min(max(rows, 1), h), min(max(columns, 1), w))
+            if size != grid:
+                return size
+        raise self._no_context(grid, grid)
+
+    def _union(
+        self, samples: int, grid: tuple[int, int, int], size: tuple[int, int, int], generator: torch.Generator | None
+    ) -> Tensor:
+        """Blocks of one size at random places: bool (samples, t * h * w)."""
+        inside = []
+        for axis, (length, extent) in enumerate(zip(grid, size, strict=True)):
+            start = torch.randint(length - extent + 1, (samples, self.num_blocks, 1), generator=generator)
+            offset = torch.arange(length) - start  # (samples, blocks, length)
+            shape = [samples, self.num_blocks, 1, 1, 1]
+            shape[2 + axis] = length
+            inside.append(((offset >= 0) & (offset < extent)).view(shape))
+        return (inside[0] & inside[1] & inside[2]).any(dim=1).flatten(1)
+
+    def _cut(self, chosen: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Indices of the true ones of (B, N), as many in each row as the row with the fewest has."""
+        rows, tokens = chosen.shape
+        if self.truncate == "random":
+            order = torch.rand(rows, tokens, generator=generator).argsort(dim=1)
+        else:
+            order = torch.arange(tokens).expand(rows, -1)
+        fewest = int(chosen.sum(dim=1).min())
+        return order.masked_fill(~chosen, tokens).argsort(dim=1)[:, :fewest].sort(dim=1).values
+
+    def _no_context(self, grid: tuple[int, int, int], size: tuple[int, int, int]) -> ValueError:
+        (t, h, w), (frames, rows, columns) = grid, size
+        return ValueError(
+            f"masking num_blocks={self.num_blocks} with spatial_scale={self.spatial_scale} leaves no context: its "
+            f"blocks of {frames} x {rows} x {columns} tokens cover the whole grid of {t} x {h} x {w}. Use fewer or "
+            "smaller blocks, or smaller patches."
+        )
 
 
 def _checked_ratio(ratio: float) -> float:

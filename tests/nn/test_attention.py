@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from blueberry_video.nn.attention import Attention
+from blueberry_video.nn.rope import grid_positions, rotate, rotation
 
 
 def randomized(qkv_bias: str) -> Attention:
@@ -31,6 +32,17 @@ def test_equals_the_formula(qkv_bias):
         heads.append(scores.softmax(dim=-1) @ v[..., part])
     expected = torch.cat(heads, dim=-1) @ attention.proj.weight.T + attention.proj.bias
     torch.testing.assert_close(attention(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_rotation_turns_queries_and_keys_and_no_values():
+    attention, x = randomized("qkv"), torch.randn(2, 5, 12)
+    attention.num_heads = 2  # of 6 channels
+    turn = rotation(grid_positions((5, 1, 1)).float(), 6)
+    q, k, v = (part.unflatten(2, (2, 6)).transpose(1, 2) for part in attention.qkv(x).chunk(3, dim=2))
+    scores = rotate(q, turn) @ rotate(k, turn).transpose(2, 3) / 6**0.5
+    expected = attention.proj((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(x, turn), expected, atol=1e-5, rtol=1e-5)
+    assert (attention(x, turn) - attention(x)).abs().max() > 1e-2
 
 
 def test_a_bias_on_the_keys_cancels():

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from blueberry_video.nn.blocks import Block, DropPath
+from blueberry_video.nn.blocks import Block, DropPath, init_trunc_normal
+from blueberry_video.nn.rope import RotaryPositions
 
 
 def test_block_is_pre_norm_with_two_residuals():
@@ -13,6 +14,32 @@ def test_block_is_pre_norm_with_two_residuals():
     z = y + block.mlp.fc2(torch.nn.functional.gelu(block.mlp.fc1(block.norm2(y))))
     torch.testing.assert_close(block(x), z)
     assert block.norm1.eps == block.norm2.eps == 1e-6
+
+
+def test_a_rotation_goes_to_the_attention():
+    block, x, turn = Block(12, 2), torch.randn(2, 4, 12), RotaryPositions((4, 1, 1), 6)()
+    y = x + block.attn(block.norm1(x), turn)
+    torch.testing.assert_close(block(x, turn), y + block.mlp(block.norm2(y)))
+    assert not torch.allclose(block(x, turn), block(x), atol=1e-4)
+
+
+def test_v_jepa_begins_with_normal_matrices_and_smaller_branches_further_up():
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    model.embed, model.blocks = torch.nn.Conv3d(3, 64, 4), torch.nn.ModuleList(Block(64, 2) for _ in range(3))
+    init_trunc_normal(model)
+    assert model.embed.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not model.embed.bias.any()
+    for i, block in enumerate(model.blocks, start=1):
+        for layer, std in (
+            (block.attn.qkv, 0.02),
+            (block.attn.proj, 0.02 / (2 * i) ** 0.5),
+            (block.mlp.fc1, 0.02),
+            (block.mlp.fc2, 0.02 / (2 * i) ** 0.5),
+        ):
+            assert layer.weight.std().item() == pytest.approx(std, rel=0.05)
+            assert not layer.bias.any()
+        assert torch.equal(block.norm1.weight, torch.ones(64))
 
 
 @pytest.mark.parametrize(("dim", "hidden"), [(47, 61), (47, 62), (49, 55), (55, 28), (768, 3072), (1408, 6144)])

@@ -1,9 +1,9 @@
-"""Attentive pooling against its formula."""
+"""Attentive pooling against its formula; the heads of probes."""
 
 import pytest
 import torch
 
-from blueberry_video.nn.heads import AttentivePool, ClassificationHead
+from blueberry_video.nn.heads import AnticipationHead, AttentivePool, ClassificationHead
 
 
 def test_attentive_pool_equals_the_formula():
@@ -23,6 +23,22 @@ def test_attentive_pool_equals_the_formula():
     torch.testing.assert_close(pool(tokens), y + pool.mlp(pool.norm2(y)), atol=1e-5, rtol=1e-5)
 
 
+def test_deeper_pooling_has_self_attention_first():
+    torch.manual_seed(0)
+    pool, tokens = AttentivePool(8, 2, depth=4), torch.randn(3, 5, 8)
+    assert len(pool.blocks) == 3
+    one = AttentivePool(8, 2)
+    one.load_state_dict({name: value for name, value in pool.state_dict().items() if not name.startswith("blocks.")})
+    between = pool.blocks[2](pool.blocks[1](pool.blocks[0](tokens)))
+    torch.testing.assert_close(pool(tokens), one(between))
+    assert not torch.allclose(pool(tokens), one(tokens), atol=1e-3)
+
+
+def test_the_epsilon_is_that_of_every_norm():
+    norms = [module for module in AttentivePool(8, 2, norm_eps=1e-5, depth=2).modules() if hasattr(module, "eps")]
+    assert [norm.eps for norm in norms] == [1e-5] * 4
+
+
 def test_pooling_ignores_the_order_of_tokens():
     torch.manual_seed(0)
     tokens = torch.randn(2, 6, 8)
@@ -35,6 +51,39 @@ def test_dropout_acts_in_training_alone():
     head, tokens = ClassificationHead(64, {"a": 3}, dropout=0.5, init_scale=50.0), torch.randn(2, 6, 64)
     assert not torch.equal(head.train()(tokens)["a"], head(tokens)["a"])
     assert torch.equal(head.eval()(tokens)["a"], head(tokens)["a"])
+
+
+def test_without_a_final_norm_the_pooled_vector_is_scored_as_it_is():
+    torch.manual_seed(0)
+    head, tokens = ClassificationHead(8, {"a": 3}, "attentive", 2, pool_depth=2, final_norm=False), torch.randn(2, 6, 8)
+    assert "fc_norm.weight" not in head.state_dict()
+    assert len(head.pool.blocks) == 1
+    torch.testing.assert_close(head(tokens)["a"], head.linear["a"](head.pool(tokens)))
+
+
+def test_anticipation_asks_a_query_a_label_and_scores_its_answer():
+    torch.manual_seed(0)
+    head, tokens = AnticipationHead(8, {"verb": 3, "noun": 4, "action": 5}, num_heads=2, depth=2), torch.randn(2, 6, 8)
+    torch.nn.init.normal_(head.pool.query)
+    logits = head(tokens)
+    assert {name: tuple(scores.shape) for name, scores in logits.items()} == {
+        "verb": (2, 3),
+        "noun": (2, 4),
+        "action": (2, 5),
+    }
+    alone = AttentivePool(8, 2, depth=2)
+    for i, name in enumerate(logits):
+        state = head.pool.state_dict()
+        alone.load_state_dict(state | {"query": state["query"][:, i : i + 1]})
+        torch.testing.assert_close(logits[name], head.linear[name](alone(tokens)), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="num_classes is empty"):
+        AnticipationHead(8, {}, num_heads=2)
+
+
+@pytest.mark.parametrize("sizes", [{"depth": 0}, {"num_queries": 0}])
+def test_no_depth_or_query_is_refused(sizes):
+    with pytest.raises(ValueError, match="both are 1 or more"):
+        AttentivePool(8, 2, **sizes)
 
 
 @pytest.mark.parametrize("num_heads", [3, 0])

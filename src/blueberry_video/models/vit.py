@@ -1,9 +1,10 @@
 """The plain video vision transformer: the encoder of VideoMAE (arXiv 2203.12602; github.com/MCG-NJU/VideoMAE), of
-VideoMAE V2 and, with a bias on the keys, of OmniMAE (github.com/facebookresearch/omnivore).
+VideoMAE V2 and, with a bias on the keys, of OmniMAE (github.com/facebookresearch/omnivore); with other positions, of
+V-JEPA (arXiv 2404.08471; github.com/facebookresearch/jepa) and V-JEPA 2 (arXiv 2506.09985).
 
-Unusual about it: the positions are a fixed 1-D sinusoid over the flattened token index, added to the tokens and
-absent from the state dict; keys have no bias; there is no class token. Parameter names are those of the original
-code.
+Unusual about it: VideoMAE's positions are a fixed 1-D sinusoid over the flattened token index; its keys have no bias.
+V-JEPA's are a fixed 3-D sine-cosine table, V-JEPA 2 turns queries and keys instead. None are in the state dict; there
+is no class token. Parameter names are those of the original code.
 """
 
 import argparse
@@ -17,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from blueberry_video.nn.blocks import Block
+from blueberry_video.nn.blocks import Block, init_trunc_normal
 from blueberry_video.nn.embeddings import TubeletEmbed
 from blueberry_video.nn.encoder import Encoder
-from blueberry_video.nn.positions import sinusoid_table
+from blueberry_video.nn.positions import resize_table, sincos_3d_table, sinusoid_table
+from blueberry_video.nn.rope import RotaryPositions
 
 
 class VisionTransformer(Encoder):
@@ -38,10 +40,15 @@ class VisionTransformer(Encoder):
         final_norm: LayerNorm after the last block. Published fine-tuned models have none: their classifier normalises
             the mean of the tokens.
         images: take single frames (B, C, 1, H, W), too; see :class:`~blueberry_video.nn.encoder.Encoder`.
+        positions: ``"sinusoid"`` over the token index (VideoMAE); ``"sincos_3d"`` (V-JEPA), stretched over clips of
+            another length or size; ``"rope_3d"`` (V-JEPA 2), which such clips need nothing for.
+        rope_quirk: turn as the published weights of V-JEPA 2 do, see :mod:`blueberry_video.nn.rope`.
+        init: ``"xavier"`` (VideoMAE, :func:`init_weights`) or ``"trunc_normal"`` (V-JEPA,
+            :func:`~blueberry_video.nn.blocks.init_trunc_normal`).
 
     Raises:
-        ValueError: for sizes the patches do not divide, and in ``forward`` for a video of another shape than built
-            for.
+        ValueError: for sizes the patches do not divide, unknown positions or init; in ``forward`` for a video of a
+            shape that these positions do not fit.
     """
 
     positions: Tensor
@@ -61,22 +68,63 @@ class VisionTransformer(Encoder):
         drop_path: float = 0.0,
         final_norm: bool = True,
         images: bool = False,
+        positions: str = "sinusoid",
+        rope_quirk: bool = False,
+        init: str = "xavier",
     ):
         super().__init__(image_size, num_frames, patch_size, tubelet_size, embed_dim, in_channels, images)
+        if positions not in ("sinusoid", "sincos_3d", "rope_3d"):
+            raise ValueError(f"positions={positions!r} is unknown: choose 'sinusoid', 'sincos_3d' or 'rope_3d'.")
+        if init not in ("xavier", "trunc_normal"):
+            raise ValueError(f"init={init!r} is unknown: choose 'xavier' or 'trunc_normal'.")
         self.patch_embed = TubeletEmbed(in_channels, embed_dim, self.patch_size)
-        self.register_buffer("positions", sinusoid_table(self.num_tokens, embed_dim), persistent=False)
+        self.position_kind, grid = positions, self.grid(self.video_size)
+        if positions != "rope_3d":
+            sinusoid = positions == "sinusoid"
+            table = sinusoid_table(self.num_tokens, embed_dim) if sinusoid else sincos_3d_table(grid, embed_dim)
+            self.register_buffer("positions", table, persistent=False)
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate) for rate in rates)
+        self.rope = RotaryPositions(grid, embed_dim // num_heads, rope_quirk) if positions == "rope_3d" else None
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6) if final_norm else nn.Identity()
-        self.blocks.apply(init_weights)
+        if init == "xavier":
+            self.blocks.apply(init_weights)
+        else:
+            init_trunc_normal(self)
+
+    def as_clip(self, video: Tensor) -> Tensor:
+        """As :meth:`Encoder.as_clip`; with 3-D positions, of any length and size that the patches divide."""
+        if self.position_kind == "sinusoid":
+            return super().as_clip(video)
+        channels, tubelet = self.video_size[0], self.patch_size[0]
+        if self.images and video.shape[2] == 1:
+            video = video.expand(-1, -1, tubelet, -1, -1)
+        whole = all(size and size % patch == 0 for size, patch in zip(video.shape[-3:], self.patch_size))
+        if video.shape[1] != channels or not whole:
+            raise ValueError(
+                f"the video has (C, T, H, W) = {tuple(video.shape[1:])} but the encoder takes {channels} channels and "
+                f"cuts T, H, W into patches of {self.patch_size}: give a video of multiples of these."
+            )
+        return video
 
     def forward(self, video: Tensor, keep: Tensor | None = None) -> Tensor:
         """(B, C, T, H, W) and, optionally, indices (B, N_kept) of the visible tokens -> (B, N or N_kept, D)."""
         x = self.patch_embed(self.as_clip(video), keep)
-        x = x + (self.positions[: x.shape[1]] if keep is None else self.positions[keep])
+        grid, rotation = self.grid(video.shape), None
+        if self.rope is not None:
+            rotation = self.rope(keep, grid)
+        else:
+            positions = self._positions(grid)
+            x = x + (positions if keep is None else positions[keep])
         for block in self.blocks:
-            x = block(x)
+            x = block(x, rotation)
         return self.norm(x)
+
+    def _positions(self, grid: tuple[int, int, int]) -> Tensor:
+        """The table (t * h * w, D) of a clip of this grid; a single frame has the places of a clip's first tokens."""
+        built = self.grid(self.video_size)
+        length = built[0] if grid[0] == 1 and self.images else grid[0]
+        return resize_table(self.positions, built, (length, *grid[1:]))[: math.prod(grid)]
 
 
 def init_weights(module: nn.Module) -> None:
@@ -88,6 +136,12 @@ def init_weights(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+JEPA_FILE = (
+    "as files of V-JEPA do: read it with blueberry_video.models.jepa.from_published, which asks for the encoder to "
+    "take. The state_dict() of that encoder, saved with torch.save, can be given here."
+)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -102,25 +156,38 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, holds no state dict, or objects that only running code would restore.
+        ValueError: if the file is damaged, holds no state dict, several (V-JEPA), or objects that only running code
+            would restore.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there are no weights at {path}: give the path of an existing file.")
-    content = _read(path)
+    content = read_content(path)
     for wrapping in ("model", "module", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapping), dict):
             content = content[wrapping]
             break
+    if isinstance(content, dict) and {"encoder", "predictor"} <= content.keys():
+        raise ValueError(f"{path} holds several networks, {JEPA_FILE}")
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(
             f"{path} holds no state dict: expected tensors by name, bare or in 'model', 'module', 'state_dict'."
         )
+    return without_prefixes(content)
+
+
+def without_prefixes(content: dict) -> dict[str, Tensor]:
+    """The tensors of a state dict, their names without ``module.``, ``model.`` and ``backbone.`` in front."""
     prefix = re.compile(r"^(module\.|model\.|backbone\.)+")
     return {prefix.sub("", name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def _read(path: Path) -> object:
+def read_content(path: str | Path) -> object:
+    """All that a checkpoint file holds, its tensors on the CPU.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`read_weights`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there are no weights at {path}: give the path of an existing file.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -294,6 +361,8 @@ def encoder_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: if there is no VideoMAE or OmniMAE encoder in it, or one with other positions.
     """
+    if any("embeddings.patch_embeddings.proj." in name for name in state):
+        raise ValueError(f"these weights are an encoder and a predictor, {JEPA_FILE}")
     if any("embeddings.patch_embeddings" in name for name in state):
         return convert_huggingface(state)
     is_omnimae = any(name.startswith("trunk.") for name in state)
@@ -327,6 +396,8 @@ def build_from_weights(
     image_size: int = 224,
     num_heads: int | None = None,
     images: bool = False,
+    positions: str = "sinusoid",
+    rope_quirk: bool = False,
 ) -> VisionTransformer:
     """A :class:`VisionTransformer` of the size the weights have, loaded strictly.
 
@@ -335,6 +406,7 @@ def build_from_weights(
         num_frames, image_size: of the clips; no weight tells them, as positions are computed.
         num_heads: no weight tells this either; by default what the published models have.
         images: take single frames, too, as OmniMAE.
+        positions, rope_quirk: see :class:`VisionTransformer`.
 
     Raises:
         RuntimeError: if a weight is missing, left over, or of another shape: each is named.
@@ -353,6 +425,8 @@ def build_from_weights(
         qkv_bias=qkv_bias(weights, "blocks.0"),
         final_norm="norm.weight" in weights,
         images=images,
+        positions=positions,
+        rope_quirk=rope_quirk,
     )
     encoder.load_state_dict(weights)
     return encoder

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from blueberry_video.nn.rope import Rotation, rotate
+
 
 class Attention(nn.Module):
     """Full self-attention with a fused query-key-value projection.
@@ -31,12 +33,14 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D); with ``rotation``, queries and keys are turned by the positions of their tokens."""
         bias: Tensor | None = self.qkv.bias
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias)
         q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in qkv.chunk(3, dim=-1))
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D / heads)
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))

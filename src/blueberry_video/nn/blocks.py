@@ -1,9 +1,14 @@
 """Transformer blocks."""
 
+import math
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from blueberry_video.nn.attention import Attention
+from blueberry_video.nn.rope import Rotation
 
 
 class Mlp(nn.Module):
@@ -41,7 +46,8 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block:
 
-    attention and MLP, each behind a LayerNorm and added to its input. (B, N, D) -> (B, N, D).
+    attention and MLP, each behind a LayerNorm and added to its input. (B, N, D) -> (B, N, D), with rotary positions
+    where a rotation is given.
     """
 
     def __init__(
@@ -60,6 +66,23 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, round(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), rotation))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def init_trunc_normal(transformer: nn.Module) -> None:
+    """V-JEPA's: matrices and patch convolution normal with a deviation of 0.02, zero biases.
+
+    What block i of ``transformer.blocks`` adds to its input (the last matrices of attention and MLP) begins smaller, by
+    1 / sqrt(2 (i + 1)). LayerNorm (1, 0) and what is no layer keep the values they are made with.
+    """
+    for module in transformer.modules():
+        if isinstance(module, nn.Linear | nn.Conv3d):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    with torch.no_grad():
+        for i, block in enumerate(cast(Iterable[Block], transformer.blocks)):
+            for layer in (block.attn.proj, block.mlp.fc2):
+                layer.weight.div_(math.sqrt(2 * (i + 1)))

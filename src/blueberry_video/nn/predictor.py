@@ -1,0 +1,106 @@
+"""The predictor of V-JEPA (arXiv 2404.08471) and V-JEPA 2 (arXiv 2506.09985): from features of visible tokens to those
+of hidden ones.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from blueberry_video.nn.blocks import Block, init_trunc_normal
+from blueberry_video.nn.patches import gather_tokens
+from blueberry_video.nn.positions import resize_table, sincos_3d_table
+from blueberry_video.nn.rope import RotaryPositions
+
+
+class Predictor(nn.Module):
+    """Visible tokens and the places of hidden ones -> what features the hidden ones have.
+
+    Args:
+        embed_dim: width D of the encoder's tokens.
+        grid: tokens (t, h, w) of the usual clip.
+        dim, depth, num_heads: width, blocks and heads.
+        mlp_ratio: hidden over outer width of the MLPs.
+        num_mask_tokens: kinds of masks; each has a mask token, which begins at zero.
+        positions: ``"sincos_3d"`` (V-JEPA) or ``"rope_3d"`` (V-JEPA 2, which also sorts its tokens by place).
+        rope_quirk: see :mod:`blueberry_video.nn.rope`.
+        out_dim: width of the targets; by default ``embed_dim``.
+
+    Raises:
+        ValueError: for unknown positions, no mask token, or heads that the width does not fit.
+    """
+
+    positions: Tensor
+
+    def __init__(
+        self,
+        embed_dim: int,
+        grid: tuple[int, int, int],
+        dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        num_mask_tokens: int = 2,
+        positions: str = "rope_3d",
+        rope_quirk: bool = False,
+        out_dim: int | None = None,
+    ):
+        super().__init__()
+        if positions not in ("sincos_3d", "rope_3d"):
+            raise ValueError(f"the predictor's positions={positions!r} are unknown: choose 'sincos_3d' or 'rope_3d'.")
+        if num_mask_tokens < 1:
+            raise ValueError(f"num_mask_tokens={num_mask_tokens}: a predictor needs one a kind of mask.")
+        self.grid = grid
+        self.embed = nn.Linear(embed_dim, dim)
+        self.mask_tokens = nn.Parameter(torch.zeros(num_mask_tokens, dim))
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.proj = nn.Linear(dim, out_dim or embed_dim)
+        self.rope = RotaryPositions(grid, dim // num_heads, rope_quirk) if positions == "rope_3d" else None
+        if self.rope is None:
+            self.register_buffer("positions", sincos_3d_table(grid, dim), persistent=False)
+        init_trunc_normal(self)
+
+    def forward(
+        self,
+        context: Tensor,
+        keep: Tensor,
+        target: Tensor,
+        mask_index: int = 0,
+        grid: tuple[int, int, int] | None = None,
+    ) -> Tensor:
+        """Predicts features.
+
+        Args:
+            context: (B, N_context, D) of the encoder.
+            keep: (B, N_context) indices of these tokens.
+            target: (B, N_target) indices of the tokens to predict.
+            mask_index: which mask token to use; V-JEPA 2's published weights were made for 1.
+            grid: tokens (t, h, w) of this clip, where it is not the usual one.
+
+        Returns:
+            (B, N_target, out_dim), in the order of ``target``.
+
+        Raises:
+            ValueError: for a mask without context, or one without its mask token.
+        """
+        if keep.shape[1] == 0:
+            raise ValueError("the mask leaves an empty context: nothing can be predicted from no token. Hide fewer.")
+        if not 0 <= mask_index < len(self.mask_tokens):
+            raise ValueError(
+                f"mask_index={mask_index}, but there are mask tokens for {len(self.mask_tokens)} kinds of masks: set "
+                "model.num_mask_tokens to the number of maskings."
+            )
+        grid, index = grid or self.grid, torch.cat([keep, target], dim=1)
+        x = self.embed(context)
+        mask_tokens = self.mask_tokens[mask_index].to(x.dtype).expand(*target.shape, -1)
+        x = torch.cat([x, mask_tokens], dim=1)  # (B, N_context + N_target, dim)
+        if self.rope is None:
+            x = x + resize_table(self.positions, self.grid, grid)[index]
+            for block in self.blocks:
+                x = block(x)
+        else:
+            index, order = index.sort(dim=1)
+            x, rotation = gather_tokens(x, order), self.rope(index, grid)
+            for block in self.blocks:
+                x = block(x, rotation)
+            x = gather_tokens(x, order.argsort(dim=1))
+        return self.proj(self.norm(x[:, keep.shape[1] :]))

@@ -1,0 +1,112 @@
+"""Rotary positions against a formula in double precision, written out in loops: with the quirk and without."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from blueberry_video.nn.rope import RotaryPositions, channels_per_axis, grid_positions, rotate, rotation
+
+DOUBLE = {"atol": 1e-12, "rtol": 1e-12}
+SINGLE = {"atol": 1e-6, "rtol": 1e-6}  # the tables' round-off
+
+
+def turned_in_loops(vector: list[float], place: tuple[float, float, float], quirk: bool) -> list[float]:
+    """One query or key, pair by pair; only the quirk gives the two channels of a pair different angles."""
+    dim = 2 * ((len(vector) // 3) // 2)
+    turned = list(vector)
+    for axis in range(3):
+        for pair in range(dim // 2):
+            first, second = axis * dim + 2 * pair, axis * dim + 2 * pair + 1
+            exponents = ((2 * pair) % (dim // 2), (2 * pair + 1) % (dim // 2)) if quirk else (pair, pair)
+            a, b = (place[axis] / 10000 ** (exponent / (dim / 2)) for exponent in exponents)
+            turned[first] = vector[first] * math.cos(a) - vector[second] * math.sin(a)
+            turned[second] = vector[second] * math.cos(b) + vector[first] * math.sin(b)
+    return turned
+
+
+def turned(x: Tensor, places: list[tuple[float, float, float]], quirk: bool) -> Tensor:
+    """Queries or keys (heads, N, head_dim) of one sample."""
+    heads = [[turned_in_loops(row, place, quirk) for row, place in zip(head, places)] for head in x.tolist()]
+    return torch.tensor(heads, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("quirk", [False, True])
+@pytest.mark.parametrize("head_dim", [6, 32, 64, 80])
+def test_equals_the_formula_in_double_precision(head_dim, quirk):
+    places = [(0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (0.0, 5.0, 0.0), (0.0, 0.0, 7.0), (31.0, 23.0, 11.0), (2.5, 0.25, -3.0)]
+    x = torch.randn(2, 3, len(places), head_dim, dtype=torch.float64)
+    turn = rotation(torch.tensor(places, dtype=torch.float64), head_dim, quirk)
+    assert turn.cos.dtype == torch.float64
+    for sample, result in zip(x, rotate(x, turn)):
+        torch.testing.assert_close(result, turned(sample, places, quirk), **DOUBLE)
+
+
+@pytest.mark.parametrize("quirk", [False, True])
+def test_tables_of_a_clip_equal_the_formula_by_token_id(quirk):
+    (t, h, w), x = (3, 2, 5), torch.randn(2, 2, 4, 32)
+    index = torch.tensor([[0, 9, 10, 29], [29, 3, 17, 8]])
+    result = rotate(x, RotaryPositions((t, h, w), 32, quirk)(index))
+    assert result.dtype == torch.float32
+    for sample in range(2):
+        places = [(i // (h * w), i % (h * w) // w, i % w) for i in index[sample].tolist()]
+        torch.testing.assert_close(result[sample].double(), turned(x[sample].double(), places, quirk), **SINGLE)
+
+
+@pytest.mark.parametrize(("head_dim", "channels"), [(6, 2), (16, 4), (32, 10), (64, 20), (80, 26), (88, 28)])
+def test_a_third_of_the_channels_turns_by_each_axis_and_the_rest_stays(head_dim, channels):
+    assert channels_per_axis(head_dim) == channels
+    for axis in range(3):
+        place = torch.zeros(1, 3)
+        place[0, axis] = 2.0
+        x = torch.randn(1, 1, 1, head_dim)
+        changed = (rotate(x, rotation(place, head_dim)) != x).flatten().nonzero().flatten().tolist()
+        assert changed == list(range(axis * channels, (axis + 1) * channels))
+
+
+def scores(shift: int, quirk: bool) -> Tensor:
+    """Products of four queries and keys at places that lie ``shift`` later, lower and further right."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 4, 32, dtype=torch.float64, generator=generator)
+    turn = rotation(grid_positions((1, 2, 2)) + shift, 32, quirk)
+    return rotate(q, turn) @ rotate(k, turn).transpose(2, 3)
+
+
+def test_scores_depend_on_distances_alone_but_for_the_quirk():
+    torch.testing.assert_close(scores(5, quirk=False), scores(0, quirk=False), **DOUBLE)
+    assert (scores(5, quirk=True) - scores(0, quirk=True)).abs().max() > 0.1
+
+
+def test_no_token_is_turned_at_the_origin_and_lengths_stay():
+    x, turn = torch.randn(2, 2, 30, 16, dtype=torch.float64), rotation(grid_positions((3, 2, 5)), 16)
+    assert torch.equal(rotate(x, turn)[:, :, 0], x[:, :, 0])
+    torch.testing.assert_close(rotate(x, turn).norm(dim=-1), x.norm(dim=-1), **DOUBLE)
+
+
+def test_the_grid_counts_in_raster_order():
+    assert grid_positions((2, 1, 2)).tolist() == [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 1]]
+
+
+def test_other_grids_are_computed_and_the_built_one_is_kept():
+    rope = RotaryPositions((2, 3, 4), 12)
+    assert rope()[0] is rope.cos
+    assert rope(grid=(2, 3, 4))[0] is rope.cos
+    for part, expected in zip(rope(grid=(4, 2, 5)), RotaryPositions((4, 2, 5), 12)()):
+        assert torch.equal(part, expected)
+    index = torch.tensor([[39, 7]])
+    assert torch.equal(rope(index, (4, 2, 5)).sin[0, 0], RotaryPositions((4, 2, 5), 12).sin[index[0]])
+    assert rope.state_dict() == {}
+
+
+def test_half_precision_stays_and_is_turned_in_single():
+    x, turn = torch.randn(1, 1, 24, 12), RotaryPositions((2, 3, 4), 12)()
+    result = rotate(x.bfloat16(), turn)
+    assert result.dtype == torch.bfloat16
+    assert torch.equal(result, rotate(x.bfloat16().float(), turn).bfloat16())
+
+
+@pytest.mark.parametrize("head_dim", [4, 5, 7, 33])
+def test_heads_without_a_pair_an_axis_are_refused(head_dim):
+    with pytest.raises(ValueError, match=rf"even width of 6 or more.* not of {head_dim}:"):
+        RotaryPositions((2, 2, 2), head_dim)
