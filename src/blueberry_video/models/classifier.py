@@ -18,7 +18,9 @@ class VideoClassifier(nn.Module):
     Args:
         encoder: any encoder of this package. VideoMAE is fine-tuned without its final norm.
         num_classes: number of classes of each label to predict, such as ``{motion: 8}``.
-        pooling, num_heads, dropout, head_init_scale: see :class:`~blueberry_video.nn.heads.ClassificationHead`.
+        pooling, num_heads, dropout, head_init_scale, pool_depth, head_norm: see
+            :class:`~blueberry_video.nn.heads.ClassificationHead`; V-JEPA 2 is probed with ``attentive`` pooling of 4
+            blocks and no norm.
         freeze_encoder: train the head alone; the encoder then stays in evaluation mode.
 
     Attributes:
@@ -36,12 +38,16 @@ class VideoClassifier(nn.Module):
         num_heads: int = 1,
         dropout: float = 0.0,
         head_init_scale: float = 0.001,
+        pool_depth: int = 1,
+        head_norm: bool = True,
         freeze_encoder: bool = False,
     ):
         super().__init__()
         self.encoder, self.freeze_encoder = encoder, freeze_encoder
         self.num_classes = dict(num_classes)
-        self.head = ClassificationHead(encoder.embed_dim, num_classes, pooling, num_heads, dropout, head_init_scale)
+        self.head = ClassificationHead(
+            encoder.embed_dim, num_classes, pooling, num_heads, dropout, head_init_scale, pool_depth, head_norm
+        )
         if freeze_encoder:
             encoder.requires_grad_(False)
 
