@@ -14,7 +14,6 @@ MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolati
 """
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from einops import rearrange
 from torch import Tensor
 
 from blueberry_video.ops import video_ssd
+from blueberry_video.video.quality import peak_memory
 
 BATCH, FRAMES, TOKENS, HEADS, CHANNELS, STATES = 2, 16, 196, 12, 64, 64
 
@@ -121,10 +121,10 @@ def print_growth() -> None:
 
 def one_step(frames: int) -> None:
     step(ours(), inputs(1), torch.ones(()))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     tensors = inputs(frames)
     seconds, _ = step(ours(), tensors, torch.ones(()))
-    print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(seconds, (peak_memory() - before) / 2**20)
 
 
 def main() -> None:
