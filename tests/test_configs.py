@@ -40,6 +40,10 @@ def overrides_for(name: str) -> list[str]:
     match group:
         case "model" if choice.startswith("vit/"):
             return [f"model={choice.replace('vit/', 'videomae_v2/')}"]
+        case "model" if choice.startswith("world_model/"):
+            return [f"model={choice}", "task=action_prediction"]
+        case "task" if choice == "action_prediction":
+            return ["task=action_prediction", "model=world_model/tiny"]
         case "model" if f"model/{choice}".startswith(ENCODERS):
             return ["model=videomae/tiny", f"model@model.encoder={choice}"]
         case "model" if choice.startswith("classifier/"):

@@ -1,6 +1,7 @@
 """Parameter groups and schedules."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from torch import nn
 from blueberry_video.models.classifier import VideoClassifier
 from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer
-from blueberry_video.optim import constant, parameter_groups, warmup_cosine, warmup_linear, warmup_stable_decay
+from blueberry_video.optim import (
+    constant,
+    cosine_ramp,
+    parameter_groups,
+    ramp,
+    warmup_cosine,
+    warmup_linear,
+    warmup_stable_decay,
+)
 
 DECAYING = [warmup_cosine, warmup_linear, warmup_stable_decay]
 SCHEDULES = [constant, *DECAYING]
@@ -128,6 +137,46 @@ def test_shapes():
 def test_a_recipe_stretches_with_the_run(schedule):
     short, long = ([schedule(step, total, warmup=0.1) for step in range(total)] for total in (100, 10_000))
     assert max(abs(long[100 * step + 50] - short[step]) for step in range(100)) < 0.06
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_warm_up_begins_where_it_is_told(schedule):
+    values = [schedule(step, 100, warmup=0.1, start=0.2) for step in range(12)]
+    assert values[:10] == pytest.approx([0.2 + 0.08 * (step + 1) for step in range(10)])
+    assert values[10] == 1.0
+    for key, value in (("start", 1.5), ("warmup", -0.1)):
+        with pytest.raises(ValueError, match=rf"schedule\.{key}={value} is not a share of the"):
+            schedule(0, 100, **{key: value})
+
+
+def test_a_stretched_cosine_is_the_longer_runs_cut_off():
+    """V-JEPA: 90,000 steps of a cosine for 112,500, after 12,000 of warm-up."""
+    total, how = 90_000, {"final": 0.0016, "start": 0.32}
+    for step in (0, 11_999, 12_000, 50_000, 89_999):
+        stretched = warmup_cosine(step, total, warmup=12 / 90, stretch=1.25, **how)
+        assert stretched == pytest.approx(warmup_cosine(step, 112_500, warmup=12 / 112.5, **how), abs=1e-12)
+    published = 0.0016 + 0.9984 * 0.5 * (1 + math.cos(math.pi * (90_000 - 12_000) / (112_500 - 12_000)))
+    assert stretched == pytest.approx(published, abs=1e-4)
+
+
+def test_momentum_and_weight_decay_stop_short_of_where_a_longer_run_would_go():
+    total = 90_000
+    momentum = [ramp(step, total, start=0.998, end=1.0, stretch=1.25) for step in range(0, total, 1000)]
+    assert momentum == pytest.approx([0.998 + 0.002 * step / 112_500 for step in range(0, total, 1000)], abs=1e-7)
+    assert ramp(total - 1, total, start=0.998, end=1.0) == 1.0
+    assert {ramp(step, 10, start=0.99925, end=0.99925, stretch=1.25) for step in range(10)} == {0.99925}
+    decay = [cosine_ramp(step, total, start=0.04, end=0.4, stretch=1.25) for step in (0, 56_250, total - 1)]
+    assert decay[0] == 0.04
+    assert decay[1] == pytest.approx(0.22, abs=1e-5)
+    assert decay[2] == pytest.approx(0.4 - 0.36 * 0.5 * (1 + math.cos(math.pi * 0.8)), abs=1e-4)
+    assert cosine_ramp(total - 1, total, start=0.04, end=0.4) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("schedule", [warmup_cosine, ramp, cosine_ramp])
+def test_a_schedule_that_ends_before_the_run_is_refused(schedule):
+    ends = {} if schedule is warmup_cosine else {"start": 0.0, "end": 1.0}
+    with pytest.raises(ValueError, match=r"stretch=0\.8 would end a schedule before the run"):
+        schedule(5, 10, stretch=0.8, **ends)
 
 
 def deep(depth: int, **changes) -> VideoClassifier:

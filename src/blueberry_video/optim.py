@@ -1,7 +1,8 @@
-"""Parameter groups and learning-rate schedules, as pure functions.
+"""Parameter groups and schedules, as pure functions.
 
-A schedule is ``schedule(step, total_steps, …) -> multiplier`` of the optimiser's learning rate, in [0, 1]; ``step``
-counts optimiser steps from 0. Warm-up is a share of the run, so that a recipe stretches with the budget.
+A learning-rate schedule is ``schedule(step, total_steps, …) -> multiplier`` of the optimiser's learning rate, in [0,
+1]; ``step`` counts optimiser steps from 0. Warm-up is a share of the run, so that a recipe stretches with the budget.
+``ramp`` and ``cosine_ramp`` give values of their own, such as a momentum or a weight decay.
 """
 
 import math
@@ -71,31 +72,39 @@ def _layer_scales(module: nn.Module, layer_decay: float) -> dict[str, float]:
     return {name: layer_decay ** (depth + 1 - layer) for name, layer in layers.items()}
 
 
-def constant(step: int, total_steps: int, warmup: float = 0.0) -> float:
-    """Linear warm-up over ``warmup`` (a share of the run), then 1."""
-    rise = _warmup(step, total_steps, warmup)
+def constant(step: int, total_steps: int, warmup: float = 0.0, start: float = 0.0) -> float:
+    """Linear warm-up from ``start`` over ``warmup`` (a share of the run), then 1."""
+    rise = _warmup(step, total_steps, warmup, start)
     return 1.0 if rise is None else rise
 
 
-def warmup_cosine(step: int, total_steps: int, warmup: float = 0.05, final: float = 0.0) -> float:
-    """Linear warm-up over ``warmup`` (a share of the run), then half a cosine from 1 to ``final``."""
-    rise = _warmup(step, total_steps, warmup)
+def warmup_cosine(
+    step: int, total_steps: int, warmup: float = 0.05, final: float = 0.0, start: float = 0.0, stretch: float = 1.0
+) -> float:
+    """Linear warm-up from ``start`` over ``warmup`` (a share of the run), then half a cosine from 1 to ``final``.
+
+    With ``stretch`` above 1 the cosine is as long as if the run were longer by this factor, and is cut off where the
+    run ends: V-JEPA (arXiv 2404.08471) stops at 1 / 1.25 of it.
+    """
+    rise = _warmup(step, total_steps, warmup, start)
     if rise is not None:
         return rise
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * _progress(step, total_steps, warmup)))
+    return _fall(_progress(step, _stretched(total_steps, stretch), warmup / stretch), final)
 
 
-def warmup_linear(step: int, total_steps: int, warmup: float = 0.05, final: float = 0.0) -> float:
-    """Linear warm-up over ``warmup`` (a share of the run), then a straight line from 1 to ``final``."""
-    rise = _warmup(step, total_steps, warmup)
+def warmup_linear(step: int, total_steps: int, warmup: float = 0.05, final: float = 0.0, start: float = 0.0) -> float:
+    """Linear warm-up from ``start`` over ``warmup`` (a share of the run), then a straight line from 1 to ``final``."""
+    rise = _warmup(step, total_steps, warmup, start)
     return rise if rise is not None else 1 + (final - 1) * _progress(step, total_steps, warmup)
 
 
 def warmup_stable_decay(
-    step: int, total_steps: int, warmup: float = 0.05, decay: float = 0.2, final: float = 0.0
+    step: int, total_steps: int, warmup: float = 0.05, decay: float = 0.2, final: float = 0.0, start: float = 0.0
 ) -> float:
-    """Linear warm-up over ``warmup``, 1, then straight down to ``final`` over the last ``decay`` (shares of a run)."""
-    rise = _warmup(step, total_steps, warmup)
+    """Linear warm-up from ``start`` over ``warmup``, 1, then straight down to ``final`` over the last ``decay`` (shares
+    of a run).
+    """
+    rise = _warmup(step, total_steps, warmup, start)
     if not 0 <= decay <= 1 - warmup:
         raise ValueError(
             f"schedule.decay={decay} and warmup={warmup} are shares of one run: their sum must be at most 1."
@@ -103,15 +112,44 @@ def warmup_stable_decay(
     return rise if rise is not None else 1 + (final - 1) * _progress(step, total_steps, 1 - decay)
 
 
-def _warmup(step: int, total_steps: int, warmup: float) -> float | None:
-    """The multiplier while warming up, ``None`` after. The first step already learns: it gets 1 / n of n steps."""
-    if not 0 <= warmup <= 1:
-        raise ValueError(f"schedule.warmup={warmup} is not a share of the run: use a number in [0, 1], such as 0.05.")
+def ramp(step: int, total_steps: int, start: float, end: float, stretch: float = 1.0) -> float:
+    """A straight line from ``start`` at the first step to ``end``, which a run ``stretch`` times as long would reach.
+
+    V-JEPA's (arXiv 2404.08471) momentum: 0.998 to 1, stretched by 1.25. V-JEPA 2's (arXiv 2506.09985) stays at 0.99925.
+    """
+    return start + (end - start) * _progress(step, _stretched(total_steps, stretch), 0.0)
+
+
+def cosine_ramp(step: int, total_steps: int, start: float, end: float, stretch: float = 1.0) -> float:
+    """As :func:`ramp`, on half a cosine. V-JEPA's weight decay: 0.04 to 0.4, stretched by 1.25."""
+    return start + (end - start) * (1 - _fall(_progress(step, _stretched(total_steps, stretch), 0.0), 0.0))
+
+
+def _warmup(step: int, total_steps: int, warmup: float, start: float) -> float | None:
+    """The multiplier while warming up, ``None`` after. The first step already learns: it is 1 / n of the way up."""
+    for key, value in (("warmup", warmup), ("start", start)):
+        if not 0 <= value <= 1:
+            what = "a share of the run" if key == "warmup" else "a share of the learning rate"
+            raise ValueError(f"schedule.{key}={value} is not {what}: use a number in [0, 1], such as 0.05.")
     steps = round(warmup * total_steps)
-    return (step + 1) / steps if step < steps else None
+    return start + (1 - start) * (step + 1) / steps if step < steps else None
 
 
 def _progress(step: int, total_steps: int, begin: float) -> float:
     """0 until the share ``begin`` of the run has passed, 1 at its last step."""
     first, last = round(begin * total_steps), total_steps - 1
     return min(max((step - first) / max(last - first, 1), 0.0), 1.0)
+
+
+def _fall(progress: float, final: float) -> float:
+    """Half a cosine from 1 to ``final``."""
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _stretched(total_steps: int, stretch: float) -> int:
+    """Steps of the run that a schedule is made for."""
+    if stretch < 1:
+        raise ValueError(
+            f"stretch={stretch} would end a schedule before the run: use 1, or V-JEPA's 1.25 to stop the run first."
+        )
+    return round(stretch * total_steps)

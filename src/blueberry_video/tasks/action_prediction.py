@@ -1,0 +1,134 @@
+"""Action-conditioned prediction in the space of a frozen encoder (V-JEPA 2-AC, arXiv 2506.09985)."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from blueberry_video.models.world_model import CONDITIONS, WorldModel
+from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD, Task
+
+
+def action_vectors(actions: Tensor, width: int) -> Tensor:
+    """Actions as a world model takes them: (B, T-1, A) as they are; discrete ones, long (B, T-1), as one-hot vectors.
+
+    Raises:
+        ValueError: for discrete actions that are not below ``width``, or vectors of another width.
+    """
+    if actions.ndim == 2:
+        lowest, highest = int(actions.min()), int(actions.max())
+        if actions.is_floating_point() or lowest < 0 or highest >= width:
+            raise ValueError(
+                f"the clips' actions run from {lowest} to {highest} ({actions.dtype}), but model.action_dim={width} "
+                f"takes the integers 0 to {width - 1}, or vectors (T-1, {width}): set model.action_dim to the number "
+                "of actions."
+            )
+        return F.one_hot(actions, width)
+    if actions.ndim != 3 or actions.shape[-1] != width:
+        raise ValueError(
+            f"the clips' actions have the shape {tuple(actions.shape)}, but model.action_dim={width} takes (B, T-1, "
+            f"{width}): set model.action_dim to the width of the data's actions."
+        )
+    return actions
+
+
+def prediction_loss(predicted: Tensor, latents: Tensor) -> Tensor:
+    """Mean absolute difference of predictions (B, T', S, D) from the latents (B, T, S, D) of the frames after the
+    first; T' below T.
+    """
+    return F.l1_loss(predicted, latents[:, 1 : predicted.shape[1] + 1])
+
+
+class ActionPrediction(Task):
+    """Trains the predictor of a world model on clips with ``actions`` and ``states``.
+
+    Logs ``loss``, the sum of ``loss_one_step`` (every frame from the true ones before it) and ``loss_rollout`` (the
+    first frames after the first, from predictions). In validation also ``loss_one_step_trivial``, and ``rollout``, the
+    mean L1 over longer rollouts, with ``rollout_trivial``: both of copying the last frame that was given. The share of
+    it that remains is ``rollout_share``. No loss compares encoders: each has a space of its own.
+
+    Args:
+        model, optimizer, schedule, augment, mean, std, lr_batch_size, layer_decay, repeats, image_repeats: see
+            :class:`~blueberry_video.tasks.base.Task`. What an augmentation does to the picture, actions and states do
+            not follow.
+        rollout_steps: auto-regressive steps of the loss, at least 1; V-JEPA 2-AC has 2.
+        val_rollout_steps: of the rollouts measured in validation; clips have more frames than either.
+
+    Raises:
+        ValueError: for rollouts of less than one step; in a step, for clips without actions and states, shorter than
+            the rollouts, or with actions that are not the model's.
+    """
+
+    trains = WorldModel
+    model: WorldModel
+
+    def __init__(
+        self,
+        model: WorldModel,
+        optimizer: Callable[[list[dict]], Optimizer],
+        schedule: Callable[[int, int], float],
+        augment: nn.Module | None = None,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        lr_batch_size: int | None = None,
+        layer_decay: float = 1.0,
+        repeats: int = 1,
+        image_repeats: int = 1,
+        rollout_steps: int = 2,
+        val_rollout_steps: int = 4,
+    ):
+        super().__init__(
+            model, optimizer, schedule, augment, mean, std, lr_batch_size, layer_decay, repeats, image_repeats
+        )
+        for key, steps in (("rollout_steps", rollout_steps), ("val_rollout_steps", val_rollout_steps)):
+            if steps < 1:
+                raise ValueError(f"task.{key}={steps} must be at least 1: V-JEPA 2-AC trains with 2.")
+        self.rollout_steps, self.val_rollout_steps = rollout_steps, val_rollout_steps
+
+    def shared_step(self, batch: dict, stage: str) -> dict[str, Tensor]:
+        actions, states = self._conditions(batch)
+        latents = self.model.encode_frames(self.normalize(batch["video"]))
+        one_step = prediction_loss(self.model(latents, actions, states), latents)
+        rollout = prediction_loss(self._rollout(latents, actions, states, self.rollout_steps), latents)
+        values = {"loss": one_step + rollout, "loss_one_step": one_step, "loss_rollout": rollout}
+        if stage == "train":
+            return values
+        steps = self.val_rollout_steps
+        return {
+            **values,
+            "loss_one_step_trivial": prediction_loss(latents[:, :-1], latents),
+            "rollout": prediction_loss(self._rollout(latents, actions, states, steps), latents),
+            "rollout_trivial": prediction_loss(latents[:, :1].expand(-1, steps, -1, -1), latents),
+        }
+
+    def on_validation_epoch_end(self) -> None:
+        logged = self.trainer.callback_metrics
+        self.log("val/rollout_share", logged["val/rollout"] / logged["val/rollout_trivial"], sync_dist=True)
+
+    def tokens_per_clip(self, batch: dict) -> int:
+        """Tokens of the predictor's sequence for a clip, and its last frame."""
+        _, _, frames, *size = batch["video"].shape
+        _, height, width = self.model.encoder.grid((1, *size))
+        return (frames * (height * width + CONDITIONS)) * self._times(batch)
+
+    def _rollout(self, latents: Tensor, actions: Tensor, states: Tensor, steps: int) -> Tensor:
+        return self.model.rollout(latents[:, :1], actions[:, :steps], states[:, :steps])
+
+    def _conditions(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """Actions (B, T-1, A) and states (B, T, K) of a batch."""
+        missing = [key for key in ("actions", "states") if key not in batch]
+        if missing:
+            raise ValueError(
+                f"the clips have no {' and no '.join(missing)}: action_prediction needs clips of an agent, such as "
+                "data=world_agent."
+            )
+        longest = max(self.rollout_steps, self.val_rollout_steps)
+        if batch["video"].shape[2] <= longest:
+            raise ValueError(
+                f"the clips have {batch['video'].shape[2]} frames, too few to predict {longest} after the first: give "
+                f"data.train and data.val num_frames={longest + 1} or more, or lower task.rollout_steps and "
+                "task.val_rollout_steps."
+            )
+        actions = action_vectors(batch["actions"], self.model.action_dim)
+        return actions.to(batch["video"]), batch["states"].to(batch["video"])
