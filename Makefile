@@ -77,9 +77,12 @@ decode-bench: $(STAMP) ## the fastest decoder and number of threads on this mach
 	@set -f; $(PYTHON) benchmarks/decode.py $$ARGS
 
 ##@ Development
-.PHONY: test lint bench fuzz-video clean
+.PHONY: test test-gpu lint bench bench-gpu fuzz-video clean
 test: $(STAMP) ## every test, without network, on two processes; ARGS= goes to pytest
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 $(ARGS)
+
+test-gpu: $(STAMP) ## the tests that need a CUDA device, with their tables; ARGS= goes to pytest
+	@$(PYTHON) -m pytest -m gpu -rP $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	@$(PYTHON) -m ruff check .
@@ -88,6 +91,9 @@ lint: $(STAMP) ## ruff and mypy
 
 bench: $(STAMP) ## side by side with peers, in one run each
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(PYTHON) "$$file"; done
+
+bench-gpu: $(STAMP) ## the scan's kernels on a CUDA device, beside mamba-ssm where it is installed; writes benchmarks/results/
+	@set -f; $(PYTHON) benchmarks/video_scan_gpu.py $$ARGS
 
 fuzz-video: $(STAMP) ## N=10000: damaged videos through the pipeline, in processes; prints the count of each outcome
 	@set -f; $(PYTHON) tests/video/fuzz_video.py --runs "$$N" $$ARGS

@@ -131,7 +131,7 @@ def test_the_weights_of_an_own_run_load_whatever_the_encoder(tmp_path: Path):
     fresh = VideoClassifier(Patches(), {"motion": 8})
     load_whole(fresh, tmp_path / "classifier.ckpt")
     torch.testing.assert_close(fresh.state_dict(), trained.state_dict())
-    with pytest.raises(ValueError, match="does not hold the whole|no VideoMAE encoder"):
+    with pytest.raises(ValueError, match=r"does not hold the whole|no VideoMAE encoder"):
         load_whole(fresh, tmp_path / "masked.ckpt")
     more = {f"model.{key}": value for key, value in trained.state_dict().items()}
     torch.save({"state_dict": more | {"model.encoder.deeper.weight": torch.zeros(1)}}, tmp_path / "deeper.ckpt")
