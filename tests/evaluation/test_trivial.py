@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from blueberry_video.evaluation.trivial import majority_share, trivial_patch_losses
+from blueberry_video.evaluation.trivial import majority_share, trivial_latent_losses, trivial_patch_losses
 from blueberry_video.masking import DualMasking, RandomMasking, TubeMasking
 
 
@@ -49,3 +49,20 @@ def test_predicting_zero_gets_the_variance():
 def test_majority_share():
     assert majority_share(torch.tensor([2, 0, 2, 1, 2])) == pytest.approx(0.6)
     assert majority_share(torch.tensor([5])) == 1.0
+
+
+def test_losses_of_embeddings_equal_loops():
+    latents, grid = torch.randn(3, 8, 4), (2, 2, 2)
+    keep, target, _ = RandomMasking(0.5)(3, grid, torch.Generator().manual_seed(0))
+    sums = {"mean": 0.0, "place": 0.0, "clip": 0.0}
+    for b in range(3):
+        for place in target[b].tolist():
+            predictions = {
+                "mean": sum(latents[c, n] for c in range(3) for n in range(8)) / 24,
+                "place": sum(latents[c, place] for c in range(3)) / 3,
+                "clip": sum(latents[b, n] for n in keep[b].tolist()) / 4,
+            }
+            for name, prediction in predictions.items():
+                sums[name] += (latents[b, place] - prediction).abs().mean().item() / 12
+    losses = {name: value.item() for name, value in trivial_latent_losses(latents, keep, target).items()}
+    assert losses == pytest.approx(sums, rel=1e-5)

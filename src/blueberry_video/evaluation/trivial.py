@@ -33,6 +33,27 @@ def trivial_patch_losses(
     return {name: token_mse(prediction, truth, scored) for name, prediction in predictions.items()}
 
 
+def trivial_latent_losses(latents: Tensor, keep: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Mean absolute error of three predictors of hidden embeddings, which know the means of the batch.
+
+    Args:
+        latents: (B, N, D), of all tokens of the clips.
+        keep: (B, N_visible) indices of the visible ones.
+        target: (B, N_target) indices of the hidden ones.
+
+    Returns:
+        Scalars by name: ``mean`` predicts the mean of all embeddings; ``place`` the mean over clips of those at the
+            same place; ``clip`` the mean of the clip's visible ones.
+    """
+    predictions = {
+        "mean": latents.mean(dim=(0, 1)).expand_as(latents),
+        "place": latents.mean(dim=0).expand_as(latents),
+        "clip": gather_tokens(latents, keep).mean(dim=1, keepdim=True).expand_as(latents),
+    }
+    errors = {name: (latents - prediction).abs() for name, prediction in predictions.items()}
+    return {name: gather_tokens(error, target).mean() for name, error in errors.items()}
+
+
 def majority_share(labels: Tensor) -> float:
     """Accuracy of always naming the most frequent class of ``labels`` (N,) long."""
     return labels.bincount().max().item() / len(labels)
