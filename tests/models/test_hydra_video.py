@@ -211,3 +211,25 @@ def test_an_own_checkpoint_loads_with_and_without_the_final_norm(tmp_path):
     trained.norm = torch.nn.Identity()
     video = clips()
     torch.testing.assert_close(other(video), trained(video))
+
+
+@pytest.mark.parametrize(
+    "keep", [torch.tensor([[1, 2]]), torch.tensor([1, 2]), torch.ones(2, 8, dtype=torch.bool), torch.rand(2, 3)]
+)
+def test_a_keep_of_another_batch_or_type_is_refused(keep: Tensor):
+    with pytest.raises(ValueError, match="indices of the visible tokens"):
+        tiny()(clips(), keep)
+
+
+def test_narrow_indices_serve_and_compile():
+    encoder, video, keep = tiny(), clips(), torch.tensor([[0, 3, 5], [1, 2, 7]])
+    expected = encoder(video, keep)
+    torch.testing.assert_close(encoder(video, keep.int()), expected, rtol=0, atol=0)
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(video, keep), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_state_of_another_model_is_refused():
+    _, state = tiny().stream(clips(frames=2))
+    with pytest.raises(ValueError, match="2 layers and the model has 3"):
+        tiny(depth=3).stream(clips(frames=2), state)

@@ -45,7 +45,7 @@ class Inputs:
     def video_ssd(self, backend: str | None = None, chunk: int | None = None, **changed):
         arguments = dict(zip(NAMES, self[" ".join(NAMES)], strict=True)) | {"segment_len": self.segment}
         arguments |= dict(zip(("h0", "g0"), self["h0 g0"], strict=True)) | changed
-        return video_ssd(**arguments, chunk=chunk, return_frame_states=True, backend=backend)
+        return video_ssd(**{"chunk": chunk, "backend": backend} | arguments, return_frame_states=True)
 
     def ssd(self, backend: str | None = None, chunk: int | None = None):
         x, dt, A, B, C, D, h0 = self["x dt_f A_f B_f C_f D h0"]
@@ -292,6 +292,29 @@ def test_precision_of_narrower_types(dtype: torch.dtype, rtol: float):
         assert (ours.double() - right).norm() <= rtol * right.norm()
 
 
+@pytest.mark.parametrize("chunk", [None, 256])
+@pytest.mark.parametrize("great", [10.0, 40.0, 200.0])
+def test_small_steps_behind_great_ones_keep_their_digits(great: float, chunk: int | None):
+    """Sums of log-decays in the thousands, of which the differences between small steps are to be taken."""
+    names = " ".join(NAMES)
+    exact, narrow = Inputs(1, 256, 2, 1), Inputs(1, 256, 2, 1, dtype=torch.float32)
+    place = torch.arange(256)[:, None] % 64
+    for leg in "fb":
+        steps = torch.where(place < 48, great, 0.01) * torch.rand(2, 256, 2)
+        values = {f"dt_{leg}": steps, f"A_{leg}": -torch.ones(2)}
+        for name, value in values.items():
+            exact.named[name], narrow.named[name] = value.double().requires_grad_(), value.clone().requires_grad_()
+    for name in ("x", "B_f", "C_f", "B_b", "C_b", "D", "h0", "g0"):
+        narrow.named[name] = exact.named[name].detach().float().requires_grad_()
+        exact.named[name] = narrow.named[name].detach().double().requires_grad_()
+    found, expected = narrow.video_ssd("torch", chunk), exact.video_ssd("torch", chunk)
+    pairs = zip(
+        [*found, *gradients(found, names, narrow)], [*expected, *gradients(expected, names, exact)], strict=True
+    )
+    for ours, right in pairs:
+        assert (ours.double() - right).abs().max() <= 1e-5 * right.abs().max()
+
+
 def test_autocast_does_not_reach_into_the_scan():
     inputs = Inputs(3, 5, 4, 2, dtype=torch.float32)
     expected = inputs.video_ssd("torch")
@@ -349,6 +372,12 @@ BAD = {
     "two scans of their own": {"shift": "hydra"},
     "dt_f are negative, the least -1": {"dt_f": torch.full((2, 15, 4), -1.0, dtype=torch.float64)},
     "dt_b are not a number": {"dt_b": torch.full((2, 15, 4), torch.nan, dtype=torch.float64)},
+    "dt_f are infinite": {"dt_f": torch.full((2, 15, 4), torch.inf, dtype=torch.float64)},
+    "chunk=-1 is no number of tokens": {"chunk": -1},
+    "chunk=2.5 is no number of tokens": {"chunk": 2.5},
+    "segment_len='5' is no whole number": {"segment_len": "5"},
+    "segment_len=True is no whole number": {"segment_len": True},
+    "of floating point numbers": {"x": torch.ones(2, 15, 4, 3, dtype=torch.long)},
     "with at least one of each": {"x": torch.rand(2, 0, 4, 3, dtype=torch.float64)},
 }
 
@@ -360,7 +389,26 @@ def test_bad_input_is_one_clear_paragraph(message: str, changed: dict[str, objec
     assert "\n" not in str(caught.value)
 
 
-def test_triton_takes_no_float64():
-    pytest.importorskip("triton")
-    with pytest.raises(ValueError, match="no float64"):
+def test_triton_takes_no_tensors_on_the_cpu():
+    with pytest.raises(ValueError, match="runs on CUDA and x is on the CPU"):
         Inputs(3, 5, 4, 2).video_ssd("triton")
+
+
+def test_the_definition_takes_what_the_others_take_and_checks_it_too():
+    inputs = Inputs(3, 5, 4, 2)
+    half = {name: inputs[name][0].detach().bfloat16() for name in ("x", "B_f", "C_f", "B_b", "C_b")}
+    (y, states), (right, behind) = (inputs.video_ssd(backend, **half) for backend in ("reference", "torch"))
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, right, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(states.float(), behind.float(), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="dt_f are negative"):
+        inputs.video_ssd("reference", dt_f=-inputs["dt_f"][0])
+
+
+def test_forward_mode_is_refused_rather_than_zero():
+    inputs = Inputs(2, 3, 2, 1)
+    x = inputs["x"][0].detach()
+    with pytest.raises(ValueError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: inputs.video_ssd(x=x)[0], (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(ValueError, match="no forward-mode derivative"):
+        inputs.video_ssd(x=torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))

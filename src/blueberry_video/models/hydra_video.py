@@ -128,19 +128,34 @@ class HydraVideo(Encoder):
         """
         return self._encode(frame, None, state, return_state=True)
 
+    @staticmethod
+    def _checked(keep: Tensor, batch: int) -> Tensor:
+        if keep.ndim != 2 or len(keep) != batch or keep.dtype == torch.bool or keep.is_floating_point():
+            raise ValueError(
+                f"keep is a {keep.dtype} tensor of shape {tuple(keep.shape)}: it must hold the indices of the visible "
+                f"tokens, (B, N_kept) whole numbers with B = {batch}."
+            )
+        keep = keep.long()
+        looks = not keep.is_cuda and not torch.compiler.is_compiling()  # where looking at values costs no waiting
+        if looks and (keep.sort(dim=1).values.diff(dim=1) == 0).any():
+            raise ValueError("keep names a token twice: it must hold different indices in each row.")
+        return keep
+
     def _encode(
         self, video: Tensor, keep: Tensor | None, state: State | None = None, return_state: bool = False
     ) -> tuple[Tensor, State]:
         """Tokens and, with ``return_state``, the state of every layer behind them."""
         clip = self.as_clip(video)
+        if keep is not None:
+            keep = self._checked(keep, len(video))
         layout = Layout(self.grid(clip.shape), keep)
         x = self.patch_embed(clip, keep)
         if keep is None:
             x = (x.unflatten(1, (-1, len(self.positions))) + self.positions).flatten(1, 2)
         else:
-            if (keep.sort(dim=1).values.diff(dim=1) == 0).any():
-                raise ValueError("keep names a token twice: it must hold different indices in each row.")
             x = x + self.positions[keep % len(self.positions)]
+        if state is not None and len(state) != len(self.blocks):
+            raise ValueError(f"the state is of {len(state)} layers and the model has {len(self.blocks)}: pass its own.")
         before: list[MixerState | None] = [None] * len(self.blocks) if state is None else list(state)
         behind = []
         for block, past in zip(self.blocks, before, strict=True):

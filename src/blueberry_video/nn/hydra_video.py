@@ -230,7 +230,7 @@ class CausalConv3d(nn.Module):
             taps = self.weight[:, :, frame]
             part = F.conv2d(images, taps, padding=(kh // 2, kw // 2), groups=self.channels)
             total = total + part.permute(0, 2, 3, 1)
-        return total.unflatten(0, (-1, t))
+        return total.to(part.dtype).unflatten(0, (-1, t))  # under autocast the bias is wider than the rest
 
 
 class HydraVideoBlock(nn.Module):
@@ -270,6 +270,7 @@ class _ScanOrder:
         (t, h, w), keep = layout
         bh, bw = block or (h, w)
         self.sizes = {"t": t, "nh": h // bh, "bh": bh, "nw": w // bw, "bw": bw}
+        self.places = t * h * w
         self.inside = "bh bw" if order == "h" else "bw bh"
         self.segment_len: int | Tensor = bh * bw
         self.max_segment: int | None = None
@@ -292,7 +293,7 @@ class _ScanOrder:
     def unfold(self, tokens: Tensor) -> Tensor:
         """The inverse of :meth:`fold`; zeros where no token is."""
         if self.index is not None:
-            return _scatter(tokens, self.index, math.prod(self.sizes.values()))
+            return _scatter(tokens, self.index, self.places)
         pattern = f"(b nh nw) (t {self.inside}) ... -> b (t nh bh nw bw) ..."
         return rearrange(tokens, pattern, **self.sizes)
 

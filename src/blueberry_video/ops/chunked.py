@@ -21,14 +21,15 @@ from torch import Tensor
 CHUNK = 64  # on the CPU the best of 32 … 256 (benchmarks/video_scan.py): longer tiles compute more exponentials
 PAIRS = (2**19, 2**28)  # heads times pairs of tokens at a time, on the CPU (a core's cache) and on a GPU
 LEAST_DT = 1e-20  # as good as 0, and has a logarithm
-LEAST_LOG_DECAY = -60.0  # exp(-60) is nothing, and sums that stay small keep their precision
+GREAT_SUM = -32.0  # sums of log-decays below it have digits behind the point that float32 does not hold
+LEAST_LOG_DECAY = -60.0  # exp(-60) is as good as 0, and sums that stay small keep their digits
 
 
 class Leg(NamedTuple):
     """One direction, folded into chunks. ``sums`` are of a from a chunk's start (its end, in the backward leg)."""
 
     dt: Tensor  # (c, H, Q)
-    sums: Tensor  # (c, H, Q): inclusive
+    sums: Tensor  # (c, H, Q) float64, as the next: inclusive
     total: Tensor  # (c, H): of the whole chunk
     B: Tensor  # (c, G, Q, N)
     C: Tensor  # (c, G, Q, N)
@@ -36,12 +37,17 @@ class Leg(NamedTuple):
     @property
     def write(self) -> Tensor:
         """(c, Q, H, 1): how much of a token is in the state that leaves the chunk."""
-        return per_token((self.total[..., None] - self.sums).exp() * self.dt)
+        return per_token((self.total[..., None] - self.sums).exp().to(self.dt.dtype) * self.dt)
 
     @property
     def read(self) -> Tensor:
         """(c, Q, H, 1): how much of the state that enters the chunk reaches a token."""
-        return per_token(self.sums.exp())
+        return per_token(self.sums.exp().to(self.dt.dtype))
+
+    @property
+    def through(self) -> Tensor:
+        """(c, H): how much of the state that enters the chunk leaves it."""
+        return self.total.exp().to(self.dt.dtype)
 
 
 class Folding:
@@ -69,7 +75,7 @@ class Folding:
 
     def leg(self, tokens: "LegTokens", backward: bool = False) -> Leg:
         dt, a, B, C = (self.fold(tensor).transpose(1, 2) for tensor in tokens)
-        a = a.clamp(min=LEAST_LOG_DECAY)
+        a = a.clamp(min=LEAST_LOG_DECAY).double()
         sums = a.flip(-1).cumsum(-1).flip(-1) if backward else a.cumsum(-1)
         return Leg(dt.clamp(min=LEAST_DT), sums, a.sum(-1), B, C)
 
@@ -103,19 +109,24 @@ def tile(f: Leg, b: Leg | None) -> Tile:
 
 def exponents(leg: Leg) -> Tensor:
     """(c, H, Q, Q): the logarithm of dt_j and the decay from j to i."""
-    return leg.sums[..., None, :] - (leg.sums - leg.dt.log())[..., :, None]
+    coarse, log_dt = leg.sums.to(leg.dt.dtype), leg.dt.log()
+    if leg.sums.numel() == 0 or leg.sums.min() > GREAT_SUM:
+        return coarse[..., None, :] - (coarse - log_dt)[..., :, None]
+    fine = (leg.sums - coarse).to(leg.dt.dtype)  # what differences of great sums would lose
+    difference = coarse[..., None, :] - coarse[..., :, None]
+    return difference.add_(fine[..., None, :]).sub_((fine - log_dt)[..., :, None])
 
 
-def carry(added: Tensor, total: Tensor, start: Tensor | None, reverse: bool = False) -> tuple[Tensor, Tensor]:
-    """The state before each chunk and behind the last, of s -> exp(total) s + added.
+def carry(added: Tensor, through: Tensor, start: Tensor | None, reverse: bool = False) -> tuple[Tensor, Tensor]:
+    """The state before each chunk and behind the last, of s -> through s + added.
 
     Args:
         added: (b, chunks, G, N, h, P).
-        total: (b, chunks, H).
+        through: (b, chunks, H).
         start: (b, G, N, h, P), zero if ``None``.
         reverse: from the last chunk to the first.
     """
-    decay = rearrange(total.exp(), "b c (g h) -> b c g 1 h 1", g=added.shape[2])
+    decay = rearrange(through, "b c (g h) -> b c g 1 h 1", g=added.shape[2])
     before, last = torch.empty_like(added), torch.empty_like(added[:, 0])
     order = list(range(added.shape[1]))[:: -1 if reverse else 1]
     before[:, order[0]] = 0 if start is None else start
@@ -147,12 +158,14 @@ class States:
             first = torch.zeros_like(known[:, 0]) if start is None else start
             self.forward, self.last = torch.cat([first[:, None], known[:, :-1]], 1), known[:, -1]
         else:
-            self.forward, self.last = carry(self.by_sample(outer(self.written_f, f.B)), self.by_sample(f.total), start)
+            self.forward, self.last = carry(
+                self.by_sample(outer(self.written_f, f.B)), self.by_sample(f.through), start
+            )
         self.backward: Tensor | None = None
         if b is not None and self.written_b is not None and (fold.chunks > 1 or g0 is not None):
             start = None if g0 is None else inward(g0.flatten(0, 1), groups).to(x.dtype)
             self.backward, _ = carry(
-                self.by_frame(outer(self.written_b, b.B)), self.by_frame(b.total), start, reverse=True
+                self.by_frame(outer(self.written_b, b.B)), self.by_frame(b.through), start, reverse=True
             )
 
     def by_sample(self, states: Tensor) -> Tensor:
@@ -417,7 +430,7 @@ def backward_part(
     added = entered.by_sample(outer(read, f.C))
     behind = inward(dstates, groups)  # (B, T, G, N, h, P)
     added[:, fold.chunks :: fold.chunks] += behind[:, :-1]
-    d_forward, d_h0 = carry(added, entered.by_sample(f.total), behind[:, -1], reverse=True)
+    d_forward, d_h0 = carry(added, entered.by_sample(f.through), behind[:, -1], reverse=True)
     through = Through(entered.forward.flatten(0, 1), read, entered.written_f, d_forward.flatten(0, 1))
     forward_leg = leg_gradients(f, dx, d_pairs, d_log, through, inclusive=b is None)
     backward_leg, d_g0 = forward_leg, None
@@ -425,7 +438,7 @@ def backward_part(
         through_b = None
         if entered.backward is not None and entered.written_b is not None:
             read = b.read * v
-            d_backward, d_g0 = carry(entered.by_frame(outer(read, b.C)), entered.by_frame(b.total), None)
+            d_backward, d_g0 = carry(entered.by_frame(outer(read, b.C)), entered.by_frame(b.through), None)
             through_b = Through(entered.backward.flatten(0, 1), read, entered.written_b, d_backward.flatten(0, 1))
         backward_leg = leg_gradients(b, dx, d_pairs, d_log, through_b, backward=True)
 
@@ -483,5 +496,5 @@ def leg_gradients(
         d_written = at.mul_(written).sum(-1).transpose(1, 2)  # (c, H, Q)
         d_log_dt = d_log_dt + d_written
         da += d_written @ before
-        da += (leg.total.exp() * (entering * d_leaving).sum((2, 4)).flatten(1))[..., None]
+        da += (leg.through * (entering * d_leaving).sum((2, 4)).flatten(1))[..., None]
     return LegTokens(d_log_dt / leg.dt, da, dB, dC)

@@ -7,12 +7,15 @@ Shapes: B batch, L tokens, T segments (frames), H heads, G groups of heads that 
 channels of the state.
 """
 
+import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from blueberry_video.ops import chunked, reference
 
@@ -61,11 +64,13 @@ def ssd(
     """
     _check_leg("", x, dt, A, B, C, D, h0)
     lengths, longest = _segments(segment_len, max_segment, x)
-    backend = _backend(backend, x)
+    backend = _backend(backend, x, chunk)
     if backend == "mamba_ssm":
         y, states = _mamba_ssm(x, dt, A, B, C, D, h0, _count(lengths, longest, x))
     elif backend == "reference":
-        y, states = reference.ssd(x, dt, A, B, C, D, _explicit(lengths, longest, x), h0)
+        if not x.is_cuda:
+            _check_values(x, dt, None, lengths, longest)
+        y, states = _exact(reference.ssd, x, dt, A, B, C, D, _explicit(lengths, longest, x), h0)
     else:
         a, d = dt * A, _per_token(D, x)
         y, states = torch.ops.blueberry_video.scan(
@@ -164,7 +169,7 @@ def video_ssd(
     g0 = _check_g0(g0, x, frames, B_f.shape[-1])
     if shift not in ("strict", "hydra"):
         raise ValueError(f"shift={shift!r} is unknown: choose 'strict' or 'hydra'.")
-    backend = _backend(backend, x)
+    backend = _backend(backend, x, chunk)
     if shift == "hydra" or backend == "mamba_ssm":
         if lengths is not None or g0 is not None or (shift == "hydra" and h0 is not None):
             raise ValueError(
@@ -174,8 +179,10 @@ def video_ssd(
         forward, backward = (dt_f, A_f, B_f, C_f), (dt_b, A_b, B_b, C_b)
         y, states = two_scans(x, forward, backward, D, longest, h0, shift, backend, chunk)
     elif backend == "reference":
+        if not x.is_cuda:
+            _check_values(x, dt_f, dt_b, lengths, longest)
         lengths = _explicit(lengths, longest, x)
-        y, states = reference.video_ssd(x, dt_f, dt_b, A_f, A_b, B_f, C_f, B_b, C_b, D, lengths, h0, g0)
+        y, states = _exact(reference.video_ssd, x, dt_f, dt_b, A_f, A_b, B_f, C_f, B_b, C_b, D, lengths, h0, g0)
     else:
         a_f, a_b, d = dt_f * A_f, dt_b * A_b, _per_token(D, x)
         y, states = torch.ops.blueberry_video.scan(
@@ -232,8 +239,12 @@ def two_scans(
 def _check_leg(
     leg: str, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None
 ) -> None:
-    if x.ndim != 4 or 0 in x.shape:
-        raise ValueError(f"x has the shape {tuple(x.shape)}: it must be (B, L, H, P), with at least one of each.")
+    if x.ndim != 4 or 0 in x.shape or not x.is_floating_point():
+        raise ValueError(
+            f"x has the shape {tuple(x.shape)} and type {x.dtype}: it must be (B, L, H, P), with at least one of each, "
+            "of floating point numbers."
+        )
+    _refuse_forward_mode()
     batch, length, heads, channels = x.shape
     groups, states = B.shape[-2:] if B.ndim == 4 else (1, 1)
     if not groups or heads % groups:
@@ -259,6 +270,19 @@ def _check_leg(
             raise ValueError(f"{name} is {tensor.dtype} and x {x.dtype}: give both the same type.")
 
 
+def _refuse_forward_mode() -> None:
+    """Registered operations have no forward-mode derivative: torch would take it for 0, without a word."""
+    if torch.compiler.is_compiling():
+        return
+    transform = torch._C._functorch.peek_interpreter_stack()
+    is_jvp = transform is not None and transform.key() == torch._C._functorch.TransformType.Jvp
+    if is_jvp or forward_ad._current_level >= 0:
+        raise ValueError(
+            "the scans have no forward-mode derivative (jvp, jacfwd): use reverse mode, such as "
+            "torch.autograd.functional.jacobian(…, vectorize=False)."
+        )
+
+
 def _segments(segment_len: int | Tensor | None, max_segment: int | None, x: Tensor) -> tuple[Tensor | None, int]:
     """Lengths (B, T) or ``None``, and the length of the longest."""
     batch, length = x.shape[:2]
@@ -268,8 +292,13 @@ def _segments(segment_len: int | Tensor | None, max_segment: int | None, x: Tens
                 f"segment_len is a {segment_len.dtype} tensor of shape {tuple(segment_len.shape)}: lengths are whole "
                 f"numbers, (B, T) with B = {batch}."
             )
-        return segment_len, int(segment_len.max()) if max_segment is None else max_segment
+        if not segment_len.shape[1]:
+            raise ValueError("segment_len has no lengths, (B, 0): give at least one frame.")
+        return segment_len, int(segment_len.max()) if max_segment is None else int(max_segment)
     segment_len = length if segment_len is None else segment_len
+    if isinstance(segment_len, bool) or not hasattr(segment_len, "__index__"):
+        raise ValueError(f"segment_len={segment_len!r} is no whole number and no tensor of lengths (B, T).")
+    segment_len = int(segment_len)
     if segment_len < 1 or length % segment_len:
         raise ValueError(
             f"x has L = {length} tokens, which are no whole number of frames of segment_len={segment_len}: L must be "
@@ -302,16 +331,28 @@ def _check_g0(g0: Tensor | None, x: Tensor, frames: int, states: int) -> Tensor 
     return g0
 
 
-def _backend(backend: Backend | None, x: Tensor) -> Backend:
+def _backend(backend: Backend | None, x: Tensor, chunk: int | None) -> Backend:
+    if chunk is not None and (isinstance(chunk, bool) or not hasattr(chunk, "__index__") or chunk < 1):
+        raise ValueError(f"chunk={chunk!r} is no number of tokens: give a whole number from 1 on, or None to choose.")
     if backend is None:
         return "triton" if x.is_cuda and x.dtype != torch.float64 and find_spec("triton") else "torch"
     if backend not in ("reference", "torch", "triton", "mamba_ssm"):
         raise ValueError(f"backend={backend!r} is unknown: choose 'reference', 'torch', 'triton' or 'mamba_ssm'.")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if backend in ("triton", "mamba_ssm") and x.device.type == "cpu" and not interpreted:
+        raise ValueError(f"backend={backend!r} runs on CUDA and x is on the CPU: use 'torch', or x.cuda().")
     if backend in ("triton", "mamba_ssm") and find_spec(backend) is None:
         raise ValueError(f"backend={backend!r} is not installed: pip install blueberry-video[cuda], or use 'torch'.")
     if backend == "triton" and x.dtype == torch.float64:
         raise ValueError("backend='triton' has no float64: use backend='torch', or x in float32.")
     return backend
+
+
+def _exact(definition: Callable[..., tuple[Tensor, Tensor]], x: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The definition in float64, its results in the types that the other backends give."""
+    wide = (tensor.double() if tensor is not None and tensor.is_floating_point() else tensor for tensor in rest)
+    y, states = definition(x.double(), *wide)
+    return y.to(x.dtype), states.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _per_token(D: Tensor | None, x: Tensor) -> Tensor | None:
@@ -432,8 +473,9 @@ def _module(backend: str):  # type: ignore[no-untyped-def]
 
 def _check_values(x: Tensor, dt_f: Tensor, dt_b: Tensor | None, lengths: Tensor | None, longest: int) -> None:
     for name, dt in (("dt", dt_f),) if dt_b is None else (("dt_f", dt_f), ("dt_b", dt_b)):
-        if not (dt >= 0).all():
-            what = "not a number" if dt.isnan().any() else f"negative, the least {dt.min():.3g}"
+        if not ((dt >= 0) & (dt < torch.inf)).all():
+            what = "not a number" if dt.isnan().any() else "infinite"
+            what = f"negative, the least {dt.min():.3g}" if (dt < 0).any() else what
             raise ValueError(
                 f"some values of {name} are {what}: a step of time is ≥ 0, as softplus makes it. NaN comes from what "
                 "it was computed of: look for the first layer that gives one."
