@@ -233,3 +233,14 @@ def test_a_state_of_another_model_is_refused():
     _, state = tiny().stream(clips(frames=2))
     with pytest.raises(ValueError, match="2 layers and the model has 3"):
         tiny(depth=3).stream(clips(frames=2), state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"scan_blocks": ((3, 1),)}, "do not tile a frame of 2 x 2"), ({"scan_orders": ()}, "need an entry at least")]
+    + [({"memory_frames": 0}, "must be 1 or more")],
+)
+def test_settings_that_fit_no_frame_are_refused_at_once(changes, message: str):
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes)
+    assert tiny(patch_size=16, memory_frames=1)(clips()).isfinite().all()

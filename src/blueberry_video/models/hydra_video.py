@@ -70,6 +70,17 @@ class HydraVideo(Encoder):
         self.patch_embed = TubeletEmbed(in_channels, embed_dim, self.patch_size)
         _, h, w = self.grid(self.video_size)
         self.register_buffer("positions", sinusoid_table(h * w, embed_dim), persistent=False)
+        if not scan_orders or not scan_blocks or memory_frames < 1:
+            raise ValueError(
+                f"scan_orders={scan_orders}, scan_blocks={scan_blocks}, memory_frames={memory_frames}: the first two "
+                "need an entry at least, and the last must be 1 or more; the defaults are (h, w), (null,) and 100."
+            )
+        for rows, columns in (block for block in scan_blocks if block is not None):
+            if min(rows, columns) < 1 or h % rows or w % columns:
+                raise ValueError(
+                    f"scan_blocks has {rows} x {columns}, which do not tile a frame of {h} x {w} tokens: choose "
+                    "divisors of these, or null for the whole frame."
+                )
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList()
         for layer, rate in enumerate(rates):
@@ -84,7 +95,7 @@ class HydraVideo(Encoder):
                 conv_size,
                 None if block is None else (rows, columns),
                 order,
-                dt_range=(1 / (memory_frames * rows * columns), 0.1),
+                dt_range=(min(1 / (memory_frames * rows * columns), 0.1), 0.1),
             )
             self.blocks.append(HydraVideoBlock(mixer, embed_dim, mlp_ratio, rate))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6) if final_norm else nn.Identity()
