@@ -345,7 +345,7 @@ def test_weights_of_another_variant_are_refused_by_name(tmp_path: Path):
         ValueError, match=r"guidance-distilled.*, but the model is .*without embedded guidance"
     ) as error:
         hunyuan_video.load_published(plain, tmp_path)
-    assert "choose the model variant" in str(error.value)
+    assert "choose the model=text_to_video/…" in str(error.value)
     said = hunyuan_video.load_published(pair("guidance")[1], tmp_path)
     assert said.startswith("loaded HunyuanVideo text-to-video or token_replace, guidance-distilled (2 + 2 blocks")
 
@@ -361,10 +361,10 @@ def test_published_weights_take_the_precision_of_the_model_they_are_put_into(tmp
 def test_weights_of_another_architecture_are_refused_by_name(tmp_path: Path):
     tiny = {"num_attention_heads": 1, "attention_head_dim": 16, "num_layers": 1, "text_embed_dim": 8}
     CogVideoXTransformer3DModel(**tiny, in_channels=4, sample_height=4, sample_width=4).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is CogVideoX, not HunyuanVideo: choose the model"):
+    with pytest.raises(ValueError, match="holds CogVideoX, not HunyuanVideo: choose the model"):
         from_published(tmp_path)
     save_file({"some.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"is an unknown architecture \(some.weight, …\)"):
+    with pytest.raises(ValueError, match=r"holds an unknown architecture \(some.weight, …\)"):
         from_published(tmp_path / "other.safetensors")
 
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from blueberry_video.models import cogvideox, hunyuan_video, hunyuan_video15
 from blueberry_video.models.text_to_video import TextToVideo
-from blueberry_video.models.vit import read_content
 from blueberry_video.nn.lora import FILE, load_adapters, plain, save_adapters
+from blueberry_video.nn.weight_files import read_content
 
 
 def load_weights(model: TextToVideo, path: str | Path) -> str:

@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from blueberry_video.models import vit
+from blueberry_video.nn import weight_files
 from blueberry_video.nn.encoder import Encoder
 from blueberry_video.nn.heads import ClassificationHead
 
@@ -171,7 +172,7 @@ def from_published(
     the shapes of the weights.
 
     Args:
-        path: see :func:`~blueberry_video.models.vit.read_weights`.
+        path: see :func:`~blueberry_video.nn.weight_files.read_weights`.
         label: name to give to its one head.
         num_frames, image_size: of the clips; no weight tells them.
         num_heads: of the encoder; by default what the published models have.
@@ -181,7 +182,7 @@ def from_published(
         ValueError: if the file has no classifier, such as a pre-trained model.
         RuntimeError: if a weight is missing, left over, or of another shape: each is named.
     """
-    state = vit.read_weights(path)
+    state = weight_files.read_weights(path)
     if not {"fc_norm.weight", f"linear.{label}.weight"} <= convert_head(state, label).keys():
         raise ValueError(
             f"{path} holds no fine-tuned VideoMAE (fc_norm.weight or head.weight is missing): load a pre-trained "
@@ -211,7 +212,7 @@ def load_classifier(model: VideoClassifier, path: str | Path) -> str:
         ValueError: if encoder weights are missing, left over, or of other shapes; the message names them.
     """
     said = vit.load_encoder(model.encoder, path)
-    found, own = convert_head(vit.read_weights(path), _only_label(model)), model.head.state_dict()
+    found, own = convert_head(weight_files.read_weights(path), _only_label(model)), model.head.state_dict()
     if not found:
         return f"{said}; it holds no head: this model's starts anew"
     stem, labels = _stem(found), dict.fromkeys(name.split(".")[1] for name in found if name.startswith("linear."))
@@ -254,7 +255,7 @@ def load_whole(model: VideoClassifier, path: str | Path) -> str:
         FileNotFoundError: if there is no such file.
         ValueError: if weights are missing, left over, or of other shapes.
     """
-    state, own = vit.read_weights(path), model.state_dict()
+    state, own = weight_files.read_weights(path), model.state_dict()
     weights = state if state.keys() == own.keys() else convert_finetuned(state, _only_label(model))
     wrong = own.keys() ^ weights.keys() | {
         name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape

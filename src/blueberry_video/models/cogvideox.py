@@ -20,8 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from blueberry_video.models.vit import num_blocks, read_weights
-from blueberry_video.nn.diffusers_folder import family, load_strictly, read_folder, write_folder
+from blueberry_video.nn.diffusers_folder import load_strictly, read_published, write_folder
 from blueberry_video.nn.expert_blocks import (
     AdaptiveNorm,
     CogVideoXBlock,
@@ -34,6 +33,7 @@ from blueberry_video.nn.expert_positions import ExpertPositions, sincos_position
 from blueberry_video.nn.joint_attention import KeyValueCache, block_causal
 from blueberry_video.nn.sat_layout import convert_sat
 from blueberry_video.nn.timestep_embedding import TimestepMLP, sinusoidal
+from blueberry_video.nn.weight_files import num_blocks
 
 Grid = tuple[int, int, int]  # patches along (t, h, w)
 OFFSET = 2.0  # what 1.5-5B-I2V is always told beside the time
@@ -303,7 +303,7 @@ def from_published(path: str | Path, causal_chunk: int | None = None, checkpoint
         ValueError: if it is damaged, no CogVideoX, of another shape than its config says, or has settings that no
             published model has.
     """
-    config, state = _read(path)
+    config, state = read_published(path, "CogVideoX", convert_sat)
     arguments = _shape(state, path, config) | _settings(state, config)
     if causal_chunk is not None:
         arguments["causal_chunk"] = causal_chunk
@@ -328,7 +328,7 @@ def load_published(model: CogVideoX, path: str | Path) -> None:
         FileNotFoundError: if something is missing there.
         ValueError: if they are of another variant, which is named, or damaged.
     """
-    config, state = _read(path)
+    config, state = read_published(path, "CogVideoX", convert_sat)
     theirs = _shape(state, path, config or to_config(model))
     ours = _shape(model.state_dict(), path, to_config(model))
     others = ", ".join(f"{key}={theirs[key]} (here {ours[key]})" for key in theirs if theirs[key] != ours[key])
@@ -394,16 +394,6 @@ FIXED = {  # of diffusers' config: settings that all published models share, and
     "temporal_interpolation_scale": 1.0,
     "timestep_activation_fn": "silu",
 }
-
-
-def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config (empty of a file) and weights under diffusers' names."""
-    config, state = read_folder(path) if Path(path).is_dir() else ({}, read_weights(path))
-    if family(state) == "CogVideoX in SAT's layout":
-        state = convert_sat(state)
-    if family(state) != "CogVideoX":
-        raise ValueError(f"{path} holds {family(state)}, not CogVideoX: choose the model that these weights are of.")
-    return config, state
 
 
 def _shape(state: dict[str, Tensor], path: str | Path, config: dict[str, Any]) -> dict[str, Any]:

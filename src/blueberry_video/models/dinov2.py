@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from blueberry_video.models import vit
+from blueberry_video.nn import weight_files
 from blueberry_video.nn.attention import Attention
 from blueberry_video.nn.blocks import DropPath, Mlp
 from blueberry_video.nn.embeddings import TubeletEmbed
@@ -94,7 +94,7 @@ class DINOv2(Encoder):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6) if final_norm else nn.Identity()
         self.init_weights()
         if weights is not None:
-            self.load_state_dict(published_weights(vit.read_weights(weights), weights))
+            self.load_state_dict(published_weights(weight_files.read_weights(weights), weights))
 
     def init_weights(self) -> None:
         """Matrices and positions normal with a deviation of 0.02, cut off; class and register tokens nearly 0; biases
@@ -356,7 +356,7 @@ def from_published(
     Positions are stretched as the code does that the file was written for.
 
     Args:
-        path: see :func:`~blueberry_video.models.vit.read_weights`.
+        path: see :func:`~blueberry_video.nn.weight_files.read_weights`.
         image_size, num_frames: of the clips; no weight tells them, and any others are taken, too.
         num_heads: no weight tells this either; by default heads have 64 channels, as published ones.
 
@@ -365,7 +365,7 @@ def from_published(
         ValueError: if it holds no DINOv2, or one too narrow for heads of 64 channels without ``num_heads``.
         RuntimeError: if a weight is missing, left over, or of another shape: each is named.
     """
-    state = vit.read_weights(path)
+    state = weight_files.read_weights(path)
     weights = published_weights(state, path)
     embed_dim, in_channels, _, patch_size = weights["patch_embed.proj.weight"].shape[:4]
     if num_heads is None and embed_dim < 64:
@@ -378,7 +378,7 @@ def from_published(
         num_frames=num_frames,
         patch_size=patch_size,
         embed_dim=embed_dim,
-        depth=vit.num_blocks(weights, "blocks"),
+        depth=weight_files.num_blocks(weights, "blocks"),
         num_heads=num_heads or embed_dim // 64,
         mlp_ratio=hidden / embed_dim,
         in_channels=in_channels,

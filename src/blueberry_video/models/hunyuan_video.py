@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from blueberry_video.models.vit import read_weights
-from blueberry_video.nn.diffusers_folder import count_blocks, load_strictly, of_family, read_folder, write_folder
+from blueberry_video.nn import hunyuan_folder
+from blueberry_video.nn.diffusers_folder import load_strictly, write_folder
 from blueberry_video.nn.hunyuan import DualStreamTransformer, init_weights, padding_of
 from blueberry_video.nn.joint_attention import KeyValueCache
-from blueberry_video.nn.tencent_layout import convert_tencent
 from blueberry_video.nn.timestep_embedding import TimestepMLP, sinusoidal
 from blueberry_video.nn.token_refiner import SINUSOID
+from blueberry_video.nn.weight_files import num_blocks
 
 IMAGE_CONDITIONS = (None, "latent_concat", "token_replace")
 
@@ -226,7 +226,7 @@ def from_published(
         FileNotFoundError: if files are missing.
         ValueError: if they are damaged, of another architecture, which is named, or do not fit.
     """
-    config, state = _read(path)
+    config, state = hunyuan_folder.read(path, FAMILY)
     settings = settings_of(state, config)
     if image_condition is not None:
         settings["image_condition"] = image_condition
@@ -247,15 +247,7 @@ def load_published(model: HunyuanVideo, path: str | Path) -> str:
     Raises:
         FileNotFoundError, ValueError: as :func:`from_published`; also for another variant than the model's.
     """
-    _, state = _read(path)
-    theirs, own = variant(state), variant(model.state_dict())
-    if theirs != own:
-        raise ValueError(
-            f"{path} is {theirs}, but the model is {own}: choose the model variant of the file, such as "
-            "model=hunyuan_video/t2v or hunyuan_video/t2v_guidance."
-        )
-    load_strictly(model, {name: value.to(model.proj_out.weight) for name, value in state.items()}, str(path))
-    return f"loaded {theirs} from {path}"
+    return hunyuan_folder.load_variant(model, path, FAMILY, variant)
 
 
 def save_published(model: HunyuanVideo, folder: str | Path) -> None:
@@ -267,41 +259,15 @@ def save_published(model: HunyuanVideo, folder: str | Path) -> None:
         FileExistsError: if there are weights in the folder.
         ValueError: if diffusers has no such model.
     """
-    t, h, w = model.patch_size
-    if h != w or not model.pooled_dim:
-        raise ValueError(
-            f"diffusers has no HunyuanVideo with patch_size={model.patch_size} and pooled_dim={model.pooled_dim}: it "
-            "needs square patches and a pooled text embedding."
-        )
-    config = {
-        "_class_name": "HunyuanVideoTransformer3DModel",
-        "in_channels": model.in_channels,
-        "out_channels": model.out_channels,
-        "num_attention_heads": model.num_heads,
-        "attention_head_dim": model.head_dim,
-        "num_layers": len(model.transformer_blocks),
+    if not model.pooled_dim:
+        raise ValueError("diffusers has no HunyuanVideo with pooled_dim=0: it needs a pooled text embedding.")
+    config = hunyuan_folder.config_of(model, "HunyuanVideoTransformer3DModel") | {
         "num_single_layers": len(model.single_transformer_blocks),
-        "num_refiner_layers": model.context_embedder.depth,
-        "mlp_ratio": model.mlp_ratio,
-        "patch_size": h,
-        "patch_size_t": t,
-        "qk_norm": "rms_norm",
         "guidance_embeds": model.embedded_guidance,
-        "text_embed_dim": model.text_dim,
         "pooled_projection_dim": model.pooled_dim,
-        "rope_theta": model.rope_theta,
-        "rope_axes_dim": list(model.rope_axes),
         "image_condition_type": model.image_condition,
     }
-    if model.causal_chunk:
-        config["causal_chunk"] = model.causal_chunk
     write_folder(folder, config, model.state_dict())
-
-
-def _read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    """The config, empty for a file, and the weights under diffusers' names."""
-    config, state = read_folder(path) if Path(path).is_dir() else ({}, read_weights(path))
-    return config, of_family(state, FAMILY, convert_tencent, path)
 
 
 def settings_of(state: dict[str, Tensor], config: dict | None = None) -> dict:
@@ -312,28 +278,14 @@ def settings_of(state: dict[str, Tensor], config: dict | None = None) -> dict:
         config: of diffusers; without it positions are as published.
     """
     config = config or {}
-    dim, in_channels, *patch_size = state["x_embedder.proj.weight"].shape
-    out_channels = len(state["proj_out.bias"]) // (patch_size[0] * patch_size[1] * patch_size[2])
-    head_dim = len(state["transformer_blocks.0.attn.norm_q.weight"])
+    settings = hunyuan_folder.settings_of(state, config)
     pooled = state.get("time_text_embed.text_embedder.linear_1.weight")
-    concat = in_channels == 2 * out_channels + 1
-    return {
-        "in_channels": in_channels,
-        "out_channels": out_channels,
-        "patch_size": tuple(patch_size),
-        "num_heads": dim // head_dim,
-        "head_dim": head_dim,
-        "depth": count_blocks(state, "transformer_blocks"),
-        "single_depth": count_blocks(state, "single_transformer_blocks"),
-        "refiner_depth": count_blocks(state, "context_embedder.token_refiner.refiner_blocks"),
-        "mlp_ratio": len(state["transformer_blocks.0.ff.net.0.proj.bias"]) / dim,
-        "text_dim": state["context_embedder.proj_in.weight"].shape[1],
+    concat = settings["in_channels"] == 2 * settings["out_channels"] + 1
+    return settings | {
+        "single_depth": num_blocks(state, "single_transformer_blocks"),
         "pooled_dim": 0 if pooled is None else pooled.shape[1],
         "embedded_guidance": "time_text_embed.guidance_embedder.linear_1.weight" in state,
         "image_condition": "latent_concat" if concat else config.get("image_condition_type"),
-        "rope_axes": tuple(config.get("rope_axes_dim", (head_dim // 8, 7 * head_dim // 16, 7 * head_dim // 16))),
-        "rope_theta": config.get("rope_theta", 256.0),
-        "causal_chunk": config.get("causal_chunk", 0),
     }
 
 

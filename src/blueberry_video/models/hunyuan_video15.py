@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blueberry_video.models.vit import read_weights
-from blueberry_video.nn.diffusers_folder import count_blocks, load_strictly, of_family, read_folder, write_folder
+from blueberry_video.nn import hunyuan_folder
+from blueberry_video.nn.diffusers_folder import load_strictly, write_folder
 from blueberry_video.nn.hunyuan import DualStreamTransformer, check_text, init_weights, padding_of
 from blueberry_video.nn.joint_attention import KeyValueCache
-from blueberry_video.nn.tencent_layout import convert_tencent
 from blueberry_video.nn.timestep_embedding import TimestepMLP, sinusoidal
 from blueberry_video.nn.token_refiner import SINUSOID
 
@@ -243,7 +242,7 @@ def from_published(path: str | Path, causal_chunk: int | None = None, checkpoint
         FileNotFoundError: if files are missing.
         ValueError: if they are damaged, of another architecture, which is named, or do not fit.
     """
-    config, state = _read(path)
+    config, state = hunyuan_folder.read(path, FAMILY)
     settings = settings_of(state, config)
     if causal_chunk is not None:
         settings["causal_chunk"] = causal_chunk
@@ -262,12 +261,7 @@ def load_published(model: HunyuanVideo15, path: str | Path) -> str:
     Raises:
         FileNotFoundError, ValueError: as :func:`from_published`; also for another variant than the model's.
     """
-    _, state = _read(path)
-    theirs, own = variant(state), variant(model.state_dict())
-    if theirs != own:
-        raise ValueError(f"{path} is {theirs}, but the model is {own}: choose the model variant of the file.")
-    load_strictly(model, {name: value.to(model.proj_out.weight) for name, value in state.items()}, str(path))
-    return f"loaded {theirs} from {path}"
+    return hunyuan_folder.load_variant(model, path, FAMILY, variant)
 
 
 def save_published(model: HunyuanVideo15, folder: str | Path, task: str = "t2v", target_size: int = 640) -> None:
@@ -283,39 +277,14 @@ def save_published(model: HunyuanVideo15, folder: str | Path, task: str = "t2v",
         FileExistsError: if there are weights in the folder.
         ValueError: if diffusers has no such model.
     """
-    t, h, w = model.patch_size
-    if h != w:
-        raise ValueError(f"diffusers has no HunyuanVideo-1.5 with patch_size={model.patch_size}: use square patches.")
-    config = {
-        "_class_name": "HunyuanVideo15Transformer3DModel",
-        "in_channels": model.in_channels,
-        "out_channels": model.out_channels,
-        "num_attention_heads": model.num_heads,
-        "attention_head_dim": model.head_dim,
-        "num_layers": len(model.transformer_blocks),
-        "num_refiner_layers": model.context_embedder.depth,
-        "mlp_ratio": model.mlp_ratio,
-        "patch_size": h,
-        "patch_size_t": t,
-        "qk_norm": "rms_norm",
-        "text_embed_dim": model.text_dim,
+    config = hunyuan_folder.config_of(model, "HunyuanVideo15Transformer3DModel") | {
         "text_embed_2_dim": model.letters_dim,
         "image_embed_dim": model.image_dim,
-        "rope_theta": model.rope_theta,
-        "rope_axes_dim": list(model.rope_axes),
         "target_size": target_size,
         "task_type": task,
         "use_meanflow": model.meanflow,
     }
-    if model.causal_chunk:
-        config["causal_chunk"] = model.causal_chunk
     write_folder(folder, config, model.state_dict())
-
-
-def _read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    """The config, empty for a file, and the weights under diffusers' names."""
-    config, state = read_folder(path) if Path(path).is_dir() else ({}, read_weights(path))
-    return config, of_family(state, FAMILY, convert_tencent, path)
 
 
 def settings_of(state: dict[str, Tensor], config: dict | None = None) -> dict:
@@ -325,25 +294,10 @@ def settings_of(state: dict[str, Tensor], config: dict | None = None) -> dict:
         state: under diffusers' names.
         config: of diffusers; without it positions are as published.
     """
-    config = config or {}
-    dim, in_channels, *patch_size = state["x_embedder.proj.weight"].shape
-    head_dim = len(state["transformer_blocks.0.attn.norm_q.weight"])
-    return {
-        "in_channels": in_channels,
-        "out_channels": len(state["proj_out.bias"]) // (patch_size[0] * patch_size[1] * patch_size[2]),
-        "patch_size": tuple(patch_size),
-        "num_heads": dim // head_dim,
-        "head_dim": head_dim,
-        "depth": count_blocks(state, "transformer_blocks"),
-        "refiner_depth": count_blocks(state, "context_embedder.token_refiner.refiner_blocks"),
-        "mlp_ratio": len(state["transformer_blocks.0.ff.net.0.proj.bias"]) / dim,
-        "text_dim": state["context_embedder.proj_in.weight"].shape[1],
+    return hunyuan_folder.settings_of(state, config or {}) | {
         "letters_dim": len(state["context_embedder_2.norm.weight"]),
         "image_dim": len(state["image_embedder.norm_in.weight"]),
         "meanflow": "time_embed.timestep_embedder_r.linear_1.weight" in state,
-        "rope_axes": tuple(config.get("rope_axes_dim", (head_dim // 8, 7 * head_dim // 16, 7 * head_dim // 16))),
-        "rope_theta": config.get("rope_theta", 256.0),
-        "causal_chunk": config.get("causal_chunk", 0),
     }
 
 

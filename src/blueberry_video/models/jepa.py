@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blueberry_video.models import vit
+from blueberry_video.nn import weight_files
 from blueberry_video.nn.encoder import Encoder
 from blueberry_video.nn.positions import sincos_3d_table
 from blueberry_video.nn.predictor import Predictor
@@ -220,9 +221,9 @@ def convert_original(content: dict[str, dict[str, Tensor]], which: str) -> dict[
     sources = {"encoder": which} | ({"target_encoder": "target_encoder"} if "target_encoder" in content else {})
     converted: dict[str, Tensor] = {}
     for ours, theirs in sources.items():
-        weights = vit.without_prefixes(content[theirs])
+        weights = weight_files.without_prefixes(content[theirs])
         converted |= {f"{ours}.{name}": value for name, value in weights.items() if name != "pos_embed"}
-    predictor = vit.without_prefixes(content["predictor"])
+    predictor = weight_files.without_prefixes(content["predictor"])
     tokens = sorted((name for name in predictor if name.startswith("mask_tokens.")), key=lambda name: int(name[12:]))
     converted["predictor.mask_tokens"] = torch.cat([predictor[name].flatten(0, 1) for name in tokens])
     for name, value in predictor.items():
@@ -266,7 +267,7 @@ def check_positions(content: dict[str, dict[str, Tensor]], grid: Grid) -> None:
         ValueError: for another table: computed positions would not be those the weights were trained with.
     """
     for part in ("encoder", "target_encoder", "predictor"):
-        for name, table in vit.without_prefixes(content.get(part) or {}).items():
+        for name, table in weight_files.without_prefixes(content.get(part) or {}).items():
             if not name.endswith("pos_embed"):
                 continue
             expected = sincos_3d_table(grid, table.shape[-1])
@@ -290,12 +291,12 @@ def read_weights(path: str | Path, which: str) -> dict[str, Tensor]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged, or has no such encoder.
     """
-    content = vit.read_content(path)
+    content = weight_files.read_content(path)
     original = content if isinstance(content, dict) and isinstance(content.get("predictor"), dict) else None
     if original is not None:
         held = {name for name, part in original.items() if isinstance(part, dict)}
     else:
-        state = vit.read_weights(path)
+        state = weight_files.read_weights(path)
         if any("embeddings.patch_embeddings." in name for name in state):
             state = convert_huggingface(state)
         held = {name.split(".")[0] for name in state}
@@ -338,7 +339,7 @@ def from_published(
         ValueError: if it is damaged, has no such encoder, or other positions than computed ones.
         RuntimeError: if a weight is missing, left over, or of another shape: each is named.
     """
-    content = vit.read_content(path)
+    content = weight_files.read_content(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no state dicts: give a file of V-JEPA, or of transformers' VJEPA2Model.")
     is_huggingface = any("embeddings.patch_embeddings." in name for name in content)
@@ -357,7 +358,7 @@ def from_published(
     model = JEPA(
         encoder,
         predictor_dim=dim,
-        predictor_depth=vit.num_blocks(state, "predictor.blocks"),
+        predictor_depth=weight_files.num_blocks(state, "predictor.blocks"),
         predictor_num_heads=predictor_num_heads or (12 if positions == "rope_3d" else num_heads),
         predictor_mlp_ratio=len(state["predictor.blocks.0.mlp.fc1.bias"]) / dim,
         num_mask_tokens=len(state["predictor.mask_tokens"]),
@@ -414,7 +415,7 @@ def convert_probe(state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
             a learning rate: give one of them.
         label: name for the one head of these files; those of anticipation have three: verb, noun and action.
     """
-    state = vit.without_prefixes(state)
+    state = weight_files.without_prefixes(state)
     converted: dict[str, Tensor] = {}
     names = HUGGINGFACE_PROBE if "classifier.weight" in state else ORIGINAL_PROBE
     for name, value in state.items():

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from blueberry_video.models import vit
+from blueberry_video.nn import weight_files
 from blueberry_video.nn.blocks import Block
 from blueberry_video.nn.encoder import Encoder
 from blueberry_video.nn.positions import sinusoid_table
@@ -239,7 +240,7 @@ def from_published(
     package; its variant is read off the shapes of the weights.
 
     Args:
-        path: see :func:`~blueberry_video.models.vit.read_weights`.
+        path: see :func:`~blueberry_video.nn.weight_files.read_weights`.
         num_frames, image_size: of the clips; no weight tells them.
         num_heads, decoder_num_heads: of encoder and decoder; by default what the published models have.
 
@@ -248,7 +249,7 @@ def from_published(
         ValueError: if the file has no decoder, such as a fine-tuned model, or other positions than computed ones.
         RuntimeError: if a weight is missing, left over, or of another shape: each is named.
     """
-    state = vit.read_weights(path)
+    state = weight_files.read_weights(path)
     is_omnimae = any(name.startswith("trunk.") for name in state) or "encoder_to_decoder.bias" in state  # or ours
     if any(name.startswith("trunk.") for name in state):
         state = convert_omnimae(state)
@@ -266,7 +267,7 @@ def from_published(
     model = MaskedAutoencoder(
         encoder,
         decoder_dim=decoder_dim,
-        decoder_depth=vit.num_blocks(state, "decoder.blocks"),
+        decoder_depth=weight_files.num_blocks(state, "decoder.blocks"),
         decoder_num_heads=decoder_num_heads or published_heads,
         mlp_ratio=state["decoder.blocks.0.mlp.fc1.weight"].shape[0] / decoder_dim,
         qkv_bias=vit.qkv_bias(state, "decoder.blocks.0"),

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from blueberry_video.models.vit import read_weights
 from blueberry_video.nn.codec import Codec
+from blueberry_video.nn.weight_files import read_weights
 
 _TAPS = 3  # frames that a convolution sees: its own and two before
 

@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from blueberry_video.models import vit
+from blueberry_video.nn import weight_files
 from blueberry_video.nn.blocks import Mlp, init_trunc_normal
 from blueberry_video.nn.encoder import Encoder
 from blueberry_video.nn.rope import Rotation, channels_per_axis, grid_positions, rotate, rotation
@@ -265,7 +266,7 @@ def convert_original(content: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]
         raise ValueError(
             f"the file holds no {missing[0]!r}: V-JEPA 2-AC's has the state dicts 'encoder' and 'predictor'."
         )
-    encoder, predictor = (vit.without_prefixes(content[name]) for name in ("encoder", "predictor"))
+    encoder, predictor = (weight_files.without_prefixes(content[name]) for name in ("encoder", "predictor"))
     if "action_encoder.weight" not in predictor:
         raise ValueError(
             "the file's predictor has no action_encoder, so it is not that of an action-conditioned model: read V-JEPA "
@@ -297,7 +298,7 @@ def from_published(
         ValueError: if it is damaged or another model's.
         RuntimeError: if a weight is missing, left over, or of another shape: each is named.
     """
-    content = vit.read_content(path)
+    content = weight_files.read_content(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no state dicts: give a file of V-JEPA 2-AC.")
     state = convert_original(content)
@@ -312,7 +313,7 @@ def from_published(
         action_dim,
         state["predictor.state_encoder.weight"].shape[1],
         dim,
-        vit.num_blocks(state, "predictor.blocks"),
+        weight_files.num_blocks(state, "predictor.blocks"),
         predictor_num_heads,
         state["predictor.blocks.0.mlp.fc1.weight"].shape[0] / dim,
         rope_quirk=True,

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from blueberry_video.nn.weight_files import read_weights
+
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -41,33 +43,25 @@ def family(state: dict[str, Tensor]) -> str:
     return f"an unknown architecture ({', '.join(sorted(state)[:3])}, …)"
 
 
-def count_blocks(state: dict[str, Tensor], prefix: str) -> int:
-    """How many blocks ``<prefix>.<i>.…`` a state dict has."""
-    start = len(prefix) + 1
-    return len({name[start:].split(".")[0] for name in state if name.startswith(f"{prefix}.")})
-
-
-def of_family(
-    state: dict[str, Tensor],
-    expected: str,
-    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-    source: str | Path,
-) -> dict[str, Tensor]:
-    """The state dict under diffusers' names, if it is of the family ``expected`` (see :func:`family`).
+def read_published(
+    path: str | Path, expected: str, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> tuple[dict, dict[str, Tensor]]:
+    """The config (empty for a file) and the state dict, under diffusers' names, at ``path``.
 
     Args:
-        state: under diffusers' names, or in the original layout.
-        expected: the family wanted.
-        convert: what turns the original layout into diffusers'.
-        source: where it comes from, for the message.
+        path: a folder, see :func:`read_folder`, or a file, see :func:`~blueberry_video.nn.weight_files.read_weights`.
+        expected: the family wanted, see :func:`family`.
+        convert: what turns its original layout into diffusers'.
 
     Raises:
-        ValueError: if it is of another family, which is named.
+        FileNotFoundError: if something is missing there.
+        ValueError: if it is damaged, or of another family, which is named.
     """
+    config, state = read_folder(path) if Path(path).is_dir() else ({}, read_weights(path))
     found = family(state)
     if found != expected and not found.startswith(f"{expected} in "):
-        raise ValueError(f"{source} is {found}, not {expected}: choose the model of the weights, or other weights.")
-    return state if found == expected else convert(state)
+        raise ValueError(f"{path} holds {found}, not {expected}: choose the model that these weights are of.")
+    return config, state if found == expected else convert(state)
 
 
 def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:

@@ -45,15 +45,8 @@ class Modulation(nn.Module):
 
 
 def normalize(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without parameters, then shift and scale (B, K, D) by frame: (B, N, D) -> (B, N, D)."""
-    frames = F.layer_norm(x, x.shape[-1:], eps=EPS).unflatten(1, (shift.shape[1], -1))  # (B, K, N / K, D)
-    return modulate(frames, shift[:, :, None], scale[:, :, None]).flatten(1, 2)
-
-
-def add_gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """x + gate * branch, with the gate (B, K, D) by frame: (B, N, D) -> (B, N, D)."""
-    by_frame = (gate.shape[1], -1)
-    return gated(x.unflatten(1, by_frame), gate[:, :, None], branch.unflatten(1, by_frame)).flatten(1, 2)
+    """LayerNorm without parameters, then shift and scale (B, K, D): (B, N, D) -> (B, N, D)."""
+    return modulate(F.layer_norm(x, x.shape[-1:], eps=EPS), shift, scale)
 
 
 class FeedForward(nn.Module):
@@ -176,10 +169,10 @@ class DualStreamBlock(nn.Module):
         else:
             text_shift, text_scale, text_gate, *text_mlp = self.norm1_context(text_condition)
             attended, update = self.attn(seen, normalize(text, text_shift, text_scale), shared, layer)
-            text = add_gated(text, text_gate, update)
-            text = add_gated(text, text_mlp[2], self.ff_context(normalize(text, text_mlp[0], text_mlp[1])))
-        video = add_gated(video, gate, attended)
-        return add_gated(video, mlp_gate, self.ff(normalize(video, mlp_shift, mlp_scale))), text
+            text = gated(text, text_gate, update)
+            text = gated(text, text_mlp[2], self.ff_context(normalize(text, text_mlp[0], text_mlp[1])))
+        video = gated(video, gate, attended)
+        return gated(video, mlp_gate, self.ff(normalize(video, mlp_shift, mlp_scale))), text
 
 
 class SingleStreamBlock(nn.Module):
@@ -221,7 +214,7 @@ class SingleStreamBlock(nn.Module):
         attended = attend_with_cache(*self.attn.heads(seen, shared.rotation), shared, layer)
         update = self.proj_out(torch.cat([attended, self.act_mlp(self.proj_mlp(seen))], dim=-1))
         updates = update.split([part.shape[1] for part in parts], dim=1)
-        return _joined([add_gated(*each) for each in zip(parts, gates, updates, strict=True)])
+        return _joined([gated(*each) for each in zip(parts, gates, updates, strict=True)])
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from blueberry_video.nn.axes_rope import axes_rotation
 from blueberry_video.nn.dual_stream import DualStreamBlock, Modulation, Shared, SingleStreamBlock, normalize
 from blueberry_video.nn.embeddings import TubeletEmbed
-from blueberry_video.nn.joint_attention import KeyValueCache, block_causal, block_causal_mask
+from blueberry_video.nn.joint_attention import KeyValueCache, block_causal
 from blueberry_video.nn.rope import Rotation
 from blueberry_video.nn.timestep_embedding import TimestepMLP
 from blueberry_video.nn.token_refiner import TokenRefiner
@@ -206,12 +206,8 @@ class DualStreamTransformer(nn.Module):
     ) -> Tensor | BlockMask | None:
         """Which keys, [text, frames from 0 on], the tokens evaluated may see; ``None``: all."""
         mask: Tensor | BlockMask | None = None
-        chunk = self.causal_chunk
-        if chunk and not first:
-            mask = block_causal(text_len, t, tokens_per_frame, chunk, device=device)
-        elif chunk and t > chunk:
-            whole = block_causal_mask(text_len, first + t, tokens_per_frame, chunk, device=device)
-            mask = whole[text_len + first * tokens_per_frame :]
+        if self.causal_chunk:
+            mask = block_causal(text_len, t, tokens_per_frame, self.causal_chunk, first, device)
         if text_mask is None:
             return mask
         if isinstance(mask, BlockMask):

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blueberry_video.nn.dual_stream import EPS, FeedForward, Modulation, add_gated
+from blueberry_video.nn.dual_stream import EPS, FeedForward, Modulation
+from blueberry_video.nn.modulation import gated
 from blueberry_video.nn.timestep_embedding import TimestepMLP, sinusoidal
 
 SINUSOID = 256  # channels of the sinusoid of a time
@@ -42,8 +43,8 @@ class RefinerBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, mask: Tensor | None) -> Tensor:
         gate, mlp_gate = self.norm_out(condition)
-        x = add_gated(x, gate, self.attn(self.norm1(x), mask))
-        return add_gated(x, mlp_gate, self.ff(self.norm2(x)))
+        x = gated(x, gate, self.attn(self.norm1(x), mask))
+        return gated(x, mlp_gate, self.ff(self.norm2(x)))
 
 
 class RefinerBlocks(nn.Module):

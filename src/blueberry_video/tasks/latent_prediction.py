@@ -1,6 +1,5 @@
-"""Latent prediction: hide parts of a clip, predict the embeddings that another encoder gives them (V-JEPA, arXiv
-2404.08471; V-JEPA 2, arXiv 2506.09985; 2.1, arXiv 2603.14482; LeJEPA, arXiv 2511.08544; SALT, arXiv 2509.24317).
-"""
+"""Latent prediction: hide parts of a clip, predict the embeddings that another encoder gives them (V-JEPA, 2404.08471;
+V-JEPA 2, 2506.09985; 2.1, 2603.14482; LeJEPA, 2511.08544; SALT, 2509.24317; all of arXiv)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +14,11 @@ from blueberry_video.evaluation.trivial import trivial_latent_losses
 from blueberry_video.inference.latents import latent_pictures
 from blueberry_video.masking import Masks
 from blueberry_video.models.jepa import JEPA
-from blueberry_video.models.vit import load_encoder, read_weights
+from blueberry_video.models.vit import load_encoder
 from blueberry_video.nn.latent_losses import context_weight, latent_loss, sigreg
 from blueberry_video.nn.levels import normalize_levels
 from blueberry_video.nn.patches import gather_tokens
+from blueberry_video.nn.weight_files import read_weights
 from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD, Task
 
 
@@ -140,8 +140,8 @@ class LatentPrediction(Task):
         values = {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
         loss = values["loss_prediction"] + self.visible_weight * values.get("loss_context", 0.0)
         if self.sigreg_weight:
-            shape = latents.shape[-1], self.sigreg_directions
-            directions = torch.randn(*shape, generator=_generator(stage, 0)).to(latents)
+            size = latents.shape[-1], self.sigreg_directions
+            directions = torch.randn(size, generator=_generator(stage, 0)).to(latents)
             values["loss_sigreg"] = sigreg(latents.transpose(0, 1), directions)
             loss = (1 - self.sigreg_weight) * loss + self.sigreg_weight * values["loss_sigreg"]
         return {"loss": loss, **values}
@@ -157,14 +157,14 @@ class LatentPrediction(Task):
             values["loss_context"] = latent_loss(visible, truth, weight)
         if stage == "train":
             return values
-        trivial = trivial_latent_losses(latents, keep, target)
-        return values | {f"loss_prediction_trivial_{name}": value for name, value in trivial.items()}
+        trivial = trivial_latent_losses(latents, keep, target).items()
+        return values | {f"loss_prediction_trivial_{name}": value for name, value in trivial}
 
     def on_validation_epoch_end(self) -> None:
         logged = self.trainer.callback_metrics
         trivial = min(logged[f"val/loss_prediction_trivial_{name}"] for name in ("mean", "place", "clip"))
-        share = logged["val/loss_prediction"] / trivial
-        self.log_dict({"val/loss_prediction_trivial": trivial, "val/loss_share": share})
+        self.log("val/loss_prediction_trivial", trivial)
+        self.log("val/loss_share", logged["val/loss_prediction"] / trivial)
 
     @property
     def total_steps(self) -> int:
