@@ -71,6 +71,15 @@ def test_the_convolution_is_a_causal_3d_one(stride: int):
     torch.testing.assert_close(out.unflatten(0, (2, frames)).transpose(1, 2), expected, rtol=0, atol=1e-5)
 
 
+def test_a_clip_is_not_drowned_by_the_noise_of_its_latents_before_training():
+    torch.manual_seed(0)
+    model = CausalVideoVAE(channels=8, dims=(16, 32, 64))
+    clip = torch.randn(2, 3, 1, 4, 4).repeat_interleave(9, 2).repeat_interleave(8, 3).repeat_interleave(8, 4)  # plain
+    mean, log_variance = model.encode(clip).chunk(2, dim=1)
+    assert mean.std() > 2 * (log_variance / 2).exp().mean()
+    assert model.reconstruct(mean).std() > 0.3 * clip.std()
+
+
 def test_every_parameter_receives_a_gradient():
     model = vae().train()
     video = torch.rand(1, 3, 9, 16, 16) * 2 - 1

@@ -82,8 +82,14 @@ class CausalVideoVAE(Codec):
             load_video_vae(self, weights)
 
     def init_weights(self) -> None:
-        """Convolutions as PyTorch has them; what a residual block adds begins at zero, so that the whole begins linear;
-        and latents begin with a deviation of e^-2, or noise would drown what they carry before it is used."""
+        """Every layer begins with outputs as large as its inputs: PyTorch's own would shrink a clip from layer to
+        layer, until the noise of its latents, which begins with a deviation of e^-2, drowned it. What a residual block adds
+        begins at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                seen = 1 if isinstance(module, nn.ConvTranspose2d) else module.weight[0, 0].numel()
+                nn.init.normal_(module.weight, std=(module.in_channels * seen) ** -0.5)
+                nn.init.zeros_(cast(Tensor, module.bias))
         nn.init.constant_(cast(Tensor, self.to_moments.bias)[self.channels :], -4.0)
         for module in self.modules():
             if isinstance(module, ResidualBlock):
