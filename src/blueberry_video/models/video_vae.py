@@ -82,9 +82,9 @@ class CausalVideoVAE(Codec):
             load_video_vae(self, weights)
 
     def init_weights(self) -> None:
-        """Every layer begins with outputs as large as its inputs: PyTorch's own would shrink a clip from layer to
-        layer, until the noise of its latents, which begins with a deviation of e^-2, drowned it. What a residual block adds
-        begins at zero."""
+        """Every layer begins with outputs as large as its inputs: PyTorch's own would shrink a clip layer by layer
+        until the noise of its latents, which begins with a deviation of e^-2, drowned it. What a residual block adds is
+        zero at first."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 seen = 1 if isinstance(module, nn.ConvTranspose2d) else module.weight[0, 0].numel()
