@@ -135,12 +135,19 @@ def test_smaller_grids_of_1_5_are_not_stretched(size: tuple[int, int, int]):
 
 
 def test_half_precision_weights_give_what_diffusers_do():
-    ours = build("5b").to(torch.bfloat16)
+    ours = build("5b")
+    with torch.no_grad():
+        for block in ours.transformer_blocks:
+            for norm in (block.attn1.norm_q, block.attn1.norm_k):
+                norm.weight.fill_(1.5)  # or attention is so even that positions do not matter
+    ours = ours.to(torch.bfloat16)
     latents, time, text = inputs(ours)
     output = ours(latents, time, text)
     expected = run_diffusers(diffusers_of(ours).to(torch.bfloat16), latents.bfloat16(), time, text.bfloat16())
     assert output.dtype == torch.bfloat16
-    torch.testing.assert_close(output, expected, atol=0.1, rtol=0.05)  # 8 bits of mantissa, rounded in other places
+    torch.testing.assert_close(
+        output, expected, atol=0.02, rtol=0
+    )  # rounded in other places; not turned: 0.03 and more
 
 
 @pytest.mark.parametrize("name", VARIANTS)

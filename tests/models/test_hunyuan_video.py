@@ -347,6 +347,14 @@ def test_weights_of_another_variant_are_refused_by_name(tmp_path: Path):
         hunyuan_video.load_published(plain, tmp_path)
     assert "choose the model=text_to_video/…" in str(error.value)
     said = hunyuan_video.load_published(pair("guidance")[1], tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"rope_theta": 256.0', '"rope_theta": 10000.0'))
+    with pytest.raises(ValueError, match=r"was trained with rope_theta=10000.0 \(here 256.0\), which no weight tells"):
+        hunyuan_video.load_published(pair("guidance")[1], tmp_path)
+    settings = json.loads(config.read_text()) | {"rope_theta": 256.0, "image_condition_type": "token_replace"}
+    config.write_text(json.dumps(settings))
+    other = hunyuan_video.load_published(pair("guidance")[1], tmp_path)
+    assert other.endswith("trained with image_condition_type=token_replace (here None)")
     assert said.startswith("loaded HunyuanVideo text-to-video or token_replace, guidance-distilled (2 + 2 blocks")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blueberry_video.evaluation.trivial import trivial_denoising_losses
 from blueberry_video.nn.noise_share import flow_error_factor, times_of_shares
-from blueberry_video.nn.objectives import FlowMatching, Objective, VPrediction
+from blueberry_video.nn.objectives import FlowMatching, Objective, VPrediction, standard_normal
 from blueberry_video.nn.text import TextTokens
 
 NUM_BINS = 10
@@ -76,7 +76,7 @@ def _errors(
 ) -> dict[str, Tensor]:
     """Mean squared error of every clip (B,) at its share of noise (B,), with new noise; by name."""
     t = times_of_shares(objective, share)
-    noise = torch.randn(clean.shape, generator=generator).to(clean)
+    noise = standard_normal(clean.shape, generator, clean.device).to(clean)
     noisy, target = objective.noisy(clean, noise, t), objective.target(clean, noise, t)
     factor = flow_error_factor(objective, t)
     values: dict[str, Tensor] = {}

@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from blueberry_video.nn.objectives import FlowMatching, Objective
+from blueberry_video.nn.objectives import FlowMatching, Objective, standard_normal
 from blueberry_video.nn.timesteps import shift_times
 
 Network = Callable[
@@ -49,7 +49,7 @@ class Sampler(ABC):
         Raises:
             ValueError: for more steps than the objective has, or an objective that the sampler cannot follow.
         """
-        times = objective.snap(shift_times(torch.linspace(1, 0, self.steps + 1), self.shift))
+        times = objective.snap(shift_times(torch.linspace(1, 0, self.steps + 1, dtype=torch.float32), self.shift))
         if (times.diff() >= 0).any():
             raise ValueError(f"steps={self.steps} with shift={self.shift} are more than the objective has: take fewer.")
         return times
@@ -158,7 +158,9 @@ class DPMSolverSDE(Sampler):
                 ahead = torch.lerp(before, clean, 1 + h / (2 * h_before))
             latents = level / levels[i] * kept * latents + signal * (1 - kept**2) * ahead
             if level > 0:
-                latents = latents + level * math.sqrt(1 - kept**2) * _normal_like(latents, generator)
+                latents = latents + level * math.sqrt(1 - kept**2) * standard_normal(
+                    latents.shape, generator, latents.device
+                )
             before, h_before = clean, h
         return latents
 
@@ -194,8 +196,3 @@ class FlowEuler(Sampler):
             clean, noise = predict(latents, t)
             latents = latents + (following - t) * (noise - clean)
         return latents
-
-
-def _normal_like(latents: Tensor, generator: torch.Generator | None) -> Tensor:
-    source = latents.device if generator is None else generator.device
-    return torch.randn(latents.shape, generator=generator, device=source, dtype=latents.dtype).to(latents.device)

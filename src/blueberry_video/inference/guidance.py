@@ -88,9 +88,10 @@ class DynamicGuidance(Guidance):
 
     Args:
         scale: 6 as published.
-        mode: ``cosine`` has a progress of 1 - t, the share of the steps that are done, as was meant. ``legacy`` has
-            (steps - network time) / steps, as published in diffusers: the network's time counts 1000 steps, not those
-            of the sampler, so that the scale jumps up and down until the last few steps.
+        mode: ``cosine`` has a progress of 1 - t: the share of the steps that are done, as was meant, if the sampler's
+            ``shift`` is 1; with a larger one the scale rises late. ``legacy`` has (steps - network time) / steps, as
+            published in diffusers: the network's time counts 1000 steps, not those of the sampler, so that the scale
+            jumps up and down until the last few steps.
         exponent: 5 as published.
 
     Raises:

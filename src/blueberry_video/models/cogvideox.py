@@ -237,7 +237,7 @@ class CogVideoX(nn.Module):
                 f"time is {tuple(time.shape)}: give one a clip, ({len(latents)},), or one a frame, "
                 f"({len(latents)}, {num_frames})."
             )
-        if time.ndim == 2 and self.patch_size[0] > 1:
+        if time.ndim == 2 and self.patch_size[0] > 1 and not torch.compiler.is_compiling():
             of_patches = time.unflatten(1, (-1, self.patch_size[0]))
             if not torch.equal(of_patches, of_patches[..., :1].expand_as(of_patches)):
                 raise ValueError(f"the {self.patch_size[0]} frames of a patch must have the same time.")

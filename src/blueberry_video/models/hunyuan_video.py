@@ -247,7 +247,7 @@ def load_published(model: HunyuanVideo, path: str | Path) -> str:
     Raises:
         FileNotFoundError, ValueError: as :func:`from_published`; also for another variant than the model's.
     """
-    return hunyuan_folder.load_variant(model, path, FAMILY, variant)
+    return hunyuan_folder.load_variant(model, path, FAMILY, variant, to_config(model))
 
 
 def save_published(model: HunyuanVideo, folder: str | Path) -> None:
@@ -259,15 +259,20 @@ def save_published(model: HunyuanVideo, folder: str | Path) -> None:
         FileExistsError: if there are weights in the folder.
         ValueError: if diffusers has no such model.
     """
+    hunyuan_folder.check_square(model)
     if not model.pooled_dim:
         raise ValueError("diffusers has no HunyuanVideo with pooled_dim=0: it needs a pooled text embedding.")
-    config = hunyuan_folder.config_of(model, "HunyuanVideoTransformer3DModel") | {
+    write_folder(folder, to_config(model), model.state_dict())
+
+
+def to_config(model: HunyuanVideo) -> dict:
+    """The ``config.json`` of diffusers for a model."""
+    return hunyuan_folder.config_of(model, "HunyuanVideoTransformer3DModel") | {
         "num_single_layers": len(model.single_transformer_blocks),
         "guidance_embeds": model.embedded_guidance,
         "pooled_projection_dim": model.pooled_dim,
         "image_condition_type": model.image_condition,
     }
-    write_folder(folder, config, model.state_dict())
 
 
 def settings_of(state: dict[str, Tensor], config: dict | None = None) -> dict:

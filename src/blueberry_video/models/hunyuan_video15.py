@@ -228,6 +228,7 @@ def _all_masks(parts: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
 
 
 FAMILY = "HunyuanVideo-1.5"
+CLASS = "HunyuanVideo15Transformer3DModel"  # of diffusers
 
 
 def from_published(path: str | Path, causal_chunk: int | None = None, checkpointing: bool = False) -> HunyuanVideo15:
@@ -261,7 +262,7 @@ def load_published(model: HunyuanVideo15, path: str | Path) -> str:
     Raises:
         FileNotFoundError, ValueError: as :func:`from_published`; also for another variant than the model's.
     """
-    return hunyuan_folder.load_variant(model, path, FAMILY, variant)
+    return hunyuan_folder.load_variant(model, path, FAMILY, variant, hunyuan_folder.config_of(model, CLASS))
 
 
 def save_published(model: HunyuanVideo15, folder: str | Path, task: str = "t2v", target_size: int = 640) -> None:
@@ -277,7 +278,8 @@ def save_published(model: HunyuanVideo15, folder: str | Path, task: str = "t2v",
         FileExistsError: if there are weights in the folder.
         ValueError: if diffusers has no such model.
     """
-    config = hunyuan_folder.config_of(model, "HunyuanVideo15Transformer3DModel") | {
+    hunyuan_folder.check_square(model)
+    config = hunyuan_folder.config_of(model, CLASS) | {
         "text_embed_2_dim": model.letters_dim,
         "image_embed_dim": model.image_dim,
         "target_size": target_size,

@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from blueberry_video.nn.objectives import standard_normal
+
 
 class Codec(nn.Module, ABC):
     """Base of a codec of videos in [-1, 1].
@@ -103,7 +105,7 @@ class Pixels(Codec):
 def sample(moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Means and log-variances (B, 2C, t, h, w) -> draws (B, C, t, h, w), in the moments' dtype, computed in fp32."""
     mean, log_variance = moments.float().chunk(2, dim=1)
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    noise = standard_normal(mean.shape, generator, mean.device)
     return (mean + noise * (log_variance.clamp(max=20) / 2).exp()).to(moments.dtype)
 
 

@@ -110,8 +110,8 @@ def sincos_positions(grid: Grid, dim: int, spatial_scale: float, first: int = 0)
         return torch.cat([angle.sin(), angle.cos()], dim=1).float()
 
     time = waves(torch.arange(first, first + t), dim // 4)[:, None, None]
-    row = waves(torch.arange(h) / spatial_scale, dim // 8 * 3)[None, :, None]
-    column = waves(torch.arange(w) / spatial_scale, dim // 8 * 3)[None, None]
+    row = waves(torch.arange(h, dtype=torch.float64) / spatial_scale, dim // 8 * 3)[None, :, None]
+    column = waves(torch.arange(w, dtype=torch.float64) / spatial_scale, dim // 8 * 3)[None, None]
     return torch.cat([part.expand(t, h, w, -1) for part in (time, column, row)], dim=-1).flatten(0, 2)
 
 
@@ -127,5 +127,5 @@ def stretched_grid(size: tuple[int, int], native: tuple[int, int], device: torch
     else:
         scaled_height, scaled_width = round(width / w * h), width
     top, left = round((height - scaled_height) / 2), round((width - scaled_width) / 2)
-    rows = torch.linspace(top, (top + scaled_height) * (h - 1) / h, h, device=device)
-    return rows, torch.linspace(left, (left + scaled_width) * (w - 1) / w, w, device=device)
+    rows = torch.linspace(top, (top + scaled_height) * (h - 1) / h, h, dtype=torch.float32, device=device)
+    return rows, torch.linspace(left, (left + scaled_width) * (w - 1) / w, w, dtype=torch.float32, device=device)

@@ -10,6 +10,8 @@ from blueberry_video.nn.hunyuan import DualStreamTransformer
 from blueberry_video.nn.tencent_layout import convert_tencent
 from blueberry_video.nn.weight_files import num_blocks
 
+UNTOLD = ("image_condition_type", "rope_theta", "rope_axes_dim")  # settings in diffusers' config that no shape tells
+
 
 def read(path: str | Path, family: str) -> tuple[dict, dict[str, Tensor]]:
     """See :func:`~blueberry_video.nn.diffusers_folder.read_published`; original files are Tencent's."""
@@ -17,7 +19,11 @@ def read(path: str | Path, family: str) -> tuple[dict, dict[str, Tensor]]:
 
 
 def load_variant(
-    model: DualStreamTransformer, path: str | Path, family: str, variant: Callable[[dict[str, Tensor]], str]
+    model: DualStreamTransformer,
+    path: str | Path,
+    family: str,
+    variant: Callable[[dict[str, Tensor]], str],
+    config: dict,
 ) -> str:
     """Puts published weights into a model, to be trained on.
 
@@ -26,6 +32,8 @@ def load_variant(
         path: a folder or file.
         family: of the model.
         variant: what a state dict is, in words, by its shapes.
+        config: of the model, as diffusers has it: what no shape tells is compared. Another ``image_condition_type`` is
+            said, not refused: image-to-video models begin with weights for text alone.
 
     Returns:
         One sentence on what was loaded.
@@ -34,15 +42,22 @@ def load_variant(
         FileNotFoundError: if something is missing there.
         ValueError: if they are damaged, of another architecture or of another variant: both are named.
     """
-    _, state = read(path, family)
+    theirs_config, state = read(path, family)
     theirs, own = variant(state), variant(model.state_dict())
     if theirs != own:
         raise ValueError(
             f"{path} is {theirs}, but the model is {own}: choose the model=text_to_video/… of these weights, or set "
             "model.transformer to their shape."
         )
+    told = {key: theirs_config.get(key, value) for key, value in config.items() if key in UNTOLD}
+    others = [f"{key}={told[key]} (here {config[key]})" for key in told if told[key] != config[key]]
+    if any(key != "image_condition_type" and told[key] != config[key] for key in told):
+        raise ValueError(
+            f"{path} was trained with {', '.join(others)}, which no weight tells: set model.transformer.rope_theta and "
+            "rope_axes to what its config says."
+        )
     load_strictly(model, {name: value.to(model.proj_out.weight) for name, value in state.items()}, str(path))
-    return f"loaded {theirs} from {path}"
+    return f"loaded {theirs} from {path}{f', trained with {others[0]}' if others else ''}"
 
 
 def settings_of(state: dict[str, Tensor], config: dict) -> dict:
@@ -68,15 +83,15 @@ def settings_of(state: dict[str, Tensor], config: dict) -> dict:
     }
 
 
-def config_of(model: DualStreamTransformer, class_name: str) -> dict:
-    """The part of diffusers' config that both have.
+def check_square(model: DualStreamTransformer) -> None:
+    """Raises a ``ValueError`` for patches that diffusers has no setting for."""
+    if model.patch_size[1] != model.patch_size[2]:
+        raise ValueError(f"diffusers has no model with patch_size={model.patch_size}: use square patches.")
 
-    Raises:
-        ValueError: if diffusers has no such model.
-    """
-    t, h, w = model.patch_size
-    if h != w:
-        raise ValueError(f"diffusers has no {class_name} with patch_size={model.patch_size}: use square patches.")
+
+def config_of(model: DualStreamTransformer, class_name: str) -> dict:
+    """The part of diffusers' config that both have."""
+    t, h, _ = model.patch_size
     config = {
         "_class_name": class_name,
         "in_channels": model.in_channels,

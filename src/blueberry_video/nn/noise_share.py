@@ -25,7 +25,7 @@ def times_of_shares(objective: Objective, share: Tensor, resolution: int = 1000)
     """
     if not isinstance(objective, VPrediction):
         return share
-    grid = objective.snap(torch.linspace(0, 1, resolution + 1, device=share.device))
+    grid = objective.snap(torch.linspace(0, 1, resolution + 1, dtype=torch.float32, device=share.device))
     signal, noise = objective.levels(grid)
     known = noise / (signal + noise)
     above = torch.searchsorted(known, share.contiguous()).clamp(1, resolution)

@@ -92,14 +92,14 @@ class TimeSampler(ABC):
             ValueError: for times of frames from a stratified sampler, or if the shift needs a grid that is not given.
         """
         if num_frames is None:
-            uniform = torch.rand(batch_size, generator=generator)
+            uniform = torch.rand(batch_size, generator=generator, dtype=torch.float32)
             if self.stratified:
                 first = rank * batch_size
                 uniform = (torch.arange(first, first + batch_size) + uniform) / (batch_size * world_size)
         elif self.stratified:
             raise ValueError("stratified=true gives a time to each clip: set it to false for a time to each frame.")
         else:
-            uniform = torch.rand(batch_size, num_frames, generator=generator)
+            uniform = torch.rand(batch_size, num_frames, generator=generator, dtype=torch.float32)
         return shift_times(self._quantile(uniform), self._shift_of(grid))
 
     @abstractmethod
