@@ -59,12 +59,8 @@ def overrides_for(name: str) -> list[str]:
             return [f"model={choice}", "task=autoencoding", "data=moving_shapes"]
         case "task" if choice == "autoencoding":
             return ["task=autoencoding", "model=video_vae/tiny", "data=moving_shapes"]
-        case "data" if choice in ("moving_shapes", "latents", "captioned_videos"):
-            folders = {
-                "latents": ["data.train.folder=a", "data.val.folder=b"],
-                "captioned_videos": ["data.train.root=a"],
-            }
-            return ["task=diffusion", "model=text_to_video/cogvideox_tiny", f"data={choice}", *folders.get(choice, [])]
+        case "data" if choice.startswith(("moving_shapes", "latent", "captioned")):
+            return ["task=diffusion", "model=text_to_video/cogvideox_tiny", f"data={choice}"]
         case "model" if choice.startswith("vit/"):
             return [f"model={choice.replace('vit/', 'videomae_v2/')}"]
         case "model" if choice.startswith("world_model/"):

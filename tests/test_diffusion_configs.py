@@ -22,6 +22,12 @@ def test_half_precision_is_refused_for_families_that_overflow_in_it(name: str, p
     assert composed(name, "trainer.precision=bf16-mixed").trainer.precision == "bf16-mixed"
 
 
+def test_half_precision_is_refused_of_a_plugin_too():
+    plugin = "{_target_: lightning.pytorch.plugins.MixedPrecision, precision: 16-mixed, device: cpu}"
+    with pytest.raises(ValueError, match=r"Write `trainer\.plugins\.0\.precision=bf16-mixed`"):
+        composed("hunyuan", "trainer.precision=null", f"trainer.plugins=[{plugin}]")
+
+
 def test_half_precision_is_allowed_for_the_one_that_was_published_in_it():
     assert composed("cogvideox_lora", "trainer.precision=16-mixed").model.transformer.positions == "sincos"
 

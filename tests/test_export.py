@@ -139,3 +139,22 @@ def test_a_run_of_another_kind_is_refused(run: Path, tmp_path: Path):
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(ValueError, match="CausalVideoVAE: only diffusion transformers"):
         export.run(run, tmp_path / "out")
+
+
+def test_where_nothing_can_be_written_or_read_is_said_in_a_sentence(run: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(FileExistsError, match=r"is to be a folder, and .*/file is a file"):
+            export.run(run, out)
+    with pytest.raises(FileNotFoundError, match=r"no run \(.*`make train EXP=<experiment>` makes one"):
+        export.run(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_half_precision_is_refused_for_families_that_overflow_in_it(run: Path, tmp_path: Path):
+    export.run(run, tmp_path / "sincos", dtype="float16")  # as CogVideoX-2B was published
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["transformer"]["positions"] = "rope"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match=r"CogVideoX was trained in bfloat16.*DTYPE=bfloat16"):
+        export.run(run, tmp_path / "rope", dtype="float16")
+    assert export.run(run, tmp_path / "rope", dtype="bfloat16") == [tmp_path / "rope" / "transformer"]

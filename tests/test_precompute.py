@@ -8,9 +8,10 @@ from omegaconf import OmegaConf
 
 from blueberry_video.data.latents import LatentClips
 from blueberry_video.data.sprites import Sprites
+from blueberry_video.inference.encoding import encode
 from blueberry_video.models.word_text import WordText
 from blueberry_video.nn.codec import Codec, Pixels, fingerprint
-from blueberry_video.precompute import encode, run, write_latents
+from blueberry_video.precompute import run, write_latents
 
 
 class FrozenText(WordText):
@@ -99,8 +100,10 @@ def test_bad_clips_are_named(tmp_path: Path):
             super().__init__()
             self.stride, self.frame_step = (2, 2, 2), 2
 
-    with pytest.raises(ValueError, match=f"the clip '{clip['id']}' does not fit the codec: num_frames=2 .* use 1 or 3"):
+    with pytest.raises(ValueError, match=f"the clip '{clip['id']}' does not fit: num_frames=2 .* use 1 or 3"):
         encode({**clip, "video": clip["video"][:2]}, Halves(), None, torch.float32)
+    with pytest.raises(ValueError, match=r"height=16 is no multiple of 6, .* times the patch of the network \(3\)"):
+        encode({**clip, "video": clip["video"][:1]}, Halves(), None, torch.float32, (3, 3))
     with pytest.raises(ValueError, match=f"moments of the clip '{clip['id']}' is NaN"):
         write_latents(sprites(), Overflowing(), None, tmp_path)
     varying = sprites()
@@ -116,12 +119,21 @@ def config(model: dict) -> OmegaConf:
     return OmegaConf.create({"name": "tiny", "seed": 0, "model": model, "data": {**module, **splits}})
 
 
-def test_an_experiment_is_encoded_split_by_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_experiment_is_encoded_split_by_split(tmp_path: Path):
     codec = {"_target_": "blueberry_video.nn.codec.Pixels", "_partial_": True}
     text = {"_partial_": True, "_target_": "blueberry_video.models.word_text.WordText", "text_dim": 4}
-    run(config({"codec": codec, "text": text}), tmp_path)
+    read = run(config({"codec": codec, "text": text}), tmp_path)
+    folders = [f"data.{split}.folder={tmp_path}/{split}" for split in ("train", "val")]
+    assert read == ["data=latents", *folders, "data.batch_size=1"]
     assert [len(LatentClips(tmp_path / split)) for split in ("train", "val")] == [3, 3]
     assert LatentClips(tmp_path / "train")[0]["id"] != LatentClips(tmp_path / "val")[0]["id"]
-    assert f"data=latents data.train.folder={tmp_path}/train" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="has no codec"):
-        run(config({"_target_": "somewhere.Classifier"}), tmp_path)
+
+
+def test_an_experiment_without_codec_or_with_latents_already_is_refused(tmp_path: Path):
+    for model in ({"_target_": "somewhere.Classifier"}, {"_target_": "somewhere.TextToVideo", "codec": None}):
+        with pytest.raises(ValueError, match="has no codec"):
+            run(config(model), tmp_path)
+    stored = config({"codec": {"_target_": "blueberry_video.nn.codec.Pixels"}})
+    stored.data.train = {"_target_": "blueberry_video.data.latents.LatentClips", "folder": "nowhere"}
+    with pytest.raises(ValueError, match="the data of tiny are stored latents: name the clips"):
+        run(stored, tmp_path)

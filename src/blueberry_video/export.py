@@ -40,22 +40,35 @@ def run(source: Path, out: Path, dtype: str = "float32", merge: bool = False) ->
 
     Raises:
         FileNotFoundError: there is no run, or it has no checkpoint.
-        FileExistsError: the folder holds a transformer already.
-        ValueError: the run trained no text-to-video model.
+        FileExistsError: the folder holds a transformer already, or is a file.
+        ValueError: the run trained no text-to-video model, or one that float16 does not hold.
     """
     import torch
     from hydra.utils import instantiate
 
     from blueberry_video.config import load
+    from blueberry_video.config.checks import HALF_OVERFLOWS
     from blueberry_video.experiment.checkpoint import weights_file
     from blueberry_video.experiment.run_folder import RunFolder
     from blueberry_video.inference.published import export, load_weights
     from blueberry_video.models.text_to_video import TextToVideo
 
-    folder = RunFolder.open(source).path
+    if (there := next(path for path in (out, *out.parents) if path.exists())).is_file():
+        raise FileExistsError(f"{out} is to be a folder, and {there} is a file: choose another name.")
+    try:
+        folder = RunFolder.open(source).path
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} `make train EXP=<experiment>` makes one.") from error
     model = instantiate(load(folder / "config.yaml").model)
     if not isinstance(model, TextToVideo):
         raise ValueError(f"{folder} trained a {type(model).__name__}: only diffusion transformers are exported.")
+    places = getattr(model.transformer, "places", None)
+    name = f"{type(model.transformer).__module__}.{type(model.transformer).__qualname__}"
+    if dtype == "float16" and name in HALF_OVERFLOWS and (places is None or places.kind != "sincos"):
+        raise ValueError(
+            f"dtype=float16: {type(model.transformer).__name__} was trained in bfloat16, and overflows in float16, "
+            "which gives black or NaN videos: write DTYPE=bfloat16."
+        )
     if model.lora is not None and model.lora.base is not None:
         load_weights(model, model.lora.base)
     load_weights(model, weights_file(folder))  # a checkpoint holds the averaged weights under the trained ones' names

@@ -7,11 +7,24 @@ A learning-rate schedule is ``schedule(step, total_steps, …) -> multiplier`` o
 
 import math
 import re
+from collections.abc import Collection
 
 from torch import nn
 
+WRAPPER = "_fsdp_wrapped_module."  # what FSDP puts into the names of parameters
 
-def parameter_groups(module: nn.Module, layer_decay: float = 1.0) -> list[dict]:
+
+def decayed_names(module: nn.Module) -> set[str]:
+    """Names of the parameters that get weight decay: matrices, without what a module lists in ``no_weight_decay``."""
+    exempt = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, child in module.named_modules()
+        for name in getattr(child, "no_weight_decay", ())
+    }
+    return {name for name, parameter in module.named_parameters() if parameter.ndim > 1 and name not in exempt}
+
+
+def parameter_groups(module: nn.Module, layer_decay: float = 1.0, decayed: Collection[str] | None = None) -> list[dict]:
     """Groups for an optimiser: matrices get its weight decay; biases, norms, and what a module lists in
     ``no_weight_decay`` none.
 
@@ -23,6 +36,7 @@ def parameter_groups(module: nn.Module, layer_decay: float = 1.0) -> list[dict]:
     Args:
         module: contains the encoder as ``encoder`` and its blocks as ``encoder.blocks``, at any depth.
         layer_decay: in (0, 1]; layer l gets ``lr_scale = layer_decay ** (depth + 1 - l)``. At 1 there are two groups.
+        decayed: what :func:`decayed_names` gave before FSDP made vectors of all parameters; by default what it gives.
 
     Returns:
         Groups with ``params``, ``lr_scale`` and, where it is to be 0, ``weight_decay``; the head's come first.
@@ -35,17 +49,14 @@ def parameter_groups(module: nn.Module, layer_decay: float = 1.0) -> list[dict]:
         raise ValueError(
             f"task.layer_decay={layer_decay} is outside (0, 1]: 1 is none, VideoMAE-B fine-tunes with 0.75."
         )
-    exempt = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, child in module.named_modules()
-        for name in getattr(child, "no_weight_decay", ())
-    }
+    decayed = decayed_names(module) if decayed is None else decayed
     scales = _layer_scales(module, layer_decay) if layer_decay < 1 else {}
     matrices: dict[float, list[nn.Parameter]] = {1.0: []}
     rest: dict[float, list[nn.Parameter]] = {1.0: []}
-    for name, parameter in module.named_parameters():
+    for wrapped, parameter in module.named_parameters():
         if parameter.requires_grad:
-            chosen = rest if parameter.ndim <= 1 or name in exempt else matrices
+            name = wrapped.replace(WRAPPER, "")
+            chosen = matrices if name in decayed else rest
             chosen.setdefault(scales.get(name, 1.0), []).append(parameter)
     groups: list[dict] = []
     for scale in sorted({*matrices, *rest}, reverse=True):
@@ -56,7 +67,7 @@ def parameter_groups(module: nn.Module, layer_decay: float = 1.0) -> list[dict]:
 
 def _layer_scales(module: nn.Module, layer_decay: float) -> dict[str, float]:
     """Name -> factor on the learning rate, of the parameters of ``encoder`` up to its last block."""
-    names = [name for name, _ in module.named_parameters()]
+    names = [name.replace(WRAPPER, "") for name, _ in module.named_parameters()]
     blocks = {name: found for name in names if (found := re.search(r"(?:^|\.)encoder\.blocks\.(\d+)\.", name))}
     if not blocks:
         raise ValueError(

@@ -6,12 +6,15 @@ any moment, the same command goes on where it stopped, and the files come out th
 """
 
 import argparse
+import re
+import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from omegaconf import DictConfig
 
+from blueberry_video.config.checks import targets
 from blueberry_video.launch import command_line
 
 if TYPE_CHECKING:  # torch is imported once the config is known to be right
@@ -28,37 +31,54 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="in which latents and text are stored")
     parser.add_argument("--shard-size", type=int, default=64, help="clips a file")
     known, rest = parser.parse_known_args(sys.argv[1:])
-    config = command_line.parse(rest).config()
+    command = command_line.parse(rest)
+    config = command.config()
     command_line.quiet_libraries()
-    run(config, Path(known.out or f"data/latents/{config.name}"), known.dtype, known.shard_size)
+    read = run(config, Path(known.out or f"data/latents/{config.name}"), known.dtype, known.shard_size)
+    kept = [word for word in command.overrides if not word.lstrip("+~").startswith(("data=", "data."))]
+    words = [word if re.fullmatch(r"[^\s'\"\\]+", word) else shlex.quote(word) for word in (*read, *kept)]
+    print(f"train on them with: make train EXP={config.name} ARGS={shlex.quote(' '.join(words))}")
 
 
-def run(config: DictConfig, out: Path, dtype: str = "float32", shard_size: int = 64) -> None:
+def run(config: DictConfig, out: Path, dtype: str = "float32", shard_size: int = 64) -> list[str]:
     """Writes the latents of every split that the experiment's data has.
 
+    Returns:
+        The overrides with which the experiment is trained on them.
+
     Raises:
-        ValueError: the model has no codec; what :func:`write_latents` raises.
+        ValueError: the model has no codec, or the data are latents already; what :func:`write_latents` raises.
     """
     import torch
     from hydra.utils import instantiate
     from lightning import seed_everything
 
-    if "codec" not in config.model:
+    from blueberry_video.data.buckets import reading
+
+    if not config.model.get("codec"):
         raise ValueError(
             f"`model` = {config.model.get('_target_')} has no codec, so there are no latents to compute: choose an "
             "experiment whose model has one, such as those of model=text_to_video/…."
         )
+    if any(node["_target_"].endswith(".LatentClips") for _, node in targets(config.data, "data")):
+        raise ValueError(
+            f"the data of {config.name} are stored latents: name the clips that they are to be made of, such as "
+            'ARGS="data=captioned_videos data.train.root=data/my_videos".'
+        )
     seed_everything(config.seed, workers=True, verbose=False)
+    data = instantiate(config.data)  # first: what is wrong with it is told before large weights are read
+    data.list_skipped_in(str(out / "skipped.csv"))
+    with torch.device("meta"):
+        patch = instantiate(config.model.transformer).patch_size if "transformer" in config.model else (1, 1, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     now = {"_partial_": False}  # a model may want them built later
     codec = instantiate(config.model.codec, **now).to(device).eval()
     text = instantiate(config.model.text, **now).to(device).eval() if config.model.get("text") else None
-    data = instantiate(config.data)
     for split in ("train", "val", "test"):
         if (dataset := getattr(data, split)) is not None:
-            write_latents(dataset, codec, text, out / split, dtype, shard_size, data.num_workers)
-    said = f"data=latents data.train.folder={out}/train data.val.folder={out}/val"
-    print(f"train on them with: make train EXP={config.name} ARGS='{said}'")
+            write_latents(dataset, codec, text, out / split, dtype, shard_size, data.num_workers, patch[1:])
+    sizes = {key: config.data[key] for key in ("batch_size", "val_batch_size") if config.data.get(key) is not None}
+    return reading(out, {"train": data.train, "val": data.val}, patch, sizes)
 
 
 def write_latents(
@@ -69,6 +89,7 @@ def write_latents(
     dtype: str = "float32",
     shard_size: int = 64,
     num_workers: int = 0,
+    patch_size: tuple[int, int] = (1, 1),
 ) -> None:
     """Encodes a dataset, clip by clip, into the shards that ``folder`` lacks.
 
@@ -80,10 +101,12 @@ def write_latents(
         dtype: one of ``DTYPES``.
         shard_size: clips a file.
         num_workers: processes that read clips.
+        patch_size: rows and columns of latents that the network takes together.
 
     Raises:
-        ValueError: a clip without caption, of a size that the codec cannot take, or with latents that are NaN; a
-            folder made of something else; a dataset that cannot be stored.
+        ValueError: a clip without caption, of a size that codec or network cannot take, or with latents that are NaN;
+            before anything is encoded: a bucket of such a size; a folder made of something else; a dataset that cannot
+            be stored.
     """
     import torch
     from torch.utils.data import DataLoader, Dataset, Subset
@@ -91,9 +114,12 @@ def write_latents(
     from blueberry_video.data.clip_cache import check_storable
     from blueberry_video.data.latents import LatentShards
     from blueberry_video.data.progress import Progress
+    from blueberry_video.inference.encoding import check_size, encode
     from blueberry_video.nn.codec import fingerprint
 
     check_storable(dataset)
+    for name, size in getattr(dataset, "sizes", {}).items():
+        check_size(f"the bucket {name}", size, codec, patch_size)
     text = text if text is not None and text.frozen else None
     made_of = {
         "codec": f"{type(codec).__name__}/{fingerprint(codec)}",
@@ -110,38 +136,9 @@ def write_latents(
         for number in shards.missing:
             encoded = []
             for _ in shards.indices(number):
-                encoded.append(encode(next(clips), codec, text, getattr(torch, dtype)))
+                encoded.append(encode(next(clips), codec, text, getattr(torch, dtype), patch_size))
                 progress.add(1)
             shards.write(number, encoded)
-
-
-def encode(clip: dict[str, Any], codec: "Codec", text: "TextEncoder | None", dtype: Any) -> dict[str, Any]:
-    """A clip as ``LatentClips`` gives it back: its moments, its text, and all that is no picture of it.
-
-    One at a time, so that no other clip has a part in what it becomes.
-    """
-    import torch
-
-    name = clip.get("id", "a clip")
-    if not clip.get("caption"):
-        raise ValueError(
-            f"the clip {name!r} has no caption, and a text-to-video model needs one for each: add it to the metadata "
-            "of the dataset, or leave the clip out."
-        )
-    try:
-        codec.check(clip["video"].shape[0], *clip["video"].shape[2:])
-    except ValueError as error:
-        raise ValueError(f"the clip {name!r} does not fit the codec: {error}") from error
-    like = next(codec.parameters(), torch.empty(0))
-    pixels = clip["video"].transpose(0, 1)[None].to(like.device).to(like.dtype)  # (1, 3, T, H, W)
-    kept: dict[str, Any] = {key: clip[key] for key in ("id", "caption", "labels", "fps") if key in clip}
-    with torch.no_grad():
-        kept["moments"] = codec.encode(pixels / 127.5 - 1)[0].to(dtype)
-        if text is not None:
-            tokens, mask, pooled = text([clip["caption"]])
-            kept |= {"text_tokens": tokens[0].to(dtype), "text_mask": mask[0]}
-            kept |= {} if pooled is None else {"text_pooled": pooled[0].to(dtype)}
-    return kept
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from blueberry_video.data.buckets import (
     VideoBuckets,
     nearest_shape,
     num_tokens,
+    reading,
 )
 from blueberry_video.data.latents import LatentClips, LatentShards
 from blueberry_video.data.video_folder import VideoFolder
@@ -147,8 +148,29 @@ def test_what_fits_no_bucket_is_refused_or_left_out(folder: Path):
     assert len(buckets(folder, shapes=[(9, 32, 48), (9, 48, 32)], leave_out_small=True)) == 4
     with pytest.raises(ValueError, match="token_budget=17 is below the 18 tokens of one clip of the bucket 9x32x48"):
         buckets(folder, token_budget=17)
+    with pytest.raises(ValueError, match=r"none of the 6 videos in .* fits one of the buckets 49x64x64"):
+        buckets(folder, shapes=[(49, 64, 64)], leave_out_small=True)
     with pytest.raises(ValueError, match=r"shapes has \[9, 32\]"):
         buckets(folder, shapes=[(9, 32)])
+    with pytest.raises(ValueError, match=r"token_size has \[16, 16\]"):
+        buckets(folder, token_size=(16, 16))
+
+
+def test_captions_are_told_without_reading_a_video(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    data = buckets(folder)
+    in_order = [data[i]["caption"] for i in range(6)]
+    monkeypatch.setattr("blueberry_video.data.video_folder.decode", None)
+    assert list(data.captions()) == in_order
+
+
+def test_files_that_are_found_broken_before_a_run_has_a_folder_are_listed_in_it(folder: Path, tmp_path: Path):
+    (folder / "videos" / "1.mp4").write_bytes(b"no video")
+    dataset = VideoFolder(folder, num_frames=1, max_broken_share=0.5)
+    data = VideoBuckets(dataset, [(9, 32, 48), (9, 48, 32), (5, 16, 24)], (4, 16, 16), 36)
+    assert data.part_sizes == {"9x32x48": 2, "9x48x32": 1, "5x16x24": 2}
+    data.skipped_file = str(tmp_path / "skipped.csv")
+    assert [row.split(",")[1] for row in (tmp_path / "skipped.csv").read_text().splitlines()] == ["file", "1.mp4"]
+    assert {part.skipped_file for part in data.parts.values()} == {data.skipped_file}
 
 
 def test_videos_without_captions_are_named(folder: Path):
@@ -170,5 +192,28 @@ def test_stored_latents_fall_into_buckets_by_their_shapes(tmp_path: Path):
             shards.write(number, clips)
     data = LatentBuckets(LatentClips(tmp_path), patch_size=(1, 2, 2), token_budget=16)
     assert isinstance(data, Buckets)
-    assert data.batch_sizes == {"1x2x6": 5, "1x4x4": 4, "2x4x4": 2}
-    assert [data[i]["caption"] for i in range(5)] == ["3", "1", "0", "2", "4"]
+    assert data.batch_sizes == {"2x4x4": 2, "1x4x4": 4, "1x2x6": 5}
+    assert [data[i]["caption"] for i in range(5)] == ["0", "2", "4", "1", "3"]
+    assert data.sizes == {"2x4x4": (2, 4, 4), "1x4x4": (1, 4, 4), "1x2x6": (1, 2, 6)}
+    assert data.describe() == "2x4x4: 3 clips, 2 a batch; 1x4x4: 1 clips, 4 a batch; 1x2x6: 1 clips, 5 a batch"
+    assert sorted(data.captions()) == sorted("01234")
+    assert (data.folder, data.made_of["codec"]) == (tmp_path, "x")
+    with pytest.raises(ValueError, match=r"patch_size has \[2, 2\]"):
+        LatentBuckets(LatentClips(tmp_path), patch_size=(2, 2), token_budget=16)
+
+
+def test_how_a_config_reads_what_was_stored(tmp_path: Path):
+    for split, shapes in (("train", [(2, 4, 4)]), ("val", [(1, 4, 4), (1, 2, 2)])):
+        with LatentShards(tmp_path / split, {"codec": "x"}, len(shapes)) as shards:
+            shards.write(0, [{"moments": torch.zeros(2, *shape), "caption": "a"} for shape in shapes])
+    plain = {"train": LatentClips(tmp_path / "train")}
+    read = reading(tmp_path, plain, (1, 2, 2), {"batch_size": 3})
+    assert read == ["data=latents", f"data.train.folder={tmp_path}/train", "data.batch_size=3"]
+    bucketed = {**plain, "val": LatentBuckets(LatentClips(tmp_path / "val"), (1, 1, 1), 16)}
+    assert reading(tmp_path, bucketed, (1, 2, 2), {"batch_size": 3}) == [
+        "data=latent_buckets",
+        "data.train.patch_size=[1,2,2]",
+        f"data.train.dataset.folder={tmp_path}/train",
+        f"data.val.dataset.folder={tmp_path}/val",
+        "data.val.token_budget=16",
+    ]

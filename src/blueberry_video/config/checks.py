@@ -18,6 +18,7 @@ ALLOWED = (  # what a config has reason to build; elsewhere torch and lightning 
     "torch.optim",
     "torch.utils.data",
     "torch.profiler",
+    "torch.distributed.fsdp.wrap",
     "lightning.Trainer",
     *(
         f"lightning.pytorch.{part}"
@@ -349,9 +350,9 @@ def validate(config: Mapping[str, Any]) -> None:
             _divides(node, path, "num_frames", "tubelet_size", "frames cannot be cut into whole tubelets")
         _divides(node, path, "embed_dim", "num_heads", "channels cannot be shared by the heads")
         _divides(node, path, "decoder_dim", "decoder_num_heads", "channels cannot be shared by the heads")
-    precision = (config.get("trainer") or {}).get("precision")
     for path, node in networks:
-        _refuse_half(node, path, precision)
+        for place, precision in _precisions(config.get("trainer") or {}):
+            _refuse_half(node, path, place, precision)
         _check_frame_steps(config, node, path)
     for path, encoder in networks:
         if _value(encoder, "patch_size") is None or _value(encoder, "embed_dim") is None:
@@ -374,14 +375,21 @@ def validate(config: Mapping[str, Any]) -> None:
                 )
 
 
-def _refuse_half(node: Mapping[str, Any], path: str, precision: Any) -> None:
+def _precisions(trainer: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every key that says a precision, and what it says: the trainer's, and those of its plugins."""
+    yield "trainer.precision", trainer.get("precision")
+    for path, node in targets(trainer.get("plugins"), "trainer.plugins"):
+        yield f"{path}.precision", node.get("precision")
+
+
+def _refuse_half(node: Mapping[str, Any], path: str, place: str, precision: Any) -> None:
     """float16 for a network whose activations it cannot hold: black or NaN videos. CogVideoX-2B alone, with sine-cosine
     positions, was published in it."""
     overflows = node["_target_"] in HALF_OVERFLOWS and _value(node, "positions") != "sincos"
     if overflows and precision in (16, "16", "16-mixed", "16-true"):
         raise ValueError(
-            f"`trainer.precision` = {precision} and `{path}._target_` = {node['_target_']}: this family was trained in "
-            "bfloat16, and overflows in float16, which gives black or NaN videos. Write `trainer.precision=bf16-mixed`."
+            f"`{place}` = {precision} and `{path}._target_` = {node['_target_']}: this family was trained in "
+            f"bfloat16, and overflows in float16, which gives black or NaN videos. Write `{place}=bf16-mixed`."
         )
 
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Subset
@@ -28,18 +29,30 @@ class Buckets(Mixture):
 
     Args:
         parts: name -> map-style dataset of clips of one size.
+        sizes: name -> (frames, height, width) of its clips: pixels, or latents where these are stored.
         tokens: name -> tokens of one clip.
         token_budget: most tokens of one rank's batch.
 
     Attributes:
+        sizes: as given, of the buckets that have clips. Clip 0 is of the first: a text-to-video model shows samples in
+            the size of the first bucket of the validation clips.
+        token_budget: as given.
         batch_sizes: name -> clips of one rank's batch.
 
     Raises:
         ValueError: a bucket of which not one clip fits the budget; what ``Mixture`` raises.
     """
 
-    def __init__(self, parts: Mapping[str, Clips], tokens: Mapping[str, int], token_budget: int):
+    def __init__(
+        self,
+        parts: Mapping[str, Clips],
+        sizes: Mapping[str, tuple[int, int, int]],
+        tokens: Mapping[str, int],
+        token_budget: int,
+    ):
         super().__init__(parts)
+        self.token_budget = token_budget
+        self.sizes = {name: sizes[name] for name in self.parts}
         for name in self.parts:
             if tokens[name] > token_budget:
                 raise ValueError(
@@ -53,6 +66,12 @@ class Buckets(Mixture):
         """Everything a clip depends on but its index; only where every bucket has a key."""
         return f"buckets-1/{json.dumps({name: part.cache_key for name, part in self.parts.items()})}"  # type: ignore[attr-defined]
 
+    def describe(self) -> str:
+        """Such as ``49x480x720: 120 clips, 2 a batch; 17x480x720: 31 clips, 5 a batch``, in the order of the clips."""
+        return "; ".join(
+            f"{name}: {size} clips, {self.batch_sizes[name]} a batch" for name, size in self.part_sizes.items()
+        )
+
 
 class VideoBuckets(Buckets):
     """The videos of a folder, each in the bucket that shows most of it.
@@ -62,7 +81,7 @@ class VideoBuckets(Buckets):
 
     Args:
         dataset: a folder of videos; its own ``num_frames`` and ``image_size`` count for nothing.
-        shapes: the buckets: (frames, height, width) each.
+        shapes: the buckets: (frames, height, width) each. Clips come in their order.
         token_size: pixels (frames, rows, columns) of one token: the stride of the codec times the patch of the
             network. The first frame of a codec stands alone: 1 + 4 k frames make 1 + k tokens at 4.
         token_budget: most tokens of one rank's batch.
@@ -82,7 +101,12 @@ class VideoBuckets(Buckets):
         captions: bool = True,
         leave_out_small: bool = False,
     ):
-        wanted = _checked(shapes)
+        if not shapes:
+            raise ValueError(
+                "shapes is empty: list at least one bucket, such as [49, 480, 720] (frames, height, width)."
+            )
+        wanted = {bucket_name(shape): shape for shape in (_three("shapes", shape) for shape in shapes)}
+        token_size = _three("token_size", token_size)
         if dataset.sampler == "multi_clip":
             raise ValueError("sampler=multi_clip has no buckets: use uniform, random or fixed_fps.")
         if captions and (silent := [row.name for row in dataset.rows if not row.caption]):
@@ -90,48 +114,87 @@ class VideoBuckets(Buckets):
                 f"{len(silent)} of {len(dataset.rows)} videos in {dataset.root} have no caption, such as "
                 f"{silent[0]!r}: add captions to the metadata, or set captions=false for a model without text."
             )
-        rows: dict[tuple[int, int, int], list[Row]] = {shape: [] for shape in wanted}
+        rows: dict[str, list[Row]] = {name: [] for name in wanted}
         for row in dataset.rows:
             try:
                 info = probe(row.path)
             except VideoError as error:
                 dataset.skip(row.name, str(error))
                 continue
-            shape = nearest_shape(_available(dataset, info), info.height, info.width, wanted)
+            shape = nearest_shape(_available(dataset, info), info.height, info.width, list(wanted.values()))
             if shape is not None:
-                rows[shape].append(row)
+                rows[bucket_name(shape)].append(row)
             elif not leave_out_small:
                 raise ValueError(
                     f"the video {row.name!r} ({info.num_frames} frames of {info.height} x {info.width}) fits none of "
-                    f"the buckets {', '.join(map(bucket_name, wanted))}: add a smaller one, or set "
+                    f"the buckets {', '.join(wanted)}: add a smaller one, or set "
                     "leave_out_small=true."
                 )
-        parts = {bucket_name(shape): _cut(dataset, shape, found) for shape, found in rows.items() if found}
-        tokens = {bucket_name(shape): num_tokens(shape, token_size) for shape in wanted}
-        super().__init__(parts, tokens, token_budget)
+        if not any(rows.values()):
+            raise ValueError(
+                f"none of the {len(dataset.rows)} videos in {dataset.root} fits one of the buckets "
+                f"{', '.join(wanted)}: add smaller ones."
+            )
+        parts = {name: _cut(dataset, wanted[name], found) for name, found in rows.items() if found}
+        tokens = {name: num_tokens(shape, token_size) for name, shape in wanted.items()}
+        super().__init__(parts, wanted, tokens, token_budget)
+        self._folders = [dataset, *parts.values()]
+
+    @property
+    def skipped_file(self) -> str | None:
+        """Where files that are skipped are listed, also those that were found broken before it was named."""
+        return self._folders[0].skipped_file
+
+    @skipped_file.setter
+    def skipped_file(self, path: str | None) -> None:
+        for folder in self._folders:
+            folder.skipped_file = path
+        for name, reason in dict(self._folders[0].skipped).items():
+            self._folders[0].skip(name, reason)
+
+    def captions(self) -> Iterator[str]:
+        """Of every clip, in order; reads no video."""
+        return (row.caption or "" for folder in self._folders[1:] for row in folder.rows)
 
 
 class LatentBuckets(Buckets):
     """Stored latents, a bucket for each size that they have.
 
+    Buckets come in the order in which they begin in ``dataset``: of what was encoded from ``VideoBuckets``, in theirs.
+
     Args:
         dataset: what ``make latents`` wrote.
         patch_size: (t, h, w) latents that the network makes one token of.
         token_budget: most tokens of one rank's batch.
+
+    Attributes:
+        made_of, folder: of ``dataset``.
+
+    Raises:
+        ValueError: see ``Buckets``.
     """
 
     def __init__(self, dataset: LatentClips, patch_size: Sequence[int], token_budget: int):
-        places: dict[tuple[int, ...], list[int]] = {}
-        for index, (_, *shape) in enumerate(dataset.shapes):
-            places.setdefault(tuple(shape), []).append(index)
-        parts = {bucket_name(shape): Subset(dataset, places[shape]) for shape in sorted(places)}
+        patch_size = _three("patch_size", patch_size)
+        sizes: dict[str, tuple[int, int, int]] = {}
+        places: dict[str, list[int]] = {}
+        for index, (_, frames, height, width) in enumerate(dataset.shapes):
+            shape = (frames, height, width)
+            sizes[bucket_name(shape)] = shape
+            places.setdefault(bucket_name(shape), []).append(index)
+        parts = {name: Subset(dataset, found) for name, found in places.items()}
         tokens = {
-            bucket_name(shape): math.prod(math.ceil(size / patch) for size, patch in zip(shape, patch_size))
-            for shape in places
+            name: math.prod(math.ceil(size / patch) for size, patch in zip(shape, patch_size))
+            for name, shape in sizes.items()
         }
-        super().__init__(parts, tokens, token_budget)
+        super().__init__(parts, sizes, tokens, token_budget)
         self.classes, self.reversal_pairs = dataset.classes, dataset.reversal_pairs
-        self.made_of = dataset.made_of
+        self.made_of, self.folder = dataset.made_of, dataset.folder
+        self._clips = dataset
+
+    def captions(self) -> Iterator[str]:
+        """Of every clip, in the order of ``dataset``; reads no latents."""
+        return self._clips.captions()
 
 
 class BucketTrainBatches(TrainBatches):
@@ -217,16 +280,37 @@ def bucket_name(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _checked(shapes: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
-    if not shapes:
-        raise ValueError("shapes is empty: list at least one bucket, such as [49, 480, 720] (frames, height, width).")
-    for shape in shapes:
-        if len(shape) != 3 or min(shape) < 1:
-            raise ValueError(
-                f"shapes has {list(shape)}, which is no (frames, height, width): write three numbers of at least 1, "
-                "such as [49, 480, 720]."
-            )
-    return [(int(t), int(h), int(w)) for t, h, w in shapes]
+def reading(
+    folder: Path, encoded: Mapping[str, Clips], patch_size: Sequence[int], batch_sizes: Mapping[str, int]
+) -> list[str]:
+    """The overrides with which a config reads the latents in ``folder``/{train,val}: its ``data`` is ``latents``, or
+    ``latent_buckets`` where their sizes differ.
+
+    Args:
+        encoded: split -> what the latents were made of; buckets keep their budgets.
+        patch_size: (t, h, w) latents that the network makes one token of.
+        batch_sizes: key of ``data`` -> its value, which count where there are no buckets.
+    """
+    stored = {split: LatentClips(folder / split) for split in encoded}
+    if all(len(set(clips.shapes)) == 1 for clips in stored.values()):
+        folders = {f"{split}.folder": clips.folder for split, clips in stored.items()}
+        return ["data=latents", *(f"data.{key}={value}" for key, value in {**folders, **batch_sizes}.items())]
+    found = ["data=latent_buckets", f"data.train.patch_size=[{','.join(map(str, patch_size))}]"]
+    for split, clips in stored.items():
+        found.append(f"data.{split}.dataset.folder={clips.folder}")
+        if isinstance(dataset := encoded[split], Buckets):
+            found.append(f"data.{split}.token_budget={dataset.token_budget}")
+    return found
+
+
+def _three(key: str, values: Sequence[int]) -> tuple[int, int, int]:
+    if len(values) != 3 or min(values) < 1:
+        raise ValueError(
+            f"{key} has {list(values)}, which is no (frames, height, width): write three numbers of at least 1, such "
+            "as [49, 480, 720] for clips and [4, 16, 16] or [1, 2, 2] for tokens."
+        )
+    frames, height, width = map(int, values)
+    return frames, height, width
 
 
 def _available(dataset: VideoFolder, info: VideoInfo) -> float:

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
 from blueberry_video.data.batches import (
@@ -99,7 +100,11 @@ class DataModule(LightningDataModule):
                 dataset.prepare(num_workers=len(os.sched_getaffinity(0)))
 
     def setup(self, stage: str) -> None:
+        """Tells, before a training, how the clips fall into buckets."""
         self._resume_at = (0, 0)  # Lightning calls this before it loads a checkpoint
+        for split, dataset in (("training", self.train), ("validation", self.val)) if stage == "fit" else ():
+            if isinstance(dataset, Buckets):
+                rank_zero_only(print)(f"{split}: {dataset.describe()}")
 
     def train_dataloader(self) -> DataLoader:
         how = (self.seed, self._rank, self._world_size, self.drop_last)

@@ -176,6 +176,10 @@ class CogVideoX(nn.Module):
         pattern = "b (t h w) (c pt ph pw) -> b c (t pt) (h ph) (w pw)"
         return rearrange(patches, pattern, t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
 
+    def check_size(self, size: Grid) -> None:
+        """Latents of ``size`` (T, H, W) can be cut into patches and have positions, else a ValueError."""
+        self.places.check(size, 0)
+
     def grid(self, latents_shape: torch.Size | tuple[int, ...]) -> Grid:
         """Patches (t, h, w) of latents (B, C, T, H, W)."""
         t, h, w = (size // patch for size, patch in zip(latents_shape[2:], self.patch_size, strict=True))

@@ -90,6 +90,16 @@ class DualStreamTransformer(nn.Module):
         t, h, w = (size // patch for size, patch in zip(latents.shape[2:], self.patch_size))
         return t, h, w
 
+    def check_size(self, size: tuple[int, int, int]) -> None:
+        """Latents of ``size`` (T, H, W) can be cut into patches, else a ValueError."""
+        for name, number, patch in zip(("frames", "rows", "columns"), size, self.patch_size):
+            if not number or number % patch:
+                nearest = max(round(number / patch), 1) * patch
+                raise ValueError(
+                    f"the latents have {number} {name}, no multiple of patch_size={self.patch_size}: the nearest is "
+                    f"{nearest}."
+                )
+
     def check(
         self,
         latents: Tensor,
@@ -109,14 +119,8 @@ class DualStreamTransformer(nn.Module):
                 f"latents have the shape {tuple(latents.shape)}: expected (B, C, T, H, W) with C = in_channels = "
                 f"{self.in_channels}. Choose the model variant, or the codec, with the other's number of channels."
             )
-        batch, _, num_frames = latents.shape[:3]
-        for name, size, patch in zip(("frames", "rows", "columns"), latents.shape[2:], self.patch_size):
-            if not size or size % patch:
-                nearest = max(round(size / patch), 1) * patch
-                raise ValueError(
-                    f"the latents have {size} {name}, no multiple of patch_size={self.patch_size}: the nearest is "
-                    f"{nearest}."
-                )
+        batch, _, num_frames, height, width = latents.shape
+        self.check_size((num_frames, height, width))
         if time.shape not in ((batch,), (batch, num_frames)):
             raise ValueError(
                 f"time has the shape {tuple(time.shape)}: expected {(batch,)}, a time a clip, or "

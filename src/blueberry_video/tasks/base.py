@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from blueberry_video.models.vit import load_encoder
 from blueberry_video.nn.encoder import Encoder
-from blueberry_video.optim import parameter_groups
+from blueberry_video.optim import decayed_names, parameter_groups
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -80,6 +80,7 @@ class Task(lightning.LightningModule, ABC):
         self.lr_batch_size, self.layer_decay = lr_batch_size, layer_decay
         self.repeats, self.image_repeats = repeats, image_repeats
         self.init_from: str | Path | None = None
+        self._decayed: set[str] | None = None
         self._make_optimizer, self._schedule = optimizer, schedule
         self.register_buffer("pixel_mean", torch.tensor(list(mean)).view(-1, 1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(list(std)).view(-1, 1, 1, 1), persistent=False)
@@ -119,6 +120,8 @@ class Task(lightning.LightningModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Loads ``init_from``: after the callbacks' setup, so that those can keep a copy of the untrained encoder."""
+        if stage == "fit":
+            self._decayed = decayed_names(self)  # now: a strategy may cut parameters into vectors
         if stage == "fit" and self.init_from is not None:
             rank_zero_only(print)(self.load_weights(self.init_from))
 
@@ -158,7 +161,7 @@ class Task(lightning.LightningModule, ABC):
         return values
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self._make_optimizer(parameter_groups(self, self.layer_decay))
+        optimizer = self._make_optimizer(parameter_groups(self, self.layer_decay, self._decayed))
         scale = 1.0 if self.lr_batch_size is None else self._global_batch_size() / self.lr_batch_size
         for group in optimizer.param_groups:
             group["lr"] *= scale * group["lr_scale"]

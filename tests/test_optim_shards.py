@@ -1,0 +1,59 @@
+"""Parameter groups where FSDP has made vectors of all parameters, on two processes."""
+
+import functools
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed
+import torch.multiprocessing
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+
+from blueberry_video.models.classifier import VideoClassifier
+from blueberry_video.models.vit import VisionTransformer
+from blueberry_video.optim import decayed_names, parameter_groups
+
+
+def tiny() -> nn.Module:
+    encoder = VisionTransformer(16, 4, 8, 2, embed_dim=16, depth=2, num_heads=2)
+    return VideoClassifier(encoder, {"motion": 4})
+
+
+def numbers(module: nn.Module, decayed: set[str] | None) -> dict[tuple[float, bool], float]:
+    """Rate and whether there is decay -> how many numbers that group has, over all processes."""
+    found = torch.zeros(8)
+    keys = []
+    for place, group in enumerate(parameter_groups(module, 0.5, decayed)):
+        keys.append((group["lr_scale"], "weight_decay" not in group))
+        found[place] = sum(parameter.numel() for parameter in group["params"])
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(found)
+    return dict(zip(keys, found.tolist()))
+
+
+def shard(rank: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model = tiny()
+    decayed = decayed_names(model)
+    policy = functools.partial(size_based_auto_wrap_policy, min_num_params=500)
+    sharded = FullyShardedDataParallel(
+        model, use_orig_params=True, auto_wrap_policy=policy, device_id=torch.device("cpu")
+    )
+    found = numbers(sharded.module, decayed)
+    if rank == 0:
+        torch.save({"found": found, "names": [name for name, _ in sharded.module.named_parameters()]}, f"{folder}/out")
+    torch.distributed.destroy_process_group()
+
+
+def test_what_decays_is_the_same_in_shards(tmp_path: Path):
+    expected = numbers(tiny(), None)
+    assert len(expected) == 8
+    torch.multiprocessing.spawn(shard, (str(tmp_path),), nprocs=2)
+    result = torch.load(tmp_path / "out", weights_only=False)
+    assert any("_fsdp_wrapped_module" in name for name in result["names"])
+    assert result["found"] == expected
