@@ -82,6 +82,10 @@ def test_a_run_goes_on_where_it_stopped_and_gives_the_same_bytes(tmp_path: Path)
     assert write(tmp_path / "parts") == [0, 2]
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     assert write(tmp_path / "parts") == []
+    damaged = tmp_path / "parts" / "00001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")  # as long as before
+    assert write(tmp_path / "parts") == [1]
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
 def test_latents_of_something_else_are_refused_and_left_alone(tmp_path: Path):
@@ -95,6 +99,9 @@ def test_latents_of_something_else_are_refused_and_left_alone(tmp_path: Path):
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 9}))
     with pytest.raises(ValueError, match="format 9"):
         write(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "shards": {}}))
+    with pytest.raises(ValueError, match="lacks classes, made_of, reversal_pairs: remove the folder"):
+        LatentClips(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["torn", "flipped", "gone"])

@@ -85,3 +85,13 @@ def test_a_fingerprint_changes_with_every_weight():
         value.copy_(original)
     assert fingerprint(module) == before
     assert fingerprint(module.bfloat16()) != before
+
+
+def test_a_fingerprint_changes_with_every_setting():
+    pixels = Pixels()
+    before = fingerprint(pixels)
+    assert fingerprint(pixels.train()) == fingerprint(pixels.eval()) == before
+    for key, value in {"channels": 4, "stride": (2, 1, 1), "template": "a video of {}", "scale": 0.5}.items():
+        changed = Pixels()
+        setattr(changed, key, value)
+        assert fingerprint(changed) != before

@@ -117,7 +117,6 @@ class LatentShards:
         write_whole(self.folder / name, data)
         self._manifest["shards"][name] = {
             "sha256": hashlib.sha256(data).hexdigest(),
-            "bytes": len(data),
             "shapes": [list(clip["moments"].shape) for clip in clips],
         }
         self._write_manifest()
@@ -130,7 +129,7 @@ class LatentShards:
             _check_same(self.folder, there["made_of"], self._manifest["made_of"])
             for name, shard in there["shards"].items():
                 file = self.folder / name
-                if file.is_file() and file.stat().st_size == shard["bytes"]:
+                if file.is_file() and _sha256(file) == shard["sha256"]:
                     self._manifest["shards"][name] = shard
         self._write_manifest()
         numbers = range(-(-self.size // self.shard_size))
@@ -236,6 +235,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} has the format {manifest.get('format')!r} and this version reads {_FORMAT}: make it again."
         )
+    if missing := {"made_of", "classes", "reversal_pairs", "shards"} - set(manifest):
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: remove the folder, and make it again.")
     return manifest
 
 

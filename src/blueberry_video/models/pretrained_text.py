@@ -3,6 +3,8 @@
 Captions longer than an encoder takes are cut off at its end, as the published pipelines do.
 """
 
+import hashlib
+import json
 from typing import Any, Literal
 
 import torch
@@ -56,6 +58,7 @@ class T5Text(TextEncoder):
         encoder = _frozen(transformers.T5EncoderModel, path, encoder_folder, "T5 encoder", dtype)
         super().__init__(encoder.config.d_model, length, 0, unconditional)
         self.tokenizer, self.encoder = tokenizer, encoder
+        self.vocabulary = _digest(tokenizer)
 
     def train(self, mode: bool = True) -> "T5Text":
         """Stays in evaluation mode: it is frozen."""
@@ -113,6 +116,7 @@ class HunyuanText(TextEncoder):
         self.hidden_state = -(hidden_state_skip_layer + 1)
         self.tokenizer, self.clip_tokenizer = tokenizers
         self.language, self.clip = language, clip
+        self.vocabulary = "".join(map(_digest, tokenizers))
 
     def train(self, mode: bool = True) -> "HunyuanText":
         """Stays in evaluation mode: it is frozen."""
@@ -134,6 +138,12 @@ class HunyuanText(TextEncoder):
 def _frozen(loader: Any, path: str, subfolder: str | None, what: str, dtype: str) -> Any:
     model = load_part(loader, path, subfolder, what, dtype=getattr(torch, dtype))
     return model.requires_grad_(False).eval()
+
+
+def _digest(tokenizer: Any) -> str:
+    """Changes with the words and the special tokens of a tokenizer: a part of the encoder's fingerprint."""
+    known = (tokenizer.get_vocab(), tokenizer.special_tokens_map)
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _tokenized(tokenizer: Any, texts: list[str], length: int, device: torch.device) -> dict[str, torch.Tensor]:

@@ -54,7 +54,7 @@ class PretrainedVAE(Codec):
         space = int(known.get("spatial_compression_ratio") or 2 ** (len(known.block_out_channels) - 1))
         time = int(known.temporal_compression_ratio)
         super().__init__(known.latent_channels, (time, space, space), frame_step or FRAME_STEPS[kind])
-        self.scale = float(known.scaling_factor)
+        self.scale, self.tiling = float(known.scaling_factor), tiling
         self.image_scale = 1 / self.scale if known.get("invert_scale_latents") else self.scale
         self.vae = vae.requires_grad_(False).eval()
         if tiling:

@@ -4,7 +4,9 @@ Letters: B clips, T frames, H W rows and columns of pixels; C channels, t h w fr
 """
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +24,15 @@ class Codec(nn.Module, ABC):
         stride: pixels (t, h, w) that a latent stands for.
         frame_step: frames that may be added to the first one at a time: a multiple of ``stride[0]``; by default that.
 
+    Attributes:
+        first_frame_alone: whether the first latent frame depends on the first frame alone. In published autoencoders
+            norms span the frames of a clip, so that it is not that of the same picture as an image.
+
     Raises:
         ValueError: a ``frame_step`` that is no multiple of the stride.
     """
+
+    first_frame_alone: ClassVar[bool] = False
 
     def __init__(self, channels: int, stride: tuple[int, int, int], frame_step: int | None = None):
         super().__init__()
@@ -92,6 +100,8 @@ class Codec(nn.Module, ABC):
 class Pixels(Codec):
     """The codec without a network: latents are the pixels, in [-1, 1]; log-variances are -inf, so nothing is drawn."""
 
+    first_frame_alone = True
+
     def __init__(self) -> None:
         super().__init__(channels=3, stride=(1, 1, 1))
 
@@ -110,9 +120,15 @@ def sample(moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """16 hexadecimal digits that change with the class of a module, or with the name, type, shape or a value of any of
-    its weights and buffers: what tells whether stored latents or text belong to it."""
+    """16 hexadecimal digits that tell whether stored latents or text belong to a module.
+
+    They change with its class, with its public settings (numbers and words that are its attributes), and with the name,
+    type, shape or a value of any of its weights and buffers.
+    """
     digest = hashlib.sha256(type(module).__qualname__.encode())
+    settings = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
+    plain = {name: value for name, value in settings.items() if isinstance(value, int | float | str | tuple | None)}
+    digest.update(json.dumps(plain, sort_keys=True).encode())
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -50,7 +50,7 @@ class TextEncoder(nn.Module, ABC):
             if value < least:
                 raise ValueError(f"{key}={value} of the text encoder is too small: use at least {least}.")
         self.text_dim, self.length, self.pooled_dim = text_dim, length, pooled_dim
-        self.unconditional_is = unconditional
+        self._unconditional = unconditional
 
     @abstractmethod
     def forward(self, captions: list[str]) -> TextTokens:
@@ -58,7 +58,7 @@ class TextEncoder(nn.Module, ABC):
 
     def unconditional(self, batch_size: int) -> TextTokens:
         """What a network is given in the place of captions, for guidance and where training drops one."""
-        if self.unconditional_is == "empty":
+        if self._unconditional == "empty":
             return self([""] * batch_size)
         like = next(self.parameters())
         return TextTokens(
