@@ -109,7 +109,7 @@ def overrides_for(name: str) -> list[str]:
 
 def part_overrides(group: str, choice: str) -> list[str]:
     """What puts a part into a model of its family, or into the task."""
-    is_small = choice in ("tiny", "v1_5_tiny", "words", "pixels")
+    is_small = choice in ("tiny", "v1_5_tiny", "words", "pixels", "video_vae")
     family = "hunyuan" if "hunyuan" in (choice, group.removesuffix("_video").removeprefix("model/")) else "cogvideox"
     model = (
         f"{family}_tiny" if is_small or group.startswith("task/") else {"cogvideox": "cogvideox_2b"}.get(family, family)
@@ -120,7 +120,7 @@ def part_overrides(group: str, choice: str) -> list[str]:
         "task/guidance": [f"task/guidance={choice}"],
         "model/lora": [f"+model/lora={choice}", "model.lora.base=somewhere"],
         "model/text": [f"model/text={choice}"],
-        "model/codec": [f"model/codec={choice}"],
+        "model/codec": [f"model/codec={choice}", *(["model.codec.weights=somewhere"] if choice == "video_vae" else [])],
     }.get(group, [f"{group}@{PARTS[f'{group}/']}={choice}"])
     return [f"model=text_to_video/{model}", "task=diffusion", "data=moving_shapes", *paths, *chosen]
 

@@ -32,6 +32,14 @@ def test_half_precision_is_allowed_for_the_one_that_was_published_in_it():
     assert composed("cogvideox_lora", "trainer.precision=16-mixed").model.transformer.positions == "sincos"
 
 
+def test_a_part_is_chosen_by_the_name_that_the_message_tells():
+    for wrong in ("model/codec@model.codec=video_vae", "model/codec=video_vaes"):
+        with pytest.raises(ValueError, match="rite `model/codec=video_vae`"):
+            composed("cogvideox", wrong)
+    chosen = composed("cogvideox", "model/codec=video_vae", "model.codec.weights=outputs/video_vae/x.ckpt")
+    assert chosen.model.codec.time_stride == 4
+
+
 def test_an_illegal_number_of_frames_names_the_nearest_legal_ones():
     with pytest.raises(ValueError, match=r"data.train.num_frames` = 48 is not 1 \+ a multiple.*=41` and .*=49`"):
         composed("cogvideox_lora", "data.train.num_frames=48")

@@ -284,6 +284,8 @@ def _explain_file(error: Exception, file: Path, groups: Sequence[Override], conf
         line, key = override.input_line or "", override.get_key_element()
         if override.is_add() and ("Multiple values" in str(error) or "more than once" in str(error)):
             return f"`{line}`: the config chooses its `{key[1:]}` already: write it without the plus, `{line[1:]}`."
+        if meant := re.search(r"Did you mean to override ([^\s?]+)", str(error)):
+            return f"`{line}`: the config has that group as `{meant[1]}`: write `{meant[1]}={override.value()}`."
         if not key.startswith("+") and f"'{key}'" in str(error):
             return f"`{line}`: no default names the group `{override.key_or_group}`, so it has to be added: `+{line}`."
     words = [word for word in re.findall(r"'([^']+)'", str(error)) if word != file.stem and word not in _groups(conf)]
