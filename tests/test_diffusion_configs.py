@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from blueberry_video.config import compose
-from blueberry_video.launch.check import memory_of_training
+from blueberry_video.launch import memory
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
@@ -48,16 +48,32 @@ def test_an_illegal_number_of_frames_names_the_nearest_legal_ones():
 
 def test_the_state_of_training_is_counted_in_the_precision_of_the_run():
     """CogVideoX-2B, 1.694e9 parameters: 27 GB of AdamW in 32 bits, 3.4 GB of weights in 16."""
-    full = memory_of_training(1_694_000_000, 1_694_000_000, "bf16-mixed", ema=True)
+    full = memory.of_training(1_694_000_000, 1_694_000_000, "bf16-mixed", ema=True)
     assert {name: round(size / 1e9, 1) for name, size in full.items()} == {
         "weights": 6.8,
         "gradients": 6.8,
         "AdamW": 13.6,
         "average": 6.8,
     }
-    lora = memory_of_training(1_694_000_000, 10_000_000, "bf16-true", ema=False)
+    lora = memory.of_training(1_694_000_000, 10_000_000, "bf16-true", ema=False)
     assert {name: round(size / 1e9, 2) for name, size in lora.items()} == {
         "weights": 3.39,
         "gradients": 0.02,
         "AdamW": 0.04,
     }
+
+
+def test_memory_is_told_and_judged_before_a_model_is_built(monkeypatch, capsys):
+    config = composed("hunyuan_finetune")  # 12.811B parameters in shards
+    monkeypatch.setattr(memory.processes, "count", lambda trainer: 8)
+    parts, shards = memory.estimate(config)
+    assert shards == 8
+    assert parts["weights"] == pytest.approx(4 * 12.811e9, rel=1e-4)
+    assert parts["AdamW"] == 2 * parts["gradients"] == 2 * parts["weights"]
+    assert "in 8 shards" in memory.said(parts, shards)
+    monkeypatch.setattr(memory, "available_memory", lambda: 10 * 2**30)
+    with pytest.raises(ValueError, match=r"Training needs .* GiB a device, and there are 10.0 GiB: use `trainer=fsdp`"):
+        memory.announce(config)
+    assert "memory: " in capsys.readouterr().out
+    memory.announce(composed("hunyuan"))
+    assert " MiB a device, beside activations" in capsys.readouterr().out

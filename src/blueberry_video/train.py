@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from blueberry_video import config as configs
-from blueberry_video.launch import check, command_line, processes
+from blueberry_video.launch import check, command_line, memory, processes
 
 if TYPE_CHECKING:  # torch and lightning are imported once the config is known to be right
     from blueberry_video.experiment.run_folder import RunFolder
@@ -41,6 +41,7 @@ def run(config: DictConfig, overrides: list[str] | None = None) -> float | None:
     if config.check:
         check.dry_run(config, RunFolder.create, build)
         return None
+    memory.announce(config)
     if shared := processes.shared_folder():  # one rank of several
         folder = RunFolder.open(shared)
         folder.resumed = config.resume is not None

@@ -18,9 +18,10 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from blueberry_video.launch import memory
 from blueberry_video.launch.machine import available_memory, existing_parent, wandb_key
+from blueberry_video.launch.memory import GIB
 
-GIB = 2**30
 STEPS = 4
 CHEAP_CALLBACKS = ("step_seed", "nan_guard", "throughput")  # the others are built, but too slow to run for a few steps
 
@@ -55,6 +56,8 @@ def dry_run(
     findings = Findings()
     print(f"dry run of {config.name}", flush=True)
     findings.add("config", f"{len(list(_leaves(config)))} values, every key known")
+    if not _estimate_memory(config, findings):
+        sys.exit(1)
     short = _short_run(config)
     with (
         tempfile.TemporaryDirectory(prefix="blueberry-check-") as temporary,
@@ -62,7 +65,6 @@ def dry_run(
     ):
         data, model, task, trainer = build(short, folder)
         _describe_model(model, findings)
-        _estimate_memory(config, model, findings)
         _build_callbacks(config, findings)
         seconds = _fit(data, model, task, trainer, findings)
         size = _save_and_reload(trainer, task, build(short, folder)[2], folder.path / "check.ckpt", findings)
@@ -114,36 +116,14 @@ def _describe_model(model: Any, findings: Findings) -> None:
     findings.add("model", f"{type(model).__name__}, {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained", fix)
 
 
-def _estimate_memory(config: DictConfig, model: Any, findings: Findings) -> None:
-    """What each device will hold beside activations, with the whole model on it."""
-    parameters = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    ema = config.callbacks.get("ema") is not None
-    parts = memory_of_training(
-        sum(size for size, _ in parameters),
-        sum(size for size, trains in parameters if trains),
-        str(config.trainer.get("precision", "32-true")),
-        ema,
-    )
-    total = sum(parts.values())
-    shown = " + ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
-    findings.add("state", f"{_bytes(total)} a device, beside activations and frozen encoders: {shown}")
-
-
-def memory_of_training(total: int, trained: int, precision: str, ema: bool) -> dict[str, int]:
-    """Bytes that training keeps for a model, by name; activations come on top.
-
-    Args:
-        total, trained: parameters, and those of them that are trained.
-        precision: Lightning's: ``…-true`` keeps weights, gradients and states in that precision, the others in 32 bits.
-        ema: whether an average of the weights is kept.
-    """
-    width = 2 if precision in ("16-true", "bf16-true") else 4
-    parts = {"weights": width * total, "gradients": width * trained, "AdamW": 2 * width * trained}
-    return {**parts, "average": width * total} if ema else parts
-
-
-def _bytes(size: int) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+def _estimate_memory(config: DictConfig, findings: Findings) -> bool:
+    """Of a text-to-video model, before it is built. Gives whether it can be."""
+    if not config.model.get("transformer"):
+        return True
+    parts, shards = memory.estimate(config)
+    fix = memory.shortage(config, parts, shards)
+    findings.add("state", memory.said(parts, shards), fix)
+    return not fix
 
 
 def _build_callbacks(config: DictConfig, findings: Findings) -> None:
@@ -166,7 +146,8 @@ def _fit(data: Any, model: Any, task: Any, trainer: Any, findings: Findings) -> 
     fix = "" if math.isfinite(loss) else "It is not finite: lower `optimizer.lr`."
     findings.add("step", f"train/loss {loss:.4g} after {STEPS} steps", fix)
     if idle:
-        fix = "The task does not use them: freeze or remove them, trainer=ddp refuses them."
+        fix = "The task does not use them, and trainer=ddp refuses them: freeze or remove them, or use "
+        fix += "`trainer=ddp trainer.strategy=ddp_find_unused_parameters_true`."
         findings.add("gradients", f"{len(idle)} parameters get none, such as model.{min(idle)}", fix, fatal=False)
     return timer.time_elapsed("train") / STEPS
 
