@@ -107,6 +107,8 @@ def test_adapters_are_written_alone_or_merged(tmp_path: Path):
             if "lora_B" in name:
                 parameter.normal_()
     assert write(adapted, tmp_path / "alone") == [tmp_path / "alone" / "pytorch_lora_weights.safetensors"]
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        write(adapted, tmp_path / "alone")
     fresh = model(LoRA(rank=2, targets=TARGETS))
     load_weights(fresh, tmp_path / "alone" / "pytorch_lora_weights.safetensors")
     torch.testing.assert_close(output(fresh.transformer), output(adapted.transformer))

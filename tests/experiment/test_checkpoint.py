@@ -109,3 +109,6 @@ def test_what_a_run_starts_from_is_a_file_or_the_newest_checkpoint_of_a_run(tmp_
     assert weights_file(newest) == newest
     with pytest.raises(FileNotFoundError, match=r"init_from=.*nothing: there is no such file or run folder"):
         weights_file(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"holds neither a run .* nor published weights"):
+        weights_file(tmp_path / "empty")

@@ -227,7 +227,14 @@ def weights_file(source: str | Path) -> Path:
     is_published = any(
         (source / name).is_file() for name in ("model_index.json", "config.json", "transformer/config.json")
     )
-    return latest_good_checkpoint(source / "checkpoints") if source.is_dir() and not is_published else source
+    if is_published or source.is_file():
+        return source
+    if not (source / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"init_from={source}: the folder holds neither a run (checkpoints/) nor published weights (config.json or "
+            "model_index.json). Give one of these, or the path of a file of weights."
+        )
+    return latest_good_checkpoint(source / "checkpoints")
 
 
 def _digest_file(path: Path) -> Path:

@@ -81,6 +81,8 @@ def export(model: TextToVideo, folder: str | Path, merge: bool = False) -> list[
     """
     folder = Path(folder)
     if model.lora is not None and not merge:
+        if (folder / FILE).exists():
+            raise FileExistsError(f"{folder / FILE} is there already: choose another folder, or remove it.")
         return [save_adapters(model.transformer, model.lora, folder)]
     with plain(model.transformer, merged=True) as transformer:
         save_transformer(transformer, folder / "transformer")
