@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from blueberry_video.nn import dual_stream, expert_blocks
 from blueberry_video.nn.axes_rope import axes_rotation
+from blueberry_video.nn.joint_attention import Shared
 from blueberry_video.nn.rope import Rotation, grid_positions
 
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # text (1, L, D), video (1, N, D) -> the same
@@ -55,7 +56,7 @@ def cogvideox(num_video: int) -> tuple[Side, Side, int]:
     def our_forward(text: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
         activated = nn.functional.silu(embedded)[:, None]
         for block in ours:
-            text, video = block(text, video, expert_blocks.Condition(activated, activated), expert_blocks.Shared())
+            text, video = block(text, video, expert_blocks.Condition(activated, activated), Shared(text.shape[1]))
         return text, video
 
     def their_forward(text: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +83,7 @@ def hunyuan_video(num_video: int) -> tuple[Side, Side, int]:
     rotation = Rotation(torch.cat([of_text + 1, turn.cos])[:, None], torch.cat([of_text, turn.sin])[:, None])
 
     def our_forward(text: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
-        shared = dual_stream.Shared(text_len, rotation)
+        shared = Shared(text_len, rotation)
         video, text = ours[0](video, text, condition[:, None], condition[:, None], shared)
         both = ours[1](torch.cat([text, video], dim=1), condition[:, None], None, shared)
         return both[:, :text_len], both[:, text_len:]

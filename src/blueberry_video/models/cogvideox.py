@@ -27,10 +27,9 @@ from blueberry_video.nn.expert_blocks import (
     Condition,
     ExpertNorm,
     PatchEmbedding,
-    Shared,
 )
 from blueberry_video.nn.expert_positions import ExpertPositions, sincos_positions
-from blueberry_video.nn.joint_attention import KeyValueCache, block_causal
+from blueberry_video.nn.joint_attention import KeyValueCache, Shared, block_causal
 from blueberry_video.nn.sat_layout import convert_sat
 from blueberry_video.nn.timestep_embedding import TimestepMLP, sinusoidal
 from blueberry_video.nn.weight_files import num_blocks
@@ -165,7 +164,7 @@ class CogVideoX(nn.Module):
         if first:
             text = text[:, :0]
         mask = block_causal(text_len, t, h * w, chunk, first, x.device) if chunk else None
-        shared = Shared(self.places.rotation(grid, first, text.shape[1], x.device), mask, cache, kept)
+        shared = Shared(text.shape[1], self.places.rotation(grid, first, text.shape[1], x.device), mask, cache, kept)
         for layer, block in enumerate(self.transformer_blocks):
             if self.checkpointing and torch.is_grad_enabled() and cache is None:
                 text, x = checkpoint(block, text, x, condition, shared, layer, use_reentrant=False)

@@ -8,28 +8,18 @@ whole clip, (B, 1, D). Parameter names are those of diffusers' state dicts.
 Letters: B clips, N video tokens, L text tokens, D width, K conditions: 1, or the number T of frames.
 """
 
-from typing import NamedTuple
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
-from blueberry_video.nn.joint_attention import KeyValueCache, attend
+from blueberry_video.nn.joint_attention import HeadNormAttention, HeadNormProjections, Shared
 from blueberry_video.nn.modulation import gated, modulate
-from blueberry_video.nn.rope import Rotation, rotate
+from blueberry_video.nn.rope import Rotation
 
 EPS = 1e-6  # of all norms
-
-
-class Shared(NamedTuple):
-    """What all blocks of a forward pass are given alike."""
-
-    text_len: int  # L; 0 where the cache holds the text
-    rotation: Rotation  # of [text, video], (L + N, 1, head_dim); the text is not turned
-    mask: Tensor | BlockMask | None = None  # which keys, [text, video], a query sees
-    cache: KeyValueCache | None = None
-    kept: int = 0  # tokens of text and earlier frames that the cache holds
+HEAD_NORM = functools.partial(nn.RMSNorm, eps=EPS)
 
 
 class Modulation(nn.Module):
@@ -68,61 +58,31 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
-class StreamAttention(nn.Module):
-    """Queries, keys and values of one stream with normalised heads, and attention over them.
-
-    Args:
-        dim: D; a multiple of ``num_heads``.
-        num_heads: attention heads.
-        project_out: a projection ``to_out`` behind it.
-    """
-
-    def __init__(self, dim: int, num_heads: int, project_out: bool = True):
-        super().__init__()
-        self.num_heads = num_heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        self.norm_q, self.norm_k = (nn.RMSNorm(dim // num_heads, eps=EPS) for _ in range(2))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)]) if project_out else None
-
-    def heads(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, N, D) -> q, k, v (B, N, heads, head_dim), q and k normalised and turned."""
-        q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)) for layer in (self.to_q, self.to_k, self.to_v))
-        return rotate(self.norm_q(q), rotation), rotate(self.norm_k(k), rotation), v
-
-
-def attend_with_cache(q: Tensor, k: Tensor, v: Tensor, shared: Shared, layer: int) -> Tensor:
-    """Attention of the tokens q, k, v (B, N, heads, head_dim), and of those the cache holds before them, -> (B, N,
-    D)."""
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-    if shared.cache is not None:
-        k, v = shared.cache.join(layer, k, v, shared.kept)
-    return attend(q, k, v, shared.mask).transpose(1, 2).flatten(2)
-
-
-class JointAttention(StreamAttention):
+class JointAttention(HeadNormProjections):
     """Attention of two streams over both, each with projections of its own; only the video is turned.
 
     (video (B, N, D), text (B, L, D) or ``None``) -> the same shapes.
     """
 
     def __init__(self, dim: int, num_heads: int):
-        super().__init__(dim, num_heads)
+        super().__init__(dim, num_heads, HEAD_NORM)
         self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
-        self.norm_added_q, self.norm_added_k = (nn.RMSNorm(dim // num_heads, eps=EPS) for _ in range(2))
+        self.norm_added_q, self.norm_added_k = (HEAD_NORM(dim // num_heads) for _ in range(2))
         self.to_add_out = nn.Linear(dim, dim)
 
     def forward(
         self, video: Tensor, text: Tensor | None, shared: Shared, layer: int = 0
     ) -> tuple[Tensor, Tensor | None]:
         assert self.to_out is not None
+        assert shared.rotation is not None
         q, k, v = self.heads(video, Rotation(*(part[shared.text_len :] for part in shared.rotation)))
         if text is None:
-            return self.to_out[0](attend_with_cache(q, k, v, shared, layer)), None
+            return self.to_out[0](shared.attend(q, k, v, layer)), None
         projections = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
         text_q, text_k, text_v = (project(text).unflatten(-1, (self.num_heads, -1)) for project in projections)
         text_q, text_k = self.norm_added_q(text_q), self.norm_added_k(text_k)
         q, k, v = (torch.cat(pair, dim=1) for pair in ((text_q, q), (text_k, k), (text_v, v)))
-        out = attend_with_cache(q, k, v, shared, layer)
+        out = shared.attend(q, k, v, layer)
         of_text, of_video = out.split((text.shape[1], video.shape[1]), dim=1)
         return self.to_out[0](of_video), self.to_add_out(of_text)
 
@@ -188,7 +148,7 @@ class SingleStreamBlock(nn.Module):
         super().__init__()
         hidden_dim = int(dim * mlp_ratio)
         self.norm = Modulation(dim, 3)
-        self.attn = StreamAttention(dim, num_heads, project_out=False)
+        self.attn = HeadNormAttention(dim, num_heads, HEAD_NORM, project_out=False)
         self.proj_mlp = nn.Linear(dim, hidden_dim)
         self.act_mlp = nn.GELU(approximate="tanh")
         self.proj_out = nn.Linear(dim + hidden_dim, dim)
@@ -211,7 +171,7 @@ class SingleStreamBlock(nn.Module):
             conditions = (text_condition, condition)
         shifts, scales, gates = zip(*(self.norm(each) for each in conditions), strict=True)
         seen = _joined([normalize(*each) for each in zip(parts, shifts, scales, strict=True)])
-        attended = attend_with_cache(*self.attn.heads(seen, shared.rotation), shared, layer)
+        attended = self.attn(seen, shared, layer)
         update = self.proj_out(torch.cat([attended, self.act_mlp(self.proj_mlp(seen))], dim=-1))
         updates = update.split([part.shape[1] for part in parts], dim=1)
         return _joined([gated(*each) for each in zip(parts, gates, updates, strict=True)])

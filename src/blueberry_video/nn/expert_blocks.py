@@ -6,17 +6,16 @@ Letters: B clips, T H W latent frames, rows and columns, N video tokens, L text 
 condition, K conditions of a clip: 1, or the number of frames of patches.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
 from blueberry_video.nn.dual_stream import FeedForward
-from blueberry_video.nn.joint_attention import KeyValueCache, attend
+from blueberry_video.nn.joint_attention import HeadNormAttention, Shared
 from blueberry_video.nn.modulation import gated, modulate
-from blueberry_video.nn.rope import Rotation, rotate
 
 
 class Condition(NamedTuple):
@@ -24,15 +23,6 @@ class Condition(NamedTuple):
 
     text: Tensor
     video: Tensor
-
-
-class Shared(NamedTuple):
-    """What all blocks of a forward pass are given alike, over [text, video]."""
-
-    rotation: Rotation | None = None  # (L + N, 1, head_dim); the text is not turned
-    mask: Tensor | BlockMask | None = None  # which keys a query sees
-    cache: KeyValueCache | None = None
-    kept: int = 0  # tokens of text and earlier frames that the cache holds
 
 
 class PatchEmbedding(nn.Module):
@@ -90,29 +80,6 @@ class ExpertNorm(nn.Module):
         return text, modulate(self.norm(video), shift, scale), text_gate, gate
 
 
-class HeadNormAttention(nn.Module):
-    """Attention of text and video over both, with a LayerNorm on the queries and keys of each head: (B, L + N, D) ->
-    the same shape.
-    """
-
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        self.norm_q, self.norm_k = (nn.LayerNorm(dim // num_heads, eps=1e-6) for _ in range(2))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-
-    def forward(self, x: Tensor, shared: Shared, layer: int = 0) -> Tensor:
-        q, k, v = (part(x).unflatten(-1, (self.num_heads, -1)) for part in (self.to_q, self.to_k, self.to_v))
-        q, k = self.norm_q(q), self.norm_k(k)  # (B, L + N, heads, head_dim)
-        if shared.rotation is not None:
-            q, k = rotate(q, shared.rotation), rotate(k, shared.rotation)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        if shared.cache is not None:
-            k, v = shared.cache.join(layer, k, v, shared.kept)
-        return self.to_out[0](attend(q, k, v, shared.mask).transpose(1, 2).flatten(2))
-
-
 class CogVideoXBlock(nn.Module):
     """Attention and MLP over [text, video]: (text (B, L, D), video (B, N, D)) -> the same shapes.
 
@@ -125,7 +92,7 @@ class CogVideoXBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, condition_dim: int):
         super().__init__()
         self.norm1 = ExpertNorm(dim, condition_dim)
-        self.attn1 = HeadNormAttention(dim, num_heads)
+        self.attn1 = HeadNormAttention(dim, num_heads, functools.partial(nn.LayerNorm, eps=1e-6))
         self.norm2 = ExpertNorm(dim, condition_dim)
         self.ff = FeedForward(dim, 4 * dim)
 

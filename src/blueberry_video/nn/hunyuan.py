@@ -13,9 +13,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 from blueberry_video.nn.axes_rope import axes_rotation
-from blueberry_video.nn.dual_stream import DualStreamBlock, Modulation, Shared, SingleStreamBlock, normalize
+from blueberry_video.nn.dual_stream import DualStreamBlock, Modulation, SingleStreamBlock, normalize
 from blueberry_video.nn.embeddings import TubeletEmbed
-from blueberry_video.nn.joint_attention import KeyValueCache, block_causal
+from blueberry_video.nn.joint_attention import KeyValueCache, Shared, block_causal
 from blueberry_video.nn.rope import Rotation
 from blueberry_video.nn.timestep_embedding import TimestepMLP
 from blueberry_video.nn.token_refiner import TokenRefiner

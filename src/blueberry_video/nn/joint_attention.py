@@ -6,11 +6,14 @@ own and of earlier chunks. So what has been generated never changes, and its key
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from blueberry_video.nn.rope import Rotation, rotate
 
 Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (sample, head, query, key) -> may it see it
 
@@ -135,6 +138,56 @@ class KeyValueCache:
     def num_tokens(self, layer: int = 0) -> int:
         """Tokens of text and video that a layer holds."""
         return self._layers[layer][0].shape[2] if layer in self._layers else 0
+
+
+class Shared(NamedTuple):
+    """What all blocks of a forward pass are given alike, over [text, video] of L and N tokens."""
+
+    text_len: int  # L; 0 where the cache holds the text
+    rotation: Rotation | None = None  # (L + N, 1, head_dim); the text is not turned
+    mask: Tensor | BlockMask | None = None  # which keys a query sees
+    cache: KeyValueCache | None = None
+    kept: int = 0  # tokens of text and earlier frames that the cache holds
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        """Attention of the tokens q, k, v (B, N, heads, d) over them, and over those that the cache holds before them
+        in its place ``layer``: (B, N, D)."""
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        if self.cache is not None:
+            k, v = self.cache.join(layer, k, v, self.kept)
+        return attend(q, k, v, self.mask).transpose(1, 2).flatten(2)
+
+
+class HeadNormProjections(nn.Module):
+    """Queries, keys and values of tokens; queries and keys are normalised head by head, then turned.
+
+    Args:
+        dim: D; a multiple of ``num_heads``.
+        num_heads: attention heads.
+        norm: makes the norm of a head of a width.
+        project_out: a projection ``to_out`` behind it.
+    """
+
+    def __init__(self, dim: int, num_heads: int, norm: Callable[[int], nn.Module], project_out: bool = True):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.norm_q, self.norm_k = (norm(dim // num_heads) for _ in range(2))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)]) if project_out else None
+
+    def heads(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, N, D) -> q, k, v (B, N, heads, head_dim), q and k normalised and turned."""
+        q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)) for layer in (self.to_q, self.to_k, self.to_v))
+        q, k = self.norm_q(q), self.norm_k(k)
+        return (q, k, v) if rotation is None else (rotate(q, rotation), rotate(k, rotation), v)
+
+
+class HeadNormAttention(HeadNormProjections):
+    """Self-attention with normalised heads: (B, N, D) -> (B, N, D)."""
+
+    def forward(self, x: Tensor, shared: Shared, layer: int = 0) -> Tensor:
+        attended = shared.attend(*self.heads(x, shared.rotation), layer)
+        return attended if self.to_out is None else self.to_out[0](attended)
 
 
 def _block_causal(text_len: int, num_frames: int, tokens_per_frame: int, chunk: int, text_first: bool) -> Visible:
