@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from blueberry_video.data.latents import LatentClips
 from blueberry_video.data.sprites import Sprites
 from blueberry_video.inference.encoding import encode
+from blueberry_video.models.hunyuan_video import HunyuanVideo
 from blueberry_video.models.word_text import WordText
 from blueberry_video.nn.codec import Codec, Pixels, fingerprint
 from blueberry_video.precompute import run, write_latents
@@ -41,6 +42,7 @@ def test_moments_and_text_are_those_of_the_modules(tmp_path: Path):
         "text": f"FrozenText/{fingerprint(text)}",
         "data": data.cache_key,
         "dtype": "float32",
+        "image": False,
         "size": 5,
         "shard_size": 2,
     }
@@ -55,6 +57,42 @@ def test_moments_and_text_are_those_of_the_modules(tmp_path: Path):
         assert {key: stored[key] for key in ("id", "caption", "labels", "fps")} == {
             key: clip[key] for key in ("id", "caption", "labels", "fps")
         }
+
+
+class Smearing(Pixels):
+    """Its first latent knows of all frames, as published autoencoders' do."""
+
+    first_frame_alone = False
+
+    def encode(self, video: torch.Tensor) -> torch.Tensor:
+        return super().encode(video - video.mean(dim=2, keepdim=True))
+
+
+@pytest.mark.parametrize("kind", ["latent_concat", "token_replace", None])
+def test_a_network_that_takes_an_image_gets_the_first_frame_encoded_alone(tmp_path: Path, kind: str | None):
+    with torch.device("meta"):
+        network = HunyuanVideo(
+            in_channels=7 if kind == "latent_concat" else 3,
+            out_channels=3,
+            num_heads=1,
+            head_dim=16,
+            depth=1,
+            single_depth=0,
+            refiner_depth=1,
+            text_dim=8,
+            rope_axes=(4, 6, 6),
+            image_condition=kind,
+        )
+    data = sprites()
+    write_latents(data, Smearing(), None, tmp_path / "smearing", network=network)
+    write_latents(data, Pixels(), None, tmp_path / "exact", network=network)
+    stored = LatentClips(tmp_path / "smearing")[0]
+    assert ("image_moments" in stored) == (kind is not None)
+    assert "image_moments" not in LatentClips(tmp_path / "exact")[0]
+    if kind is not None:
+        video = data[0]["video"].transpose(0, 1)[None].float() / 127.5 - 1
+        assert torch.equal(stored["image_moments"], Smearing().encode(video[:, :, :1])[0])
+        assert not torch.equal(stored["image_moments"], stored["moments"][:, :1])
 
 
 def test_of_a_text_encoder_that_is_trained_captions_alone_are_stored(tmp_path: Path):
@@ -122,7 +160,9 @@ def config(model: dict) -> OmegaConf:
 def test_an_experiment_is_encoded_split_by_split(tmp_path: Path):
     codec = {"_target_": "blueberry_video.nn.codec.Pixels", "_partial_": True}
     text = {"_partial_": True, "_target_": "blueberry_video.models.word_text.WordText", "text_dim": 4}
-    read = run(config({"codec": codec, "text": text}), tmp_path)
+    transformer = {"_target_": "blueberry_video.models.cogvideox.CogVideoX", "in_channels": 3, "out_channels": 3}
+    transformer |= {"num_heads": 1, "head_dim": 16, "depth": 1, "height": 16, "width": 16}
+    read = run(config({"codec": codec, "text": text, "transformer": transformer}), tmp_path)
     folders = [f"data.{split}.folder={tmp_path}/{split}" for split in ("train", "val")]
     assert read == ["data=latents", *folders, "data.batch_size=1"]
     assert [len(LatentClips(tmp_path / split)) for split in ("train", "val")] == [3, 3]

@@ -19,6 +19,7 @@ from blueberry_video.launch import command_line
 
 if TYPE_CHECKING:  # torch is imported once the config is known to be right
     from blueberry_video.data.clip_cache import KeyedClips
+    from blueberry_video.models.text_to_video import Transformer
     from blueberry_video.nn.codec import Codec
     from blueberry_video.nn.text import TextEncoder
 
@@ -69,16 +70,16 @@ def run(config: DictConfig, out: Path, dtype: str = "float32", shard_size: int =
     data = instantiate(config.data)  # first: what is wrong with it is told before large weights are read
     data.list_skipped_in(str(out / "skipped.csv"))
     with torch.device("meta"):
-        patch = instantiate(config.model.transformer).patch_size if "transformer" in config.model else (1, 1, 1)
+        network = instantiate(config.model.transformer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     now = {"_partial_": False}  # a model may want them built later
     codec = instantiate(config.model.codec, **now).to(device).eval()
     text = instantiate(config.model.text, **now).to(device).eval() if config.model.get("text") else None
     for split in ("train", "val", "test"):
         if (dataset := getattr(data, split)) is not None:
-            write_latents(dataset, codec, text, out / split, dtype, shard_size, data.num_workers, patch[1:])
+            write_latents(dataset, codec, text, out / split, dtype, shard_size, data.num_workers, network)
     sizes = {key: config.data[key] for key in ("batch_size", "val_batch_size") if config.data.get(key) is not None}
-    return reading(out, {"train": data.train, "val": data.val}, patch, sizes)
+    return reading(out, {"train": data.train, "val": data.val}, network.patch_size, sizes)
 
 
 def write_latents(
@@ -89,7 +90,7 @@ def write_latents(
     dtype: str = "float32",
     shard_size: int = 64,
     num_workers: int = 0,
-    patch_size: tuple[int, int] = (1, 1),
+    network: "Transformer | None" = None,
 ) -> None:
     """Encodes a dataset, clip by clip, into the shards that ``folder`` lacks.
 
@@ -101,7 +102,7 @@ def write_latents(
         dtype: one of ``DTYPES``.
         shard_size: clips a file.
         num_workers: processes that read clips.
-        patch_size: rows and columns of latents that the network takes together.
+        network: the latents are for: its patches must divide them, and one that takes an image gets its latents, too.
 
     Raises:
         ValueError: a clip without caption, of a size that codec or network cannot take, or with latents that are NaN;
@@ -114,10 +115,12 @@ def write_latents(
     from blueberry_video.data.clip_cache import check_storable
     from blueberry_video.data.latents import LatentShards
     from blueberry_video.data.progress import Progress
-    from blueberry_video.inference.encoding import check_size, encode
+    from blueberry_video.inference.encoding import check_size, encode, encodes_image
     from blueberry_video.nn.codec import fingerprint
 
     check_storable(dataset)
+    patch_size = (1, 1) if network is None else network.patch_size[1:]
+    image = network is not None and encodes_image(network, codec)
     for name, size in getattr(dataset, "sizes", {}).items():
         check_size(f"the bucket {name}", size, codec, patch_size)
     text = text if text is not None and text.frozen else None
@@ -126,6 +129,7 @@ def write_latents(
         "text": None if text is None else f"{type(text).__name__}/{fingerprint(text)}",
         "data": dataset.cache_key,
         "dtype": dtype,
+        "image": image,
     }
     known = (getattr(dataset, "classes", {}), getattr(dataset, "reversal_pairs", {}))
     with LatentShards(folder, made_of, len(dataset), shard_size, *known) as shards:
@@ -136,7 +140,7 @@ def write_latents(
         for number in shards.missing:
             encoded = []
             for _ in shards.indices(number):
-                encoded.append(encode(next(clips), codec, text, getattr(torch, dtype), patch_size))
+                encoded.append(encode(next(clips), codec, text, getattr(torch, dtype), patch_size, image))
                 progress.add(1)
             shards.write(number, encoded)
 

@@ -62,6 +62,28 @@ def test_noise_and_times_depend_on_the_generator_alone():
     assert first["loss_trivial"] == pytest.approx(1.0, abs=0.1)
 
 
-def test_a_small_batch_fills_all_bins():
-    found = measure(lambda noisy, t, told: torch.zeros_like(noisy), FlowMatching(), clips=1)
+@pytest.mark.parametrize("objective", [FlowMatching(), VPrediction()])
+def test_a_small_batch_fills_all_bins(objective: Objective):
+    found = measure(lambda noisy, t, told: torch.zeros_like(noisy), objective, clips=1)
     assert all(value == value for value in found.values())
+    assert "loss_t50_60" in found
+    of_two = measure(lambda noisy, t, told: torch.zeros_like(noisy), FlowMatching(), clips=2)
+    assert of_two["loss_trivial"] == pytest.approx(1.0, abs=0.1), "which are equal, and so their mean"
+
+
+def test_a_single_clip_is_not_told_from_itself():
+    """Its mean would be the clip: the line to be below would be that of an oracle."""
+    found = measure(lambda noisy, t, told: torch.zeros_like(noisy), FlowMatching(), clips=1)
+    for name in ("loss", "loss_t95"):
+        assert found[f"{name}_trivial"] == pytest.approx(found[name])
+    assert found["loss_trivial"] == pytest.approx(1.25, abs=0.1)  # noise and 0.5²
+
+
+def test_without_other_captions_nothing_is_said_of_them():
+    clean, text = torch.zeros(4, 1, 2, 4, 4), TextTokens(OWN.tokens[:4], OWN.mask[:4])
+    silent = lambda noisy, t, told: torch.zeros_like(noisy)  # noqa: E731
+    for objective in (FlowMatching(), VPrediction()):
+        found = denoising_losses(silent, objective, clean, text, None, torch.Generator())
+        others = denoising_losses(silent, objective, clean, text, text, torch.Generator())
+        assert {name for name in others if "shuffled" not in name} == found.keys() < others.keys()
+        assert all(torch.equal(found[name], others[name]) for name in found)

@@ -3,10 +3,7 @@
 import pytest
 import torch
 
-from blueberry_video.inference.diffusion_samplers import DDIM
-from blueberry_video.inference.image_to_video import image_channels, with_image
-from blueberry_video.models.cogvideox import CogVideoX
-from blueberry_video.nn.objectives import VPrediction
+from blueberry_video.inference.image_to_video import ImageNoise, image_channels
 
 
 def test_the_image_is_the_first_frame_and_zeros_follow():
@@ -17,36 +14,30 @@ def test_the_image_is_the_first_frame_and_zeros_follow():
     assert (channels[:, :, 1:] == 0).all()
 
 
-def test_the_network_is_given_both():
-    asked = []
-
-    def network(latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        asked.append(latents)
-        return latents[:, :3]
-
-    latents, image = torch.randn(2, 3, 6, 4, 5).bfloat16(), torch.randn(2, 3, 6, 4, 5)
-    output = with_image(network, image)(latents, torch.ones(2))
-    assert output.dtype == torch.bfloat16
-    assert torch.equal(output, latents)
-    assert torch.equal(asked[0][:, 3:], image.bfloat16())
-
-
-def test_a_sample_depends_on_the_image():
-    model = CogVideoX(
-        num_heads=2, head_dim=16, depth=1, in_channels=6, out_channels=3, text_dim=8, text_len=3, time_dim=8,
-        num_frames=3, height=4, width=4, zero_init=False,
-    ).eval()  # fmt: skip
-    text, noise = torch.randn(1, 3, 8), torch.randn(1, 3, 3, 4, 4)
-    samples = []
-    for brightness in (-1.0, 1.0):
-        image = image_channels(torch.full((1, 3, 1, 4, 4), brightness), 3)
-        denoise = with_image(lambda latents, t: model(latents, VPrediction().network_time(t), text), image)
-        samples.append(DDIM(3)(denoise, noise, VPrediction()))
-    assert samples[0].shape == noise.shape
-    assert (samples[0] - samples[1]).abs().max() > 1e-3
-
-
 @pytest.mark.parametrize(("shape", "num_frames"), [((2, 3, 2, 4, 5), 6), ((3, 1, 4, 5), 6), ((2, 3, 1, 4, 5), 0)])
 def test_bad_input_is_refused(shape: tuple[int, ...], num_frames: int):
     with pytest.raises(ValueError, match=r"they are \(B, C, 1, H, W\), and a clip has at least one frame"):
         image_channels(torch.randn(shape), num_frames)
+
+
+def test_the_noise_on_pictures_is_as_strong_as_published_and_every_clip_has_its_own():
+    torch.manual_seed(0)
+    noise = ImageNoise()(torch.zeros(2000, 3, 1, 8, 8))
+    logs = noise.flatten(1).std(dim=1).log()
+    assert abs(logs.mean() + 3.0) < 0.05
+    assert abs(logs.std() - 0.5) < 0.05
+    assert noise.mean().abs() < 1e-3
+
+
+def test_noise_is_added_to_pictures_and_keeps_their_type():
+    torch.manual_seed(0)
+    images = torch.full((4, 3, 1, 16, 16), 0.5).bfloat16()
+    noisy = ImageNoise(mean=-2.0, std=0.0)(images)
+    assert noisy.dtype == torch.bfloat16
+    assert abs(noisy.float().mean() - 0.5) < 0.01
+    assert abs(noisy.float().std() - torch.tensor(-2.0).exp()) < 0.01
+
+
+def test_a_negative_spread_is_refused():
+    with pytest.raises(ValueError, match=r"task.image_noise.std=-0.5"):
+        ImageNoise(std=-0.5)

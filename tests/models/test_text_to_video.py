@@ -94,6 +94,53 @@ def test_frozen_parts_move_with_the_model():
     assert model.text.table.weight.dtype == model.codec.scale.dtype == torch.float64
 
 
+def test_frozen_parts_go_to_the_device_they_are_told_where_nobody_moves_the_model():
+    """As under a strategy that shards the network."""
+    model = TextToVideo(cogvideox(), FrozenText(), Shrinking())
+    model.prepare(torch.device("meta"))
+    assert model.text.table.weight.is_meta
+    assert model.codec.scale.is_meta
+    assert not any(parameter.is_meta for parameter in model.transformer.parameters())
+
+
+class Counting(FrozenText):
+    """Encodes "" for no caption, and counts how often it is asked for that."""
+
+    asked = 0
+
+    def unconditional(self, batch_size: int) -> TextTokens:
+        self.asked += 1
+        return self([""] * batch_size)
+
+
+def test_a_frozen_encoder_says_once_what_stands_for_no_caption():
+    model = TextToVideo(cogvideox(), Counting(), Pixels())
+    with torch.inference_mode():  # as in validation
+        first = model.unconditional(3)
+    assert first.tokens.shape == (3, 8, 8)
+    assert torch.equal(first.tokens, model.text([""] * 3).tokens)
+    assert torch.equal(first.mask, model.text([""] * 3).mask)
+    latents = torch.zeros(1, 3, 4, 8, 8)
+    model(latents, torch.tensor([5.0]), model.unconditional(1)).sum().backward()
+    assert model.text.asked == 1
+    model.to(torch.float64)
+    assert model.unconditional(1).tokens.dtype == torch.float64
+    model.prepare(torch.device("cpu"))
+    model.unconditional(1)
+    assert model.text.asked == 2
+
+
+def test_a_trained_encoder_says_it_anew():
+    model = TextToVideo(cogvideox(), words(unconditional="empty"), Pixels())
+    before = model.unconditional(2)
+    assert before.tokens.requires_grad
+    with torch.no_grad():
+        model.text.embed.weight.add_(1.0)
+    assert not torch.allclose(model.unconditional(2).tokens, before.tokens)
+    with pytest.raises(ValueError, match=r"model.text is null"):
+        TextToVideo(cogvideox()).unconditional(1)
+
+
 def test_a_part_that_is_given_as_what_builds_it_is_built_when_a_run_begins():
     built = []
     model = TextToVideo(

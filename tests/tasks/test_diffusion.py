@@ -17,6 +17,7 @@ from blueberry_video.inference.diffusion_samplers import DDIM
 from blueberry_video.inference.guidance import ConstantGuidance
 from blueberry_video.models.cogvideox import CogVideoX
 from blueberry_video.models.text_to_video import TextToVideo
+from blueberry_video.models.video_vae import CausalVideoVAE
 from blueberry_video.models.word_text import WordText
 from blueberry_video.nn.codec import Codec, Pixels
 from blueberry_video.nn.objectives import FlowMatching, VPrediction
@@ -118,6 +119,28 @@ def test_frames_have_times_of_their_own_where_asked(tmp_path: Path):
         task(model(causal_chunk=2))
 
 
+def test_the_frames_of_a_patch_have_the_same_time(tmp_path: Path):
+    """Of an odd number of frames, which are filled up."""
+    network = model(tubelet_size=2, causal_chunk=4, num_frames=8)
+    module = task(network, frame_times=True)
+    module.trainer = trainer(tmp_path)
+    times = module._times_of(torch.zeros(4, 3, 8, 16, 16))
+    assert times.shape == (4, 8)
+    assert torch.equal(times[:, ::2], times[:, 1::2])
+    assert times.unique().numel() == 16
+    network.text.learn(batch()["caption"])
+    odd = {**batch(), "video": batch()["video"][:, :, :7]}
+    assert module.shared_step(odd, "train")["loss"].isfinite()
+    module._latent_size = (7, 16, 16)
+    assert module.generate(batch()["caption"]).shape == (4, 3, 7, 16, 16)
+
+
+def test_times_of_frames_are_not_spread_evenly():
+    with pytest.raises(ValueError, match=r"stratified=true .*frame_times=true .*: set one of them to false"):
+        task(frame_times=True, times=UniformTimes(stratified=True))
+    task(times=UniformTimes(stratified=True))
+
+
 def test_a_causal_network_is_trained_validated_and_sampled(tmp_path: Path):
     module, fit = task(model(causal_chunk=2), frame_times=True), trainer(tmp_path, max_steps=3)
     fit.fit(module, datamodule=data())
@@ -137,6 +160,70 @@ def test_the_same_prompts_and_seeds_give_the_same_pictures(tmp_path: Path):
     assert first["samples"].dtype == torch.uint8
     assert torch.equal(first["samples"], again["samples"])
     assert module.tokens_per_clip(batch()) == 8 * 2 * 2
+    smaller = {**batch(), "video": batch()["video"][:, :, :4, :8]}
+    assert module.tokens_per_clip(smaller) == 4 * 1 * 2, "of the batch, not of the validation clips"
+
+
+def test_training_goes_on_after_pictures_that_failed(tmp_path: Path):
+    module = task()
+    module._latent_size = (8, 16, 16)
+    module.model.text.learn(["a red disc"])
+    module.train()
+    with pytest.raises(ValueError, match="'yellow'"):
+        module.generate(["a yellow disc"])
+    assert module.model.training
+    module.model.eval()
+    module.generate(["a red disc"])
+    assert not module.model.training
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_validation_start", "on_test_start"])
+def test_the_frozen_codec_goes_to_the_device_of_the_run_under_any_strategy(tmp_path: Path, monkeypatch, hook: str):
+    module, fit = task(model(CausalVideoVAE(3, (4, 8), time_stride=1))), trainer(tmp_path)
+    module.trainer = fit
+    monkeypatch.setattr(fit.strategy, "_accelerator", None)
+    monkeypatch.setattr(type(fit.strategy), "root_device", torch.device("meta"))
+    getattr(module, hook)()
+    assert all(parameter.is_meta for parameter in module.model.codec.parameters())
+    assert not any(parameter.is_meta for parameter in module.parameters())
+
+
+class Captioned(MovingShapes):
+    """Says of its clips what one asks it to."""
+
+    def __init__(self, captions: list[str]):
+        super().__init__("val", 1, len(captions))
+        self.said = captions
+
+    def __getitem__(self, index: int) -> dict:
+        return {**super().__getitem__(index), "caption": self.said[index]}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_shuffled_captions_are_never_a_clips_own(tmp_path: Path, size: int):
+    """A network that is wrong by what it is told: 1 of "red", 2 of "blue"."""
+    network = model(vocabulary=["blue", "red"])
+    told = torch.zeros_like(network.text.embed.weight)
+    told[2:4] = torch.tensor([[2.0], [1.0]])
+    network.text.embed.weight.data = told
+    network.text.position.data.zero_()
+    network.forward = lambda latents, time, text, *_: (
+        torch.zeros_like(latents) + 1000 * text.tokens.sum(dim=1)[:, 0].view(-1, 1, 1, 1, 1)
+    )
+    losses = []
+    for captions in (["red", "red", "blue", "red"], ["red"] * 4):
+        clips, fit = (
+            DataModule(MovingShapes("train", 1), Captioned(captions), size, val_batch_size=size),
+            trainer(tmp_path),
+        )
+        fit.validate(task(network), clips, verbose=False)
+        losses.append({name: value.item() for name, value in fit.callback_metrics.items()})
+    expected = (3 * 1 + 4) / 4, (3 * 4 + 1) / 4  # of its own captions, and of the others'
+    assert losses[0]["val/loss"] == pytest.approx(expected[0] * 1e6, rel=0.01)
+    assert losses[0]["val/loss_shuffled"] == pytest.approx(expected[1] * 1e6, rel=0.01)
+    assert losses[0]["val/loss_t95_shuffled"] == pytest.approx(expected[1] * 1e6, rel=0.01)
+    assert losses[1]["val/loss"] == pytest.approx(1e6, rel=0.01)
+    assert not [name for name in losses[1] if "shuffled" in name]
 
 
 def test_captions_are_dropped_as_often_as_asked_and_become_the_unconditional_text():

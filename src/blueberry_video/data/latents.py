@@ -141,7 +141,8 @@ class LatentShards:
 
 
 class LatentClips(Dataset):
-    """Map-style dataset of what ``LatentShards`` wrote: ``moments`` (2C, t, h, w) means and log-variances, ``id``,
+    """Map-style dataset of what ``LatentShards`` wrote: ``moments`` (2C, t, h, w) means and log-variances, for networks
+    that take an image ``image_moments`` (2C, 1, h, w), those of the first frame encoded alone, ``id``,
     ``caption`` and, where they were there, ``labels`` and ``fps``; of a frozen text encoder also ``text_tokens``
     (L, D), ``text_mask`` (L,) bool and ``text_pooled`` (P,).
 
@@ -255,7 +256,7 @@ def _check_finite(tensors: Mapping[str, Tensor], name: str) -> None:
     for key, value in tensors.items():
         if not value.is_floating_point():
             continue
-        bounded = value[: len(value) // 2] if key == "moments" else value
+        bounded = value[: len(value) // 2] if key in ("moments", "image_moments") else value
         if torch.isnan(value).any() or torch.isinf(bounded).any():
             raise ValueError(
                 f"{key} of the clip {name!r} is NaN or infinite: check the clip, and encode in float32 or bfloat16 "

@@ -29,7 +29,7 @@ def denoising_losses(
     objective: Objective,
     clean: Tensor,
     text: TextTokens,
-    others: TextTokens,
+    others: TextTokens | None,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """Mean squared errors of a network.
@@ -38,15 +38,16 @@ def denoising_losses(
         ask: the network: noisy latents (B, C, T, H, W), times (B,) in [0, 1] and text -> output.
         objective: that it was trained with.
         clean: latents (B, C, T, H, W).
-        text, others: their captions, and those of other clips.
+        text, others: their captions, and to each another one; ``None`` if there is none.
         generator: of noise and times, on the CPU.
 
     Returns:
         Scalars: ``loss``, over shares of noise that are spread evenly over [0, 1] (of a flow these are the times), and
         of each tenth, ``loss_t00_10`` … ``loss_t90_100``; ``loss_t95``, over [0.95, 1] alone; both with the captions of
         others, ``loss_shuffled`` and ``loss_t95_shuffled``, the noise being the same; and of the mean of the clips in
-        place of a network, ``loss_trivial`` and ``loss_t95_trivial``. Of v-prediction also all of these in the unit of
-        a flow's velocity, ``flow_loss…``.
+        place of a network, ``loss_trivial`` and ``loss_t95_trivial``: of a single clip, which would be its own mean,
+        of zero, that of normalised latents. Of v-prediction also all of these in the unit of a flow's velocity,
+        ``flow_loss…``.
     """
     rounds = math.ceil(NUM_BINS / len(clean))  # a batch fills every bin
     order = torch.randperm(rounds * len(clean), generator=generator)
@@ -56,7 +57,7 @@ def denoising_losses(
     units = ("loss", "flow_loss") if isinstance(objective, VPrediction) else ("loss",)
     values: dict[str, Tensor] = {}
     for unit in units:
-        for name in ("", "_shuffled", "_trivial"):
+        for name in ("", "_trivial") if others is None else ("", "_shuffled", "_trivial"):
             even = torch.cat([row[f"{unit}{name}"] for row in rows[:-1]])
             values[f"{unit}{name}"] = even.mean()
             values[f"{unit}_t95{name}"] = rows[-1][f"{unit}{name}"].mean()
@@ -70,20 +71,22 @@ def _errors(
     objective: Objective,
     clean: Tensor,
     text: TextTokens,
-    others: TextTokens,
+    others: TextTokens | None,
     share: Tensor,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """Mean squared error of every clip (B,) at its share of noise (B,), with new noise; by name."""
     t = times_of_shares(objective, share)
-    noise = standard_normal(clean.shape, generator, clean.device).to(clean)
+    noise = standard_normal(clean.shape, generator, clean.device)
     noisy, target = objective.noisy(clean, noise, t), objective.target(clean, noise, t)
     factor = flow_error_factor(objective, t)
     values: dict[str, Tensor] = {}
     for name, told in (("", text), ("_shuffled", others)):
+        if told is None:
+            continue
         error = (ask(noisy, t, told).float() - target).square().flatten(1).mean(dim=1)
         values |= {f"loss{name}": error, f"flow_loss{name}": error * factor}
     for unit, known, times in (("loss", objective, t), ("flow_loss", FlowMatching(), share)):
-        constant = trivial_denoising_losses(known, clean, noise, times)["mean"]
-        values[f"{unit}_trivial"] = constant.expand(len(clean))
+        constants = trivial_denoising_losses(known, clean, noise, times)
+        values[f"{unit}_trivial"] = constants["mean" if len(clean) > 1 else "zero"].expand(len(clean))
     return values

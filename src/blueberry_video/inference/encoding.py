@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from blueberry_video.models.text_to_video import Transformer
 from blueberry_video.nn.codec import Codec
 from blueberry_video.nn.text import TextEncoder
 
@@ -15,6 +16,7 @@ def encode(
     text: TextEncoder | None,
     dtype: torch.dtype,
     patch_size: tuple[int, int] = (1, 1),
+    image: bool = False,
 ) -> dict[str, Any]:
     """A clip as ``data.latents.LatentClips`` gives it back: its moments, its text, and all that is no picture of it.
 
@@ -25,6 +27,7 @@ def encode(
         codec, text: in evaluation mode; of no text encoder the caption alone is kept.
         dtype: of moments and text.
         patch_size: rows and columns of latents that the network takes together.
+        image: also encode the first frame alone, as ``image_moments`` (2C, 1, h, w).
 
     Raises:
         ValueError: it has no caption, or is of a size that codec or network cannot take; the message names it.
@@ -41,11 +44,19 @@ def encode(
     video = clip["video"].transpose(0, 1)[None].to(like.device).float() / 127.5 - 1  # (1, 3, T, H, W)
     kept: dict[str, Any] = {key: clip[key] for key in ("id", "caption", "labels", "fps") if key in clip}
     kept["moments"] = codec.encode(video.to(like.dtype))[0].to(dtype)
+    if image:
+        kept["image_moments"] = codec.encode(video[:, :, :1].to(like.dtype))[0].to(dtype)
     if text is not None:
         tokens, mask, pooled = text([clip["caption"]])
         kept |= {"text_tokens": tokens[0].to(dtype), "text_mask": mask[0]}
         kept |= {} if pooled is None else {"text_pooled": pooled[0].to(dtype)}
     return kept
+
+
+def encodes_image(network: Transformer, codec: Codec) -> bool:
+    """Whether a network is given a first frame whose latents are others than the first of the clip's."""
+    takes_image = network.in_channels > network.out_channels or getattr(network, "image_condition", None) is not None
+    return takes_image and not codec.first_frame_alone
 
 
 def check_size(what: str, size: tuple[int, int, int], codec: Codec, patch_size: tuple[int, int]) -> None:

@@ -1,12 +1,38 @@
 """Clips that begin with a picture, as CogVideoX makes them (arXiv 2408.06072): the picture's latent stands behind the
-noisy latents along the channels, at the first frame, with zeros at all others.
+noisy latents along the channels, at the first frame, with zeros at all others. In training the picture is noisy, too.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blueberry_video.inference.diffusion_samplers import Network
+from blueberry_video.nn.objectives import standard_normal
+
+
+class ImageNoise:
+    """Noise on the pictures that a network is given in training, before the codec sees them: those that it will be
+    given later, of other cameras, drawn or compressed, are none of the training clips' first frames.
+
+    CogVideoX-I2V was trained with these numbers: ``add_noise_to_first_frame`` of THUDM/CogVideo, which
+    ``noised_image_input`` of sat/configs/cogvideox_5b_i2v.yaml switches on; diffusers' fine-tuning,
+    examples/cogvideo/train_cogvideox_image_to_video_lora.py, has the same. HunyuanVideo-I2V and 1.5 have none.
+
+    Args:
+        mean, std: of the natural logarithm of the noise's standard deviation, which is drawn for every clip.
+
+    Raises:
+        ValueError: for a negative ``std``.
+    """
+
+    def __init__(self, mean: float = -3.0, std: float = 0.5):
+        if std < 0:
+            raise ValueError(f"task.image_noise.std={std} is a standard deviation: 0.5 as published, 0 for none.")
+        self.mean, self.std = mean, std
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, 1, H, W) in [-1, 1] -> the same, noisy, not clamped. Draws from torch's global generator."""
+        spread = standard_normal((len(images), 1, 1, 1, 1), None, images.device)
+        sigma = (self.mean + self.std * spread).exp()
+        return images + (sigma * standard_normal(images.shape, None, images.device)).to(images.dtype)
 
 
 def image_channels(image: Tensor, num_frames: int) -> Tensor:
@@ -29,12 +55,3 @@ def image_channels(image: Tensor, num_frames: int) -> Tensor:
             "clip has at least one frame."
         )
     return F.pad(image, (0, 0, 0, 0, 0, num_frames - 1))
-
-
-def with_image(network: Network, image: Tensor) -> Network:
-    """``network`` as a sampler asks it: every time it is given the channels ``image`` (B, C, T, H, W) as well."""
-
-    def conditioned(latents: Tensor, t: Tensor) -> Tensor:
-        return network(torch.cat([latents, image.to(latents.dtype)], dim=1), t)
-
-    return conditioned

@@ -7,6 +7,7 @@ are frozen: they are used by the network, but are no part of its parameters or i
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 from blueberry_video.nn.aside import Aside
@@ -26,6 +27,8 @@ class Transformer(Protocol):
     patch_size: tuple[int, int, int]
     embedded_guidance: bool
     causal_chunk: int
+
+    def check_size(self, size: tuple[int, int, int]) -> None: ...
 
 
 class TextToVideo(nn.Module):
@@ -57,6 +60,7 @@ class TextToVideo(nn.Module):
         self.trained_text = text if is_trained else None
         self._text = None if text is None or is_trained else Aside[TextEncoder](text)
         self._codec = None if codec is None else Aside[Codec](codec)
+        self._unconditional: TextTokens | None = None  # of a frozen encoder
         if lora is not None:
             add_adapters(transformer, lora)
             self._register_state_dict_hook(drop_frozen)
@@ -80,13 +84,32 @@ class TextToVideo(nn.Module):
         """The transformer, as something with sizes."""
         return cast(Transformer, self.transformer)
 
-    def prepare(self) -> None:
-        """Loads the parts that were to be built later, and moves them to the device of the transformer.
+    def unconditional(self, batch_size: int) -> TextTokens:
+        """What stands for no caption. A frozen encoder says it once: it is as slow as it is large.
+
+        Raises:
+            ValueError: there is no text encoder.
+        """
+        if self.text is None:
+            raise ValueError("model.text is null, so nothing says what stands for no caption: choose a model.text.")
+        if self.trained_text is not None:
+            return self.text.unconditional(batch_size)
+        like = next(self.text.parameters())
+        if self._unconditional is None or self._unconditional.tokens.device != like.device:
+            with torch.inference_mode(False), torch.no_grad():  # it is kept for later, also for training
+                self._unconditional = self.text.unconditional(1)
+        return repeated(self._unconditional, batch_size)
+
+    def prepare(self, device: torch.device | None = None) -> None:
+        """Loads the parts that were to be built later, and moves what is frozen to a device.
+
+        Args:
+            device: by default that of the transformer.
 
         Raises:
             ValueError: if they do not fit the transformer; what loading them raises.
         """
-        device = next(self.transformer.parameters()).device
+        device = next(self.transformer.parameters()).device if device is None else device
         for part in self._beside():
             part.get().to(device)
         self._check()
@@ -125,10 +148,22 @@ class TextToVideo(nn.Module):
         if self.codec is None:
             raise ValueError("model.codec is null, so clips must come as latents: data=latents, or choose a codec.")
         self.codec.check(num_frames, height, width, self.shape.patch_size[1:])
-        return self.codec.grid(num_frames, height, width)
+        size = self.codec.grid(num_frames, height, width)
+        self.check_latents(size)
+        return size
+
+    def check_latents(self, size: tuple[int, int, int]) -> None:
+        """The transformer can take latents (t, h, w), its frames filled up to whole patches.
+
+        Raises:
+            ValueError: if not; the message names the nearest size, or the argument to change.
+        """
+        frames, height, width = size
+        self.shape.check_size((frames + -frames % self.shape.patch_size[0], height, width))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TextToVideo":
         super()._apply(fn, recurse)
+        self._unconditional = None
         for part in self._beside():
             if part.is_built:
                 part.get()._apply(fn)
@@ -159,3 +194,9 @@ class TextToVideo(nn.Module):
                     f"model.{key}={value} and model.{other}={theirs} disagree: write model.{key}={theirs}, or choose "
                     f"another model.{other.partition('.')[0]}."
                 )
+
+
+def repeated(text: TextTokens, batch_size: int) -> TextTokens:
+    """One encoded caption, ``batch_size`` times."""
+    tokens, mask, pooled = (None if part is None else part.expand(batch_size, *part.shape[1:]) for part in text)
+    return TextTokens(cast(Tensor, tokens), cast(Tensor, mask), pooled)

@@ -43,6 +43,7 @@ class CausalVideoVAE(Codec):
         ValueError: a time stride that the levels cannot make; weights that do not fit.
     """
 
+    first_frame_alone = True
     latent_mean: Tensor
     latent_std: Tensor
 

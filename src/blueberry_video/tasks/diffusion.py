@@ -1,5 +1,5 @@
-"""Training of text-to-video diffusion: CogVideoX (arXiv 2408.06072), HunyuanVideo (arXiv 2412.03603), and Diffusion
-Forcing (arXiv 2407.01392), which gives every frame a time of its own.
+"""Training of text- and image-to-video diffusion: CogVideoX (arXiv 2408.06072), HunyuanVideo (arXiv 2412.03603), and
+Diffusion Forcing (arXiv 2407.01392), which gives every frame a time of its own.
 """
 
 import math
@@ -9,28 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from blueberry_video.evaluation.denoising import denoising_losses
-from blueberry_video.inference.conditions import (
-    captions_of,
-    check_latents,
-    image_condition,
-    latents_of,
-    of_others,
-    text_of,
-    with_first_frame,
-    without_some,
-)
+from blueberry_video.inference import conditions
 from blueberry_video.inference.diffusion_samplers import Sampler
 from blueberry_video.inference.guidance import Guidance
+from blueberry_video.inference.image_to_video import ImageNoise
 from blueberry_video.inference.published import load_weights
-from blueberry_video.inference.text_to_video import generate
+from blueberry_video.inference.text_to_video import conditioned, generate
 from blueberry_video.models.text_to_video import TextToVideo
 from blueberry_video.models.word_text import WordText
-from blueberry_video.nn.objectives import Objective
+from blueberry_video.nn.objectives import Objective, standard_normal
 from blueberry_video.nn.text import TextTokens
 from blueberry_video.nn.timesteps import TimeSampler
 from blueberry_video.tasks.base import Task
@@ -50,14 +43,18 @@ class Diffusion(Task):
         times: draws the times of training.
         sampler, guidance: for :meth:`generate`.
         caption_dropout: share of the clips that are trained without their caption, for guidance.
+        image_noise: put on the first frame that an image-to-video network is given in training, not in validation.
+        image_dropout: share of the training clips that it is not given; validation has all, but with 1, which trains
+            HunyuanVideo-1.5 on text alone. ``None``: :func:`~blueberry_video.inference.conditions.published_dropout`.
         frame_times: every frame has a time of its own: Diffusion Forcing.
         prompts: captions of the clips that :meth:`media` shows; ``None`` for those of the first validation clips.
         num_pictures: the largest number of clips it shows.
 
     Raises:
-        ValueError: for a share outside [0, 1], or a causal network without ``frame_times``; when a run begins: clips of
-            a size that codec or network cannot take, latents of another codec; when a clip is met: one without caption,
-            or with latents that are NaN.
+        ValueError: for a share outside [0, 1], a causal network without ``frame_times``, or those and ``stratified``
+            times; when a run begins: clips of a size that codec or network cannot take, latents of another codec or
+            without that of the image, or those and ``image_noise``; when a clip is met: one without caption, or with
+            latents that are NaN.
     """
 
     trains = TextToVideo
@@ -77,6 +74,8 @@ class Diffusion(Task):
         repeats: int = 1,
         image_repeats: int = 1,
         caption_dropout: float = 0.1,
+        image_noise: ImageNoise | None = None,
+        image_dropout: float | None = None,
         frame_times: bool = False,
         prompts: Sequence[str] | None = None,
         num_pictures: int = 6,
@@ -90,33 +89,34 @@ class Diffusion(Task):
             repeats=repeats,
             image_repeats=image_repeats,
         )
-        if not 0 <= caption_dropout <= 1:
-            raise ValueError(f"task.caption_dropout={caption_dropout} is a share, from 0 to 1: 0.1 as published.")
-        if model.shape.causal_chunk and not frame_times:
-            raise ValueError(
-                "model.transformer.causal_chunk goes on from clean frames, so frames must have times of their own in "
-                "training, too: task.frame_times=true, or causal_chunk=0."
-            )
+        image_dropout = conditions.published_dropout(model) if image_dropout is None else image_dropout
+        conditions.check_settings(model, caption_dropout, image_dropout, times if frame_times else None)
         self.objective, self.times, self.sampler, self.guidance = objective, times, sampler, guidance
-        self.caption_dropout, self.frame_times = caption_dropout, frame_times
+        self.caption_dropout, self.image_dropout, self.image_noise = caption_dropout, image_dropout, image_noise
+        self.frame_times = frame_times
         self.prompts, self.num_pictures = None if prompts is None else list(prompts), num_pictures
         self._latent_size: tuple[int, int, int] | None = None
+        self._spare_captions: list[dict] = []
 
     def setup(self, stage: str) -> None:
         self.model.prepare()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(text := self.model.text, WordText):
-            text.learn(captions_of(data.train))
+            text.learn(conditions.captions_of(data.train))
         clip = data.val[0]
-        if "moments" in clip:
-            check_latents(data.train, self.model)
-            self._latent_size = tuple(clip["moments"].shape[1:])
-        else:
-            frames, _, height, width = clip["video"].shape
-            self._latent_size = self.model.check_clip(frames, height, width)
+        self._latent_size = conditions.latent_size(data, clip, self.model)
+        if conditions.takes_image(self.model, self.image_dropout):
+            conditions.check_image(self.model, self._latent_size[0], clip, self.image_noise)
+        self._spare_captions = conditions.different_captions(data.val)
         if stage == "fit" and self.model.lora is not None and self.model.lora.base is not None:
             rank_zero_only(print)(self.load_weights(self.model.lora.base))  # before init_from: adapters of another run
         super().setup(stage)
+
+    def on_fit_start(self) -> None:
+        """Moves what is frozen to the device of the run: not all strategies do, as FSDP moves the network alone."""
+        self.model.prepare(self.trainer.strategy.root_device)
+
+    on_validation_start = on_test_start = on_fit_start
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         """As other tasks; of stored latents, ``video`` is their moments (B, 2C, t, h, w)."""
@@ -126,65 +126,72 @@ class Diffusion(Task):
 
     def shared_step(self, batch: dict, stage: str) -> dict[str, Tensor]:
         seed = zlib.crc32("/".join(batch["id"]).encode())
-        generator = None if stage == "train" else torch.Generator().manual_seed(seed)  # validation is always the same
-        clean, image = latents_of(self.model, batch, generator)
-        text = text_of(self.model, batch)
+        train = stage == "train"
+        generator = None if train else torch.Generator().manual_seed(seed)  # validation is always the same
+        noise_on_image = self.image_noise if train else None
+        clean, image = conditions.latents_of(self.model, batch, generator, noise_on_image, self.image_dropout)
+        shown = conditions.shown_images(image, self.image_dropout) if train else None
+        text, given = conditions.text_of(self.model, batch), conditions.given_frames(self.model, image)
 
         def ask(noisy: Tensor, t: Tensor, told: TextTokens) -> Tensor:
-            scale = self.guidance.embedded
-            guidance = None if scale is None else torch.full((len(noisy),), scale, device=noisy.device)
-            given = with_first_frame(self.model, noisy, image)
-            return self.model(given, self.objective.network_time(t), told, guidance)
+            return conditioned(self.model, told, self.objective, image, self.guidance.embedded, shown)(noisy, t)
 
-        if generator is not None:
-            return denoising_losses(ask, self.objective, clean, text, of_others(text), generator)
-        t, noise = self._times_of(clean), torch.randn_like(clean)
-        text = without_some(self.model, text, self.caption_dropout)
+        def ask_rest(noisy: Tensor, t: Tensor, told: TextTokens) -> Tensor:
+            return ask(F.pad(noisy, (0, 0, 0, 0, given, 0)), t, told)[:, :, given:]
+
+        if generator is not None:  # frames that are given are neither noised nor judged
+            others = conditions.of_others(self.model, batch, text, self._spare_captions)
+            return denoising_losses(ask_rest, self.objective, clean[:, :, given:], text, others, generator)
+        t, noise = self._times_of(clean), standard_normal(clean.shape, None, clean.device)
+        text = conditions.without_some(self.model, text, self.caption_dropout)
         output = ask(self.objective.noisy(clean, noise, t), t, text).float()
-        given_frames = int(image is not None and image_condition(self.model) == "token_replace")
         error = output - self.objective.target(clean, noise, t)
-        return {"loss": error[:, :, given_frames:].square().mean()}
+        return {"loss": error[:, :, given:].square().mean()}
 
-    def generate(self, captions: Sequence[str], generator: torch.Generator | None = None) -> Tensor:
-        """Videos (B, 3, T, H, W) in [-1, 1] of captions, as large as the validation clips, in evaluation mode.
+    def generate(
+        self, captions: Sequence[str], generator: torch.Generator | None = None, images: Tensor | None = None
+    ) -> Tensor:
+        """Videos (B, 3, T, H, W) in [-1, 1] of captions, as long as the validation clips, in evaluation mode.
 
-        ``generator``: of all noise, on the CPU.
+        ``generator``: of all noise, on the CPU. ``images``: (B, 3, 1, H, W) in [-1, 1], with which videos of their
+        size begin, of an image-to-video network; without them videos are as large as the validation clips.
         """
         assert self._latent_size is not None, "setup runs first"
-        was_training = self.model.training
-        made = generate(
-            self.model.eval(),
-            captions,
-            self._latent_size,
-            self.sampler,
-            self.guidance,
-            self.objective,
-            generator=generator,
-        )
-        self.model.train(was_training)
-        return made
+        was_training, model, size = self.model.training, self.model.eval(), self._latent_size
+        try:
+            return generate(model, captions, size, self.sampler, self.guidance, self.objective, images, generator)
+        finally:
+            model.train(was_training)
 
     def media(self, batch: dict) -> dict[str, Tensor]:
-        """``samples``: a row a prompt, always of the same noise. None of a network that needs an image."""
-        model = self.model
-        if model.text is None or model.codec is None or image_condition(model) not in (None, "optional"):
-            return {}
+        """A row a prompt, always of the same noise: ``samples`` of the prompts alone, and ``samples_from_image`` that
+        begin as the clips of the batch; a network has the one or the other, and HunyuanVideo-1.5 both."""
+        model, made = self.model, dict[str, Tensor]()
+        if model.text is None or model.codec is None:
+            return made
         prompts = (self.prompts or batch["caption"])[: self.num_pictures]
-        made = self.generate(prompts, torch.Generator().manual_seed(0))
-        return {"samples": self.panels([(made.float() + 1) / 2])}
+        if conditions.image_condition(model) in (None, "optional"):
+            made["samples"] = self.generate(prompts, torch.Generator().manual_seed(0))
+        if conditions.takes_image(model, self.image_dropout):
+            images = conditions.first_frames(model, batch, torch.Generator().manual_seed(0))[: len(prompts)]
+            generator = torch.Generator().manual_seed(0)
+            made["samples_from_image"] = self.generate(prompts[: len(images)], generator, images)
+        return {name: self.panels([(video.float() + 1) / 2]) for name, video in made.items()}
 
     def tokens_per_clip(self, batch: dict) -> int:
         """Tokens of the video; those of the text do not count."""
-        assert self._latent_size is not None, "setup runs first"
-        sizes = zip(self._latent_size, self.model.shape.patch_size)
-        return math.prod(-(-size // patch) for size, patch in sizes) * self._times(batch)
+        size, codec = batch["video"].shape[2:], self.model.codec
+        if "moments" not in batch and codec is not None:
+            size = codec.grid(*size)
+        return math.prod(-(-n // patch) for n, patch in zip(size, self.model.shape.patch_size)) * self._times(batch)
 
     def load_weights(self, path: str | Path) -> str:
         return load_weights(self.model, path)
 
     def _times_of(self, clean: Tensor) -> Tensor:
-        frames = clean.shape[2] if self.frame_times else None
-        height, width = (size // patch for size, patch in zip(clean.shape[3:], self.model.shape.patch_size[1:]))
-        grid = (clean.shape[2] // self.model.shape.patch_size[0], height, width)
-        world = self.trainer.world_size
-        return self.times(len(clean), frames, grid, rank=self.global_rank, world_size=world).to(clean.device)
+        t, h, w = (size // patch for size, patch in zip(clean.shape[2:], self.model.shape.patch_size))
+        frames, ranks = t if self.frame_times else None, self.trainer.world_size
+        times = self.times(len(clean), frames, (t, h, w), rank=self.global_rank, world_size=ranks)
+        if frames is not None:  # those of a patch have the same
+            times = times.repeat_interleave(self.model.shape.patch_size[0], dim=1)
+        return times.to(clean.device)
