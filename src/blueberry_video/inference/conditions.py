@@ -41,8 +41,8 @@ def published_dropout(model: TextToVideo) -> float:
     """Share of the training clips whose image is withheld, as a network was published.
 
     CogVideoX-I2V: 0.05 (``noised_image_dropout`` in sat/configs/cogvideox_5b_i2v.yaml of THUDM/CogVideo);
-    HunyuanVideo-I2V: 0; HunyuanVideo-1.5: 0.7 (``i2v_prob`` 0.3 in its train.py). 1, so no image at all, of a causal
-    network that can do without: it goes on from frames.
+    HunyuanVideo-I2V: 0, as none is known; HunyuanVideo-1.5: 0.7 (``i2v_prob`` 0.3 in its train.py), but 1, so no image
+    at all, of a causal one: it goes on from frames.
     """
     how = image_condition(model)
     if how == "optional":

@@ -12,9 +12,9 @@ class ImageNoise:
     """Noise on the pictures that a network is given in training, before the codec sees them: those that it will be
     given later, of other cameras, drawn or compressed, are none of the training clips' first frames.
 
-    CogVideoX-I2V was trained with these numbers: ``add_noise_to_first_frame`` of THUDM/CogVideo, which
-    ``noised_image_input`` of sat/configs/cogvideox_5b_i2v.yaml switches on; diffusers' fine-tuning,
-    examples/cogvideo/train_cogvideox_image_to_video_lora.py, has the same. HunyuanVideo-I2V and 1.5 have none.
+    CogVideoX-I2V was trained with it: ``noised_image_input`` in sat/configs/cogvideox_5b_i2v.yaml of THUDM/CogVideo.
+    The numbers are those of diffusers' fine-tuning, examples/cogvideo/train_cogvideox_image_to_video_lora.py. Of
+    HunyuanVideo-I2V and 1.5 none is known.
 
     Args:
         mean, std: of the natural logarithm of the noise's standard deviation, which is drawn for every clip.
