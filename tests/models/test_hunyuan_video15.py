@@ -232,7 +232,7 @@ def test_weights_of_another_variant_or_version_are_refused_by_name(tmp_path: Pat
     assert hunyuan_video15.load_published(pair()[1], tmp_path / "plain").startswith("loaded HunyuanVideo-1.5 with one")
     first = {"context_embedder.proj_in.weight": torch.zeros(1)}
     save_file(first, tmp_path / "first.safetensors")
-    with pytest.raises(ValueError, match=r"is HunyuanVideo, not HunyuanVideo-1\.5"):
+    with pytest.raises(ValueError, match=r"holds HunyuanVideo, not HunyuanVideo-1\.5"):
         from_published(tmp_path / "first.safetensors")
 
 

@@ -67,15 +67,17 @@ def test_validation_numbers_are_those_of_the_formulas(tmp_path: Path):
 
 
 def test_it_learns(tmp_path: Path):
-    """Forty steps on eight clips."""
-    module = task(lr=1e-2, schedule=lambda step, total: 1.0)
+    """Two hundred steps on eight clips: more than one colour a clip, which a network that reads no latents can give."""
+    torch.manual_seed(0)
+    module = task(loss="mse", lr=5e-3, schedule=lambda step, total: 1.0)
     clips = next(iter(data().train_dataloader()))
     batch = {"video": clips["video"].transpose(1, 2).float() / 255}
     before = module.shared_step(batch, "val")
-    trainer(tmp_path, max_steps=40, limit_val_batches=0).fit(module, datamodule=data())
+    trainer(tmp_path, max_steps=200, limit_val_batches=0).fit(module, datamodule=data())
     after = module.eval().shared_step(batch, "val")
     assert after["reconstruction"] < 0.5 * before["reconstruction"]
-    assert after["psnr"] > before["psnr"] + 5
+    assert after["reconstruction"] < 0.85 * after["reconstruction_trivial_mean"]
+    assert after["psnr"] > before["psnr"] + 3
 
 
 def test_divergence_and_psnr_of_known_cases():
