@@ -120,6 +120,14 @@ def test_ema_is_the_average_and_what_is_evaluated(tmp_path: Path, warmup: bool) 
     assert not torch.allclose(average, weights.trained[-1])
 
 
+def test_ema_of_16_bit_weights_keeps_32() -> None:
+    averaged, weights = [torch.zeros(3)], [torch.ones(3, dtype=torch.bfloat16)]
+    ema = EMA(0.999, warmup=False)
+    for step in range(100):
+        ema._average(averaged, weights, step)
+    torch.testing.assert_close(averaged[0], torch.full((3,), 1 - 0.999**100))
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_ema_refuses_a_decay_that_averages_nothing(decay: float) -> None:
     with pytest.raises(ValueError, match=r"ema\.decay"):

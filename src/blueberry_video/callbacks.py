@@ -100,7 +100,9 @@ class EMA(WeightAveraging):
     def _average(self, averaged: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
         n = int(updates)
         decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+        # the copy has 32 bits also where training has 16: steps of 0.001 would be lost in those
+        wide = [value.to(average.dtype) for average, value in zip(averaged, current, strict=True)]
+        torch._foreach_lerp_(averaged, wide, 1 - decay)
 
 
 class Throughput(Callback):
