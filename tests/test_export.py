@@ -14,6 +14,7 @@ from blueberry_video.experiment.checkpoint import AtomicCheckpointIO, weights_fi
 from blueberry_video.inference.published import export as write
 from blueberry_video.inference.published import load_weights
 from blueberry_video.models.cogvideox import CogVideoX
+from blueberry_video.models.hunyuan_video import HunyuanVideo
 from blueberry_video.models.text_to_video import TextToVideo
 from blueberry_video.models.word_text import WordText
 from blueberry_video.nn.lora import LoRA
@@ -98,6 +99,20 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monk
     assert not (tmp_path / ".transformer.tmp").exists()
     with pytest.raises(FileExistsError, match="choose another folder"):
         write(model(), tmp_path)
+
+
+def test_what_was_loaded_is_said_also_what_its_weights_were_trained_with(tmp_path: Path):
+    write(model(), tmp_path / "cog")
+    assert load_weights(model(), tmp_path / "cog").startswith("loaded CogVideoX of 1 blocks, 32 wide from ")
+    sizes = {"in_channels": 3, "out_channels": 3, "num_heads": 1, "head_dim": 16, "depth": 1, "single_depth": 1}
+    sizes |= {"refiner_depth": 1, "text_dim": 6, "pooled_dim": 6, "rope_axes": (4, 6, 6)}
+    trained, fresh = (
+        TextToVideo(HunyuanVideo(**sizes, image_condition=kind), WordText(6, pooled_dim=6), None)
+        for kind in ("token_replace", None)
+    )
+    write(trained, tmp_path / "hunyuan")
+    said = load_weights(fresh, tmp_path / "hunyuan")
+    assert said.endswith(", trained with image_condition_type=token_replace (here None)")
 
 
 def test_adapters_are_written_alone_or_merged(tmp_path: Path):

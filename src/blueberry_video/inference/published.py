@@ -36,13 +36,13 @@ def load_weights(model: TextToVideo, path: str | Path) -> str:
         match transformer:
             case cogvideox.CogVideoX():
                 cogvideox.load_published(transformer, path)
+                return f"loaded {cogvideox.variant(transformer)} from {path}"
             case hunyuan_video.HunyuanVideo():
-                hunyuan_video.load_published(transformer, path)
+                return hunyuan_video.load_published(transformer, path)
             case hunyuan_video15.HunyuanVideo15():
-                hunyuan_video15.load_published(transformer, path)
+                return hunyuan_video15.load_published(transformer, path)
             case _:
                 raise ValueError(f"{type(transformer).__name__} has no published weights: leave init_from null.")
-    return f"loaded the transformer from {path}"
 
 
 def save_transformer(transformer: nn.Module, folder: str | Path) -> None:
