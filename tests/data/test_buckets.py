@@ -159,7 +159,7 @@ def test_what_fits_no_bucket_is_refused_or_left_out(folder: Path):
 def test_captions_are_told_without_reading_a_video(folder: Path, monkeypatch: pytest.MonkeyPatch):
     data = buckets(folder)
     in_order = [data[i]["caption"] for i in range(6)]
-    monkeypatch.setattr("blueberry_video.data.video_folder.decode", None)
+    monkeypatch.setattr("blueberry_video.data.video_folder.load_clip", None)
     assert list(data.captions()) == in_order
 
 
