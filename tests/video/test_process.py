@@ -1,4 +1,4 @@
-"""The whole pipeline: sources of every kind in, plans, budgets, caches, hooks, streams and processes."""
+"""Tests of the whole pipeline: sources, plans, budgets, caches, hooks, streams and processes."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ from blueberry_video.video.resize import smart_resize
 
 
 def write_clip(path: Path, num_frames: int = 60, width: int = 96, height: int = 64, keyint: int = 12) -> Path:
-    """Frame i is grey at 20 + 3 i, with a white corner."""
+    """Writes a clip with gray level 20 + 3 i in frame i and a white corner."""
     with av.open(str(path), "w") as output:
         stream = output.add_stream("libx264", rate=30)
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = width, height, "yuv420p", keyint
@@ -53,7 +53,7 @@ def greys(pixels: torch.Tensor) -> list[int]:
     return [round(frame[:, frame.shape[1] // 2 :].float().mean().item()) for frame in pixels]
 
 
-def test_frames_metadata_and_timing_are_those_of_the_video(clip: Path):
+def test_frames_metadata_and_timing(clip: Path):
     video = process_video(clip, num_frames=8)
     known = video.metadata
     assert known.frame_indices == (0, 8, 17, 25, 34, 42, 51, 59)
@@ -73,7 +73,7 @@ def test_frames_metadata_and_timing_are_those_of_the_video(clip: Path):
 
 
 @pytest.mark.parametrize("model", models())
-def test_every_model_takes_a_video(clip: Path, model: str):
+def test_every_model_processes_a_video(clip: Path, model: str):
     plan = VideoProcessor(load_settings(model)).plan(clip)
     video = process_video(clip, model)
     assert isinstance(video, ProcessedVideo)
@@ -82,7 +82,7 @@ def test_every_model_takes_a_video(clip: Path, model: str):
     assert video.pixels.shape == (len(plan.indices), 3, plan.height, plan.width)
 
 
-def test_sources_of_every_kind_give_the_same_frames(clip: Path, tmp_path: Path):
+def test_all_kinds_of_sources_yield_the_same_frames(clip: Path, tmp_path: Path):
     expected = process_video(clip, num_frames=4).pixels
     content = clip.read_bytes()
     for source in (str(clip), content, clip.open("rb"), {"path": None, "bytes": content}):
@@ -94,22 +94,22 @@ def test_sources_of_every_kind_give_the_same_frames(clip: Path, tmp_path: Path):
         assert video.metadata.original_fps == 0
     for i in range(5):
         Image.fromarray(np.full((64, 96, 3), 40 * i, np.uint8)).save(tmp_path / f"{i}.png")
-    video = process_video(tmp_path)  # all of them: nobody knows their rate; the last repeated to a whole patch
+    video = process_video(tmp_path)  # all of them, since their rate is unknown; the last repeats to a whole patch
     assert video.metadata.frame_indices == (0, 1, 2, 3, 4, 4)
     assert greys(video.pixels) == [0, 40, 80, 120, 160, 160]
     assert process_video(tmp_path, frames_fps=1.0, fps=1.0).metadata.original_fps == 1
 
 
-def test_unknown_models_and_overrides_are_refused_by_name(clip: Path):
-    with pytest.raises(ValueError, match="max_frames"):
+def test_unknown_models_and_overrides_raise(clip: Path):
+    with pytest.raises(ValueError, match=r"`max_frame` .*`max_frames`"):
         process_video(clip, max_frame=3)
-    with pytest.raises(ValueError, match=r"qwen2\.5-vl"):
+    with pytest.raises(ValueError, match=r"model='qwen2\.5vl' .*'qwen2\.5-vl'"):
         process_video(clip, "qwen2.5vl")
 
 
-def test_adaptive_sampling_takes_more_where_the_picture_changes(tmp_path: Path):
+def test_adaptive_sampling_takes_more_frames_where_the_content_changes(tmp_path: Path):
     frames = np.zeros((60, 64, 96, 3), np.uint8)
-    frames[30:, :, :, :] = (np.arange(30) * 8)[:, None, None, None]  # a still half, then one that changes
+    frames[30:, :, :, :] = (np.arange(30) * 8)[:, None, None, None]  # a static half, then a changing one
     video = process_video(frames, sampling="adaptive", num_frames=12, frames_fps=30.0)
     later = sum(index >= 30 for index in video.metadata.frame_indices)
     assert later >= 8
@@ -122,7 +122,7 @@ def test_adaptive_sampling_takes_more_where_the_picture_changes(tmp_path: Path):
     assert sum(index < 30 for index in guided.metadata.frame_indices) >= 8
 
 
-def test_hooks_see_frames_and_make_the_result(clip: Path):
+def test_hooks_transform_frames_and_result(clip: Path):
     hooks = Hooks(preprocess=lambda pixels: 255 - pixels, formatter=lambda video: len(video.pixels))
     video = process_video(clip, hooks=hooks, num_frames=4)
     assert video.frames == 4
@@ -133,13 +133,13 @@ def test_hooks_see_frames_and_make_the_result(clip: Path):
 # ---- budgets ---------------------------------------------------------------------------------------------------------
 
 
-def test_too_much_memory_costs_frames_first_and_then_pixels(clip: Path):
+def test_memory_limit_reduces_frames_then_pixels(clip: Path):
     whole = VideoProcessor(load_settings(None, {"num_frames": 32}))
     plan = whole.plan(clip)
     half = process_video(clip, None, num_frames=32, max_memory_bytes=plan.frame_bytes // 2)
     assert half.metadata.num_frames == 16
     assert half.metadata.resolution == (plan.height, plan.width)
-    assert half.metadata.frame_indices[-1] == 59  # thinned, not cut
+    assert half.metadata.frame_indices[-1] == 59  # thinned, not truncated
     assert half.degraded == (f"32 → 16 frames (max_memory_bytes={plan.frame_bytes // 2})",)
     little = process_video(clip, None, num_frames=32, max_memory_bytes=plan.frame_bytes // 16)
     assert little.metadata.num_frames == 4
@@ -149,9 +149,9 @@ def test_too_much_memory_costs_frames_first_and_then_pixels(clip: Path):
         process_video(clip, None, max_memory_bytes=1000)
 
 
-def test_too_many_tokens_are_refused_or_made_to_fit(clip: Path):
+def test_too_many_tokens_raise_or_are_reduced(clip: Path):
     many = {"num_frames": 32, "context_length": 1500, "reserved_tokens": 100}
-    with pytest.raises(LimitError, match=r"context_length=1500 .*take at most \d+ frames"):
+    with pytest.raises(LimitError, match=r"context_length=1500 .*max_frames=\d+"):
         process_video(clip, **many)
     video = process_video(clip, **many, on_overflow="fit")
     assert video.metadata.total_tokens <= 1400
@@ -160,7 +160,7 @@ def test_too_many_tokens_are_refused_or_made_to_fit(clip: Path):
     assert process_video(clip, **many, on_overflow="ignore").metadata.num_frames == 32
 
 
-def test_too_little_time_costs_frames_and_then_keyframes(clip: Path):
+def test_time_limit_reduces_frames_then_takes_keyframes(clip: Path):
     video = process_video(clip, num_frames=32, max_seconds=1e-9)
     assert video.metadata.num_frames == 4
     assert [step.split(" (")[0] for step in video.degraded] == [
@@ -174,7 +174,7 @@ def test_too_little_time_costs_frames_and_then_keyframes(clip: Path):
 
 
 @pytest.mark.parametrize("least", [1, 4, 7])
-def test_shrinking_is_as_little_as_possible(least: int):
+def test_shrink_reduces_as_little_as_possible(least: int):
     for budget in range(1, 300):
         fits = partial(lambda budget, n, size: n * size[0] * size[1] <= budget * 100, budget)
         found = shrink(20, (40, 60), fits, 2, least, 10)
@@ -191,27 +191,27 @@ def test_shrinking_is_as_little_as_possible(least: int):
             assert frames == -(-least // 2) * 2
 
 
-@pytest.mark.parametrize("wrong", [{"on_overflow": "no"}, {"max_seconds": 0.0}, {"timeout": -1.0}])
-def test_wrong_limits_are_refused(wrong: dict):
+@pytest.mark.parametrize("wrong", [{"on_overflow": "no"}, {"max_seconds": 0.0}, {"timeout": -1.0}], ids=str)
+def test_invalid_limits_raise(wrong: dict):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         RunOptions(**wrong)
 
 
-def test_limits_are_checked_before_anything_is_decoded(clip: Path):
-    for limit, said in (
-        ({"max_duration": 1.0}, "lasts 2 s, longer than max_duration=1"),
+def test_limits_are_checked_before_decoding(clip: Path):
+    for limit, message in (
+        ({"max_duration": 1.0}, r"\b2 s\b.*max_duration=1\b"),
         ({"max_frame_pixels": 1000}, "max_frame_pixels=1000"),
         ({"max_decoded_pixels": 10_000}, "max_decoded_pixels=10000"),
         ({"max_bytes": 100}, "max_bytes=100"),
     ):
-        with pytest.raises(LimitError, match=said):
+        with pytest.raises(LimitError, match=message):
             process_video(clip, **limit)
 
 
 # ---- cache -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_cache_gives_the_same_video_and_notices_every_change(clip: Path, tmp_path: Path):
+def test_cache_returns_the_same_video_and_detects_changes(clip: Path, tmp_path: Path):
     folder = str(tmp_path / "cache")
     first = process_video(clip, num_frames=4, cache_folder=folder)
     again = process_video(clip, num_frames=4, cache_folder=folder)
@@ -220,18 +220,20 @@ def test_the_cache_gives_the_same_video_and_notices_every_change(clip: Path, tmp
     assert torch.equal(first.frames, again.frames)
     assert first.metadata == again.metadata
     assert first.memory == again.memory
-    assert process_video(clip, num_frames=4, cache_folder=folder, format="numpy").cached  # another format of the same
+    assert process_video(
+        clip, num_frames=4, cache_folder=folder, format="numpy"
+    ).cached  # the format is not part of the key
     assert not process_video(clip, num_frames=6, cache_folder=folder).cached
     assert not process_video(clip, num_frames=4, cache_folder=folder, resample="fast").cached
     copy = write_clip(tmp_path / "other.mp4", num_frames=61)
     assert not process_video(copy, num_frames=4, cache_folder=folder).cached
     copy.write_bytes(clip.read_bytes())
-    assert process_video(copy, num_frames=4, cache_folder=folder).cached  # the content counts, not the name
+    assert process_video(copy, num_frames=4, cache_folder=folder).cached  # keyed by content, not by name
     assert process_video(copy, num_frames=4, cache_folder=folder).metadata.name == str(copy)
     assert not process_video(clip, num_frames=4, cache_folder=folder, hooks=Hooks(preprocess=lambda p: p)).cached
 
 
-def test_a_processor_remembers_in_memory(clip: Path):
+def test_processor_caches_in_memory(clip: Path):
     processor = VideoProcessor(load_settings(None, {"num_frames": 4, "cache_memory_bytes": 10**8}))
     assert [processor(clip).cached for _ in range(2)] == [False, True]
 
@@ -240,7 +242,7 @@ def test_a_processor_remembers_in_memory(clip: Path):
 
 
 @pytest.mark.parametrize("chunk_frames", [1, 7, 16, 100])
-def test_chunks_of_a_stream_are_the_whole(clip: Path, chunk_frames: int):
+def test_chunks_of_a_stream_concatenate_to_the_video(clip: Path, chunk_frames: int):
     size = {"resized_height": 56, "resized_width": 84}
     whole = process_video(clip, sampling="all", format="huggingface", **size)
     chunks = list(stream_video(clip, chunk_frames=chunk_frames, format="huggingface", **size))
@@ -255,7 +257,7 @@ def double(video: ProcessedVideo) -> ProcessedVideo:
     return replace(video, frames=2 * video.metadata.num_frames)
 
 
-def test_many_videos_in_processes_and_one_broken(clip: Path, tmp_path: Path):
+def test_videos_in_processes_with_a_broken_one(clip: Path, tmp_path: Path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(clip.read_bytes()[:3000])
     done = []
@@ -275,9 +277,9 @@ def test_many_videos_in_processes_and_one_broken(clip: Path, tmp_path: Path):
     assert done[-1] == (3, 1)
 
 
-def test_isolated_videos_are_ended_when_they_take_too_long(clip: Path):
+def test_isolated_videos_are_killed_after_the_timeout(clip: Path):
     assert process_video(clip, num_frames=4, isolate=True).metadata.num_frames == 4
-    with pytest.raises(KilledError, match="timeout"):
+    with pytest.raises(KilledError, match=r"timeout=0\.001"):
         process_video(clip, sampling="all", isolate=True, timeout=1e-3)
 
 
@@ -294,66 +296,66 @@ def test_isolated_videos_are_ended_when_they_take_too_long(clip: Path):
         ("pil", "frames/00003.png"),
     ],
 )
-def test_the_command_prints_the_plan_and_writes_the_format(
+def test_command_prints_the_plan_and_writes_the_format(
     clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str, written: str
 ):
     assert main([str(clip), "--out", str(tmp_path / "out"), "num_frames=4", f"format={format}"]) == 0
-    told = capsys.readouterr().out
-    assert "frames   4, numbers 0, 20, 39, 59" in told
-    assert "tokens" in told
-    assert "bf16" in told
+    printed = capsys.readouterr().out
+    assert "0, 20, 39, 59" in printed
+    assert "tokens" in printed
+    assert "bf16" in printed
     assert (tmp_path / "out" / written).is_file()
     assert Image.open(tmp_path / "out" / "contact_sheet.png").size[0] > 100
     known = json.loads((tmp_path / "out" / "video.json").read_text())
     assert known["metadata"]["frame_indices"] == [0, 20, 39, 59]
 
 
-def test_the_command_says_what_is_wrong_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    for arguments, said in (
+def test_command_prints_errors_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for arguments, expected in (
         ([str(tmp_path / "none.mp4")], "none.mp4"),
         (["x.mp4", "fbs=1"], "fps"),
         (["x.mp4", "nonsense"], "key=value"),
     ):
         assert main(arguments) == 1
         error = capsys.readouterr().err
-        assert said in error
+        assert expected in error
         assert error.count("\n") == 1
 
 
-# ---- what a demanding user does --------------------------------------------------------------------------------------
+# ---- edge cases ------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_hook_returns_is_checked(clip: Path):
+def test_invalid_return_values_of_preprocess_raise(clip: Path):
     for wrong in (lambda pixels: None, lambda pixels: pixels[:1], lambda pixels: pixels[:, :1]):
-        with pytest.raises(TypeError, match=r"hooks\.preprocess was given frames uint8 \(8, 3, 64, 96\)"):
+        with pytest.raises(TypeError, match=r"hooks\.preprocess .*uint8 \(8, 3, 64, 96\)"):
             process_video(clip, hooks=Hooks(preprocess=wrong), num_frames=8)
 
 
-def test_a_stream_refuses_what_it_cannot_do(clip: Path):
-    with pytest.raises(ValueError, match="leave out isolate, and the hooks formatter"):
+def test_unsupported_options_of_a_stream_raise(clip: Path):
+    with pytest.raises(ValueError, match=r"isolate=False .*hooks formatter"):
         next(stream_video(clip, hooks=Hooks(formatter=len)))
     with pytest.raises(LimitError, match="max_frame_pixels=1000"):
         next(stream_video(clip, max_frame_pixels=1000))
 
 
-def test_what_was_given_up_for_time_is_not_cached(clip: Path, tmp_path: Path):
+def test_reductions_due_to_time_are_not_cached(clip: Path, tmp_path: Path):
     hurried = {"num_frames": 32, "max_seconds": 1e-9, "cache_folder": str(tmp_path)}
     assert process_video(clip, **hurried).degraded
     assert not process_video(clip, **hurried).cached
 
 
-def test_a_cache_that_cannot_be_written_costs_no_result(clip: Path, tmp_path: Path):
+def test_cache_write_failure_warns_and_returns_the_result(clip: Path, tmp_path: Path):
     (tmp_path / "file").write_text("no folder")
-    with pytest.warns(UserWarning, match="could not write"):
+    with pytest.warns(UserWarning, match=r"file\b"):
         assert process_video(clip, num_frames=4, cache_folder=str(tmp_path / "file")).metadata.num_frames == 4
 
 
-def test_candidates_of_adaptive_sampling_count_as_decoded(clip: Path):
+def test_candidates_of_adaptive_sampling_count_towards_max_decoded_pixels(clip: Path):
     with pytest.raises(LimitError, match="max_decoded_pixels=100000"):
         process_video(clip, sampling="adaptive", num_frames=8, max_decoded_pixels=100_000)
 
 
-def test_more_frames_than_allowed_are_thinned_where_nobody_knows_their_rate():
+def test_too_many_frames_without_known_rate_are_thinned():
     video = process_video(np.zeros((900, 32, 32, 3), np.uint8), resized_height=28, resized_width=28)
     assert video.metadata.num_frames == 768
     assert video.metadata.frame_indices[-1] == 899
@@ -363,24 +365,24 @@ def test_more_frames_than_allowed_are_thinned_where_nobody_knows_their_rate():
     "wrong",
     [{"device": "meta"}, {"device": "cuda:99"}, {"decode_device": "foo"}, {"num_threads": 100_000}, {"fps": -1.0}],
 )
-def test_wrong_arguments_are_told_before_anything_is_opened(wrong: dict):
+def test_invalid_arguments_raise_before_the_source_is_opened(wrong: dict):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         process_video("nowhere.mp4", **wrong)
 
 
-def test_a_long_animation_is_decoded_once(tmp_path: Path):
+def test_long_animation_is_decoded_once(tmp_path: Path):
     pictures = [Image.new("RGB", (40, 30), (i % 256, 0, 0)) for i in range(300)]
     path = tmp_path / "long.png"
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=100)
     video = process_video(path, sampling="all", max_frames=300, resized_height=28, resized_width=56)
     assert video.metadata.duration == pytest.approx(30)
     assert [round(frame[0].float().mean().item()) for frame in video.pixels] == [i % 256 for i in range(300)]
-    assert video.timing["decode"] < 5  # quadratic, it took a minute for some more
+    assert video.timing["decode"] < 5  # a quadratic implementation takes a minute
 
 
-def test_times_are_those_of_the_frames_in_whatever_order(clip: Path):
+def test_times_of_frames_in_any_order(clip: Path):
     video = process_video(clip, indices=(4, 0, 2, 2), format="huggingface", measure_quality=False)
     assert video.metadata.frame_indices == (4, 0, 2, 2)
     assert float(video.frames["second_per_grid_ts"][0]) == pytest.approx(2 * 2 / 30)
-    with pytest.raises(ValueError, match="huggingface_layout=patches needs a model that counts patches"):
+    with pytest.raises(ValueError, match=r"huggingface_layout=patches .*count=per_frame"):
         process_video(clip, "gemini", format="huggingface")

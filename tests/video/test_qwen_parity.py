@@ -1,7 +1,7 @@
-"""Frame indices, sizes and pixels against the functions of qwen-vl-utils and of transformers themselves.
+"""Parity of frame indices, sizes and pixels with qwen-vl-utils and transformers.
 
-Both import torchvision, which need not be here. For qwen-vl-utils modules stand in for it; of transformers the wanted
-functions, which are pure, are taken out of their source files.
+Both import torchvision, which is optional: qwen-vl-utils runs with stub modules, and the pure functions of transformers
+are extracted from their source files.
 """
 
 import ast
@@ -37,7 +37,7 @@ TOTALS = (2, 3, 4, 5, 7, 29, 30, 31, 100, 299, 300, 301, 1537, 5400, 107_892)
 
 
 def torchvision_resize(video, size, interpolation, antialias):
-    """What torchvision's ``resize`` makes of a uint8 tensor."""
+    """Reimplements ``resize`` of torchvision for uint8 tensors."""
     assert interpolation == "bicubic"
     assert antialias
     resized = F.interpolate(video.float(), tuple(size), mode="bicubic", antialias=True)
@@ -48,7 +48,7 @@ def torchvision_resize(video, size, interpolation, antialias):
 def qwen() -> Iterator[types.ModuleType]:
     pytest.importorskip("requests", reason="qwen-vl-utils imports requests")
     if importlib.util.find_spec("qwen_vl_utils") is None:
-        pytest.skip("qwen-vl-utils is not here: pip install --no-deps qwen-vl-utils==0.0.14")
+        pytest.skip("qwen-vl-utils is not installed: pip install --no-deps qwen-vl-utils==0.0.14")
     modules = {name: types.ModuleType(name) for name in ("torchvision", "torchvision.io", "torchvision.transforms")}
     interpolation = types.SimpleNamespace(BICUBIC="bicubic")
     modules["torchvision.transforms"].__dict__.update(
@@ -63,19 +63,19 @@ def qwen() -> Iterator[types.ModuleType]:
         for name in ("qwen_vl_utils", "qwen_vl_utils.vision_process"):
             patch.delitem(sys.modules, name, raising=False)
         yield importlib.import_module("qwen_vl_utils.vision_process")
-        for name in ("qwen_vl_utils", "qwen_vl_utils.vision_process"):  # they hold the stand-ins
+        for name in ("qwen_vl_utils", "qwen_vl_utils.vision_process"):  # they refer to the stubs
             sys.modules.pop(name)
 
 
 def from_transformers(file: str, name: str) -> Callable:
-    """A function or method of transformers, without importing the file that it is in."""
+    """Function or method of transformers, without importing its module."""
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:
-        pytest.skip("transformers is not here")
+        pytest.skip("transformers is not installed")
     path = Path(spec.origin).parent / file
     found = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef) and n.name == name]
     if not found:
-        pytest.skip(f"this transformers has no {name} in {file}")
+        pytest.skip(f"transformers has no {name} in {file}")
     function = found[0]
     function.decorator_list, function.returns = [], None
     for argument in function.args.args:
@@ -86,7 +86,7 @@ def from_transformers(file: str, name: str) -> Callable:
 
 
 def indices_of(qwen: types.ModuleType, element: dict, total: int, rate: float) -> list[int]:
-    """What its readers do with a file of so many frames."""
+    """Indices that the readers of qwen-vl-utils take from a file of ``total`` frames."""
     start, end, total = qwen.calculate_video_frame_range(element, total, rate)
     count = qwen.smart_nframes(element, total_frames=total, video_fps=rate)
     return torch.linspace(start, end, count).round().long().tolist()
@@ -101,7 +101,7 @@ def test_qwen_indices_at_a_rate(qwen):
             for element in options:
                 expected = indices_of(qwen, element, total, rate)
                 assert choose(times, SamplingOptions(**element), rate=rate) == expected, (total, rate, element)
-                if rate not in (7.3, 12.5, 119.88):  # the rate itself found from the times, wherever they start
+                if rate not in (7.3, 12.5, 119.88):  # with the rate estimated from the timestamps, for any start time
                     assert choose(times + 1234.5, SamplingOptions(**element)) == expected, (total, rate, element)
                 compared += 1
     assert compared == 825
@@ -114,55 +114,57 @@ def test_qwen_indices_of_a_count(qwen, num_frames):
         assert choose(np.arange(total) / 30, SamplingOptions(num_frames=num_frames)) == expected
 
 
-def test_qwen_refuses_a_count_above_the_frames_and_so_do_we(qwen):
+def test_count_above_the_number_of_frames_raises_as_in_qwen(qwen):
     with pytest.raises(ValueError, match="nframes should in interval"):
         indices_of(qwen, {"nframes": 32}, 30, 30.0)
-    with pytest.raises(ValueError, match=r"num_frames=32 .* of 30 frames .*: lower num_frames, or set pad_frames=true"):
+    with pytest.raises(ValueError, match=r"num_frames=32 .*\b30 frames.*pad_frames=true"):
         choose(np.arange(30) / 30, SamplingOptions(num_frames=32))
 
 
 def test_qwen_ranges(qwen):
     rng = np.random.default_rng(0)
-    compared = refused = 0
+    compared = rejected = 0
     for _ in range(400):
         rate, total = float(rng.choice(RATES)), int(rng.integers(2, 2000))
-        start, end = np.sort(rng.uniform(0, 1.1 * total / rate, 2)).tolist()  # never the very time of a frame
+        start, end = np.sort(rng.uniform(0, 1.1 * total / rate, 2)).tolist()  # never exactly the time of a frame
         times = np.arange(total) / rate + 77
         for element in ({"video_start": start, "video_end": end}, {"video_start": start}, {"video_end": end}):
             options = SamplingOptions(**element)
             try:
                 expected = indices_of(qwen, element, total, rate)
             except ValueError:
-                refused += 1
-                with contextlib.suppress(ValueError):  # it refuses ranges of one frame too, which here is repeated
+                rejected += 1
+                with contextlib.suppress(
+                    ValueError
+                ):  # qwen-vl-utils also rejects ranges of one frame, which is repeated here
                     assert len(set(choose(times, options, rate=rate))) == 1
                 continue
             assert choose(times, options, rate=rate) == expected, (total, rate, element)
             compared += 1
     assert compared > 1000
-    assert refused > 5
+    assert rejected > 5
 
 
 def qwen_size(qwen: types.ModuleType, element: dict, shape: tuple[int, int, int], patch: int) -> tuple[int, int]:
-    """The size that ``fetch_video`` resizes to, without pixels."""
+    """Size to which ``fetch_video`` resizes, without computing pixels."""
     frames, height, width = shape
-    asked: list = []
+    requested: list = []
 
     class Reached(Exception):
         pass
 
     def stop(video, size, interpolation, antialias):
-        asked.extend(size)
+        requested.extend(size)
         raise Reached
 
     video = torch.zeros(1, dtype=torch.uint8).expand(frames, 3, height, width)  # no memory
     with pytest.MonkeyPatch.context() as patcher:
-        patcher.setattr(qwen, "get_video_reader_backend", lambda: "made")
-        patcher.setitem(qwen.VIDEO_READER_BACKENDS, "made", lambda _: (video, {}, 2.0))
+        patcher.setattr(qwen, "get_video_reader_backend", lambda: "stub")
+        patcher.setitem(qwen.VIDEO_READER_BACKENDS, "stub", lambda _: (video, {}, 2.0))
         patcher.setattr(qwen.transforms.functional, "resize", stop)
         with pytest.raises(Reached):
-            qwen.fetch_video({"video": "made", **element}, image_patch_size=patch)
-    return asked[0], asked[1]
+            qwen.fetch_video({"video": "stub", **element}, image_patch_size=patch)
+    return requested[0], requested[1]
 
 
 @pytest.mark.parametrize("patch", [14, 16])
@@ -186,15 +188,15 @@ def test_qwen_sizes(qwen, patch):
             for element in budgets:
                 expected = qwen_size(qwen, element, (frames, height, width), patch)
                 size = video_size(height, width, frames, ResizeOptions(size_factor=factor, **element))
-                # where its floor gives a side of 0, ours is one factor
+                # a side that qwen-vl-utils rounds down to 0 is one factor here
                 assert size == tuple(max(side, factor) for side in expected), (height, width, frames, element)
 
 
-def test_qwen_refuses_what_we_refuse(qwen):
+def test_extreme_aspect_ratios_raise_as_in_qwen(qwen):
     for height, width in ((10, 2001), (2001, 10)):
         with pytest.raises(ValueError, match="absolute aspect ratio"):
             qwen.smart_resize(height, width, 28)
-        with pytest.raises(ValueError, match=r"aspect of 200\.1, above max_aspect=200"):
+        with pytest.raises(ValueError, match=r"200\.1\b.*max_aspect=200"):
             smart_resize(height, width, 28, 3136, 602_112)
     assert qwen.smart_resize(10, 2000, 28, 3136, 602_112) == smart_resize(10, 2000, 28, 3136, 602_112)
 
@@ -207,9 +209,9 @@ def test_qwen_pixels(qwen, shape, channels_last):
     if channels_last:
         video = video.contiguous(memory_format=torch.channels_last)
     with pytest.MonkeyPatch.context() as patcher:
-        patcher.setattr(qwen, "get_video_reader_backend", lambda: "made")
-        patcher.setitem(qwen.VIDEO_READER_BACKENDS, "made", lambda _: (video, {}, 2.0))
-        expected = qwen.fetch_video({"video": "made"})
+        patcher.setattr(qwen, "get_video_reader_backend", lambda: "stub")
+        patcher.setitem(qwen.VIDEO_READER_BACKENDS, "stub", lambda _: (video, {}, 2.0))
+        expected = qwen.fetch_video({"video": "stub"})
     resized = resize_video(video, ResizeOptions())
     difference = (resized.float() - expected).abs()
     assert resized.shape == expected.shape
@@ -234,12 +236,12 @@ def test_transformers_indices(file, defaults, options):
     compared = 0
     for total in (4, 5, 7, 29, 30, 31, 100, 299, 300, 301, 1537, 5400):
         for rate in RATES:
-            for asked in ({"fps": 2.0}, {"fps": 0.7}, {"fps": 9.0}, {"num_frames": 4}):
-                expected = [int(i) for i in sample_frames(processor, metadata(total, rate), **asked)]
-                ours = choose(np.arange(total) / rate, SamplingOptions(**asked, **options), rate=rate)
-                # where its steps do not add up it gives one frame more than its own count
+            for requested in ({"fps": 2.0}, {"fps": 0.7}, {"fps": 9.0}, {"num_frames": 4}):
+                expected = [int(i) for i in sample_frames(processor, metadata(total, rate), **requested)]
+                ours = choose(np.arange(total) / rate, SamplingOptions(**requested, **options), rate=rate)
+                # rounding of the steps may add one frame to the count of transformers
                 extra = len(expected) - len(ours)
-                assert ours == expected[: len(ours)], (total, rate, asked)
+                assert ours == expected[: len(ours)], (total, rate, requested)
                 assert extra in ((0, 1) if options["spacing"] == "arange" else (0,))
                 compared += extra == 0
     assert compared > 480
@@ -290,9 +292,9 @@ def test_transformers_sizes():
         ({"resized_height": 200, "resized_width": 330}, {"resized_height": 200, "resized_width": 330}),
     ],
 )
-def test_whole_videos_are_those_of_fetch_video(qwen, tmp_path, monkeypatch, patch_size, element, overrides):
+def test_videos_equal_fetch_video(qwen, tmp_path, monkeypatch, patch_size, element, overrides):
     if backend_failure("torchcodec"):
-        pytest.skip("torchcodec does not work here, which qwen-vl-utils reads with")
+        pytest.skip("torchcodec, the reader of qwen-vl-utils, does not work here")
     monkeypatch.setenv("FORCE_QWENVL_VIDEO_READER", "torchcodec")
     path = tmp_path / "clip.mp4"
     rng = np.random.default_rng(0)

@@ -1,7 +1,7 @@
-"""The patches, grids and times of the formats are those of transformers' own video processors.
+"""Parity of patches, grids and times with the video processors of transformers.
 
-Their modules import torchvision, which need not be there: they run in a process of their own, with a torchvision in
-which only the four functions that they call are filled in, and no other test sees it.
+These import torchvision, which is optional: they run in a separate process with a stub torchvision that implements only
+the four functions they call, so that other tests are unaffected.
 """
 
 import enum
@@ -33,7 +33,7 @@ Reference = Callable[..., dict[str, np.ndarray]]
 
 
 class InterpolationMode(enum.Enum):
-    """The names that transformers' table of resampling filters refers to."""
+    """Names used in the table of resampling filters of transformers."""
 
     NEAREST = "nearest"
     NEAREST_EXACT = "nearest-exact"
@@ -50,7 +50,7 @@ def normalize(image: Tensor, mean: Any, std: Any, inplace: bool = False) -> Tens
 
 
 def resize(image: Tensor, size: tuple[int, int], interpolation: Any, antialias: bool) -> Tensor:
-    assert tuple(image.shape[-2:]) == tuple(size), "the frames of these tests have their final size"
+    assert tuple(image.shape[-2:]) == tuple(size), "the frames in these tests already have their final size"
     return image
 
 
@@ -59,7 +59,7 @@ def crop(image: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
 
 
 def install_torchvision() -> None:
-    """Runs first in the process of the reference."""
+    """Initializes the reference process with a stub torchvision."""
     torch.set_num_threads(1)
     folders = ["torchvision", "torchvision.io", "torchvision.transforms", "torchvision.transforms.v2"]
     for name in (*folders, "torchvision.transforms.functional", "torchvision.transforms.v2.functional"):
@@ -75,7 +75,7 @@ def install_torchvision() -> None:
 
 
 def processed(module: str, name: str, video: np.ndarray, arguments: dict[str, Any]) -> dict[str, np.ndarray]:
-    """What the processor of that name makes of a video (T, 3, H, W), with its defaults and these arguments."""
+    """Output of a processor for a video (T, 3, H, W), with its defaults and these arguments."""
     processor = getattr(importlib.import_module(f"transformers.models.{module}"), name)()
     batch = processor(torch.from_numpy(video), return_tensors="pt", **arguments)
     return {key: value.numpy() for key, value in batch.items()}
@@ -93,7 +93,7 @@ def sampled_fps(total: int, fps: float, indices: list[int]) -> float:
 
 @pytest.fixture(scope="module")
 def reference() -> Iterator[Reference]:
-    """Calls one of the functions above in the other process."""
+    """Calls one of the functions above in the reference process."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=install_torchvision) as pool:
         yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=120)
@@ -109,7 +109,7 @@ def noise(num_frames: int, height: int, width: int) -> Tensor:
 @pytest.mark.parametrize(
     ("num_frames", "rows", "columns"), [(1, 1, 1), (2, 3, 1), (5, 2, 3), (8, 1, 5), (7, 4, 2)], ids=str
 )
-def test_patches_are_those_of_transformers(
+def test_patches_equal_transformers(
     reference: Reference,
     processor: tuple[str, str],
     patch_size: int,
@@ -130,7 +130,7 @@ def test_patches_are_those_of_transformers(
 
 @pytest.mark.parametrize("temporal_patch_size", [1, 3])
 @pytest.mark.parametrize("merge_size", [1, 3])
-def test_other_patch_sizes_too(reference: Reference, temporal_patch_size: int, merge_size: int):
+def test_other_patch_sizes(reference: Reference, temporal_patch_size: int, merge_size: int):
     frames = noise(4, 12 * merge_size, 6 * merge_size)
     sizes = {"patch_size": 6, "merge_size": merge_size, "temporal_patch_size": temporal_patch_size}
     expected = reference(processed, *QWEN2, frames.numpy(), {"do_resize": False, **sizes})["pixel_values_videos"]
@@ -139,7 +139,7 @@ def test_other_patch_sizes_too(reference: Reference, temporal_patch_size: int, m
     assert np.abs(found.numpy() - expected).max() <= 1e-5
 
 
-def test_rescaling_alone(reference: Reference):
+def test_rescaling_only(reference: Reference):
     frames = noise(3, 28, 56)
     arguments = {"do_resize": False, "do_normalize": False}
     expected = reference(processed, *QWEN2, frames.numpy(), arguments)["pixel_values_videos"]
@@ -147,9 +147,7 @@ def test_rescaling_alone(reference: Reference):
 
 
 @pytest.mark.parametrize(("processor", "patch_size"), [(QWEN2, 14), (QWEN3, 16)], ids=["qwen2-vl", "qwen3-vl"])
-def test_a_size_that_transformers_would_choose_passes_its_default_path(
-    reference: Reference, processor: tuple[str, str], patch_size: int
-):
+def test_frames_of_a_default_size_equal_transformers(reference: Reference, processor: tuple[str, str], patch_size: int):
     frames = noise(4, 12 * 2 * patch_size, 11 * 2 * patch_size)
     expected = reference(processed, *processor, frames.numpy(), {"do_sample_frames": False})
     numbers = CLIP if processor is QWEN2 else HALF
@@ -169,7 +167,7 @@ def test_a_size_that_transformers_would_choose_passes_its_default_path(
     ],
     ids=["llava-next-video", "llava-onevision", "internvl"],
 )
-def test_frames_are_those_of_transformers(reference: Reference, module: str, name: str, size: tuple[int, int]):
+def test_frames_equal_transformers(reference: Reference, module: str, name: str, size: tuple[int, int]):
     frames = noise(3, *size)
     expected = reference(processed, module, name, frames.numpy(), {})
     options = FormatOptions(format="huggingface", huggingface_layout="frames", dtype="float32", rescale=True, **CLIP)
@@ -182,7 +180,7 @@ def test_frames_are_those_of_transformers(reference: Reference, module: str, nam
 
 @pytest.mark.parametrize("num_frames", [1, 2, 5, 8])
 @pytest.mark.parametrize("temporal_patch_size", [2, 3])
-def test_times_of_patches_are_those_of_qwen3(reference: Reference, num_frames: int, temporal_patch_size: int):
+def test_patch_times_equal_qwen3(reference: Reference, num_frames: int, temporal_patch_size: int):
     indices = [(7 * i * i) % 101 + 101 * i for i in range(num_frames)]  # unevenly spaced
     expected = reference(qwen3_timestamps, indices, 29.97, temporal_patch_size)
     timestamps = torch.tensor(indices, dtype=torch.float64) / 29.97
@@ -192,7 +190,7 @@ def test_times_of_patches_are_those_of_qwen3(reference: Reference, num_frames: i
     assert found["timestamps"].tolist() == pytest.approx(expected, abs=1e-9)
 
 
-def test_seconds_of_a_patch_are_those_of_qwen2_5(reference: Reference):
+def test_seconds_per_patch_equal_qwen2_5(reference: Reference):
     indices = list(range(0, 120, 10))
     fps = reference(sampled_fps, 120, 30.0, indices)
     timestamps = torch.tensor(indices, dtype=torch.float64) / 30
