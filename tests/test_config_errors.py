@@ -459,8 +459,8 @@ def test_of_several_augmentations_the_last_that_crops_sets_the_size(experiment: 
     said = refusal(file, "task.augment._args_.0.size=192")
     assert "Write `task.augment._args_.0.size=224` or `model.encoder.image_size=192`" in said  # Hydra takes it
     sequence, larger = "task.augment={_target_: torch.nn.Sequential, _args_: [%s]}", "data.train.image_size=64"
-    crop = "{_target_: blueberry_video.nn.augment.RandomResizedCrop, size: %s}"
-    flip, foreign = "{_target_: blueberry_video.nn.augment.HorizontalFlip}", "{_target_: json.JSONEncoder}"
+    crop = "{_target_: blueberry_video.augmentation.RandomResizedCrop, size: %s}"
+    flip, foreign = "{_target_: blueberry_video.augmentation.HorizontalFlip}", "{_target_: json.JSONEncoder}"
     compose(experiment, [sequence % f"{crop % 24}, {crop % 32}, {flip}", larger])
     assert "_args_.1.size` = 24" in refusal(experiment, sequence % f"{crop % 32}, {crop % 24}")
     assert "`data.train.image_size` = 64" in refusal(experiment, sequence % flip, larger)

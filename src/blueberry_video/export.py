@@ -48,10 +48,10 @@ def run(source: Path, out: Path, dtype: str = "float32", merge: bool = False) ->
 
     from blueberry_video.config import load
     from blueberry_video.config.checks import HALF_OVERFLOWS
+    from blueberry_video.diffusion.published import export, load_weights
+    from blueberry_video.diffusion.text_to_video import TextToVideo
     from blueberry_video.experiment.checkpoint import weights_file
     from blueberry_video.experiment.run_folder import RunFolder
-    from blueberry_video.inference.published import export, load_weights
-    from blueberry_video.models.text_to_video import TextToVideo
 
     if (there := next(path for path in (out, *out.parents) if path.exists())).is_file():
         raise FileExistsError(f"{out} is to be a folder, and {there} is a file: choose another name.")

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from blueberry_video.inference.planner import Belief, Box, CrossEntropyPlanner, Discrete, L1Ball
+from blueberry_video.models.jepa.world_model import WorldModel
 from blueberry_video.models.vit import VisionTransformer
-from blueberry_video.models.world_model import WorldModel
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from blueberry_video.inference.reconstruction import hide, reconstruct
 from blueberry_video.masking import DualMasking, RandomMasking
-from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
+from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.nn.patches import gather_tokens, normalize_patches, patchify
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from blueberry_video.models.frame_classifier import FrameClassifier
+from blueberry_video.models.classifier import FrameClassifier
 from blueberry_video.models.vit import VisionTransformer
 
 

@@ -6,8 +6,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
-from blueberry_video.models import masked_autoencoder, vit
-from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
+from blueberry_video.models import vit
+from blueberry_video.models.masked_autoencoder import model as masked_autoencoder
+from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.nn.positions import sinusoid_table
 

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from blueberry_video.nn.axes_rope import axes_rotation
-from blueberry_video.nn.rope import rotate
+from blueberry_video.nn.rope import axes_rotation, rotate
 
 
 @pytest.mark.parametrize("axis_dims", [(4, 6, 6), (2, 4, 4), (16, 24, 24)])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from blueberry_video.nn.heads import AnticipationHead, AttentivePool, ClassificationHead
+from blueberry_video.models.jepa.anticipator import AnticipationHead
+from blueberry_video.nn.heads import AttentivePool, ClassificationHead
 
 
 def test_attentive_pool_equals_the_formula():

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from blueberry_video.nn.added_noise import AddedNoise
+from blueberry_video.diffusion.objectives import AddedNoise, FlowMatching, VPrediction
 from blueberry_video.nn.noise_share import flow_error_factor, times_of_shares
-from blueberry_video.nn.objectives import FlowMatching, VPrediction
 
 SHARES = torch.linspace(0.1, 1, 200)
 

@@ -39,7 +39,7 @@ REQUIRED = ("model", "task", "data", "optimizer", "schedule", "trainer")
 IMAGE_DATA = (f"{OWN}.data.image_folder.ImageFolder", f"{OWN}.data.single_frames.SingleFrames")
 HALF_OVERFLOWS = (  # published in bfloat16, and their activations leave the range of float16
     f"{OWN}.models.hunyuan_video.HunyuanVideo",
-    f"{OWN}.models.hunyuan_video15.HunyuanVideo15",
+    f"{OWN}.models.hunyuan_video.HunyuanVideo15",
     f"{OWN}.models.cogvideox.CogVideoX",
 )
 PARTIAL = ("optimizer", "schedule")  # called by the task, with the parameters and the steps

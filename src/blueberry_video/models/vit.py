@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from blueberry_video.models.encoder import Encoder
 from blueberry_video.nn.blocks import Block, init_trunc_normal
 from blueberry_video.nn.embeddings import TubeletEmbed
-from blueberry_video.nn.encoder import Encoder
 from blueberry_video.nn.positions import resize_table, sincos_3d_table, sinusoid_table
 from blueberry_video.nn.rope import RotaryPositions
-from blueberry_video.nn.weight_files import JEPA_FILE, num_blocks, read_weights
+from blueberry_video.weights.files import JEPA_FILE, num_blocks, read_weights
 
 
 class VisionTransformer(Encoder):
@@ -28,7 +28,7 @@ class VisionTransformer(Encoder):
 
     Args:
         image_size, num_frames, patch_size, tubelet_size, embed_dim, in_channels: see
-            :class:`~blueberry_video.nn.encoder.Encoder`.
+            :class:`~blueberry_video.models.encoder.Encoder`.
         depth: number of blocks.
         num_heads: attention heads.
         mlp_ratio: hidden over outer width of the MLPs.
@@ -36,7 +36,7 @@ class VisionTransformer(Encoder):
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
         final_norm: LayerNorm after the last block. Published fine-tuned models have none: their classifier normalises
             the mean of the tokens.
-        images: take single frames (B, C, 1, H, W), too; see :class:`~blueberry_video.nn.encoder.Encoder`.
+        images: take single frames (B, C, 1, H, W), too; see :class:`~blueberry_video.models.encoder.Encoder`.
         positions: ``"sinusoid"`` over the token index (VideoMAE); ``"sincos_3d"`` (V-JEPA), stretched over clips of
             another length or size; ``"rope_3d"`` (V-JEPA 2), which such clips need nothing for.
         rope_quirk: turn as the published weights of V-JEPA 2 do, see :mod:`blueberry_video.nn.rope`.
