@@ -12,7 +12,7 @@ from blueberry_video import export
 from blueberry_video.config import compose
 from blueberry_video.diffusion.lora import LoRA
 from blueberry_video.diffusion.published import export as write
-from blueberry_video.diffusion.published import load_weights
+from blueberry_video.models.jepa.anticipator import load_weights
 from blueberry_video.diffusion.text_to_video import TextToVideo
 from blueberry_video.experiment.checkpoint import AtomicCheckpointIO, weights_file
 from blueberry_video.models.cogvideox.model import CogVideoX

@@ -13,46 +13,12 @@ from blueberry_video.diffusion.image_noise import ImageNoise, image_channels
 from blueberry_video.diffusion.text_to_video import TextToVideo, repeated
 from blueberry_video.diffusion.timesteps import TimeSampler
 from blueberry_video.models.autoencoder.base import fingerprint, sample
-from blueberry_video.models.hunyuan_video.model import concat_image, replace_first
 from blueberry_video.models.text_encoder.base import TextTokens
-
-
-def image_condition(model: TextToVideo) -> str | None:
-    """How a network is given the first frame: ``channels`` (CogVideoX), ``latent_concat`` or ``token_replace``
-    (HunyuanVideo), ``optional``: as ``latent_concat``, but it may be missing (HunyuanVideo-1.5); ``None`` if it makes
-    videos of text alone.
-
-    Raises:
-        ValueError: its channels fit none of these.
-    """
-    if hasattr(model.shape, "image_condition"):
-        return model.shape.image_condition
-    channels, latent = model.shape.in_channels, model.shape.out_channels
-    kinds = {latent: None, 2 * latent: "channels", 2 * latent + 1: "optional"}
-    if channels not in kinds:
-        raise ValueError(
-            f"model.transformer.in_channels={channels} with out_channels={latent}: it is {latent} without an image, "
-            f"{2 * latent} with its latents behind the noisy ones, {2 * latent + 1} with a channel that marks it, too."
-        )
-    return kinds[channels]
-
-
-def published_dropout(model: TextToVideo) -> float:
-    """Share of the training clips whose image is withheld, as a network was published.
-
-    CogVideoX-I2V: 0.05 (``noised_image_dropout`` in sat/configs/cogvideox_5b_i2v.yaml of THUDM/CogVideo);
-    HunyuanVideo-I2V: 0, as none is known; HunyuanVideo-1.5: 0.7 (``i2v_prob`` 0.3 in its train.py), but 1, so no image
-    at all, of a causal one: it goes on from frames.
-    """
-    how = image_condition(model)
-    if how == "optional":
-        return 1.0 if model.shape.causal_chunk else 0.7
-    return 0.05 if how == "channels" else 0.0
 
 
 def takes_image(model: TextToVideo, dropout: float) -> bool:
     """Whether a network that is trained with this ``dropout`` is ever given an image."""
-    how = image_condition(model)
+    how = model.shape.image_condition
     return how is not None and not (how == "optional" and dropout == 1)
 
 
@@ -85,7 +51,7 @@ def check_settings(
 
 def given_frames(model: TextToVideo, image: Tensor | None) -> int:
     """Latent frames at the front that the network is given and does not make: 1 with ``token_replace``, else 0."""
-    return int(image is not None and image_condition(model) == "token_replace")
+    return int(image is not None and model.shape.image_condition == "token_replace")
 
 
 def with_first_frame(model: TextToVideo, noisy: Tensor, image: Tensor | None, shown: Tensor | None = None) -> Tensor:
@@ -103,7 +69,7 @@ def with_first_frame(model: TextToVideo, noisy: Tensor, image: Tensor | None, sh
     Raises:
         ValueError: if it takes an image and there is none, or the reverse.
     """
-    how = image_condition(model)
+    how = model.shape.image_condition
     if how != "optional" and (how is None) != (image is None):
         raise ValueError(
             f"{type(model.transformer).__name__} with in_channels={model.shape.in_channels} and image condition {how} "
@@ -122,6 +88,22 @@ def with_first_frame(model: TextToVideo, noisy: Tensor, image: Tensor | None, sh
     else:
         told = concat_image(noisy, image)[:, noisy.shape[1] :]
     return torch.cat([noisy, told if share is None else told * share], dim=1)
+
+
+def concat_image(latents: Tensor, image: Tensor) -> Tensor:
+    """What a ``latent_concat`` model sees: noisy latents (B, C, T, H, W), beside them the clean latent of the first
+    frame (B, C, 1, H, W) with zeros behind it, and a channel that is 1 in that frame: (B, 2 C + 1, T, H, W)."""
+    given, known = torch.zeros_like(latents), torch.zeros_like(latents[:, :1])
+    given[:, :, :1], known[:, :, :1] = image, 1
+    return torch.cat([latents, given, known], dim=1)
+
+
+def replace_first(latents: Tensor, image: Tensor) -> Tensor:
+    """What a ``token_replace`` model sees: the clean latent (B, C, 1, H, W) as first frame of (B, C, T, H, W).
+
+    The output at that frame means nothing: it is neither trained nor sampled.
+    """
+    return torch.cat([image.to(latents.dtype), latents[:, :, 1:]], dim=2)
 
 
 def whole_patches(latents: Tensor, tubelet: int) -> Tensor:
@@ -169,7 +151,7 @@ def latents_of(
             "rather than float16, and make stored latents again."
         )
     image = None
-    if takes_image(model, dropout) and (latents.shape[2] > 1 or image_condition(model) != "optional"):
+    if takes_image(model, dropout) and (latents.shape[2] > 1 or model.shape.image_condition != "optional"):
         check_image(model, latents.shape[2], batch, image_noise)
         with torch.no_grad():
             of_frame = _image_moments(model, batch, moments, image_noise)
@@ -228,7 +210,7 @@ def check_image(model: TextToVideo, num_frames: int, clip: Mapping[str, Any], im
             "task.image_noise goes onto the pixels of the first frame, and stored latents have none: write "
             "task.image_noise=null, or train on the clips themselves rather than data=latents."
         )
-    if num_frames == 1 and image_condition(model) == "token_replace":
+    if num_frames == 1 and model.shape.image_condition == "token_replace":
         raise ValueError(
             "model.transformer.image_condition=token_replace puts the image in place of the first latent frame, and "
             "the clips have no other: use longer clips."

@@ -55,8 +55,7 @@ def encode(
 
 def encodes_image(network: Transformer, codec: Codec) -> bool:
     """Whether a network is given a first frame whose latents are others than the first of the clip's."""
-    takes_image = network.in_channels > network.out_channels or getattr(network, "image_condition", None) is not None
-    return takes_image and not codec.first_frame_alone
+    return network.image_condition is not None and not codec.first_frame_alone
 
 
 def check_size(what: str, size: tuple[int, int, int], codec: Codec, patch_size: tuple[int, int]) -> None:

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from blueberry_video.diffusion.causal_sampling import generate_causally
-from blueberry_video.diffusion.conditioning import encoded_images, given_frames, with_first_frame
+from blueberry_video.diffusion.conditioning import encoded_images, given_frames, replace_first, with_first_frame
 from blueberry_video.diffusion.guidance import Guidance
 from blueberry_video.diffusion.objectives import Objective
 from blueberry_video.diffusion.samplers import Network, Sampler
 from blueberry_video.diffusion.text_to_video import TextToVideo
-from blueberry_video.models.hunyuan_video.model import replace_first
 from blueberry_video.models.text_encoder.base import TextTokens
 from blueberry_video.nn.joint_attention import KeyValueCache
 from blueberry_video.nn.noise import standard_normal

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from blueberry_video.atomic import write_bytes
 from blueberry_video.weights.optional import import_extra
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -111,9 +112,7 @@ def save_adapters(network: nn.Module, lora: LoRA, folder: str | Path) -> Path:
         raise ValueError(f"{type(network).__name__} has no adapters to save: train it with model.lora.")
     path = Path(folder) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    save_file(weights, aside, metadata={"format": "pt"})
-    aside.replace(path)
+    write_bytes(path, save(weights, metadata={"format": "pt"}))
     return path
 
 

@@ -5,20 +5,45 @@ are frozen: they are used by the network, but are no part of its parameters or i
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from blueberry_video.diffusion.frozen import Aside
-from blueberry_video.diffusion.lora import LoRA, add_adapters, drop_frozen, forgive_frozen
+from blueberry_video.diffusion.lora import (
+    FILE,
+    LoRA,
+    add_adapters,
+    drop_frozen,
+    forgive_frozen,
+    load_adapters,
+    plain,
+    save_adapters,
+)
 from blueberry_video.models.autoencoder.base import Codec
 from blueberry_video.models.text_encoder.base import TextEncoder, TextTokens
 from blueberry_video.nn.joint_attention import KeyValueCache
+from blueberry_video.weights.files import read_checkpoint
+from blueberry_video.weights.load import load_strictly
 
 
 class Transformer(Protocol):
-    """What :class:`TextToVideo` needs of a transformer beside its ``forward``."""
+    """Interface of a diffusion transformer, besides its ``forward``.
+
+    Attributes:
+        in_channels, out_channels: channels of the input and of the latents it predicts.
+        text_dim, pooled_dim: widths of text tokens and of the pooled text embedding, 0 for none.
+        patch_size: (t, h, w).
+        embedded_guidance: whether the guidance scale is an input.
+        causal_chunk: latent frames of a chunk of causal attention; 0 for full attention.
+        image_condition: how the first frame is given: ``"channels"`` (CogVideoX: its latents, zero-padded to all
+            frames, along the channels), ``"latent_concat"`` (HunyuanVideo: the same, with a channel that marks the
+            frame), ``"token_replace"`` (HunyuanVideo: instead of the first latent frame), ``"optional"``
+            (HunyuanVideo-1.5: as ``latent_concat``, zeros without an image), or ``None`` for text-to-video.
+        image_dropout: share of training clips without image conditioning, as in published training.
+    """
 
     in_channels: int
     out_channels: int
@@ -27,6 +52,14 @@ class Transformer(Protocol):
     patch_size: tuple[int, int, int]
     embedded_guidance: bool
     causal_chunk: int
+    image_condition: str | None
+
+    @property
+    def image_dropout(self) -> float: ...
+
+    def load_published(self, source: str | Path) -> str: ...
+
+    def save_published(self, folder: str | Path) -> None: ...
 
     def check_size(self, size: tuple[int, int, int]) -> None: ...
 
@@ -160,6 +193,59 @@ class TextToVideo(nn.Module):
         """
         frames, height, width = size
         self.shape.check_size((frames + -frames % self.shape.patch_size[0], height, width))
+
+    def load_published(self, source: str | Path) -> str:
+        """Loads weights into the model or a part of it.
+
+        Args:
+            source: a Lightning checkpoint of a run (all weights), an adapter file ``pytorch_lora_weights.safetensors``
+                (the adapters), or published weights of the transformer: a folder, a file or a hub id.
+
+        Returns:
+            A sentence on what was loaded.
+
+        Raises:
+            FileNotFoundError: there are no such weights.
+            ValueError: the weights do not fit the model; the message names what differs.
+        """
+        path = Path(source)
+        if path.suffix == ".ckpt":
+            load_strictly(self, read_checkpoint(path), path, "Choose the model of the run that wrote it.")
+            return f"loaded {len(self.state_dict())} tensors from {path}"
+        if path.name == FILE:
+            if self.lora is None:
+                raise ValueError(
+                    f"{path} holds adapters, and model.lora is null: set model.lora, with the rank and targets of the "
+                    "file."
+                )
+            load_adapters(self.transformer, self.lora, path)
+            return f"loaded the adapters from {path}"
+        with plain(self.transformer):
+            return self.shape.load_published(source)
+
+    def save_published(self, folder: str | Path, merge: bool = False) -> list[Path]:
+        """Writes the transformer to ``folder/transformer`` in the layout of diffusers; of a model with adapters only
+        the adapter file ``folder/pytorch_lora_weights.safetensors``.
+
+        Args:
+            folder: created if it does not exist.
+            merge: add the adapters to the weights of the transformer, and write the transformer.
+
+        Returns:
+            The folder or file that was written.
+
+        Raises:
+            FileExistsError: it exists.
+            ValueError: diffusers has no such transformer.
+        """
+        folder = Path(folder)
+        if self.lora is not None and not merge:
+            if (folder / FILE).exists():
+                raise FileExistsError(f"{folder / FILE} exists: choose another folder, or remove it.")
+            return [save_adapters(self.transformer, self.lora, folder)]
+        with plain(self.transformer, merged=True):
+            self.shape.save_published(folder / "transformer")
+        return [folder / "transformer"]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TextToVideo":
         super()._apply(fn, recurse)

@@ -19,7 +19,6 @@ from blueberry_video.diffusion.generation import conditioned, generate
 from blueberry_video.diffusion.guidance import Guidance
 from blueberry_video.diffusion.image_noise import ImageNoise
 from blueberry_video.diffusion.objectives import Objective
-from blueberry_video.diffusion.published import load_weights
 from blueberry_video.diffusion.samplers import Sampler
 from blueberry_video.diffusion.text_to_video import TextToVideo
 from blueberry_video.diffusion.timesteps import TimeSampler
@@ -46,7 +45,7 @@ class Diffusion(Task):
         caption_dropout: share of the clips that are trained without their caption, for guidance.
         image_noise: put on the first frame that an image-to-video network is given in training, not in validation.
         image_dropout: share of the training clips that it is not given; validation has all, but with 1, which trains
-            HunyuanVideo-1.5 on text alone. ``None``: :func:`~blueberry_video.diffusion.conditioning.published_dropout`.
+            HunyuanVideo-1.5 on text alone. ``None``: as published.
         frame_times: every frame has a time of its own: Diffusion Forcing.
         prompts: captions of the clips that :meth:`media` shows; ``None`` for those of the first validation clips.
         num_pictures: the largest number of clips it shows.
@@ -90,7 +89,7 @@ class Diffusion(Task):
             repeats=repeats,
             image_repeats=image_repeats,
         )
-        image_dropout = conditioning.published_dropout(model) if image_dropout is None else image_dropout
+        image_dropout = model.shape.image_dropout if image_dropout is None else image_dropout
         conditioning.check_settings(model, caption_dropout, image_dropout, times if frame_times else None)
         self.objective, self.times, self.sampler, self.guidance = objective, times, sampler, guidance
         self.caption_dropout, self.image_dropout, self.image_noise = caption_dropout, image_dropout, image_noise
@@ -171,7 +170,7 @@ class Diffusion(Task):
         if model.text is None or model.codec is None:
             return made
         prompts = (self.prompts or batch["caption"])[: self.num_pictures]
-        if conditioning.image_condition(model) in (None, "optional"):
+        if model.shape.image_condition in (None, "optional"):
             made["samples"] = self.generate(prompts, torch.Generator().manual_seed(0))
         if conditioning.takes_image(model, self.image_dropout):
             images = conditioning.first_frames(model, batch, torch.Generator().manual_seed(0))[: len(prompts)]
@@ -187,7 +186,7 @@ class Diffusion(Task):
         return math.prod(-(-n // patch) for n, patch in zip(size, self.model.shape.patch_size)) * self._times(batch)
 
     def load_weights(self, path: str | Path) -> str:
-        return load_weights(self.model, path)
+        return self.model.load_published(path)
 
     def _times_of(self, clean: Tensor) -> Tensor:
         t, h, w = (size // patch for size, patch in zip(clean.shape[2:], self.model.shape.patch_size))

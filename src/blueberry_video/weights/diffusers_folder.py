@@ -1,6 +1,6 @@
-"""Folders of a model as diffusers saves them: ``config.json`` beside safetensors files, one or several with an index.
+"""Model folders in the layout of diffusers and transformers: ``config.json`` next to safetensors files.
 
-Read and written here without diffusers, so that no import of it is needed to train or to sample.
+Reading and writing need neither library, so training and sampling do not import them.
 """
 
 import json
@@ -8,18 +8,19 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from blueberry_video.weights.files import read_weights
+from blueberry_video.atomic import atomic_folder
+from blueberry_video.weights.files import read_weights, resolve
 
 CONFIG = "config.json"
-WEIGHTS = "diffusion_pytorch_model"
+WEIGHTS = ("diffusion_pytorch_model", "model")  # file names of diffusers and of transformers
 MAX_SHARD_BYTES = 5_000_000_000
 
-# A name that only this architecture has in its state dict -> what it is. The first that fits counts.
+# A tensor name that occurs in one architecture only -> that architecture. The first match counts.
 FAMILIES = {
     "patch_embed.text_proj.weight": "CogVideoX",
     "mixins.patch_embed.text_proj.weight": "CogVideoX in SAT's layout",
@@ -35,121 +36,91 @@ FAMILIES = {
 
 
 def family(state: dict[str, Tensor]) -> str:
-    """Which architecture a state dict is of, by the names in it."""
+    """Architecture of a state dict, recognized by its tensor names."""
     bare = {re.sub(r"^(model\.)?(diffusion_model\.)?", "", name) for name in state}
-    for name, what in FAMILIES.items():
+    for name, architecture in FAMILIES.items():
         if name in bare:
-            return what
+            return architecture
     return f"an unknown architecture ({', '.join(sorted(state)[:3])}, …)"
 
 
 def read_published(
-    path: str | Path, expected: str, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    source: str | Path, expected: str, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
 ) -> tuple[dict, dict[str, Tensor]]:
-    """The config (empty for a file) and the state dict, under diffusers' names, at ``path``.
+    """Config and state dict of published weights, under the names of diffusers.
 
     Args:
-        path: a folder, see :func:`read_folder`, or a file, see :func:`~blueberry_video.weights.files.read_weights`.
-        expected: the family wanted, see :func:`family`.
-        convert: what turns its original layout into diffusers'.
+        source: a folder (see :func:`read_folder`), a weight file (see
+            :func:`~blueberry_video.weights.files.read_weights`), or a hub id.
+        expected: the required architecture, see :func:`family`.
+        convert: converts a state dict in the original layout to that of diffusers.
+
+    Returns:
+        The config, empty for a file, and the state dict.
 
     Raises:
-        FileNotFoundError: if something is missing there.
-        ValueError: if it is damaged, or of another family, which is named.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or of another architecture; the message names it.
     """
-    config, state = read_folder(path) if Path(path).is_dir() else ({}, read_weights(path))
+    path = resolve(source)
+    config, state = read_folder(path) if path.is_dir() else ({}, read_weights(path))
     found = family(state)
     if found != expected and not found.startswith(f"{expected} in "):
-        raise ValueError(f"{path} holds {found}, not {expected}: choose the model that these weights are of.")
+        raise ValueError(f"{source} holds {found}, not {expected}: choose the model for these weights.")
     return config, state if found == expected else convert(state)
 
 
 def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    """The config and the state dict in a folder of diffusers, or in its ``transformer`` folder.
+    """Config and state dict of a model folder, or of its subfolder ``transformer``.
 
     Raises:
-        FileNotFoundError: if there is no such folder, no config, or a shard that the index names is missing.
-        ValueError: if a file is damaged.
+        FileNotFoundError: the folder, its config or a shard named in the index is missing.
+        ValueError: a file is damaged.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file() and (folder / "transformer" / CONFIG).is_file():
         folder = folder / "transformer"
     if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{folder} holds no {CONFIG}: give the folder of a model that diffusers saved.")
-    index, single = folder / f"{WEIGHTS}.safetensors.index.json", folder / f"{WEIGHTS}.safetensors"
+        raise FileNotFoundError(f"{folder} holds no {CONFIG}: give a model folder as diffusers saves it.")
+    stem = next((name for name in WEIGHTS if list(folder.glob(f"{name}*.safetensors*"))), WEIGHTS[0])
+    index = folder / f"{stem}.safetensors.index.json"
     try:
         config = json.loads((folder / CONFIG).read_text())
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [single.name]
+        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
     except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{folder}: its {CONFIG} or index is damaged ({error}): fetch the folder again.") from error
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: fetch the rest of the folder.")
+        raise ValueError(f"{folder}: its {CONFIG} or index is damaged ({error}): download the folder again.") from error
+    names = sorted(shards) or [f"{stem}.safetensors"]
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: download the missing files.")
     state: dict[str, Tensor] = {}
     for name in names:
         try:
             state |= load_file(folder / name)
         except SafetensorError as error:
-            raise ValueError(f"{folder / name} cannot be read: it is damaged. Fetch it again.") from error
+            raise ValueError(f"{folder / name} is damaged and cannot be read: download it again.") from error
     return config, state
 
 
 def write_folder(
-    folder: str | Path, config: dict, state: dict[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES
+    folder: str | Path, config: dict, state: dict[str, Tensor], max_shard_size: int = MAX_SHARD_BYTES
 ) -> None:
-    """Writes what :func:`read_folder`, and diffusers' ``from_pretrained``, read.
+    """Writes a model folder that :func:`read_folder`, and ``from_pretrained`` of diffusers, read.
+
+    The folder appears under its name once it is complete.
 
     Args:
-        folder: made if it is not there; must hold no other model.
-        config: with the model's class as ``_class_name``.
+        folder: must not exist, or be empty.
+        config: settings of the model, with its class as ``_class_name``.
         state: tensors by name.
-        max_shard_bytes: tensors are put into as few files of at most this size as their order allows.
+        max_shard_size: largest size of a safetensors file in bytes.
 
     Raises:
-        FileExistsError: if there are weights in the folder.
+        FileExistsError: the folder is a file, or not empty.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    present = sorted(folder.glob(f"{WEIGHTS}*"))
-    if present:
-        raise FileExistsError(f"{folder} holds weights already ({present[0].name}): choose another folder.")
-    shards: list[dict[str, Tensor]] = [{}]
-    for name, value in state.items():
-        value = value.detach().cpu().contiguous()
-        filled = sum(other.nbytes for other in shards[-1].values())
-        if shards[-1] and filled + value.nbytes > max_shard_bytes:
-            shards.append({})
-        shards[-1][name] = value
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    if len(shards) == 1:
-        save_file(shards[0], folder / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"{WEIGHTS}-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, name)
-    total = sum(value.nbytes for value in state.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def load_strictly(model: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Puts tensors into a model as they are, in their precision.
-
-    Raises:
-        ValueError: if some are missing, left over, or of other shapes; the message names some of each.
-    """
-    own = model.state_dict()
-    faults = (
-        ("missing", own.keys() - state.keys()),
-        ("left over", state.keys() - own.keys()),
-        ("of another shape", {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}),
-    )
-    found = "; ".join(f"{len(names)} {what}, such as {min(names)}" for what, names in faults if names)
-    if found:
-        raise ValueError(f"the weights in {source} do not fit {type(model).__name__}: {found}.")
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.load_state_dict(state, assign=True)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained[name])
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder: choose another folder.")
+    with atomic_folder(folder) as partial:
+        (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        pattern = f"{WEIGHTS[0]}{{suffix}}.safetensors"
+        save_torch_state_dict(state, partial, filename_pattern=pattern, max_shard_size=max_shard_size)

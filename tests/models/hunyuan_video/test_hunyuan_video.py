@@ -16,7 +16,8 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from blueberry_video.config import CONF
 from blueberry_video.models.hunyuan_video import model as hunyuan_video
-from blueberry_video.models.hunyuan_video.model import HunyuanVideo, concat_image, from_published, save_published
+from blueberry_video.models.hunyuan_video.model import HunyuanVideo, from_published, save_published
+from blueberry_video.diffusion.conditioning import concat_image
 from blueberry_video.models.hunyuan_video.transformer import without_padding
 from blueberry_video.nn.joint_attention import KeyValueCache, block_causal_mask
 

@@ -1,9 +1,17 @@
-"""The weights of CogVideoX as its authors store them (SAT, the SwissArmyTransformer; github.com/THUDM/CogVideo)."""
+"""Conversion of CogVideoX weights and settings: SAT (SwissArmyTransformer; github.com/THUDM/CogVideo) to diffusers,
+whose names this package uses.
+"""
 
 import re
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from blueberry_video.weights.files import num_blocks
+
+FAMILY = "CogVideoX"
 
 SAT = (  # the beginnings of names in the original files, and what they become; blocks and norms of heads apart
     ("time_embed.0.", "time_embedding.linear_1."),
@@ -62,3 +70,64 @@ def convert_sat(state: dict[str, Tensor]) -> dict[str, Tensor]:
             ours = next((new + name.removeprefix(old) for old, new in SAT if name.startswith(old)), name)
             converted[ours] = value
     return converted
+
+
+PUBLISHED_SETTINGS = {  # entries of diffusers' config that are the same for all published models
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "dropout": 0.0,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "norm_elementwise_affine": True,
+    "norm_eps": 1e-5,
+    "temporal_compression_ratio": 4,
+    "temporal_interpolation_scale": 1.0,
+    "timestep_activation_fn": "silu",
+}
+
+
+def settings_of_weights(state: dict[str, Tensor], source: str | Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments of ``CogVideoX`` that follow from the shapes of a state dict.
+
+    The shape of a linear patch embedding determines only the number of pixels of a patch: the patch size is taken from
+    ``config``, or is that of CogVideoX 1.5. Without a config, positions are rotary in 1.5 and in models wider than 2B.
+
+    Raises:
+        ValueError: a tensor is missing.
+    """
+    try:
+        patches, dim = state["patch_embed.proj.weight"], len(state["patch_embed.proj.bias"])
+        head_dim = len(state["transformer_blocks.0.attn1.norm_q.weight"])
+        time_dim, out_pixels = len(state["time_embedding.linear_2.bias"]), len(state["proj_out.bias"])
+    except KeyError as error:
+        raise ValueError(f"{source} lacks {error}: it is damaged, or not the whole transformer.") from error
+    tubelet, patch = (
+        (1, patches.shape[2]) if patches.ndim == 4 else (config.get("patch_size_t", 2), config.get("patch_size", 2))
+    )
+    rotary = config.get("use_rotary_positional_embeddings", tubelet > 1 or dim > 1920)
+    return {
+        "num_heads": dim // head_dim,
+        "head_dim": head_dim,
+        "depth": num_blocks(state, "transformer_blocks"),
+        "in_channels": patches.shape[1] if patches.ndim == 4 else patches.shape[1] // (tubelet * patch**2),
+        "out_channels": out_pixels // (tubelet * patch**2),
+        "text_dim": state["patch_embed.text_proj.weight"].shape[1],
+        "time_dim": time_dim,
+        "patch_size": patch,
+        "tubelet_size": tubelet,
+        "offset": "ofs_embedding.linear_1.weight" in state,
+        "positions": "rope_and_table" if "patch_embed.pos_embedding" in state else "rope" if rotary else "sincos",
+    }
+
+
+def settings_of_config(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments of ``CogVideoX`` that no tensor shape determines: from ``config``, or as published."""
+    native, frames = (60, 49) if state["patch_embed.proj.weight"].ndim == 4 else (300, 81)
+    return {
+        "text_len": config.get("max_text_seq_length", 226),
+        "num_frames": (config.get("sample_frames", frames) - 1) // 4 + 1,
+        "height": config.get("sample_height", native),
+        "width": config.get("sample_width", 90 if native == 60 else native),
+        "spatial_scale": config.get("spatial_interpolation_scale", 1.875),
+        "causal_chunk": config.get("causal_chunk", 0),
+    }

@@ -12,7 +12,7 @@ a frame of patches, N = t * S, L text tokens, D width, E width of the condition,
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +27,18 @@ from blueberry_video.models.cogvideox.blocks import (
     ExpertNorm,
     PatchEmbedding,
 )
-from blueberry_video.models.cogvideox.convert import convert_sat
+from blueberry_video.models.cogvideox.convert import (
+    FAMILY,
+    PUBLISHED_SETTINGS,
+    convert_sat,
+    settings_of_config,
+    settings_of_weights,
+)
 from blueberry_video.models.cogvideox.positions import ExpertPositions, sincos_positions
 from blueberry_video.nn.joint_attention import KeyValueCache, Shared, block_causal
 from blueberry_video.nn.timestep_embedding import TimestepMLP, sinusoidal
-from blueberry_video.weights.diffusers_folder import load_strictly, read_published, write_folder
-from blueberry_video.weights.files import num_blocks
+from blueberry_video.weights.diffusers_folder import read_published, write_folder
+from blueberry_video.weights.load import different_settings, load_strictly
 
 Grid = tuple[int, int, int]  # patches along (t, h, w)
 OFFSET = 2.0  # what 1.5-5B-I2V is always told beside the time
@@ -66,6 +72,10 @@ class CogVideoX(nn.Module):
         patch_size: (t, h, w).
         pooled_dim: 0: it takes no pooled text.
         embedded_guidance: ``False``.
+        image_condition: ``"channels"`` for image-to-video: the latents of the first frame, zero-padded to all frames,
+            are concatenated to the noisy latents along the channels; else ``None``.
+        image_dropout: share of training clips without image conditioning in published training: 0.05
+            (``noised_image_dropout`` in sat/configs/cogvideox_5b_i2v.yaml of THUDM/CogVideo).
 
     Raises:
         ValueError: for sizes that do not fit each other, or an unknown ``positions``.
@@ -103,6 +113,13 @@ class CogVideoX(nn.Module):
                 f"causal_chunk={causal_chunk} latent frames are no whole number of patches of {tubelet_size}: choose a "
                 f"multiple of {tubelet_size}, or 0 for attention without a mask."
             )
+        if in_channels not in (out_channels, 2 * out_channels):
+            raise ValueError(
+                f"in_channels={in_channels} with out_channels={out_channels}: use in_channels={out_channels}, or "
+                f"{2 * out_channels} for image-to-video, where the latents of the image are concatenated."
+            )
+        self.image_condition = None if in_channels == out_channels else "channels"
+        self.image_dropout = 0.0 if self.image_condition is None else 0.05
         self.num_heads, self.head_dim, self.time_dim, self.text_len = num_heads, head_dim, time_dim, text_len
         self.in_channels, self.out_channels, self.text_dim = in_channels, out_channels, text_dim
         self.patch_size: Grid = (tubelet_size, patch_size, patch_size)
@@ -258,6 +275,105 @@ class CogVideoX(nn.Module):
                 f"first_frame={first_frame} needs a cache, and must be a multiple of causal_chunk={self.causal_chunk}."
             )
 
+    # ---- published weights ----
+
+    @classmethod
+    def from_published(cls, source: str | Path, **settings: Any) -> Self:
+        """Builds a model from published weights, in their dtype. Prints its name and size.
+
+        Args:
+            source: a model or pipeline folder in the layout of diffusers, a file in the layout of SAT or of diffusers,
+                or a hub id. A file holds neither the clip size nor the positions: those of the published model with
+                its shapes are used.
+            settings: constructor arguments that replace those read from the weights, such as ``causal_chunk``.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the weights are damaged, of another architecture, do not match their config, or their config has
+                settings that no published model has.
+        """
+        config, state = read_published(source, FAMILY, convert_sat)
+        arguments = settings_of_weights(state, source, config) | settings_of_config(state, config)
+        with torch.device("meta"):
+            model = cls(**{**arguments, "zero_init": False, **settings})
+        own = {key: value for key, value in model.config().items() if key not in ("sample_frames", "causal_chunk")}
+        if found := different_settings({key: config[key] for key in own if key in config}, own):
+            raise ValueError(
+                f"{source}: its config does not describe these weights, which are of a {model.variant}, or has settings "
+                f"that no published CogVideoX has: {found}. Use the config that belongs to the weights."
+            )
+        load_strictly(model, state, source)
+        print(f"{model.variant} from {source}: {sum(p.numel() for p in model.parameters()) / 1e9:.3f}B parameters")
+        return model
+
+    def load_published(self, source: str | Path) -> str:
+        """Loads published weights, see :meth:`from_published`, into this model.
+
+        Returns:
+            A sentence on what was loaded.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the weights are damaged, or of another variant; the message names the settings that differ.
+        """
+        config, state = read_published(source, FAMILY, convert_sat)
+        loaded = settings_of_weights(state, source, config or self.config())
+        own = settings_of_weights(self.state_dict(), source, self.config())
+        if found := different_settings(loaded, own):
+            with torch.device("meta"):
+                name = type(self)(**loaded, zero_init=False).variant
+            raise ValueError(
+                f"{source} holds a {name}, but the model is a {self.variant}: {found}. Choose the model=cogvideox/… of "
+                "these weights."
+            )
+        load_strictly(self, state, source)
+        return f"loaded {self.variant} from {source}"
+
+    def save_published(self, folder: str | Path) -> None:
+        """Writes a folder that diffusers' ``CogVideoXTransformer3DModel.from_pretrained`` loads.
+
+        For a causal model the config also holds ``causal_chunk``, which diffusers ignores with a warning.
+
+        Raises:
+            FileExistsError: the folder exists and is not empty.
+        """
+        write_folder(folder, self.config(), self.state_dict())
+
+    def config(self) -> dict[str, Any]:
+        """Settings of this model as ``config.json`` of diffusers holds them."""
+        tubelet, patch, _ = self.patch_size
+        num_frames, height, width = self.places.latent_size
+        config = PUBLISHED_SETTINGS | {
+            "_class_name": "CogVideoXTransformer3DModel",
+            "num_attention_heads": self.num_heads,
+            "attention_head_dim": self.head_dim,
+            "num_layers": len(self.transformer_blocks),
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "text_embed_dim": self.text_dim,
+            "max_text_seq_length": self.text_len,
+            "time_embed_dim": self.time_dim,
+            "ofs_embed_dim": None if self.ofs_embedding is None else self.time_dim,
+            "patch_size": patch,
+            "patch_size_t": None if tubelet == 1 else tubelet,
+            "patch_bias": tubelet == 1,
+            "sample_frames": 4 * (num_frames - 1) + 1,
+            "sample_height": height,
+            "sample_width": width,
+            "spatial_interpolation_scale": self.places.spatial_scale,
+            "use_rotary_positional_embeddings": self.places.kind != "sincos",
+            "use_learned_positional_embeddings": self.places.kind == "rope_and_table",
+        }
+        return config | ({"causal_chunk": self.causal_chunk} if self.causal_chunk else {})
+
+    @property
+    def variant(self) -> str:
+        """Name of the published model of this shape, such as ``CogVideoX1.5-5B-I2V``, or a description of the shape."""
+        blocks, width = len(self.transformer_blocks), self.num_heads * self.head_dim
+        size = {(30, 30): "-2B", (42, 48): "-5B"}.get((blocks, self.num_heads), f" of {blocks} blocks, {width} wide")
+        version = "1.5" if self.patch_size[0] > 1 else ""
+        return f"CogVideoX{version}{size}{'-I2V' if self.image_condition else ''}"
+
 
 def init_weights(model: CogVideoX) -> None:
     """DiT's (arXiv 2212.09748): Xavier-uniform matrices and patches, zero biases, the MLP of the time normal with 0.02.
@@ -278,166 +394,3 @@ def init_weights(model: CogVideoX) -> None:
         if isinstance(module, ExpertNorm | AdaptiveNorm):
             nn.init.zeros_(module.linear.weight)
     nn.init.zeros_(model.proj_out.weight)
-
-
-# ---- published weights -----------------------------------------------------------------------------------------------
-
-
-def variant(model: CogVideoX) -> str:
-    """Name of the published model that has this shape, such as ``CogVideoX1.5-5B-I2V``, or what it is else."""
-    size = {(30, 30): "-2B", (42, 48): "-5B"}.get((len(model.transformer_blocks), model.num_heads))
-    size = size or f" of {len(model.transformer_blocks)} blocks, {model.num_heads * model.head_dim} wide"
-    version = "1.5" if model.patch_size[0] > 1 else ""
-    return f"CogVideoX{version}{size}{'-I2V' if model.in_channels == 2 * model.out_channels else ''}"
-
-
-def from_published(path: str | Path, causal_chunk: int | None = None, checkpointing: bool = False) -> CogVideoX:
-    """A CogVideoX from a folder of diffusers or an original file, in the precision of its weights. Prints what it is.
-
-    Args:
-        path: a folder with ``config.json`` and safetensors, whole or in shards, or that of its pipeline; or a file:
-            SAT's, or a state dict under diffusers' names. A file does not tell the size of the clips or the positions:
-            they are taken to be those of the published model of its shape.
-        causal_chunk: see :class:`CogVideoX`; by default what the folder says, and 0 for published models.
-        checkpointing: see :class:`CogVideoX`.
-
-    Raises:
-        FileNotFoundError: if something is missing there.
-        ValueError: if it is damaged, no CogVideoX, of another shape than its config says, or has settings that no
-            published model has.
-    """
-    config, state = read_published(path, "CogVideoX", convert_sat)
-    arguments = _shape(state, path, config) | _settings(state, config)
-    if causal_chunk is not None:
-        arguments["causal_chunk"] = causal_chunk
-    with torch.device("meta"):
-        model = CogVideoX(**arguments, zero_init=False, checkpointing=checkpointing)
-    built = {key: value for key, value in to_config(model).items() if key not in ("sample_frames", "causal_chunk")}
-    others = [f"{key}={config[key]} (not {built[key]})" for key in built if config.get(key, built[key]) != built[key]]
-    if others:
-        raise ValueError(
-            f"{path}: the config does not describe these weights, those of a {variant(model)}, or asks for what no "
-            f"published CogVideoX has: {', '.join(others)}. Put the config of these weights beside them."
-        )
-    load_strictly(model, state, str(path))
-    print(f"{variant(model)} from {path}: {sum(p.numel() for p in model.parameters()) / 1e9:.3f}B parameters")
-    return model
-
-
-def load_published(model: CogVideoX, path: str | Path) -> None:
-    """Puts published weights, see :func:`from_published`, into a model that must have their shape.
-
-    Raises:
-        FileNotFoundError: if something is missing there.
-        ValueError: if they are of another variant, which is named, or damaged.
-    """
-    config, state = read_published(path, "CogVideoX", convert_sat)
-    theirs = _shape(state, path, config or to_config(model))
-    ours = _shape(model.state_dict(), path, to_config(model))
-    others = ", ".join(f"{key}={theirs[key]} (here {ours[key]})" for key in theirs if theirs[key] != ours[key])
-    if others:
-        with torch.device("meta"):
-            name = variant(CogVideoX(**theirs, zero_init=False))
-        raise ValueError(
-            f"{path} holds a {name}, but the model is a {variant(model)}: {others}. Choose the model=cogvideox/… of "
-            "these weights."
-        )
-    precision = {name: value.dtype for name, value in model.state_dict().items()}
-    load_strictly(model, {name: value.to(precision[name]) for name, value in state.items()}, str(path))
-
-
-def save_published(model: CogVideoX, folder: str | Path) -> None:
-    """Writes a folder that diffusers' ``CogVideoXTransformer3DModel.from_pretrained`` loads.
-
-    Of a causal model it holds ``causal_chunk``, too; diffusers knows no such attention and warns that it ignores it.
-
-    Raises:
-        FileExistsError: if there are weights in the folder.
-    """
-    write_folder(folder, to_config(model), model.state_dict())
-
-
-def to_config(model: CogVideoX) -> dict[str, Any]:
-    """The ``config.json`` of diffusers for a model."""
-    tubelet, patch, _ = model.patch_size
-    num_frames, height, width = model.places.latent_size
-    config = FIXED | {
-        "_class_name": "CogVideoXTransformer3DModel",
-        "num_attention_heads": model.num_heads,
-        "attention_head_dim": model.head_dim,
-        "num_layers": len(model.transformer_blocks),
-        "in_channels": model.in_channels,
-        "out_channels": model.out_channels,
-        "text_embed_dim": model.text_dim,
-        "max_text_seq_length": model.text_len,
-        "time_embed_dim": model.time_dim,
-        "ofs_embed_dim": None if model.ofs_embedding is None else model.time_dim,
-        "patch_size": patch,
-        "patch_size_t": None if tubelet == 1 else tubelet,
-        "patch_bias": tubelet == 1,
-        "sample_frames": 4 * (num_frames - 1) + 1,
-        "sample_height": height,
-        "sample_width": width,
-        "spatial_interpolation_scale": model.places.spatial_scale,
-        "use_rotary_positional_embeddings": model.places.kind != "sincos",
-        "use_learned_positional_embeddings": model.places.kind == "rope_and_table",
-    }
-    return config | ({"causal_chunk": model.causal_chunk} if model.causal_chunk else {})
-
-
-FIXED = {  # of diffusers' config: settings that all published models share, and this one has built in
-    "activation_fn": "gelu-approximate",
-    "attention_bias": True,
-    "dropout": 0.0,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "norm_elementwise_affine": True,
-    "norm_eps": 1e-5,
-    "temporal_compression_ratio": 4,
-    "temporal_interpolation_scale": 1.0,
-    "timestep_activation_fn": "silu",
-}
-
-
-def _shape(state: dict[str, Tensor], path: str | Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of :class:`CogVideoX` that weights tell, and those that follow from them in published models.
-
-    A linear patch embedding tells only the pixels of a patch: its patches are the config's, or those of 1.5. Without a
-    config positions are rotary in 1.5 and in models wider than 2B.
-    """
-    try:
-        patches, dim = state["patch_embed.proj.weight"], len(state["patch_embed.proj.bias"])
-        head_dim = len(state["transformer_blocks.0.attn1.norm_q.weight"])
-        time_dim, out_pixels = len(state["time_embedding.linear_2.bias"]), len(state["proj_out.bias"])
-    except KeyError as error:
-        raise ValueError(f"{path} lacks {error}: it is damaged, or not the whole transformer.") from error
-    tubelet, patch = (
-        (1, patches.shape[2]) if patches.ndim == 4 else (config.get("patch_size_t", 2), config.get("patch_size", 2))
-    )
-    rotary = config.get("use_rotary_positional_embeddings", tubelet > 1 or dim > 1920)
-    return {
-        "num_heads": dim // head_dim,
-        "head_dim": head_dim,
-        "depth": num_blocks(state, "transformer_blocks"),
-        "in_channels": patches.shape[1] if patches.ndim == 4 else patches.shape[1] // (tubelet * patch**2),
-        "out_channels": out_pixels // (tubelet * patch**2),
-        "text_dim": state["patch_embed.text_proj.weight"].shape[1],
-        "time_dim": time_dim,
-        "patch_size": patch,
-        "tubelet_size": tubelet,
-        "offset": "ofs_embedding.linear_1.weight" in state,
-        "positions": "rope_and_table" if "patch_embed.pos_embedding" in state else "rope" if rotary else "sincos",
-    }
-
-
-def _settings(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of :class:`CogVideoX` that no weight tells: the config's, or those of the published models."""
-    native, frames = (60, 49) if state["patch_embed.proj.weight"].ndim == 4 else (300, 81)
-    return {
-        "text_len": config.get("max_text_seq_length", 226),
-        "num_frames": (config.get("sample_frames", frames) - 1) // 4 + 1,
-        "height": config.get("sample_height", native),
-        "width": config.get("sample_width", 90 if native == 60 else native),
-        "spatial_scale": config.get("spatial_interpolation_scale", 1.875),
-        "causal_chunk": config.get("causal_chunk", 0),
-    }

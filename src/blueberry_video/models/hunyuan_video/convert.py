@@ -1,13 +1,16 @@
-"""Tencent's own files of HunyuanVideo and HunyuanVideo-1.5 under the names of diffusers, which are ours.
+"""Conversion of HunyuanVideo and HunyuanVideo-1.5 weights: Tencent's layout to that of diffusers, whose names this
+package uses.
 
-Three things are more than names: queries, keys and values are one matrix (in 1.5 only in the refiner); the first matrix
-of a single-stream block is these three and the MLP's; the halves of the last modulation stand the other way round.
+Besides names, three things differ: query, key and value are one matrix (in 1.5 only in the refiner); the first matrix
+of a single-stream block also holds the first MLP matrix; the shift and scale halves of the last modulation are swapped.
 """
 
 import re
 
 import torch
 from torch import Tensor
+
+from blueberry_video.weights.files import num_blocks
 
 # (pattern, what it becomes), each applied to the name in turn.
 RENAMES = (
@@ -93,3 +96,26 @@ def convert_tencent(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _width(state: dict[str, Tensor]) -> int:
     return next(len(value) for name, value in state.items() if name.endswith("img_in.proj.bias"))
+
+
+def settings_of_weights(state: dict[str, Tensor], config: dict) -> dict:
+    """Constructor arguments that HunyuanVideo and HunyuanVideo-1.5 share, for a state dict under diffusers' names.
+
+    Sizes follow from the tensor shapes; settings that no shape determines come from ``config``, or are as published.
+    """
+    dim, in_channels, *patch_size = state["x_embedder.proj.weight"].shape
+    head_dim = len(state["transformer_blocks.0.attn.norm_q.weight"])
+    return {
+        "in_channels": in_channels,
+        "out_channels": len(state["proj_out.bias"]) // (patch_size[0] * patch_size[1] * patch_size[2]),
+        "patch_size": tuple(patch_size),
+        "num_heads": dim // head_dim,
+        "head_dim": head_dim,
+        "depth": num_blocks(state, "transformer_blocks"),
+        "refiner_depth": num_blocks(state, "context_embedder.token_refiner.refiner_blocks"),
+        "mlp_ratio": len(state["transformer_blocks.0.ff.net.0.proj.bias"]) / dim,
+        "text_dim": state["context_embedder.proj_in.weight"].shape[1],
+        "rope_axes": tuple(config.get("rope_axes_dim", (head_dim // 8, 7 * head_dim // 16, 7 * head_dim // 16))),
+        "rope_theta": config.get("rope_theta", 256.0),
+        "causal_chunk": config.get("causal_chunk", 0),
+    }

@@ -13,16 +13,15 @@ Letters: B clips, C latent channels, T latent frames, H W latent rows and column
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blueberry_video.models.hunyuan_video import folder as hunyuan_folder
 from blueberry_video.models.hunyuan_video.token_refiner import SINUSOID
 from blueberry_video.models.hunyuan_video.transformer import DualStreamTransformer, init_weights, padding_of
 from blueberry_video.nn.joint_attention import KeyValueCache
 from blueberry_video.nn.timestep_embedding import TimestepMLP, sinusoidal
-from blueberry_video.weights.diffusers_folder import load_strictly, write_folder
 from blueberry_video.weights.files import num_blocks
 
 IMAGE_CONDITIONS = (None, "latent_concat", "token_replace")
@@ -53,6 +52,10 @@ class HunyuanVideo(DualStreamTransformer):
     Raises:
         ValueError: for settings that do not fit together; in ``forward`` for inputs that do not.
     """
+
+    family = "HunyuanVideo"
+    diffusers_class = "HunyuanVideoTransformer3DModel"
+    image_dropout = 0.0
 
     def __init__(
         self,
@@ -187,120 +190,30 @@ class HunyuanVideo(DualStreamTransformer):
                 "Only the guidance-distilled model takes a scale; others are called twice, with and without text."
             )
 
+    # ---- published weights ----
 
-def concat_image(latents: Tensor, image: Tensor) -> Tensor:
-    """What a ``latent_concat`` model sees: noisy latents (B, C, T, H, W), beside them the clean latent of the first
-    frame (B, C, 1, H, W) with zeros behind it, and a channel that is 1 in that frame: (B, 2 C + 1, T, H, W)."""
-    given, known = torch.zeros_like(latents), torch.zeros_like(latents[:, :1])
-    given[:, :, :1], known[:, :, :1] = image, 1
-    return torch.cat([latents, given, known], dim=1)
+    @classmethod
+    def settings_of(cls, state: dict[str, Tensor], config: dict | None = None) -> dict[str, Any]:
+        config = config or {}
+        settings = super().settings_of(state, config)
+        pooled = state.get("time_text_embed.text_embedder.linear_1.weight")
+        concatenated = settings["in_channels"] == 2 * settings["out_channels"] + 1
+        return settings | {
+            "single_depth": num_blocks(state, "single_transformer_blocks"),
+            "pooled_dim": 0 if pooled is None else pooled.shape[1],
+            "embedded_guidance": "time_text_embed.guidance_embedder.linear_1.weight" in state,
+            "image_condition": "latent_concat" if concatenated else config.get("image_condition_type"),
+        }
 
+    def save_published(self, folder: str | Path) -> None:
+        if not self.pooled_dim:
+            raise ValueError("diffusers has no HunyuanVideo with pooled_dim=0: it needs a pooled text embedding.")
+        super().save_published(folder)
 
-def replace_first(latents: Tensor, image: Tensor) -> Tensor:
-    """What a ``token_replace`` model sees: the clean latent (B, C, 1, H, W) as first frame of (B, C, T, H, W).
-
-    The output at that frame means nothing: it is neither trained nor sampled.
-    """
-    return torch.cat([image.to(latents.dtype), latents[:, :, 1:]], dim=2)
-
-
-FAMILY = "HunyuanVideo"
-
-
-def from_published(
-    path: str | Path,
-    image_condition: str | None = None,
-    causal_chunk: int | None = None,
-    checkpointing: bool = False,
-) -> HunyuanVideo:
-    """The model of a folder of diffusers, or of Tencent's file, of the size and the precision that its weights have.
-
-    Args:
-        path: the folder (or that of the whole pipeline), or the file.
-        image_condition: by default what the folder's config says, ``"latent_concat"`` where the shapes do. No weight
-            tells ``"token_replace"``: name it for a file of Tencent's.
-        causal_chunk: by default what the folder was saved with, else 0.
-        checkpointing: see :class:`HunyuanVideo`.
-
-    Raises:
-        FileNotFoundError: if files are missing.
-        ValueError: if they are damaged, of another architecture, which is named, or do not fit.
-    """
-    config, state = hunyuan_folder.read(path, FAMILY)
-    settings = settings_of(state, config)
-    if image_condition is not None:
-        settings["image_condition"] = image_condition
-    if causal_chunk is not None:
-        settings["causal_chunk"] = causal_chunk
-    with torch.device("meta"):
-        model = HunyuanVideo(**settings, checkpointing=checkpointing)
-    load_strictly(model, state, str(path))
-    return model
-
-
-def load_published(model: HunyuanVideo, path: str | Path) -> str:
-    """Puts published weights into a model, to be trained on.
-
-    Returns:
-        One sentence on what was loaded.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`from_published`; also for another variant than the model's.
-    """
-    return hunyuan_folder.load_variant(model, path, FAMILY, variant, to_config(model))
-
-
-def save_published(model: HunyuanVideo, folder: str | Path) -> None:
-    """Writes a folder that diffusers' ``HunyuanVideoTransformer3DModel.from_pretrained`` loads.
-
-    Of a causal model diffusers warns that it does not know ``causal_chunk``; :func:`from_published` reads it.
-
-    Raises:
-        FileExistsError: if there are weights in the folder.
-        ValueError: if diffusers has no such model.
-    """
-    hunyuan_folder.check_square(model)
-    if not model.pooled_dim:
-        raise ValueError("diffusers has no HunyuanVideo with pooled_dim=0: it needs a pooled text embedding.")
-    write_folder(folder, to_config(model), model.state_dict())
-
-
-def to_config(model: HunyuanVideo) -> dict:
-    """The ``config.json`` of diffusers for a model."""
-    return hunyuan_folder.config_of(model, "HunyuanVideoTransformer3DModel") | {
-        "num_single_layers": len(model.single_transformer_blocks),
-        "guidance_embeds": model.embedded_guidance,
-        "pooled_projection_dim": model.pooled_dim,
-        "image_condition_type": model.image_condition,
-    }
-
-
-def settings_of(state: dict[str, Tensor], config: dict | None = None) -> dict:
-    """Arguments of :class:`HunyuanVideo` for a state dict: sizes from its shapes, what no shape tells from a config.
-
-    Args:
-        state: under diffusers' names.
-        config: of diffusers; without it positions are as published.
-    """
-    config = config or {}
-    settings = hunyuan_folder.settings_of(state, config)
-    pooled = state.get("time_text_embed.text_embedder.linear_1.weight")
-    concat = settings["in_channels"] == 2 * settings["out_channels"] + 1
-    return settings | {
-        "single_depth": num_blocks(state, "single_transformer_blocks"),
-        "pooled_dim": 0 if pooled is None else pooled.shape[1],
-        "embedded_guidance": "time_text_embed.guidance_embedder.linear_1.weight" in state,
-        "image_condition": "latent_concat" if concat else config.get("image_condition_type"),
-    }
-
-
-def variant(state: dict[str, Tensor]) -> str:
-    """What a state dict is, in words, by its shapes. Those of text-to-video and of ``token_replace`` are the same."""
-    sizes = settings_of(state)
-    task = "image-to-video by latent_concat" if sizes["image_condition"] else "text-to-video or token_replace"
-    distilled = "guidance-distilled" if sizes["embedded_guidance"] else "without embedded guidance"
-    return (
-        f"HunyuanVideo {task}, {distilled} ({sizes['depth']} + {sizes['single_depth']} blocks of width "
-        f"{sizes['num_heads'] * sizes['head_dim']}, {sizes['in_channels']} channels in, {sizes['out_channels']} out, "
-        f"text {sizes['text_dim']}, pooled {sizes['pooled_dim']})"
-    )
+    def config(self) -> dict[str, Any]:
+        return super().config() | {
+            "num_single_layers": len(self.single_transformer_blocks),
+            "guidance_embeds": self.embedded_guidance,
+            "pooled_projection_dim": self.pooled_dim,
+            "image_condition_type": self.image_condition,
+        }

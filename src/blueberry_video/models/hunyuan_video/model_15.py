@@ -9,17 +9,17 @@ Letters: B clips, C latent channels, T latent frames, H W latent rows and column
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blueberry_video.models.hunyuan_video import folder as hunyuan_folder
 from blueberry_video.models.hunyuan_video.token_refiner import SINUSOID
 from blueberry_video.models.hunyuan_video.transformer import DualStreamTransformer, check_text, init_weights, padding_of
 from blueberry_video.nn.joint_attention import KeyValueCache
 from blueberry_video.nn.timestep_embedding import TimestepMLP, sinusoidal
-from blueberry_video.weights.diffusers_folder import load_strictly, write_folder
+from blueberry_video.weights.diffusers_folder import write_folder
 
 LETTERS_HIDDEN = 2048  # width inside the projection of ByT5's tokens
 TEXT, LETTERS, IMAGE = range(3)  # rows of the embedding of kinds
@@ -76,8 +76,11 @@ class HunyuanVideo15(DualStreamTransformer):
         ValueError: for settings that do not fit together; in ``forward`` for inputs that do not.
     """
 
+    family = "HunyuanVideo-1.5"
+    diffusers_class = "HunyuanVideo15Transformer3DModel"
     pooled_dim = 0
     embedded_guidance = False
+    image_condition = "optional"
 
     def __init__(
         self,
@@ -115,6 +118,11 @@ class HunyuanVideo15(DualStreamTransformer):
             causal_chunk,
             checkpointing,
         )
+        if in_channels != 2 * out_channels + 1:
+            raise ValueError(
+                f"in_channels={in_channels} with out_channels={out_channels} must be {2 * out_channels + 1}: noisy "
+                "latents, latents of the first frame, and the channel that marks it."
+            )
         dim = num_heads * head_dim
         self.letters_dim, self.image_dim, self.meanflow = letters_dim, image_dim, meanflow
         self.image_embedder = ImageProjection(image_dim, dim)
@@ -124,6 +132,12 @@ class HunyuanVideo15(DualStreamTransformer):
             self.time_embed["timestep_embedder_r"] = TimestepMLP(SINUSOID, dim, dim)
         self.cond_type_embed = nn.Embedding(3, dim)
         init_weights(self, zero_init)
+
+    @property
+    def image_dropout(self) -> float:
+        """Share of training clips without image conditioning: 0.7 in published training (``i2v_prob`` 0.3 in its
+        train.py), 1 for a causal model, which continues from frames instead of an image."""
+        return 1.0 if self.causal_chunk else 0.7
 
     def forward(
         self,
@@ -218,6 +232,39 @@ class HunyuanVideo15(DualStreamTransformer):
         end = sinusoidal(end_time.reshape(time.shape), SINUSOID)
         return embedded + self.time_embed["timestep_embedder_r"](end)
 
+    # ---- published weights ----
+
+    @classmethod
+    def settings_of(cls, state: dict[str, Tensor], config: dict | None = None) -> dict[str, Any]:
+        return super().settings_of(state, config) | {
+            "letters_dim": len(state["context_embedder_2.norm.weight"]),
+            "image_dim": len(state["image_embedder.norm_in.weight"]),
+            "meanflow": "time_embed.timestep_embedder_r.linear_1.weight" in state,
+        }
+
+    def save_published(self, folder: str | Path, task: str = "t2v", target_size: int = 640) -> None:
+        """Writes a folder that diffusers' ``HunyuanVideo15Transformer3DModel.from_pretrained`` loads.
+
+        Args:
+            folder: must not exist, or be empty.
+            task: ``"t2v"`` or ``"i2v"``, which diffusers' pipelines read.
+            target_size: shorter side of the videos of their pipelines in pixels: 640 (480p) or 960 (720p).
+
+        Raises:
+            FileExistsError: the folder exists and is not empty.
+            ValueError: diffusers has no such model.
+        """
+        write_folder(folder, self.config() | {"task_type": task, "target_size": target_size}, self.state_dict())
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {
+            "text_embed_2_dim": self.letters_dim,
+            "image_embed_dim": self.image_dim,
+            "target_size": 640,
+            "task_type": "t2v",
+            "use_meanflow": self.meanflow,
+        }
+
 
 def _all_masks(parts: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
     """The masks of tokens side by side, or ``None`` if there are none."""
@@ -225,90 +272,3 @@ def _all_masks(parts: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
         return None
     ones = [tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask for tokens, mask in parts]
     return torch.cat(ones, dim=1)
-
-
-FAMILY = "HunyuanVideo-1.5"
-CLASS = "HunyuanVideo15Transformer3DModel"  # of diffusers
-
-
-def from_published(path: str | Path, causal_chunk: int | None = None, checkpointing: bool = False) -> HunyuanVideo15:
-    """The model of a folder of diffusers or Tencent, or of a file, of the size and the precision that its weights have.
-
-    Args:
-        path: the folder (or that of the whole pipeline), or the file.
-        causal_chunk: by default what the folder was saved with, else 0.
-        checkpointing: see :class:`HunyuanVideo15`.
-
-    Raises:
-        FileNotFoundError: if files are missing.
-        ValueError: if they are damaged, of another architecture, which is named, or do not fit.
-    """
-    config, state = hunyuan_folder.read(path, FAMILY)
-    settings = settings_of(state, config)
-    if causal_chunk is not None:
-        settings["causal_chunk"] = causal_chunk
-    with torch.device("meta"):
-        model = HunyuanVideo15(**settings, checkpointing=checkpointing)
-    load_strictly(model, state, str(path))
-    return model
-
-
-def load_published(model: HunyuanVideo15, path: str | Path) -> str:
-    """Puts published weights into a model, to be trained on.
-
-    Returns:
-        One sentence on what was loaded.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`from_published`; also for another variant than the model's.
-    """
-    return hunyuan_folder.load_variant(model, path, FAMILY, variant, hunyuan_folder.config_of(model, CLASS))
-
-
-def save_published(model: HunyuanVideo15, folder: str | Path, task: str = "t2v", target_size: int = 640) -> None:
-    """Writes a folder that diffusers' ``HunyuanVideo15Transformer3DModel.from_pretrained`` loads.
-
-    Args:
-        model: also a causal one; diffusers then warns that it does not know ``causal_chunk``.
-        folder: where to.
-        task: ``"t2v"`` or ``"i2v"``, which diffusers' pipelines look at.
-        target_size: pixels of the videos' shorter side that their pipelines aim at: 640 (480p) or 960 (720p).
-
-    Raises:
-        FileExistsError: if there are weights in the folder.
-        ValueError: if diffusers has no such model.
-    """
-    hunyuan_folder.check_square(model)
-    config = hunyuan_folder.config_of(model, CLASS) | {
-        "text_embed_2_dim": model.letters_dim,
-        "image_embed_dim": model.image_dim,
-        "target_size": target_size,
-        "task_type": task,
-        "use_meanflow": model.meanflow,
-    }
-    write_folder(folder, config, model.state_dict())
-
-
-def settings_of(state: dict[str, Tensor], config: dict | None = None) -> dict:
-    """Arguments of :class:`HunyuanVideo15` for a state dict: sizes from its shapes, the rest from a config.
-
-    Args:
-        state: under diffusers' names.
-        config: of diffusers; without it positions are as published.
-    """
-    return hunyuan_folder.settings_of(state, config or {}) | {
-        "letters_dim": len(state["context_embedder_2.norm.weight"]),
-        "image_dim": len(state["image_embedder.norm_in.weight"]),
-        "meanflow": "time_embed.timestep_embedder_r.linear_1.weight" in state,
-    }
-
-
-def variant(state: dict[str, Tensor]) -> str:
-    """What a state dict is, in words, by its shapes."""
-    sizes = settings_of(state)
-    meanflow = "with a second time (meanflow)" if sizes["meanflow"] else "with one time"
-    return (
-        f"HunyuanVideo-1.5 {meanflow} ({sizes['depth']} blocks of width {sizes['num_heads'] * sizes['head_dim']}, "
-        f"{sizes['in_channels']} channels in, {sizes['out_channels']} out, text {sizes['text_dim']}, letters "
-        f"{sizes['letters_dim']}, image {sizes['image_dim']})"
-    )

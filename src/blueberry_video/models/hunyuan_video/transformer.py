@@ -5,6 +5,9 @@ Letters: B clips, C latent channels, T latent frames, H W latent rows and column
 width, K conditions: 1, or T.
 """
 
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -13,11 +16,14 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 from blueberry_video.models.hunyuan_video.blocks import DualStreamBlock, Modulation, SingleStreamBlock, normalize
+from blueberry_video.models.hunyuan_video.convert import convert_tencent, settings_of_weights
 from blueberry_video.models.hunyuan_video.token_refiner import TokenRefiner
 from blueberry_video.nn.embeddings import TubeletEmbed
 from blueberry_video.nn.joint_attention import KeyValueCache, Shared, block_causal
 from blueberry_video.nn.rope import Rotation, axes_rotation
 from blueberry_video.nn.timestep_embedding import TimestepMLP
+from blueberry_video.weights.diffusers_folder import read_published, write_folder
+from blueberry_video.weights.load import different_settings, load_strictly
 
 
 class DualStreamTransformer(nn.Module):
@@ -36,9 +42,16 @@ class DualStreamTransformer(nn.Module):
         causal_chunk: frames a chunk that see each other, the text and earlier chunks; 0: all see all.
         checkpointing: recompute the inside of every block in the backward pass rather than keep it.
 
+    Attributes:
+        family: name of the architecture in :mod:`~blueberry_video.weights.diffusers_folder`.
+        diffusers_class: the class of diffusers that has this architecture.
+
     Raises:
         ValueError: for axes that do not fill a head.
     """
+
+    family: ClassVar[str]
+    diffusers_class: ClassVar[str]
 
     def __init__(
         self,
@@ -191,6 +204,103 @@ class DualStreamTransformer(nn.Module):
         pt, ph, pw = self.patch_size
         pattern = "b (t h w) (c pt ph pw) -> b c (t pt) (h ph) (w pw)"
         return rearrange(self.proj_out(normalize(x, shift, scale)), pattern, t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+
+    # ---- published weights ----
+
+    @classmethod
+    def from_published(cls, source: str | Path, **settings: Any) -> Self:
+        """Builds a model from published weights, in their dtype.
+
+        Args:
+            source: a model or pipeline folder in the layout of diffusers, a file in the layout of Tencent or of
+                diffusers, or a hub id.
+            settings: constructor arguments that replace those read from the weights, such as ``causal_chunk``. No
+                tensor of a Tencent file tells ``image_condition="token_replace"`` from text-to-video.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the weights are damaged, of another architecture, or do not fit their config.
+        """
+        config, state = read_published(source, cls.family, convert_tencent)
+        with torch.device("meta"):
+            model = cls(**{**cls.settings_of(state, config), **settings})
+        load_strictly(model, state, source)
+        return model
+
+    def load_published(self, source: str | Path) -> str:
+        """Loads published weights, see :meth:`from_published`, into this model, in the model's dtype.
+
+        Weights of another image conditioning are accepted where all shapes fit, since image-to-video training starts
+        from text-to-video weights.
+
+        Returns:
+            A sentence on what was loaded.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the weights are damaged, of another architecture, or of another variant; the message names the
+                settings that differ.
+        """
+        config, state = read_published(source, self.family, convert_tencent)
+        loaded = self.settings_of(state, self.config() | config) | {"causal_chunk": self.causal_chunk}
+        own = self.settings_of(self.state_dict(), self.config())
+        condition = {key: loaded.pop(key) for key in ("image_condition",) if key in loaded}
+        if found := different_settings(loaded, own):
+            raise ValueError(
+                f"{source} holds a {self.family} with {found}: choose the model=text_to_video/… of these weights, or set "
+                "model.transformer to these settings."
+            )
+        load_strictly(self, state, source)
+        trained = different_settings(condition, own)
+        return f"loaded {self.family} from {source}{f', trained with {trained}' if trained else ''}"
+
+    def save_published(self, folder: str | Path) -> None:
+        """Writes a folder that ``from_pretrained`` of diffusers loads.
+
+        For a causal model the config also holds ``causal_chunk``, which diffusers ignores with a warning.
+
+        Raises:
+            FileExistsError: the folder exists and is not empty.
+            ValueError: diffusers has no such model.
+        """
+        write_folder(folder, self.config(), self.state_dict())
+
+    @classmethod
+    def settings_of(cls, state: dict[str, Tensor], config: dict | None = None) -> dict[str, Any]:
+        """Constructor arguments for a state dict: sizes from its shapes, other settings from a config.
+
+        Args:
+            state: under diffusers' names.
+            config: of diffusers; without it, positions are as published.
+        """
+        return settings_of_weights(state, config or {})
+
+    def config(self) -> dict[str, Any]:
+        """Settings of this model as ``config.json`` of diffusers holds them.
+
+        Raises:
+            ValueError: diffusers has no such model.
+        """
+        t, h, w = self.patch_size
+        if h != w:
+            raise ValueError(f"diffusers has no model with patch_size={self.patch_size}: use square patches.")
+        config = {
+            "_class_name": self.diffusers_class,
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "num_attention_heads": self.num_heads,
+            "attention_head_dim": self.head_dim,
+            "num_layers": len(self.transformer_blocks),
+            "num_refiner_layers": self.context_embedder.depth,
+            "mlp_ratio": self.mlp_ratio,
+            "patch_size": h,
+            "patch_size_t": t,
+            "qk_norm": "rms_norm",
+            "text_embed_dim": self.text_dim,
+            "rope_theta": self.rope_theta,
+            "rope_axes_dim": list(self.rope_axes),
+        }
+        return config | ({"causal_chunk": self.causal_chunk} if self.causal_chunk else {})
 
     def _call(self, block: nn.Module, *arguments):
         if self.checkpointing and torch.is_grad_enabled():
