@@ -1,8 +1,12 @@
-"""What every video encoder of this package is."""
+"""Base class of video encoders."""
 
 import math
+from pathlib import Path
 
 from torch import Tensor, nn
+
+from blueberry_video.weights.files import read_weights
+from blueberry_video.weights.load import load_strictly
 
 
 class Encoder(nn.Module):
@@ -84,3 +88,43 @@ class Encoder(nn.Module):
                 f"{self.video_size}{single}: give the data and model.encoder the same num_frames and image_size{fix}."
             )
         return video
+
+    def convert_published(self, state: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+        """Converts a published state dict, in any layout of this architecture, to the names of this encoder.
+
+        Args:
+            state: tensors by name.
+            source: origin of the weights, for error messages.
+
+        Raises:
+            ValueError: the state dict is of another architecture.
+        """
+        return state
+
+    def load_published(self, source: str | Path) -> str:
+        """Loads published weights of this architecture, or the encoder in a checkpoint of a run.
+
+        A final norm that only the file or only the encoder has is ignored: fine-tuning starts from a pre-trained
+        encoder without its final norm.
+
+        Args:
+            source: a file, a folder with ``config.json``, or a hub id.
+
+        Returns:
+            A sentence on what was loaded.
+
+        Raises:
+            FileNotFoundError: there are no such weights.
+            ValueError: tensors are missing, unexpected or of another shape; the message names them.
+        """
+        state, own = read_weights(source), self.state_dict()
+        inner = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
+        is_own = {name for name in own if not name.startswith("norm.")} <= inner.keys()
+        weights = inner if is_own else self.convert_published(state, source)
+        norm = {name for name in weights.keys() ^ own.keys() if name.startswith("norm.")}
+        weights = {name: value for name, value in weights.items() if name not in norm}
+        weights |= {name: value for name, value in own.items() if name in norm}
+        fix = "Choose the model.encoder variant that the file was made with, or another init_from."
+        load_strictly(self, weights, source, fix)
+        note = f" (without the final norm: {', '.join(sorted(norm))})" if norm else ""
+        return f"loaded {len(own)} encoder tensors from {source}{note}"
