@@ -5,16 +5,14 @@ import re
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
-from blueberry_video.data.sprites import Sprites
 from blueberry_video.masking import DualMasking, RandomMasking, TubeMasking
 from blueberry_video.models.classifier import VideoClassifier
 from blueberry_video.models.hydra_video import HydraVideo
 from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer, load_encoder
 from blueberry_video.nn.patches import gather_tokens
-from blueberry_video.optim import parameter_groups, warmup_cosine
+from blueberry_video.optim import parameter_groups
 from blueberry_video.tasks.classification import Classification
 from blueberry_video.tasks.distillation import Distillation
 from blueberry_video.tasks.masked_pixels import MaskedPixels
@@ -149,39 +147,23 @@ def test_bad_arguments_raise():
 # ---- tasks -----------------------------------------------------------------------------------------------------------
 
 
-def check_training(module) -> None:
-    """Checks for a finite loss and a gradient of every parameter."""
-    clips = Sprites("train", 4, num_frames=4, image_size=16, background="texture")
-    batch = module.train().on_after_batch_transfer(default_collate([clips[i] for i in range(4)]), 0)
-    loss = module.shared_step(batch, "train")["loss"]
-    assert torch.isfinite(loss)
-    loss.backward()
-    for name, parameter in module.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.abs().max() > 0, name
-
-
-def options() -> dict:
-    return {"optimizer": lambda groups: torch.optim.AdamW(groups, lr=1e-3), "schedule": warmup_cosine}
-
-
-def test_trains_as_a_classifier():
-    check_training(Classification(VideoClassifier(tiny(), {"motion": 8}, head_init_scale=1.0), **options()))
+def test_trains_as_a_classifier(check_training, options):
+    check_training(Classification(VideoClassifier(tiny(), {"motion": 8}, head_init_scale=1.0), **options))
 
 
 @pytest.mark.parametrize("masking", [TubeMasking(0.5), RandomMasking(0.6), DualMasking(RandomMasking(0.5))])
 @pytest.mark.parametrize("blocks", [(None,), (None, (1, 1))])
-def test_trains_as_a_masked_autoencoder(masking, blocks):
+def test_trains_as_a_masked_autoencoder(masking, blocks, check_training, options):
     model = MaskedAutoencoder(tiny(scan_blocks=blocks), decoder_dim=12, decoder_depth=1, decoder_num_heads=2)
-    check_training(MaskedPixels(model, masking=masking, **options()))
+    check_training(MaskedPixels(model, masking=masking, **options))
 
 
-def test_trains_as_student_and_as_teacher():
+def test_trains_as_student_and_as_teacher(check_training, options):
     encoder = VisionTransformer(16, 4, 8, 2, embed_dim=16, depth=1, num_heads=2)
     models = [VideoClassifier(part, {"motion": 8}, head_init_scale=1.0) for part in (tiny(), encoder)]
     for student, teacher in (models, models[::-1]):
         student.requires_grad_(True)
-        check_training(Distillation(student, **options(), teacher=teacher, teacher_from="unused"))
+        check_training(Distillation(student, **options, teacher=teacher, teacher_from="unused"))
 
 
 def test_timescales_and_the_diagonal_have_no_weight_decay():
