@@ -268,7 +268,7 @@ def test_invalid_shapes_of_a_rollout_raise(model):
         ({}, {"action_dim": 0}, r"model\.action_dim=0\b"),
         ({}, {"state_dim": 0}, r"model\.state_dim=0\b"),
         ({}, {"predictor_num_heads": 5}, r"predictor_num_heads=5\b.*model\.predictor_dim=24\b"),
-        ({}, {"predictor_num_heads": 6}, r"rotary.*\b6\b.*\b4\b.*num_heads"),
+        ({}, {"predictor_num_heads": 6}, r"(?i)rotary.*\b6\b.*\b4\b.*num_heads"),
     ],
 )
 def test_bad_arguments_raise(frozen, changes, text):
