@@ -25,9 +25,9 @@ def test_l1_projection_is_the_nearest_point():
     assert (projected.abs().sum(dim=1) <= 0.5 + 1e-12).all()
     inside = points * (0.4 / points.abs().sum(dim=1, keepdim=True))
     torch.testing.assert_close(ball.project(inside), inside)
-    others = torch.cat([torch.distributions.Dirichlet(torch.full((4,), 0.4)).sample((20000,)), torch.eye(4)])
-    others = (0.5 * others * torch.randint(0, 2, others.shape).mul(2).sub(1)).double()
-    nearest = torch.cdist(points, others).amin(dim=1)
+    candidates = torch.cat([torch.distributions.Dirichlet(torch.full((4,), 0.4)).sample((20000,)), torch.eye(4)])
+    candidates = (0.5 * candidates * torch.randint(0, 2, candidates.shape).mul(2).sub(1)).double()
+    nearest = torch.cdist(points, candidates).amin(dim=1)
     distance = (points - projected).norm(dim=1)
     assert (distance <= nearest + 1e-12).all()
     assert (distance >= nearest - 0.05).all()  # it is on the surface, which the random points cover densely
