@@ -1,4 +1,4 @@
-"""Sampling chunk by chunk of every causal network that can be trained: with a cache it is the same as without."""
+"""Chunk-wise sampling of every trainable causal network: the KV cache does not change the sample."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ from blueberry_video.models.hunyuan_video.model import HunyuanVideo
 from blueberry_video.models.hunyuan_video.model_15 import HunyuanVideo15
 from blueberry_video.models.text_encoder.words import WordText
 
-SHAPE = (2, 3, 5, 8, 8)  # B, C, T, H, W: an odd number of frames, no whole number of chunks
+SHAPE = (2, 3, 5, 8, 8)  # B, C, T, H, W: frames are no multiple of patches or chunks
 
 
 def cogvideox(**changes) -> nn.Module:
@@ -50,26 +50,26 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Guidance]] = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_causal_network_is_sampled_and_the_cache_changes_nothing(name: str):
+def test_cache_does_not_change_the_sample_of_any_causal_network(name: str):
     build, guidance = NETWORKS[name]
     transformer = build()
     model = TextToVideo(transformer, WordText(8, 4, ["a", "disc"], pooled_dim=transformer.pooled_dim)).eval()
     text, without = model.text(["a disc", "a"]), model.text.unconditional(2)
     noise, objective, sampler = torch.randn(SHAPE), FlowMatching(), FlowEuler(3, shift=3.0)
-    made = generate_latents(
+    sample = generate_latents(
         model, text, without, noise, sampler, guidance, objective, generator=torch.Generator().manual_seed(1)
     )
-    assert made.shape == SHAPE
+    assert sample.shape == SHAPE
     front = torch.randn(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     whole = torch.cat([front, noise], dim=2) if transformer.patch_size[0] == 2 else noise
     pair = [conditioned_causally(model, part, guidance.embedded) for part in (text, without)]
     settings = whole, transformer.causal_chunk, sampler, guidance, objective
     uncached = generate_causally(*pair, *settings, cached=False)
-    torch.testing.assert_close(made, uncached[:, :, -5:], rtol=0, atol=1e-5)
-    assert made.std() > 0.1
+    torch.testing.assert_close(sample, uncached[:, :, -5:], rtol=0, atol=1e-5)
+    assert sample.std() > 0.1
 
 
-def test_the_scale_reaches_a_causal_network():
+def test_sample_of_a_causal_network_depends_on_the_guidance_scale():
     model = TextToVideo(hunyuan(embedded_guidance=True, pooled_dim=0), WordText(8, 4, ["a"])).eval()
     text, noise = model.text(["a"] * 2), torch.randn(SHAPE)
     weak, strong = (

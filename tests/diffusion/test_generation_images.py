@@ -1,4 +1,6 @@
-"""Sampling with an image: what the network is asked, that one that knows the clip makes it, and what is refused."""
+"""Sampling with an image: inputs of the network, samples of an oracle network, errors."""
+
+import re
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ IMAGES = torch.rand(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(1)) *
 
 
 class Still(nn.Module):
-    """Knows what a clip is that stands still: its image. Says the flow from it to the noise, and keeps what it saw."""
+    """Oracle network for static clips: predicts the flow from the image to the noise, and records its inputs."""
 
     out_channels, text_dim, pooled_dim, patch_size = 3, 8, 0, (1, 1, 1)
     embedded_guidance, causal_chunk = False, 0
@@ -29,10 +31,10 @@ class Still(nn.Module):
         super().__init__()
         self.image_condition, self.in_channels = image_condition, CHANNELS[image_condition]
         self.unused = nn.Parameter(torch.zeros(1))
-        self.seen: list[Tensor] = []
+        self.inputs: list[Tensor] = []
 
     def forward(self, latents, time, text, mask, pooled, guidance, cache, first_frame):
-        self.seen.append(latents)
+        self.inputs.append(latents)
         noisy, t = latents[:, :3], (time / 1000).view(-1, 1, 1, 1, 1)
         clean = (noisy if self.image_condition == "token_replace" else latents[:, 3:6])[:, :, :1]
         return (noisy - clean) / t  # noise - clean, of noisy = (1 - t) clean + t noise
@@ -43,23 +45,23 @@ def network(image_condition: str) -> TextToVideo:
 
 
 @pytest.mark.parametrize("how", CHANNELS)
-def test_a_network_that_knows_the_clip_of_an_image_makes_it(how: str):
+def test_oracle_of_static_clips_samples_the_image(how: str):
     model = network(how)
     generator = torch.Generator().manual_seed(0)
     made = generate(
         model, ["disc", "disc"], (4, 2, 2), FlowEuler(4), ConstantGuidance(3.0), FlowMatching(), IMAGES, generator
     )
-    assert made.shape == (2, 3, 4, 8, 8), "as large as the images"
+    assert made.shape == (2, 3, 4, 8, 8), "the size of the images"
     torch.testing.assert_close(made, IMAGES.expand_as(made), atol=1e-4, rtol=0)
-    assert len(model.transformer.seen) == 8, "with the caption and without, at every step"
-    for latents in model.transformer.seen:
+    assert len(model.transformer.inputs) == 8, "with and without the caption in every step"
+    for latents in model.transformer.inputs:
         given = latents if how == "token_replace" else latents[:, 3:6]
         torch.testing.assert_close(given[:, :, :1], IMAGES)
         assert how == "token_replace" or not given[:, :, 1:].any()
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_generating_from_images_is_the_image_to_video_path(scale: float):
+def test_generate_equals_manual_image_conditioning(scale: float):
     torch.manual_seed(0)
     transformer = CogVideoX(
         num_heads=2, head_dim=16, depth=1, in_channels=6, out_channels=3, text_dim=8, text_len=8, time_dim=16,
@@ -70,29 +72,31 @@ def test_generating_from_images_is_the_image_to_video_path(scale: float):
     captions, generator = ["disc", "disc"], torch.Generator().manual_seed(5)
     made = generate(model, captions, (4, 8, 8), sampler, guidance, objective, IMAGES, generator)
 
-    def ask(text):
+    def conditioned(text):
         given = image_channels(IMAGES, 4)
         return lambda noisy, t: transformer(torch.cat([noisy, given], 1), objective.network_time(t), text.tokens)
 
-    told, base = ask(model.text(captions)), ask(model.text.unconditional(2))
+    conditional, base = conditioned(model.text(captions)), conditioned(model.text.unconditional(2))
     generator = torch.Generator().manual_seed(5)
-    torch.randn(2, 3, 1, 8, 8, generator=generator)  # the draw of the image's latents, of width 0
+    torch.randn(2, 3, 1, 8, 8, generator=generator)  # the draw of the image latents, with std 0
     noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
     with torch.no_grad():
-        expected = sampler(guidance(told, base if guidance.unconditional else None, objective, 3), noise, objective)
+        expected = sampler(
+            guidance(conditional, base if guidance.unconditional else None, objective, 3), noise, objective
+        )
     torch.testing.assert_close(made, expected.clamp(-1, 1))
-    others = generate(model, captions, (4, 8, 8), sampler, guidance, objective, -IMAGES, generator.manual_seed(5))
-    assert not torch.allclose(made, others)
+    negated = generate(model, captions, (4, 8, 8), sampler, guidance, objective, -IMAGES, generator.manual_seed(5))
+    assert not torch.allclose(made, negated)
 
 
 @pytest.mark.parametrize("image", [IMAGES[:1], IMAGES[..., :4]])
-def test_an_image_of_another_number_or_size_is_refused(image: Tensor):
+def test_mismatched_image_raises(image: Tensor):
     model = network("channels")
     text = model.text(["disc", "disc"])
-    with pytest.raises(ValueError, match="give every clip one image, of its size"):
+    with pytest.raises(ValueError, match=rf"image.*{re.escape(str(tuple(image.shape)))}.*\(2, 3, 4, 8, 8\)"):
         generate_latents(model, text, None, NOISE, FlowEuler(2), NoGuidance(), FlowMatching(), image)
 
 
-def test_a_network_that_needs_an_image_says_so():
-    with pytest.raises(ValueError, match="given no image"):
+def test_missing_image_raises():
+    with pytest.raises(ValueError, match=r"Still.*in_channels=6\b.*channels.*image"):
         generate(network("channels"), ["disc"], (4, 8, 8), FlowEuler(2), NoGuidance(), FlowMatching())

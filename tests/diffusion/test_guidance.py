@@ -1,4 +1,4 @@
-"""Guidance: scales and mixture are those of diffusers' CogVideoX pipeline."""
+"""Classifier-free guidance: parity of scales and mixture with diffusers' CogVideoX pipeline, precision, errors."""
 
 import math
 
@@ -28,7 +28,7 @@ def without_text(latents: Tensor, t: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 6.0])
-def test_a_constant_scale_mixes_the_two_outputs(scale: float):
+def test_constant_scale_mixes_the_two_outputs(scale: float):
     latents, t = torch.randn(SHAPE), torch.rand(3)
     guided = ConstantGuidance(scale)(with_text, without_text, VPrediction(), 50)
     conditional, base = with_text(latents, t), without_text(latents, t)
@@ -36,8 +36,8 @@ def test_a_constant_scale_mixes_the_two_outputs(scale: float):
 
 
 @pytest.mark.parametrize("steps", [10, 50])
-def test_the_legacy_scale_is_that_of_the_pipeline(steps: int):
-    """It is computed from the network's time, 999 … 19, as if this counted the sampler's steps."""
+def test_legacy_scale_equals_the_pipeline(steps: int):
+    """The legacy scale uses the network's timestep, 999 … 19, in place of the index of the sampler's step."""
     times = DDIM(steps).times(VPrediction())[:-1]
     scales = DynamicGuidance(6.0, mode="legacy").scale_at(times, VPrediction(), steps)
     expected = [
@@ -49,7 +49,7 @@ def test_the_legacy_scale_is_that_of_the_pipeline(steps: int):
 
 
 @pytest.mark.parametrize("objective", [VPrediction(), FlowMatching()])
-def test_the_cosine_scale_rises_from_none_to_the_full_one(objective):
+def test_cosine_scale_rises_from_1_to_the_full_scale(objective):
     times = DDIM(50).times(objective)
     scales = DynamicGuidance(6.0).scale_at(times, objective, 50)
     expected = [1 + 6.0 * (1 - math.cos(math.pi * (done / 50) ** 5)) / 2 for done in range(51)]
@@ -59,7 +59,7 @@ def test_the_cosine_scale_rises_from_none_to_the_full_one(objective):
     assert scales.diff().min() >= 0
 
 
-def test_every_clip_is_guided_at_its_own_time():
+def test_every_clip_has_the_scale_of_its_own_timestep():
     latents, t = torch.randn(SHAPE), torch.tensor([0.1, 0.5, 0.9])
     guidance = DynamicGuidance(4.0)
     together = guidance(with_text, without_text, FlowMatching(), 50)(latents, t)
@@ -69,18 +69,18 @@ def test_every_clip_is_guided_at_its_own_time():
 
 
 @pytest.mark.parametrize("guidance", [NoGuidance(), EmbeddedGuidance(6.0)])
-def test_without_a_pair_the_network_is_asked_once(guidance: Guidance):
+def test_guidance_without_an_unconditional_output_returns_the_network(guidance: Guidance):
     assert guidance(with_text, None, FlowMatching(), 50) is with_text
     assert not guidance.unconditional
 
 
-def test_only_a_distilled_network_is_told_the_scale():
+def test_only_embedded_guidance_passes_the_scale_to_the_network():
     assert EmbeddedGuidance(6.0).embedded == 6.0
     assert [each.embedded for each in (NoGuidance(), ConstantGuidance(), DynamicGuidance())] == [None] * 3
 
 
-def test_outputs_of_16_bits_are_mixed_in_32():
-    """As the difference of two large numbers they would lose what guidance is about."""
+def test_bfloat16_outputs_are_mixed_in_float32():
+    """The difference of two large bfloat16 outputs would round the guidance away."""
     guided = ConstantGuidance(6.0)(
         lambda x, t: torch.full_like(x, 100.5), lambda x, t: torch.full_like(x, 100.0), FlowMatching(), 50
     )
@@ -90,16 +90,16 @@ def test_outputs_of_16_bits_are_mixed_in_32():
 
 
 @pytest.mark.parametrize("guidance", [ConstantGuidance(), DynamicGuidance()])
-def test_a_missing_half_is_refused(guidance: Guidance):
-    with pytest.raises(ValueError, match="needs the network without a text as well"):
+def test_missing_unconditional_network_raises(guidance: Guidance):
+    with pytest.raises(ValueError, match=rf"{type(guidance).__name__}.*unconditional"):
         guidance(with_text, None, FlowMatching(), 50)
 
 
-def test_bad_settings_are_refused():
+def test_invalid_settings_raise():
     for guidance in (ConstantGuidance, DynamicGuidance, EmbeddedGuidance):
-        with pytest.raises(ValueError, match=r"scale=-0.5 of the guidance must not be negative"):
+        with pytest.raises(ValueError, match=r"scale=-0\.5\b"):
             guidance(-0.5)
-    with pytest.raises(ValueError, match="mode='linear' of the guidance is neither"):
+    with pytest.raises(ValueError, match=r"mode='linear'.*'cosine'.*'legacy'"):
         DynamicGuidance(mode="linear")
-    with pytest.raises(ValueError, match=r"exponent=0.0 of the guidance must be above 0"):
+    with pytest.raises(ValueError, match=r"exponent=0\.0\b"):
         DynamicGuidance(exponent=0.0)

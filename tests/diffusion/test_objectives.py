@@ -1,4 +1,6 @@
-"""Objectives: schedules are diffusers', the published loss is the velocity's, and bfloat16 costs no noise."""
+"""Objectives: parity of schedules with diffusers, equality with the published loss, precision with bfloat16."""
+
+import re
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ def draw(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("snr_shift", [1.0, 3.0])
 @pytest.mark.parametrize("zero", [True, False])
-def test_levels_are_those_of_diffusers(snr_shift: float, zero: bool):
+def test_noise_levels_equal_diffusers(snr_shift: float, zero: bool):
     signal, noise = VPrediction(snr_shift=snr_shift, zero_terminal_snr=zero).levels(STEPS)
     power = scheduler(snr_shift, zero).alphas_cumprod
     assert signal.dtype == noise.dtype == torch.float32
@@ -37,7 +39,7 @@ def test_levels_are_those_of_diffusers(snr_shift: float, zero: bool):
     assert (signal[-1] == 0) == zero
 
 
-def test_noisy_latents_and_velocities_are_those_of_diffusers():
+def test_noisy_latents_and_velocities_equal_diffusers():
     (clean, noise), steps = draw(), torch.tensor([0, 500, 999])
     objective, t = VPrediction(), STEPS[steps]
     torch.testing.assert_close(objective.noisy(clean, noise, t), scheduler().add_noise(clean, noise, steps))
@@ -45,7 +47,7 @@ def test_noisy_latents_and_velocities_are_those_of_diffusers():
     assert objective.network_time(t).tolist() == steps.tolist()
 
 
-def test_the_flow_is_that_of_diffusers():
+def test_flow_equals_diffusers():
     clean, noise = draw()
     peer = FlowMatchEulerDiscreteScheduler(shift=7.0)
     t = peer.sigmas[[10, 500, 990]]
@@ -54,12 +56,12 @@ def test_the_flow_is_that_of_diffusers():
     torch.testing.assert_close(FlowMatching().network_time(t), peer.timesteps[[10, 500, 990]])
 
 
-def test_the_time_of_a_flow_is_not_rounded():
+def test_timestep_of_a_flow_is_not_rounded():
     assert FlowMatching().network_time(torch.tensor([0.12345])).item() == pytest.approx(123.45)
 
 
 @pytest.mark.parametrize("t", [0.001, 0.02, 0.5, 0.999, 1.0])
-def test_the_published_loss_is_the_error_of_the_velocity(t: float):
+def test_published_loss_equals_the_error_of_the_velocity(t: float):
     (clean, noise), objective, times = draw(torch.float64), VPrediction(), torch.full((3,), t)
     noisy, output = objective.noisy(clean, noise, times), torch.randn(SHAPE, dtype=torch.float64)
     published = (objective.to_clean(output, noisy, times) - clean).square() / (1 - objective.levels(times)[0][0] ** 2)
@@ -70,7 +72,7 @@ def test_the_published_loss_is_the_error_of_the_velocity(t: float):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("shape", [(3,), (3, 4)])
-def test_the_target_gives_back_what_was_mixed(objective: Objective, shape: tuple[int, ...]):
+def test_target_recovers_clean_latents_and_noise(objective: Objective, shape: tuple[int, ...]):
     (clean, noise), t = draw(), torch.rand(shape)
     noisy, target = objective.noisy(clean, noise, t), objective.target(clean, noise, t)
     torch.testing.assert_close(objective.to_clean(target, noisy, t), clean, rtol=0, atol=1e-5)
@@ -86,7 +88,7 @@ def test_time_0_is_clean_and_time_1_is_noise(objective: Objective):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_frame_may_have_its_own_time(objective: Objective):
+def test_timesteps_per_frame(objective: Objective):
     (clean, noise), t = draw(), torch.rand(3, 4)
     for name in ("noisy", "target", "to_clean", "to_noise"):
         whole = getattr(objective, name)(clean, noise, t)
@@ -95,7 +97,7 @@ def test_every_frame_may_have_its_own_time(objective: Objective):
     assert objective.network_time(t).shape == (3, 4)
 
 
-def test_uniform_times_meet_every_step_equally_often():
+def test_uniform_times_are_uniform_over_steps():
     counts = VPrediction().network_time((torch.arange(10_000) + 0.5) / 10_000).long().bincount()
     assert counts.tolist() == [10] * 1000
 
@@ -109,13 +111,13 @@ def test_bfloat16_latents_lose_no_variance(step: int):
     wide = VPrediction(snr_shift=1.0).noisy(clean.float(), noise.float(), STEPS[[step]])
     assert torch.equal(noisy, wide.bfloat16()), "rounded more than once"
     assert (noisy.float().var() / expected).item() == pytest.approx(1, abs=0.01)
-    if step == 5:  # what becomes of levels that are rounded to the latents' eight bits
+    if step == 5:  # noise levels that are rounded to bfloat16 change the variance
         theirs = scheduler(snr_shift=1.0).add_noise(clean, noise, torch.tensor([step])).float().var()
         assert abs((theirs / expected).item() - 1) > 0.1
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_what_a_loss_or_a_sampler_sees_has_32_bits(objective: Objective):
+def test_targets_and_estimates_are_float32(objective: Objective):
     (clean, noise), t = draw(torch.bfloat16), torch.rand(3)
     for name in ("target", "to_clean", "to_noise"):
         assert getattr(objective, name)(clean, noise, t).dtype == torch.float32
@@ -123,27 +125,27 @@ def test_what_a_loss_or_a_sampler_sees_has_32_bits(objective: Objective):
 
 
 @pytest.mark.parametrize("shape", [(), (2,), (3, 5), (3, 4, 1)])
-def test_times_that_fit_no_latents_are_refused(shape: tuple[int, ...]):
+def test_times_of_invalid_shape_raise(shape: tuple[int, ...]):
     clean, noise = draw()
-    with pytest.raises(ValueError, match="times \\(B,\\), one a clip, or \\(B, T\\), one a frame"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}.*\(3, 2, 4, 5, 6\).*\(B,\).*\(B, T\)"):
         FlowMatching().noisy(clean, noise, torch.rand(shape))
 
 
-def test_noise_of_another_shape_is_refused():
+def test_noise_of_mismatched_shape_raises():
     clean, noise = draw()
-    with pytest.raises(ValueError, match="noise of shape \\(3, 2, 1, 5, 6\\) for latents"):
+    with pytest.raises(ValueError, match=r"noise.*\(3, 2, 1, 5, 6\).*\(3, 2, 4, 5, 6\)"):
         FlowMatching().noisy(clean, noise[:, :, :1], torch.rand(3))
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"num_steps": 1}, "num_steps=1 of a noise schedule"),
-        ({"beta_start": 0.0}, "beta_start=0.0 and beta_end=0.012 must rise"),
-        ({"beta_end": 0.0001}, "must rise"),
-        ({"snr_shift": 0.0}, "snr_shift=0.0 must be above 0"),
+        ({"num_steps": 1}, r"num_steps=1\b"),
+        ({"beta_start": 0.0}, r"beta_start=0\.0\b.*beta_end=0\.012\b"),
+        ({"beta_end": 0.0001}, r"beta_start=0\.00085\b.*beta_end=0\.0001\b"),
+        ({"snr_shift": 0.0}, r"snr_shift=0\.0\b"),
     ],
 )
-def test_bad_schedules_are_refused(options: dict, text: str):
+def test_invalid_schedules_raise(options: dict, text: str):
     with pytest.raises(ValueError, match=text):
         VPrediction(**options)

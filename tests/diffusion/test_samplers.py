@@ -1,4 +1,4 @@
-"""Samplers: an oracle's clip comes back, and every step is that of diffusers' schedulers."""
+"""Diffusion samplers: an oracle network recovers its clip, every step equals diffusers' schedulers, errors."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ PUBLISHED = {
 
 
 def oracle(clean: Tensor, objective: Objective) -> Network:
-    """A network that knows the clip."""
+    """Network with the exact output for the clip ``clean``."""
 
     def denoise(noisy: Tensor, t: Tensor) -> Tensor:
         signal, level = objective.levels(over_latents(t, noisy))
@@ -37,33 +37,33 @@ def oracle(clean: Tensor, objective: Objective) -> Network:
 
 
 def some_network(noisy: Tensor, t: Tensor) -> Tensor:
-    """Smooth, not linear, and different at different times and places."""
+    """Smooth nonlinear network with an output that depends on timestep and position."""
     return torch.sin(2 * noisy + noisy.flip(4) + 3 * t.view(-1, 1, 1, 1, 1))
 
 
 def trajectory(
     sampler: Sampler, noise: Tensor, objective: Objective, generator: torch.Generator | None = None
 ) -> list[Tensor]:
-    """The latents that the network is asked about, and the sample: steps + 1 of them."""
-    asked = []
+    """Inputs of the network in every step, followed by the sample: steps + 1 tensors."""
+    inputs = []
 
     def network(noisy: Tensor, t: Tensor) -> Tensor:
-        asked.append(noisy)
+        inputs.append(noisy)
         return some_network(noisy, t)
 
     sample = sampler(network, noise, objective, generator)
-    return [*asked, sample]
+    return [*inputs, sample]
 
 
 @pytest.mark.parametrize(("sampler", "objective"), PAIRS)
 @pytest.mark.parametrize("steps", [1, 2, 7, 30, 50, 333])
-def test_an_oracle_gets_its_clip_back(sampler: type[Sampler], objective: Objective, steps: int):
+def test_oracle_recovers_its_clip(sampler: type[Sampler], objective: Objective, steps: int):
     clean = torch.rand(SHAPE) * 2 - 1
     sample = sampler(steps)(oracle(clean, objective), torch.randn(SHAPE), objective)
     torch.testing.assert_close(sample, clean, rtol=0, atol=1e-4)
 
 
-def test_an_oracle_gets_its_clip_back_in_all_1000_steps():
+def test_oracle_recovers_its_clip_in_all_1000_steps():
     clean, objective = torch.rand(SHAPE) * 2 - 1, VPrediction(snr_shift=1.0)
     for sampler in (DDIM(1000), DPMSolverSDE(1000)):
         sample = sampler(oracle(clean, objective), torch.randn(SHAPE), objective)
@@ -72,7 +72,7 @@ def test_an_oracle_gets_its_clip_back_in_all_1000_steps():
 
 @pytest.mark.parametrize("steps", [1, 8, 50])
 @pytest.mark.parametrize("snr_shift", [1.0, 3.0])
-def test_a_step_of_ddim_is_that_of_diffusers(steps: int, snr_shift: float):
+def test_ddim_steps_equal_diffusers(steps: int, snr_shift: float):
     scheduler = CogVideoXDDIMScheduler(snr_shift_scale=snr_shift, **PUBLISHED)
     scheduler.set_timesteps(steps)
     objective = VPrediction(snr_shift=snr_shift)
@@ -86,7 +86,7 @@ def test_a_step_of_ddim_is_that_of_diffusers(steps: int, snr_shift: float):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 8, 50])
-def test_a_step_of_the_solver_is_that_of_diffusers(steps: int, monkeypatch: pytest.MonkeyPatch):
+def test_dpm_solver_steps_equal_diffusers(steps: int, monkeypatch: pytest.MonkeyPatch):
     scheduler = CogVideoXDPMScheduler(**PUBLISHED)
     scheduler.set_timesteps(steps)
     times = DPMSolverSDE(steps).times(VPrediction())
@@ -103,7 +103,7 @@ def test_a_step_of_the_solver_is_that_of_diffusers(steps: int, monkeypatch: pyte
 
 @pytest.mark.parametrize("steps", [1, 7, 50])
 @pytest.mark.parametrize("shift", [1.0, 7.0])
-def test_a_step_of_euler_is_that_of_diffusers(steps: int, shift: float):
+def test_flow_euler_steps_equal_diffusers(steps: int, shift: float):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1])
     times = FlowEuler(steps, shift).times(FlowMatching())
@@ -123,7 +123,7 @@ def test_the_shift_is_applied_once():
     assert twice.sigmas[-2].item() < 0.06
 
 
-def test_ddim_in_a_flow_is_euler():
+def test_ddim_of_a_flow_equals_euler():
     noise = torch.randn(SHAPE)
     first, second = (
         sampler(some_network, noise, FlowMatching()) for sampler in (DDIM(9, shift=3.0), FlowEuler(9, shift=3.0))
@@ -133,7 +133,7 @@ def test_ddim_in_a_flow_is_euler():
 
 @pytest.mark.parametrize("steps", [7, 30, 999])
 def test_any_number_of_steps_ends_at_the_clean_latents(steps: int):
-    """Where the steps do not divide 1000, diffusers' timesteps are these too, but its last one need not end there."""
+    """diffusers has the same timesteps if they do not divide 1000, but its last step may end at noisy latents."""
     scheduler = CogVideoXDDIMScheduler(**PUBLISHED)
     scheduler.set_timesteps(steps)
     times = DDIM(steps).times(VPrediction())
@@ -141,7 +141,7 @@ def test_any_number_of_steps_ends_at_the_clean_latents(steps: int):
     assert times[-1] == 0
 
 
-def test_the_solver_draws_from_the_generator():
+def test_dpm_solver_draws_from_the_generator():
     noise = torch.randn(SHAPE)
     first, second, other = (
         DPMSolverSDE(5)(some_network, noise, VPrediction(), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
@@ -151,41 +151,41 @@ def test_the_solver_draws_from_the_generator():
 
 
 @pytest.mark.parametrize(("sampler", "objective"), PAIRS)
-def test_latents_keep_their_dtype_and_the_network_gets_it(sampler: type[Sampler], objective: Objective):
-    asked = set()
+def test_latents_and_network_inputs_keep_their_dtype(sampler: type[Sampler], objective: Objective):
+    inputs = set()
 
     def network(noisy: Tensor, t: Tensor) -> Tensor:
-        asked.add((noisy.dtype, t.dtype, tuple(t.shape)))
+        inputs.add((noisy.dtype, t.dtype, tuple(t.shape)))
         return some_network(noisy, t).to(noisy.dtype)
 
     sample = sampler(4)(network, torch.randn(SHAPE).bfloat16(), objective)
     assert sample.dtype == torch.bfloat16
-    assert asked == {(torch.bfloat16, torch.float32, (2,))}
+    assert inputs == {(torch.bfloat16, torch.float32, (2,))}
 
 
 @pytest.mark.parametrize("sampler", [DDIM, DPMSolverSDE, FlowEuler])
-def test_bad_settings_are_refused(sampler: type[Sampler]):
-    with pytest.raises(ValueError, match="steps=0 of a sampler: use 1 or more"):
+def test_invalid_settings_raise(sampler: type[Sampler]):
+    with pytest.raises(ValueError, match=r"steps=0\b"):
         sampler(steps=0)
-    with pytest.raises(ValueError, match=r"shift=-1.0 of a sampler must be above 0"):
+    with pytest.raises(ValueError, match=r"shift=-1\.0\b"):
         sampler(shift=-1.0)
 
 
 @pytest.mark.parametrize(("sampler", "objective"), PAIRS)
-def test_bad_input_is_refused(sampler: type[Sampler], objective: Objective):
+def test_bad_input_raises(sampler: type[Sampler], objective: Objective):
     noise = torch.randn(SHAPE)
-    with pytest.raises(ValueError, match=r"noise of shape \(3, 4, 5, 6\)"):
+    with pytest.raises(ValueError, match=r"noise.*\(3, 4, 5, 6\).*\(B, C, T, H, W\)"):
         sampler(3)(some_network, noise[0], objective)
-    with pytest.raises(ValueError, match="finite numbers"):
+    with pytest.raises(ValueError, match=r"noise.*\(2, 3, 4, 5, 6\).*finite"):
         sampler(3)(some_network, noise / 0, objective)
-    with pytest.raises(ValueError, match=r"the network made \(2, 3, 1, 5, 6\) of latents \(2, 3, 4, 5, 6\)"):
+    with pytest.raises(ValueError, match=r"network.*\(2, 3, 1, 5, 6\).*\(2, 3, 4, 5, 6\)"):
         sampler(3)(lambda noisy, t: noisy[:, :, :1], noise, objective)
-    with pytest.raises(FloatingPointError, match="use bf16 or fp32"):
+    with pytest.raises(FloatingPointError, match=r"bf16.*fp32"):
         sampler(3)(lambda noisy, t: noisy * torch.nan, noise, objective)
 
 
-def test_what_a_sampler_cannot_follow_is_refused():
-    with pytest.raises(ValueError, match="the objective is VPrediction: use DDIM or DPMSolverSDE"):
+def test_incompatible_objective_or_steps_raise():
+    with pytest.raises(ValueError, match=r"FlowEuler.*VPrediction.*DDIM.*DPMSolverSDE"):
         FlowEuler(3)(some_network, torch.randn(SHAPE), VPrediction())
-    with pytest.raises(ValueError, match=r"steps=1001 with shift=1.0 are more than the objective has"):
+    with pytest.raises(ValueError, match=r"steps=1001\b.*shift=1\.0"):
         DDIM(1001)(some_network, torch.randn(SHAPE), VPrediction())

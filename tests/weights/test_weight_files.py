@@ -1,4 +1,6 @@
-"""Reading files of weights."""
+"""Reading weight files: errors, safety and the number of blocks."""
+
+import re
 
 import pytest
 import torch
@@ -6,34 +8,34 @@ import torch
 from blueberry_video.weights import files as weight_files
 
 
-def test_files_that_are_no_weights_are_refused(tmp_path):
+def test_files_without_weights_raise(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.pth"):
         weight_files.read_weights(tmp_path / "none.pth")
     for content in (b"", b"no weights at all", b"PK\x03\x04 a truncated archive"):
         for name in ("broken.pth", "broken.safetensors"):
             (tmp_path / name).write_bytes(content)
-            with pytest.raises(ValueError, match=rf"{name} cannot be read: it is damaged"):
+            with pytest.raises(ValueError, match=re.escape(name)):
                 weight_files.read_weights(tmp_path / name)
     torch.save({"epoch": 3, "model": {}}, tmp_path / "empty.pth")
-    with pytest.raises(ValueError, match=r"empty\.pth holds no state dict"):
+    with pytest.raises(ValueError, match=r"(?s)empty\.pth.*'model'.*'module'.*'state_dict'"):
         weight_files.read_weights(tmp_path / "empty.pth")
 
 
 class Planted:
-    """Reading it back calls ``print``: stands for a file that runs code."""
+    """Object that calls ``print`` when it is unpickled, as a malicious file would run code."""
 
     def __reduce__(self):
-        return print, ("this must never be printed",)
+        return print, ("not printed",)
 
 
-def test_a_file_that_would_run_code_is_refused(tmp_path, capsys):
+def test_file_that_would_run_code_raises(tmp_path, capsys):
     torch.save({"model": {"a": torch.ones(1)}, "args": Planted()}, tmp_path / "planted.pth")
-    with pytest.raises(ValueError, match="would have to run code"):
+    with pytest.raises(ValueError, match=r"(?s)planted\.pth.*code"):
         weight_files.read_weights(tmp_path / "planted.pth")
     assert not capsys.readouterr().out
 
 
-def test_blocks_are_counted_by_the_last_of_them():
+def test_num_blocks_is_the_last_index_plus_one():
     state = {f"blocks.{index}.weight": torch.ones(1) for index in range(11)} | {"blocks_of_another.40.w": torch.ones(1)}
     assert weight_files.num_blocks(state, "blocks") == 11
     assert weight_files.num_blocks(state, "decoder") == 0

@@ -1,4 +1,4 @@
-"""The codec contract: sizes, sampling, pixels as latents."""
+"""Codec contract: legal sizes, sampling from moments, pixels as latents, fingerprints."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from blueberry_video.models.autoencoder.base import Codec, Pixels, fingerprint, 
 
 
 class Coarse(Codec):
-    """Only sizes."""
+    """Codec with a stride of (4, 8, 8) that returns its input."""
 
     def __init__(self, frame_step: int | None = None):
         super().__init__(channels=2, stride=(4, 8, 8), frame_step=frame_step)
@@ -20,29 +20,32 @@ class Coarse(Codec):
         return latents
 
 
-@pytest.mark.parametrize(("num_frames", "near"), [(2, "1 or 5"), (8, "9 or 5"), (48, "49 or 45"), (0, "1"), (-3, "1")])
-def test_illegal_frame_counts_are_told_the_nearest_legal_ones(num_frames: int, near: str):
-    with pytest.raises(ValueError, match=rf"num_frames={num_frames} is not 1 \+ a multiple of 4, .* use {near}\.$"):
+def legal_sizes(value: str, multiple: int, numbers: str) -> str:
+    """Pattern of an error with ``value``, the multiple, the name of the codec and, in order, the numbers of the fix."""
+    return rf"{value}\b(?=.*\b{multiple}\b)(?=.*Coarse)" + "".join(rf".*\b{number}\b" for number in numbers.split())
+
+
+@pytest.mark.parametrize(("num_frames", "near"), [(2, "1 5"), (8, "9 5"), (48, "49 45"), (0, "1"), (-3, "1")])
+def test_illegal_num_frames_raises_with_the_nearest_legal_ones(num_frames: int, near: str):
+    with pytest.raises(ValueError, match=legal_sizes(f"num_frames={num_frames}", 4, near)):
         Coarse().check(num_frames, 16, 16)
 
 
-@pytest.mark.parametrize(("step", "frames", "near"), [(8, 50, "49 or 57"), (16, 85, "81 or 97"), (8, 8, "9 or 1")])
-def test_a_published_network_may_count_in_larger_steps(step: int, frames: int, near: str):
-    with pytest.raises(ValueError, match=f"multiple of {step}, .* use {near}"):
+@pytest.mark.parametrize(("step", "frames", "near"), [(8, 50, "49 57"), (16, 85, "81 97"), (8, 8, "9 1")])
+def test_frame_step_can_exceed_the_stride(step: int, frames: int, near: str):
+    with pytest.raises(ValueError, match=legal_sizes(f"num_frames={frames}", step, near)):
         Coarse(step).check(frames, 16, 16)
     Coarse(step).check(1 + 5 * step, 16, 16)
-    with pytest.raises(ValueError, match="frame_step=6 is no multiple of the codec's stride in time: use 4"):
+    with pytest.raises(ValueError, match=r"frame_step=6\b.*\b4\b"):
         Coarse(6)
 
 
-def test_illegal_sizes_are_told_the_nearest_legal_ones():
-    with pytest.raises(ValueError, match=r"height=484 is no multiple of 8, what a latent of Coarse covers: use 480 or"):
+def test_illegal_sizes_raise_with_the_nearest_legal_ones():
+    with pytest.raises(ValueError, match=legal_sizes("height=484", 8, "480 488")):
         Coarse().check(5, 484, 720)
-    with pytest.raises(
-        ValueError, match=r"width=728 is no multiple of 16, .* \(8 pixels\) times the patch .* \(2\): use 720 or 736"
-    ):
+    with pytest.raises(ValueError, match=legal_sizes("width=728", 16, "8 2 720 736")):
         Coarse().check(5, 480, 728, patch_size=(2, 2))
-    with pytest.raises(ValueError, match=r"height=0 is no multiple of 8, .* use 8\."):
+    with pytest.raises(ValueError, match=legal_sizes("height=0", 8, "8")):
         Coarse().check(5, 0, 8)
     Coarse().check(1, 8, 16)
     assert Coarse().grid(49, 480, 720) == (13, 60, 90)
@@ -60,7 +63,7 @@ def test_pixels_are_their_own_latents():
     assert codec.grid(7, 5, 3) == (7, 5, 3)
 
 
-def test_samples_have_the_mean_and_the_variance_that_the_moments_say():
+def test_samples_have_the_mean_and_variance_of_the_moments():
     moments = torch.cat([torch.full((1, 1, 10, 50, 50), 3.0), torch.full((1, 1, 10, 50, 50), 4.0).log()], dim=1)
     drawn = sample(moments)
     assert drawn.mean().item() == pytest.approx(3, abs=0.05)  # 3 deviations: 0.04
@@ -73,7 +76,7 @@ def test_samples_have_the_mean_and_the_variance_that_the_moments_say():
     assert torch.isfinite(sample(torch.full((1, 2, 1, 1, 1), 1e4))).all()
 
 
-def test_a_fingerprint_changes_with_every_weight():
+def test_fingerprint_changes_with_every_weight():
     module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     before = fingerprint(module)
     assert before == fingerprint(module)
@@ -87,7 +90,7 @@ def test_a_fingerprint_changes_with_every_weight():
     assert fingerprint(module.bfloat16()) != before
 
 
-def test_a_fingerprint_changes_with_every_setting():
+def test_fingerprint_changes_with_every_setting():
     pixels = Pixels()
     before = fingerprint(pixels)
     assert fingerprint(pixels.train()) == fingerprint(pixels.eval()) == before

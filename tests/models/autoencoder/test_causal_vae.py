@@ -1,4 +1,4 @@
-"""The causal video autoencoder: sizes, causality, gradients, its scale, its way through files."""
+"""CausalVideoVAE: sizes, causality, gradients, latent scale, checkpoints and errors."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from blueberry_video.models.autoencoder.causal_vae import CausalConv, CausalVide
 def vae(**changes) -> CausalVideoVAE:
     torch.manual_seed(0)
     model = CausalVideoVAE(**{"channels": 4, "dims": (8, 12, 16), **changes})
-    for parameter in model.parameters():  # residual blocks begin at zero: give them something to show
+    for parameter in model.parameters():  # residual blocks are initialized to zero
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
@@ -42,7 +42,7 @@ def test_no_frame_changes_an_earlier_latent():
         changed = video.clone()
         changed[:, :, frame] = -changed[:, :, frame]
         differs = (model.encode(changed) != before).flatten(3).any(dim=(0, 1, 3))
-        group = -(-frame // 4)  # frames 1 to 4 make latent 1
+        group = -(-frame // 4)  # frames 1 to 4 are encoded in latent 1
         assert not differs[:group].any()
         assert differs[group]
 
@@ -50,17 +50,17 @@ def test_no_frame_changes_an_earlier_latent():
 def test_no_latent_changes_an_earlier_frame():
     model, latents = vae(), torch.randn(1, 4, 4, 2, 2)
     before = model.reconstruct(latents)
-    for place in range(4):
+    for index in range(4):
         changed = latents.clone()
-        changed[:, :, place] += 1
+        changed[:, :, index] += 1
         differs = (model.reconstruct(changed) != before).flatten(3).any(dim=(0, 1, 3))
-        first = 0 if place == 0 else 4 * place - 3
+        first = 0 if index == 0 else 4 * index - 3
         assert not differs[:first].any()
-        assert differs[first : 4 * place + 1].all()
+        assert differs[first : 4 * index + 1].all()
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_the_convolution_is_a_causal_3d_one(stride: int):
+def test_causal_conv_equals_a_padded_conv3d(stride: int):
     conv = CausalConv(5, 7, time_stride=stride)
     x = torch.randn(2, 5, 9, 6, 4)
     out, frames = conv(x.transpose(1, 2).flatten(0, 1), 9)
@@ -71,10 +71,10 @@ def test_the_convolution_is_a_causal_3d_one(stride: int):
     torch.testing.assert_close(out.unflatten(0, (2, frames)).transpose(1, 2), expected, rtol=0, atol=1e-5)
 
 
-def test_a_clip_is_not_drowned_by_the_noise_of_its_latents_before_training():
+def test_signal_exceeds_the_noise_of_latents_at_initialization():
     torch.manual_seed(0)
     model = CausalVideoVAE(channels=8, dims=(16, 32, 64))
-    clip = torch.randn(2, 3, 1, 4, 4).repeat_interleave(9, 2).repeat_interleave(8, 3).repeat_interleave(8, 4)  # plain
+    clip = torch.randn(2, 3, 1, 4, 4).repeat_interleave(9, 2).repeat_interleave(8, 3).repeat_interleave(8, 4)
     mean, log_variance = model.encode(clip).chunk(2, dim=1)
     assert mean.std() > 2 * (log_variance / 2).exp().mean()
     assert model.reconstruct(mean).std() > 0.3 * clip.std()
@@ -88,7 +88,7 @@ def test_every_parameter_receives_a_gradient():
     assert {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()} == set()
 
 
-def test_latents_get_unit_variance_and_come_back():
+def test_latents_have_unit_variance_and_round_trip():
     model = vae()
     raw = torch.randn(64, 4, 3, 4, 4) * torch.tensor([0.1, 1, 5, 20]).view(-1, 1, 1, 1) + 2
     for _ in range(2000):
@@ -102,7 +102,7 @@ def test_latents_get_unit_variance_and_come_back():
     )
 
 
-def test_weights_come_back_from_a_checkpoint(tmp_path: Path):
+def test_weights_round_trip_through_a_checkpoint(tmp_path: Path):
     model = vae()
     model.track(torch.randn(2, 4, 1, 2, 2))
     file = tmp_path / "step.ckpt"
@@ -113,21 +113,15 @@ def test_weights_come_back_from_a_checkpoint(tmp_path: Path):
         other.latents(other.encode(video), torch.Generator().manual_seed(0)),
         model.latents(model.encode(video), torch.Generator().manual_seed(0)),
     )
-    with pytest.raises(ValueError, match=r"step\.ckpt does not hold the weights of this video_vae: .* such as"):
+    with pytest.raises(ValueError, match=r"(?s)step\.ckpt.*video_vae.*\b5\b.*decoder\.0\.taps\.weight"):
         load_video_vae(vae(channels=8), file)
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"time_stride": 8}, "time_stride=8 cannot be made by the 2 halvings between 3 dims: use one of 1, 2, 4"),
-    ],
-)
-def test_impossible_settings_are_refused(changes: dict, said: str):
-    with pytest.raises(ValueError, match=said):
-        vae(**changes)
+def test_time_stride_out_of_range_raises():
+    with pytest.raises(ValueError, match=r"time_stride=8\b.*\b2\b.*\b3\b.*\b1, 2, 4\b"):
+        vae(time_stride=8)
 
 
-def test_clips_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"num_frames=8 .* use 9 or 5"):
+def test_invalid_num_frames_raises():
+    with pytest.raises(ValueError, match=r"num_frames=8\b(?=.*CausalVideoVAE).*\b4\b.*\b9\b.*\b5\b"):
         vae().encode(torch.zeros(1, 3, 8, 16, 16))

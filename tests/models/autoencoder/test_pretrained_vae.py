@@ -1,4 +1,4 @@
-"""Published autoencoders as codecs: diffusers' own latents, scales and layouts, on tiny random ones."""
+"""Published autoencoders as codecs: parity with diffusers in latents, scales and layouts, on tiny random models."""
 
 import sys
 from pathlib import Path
@@ -35,7 +35,7 @@ def save(folder: Path, kind: str, **changes) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_latents_and_videos_are_those_of_diffusers(tmp_path: Path, kind: str):
+def test_latents_and_videos_equal_diffusers(tmp_path: Path, kind: str):
     codec = PretrainedVAE(save(tmp_path, kind)).train()
     vae = getattr(diffusers, kind).from_pretrained(tmp_path / "vae").eval()
     _, stride, step = KINDS[kind]
@@ -62,16 +62,16 @@ def test_images_of_cogvideox_15_are_divided_by_the_scale(tmp_path: Path):
         encode(moments, torch.Generator().manual_seed(0)) for encode in (codec.image_latents, codec.latents)
     )
     torch.testing.assert_close(image, latents / 0.7**2, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match=r"num_frames=85 is not 1 \+ a multiple of 16, .* use 81 or 97"):
+    with pytest.raises(ValueError, match=r"num_frames=85\b(?=.*PretrainedVAE).*\b16\b.*\b81\b.*\b97\b"):
         codec.check(85, 768, 1360)
 
 
-def test_what_is_no_video_autoencoder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(FileNotFoundError, match=r"no autoencoder could be loaded from .*nowhere/vae"):
+def test_missing_or_invalid_autoencoder_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(FileNotFoundError, match=r"(?s)autoencoder.*nowhere/vae"):
         PretrainedVAE(str(tmp_path / "nowhere"))
     diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=2).save_pretrained(tmp_path / "vae")
-    with pytest.raises(ValueError, match=r"holds a AutoencoderKL, not a video autoencoder: choose one of Auto"):
+    with pytest.raises(ValueError, match=r"(?s)AutoencoderKL\b.*AutoencoderKLCogVideoX.*AutoencoderKLHunyuanVideo15"):
         PretrainedVAE(str(tmp_path))
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ImportError, match=r"diffusers cannot be imported .*\[pretrained\]"):
+    with pytest.raises(ImportError, match=r"(?s)diffusers.*blueberry-video\[pretrained\]"):
         PretrainedVAE(str(tmp_path))

@@ -1,9 +1,10 @@
-"""CogVideoX against diffusers' CogVideoXTransformer3DModel, and what holds for causal models by definition.
+"""CogVideoX: parity with diffusers' CogVideoXTransformer3DModel, causal attention, weights and errors.
 
-All models are tiny and random in **every** parameter and table: zero biases would hide a dropped one.
+All models are tiny, with random values in **every** parameter and table: zero biases would hide a dropped one.
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ PUBLISHED = {
 
 
 def build(name: str = "2b", **changes) -> CogVideoX:
-    """A variant with random weights; the output's are small enough to be far from overflow, and far from zero."""
+    """CogVideoX variant with random weights, scaled so that outputs are far from overflow and from zero."""
     model = CogVideoX(**{**TINY, **VARIANTS[name], **changes})
     with torch.no_grad():
         for value in (*model.parameters(), *model.buffers()):
@@ -66,7 +67,7 @@ def build(name: str = "2b", **changes) -> CogVideoX:
 
 
 def inputs(model: CogVideoX, *size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, of T, H, W in training if no ``size`` is given, times a clip, and text."""
+    """Latents of size ``size`` (defaults to the training size), one timestep per clip, and text embeddings."""
     size = size or model.places.latent_size
     text = torch.randn(2, model.text_len, model.text_dim)
     return torch.randn(2, model.in_channels, *size), torch.tensor([999.0, 17.0]), text
@@ -80,7 +81,7 @@ def diffusers_of(model: CogVideoX) -> CogVideoXTransformer3DModel:
 
 
 def run_diffusers(theirs: CogVideoXTransformer3DModel, latents: Tensor, time: Tensor, text: Tensor) -> Tensor:
-    """With the rotary positions that its pipeline would give it."""
+    """Output of diffusers' model, with the rotary positions that its pipeline computes."""
     config, (t, h, w) = theirs.config, latents.shape[2:]
     rotary = None
     native = (config.sample_height // 2, config.sample_width // 2)
@@ -100,7 +101,7 @@ def run_diffusers(theirs: CogVideoXTransformer3DModel, latents: Tensor, time: Te
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_outputs_and_all_gradients_are_those_of_diffusers(name: str):
+def test_outputs_and_all_gradients_equal_diffusers(name: str):
     ours = build(name)
     theirs = diffusers_of(ours)
     latents, time, text = inputs(ours)
@@ -121,37 +122,36 @@ def test_outputs_and_all_gradients_are_those_of_diffusers(name: str):
 
 @pytest.mark.parametrize("size", [(1, 8, 12), (5, 8, 12), (3, 4, 12), (3, 8, 4), (3, 12, 12), (3, 16, 28)])
 @pytest.mark.parametrize("name", ["2b", "5b"])
-def test_other_sizes_are_those_of_diffusers(name: str, size: tuple[int, int, int]):
+def test_different_sizes_equal_diffusers(name: str, size: tuple[int, int, int]):
     ours = build(name)
     arguments = inputs(ours, *size)
     torch.testing.assert_close(ours(*arguments), run_diffusers(diffusers_of(ours), *arguments), **TOLERANCE)
 
 
 @pytest.mark.parametrize("size", [(2, 8, 12), (6, 4, 12), (4, 8, 2)])
-def test_smaller_grids_of_1_5_are_not_stretched(size: tuple[int, int, int]):
+def test_positions_of_smaller_grids_of_1_5_are_not_interpolated(size: tuple[int, int, int]):
     ours = build("1.5_i2v")
     arguments = inputs(ours, *size)
     torch.testing.assert_close(ours(*arguments), run_diffusers(diffusers_of(ours), *arguments), **TOLERANCE)
 
 
-def test_half_precision_weights_give_what_diffusers_do():
+def test_half_precision_weights_equal_diffusers():
     ours = build("5b")
     with torch.no_grad():
         for block in ours.transformer_blocks:
             for norm in (block.attn1.norm_q, block.attn1.norm_k):
-                norm.weight.fill_(1.5)  # or attention is so even that positions do not matter
+                norm.weight.fill_(1.5)  # otherwise attention is nearly uniform and positions have no effect
     ours = ours.to(torch.bfloat16)
     latents, time, text = inputs(ours)
     output = ours(latents, time, text)
     expected = run_diffusers(diffusers_of(ours).to(torch.bfloat16), latents.bfloat16(), time, text.bfloat16())
     assert output.dtype == torch.bfloat16
-    torch.testing.assert_close(
-        output, expected, atol=0.02, rtol=0
-    )  # rounded in other places; not turned: 0.03 and more
+    # The operations round in a different order; without rotation the difference is at least 0.03.
+    torch.testing.assert_close(output, expected, atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_diffusers_loads_what_is_saved_and_the_other_way_round(name: str, tmp_path: Path, capsys):
+def test_saved_folders_round_trip_with_diffusers(name: str, tmp_path: Path, capsys):
     ours = build(name)
     arguments = inputs(ours)
     cogvideox.save_published(ours, tmp_path / "ours")
@@ -161,7 +161,7 @@ def test_diffusers_loads_what_is_saved_and_the_other_way_round(name: str, tmp_pa
 
     theirs.save_pretrained(tmp_path / "theirs" / "transformer", max_shard_size="20KB")
     assert len(list((tmp_path / "theirs" / "transformer").glob("*.safetensors"))) > 2
-    back = cogvideox.from_published(tmp_path / "theirs")  # a pipeline's folder
+    back = cogvideox.from_published(tmp_path / "theirs")  # the folder of a pipeline
     torch.testing.assert_close(back(*arguments), ours(*arguments), atol=0, rtol=0)
     assert cogvideox.to_config(back) == cogvideox.to_config(ours)
     assert "CogVideoX" in capsys.readouterr().out
@@ -180,12 +180,12 @@ def test_configs_have_the_published_sizes(name: str):
     assert {name: value.shape for name, value in model.state_dict().items()} == shapes
 
 
-# ---- a time a frame, chunks, the cache -------------------------------------------------------------------------------
+# ---- timesteps per frame, chunk-causal attention, KV cache -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["2b", "5b_i2v", "1.5"])
-def test_a_time_of_every_frame_is_a_time_of_the_clip_where_all_are_alike(name: str):
-    """At time 0, where the text is modulated alike; and at others if the clip's text is modulated at 0, too."""
+def test_equal_timesteps_per_frame_equal_one_timestep_per_clip(name: str):
+    """Holds at timestep 0, and at other timesteps if the text of the clip is modulated at timestep 0."""
     model = build(name)
     latents, noisy, text = inputs(model)
     clean, num_frames = torch.zeros(2), latents.shape[2]
@@ -197,7 +197,7 @@ def test_a_time_of_every_frame_is_a_time_of_the_clip_where_all_are_alike(name: s
     torch.testing.assert_close(by_frame[1], model(latents, noisy, text), **TOLERANCE)
 
 
-def test_the_time_of_a_frame_is_that_of_its_tokens():
+def test_timestep_of_a_frame_applies_to_its_tokens():
     model = build("2b", depth=0)
     latents, _, text = inputs(model)
     times = torch.tensor([[0.0, 500.0, 999.0], [20.0, 20.0, 700.0]])
@@ -208,7 +208,7 @@ def test_the_time_of_a_frame_is_that_of_its_tokens():
 
 
 @pytest.mark.parametrize(("name", "chunk"), [("2b", 1), ("2b", 2), ("5b", 3), ("5b_i2v", 2), ("1.5", 2), ("1.5", 4)])
-def test_nothing_leaks_from_later_chunks(name: str, chunk: int):
+def test_no_leakage_from_later_chunks(name: str, chunk: int):
     model = build(name, causal_chunk=chunk, num_frames=6)
     latents, _, text = inputs(model)
     time = torch.rand(2, 6).mul(1000)
@@ -224,7 +224,7 @@ def test_nothing_leaks_from_later_chunks(name: str, chunk: int):
         assert (result[:, :, start:] - output[:, :, start:]).abs().amax(dim=(0, 1, 3, 4)).min() > 1e-3
     earlier = latents.clone()
     earlier[:, :, 0] += 1
-    assert (model(earlier, time, text) - output).abs().amax(dim=(0, 1, 3, 4)).min() > 1e-4, "the past is not seen"
+    assert (model(earlier, time, text) - output).abs().amax(dim=(0, 1, 3, 4)).min() > 1e-4, "no effect of the past"
 
 
 @pytest.mark.parametrize(("name", "chunk", "calls"), [
@@ -237,7 +237,7 @@ def test_nothing_leaks_from_later_chunks(name: str, chunk: int):
     ("5b", 4, (4, 2)),
 ])  # fmt: skip
 @torch.no_grad()
-def test_the_cache_gives_what_the_mask_does(name: str, chunk: int, calls: tuple[int, ...]):
+def test_cached_chunks_equal_one_masked_pass(name: str, chunk: int, calls: tuple[int, ...]):
     model = build(name, causal_chunk=chunk, num_frames=6)
     latents, _, text = inputs(model)
     time = torch.rand(2, 6).mul(1000)[:, :1].expand(-1, 6) + torch.arange(6)[None] // 2
@@ -245,9 +245,8 @@ def test_the_cache_gives_what_the_mask_does(name: str, chunk: int, calls: tuple[
     cache, first, parts = KeyValueCache(), 0, []
     for length in calls:
         part = slice(first, first + length)
-        model(
-            torch.randn_like(latents[:, :, part]), time[:, part] * 0, text, cache=cache, first_frame=first
-        )  # no trace
+        # An earlier denoising step, which must leave no trace in the cache.
+        model(torch.randn_like(latents[:, :, part]), time[:, part] * 0, text, cache=cache, first_frame=first)
         parts.append(model(latents[:, :, part], time[:, part], text, cache=cache, first_frame=first))
         first += length
     torch.testing.assert_close(torch.cat(parts, dim=2), expected, **TOLERANCE)
@@ -257,7 +256,7 @@ def test_the_cache_gives_what_the_mask_does(name: str, chunk: int, calls: tuple[
 
 
 @pytest.mark.parametrize("changes", [{}, {"causal_chunk": 1}])
-def test_checkpointing_computes_blocks_twice_and_changes_no_gradient(changes: dict):
+def test_activation_checkpointing_recomputes_blocks_and_keeps_gradients(changes: dict):
     model, runs = build("5b", **changes), []
     model.transformer_blocks[0].register_forward_pre_hook(lambda *_: runs.append(model.checkpointing))
     latents, _, text = inputs(model)
@@ -271,7 +270,7 @@ def test_checkpointing_computes_blocks_twice_and_changes_no_gradient(changes: di
     assert runs == [False, True, True]
 
 
-def test_zero_initialisation_begins_with_nothing_and_learns():
+def test_zero_init_starts_at_zero_and_trains():
     model = build("1.5_i2v", zero_init=True)
     cogvideox.init_weights(model)
     latents, time, text = inputs(model)
@@ -290,7 +289,7 @@ def test_zero_initialisation_begins_with_nothing_and_learns():
     assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
 
 
-def test_zero_initialised_blocks_add_nothing():
+def test_zero_initialized_blocks_are_the_identity():
     model = CogVideoX(**{**TINY, "zero_init": True})
     latents, time, text = inputs(model)
     with torch.no_grad():
@@ -305,9 +304,9 @@ def test_zero_initialised_blocks_add_nothing():
 
 
 def to_sat(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """An original file's weights, put together from ours by its own description, with what it holds beside them."""
+    """State dict in the original (SAT) layout, with the tensors of the original files that are not loaded."""
     mixins, sat = "model.diffusion_model.mixins", {}
-    for name, place in (
+    for name, target in (
         ("time_embedding.linear_1", "model.diffusion_model.time_embed.0"),
         ("time_embedding.linear_2", "model.diffusion_model.time_embed.2"),
         ("ofs_embedding.linear_1", "model.diffusion_model.ofs_embed.0"),
@@ -319,7 +318,7 @@ def to_sat(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
         ("proj_out", f"{mixins}.final_layer.linear"),
         ("norm_final", "model.diffusion_model.transformer.final_layernorm"),
     ):
-        sat |= {f"{place}.{kind}": state[f"{name}.{kind}"] for kind in ("weight", "bias") if f"{name}.{kind}" in state}
+        sat |= {f"{target}.{kind}": state[f"{name}.{kind}"] for kind in ("weight", "bias") if f"{name}.{kind}" in state}
     for i in range(depth):
         for kind in ("weight", "bias"):
             block = {name.split(".", 2)[2]: value for name, value in state.items() if f"_blocks.{i}." in name}
@@ -347,7 +346,7 @@ def to_sat(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_original_weights_convert_to_the_same_names_and_values(name: str):
+def test_original_weights_round_trip(name: str):
     state = build(name).state_dict()
     converted = convert_sat(to_sat(state, depth=2))
     assert converted.keys() == state.keys()
@@ -355,12 +354,12 @@ def test_original_weights_convert_to_the_same_names_and_values(name: str):
     assert "transformer.new" in convert_sat({"model.diffusion_model.transformer.new": torch.zeros(1)})
 
 
-def test_an_original_file_is_read(tmp_path: Path, capsys):
+def test_original_file_loads(tmp_path: Path, capsys):
     model = build("1.5_i2v")
     torch.save({"module": to_sat(model.state_dict(), depth=2)}, tmp_path / "mp_rank_00_model_states.pt")
     read = cogvideox.from_published(tmp_path / "mp_rank_00_model_states.pt")
     assert read.places.latent_size == (21, 300, 300)
-    assert "CogVideoX1.5 of 2 blocks, 32 wide-I2V" in capsys.readouterr().out
+    assert re.search(r"CogVideoX1\.5.*\b2\b.*\b32\b.*-I2V", capsys.readouterr().out)
     small = build("1.5_i2v")
     cogvideox.load_published(small, tmp_path / "mp_rank_00_model_states.pt")
     arguments = inputs(model)
@@ -370,19 +369,19 @@ def test_an_original_file_is_read(tmp_path: Path, capsys):
 @pytest.mark.parametrize(
     ("other", "difference"),
     [
-        ("5b", "positions=rope .here sincos"),
-        ("5b_i2v", "-I2V.*in_channels=8 .here 4"),
-        ("1.5", "CogVideoX1.5.*tubelet_size=2 .here 1"),
-        ("2b-narrow-heads", "head_dim=8 .here 16"),
+        ("5b", "positions=rope.*sincos"),
+        ("5b_i2v", r"-I2V.*in_channels=8\b.*\b4\b"),
+        ("1.5", r"CogVideoX1\.5.*tubelet_size=2\b.*\b1\b"),
+        ("2b-narrow-heads", r"head_dim=8\b.*\b16\b"),
     ],
 )
-def test_weights_of_another_variant_are_refused_by_name(other: str, difference: str, tmp_path: Path):
+def test_weights_of_a_different_variant_raise_with_its_name(other: str, difference: str, tmp_path: Path):
     cogvideox.save_published(build(other), tmp_path)
-    with pytest.raises(ValueError, match=f"{difference}.*model=cogvideox/"):
+    with pytest.raises(ValueError, match=f"(?s){difference}.*model=cogvideox/"):
         cogvideox.load_published(build("2b"), tmp_path)
 
 
-def test_own_weights_load_in_the_precision_of_the_model(tmp_path: Path):
+def test_weights_load_in_the_dtype_of_the_model(tmp_path: Path):
     model = build("5b_i2v")
     cogvideox.save_published(model.to(torch.bfloat16), tmp_path)
     fresh = build("5b_i2v")
@@ -392,7 +391,7 @@ def test_own_weights_load_in_the_precision_of_the_model(tmp_path: Path):
     assert all(parameter.requires_grad for parameter in fresh.parameters())
 
 
-def test_causal_chunks_survive_a_folder(tmp_path: Path, capsys):
+def test_causal_chunk_round_trips_through_a_folder(tmp_path: Path):
     cogvideox.save_published(build("5b", causal_chunk=2), tmp_path)
     assert cogvideox.from_published(tmp_path).causal_chunk == 2
     assert cogvideox.from_published(tmp_path, causal_chunk=0).causal_chunk == 0
@@ -401,13 +400,13 @@ def test_causal_chunks_survive_a_folder(tmp_path: Path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_layers": 3}, r"num_layers=3 .not 2"),
-        ({"norm_eps": 1e-6}, "norm_eps=1e-06"),
-        ({"patch_size": 4}, "patch_size=4 .not 2"),
-        ({"temporal_interpolation_scale": 2.0}, "temporal_interpolation_scale=2.0"),
+        ({"num_layers": 3}, r"num_layers=3\b.*\b2\b"),
+        ({"norm_eps": 1e-6}, "norm_eps=1e-06.*1e-05"),
+        ({"patch_size": 4}, r"patch_size=4\b.*\b2\b"),
+        ({"temporal_interpolation_scale": 2.0}, r"temporal_interpolation_scale=2\.0.*1\.0"),
     ],
 )
-def test_a_config_of_other_weights_is_refused(changes: dict, message: str, tmp_path: Path):
+def test_config_that_contradicts_the_weights_raises(changes: dict, message: str, tmp_path: Path):
     cogvideox.save_published(build("2b"), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
@@ -415,16 +414,16 @@ def test_a_config_of_other_weights_is_refused(changes: dict, message: str, tmp_p
         cogvideox.from_published(tmp_path)
 
 
-def test_files_of_other_models_and_torn_ones_are_refused(tmp_path: Path):
+def test_files_of_other_models_and_incomplete_files_raise(tmp_path: Path):
     save_file({"context_embedder.proj_in.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="holds HunyuanVideo, not CogVideoX"):
+    with pytest.raises(ValueError, match=r"(?s)other\.safetensors.*HunyuanVideo.*CogVideoX"):
         cogvideox.from_published(tmp_path / "other.safetensors")
     cogvideox.save_published(build("2b"), tmp_path / "model")
     file = tmp_path / "model" / "diffusion_pytorch_model.safetensors"
     state = load_file(file)
     for name in ("proj_out.bias", "transformer_blocks.1.ff.net.2.weight"):
         save_file({key: value for key, value in state.items() if key != name}, file)
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(ValueError, match=re.escape(name)):
             cogvideox.from_published(tmp_path / "model")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         cogvideox.from_published(tmp_path / "nowhere")
@@ -436,16 +435,16 @@ def test_files_of_other_models_and_torn_ones_are_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"positions": "learned"}, "positions='learned' is unknown"),
-        ({"positions": "rope", "head_dim": 8}, "head_dim=8.*multiple of 16"),
-        ({"num_heads": 3, "head_dim": 8}, "num_heads=3.*multiple of 16"),
-        ({"tubelet_size": 2}, "tubelet_size=2 goes with positions='rope'"),
-        ({"height": 9}, "height=9.*multiples of 2"),
-        ({"causal_chunk": 3, "tubelet_size": 2, "positions": "rope"}, "causal_chunk=3.*multiple of 2"),
-        ({"causal_chunk": -1}, "causal_chunk=-1"),
+        ({"positions": "learned"}, "positions='learned'.*sincos.*rope.*rope_and_table"),
+        ({"positions": "rope", "head_dim": 8}, r"head_dim=8\b.*positions='rope'.*\b16\b"),
+        ({"num_heads": 3, "head_dim": 8}, r"num_heads=3\b.*head_dim=8\b.*positions='sincos'.*\b16\b"),
+        ({"tubelet_size": 2}, "tubelet_size=2.*positions='rope'.*'sincos'"),
+        ({"height": 9}, r"height=9\b.*width=12\b.*\b2\b"),
+        ({"causal_chunk": 3, "tubelet_size": 2, "positions": "rope"}, r"causal_chunk=3\b.*\b2\b.*\b0\b"),
+        ({"causal_chunk": -1}, r"causal_chunk=-1\b"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(changes: dict, message: str):
+def test_invalid_sizes_raise(changes: dict, message: str):
     with pytest.raises(ValueError, match=message):
         CogVideoX(**{**TINY, **changes})
 
@@ -453,25 +452,25 @@ def test_sizes_that_do_not_fit_are_refused(changes: dict, message: str):
 @pytest.mark.parametrize(
     ("name", "shapes", "message"),
     [
-        ("2b", {"latents": (2, 4, 3, 7, 12)}, r"\(3, 7, 12\).*nearest are \(3, 8, 12\)"),
-        ("1.5", {"latents": (2, 4, 3, 8, 12)}, r"\(3, 8, 12\).*\(2, 2, 2\).*nearest"),
-        ("1.5", {"latents": (2, 4, 4, 8, 14)}, "8 x 14 are larger than.*width=12"),
-        ("5b_i2v", {"latents": (2, 8, 3, 8, 10)}, "exactly height=8 and width=12"),
-        ("5b_i2v", {"latents": (2, 8, 4, 8, 12)}, "at most num_frames=3"),
-        ("2b", {"latents": (2, 8, 3, 8, 12)}, "in_channels=4"),
-        ("5b_i2v", {"latents": (2, 4, 3, 8, 12)}, "in_channels=8.*behind them the image"),
-        ("2b", {"latents": (2, 4, 8, 12)}, r"\(2, 4, 8, 12\)"),
-        ("2b", {"text": (2, 5, 12)}, "5 text tokens, but text_len=6:"),
-        ("5b", {"text": (2, 7, 12)}, "7 text tokens, but text_len=6 at most"),
-        ("2b", {"text": (2, 6, 11)}, "text_dim=12"),
-        ("2b", {"text": (1, 6, 12)}, "B=2"),
-        ("2b", {"time": (2, 2)}, r"time is \(2, 2\).*\(2, 3\)"),
-        ("2b", {"time": ()}, r"time is \(\)"),
-        ("1.5", {"time": (2, 4)}, "frames of a patch must have the same time"),
-        ("2b", {"guidance": (2,)}, "no embedded guidance"),
+        ("2b", {"latents": (2, 4, 3, 7, 12)}, r"\(3, 7, 12\).*\(1, 2, 2\).*\(3, 8, 12\)"),
+        ("1.5", {"latents": (2, 4, 3, 8, 12)}, r"\(3, 8, 12\).*\(2, 2, 2\).*\(4, 8, 12\)"),
+        ("1.5", {"latents": (2, 4, 4, 8, 14)}, r"8 x 14\b.*height=8\b.*width=12\b"),
+        ("5b_i2v", {"latents": (2, 8, 3, 8, 10)}, r"3 x 8 x 10\b.*height=8\b.*width=12\b.*num_frames=3\b"),
+        ("5b_i2v", {"latents": (2, 8, 4, 8, 12)}, r"4 x 8 x 12\b.*height=8\b.*width=12\b.*num_frames=3\b"),
+        ("2b", {"latents": (2, 8, 3, 8, 12)}, r"\(2, 8, 3, 8, 12\).*in_channels=4\b"),
+        ("5b_i2v", {"latents": (2, 4, 3, 8, 12)}, r"\(2, 4, 3, 8, 12\).*in_channels=8\b.*image"),
+        ("2b", {"latents": (2, 4, 8, 12)}, r"\(2, 4, 8, 12\).*in_channels=4\b"),
+        ("2b", {"text": (2, 5, 12)}, r"\b5\b.*text_len=6\b"),
+        ("5b", {"text": (2, 7, 12)}, r"\b7\b.*text_len=6\b"),
+        ("2b", {"text": (2, 6, 11)}, r"\(2, 6, 11\).*text_dim=12\b"),
+        ("2b", {"text": (1, 6, 12)}, r"\(1, 6, 12\).*B=2\b"),
+        ("2b", {"time": (2, 2)}, r"time\b.*\(2, 2\).*\(2,\).*\(2, 3\)"),
+        ("2b", {"time": ()}, r"time\b.*\(\).*\(2,\).*\(2, 3\)"),
+        ("1.5", {"time": (2, 4)}, r"\b2\b.*frames.*time"),
+        ("2b", {"guidance": (2,)}, "CogVideoX.*guidance.*None"),
     ],
 )
-def test_bad_input_is_refused_with_what_would_fit(name: str, shapes: dict, message: str):
+def test_invalid_input_raises_with_the_expected_value(name: str, shapes: dict, message: str):
     model = build(name)
     latents, time, text = inputs(model)
     arguments = {"latents": latents, "time": time, "text": text}
@@ -479,16 +478,16 @@ def test_bad_input_is_refused_with_what_would_fit(name: str, shapes: dict, messa
         model(**arguments | {key: torch.rand(shape) for key, shape in shapes.items()})
 
 
-def test_misuse_of_chunks_and_cache_is_refused():
+def test_misuse_of_chunks_and_cache_raises():
     causal, full = build("5b", causal_chunk=2), build("5b")
     latents, time, text = inputs(causal)
     frames = time[:, None].expand(-1, 3)
-    with pytest.raises(ValueError, match=r"a time a frame, \(B, T\)"):
+    with pytest.raises(ValueError, match=r"causal.*\(B, T\)"):
         causal(latents, time, text)
-    with pytest.raises(ValueError, match="set causal_chunk"):
+    with pytest.raises(ValueError, match=r"cache.*causal_chunk"):
         full(latents, frames, text, cache=KeyValueCache())
     for first, cache in ((2, None), (1, KeyValueCache()), (-2, KeyValueCache())):
-        with pytest.raises(ValueError, match=f"first_frame={first}"):
+        with pytest.raises(ValueError, match=rf"first_frame={first}\b.*causal_chunk=2\b"):
             causal(latents, frames, text, cache=cache, first_frame=first)
-    with pytest.raises(ValueError, match="cache holds 0 tokens"):
+    with pytest.raises(ValueError, match=r"cache.*\b0 tokens.*first_frame.*\b54\b"):
         causal(latents, frames, text, cache=KeyValueCache(), first_frame=2)

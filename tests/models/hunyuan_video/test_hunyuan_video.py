@@ -1,8 +1,9 @@
-"""HunyuanVideo against diffusers, on tiny models that are random in every parameter; and what diffusers has not: causal
-attention, its cache, a time a frame.
+"""HunyuanVideo: parity with diffusers on tiny models with random parameters; causal attention, KV cache and per-frame
+timesteps, which diffusers does not have.
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,8 @@ VARIANTS = {
 }
 
 
-def randomise(model: nn.Module) -> None:
-    """Every parameter, norms and biases included."""
+def randomize(model: nn.Module) -> None:
+    """Draws every parameter at random, including norms and biases."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.15)
@@ -60,12 +61,12 @@ def randomise(model: nn.Module) -> None:
 
 def diffusers_model(variant: str = "plain") -> HunyuanVideoTransformer3DModel:
     model = HunyuanVideoTransformer3DModel(**(TINY | VARIANTS[variant]))
-    randomise(model)
+    randomize(model)
     return model
 
 
 def pair(variant: str = "plain") -> tuple[HunyuanVideoTransformer3DModel, HunyuanVideo]:
-    """The same weights in both."""
+    """Models of diffusers and of this package with the same weights."""
     theirs = diffusers_model(variant)
     ours = HunyuanVideo(**hunyuan_video.settings_of(theirs.state_dict(), dict(theirs.config)))
     ours.load_state_dict(theirs.state_dict())
@@ -73,7 +74,7 @@ def pair(variant: str = "plain") -> tuple[HunyuanVideoTransformer3DModel, Hunyua
 
 
 def inputs(model: HunyuanVideo, padded: bool = False, frames: int = 3, length: int = 5) -> dict[str, Tensor]:
-    """A batch of two clips; the texts are of two lengths if ``padded``."""
+    """Batch of two clips, with texts of different lengths if ``padded``."""
     given = {
         "latents": torch.randn(2, model.in_channels, frames, 4, 6),
         "time": torch.tensor([500.25, 13.5]),
@@ -108,7 +109,7 @@ def causal(chunk: int = 1, **changes) -> HunyuanVideo:
         "causal_chunk": chunk,
     }
     model = HunyuanVideo(**(settings | changes))
-    randomise(model)
+    randomize(model)
     return model
 
 
@@ -118,7 +119,7 @@ def causal_inputs(model: HunyuanVideo, frames: int, padded: bool = True) -> dict
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole-text", "padded-text"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_outputs_and_all_gradients_are_those_of_diffusers(variant: str, padded: bool):
+def test_outputs_and_all_gradients_equal_diffusers(variant: str, padded: bool):
     theirs, ours = pair(variant)
     given = inputs(ours, padded)
     inner = [given[name].requires_grad_() for name in ("latents", "text", "pooled")]
@@ -134,14 +135,14 @@ def test_outputs_and_all_gradients_are_those_of_diffusers(variant: str, padded: 
         torch.testing.assert_close(grad, expected_grad, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_the_guidance_scale_is_told_in_thousandths():
+def test_guidance_scale_is_not_multiplied_by_1000():
     theirs, ours = pair("guidance")
     given = inputs(ours)
     wrong = ours(**given | {"guidance": given["guidance"] / 1000})
     assert (wrong - their_output(theirs, given)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("where", ["behind", "before", "between"])
+@pytest.mark.parametrize("where", ["after", "before", "between"])
 @pytest.mark.parametrize("chunk", [0, 2])
 def test_text_padding_changes_nothing(chunk: int, where: str):
     model = causal(chunk)
@@ -149,18 +150,18 @@ def test_text_padding_changes_nothing(chunk: int, where: str):
     padding = 100 * torch.randn(2, 3, 16)
     text = given["text"]
     parts = {
-        "behind": (text, padding),
+        "after": (text, padding),
         "before": (padding, text),
         "between": (text[:, :2], padding, text[:, 2:]),
     }[where]
     mask = torch.cat([torch.full(part.shape[:2], part is not padding) for part in parts], dim=1)
     padded = given | {"text": torch.cat(parts, dim=1), "text_mask": mask}
     torch.testing.assert_close(model(**padded), model(**given), **TOLERANCE)
-    assert (model(**padded | {"text_mask": None}) - model(**given)).abs().max() > 1e-3, "the mask does nothing"
+    assert (model(**padded | {"text_mask": None}) - model(**given)).abs().max() > 1e-3, "the mask has no effect"
 
 
 @pytest.mark.parametrize("chunk", [0, 2])
-def test_a_text_of_padding_alone_gives_finite_outputs_and_gradients(chunk: int):
+def test_fully_padded_text_gives_finite_outputs_and_gradients(chunk: int):
     model = causal(chunk)
     given = causal_inputs(model, 4) if chunk else inputs(model, padded=True)
     given["text_mask"][0] = False
@@ -172,7 +173,7 @@ def test_a_text_of_padding_alone_gives_finite_outputs_and_gradients(chunk: int):
     torch.testing.assert_close(model(**other)[0], output[0], **TOLERANCE)
 
 
-def test_no_row_of_a_mask_is_empty():
+def test_no_row_of_an_attention_mask_is_empty():
     text_mask = torch.tensor([[False, False], [True, False]])  # attention over nothing is NaN in some kernels
     seen = []
     for chunk in (0, 2):
@@ -185,7 +186,7 @@ def test_no_row_of_a_mask_is_empty():
     assert all(mask.any(dim=-1).all() for mask in seen)
 
 
-def test_the_text_does_not_depend_on_the_times_of_frames():
+def test_text_does_not_depend_on_the_timesteps_of_frames():
     model, texts = causal(1), []
     model.transformer_blocks[-1].register_forward_hook(lambda block, given, result: texts.append(result[1]))
     given = causal_inputs(model, 3)
@@ -206,12 +207,12 @@ def test_no_leakage_from_later_chunks(chunk: int):
         difference = (model(**given | {"latents": latents, "time": time}) - output).abs().amax(dim=(0, 1, 3, 4))
         first_seen = changed // chunk * chunk
         assert (difference[:first_seen] == 0).all()
-        assert (difference[first_seen:] > 1e-4).all(), "all of its own and of later chunks see it"
+        assert (difference[first_seen:] > 1e-4).all(), "its own chunk and all later ones depend on it"
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole-text", "padded-text"])
 @pytest.mark.parametrize(("chunk", "parts"), [(1, (1, 1, 1, 2)), (2, (2, 2, 1)), (2, (4, 1)), (2, (2, 3)), (3, (5,))])
-def test_the_cache_gives_what_the_whole_mask_gives(chunk: int, parts: tuple[int, ...], padded: bool):
+def test_cached_chunks_equal_one_masked_pass(chunk: int, parts: tuple[int, ...], padded: bool):
     model = causal(chunk)
     given = causal_inputs(model, 5, padded)
     whole, cache, first = model(**given), KeyValueCache(), 0
@@ -219,20 +220,20 @@ def test_the_cache_gives_what_the_whole_mask_gives(chunk: int, parts: tuple[int,
         here = slice(first, first + part)
         piece = given | {"latents": given["latents"][:, :, here], "time": given["time"][:, here]}
         noise = torch.randn_like(piece["latents"])
-        model(**piece | {"latents": noise}, cache=cache, first_frame=first)  # an earlier step, which is to be forgotten
+        model(**piece | {"latents": noise}, cache=cache, first_frame=first)  # an earlier denoising step, overwritten
         output = model(**piece, cache=cache, first_frame=first)
         torch.testing.assert_close(output, whole[:, :, here], **TOLERANCE)
         first += part
 
 
-def test_a_time_a_frame_is_a_time_a_clip_where_all_are_zero():
+def test_zero_timesteps_per_frame_equal_a_zero_timestep_per_clip():
     _, model = pair("guidance")
     given = inputs(model, padded=True) | {"time": torch.zeros(2)}
     torch.testing.assert_close(model(**given | {"time": torch.zeros(2, 3)}), model(**given), **TOLERANCE)
 
 
-def test_a_time_a_frame_modulates_this_frame():
-    model = causal(1)  # the last frame sees all, and nobody sees it
+def test_timestep_of_a_frame_modulates_this_frame():
+    model = causal(1)  # the last frame attends to all frames, and no other frame attends to it
     given = causal_inputs(model, 3)
     later = given["time"].clone()
     later[:, 2] /= 2
@@ -241,7 +242,7 @@ def test_a_time_a_frame_modulates_this_frame():
     assert difference[2] > 1e-3
 
 
-def test_padding_is_hidden_from_flex_attention_as_from_a_dense_mask():
+def test_padding_mask_is_the_same_in_flex_attention_and_dense_masks():
     text_mask = torch.tensor([[True, False, True], [False, False, False]])
     dense = block_causal_mask(3, 2, 2, 1)
     blocks = create_block_mask(lambda b, h, q, k: dense[q, k], None, None, 7, 7, device="cpu")
@@ -251,7 +252,7 @@ def test_padding_is_hidden_from_flex_attention_as_from_a_dense_mask():
 
 
 @pytest.mark.parametrize("chunk", [0, 2])
-def test_checkpointing_changes_nothing(chunk: int):
+def test_activation_checkpointing_changes_no_output_or_gradient(chunk: int):
     model = causal(chunk)
     given = causal_inputs(model, 4) if chunk else inputs(model)
     results = []
@@ -273,7 +274,7 @@ def test_every_parameter_receives_a_gradient(changes: dict):
     assert [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()] == []
 
 
-def test_zero_initialised_it_is_zero_and_its_blocks_pass_on_their_input():
+def test_zero_init_gives_zero_output_and_identity_blocks():
     model = HunyuanVideo(4, 4, (1, 2, 2), 2, 10, 1, 1, 1, text_dim=16, pooled_dim=8, rope_axes=(2, 4, 4))
     passed = []
     for block in (model.transformer_blocks[0], model.single_transformer_blocks[0]):
@@ -284,12 +285,12 @@ def test_zero_initialised_it_is_zero_and_its_blocks_pass_on_their_input():
     torch.testing.assert_close([video_after, joint_after], [video, joint], atol=0, rtol=0)
 
 
-def test_without_zero_init_nothing_is_zero_but_biases():
+def test_without_zero_init_no_weight_is_zero():
     model = HunyuanVideo(4, 4, (1, 2, 2), 2, 10, 1, 1, 1, rope_axes=(2, 4, 4), text_dim=16, zero_init=False)
     assert all(value.any() for name, value in model.named_parameters() if name.endswith("weight"))
 
 
-def test_it_runs_in_the_precision_of_its_weights():
+def test_output_has_the_dtype_of_the_weights():
     model = causal(0).bfloat16()
     assert model(**inputs(model, padded=True)).dtype == torch.bfloat16
 
@@ -298,7 +299,7 @@ def test_it_runs_in_the_precision_of_its_weights():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_saved_folder_is_loaded_by_diffusers(variant: str, tmp_path: Path):
+def test_diffusers_loads_a_saved_folder(variant: str, tmp_path: Path):
     theirs, ours = pair(variant)
     save_published(ours, tmp_path / "saved")
     loaded = HunyuanVideoTransformer3DModel.from_pretrained(tmp_path / "saved", low_cpu_mem_usage=False)
@@ -310,7 +311,7 @@ def test_a_saved_folder_is_loaded_by_diffusers(variant: str, tmp_path: Path):
 
 @pytest.mark.parametrize("shard", ["5GB", "20KB"], ids=["one-file", "sharded"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_folder_of_diffusers_is_loaded(variant: str, shard: str, tmp_path: Path):
+def test_loads_a_folder_of_diffusers(variant: str, shard: str, tmp_path: Path):
     theirs = diffusers_model(variant)
     theirs.save_pretrained(tmp_path / "transformer", max_shard_size=shard)
     assert (len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1) == (shard == "20KB")
@@ -320,7 +321,7 @@ def test_a_folder_of_diffusers_is_loaded(variant: str, shard: str, tmp_path: Pat
     torch.testing.assert_close(ours(**given), their_output(theirs, given), **TOLERANCE)
 
 
-def test_a_folder_in_shards_is_written_as_diffusers_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_diffusers_loads_a_saved_folder_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     theirs, ours = pair("guidance")
     monkeypatch.setattr("blueberry_video.weights.diffusers_folder.write_folder.__defaults__", (20_000,))
     save_published(ours, tmp_path)
@@ -330,7 +331,7 @@ def test_a_folder_in_shards_is_written_as_diffusers_reads_it(tmp_path: Path, mon
     torch.testing.assert_close(loaded.state_dict(), theirs.state_dict(), atol=0, rtol=0)
 
 
-def test_what_a_causal_model_was_saved_with_is_read_again(tmp_path: Path):
+def test_causal_chunk_round_trips_through_a_folder(tmp_path: Path):
     model = causal(2)
     save_published(model, tmp_path)
     given = causal_inputs(model, 4)
@@ -338,28 +339,25 @@ def test_what_a_causal_model_was_saved_with_is_read_again(tmp_path: Path):
     assert from_published(tmp_path, causal_chunk=0).causal_chunk == 0
 
 
-def test_weights_of_another_variant_are_refused_by_name(tmp_path: Path):
+def test_weights_of_a_different_variant_raise_with_its_name(tmp_path: Path):
     _, guided = pair("guidance")
     _, plain = pair("plain")
     save_published(guided, tmp_path)
-    with pytest.raises(
-        ValueError, match=r"guidance-distilled.*, but the model is .*without embedded guidance"
-    ) as error:
+    with pytest.raises(ValueError, match=r"(?s)guidance-distilled.*without embedded guidance.*model=\w+/"):
         hunyuan_video.load_published(plain, tmp_path)
-    assert "choose the model=text_to_video/…" in str(error.value)
-    said = hunyuan_video.load_published(pair("guidance")[1], tmp_path)
+    report = hunyuan_video.load_published(pair("guidance")[1], tmp_path)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"rope_theta": 256.0', '"rope_theta": 10000.0'))
-    with pytest.raises(ValueError, match=r"was trained with rope_theta=10000.0 \(here 256.0\), which no weight tells"):
+    with pytest.raises(ValueError, match=r"(?s)rope_theta=10000\.0.*256\.0"):
         hunyuan_video.load_published(pair("guidance")[1], tmp_path)
     settings = json.loads(config.read_text()) | {"rope_theta": 256.0, "image_condition_type": "token_replace"}
     config.write_text(json.dumps(settings))
-    other = hunyuan_video.load_published(pair("guidance")[1], tmp_path)
-    assert other.endswith("trained with image_condition_type=token_replace (here None)")
-    assert said.startswith("loaded HunyuanVideo text-to-video or token_replace, guidance-distilled (2 + 2 blocks")
+    replaced = hunyuan_video.load_published(pair("guidance")[1], tmp_path)
+    assert re.search(r"image_condition_type=token_replace\b.*\bNone\b", replaced)
+    assert re.search(r"HunyuanVideo.*token_replace.*guidance-distilled.*\b2 \+ 2\b", report)
 
 
-def test_published_weights_take_the_precision_of_the_model_they_are_put_into(tmp_path: Path):
+def test_published_weights_load_in_the_dtype_of_the_model(tmp_path: Path):
     theirs, ours = pair()
     theirs.bfloat16().save_pretrained(tmp_path)
     assert from_published(tmp_path).proj_out.weight.dtype == torch.bfloat16
@@ -367,27 +365,27 @@ def test_published_weights_take_the_precision_of_the_model_they_are_put_into(tmp
     assert ours.proj_out.weight.dtype == torch.float32
 
 
-def test_weights_of_another_architecture_are_refused_by_name(tmp_path: Path):
+def test_weights_of_a_different_architecture_raise_with_its_name(tmp_path: Path):
     tiny = {"num_attention_heads": 1, "attention_head_dim": 16, "num_layers": 1, "text_embed_dim": 8}
     CogVideoXTransformer3DModel(**tiny, in_channels=4, sample_height=4, sample_width=4).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds CogVideoX, not HunyuanVideo: choose the model"):
+    with pytest.raises(ValueError, match=r"(?s)CogVideoX.*HunyuanVideo"):
         from_published(tmp_path)
     save_file({"some.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"holds an unknown architecture \(some.weight, …\)"):
+    with pytest.raises(ValueError, match=r"(?s)other\.safetensors.*some\.weight.*HunyuanVideo"):
         from_published(tmp_path / "other.safetensors")
 
 
-def test_incomplete_folders_are_refused(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+def test_incomplete_folders_raise(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
         from_published(tmp_path)
     diffusers_model().save_pretrained(tmp_path, max_shard_size="20KB")
     shard = min(tmp_path.glob("*.safetensors"))
     index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
     shard.write_bytes(shard.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"cannot be read: it is damaged"):
+    with pytest.raises(ValueError, match=re.escape(shard.name)):
         from_published(tmp_path)
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=f"lacks {shard.name}"):
+    with pytest.raises(FileNotFoundError, match=re.escape(shard.name)):
         from_published(tmp_path)
     for part in index["weight_map"].values():
         (tmp_path / part).unlink(missing_ok=True)
@@ -395,23 +393,23 @@ def test_incomplete_folders_are_refused(tmp_path: Path):
     state = diffusers_model().state_dict()
     del state["transformer_blocks.1.norm1.linear.bias"]
     save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ValueError, match=r"1 missing, such as transformer_blocks\.1\.norm1\.linear\.bias"):
+    with pytest.raises(ValueError, match=r"(?s)HunyuanVideo.*\b1\b.*transformer_blocks\.1\.norm1\.linear\.bias"):
         from_published(tmp_path)
 
 
-def test_a_folder_with_weights_is_not_written_over(tmp_path: Path):
+def test_saving_into_a_folder_with_weights_raises(tmp_path: Path):
     _, ours = pair()
     save_published(ours, tmp_path)
-    with pytest.raises(FileExistsError, match="choose another folder"):
+    with pytest.raises(FileExistsError, match=r"diffusion_pytorch_model\.safetensors"):
         save_published(ours, tmp_path)
-    with pytest.raises(ValueError, match="pooled_dim=0"):
+    with pytest.raises(ValueError, match=r"pooled_dim=0\b"):
         save_published(causal(pooled_dim=0), tmp_path / "another")
 
 
 @pytest.mark.parametrize(
     ("config", "billions"), [("t2v_guidance", 12.821), ("t2v", 12.811), ("i2v_concat", 12.811), ("i2v_replace", 12.821)]
 )
-def test_the_published_models_have_their_number_of_parameters(config: str, billions: float):
+def test_published_models_have_the_published_number_of_parameters(config: str, billions: float):
     with torch.device("meta"):
         model = instantiate(OmegaConf.load(CONF / "model" / "hunyuan_video" / f"{config}.yaml"))
         settings = {"guidance_embeds": model.embedded_guidance, "in_channels": model.in_channels}
@@ -421,10 +419,10 @@ def test_the_published_models_have_their_number_of_parameters(config: str, billi
     assert shapes == {name: value.shape for name, value in theirs.state_dict().items()}
 
 
-# ---- image-to-video, and what is refused -----------------------------------------------------------------------------
+# ---- image-to-video and errors ---------------------------------------------------------------------------------------
 
 
-def test_an_image_stands_beside_or_in_place_of_the_first_frame():
+def test_image_is_concatenated_along_channels_or_replaces_the_first_frame():
     latents, image = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 4, 1, 2, 2)
     noisy, given, known = concat_image(latents, image).split((4, 4, 1), dim=1)
     assert torch.equal(noisy, latents)
@@ -437,70 +435,70 @@ def test_an_image_stands_beside_or_in_place_of_the_first_frame():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
-        ({"rope_axes": (2, 4, 6)}, r"rope_axes=\(2, 4, 6\) .* head_dim=10"),
-        ({"rope_axes": (4, 3, 3)}, "three even numbers"),
-        ({"image_condition": "concat"}, "image_condition='concat' is unknown: choose null, 'latent_concat'"),
-        ({"image_condition": "latent_concat"}, "needs in_channels=9"),
-        ({"in_channels": 8}, "in_channels=8 with out_channels=4"),
-        ({"chunk": -1}, "causal_chunk=-1"),
-        ({"chunk": 2, "patch_size": (2, 1, 1)}, r"causal_chunk=2 .*patch_size=\(2, 1, 1\)"),
+        ({"rope_axes": (2, 4, 6)}, r"rope_axes=\(2, 4, 6\).*head_dim=10\b"),
+        ({"rope_axes": (4, 3, 3)}, r"rope_axes=\(4, 3, 3\).*head_dim=10\b"),
+        ({"image_condition": "concat"}, "image_condition='concat'.*'latent_concat'.*'token_replace'"),
+        ({"image_condition": "latent_concat"}, r"in_channels=4\b.*image_condition='latent_concat'.*in_channels=9\b"),
+        ({"in_channels": 8}, r"in_channels=8\b.*out_channels=4\b.*in_channels=4\b"),
+        ({"chunk": -1}, r"causal_chunk=-1\b"),
+        ({"chunk": 2, "patch_size": (2, 1, 1)}, r"causal_chunk=2\b.*patch_size=\(2, 1, 1\)"),
     ],
     ids=str,
 )
-def test_settings_that_do_not_fit_are_refused(changes: dict, said: str):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_settings_raise(changes: dict, expected: str):
+    with pytest.raises(ValueError, match=expected):
         causal(**changes)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
-        ({"latents": torch.zeros(2, 16, 3, 4, 6)}, r"in_channels = 4"),
-        ({"latents": torch.zeros(2, 4, 3, 5, 6)}, "5 rows, no multiple of .*: the nearest is 4"),
-        ({"latents": torch.zeros(2, 4, 3, 4, 7)}, "7 columns, .* nearest is 8"),
-        ({"latents": torch.zeros(2, 4, 0, 4, 6)}, "0 frames"),
-        ({"time": torch.zeros(2, 4)}, r"time has the shape \(2, 4\): expected \(2,\).*\(2, 3\)"),
-        ({"time": torch.zeros(())}, r"time has the shape \(\)"),
-        ({"text": torch.zeros(2, 5, 8)}, "text_dim = 16"),
-        ({"text": torch.zeros(1, 5, 16)}, "B = 2"),
-        ({"text_mask": torch.ones(2, 4, dtype=torch.bool)}, r"text_mask is a torch.bool tensor of shape \(2, 4\)"),
-        ({"text_mask": torch.ones(2, 5)}, "text_mask is a torch.float32 tensor"),
-        ({"pooled": None}, "pooled has the shape None: with pooled_dim=8"),
-        ({"pooled": torch.zeros(2, 9)}, r"pooled has the shape \(2, 9\)"),
-        ({"guidance": torch.ones(2)}, r"guidance has the shape \(2,\): with embedded_guidance=False it must be None"),
-        ({"cache": KeyValueCache()}, "set causal_chunk"),
-        ({"first_frame": 2}, "set causal_chunk"),
+        ({"latents": torch.zeros(2, 16, 3, 4, 6)}, r"latents.*\(2, 16, 3, 4, 6\).*in_channels ?= ?4\b"),
+        ({"latents": torch.zeros(2, 4, 3, 5, 6)}, r"\b5\b.*patch_size=\(1, 2, 2\).*\b4\b"),
+        ({"latents": torch.zeros(2, 4, 3, 4, 7)}, r"\b7\b.*patch_size=\(1, 2, 2\).*\b8\b"),
+        ({"latents": torch.zeros(2, 4, 0, 4, 6)}, r"\b0\b.*patch_size=\(1, 2, 2\).*\b1\b"),
+        ({"time": torch.zeros(2, 4)}, r"time.*\(2, 4\).*\(2,\).*\(2, 3\)"),
+        ({"time": torch.zeros(())}, r"time.*\(\).*\(2,\).*\(2, 3\)"),
+        ({"text": torch.zeros(2, 5, 8)}, r"text.*\(2, 5, 8\).*text_dim ?= ?16\b"),
+        ({"text": torch.zeros(1, 5, 16)}, r"text.*\(1, 5, 16\).*B ?= ?2\b"),
+        ({"text_mask": torch.ones(2, 4, dtype=torch.bool)}, r"text_mask.*\(2, 4\).*\(2, 5\)"),
+        ({"text_mask": torch.ones(2, 5)}, r"text_mask.*torch\.float32.*torch\.bool"),
+        ({"pooled": None}, r"pooled.*None.*pooled_dim=8\b.*\(2, 8\)"),
+        ({"pooled": torch.zeros(2, 9)}, r"pooled.*\(2, 9\).*pooled_dim=8\b.*\(2, 8\)"),
+        ({"guidance": torch.ones(2)}, r"guidance.*\(2,\).*embedded_guidance=False.*None"),
+        ({"cache": KeyValueCache()}, r"cache.*first_frame=0\b.*causal_chunk"),
+        ({"first_frame": 2}, r"first_frame=2\b.*causal_chunk"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_inputs_that_do_not_fit_are_refused(changes: dict, said: str):
+def test_invalid_inputs_raise(changes: dict, expected: str):
     model = causal(0, patch_size=(1, 2, 2))
     given = inputs(model)
     model(**given)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=expected):
         model(**given | changes)
 
 
-def test_a_guided_model_needs_a_scale():
+def test_guidance_distilled_model_requires_one_scale_per_clip():
     _, model = pair("guidance")
-    for wrong in (None, torch.ones(1)):
-        with pytest.raises(ValueError, match="a scale a clip"):
+    for wrong, shape in ((None, "None"), (torch.ones(1), r"\(1,\)")):
+        with pytest.raises(ValueError, match=rf"guidance.*{shape}.*embedded_guidance=True.*\(2,\)"):
             model(**inputs(model) | {"guidance": wrong})
 
 
-def test_what_a_causal_model_cannot_know_is_refused():
+def test_invalid_timesteps_or_cache_of_a_causal_model_raise():
     model = causal(2)
     given = causal_inputs(model, 2)
-    with pytest.raises(ValueError, match="causal_chunk=2 needs a time a frame"):
+    with pytest.raises(ValueError, match=r"causal_chunk=2\b.*\(B, T\)"):
         model(**given | {"time": torch.zeros(2)})
     for first in (1, -2):
-        with pytest.raises(ValueError, match=f"first_frame={first} must be a multiple of causal_chunk=2"):
+        with pytest.raises(ValueError, match=rf"first_frame={first}\b.*causal_chunk=2\b"):
             model(**given, cache=KeyValueCache(), first_frame=first)
-    with pytest.raises(ValueError, match=r"first_frame=2 must be .* with the cache"):
+    with pytest.raises(ValueError, match=r"first_frame=2\b.*cache"):
         model(**given, first_frame=2)
-    with pytest.raises(ValueError, match="the cache holds 0 tokens"):
+    with pytest.raises(ValueError, match=r"cache.*\b0 tokens.*first_frame.*\b17\b"):
         model(**given, cache=KeyValueCache(), first_frame=2)
-    with pytest.raises(ValueError, match="a time a frame needs tokens of one frame"):
+    with pytest.raises(ValueError, match=r"patch_size=\(3, 2, 2\)"):
         pair("patches-in-time")[1](**inputs(pair("patches-in-time")[1]) | {"time": torch.zeros(2, 3)})

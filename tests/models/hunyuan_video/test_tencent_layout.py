@@ -1,4 +1,4 @@
-"""Files of Tencent's are read as the models that they were written from."""
+"""Files in the layout of Tencent: round trips of HunyuanVideo and HunyuanVideo-1.5."""
 
 from pathlib import Path
 
@@ -12,12 +12,12 @@ from blueberry_video.models.hunyuan_video import model_15 as hunyuan_video15
 from blueberry_video.models.hunyuan_video.model import HunyuanVideo
 from blueberry_video.models.hunyuan_video.model_15 import HunyuanVideo15
 
-# Positions are those of the published models, which no weight tells, in heads of 32.
+# The positions are those of the published models, which cannot be inferred from weights, in heads of 32.
 TINY = {"out_channels": 4, "num_heads": 2, "head_dim": 32, "depth": 2, "text_dim": 16, "rope_axes": (4, 14, 14)}
 
 
 def to_tencent(model: HunyuanVideo | HunyuanVideo15) -> dict[str, Tensor]:
-    """The layout of Tencent's files, written down once more, the other way round."""
+    """State dict in the layout of Tencent's files, as the inverse of the package's conversion."""
     state, dim = model.state_dict(), model.num_heads * model.head_dim
     file: dict[str, Tensor] = {}
 
@@ -85,49 +85,49 @@ def to_tencent(model: HunyuanVideo | HunyuanVideo15) -> dict[str, Tensor]:
     return file
 
 
-def randomised(model: torch.nn.Module) -> torch.nn.Module:
+def randomized(model: torch.nn.Module) -> torch.nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.15)
     return model
 
 
-def same(loaded: torch.nn.Module, model: torch.nn.Module, *given: Tensor) -> None:
+def assert_same(loaded: torch.nn.Module, model: torch.nn.Module, *given: Tensor) -> None:
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
-    torch.testing.assert_close(loaded(*given), model(*given), atol=0, rtol=0)  # positions included
+    torch.testing.assert_close(loaded(*given), model(*given), atol=0, rtol=0)  # compares positions, too
 
 
 @pytest.mark.parametrize("guidance", [False, True])
-def test_a_file_of_hunyuan_video_is_loaded(guidance: bool, tmp_path: Path):
+def test_hunyuan_video_file_loads(guidance: bool, tmp_path: Path):
     settings = TINY | {"in_channels": 4, "single_depth": 2, "pooled_dim": 8, "embedded_guidance": guidance}
-    model = randomised(HunyuanVideo(**settings))
+    model = randomized(HunyuanVideo(**settings))
     file = to_tencent(model)
     assert sum(value.numel() for value in file.values()) == sum(value.numel() for value in model.state_dict().values())
     path = tmp_path / "mp_rank_00_model_states.pt"
     torch.save({"module": file}, path)
     given = (torch.randn(2, 4, 2, 4, 4), torch.tensor([500.0, 3.5]), torch.randn(2, 3, 16), None, torch.randn(2, 8))
-    same(hunyuan_video.from_published(path), model, *given, torch.ones(2) if guidance else None)
+    assert_same(hunyuan_video.from_published(path), model, *given, torch.ones(2) if guidance else None)
     assert hunyuan_video.from_published(path, image_condition="token_replace").image_condition == "token_replace"
 
 
 @pytest.mark.parametrize("meanflow", [False, True])
-def test_a_file_of_hunyuan_video_15_is_loaded(meanflow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_hunyuan_video_15_file_loads(meanflow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(hunyuan_video15, "LETTERS_HIDDEN", 24)
     settings = TINY | {"in_channels": 9, "letters_dim": 12, "image_dim": 6, "meanflow": meanflow}
-    model = randomised(HunyuanVideo15(**settings))
+    model = randomized(HunyuanVideo15(**settings))
     file = to_tencent(model)
     assert sum(value.numel() for value in file.values()) == sum(value.numel() for value in model.state_dict().values())
-    file = {f"model.diffusion_model.{name}": value.contiguous() for name, value in file.items()}  # as ComfyUI has it
+    file = {f"model.diffusion_model.{name}": value.contiguous() for name, value in file.items()}  # ComfyUI's prefix
     save_file(file, tmp_path / "a.safetensors")
     latents, time = torch.randn(2, 9, 2, 2, 2), torch.tensor([500.0, 3.5])
     letters, image = torch.randn(2, 3, 12), torch.randn(2, 2, 6)
     given = (latents, time, torch.randn(2, 3, 16), None, None, None, None, 0, letters, None, image)
-    same(hunyuan_video15.from_published(tmp_path / "a.safetensors"), model, *given, time if meanflow else None)
+    assert_same(hunyuan_video15.from_published(tmp_path / "a.safetensors"), model, *given, time if meanflow else None)
 
 
-def test_names_that_are_not_known_are_reported(tmp_path: Path):
+def test_unknown_names_raise(tmp_path: Path):
     model = HunyuanVideo(**TINY, in_channels=4, single_depth=2, pooled_dim=8)
     file = {name: value.contiguous() for name, value in to_tencent(model).items()}
     save_file(file | {"new.weight": torch.ones(1)}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"1 left over, such as new\.weight"):
+    with pytest.raises(ValueError, match=r"(?s)a\.safetensors.*HunyuanVideo.*\b1\b.*new\.weight"):
         hunyuan_video.from_published(tmp_path / "a.safetensors")

@@ -1,18 +1,18 @@
-"""The Hydra Video backbone: causal, streamable, and an encoder for every task."""
+"""Hydra Video backbone: causality, streaming, masked tokens, and use as the encoder of every task."""
+
+import re
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
-from blueberry_video.data.sprites import Sprites
 from blueberry_video.masking import DualMasking, RandomMasking, TubeMasking
 from blueberry_video.models.classifier import VideoClassifier
 from blueberry_video.models.hydra_video.model import HydraVideo
 from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer, load_encoder
 from blueberry_video.nn.patches import gather_tokens
-from blueberry_video.optim import parameter_groups, warmup_cosine
+from blueberry_video.optim import parameter_groups
 from blueberry_video.tasks.classification import Classification
 from blueberry_video.tasks.distillation import Distillation
 from blueberry_video.tasks.masked_pixels import MaskedPixels
@@ -29,24 +29,24 @@ def clips(frames: int = 4, batch: int = 2, dtype: torch.dtype = torch.float32) -
     return torch.randn(batch, 3, frames, 16, 16, dtype=dtype)
 
 
-# ---- causality and streams -------------------------------------------------------------------------------------------
+# ---- causality and streaming -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changes", [{}, {"scan_blocks": (None, (1, 1))}, {"mlp_ratio": 0, "num_groups": 2}])
-def test_no_future_leakage_and_both_ways_inside_a_frame(changes):
+def test_no_future_leakage_and_bidirectional_within_a_frame(changes):
     encoder = tiny(patch_size=4, **changes).double()
     video = clips(frames=8, batch=1, dtype=torch.float64).requires_grad_()
     mixed = (encoder(video)[0] * torch.randn(16, dtype=torch.float64)).sum(1)
     for n in (16, 27, 31):  # the first, a middle and the last token of the second of four frames
         gradient = torch.autograd.grad(mixed[n], video, retain_graph=True)[0][0]
         assert (gradient[:, 4:] == 0).all()
-        of_places = gradient.abs().view(3, 4, 2, 4, 4, 4, 4).amax(dim=(0, 2, 4, 6))[:2]  # (tubelet, row, column)
-        assert of_places.min() > 1e-8  # all of the frame and of the one before
+        per_patch = gradient.abs().view(3, 4, 2, 4, 4, 4, 4).amax(dim=(0, 2, 4, 6))[:2]  # (tubelet, row, column)
+        assert per_patch.min() > 1e-8  # every patch of the frame and of the previous one
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [{}, {"scan_blocks": (None, (1, 2)), "images": True, "conv_size": (2, 3, 3)}])
-def test_a_stream_of_64_frames_is_the_whole_video(changes):
+def test_streaming_64_frames_equals_the_whole_video(changes):
     encoder = tiny(**changes)
     video = clips(frames=64)
     whole, state, parts = encoder(video), None, []
@@ -60,7 +60,7 @@ def test_a_stream_of_64_frames_is_the_whole_video(changes):
     torch.testing.assert_close(torch.cat([uneven, rest], 1), whole, atol=1e-4, rtol=1e-4)
 
 
-def test_the_state_of_a_stream_does_not_grow():
+def test_streaming_state_has_constant_size():
     encoder, state, sizes = tiny(), None, []
     for _ in range(12):
         features, state = encoder.stream(clips(frames=2), state)
@@ -72,14 +72,14 @@ def test_the_state_of_a_stream_does_not_grow():
 
 
 @torch.no_grad()
-def test_the_past_is_remembered():
+def test_last_frame_depends_on_the_first():
     encoder, video = tiny(), clips(frames=64)
     changed = video.clone()
     changed[:, :, :2] += 1.0
     assert (encoder(changed) - encoder(video))[:, -4:].abs().min() > 1e-6
 
 
-def test_the_slowest_head_begins_with_a_memory_of_so_many_frames():
+def test_slowest_head_is_initialized_to_memory_frames():
     encoder = tiny(embed_dim=128, head_dim=2, memory_frames=50, scan_blocks=(None, (1, 2)))
     for block, tokens in zip(encoder.blocks, (4, 2), strict=True):
         steps = torch.nn.functional.softplus(block.mixer.dt_bias[0].detach())
@@ -87,11 +87,11 @@ def test_the_slowest_head_begins_with_a_memory_of_so_many_frames():
         assert steps.max().item() == pytest.approx(0.1, rel=0.3)
 
 
-# ---- hidden tokens ---------------------------------------------------------------------------------------------------
+# ---- masked tokens ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("blocks", [(None,), (None, (1, 1))])
-def test_hidden_tokens_have_no_influence_and_visible_ones_have(blocks):
+def test_output_depends_on_visible_tokens_only(blocks):
     encoder, keep = tiny(scan_blocks=blocks), torch.tensor([[0, 3, 6]])
     video = clips(batch=1)
     expected = encoder(video, keep)
@@ -103,7 +103,7 @@ def test_hidden_tokens_have_no_influence_and_visible_ones_have(blocks):
 
 
 @torch.no_grad()
-def test_all_tokens_kept_in_order_is_no_mask_and_any_order_is_that_of_the_output():
+def test_keeping_all_tokens_equals_no_mask_in_any_order():
     encoder, video, order = tiny(), clips(), torch.randperm(8).expand(2, 8)
     whole = encoder(video)
     torch.testing.assert_close(encoder(video, torch.arange(8).expand(2, 8)), whole, atol=1e-5, rtol=1e-5)
@@ -114,75 +114,59 @@ def test_all_tokens_kept_in_order_is_no_mask_and_any_order_is_that_of_the_output
 
 
 @torch.no_grad()
-def test_longer_and_shorter_videos_and_images():
+def test_videos_of_different_lengths_and_images():
     encoder = tiny(images=True)
     assert [encoder(clips(frames)).shape[1] for frames in (2, 4, 10)] == [4, 8, 20]
     frame = clips(1)
     torch.testing.assert_close(encoder(frame), encoder(frame.expand(-1, -1, 2, -1, -1)))
-    assert [tiny(tubelet_size=1)(clips(frames)).shape[1] for frames in (1, 3)] == [4, 12]  # a clip of one frame, too
+    assert [tiny(tubelet_size=1)(clips(frames)).shape[1] for frames in (1, 3)] == [4, 12]  # also a clip of one frame
 
 
 @pytest.mark.parametrize(
     ("shape", "text"),
     [
-        ((2, 3, 5, 16, 16), r"\(C, T, H, W\) = \(3, 5, 16, 16\).* multiple of tubelet_size=2"),
-        ((2, 3, 4, 16, 8), r"built for C = 3, \(H, W\) = \(16, 16\)"),
-        ((2, 1, 4, 16, 16), r"built for C = 3"),
-        ((2, 3, 0, 16, 16), r"multiple of tubelet_size=2"),
-        ((2, 3, 1, 16, 16), r"single frames need model\.encoder\.images=true"),
+        ((2, 3, 5, 16, 16), r"\(3, 5, 16, 16\).*tubelet_size=2\b"),
+        ((2, 3, 4, 16, 8), r"\(3, 4, 16, 8\).*C ?= ?3\b.*\(16, 16\).*image_size"),
+        ((2, 1, 4, 16, 16), r"\(1, 4, 16, 16\).*C ?= ?3\b"),
+        ((2, 3, 0, 16, 16), r"\(3, 0, 16, 16\).*tubelet_size=2\b"),
+        ((2, 3, 1, 16, 16), r"\(3, 1, 16, 16\).*model\.encoder\.images=true"),
     ],
 )
-def test_videos_of_another_shape_are_refused(shape, text):
+def test_invalid_video_shapes_raise(shape, text):
     with pytest.raises(ValueError, match=text):
         tiny()(torch.randn(shape))
 
 
-def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="keep names a token twice"):
+def test_bad_arguments_raise():
+    with pytest.raises(ValueError, match="keep"):
         tiny()(clips(), torch.tensor([[0, 3, 3], [1, 2, 3]]))
-    with pytest.raises(ValueError, match="image_size=20 is not a multiple"):
+    with pytest.raises(ValueError, match=r"image_size=20\b.*patch_size=8\b.*\b16\b"):
         tiny(image_size=20)
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------
 
 
-def check_training(module) -> None:
-    """A finite loss, and a gradient for every parameter."""
-    clips = Sprites("train", 4, num_frames=4, image_size=16, background="texture")
-    batch = module.train().on_after_batch_transfer(default_collate([clips[i] for i in range(4)]), 0)
-    loss = module.shared_step(batch, "train")["loss"]
-    assert torch.isfinite(loss)
-    loss.backward()
-    for name, parameter in module.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.abs().max() > 0, name
-
-
-def options() -> dict:
-    return {"optimizer": lambda groups: torch.optim.AdamW(groups, lr=1e-3), "schedule": warmup_cosine}
-
-
-def test_it_classifies():
-    check_training(Classification(VideoClassifier(tiny(), {"motion": 8}, head_init_scale=1.0), **options()))
+def test_trains_as_a_classifier(check_training, options):
+    check_training(Classification(VideoClassifier(tiny(), {"motion": 8}, head_init_scale=1.0), **options))
 
 
 @pytest.mark.parametrize("masking", [TubeMasking(0.5), RandomMasking(0.6), DualMasking(RandomMasking(0.5))])
 @pytest.mark.parametrize("blocks", [(None,), (None, (1, 1))])
-def test_it_predicts_masked_pixels(masking, blocks):
+def test_trains_as_a_masked_autoencoder(masking, blocks, check_training, options):
     model = MaskedAutoencoder(tiny(scan_blocks=blocks), decoder_dim=12, decoder_depth=1, decoder_num_heads=2)
-    check_training(MaskedPixels(model, masking=masking, **options()))
+    check_training(MaskedPixels(model, masking=masking, **options))
 
 
-def test_it_learns_from_a_teacher_and_teaches():
+def test_trains_as_student_and_as_teacher(check_training, options):
     encoder = VisionTransformer(16, 4, 8, 2, embed_dim=16, depth=1, num_heads=2)
     models = [VideoClassifier(part, {"motion": 8}, head_init_scale=1.0) for part in (tiny(), encoder)]
     for student, teacher in (models, models[::-1]):
         student.requires_grad_(True)
-        check_training(Distillation(student, **options(), teacher=teacher, teacher_from="unused"))
+        check_training(Distillation(student, **options, teacher=teacher, teacher_from="unused"))
 
 
-def test_timescales_and_the_diagonal_are_not_decayed():
+def test_timescales_and_the_diagonal_have_no_weight_decay():
     encoder = tiny()
     matrices, rest = parameter_groups(torch.nn.ModuleDict({"encoder": encoder}))
     exempt = {id(parameter) for parameter in rest["params"]}
@@ -194,12 +178,12 @@ def test_timescales_and_the_diagonal_are_not_decayed():
     assert len(matrices["params"]) + len(rest["params"]) == len(list(encoder.parameters()))
 
 
-def test_its_layers_have_learning_rates_of_their_own():
+def test_layer_decay_gives_separate_learning_rates_per_layer():
     groups = parameter_groups(VideoClassifier(tiny(), {"motion": 8}), layer_decay=0.5)
     assert sorted({group["lr_scale"] for group in groups}) == [0.125, 0.25, 0.5, 1.0]
 
 
-def test_an_own_checkpoint_loads_with_and_without_the_final_norm(tmp_path):
+def test_own_checkpoint_loads_without_the_final_norm(tmp_path):
     trained, other = tiny(), tiny(final_norm=False)
     for parameter in trained.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -214,12 +198,12 @@ def test_an_own_checkpoint_loads_with_and_without_the_final_norm(tmp_path):
 @pytest.mark.parametrize(
     "keep", [torch.tensor([[1, 2]]), torch.tensor([1, 2]), torch.ones(2, 8, dtype=torch.bool), torch.rand(2, 3)]
 )
-def test_a_keep_of_another_batch_or_type_is_refused(keep: Tensor):
-    with pytest.raises(ValueError, match="indices of the visible tokens"):
+def test_keep_of_wrong_shape_or_dtype_raises(keep: Tensor):
+    with pytest.raises(ValueError, match=rf"keep.*{keep.dtype}.*{re.escape(str(tuple(keep.shape)))}"):
         tiny()(clips(), keep)
 
 
-def test_narrow_indices_serve_and_compile():
+def test_int32_indices_and_compilation_give_the_same_output():
     encoder, video, keep = tiny(), clips(), torch.tensor([[0, 3, 5], [1, 2, 7]])
     expected = encoder(video, keep)
     torch.testing.assert_close(encoder(video, keep.int()), expected, rtol=0, atol=0)
@@ -227,21 +211,21 @@ def test_narrow_indices_serve_and_compile():
     torch.testing.assert_close(compiled(video, keep), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_state_of_another_model_is_refused():
+def test_state_of_a_different_model_raises():
     _, state = tiny().stream(clips(frames=2))
-    with pytest.raises(ValueError, match="2 layers and the model has 3"):
+    with pytest.raises(ValueError, match=r"state.*\b2\b.*\b3\b"):
         tiny(depth=3).stream(clips(frames=2), state)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scan_blocks": ((3, 1),)}, "do not tile a frame of 2 x 2"),
-        ({"scan_orders": ()}, "need an entry at least"),
-        ({"memory_frames": 0}, "must be 1 or more"),
+        ({"scan_blocks": ((3, 1),)}, "scan_blocks.*3 x 1.*2 x 2"),
+        ({"scan_orders": ()}, r"scan_orders=\(\)"),
+        ({"memory_frames": 0}, r"memory_frames=0\b"),
     ],
 )
-def test_settings_that_fit_no_frame_are_refused_at_once(changes, message: str):
+def test_invalid_scan_settings_raise_in_the_constructor(changes, message: str):
     with pytest.raises(ValueError, match=message):
         tiny(**changes)
     assert tiny(patch_size=16, memory_frames=1)(clips()).isfinite().all()

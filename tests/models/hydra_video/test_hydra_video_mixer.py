@@ -1,4 +1,4 @@
-"""The Hydra Video mixer, against brute force: what may reach a token, every way of cutting a video, every order."""
+"""Hydra Video mixer: parity with a dense reference, receptive field, streaming in any partition, errors."""
 
 import math
 
@@ -22,7 +22,7 @@ def mixer(**changes) -> HydraVideoMixer:
 
 
 def noisy(module: torch.nn.Module) -> torch.nn.Module:
-    """No weight is zero or one: a dropped or misplaced one shows."""
+    """Module in which no weight is 0 or 1, so that a dropped or misplaced weight changes the output."""
     for parameter in module.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return module.double().eval()
@@ -33,18 +33,18 @@ def tokens(batch: int = 2, count: int = TOKENS) -> Tensor:
 
 
 def some(batch: int = 2, count: int = 13) -> Tensor:
-    """Different places in each sample; the middle frame of the first is empty."""
+    """Indices of kept tokens, different in each sample; no token of the middle frame of the first sample is kept."""
     keep = torch.stack([torch.randperm(TOKENS)[:count] for _ in range(batch)])
     outside = torch.cat([torch.arange(H * W), torch.arange(2 * H * W, TOKENS)])
     keep[0] = outside[torch.randperm(len(outside))[:count]]
     return keep.sort(dim=1).values
 
 
-# ---- what it computes ------------------------------------------------------------------------------------------------
+# ---- reference -------------------------------------------------------------------------------------------------------
 
 
 def dense(layer: HydraVideoMixer, x: Tensor, present: Tensor) -> Tensor:
-    """The mixer by its formulas, token by token: x (L, D) on the whole grid; ``present`` (L,) bool: what is there."""
+    """Reference of the mixer in loops over tokens: x (L, D) on the whole grid, ``present`` (L,) the kept tokens."""
     inner, shared = layer.num_heads * layer.head_dim, layer.num_groups * layer.state_dim
     z, xbc, dt = (x @ layer.in_proj.weight.T).split([inner, inner + 4 * shared, 2 * layer.num_heads], dim=1)
     volume = F.pad((xbc * present[:, None]).view(T, H, W, -1).permute(3, 0, 1, 2), (1, 1, 1, 1, 2, 0))
@@ -55,15 +55,15 @@ def dense(layer: HydraVideoMixer, x: Tensor, present: Tensor) -> Tensor:
     a = dt * decay_rates(layer.A_log)
     bh, bw = layer.block or (H, W)
 
-    def place(i: int) -> tuple[int, int, int]:
+    def position(i: int) -> tuple[int, int, int]:
         return i // (H * W), i // W % H, i % W
 
     def key(i: int) -> tuple[int, int, int]:
-        t, row, column = place(i)
+        t, row, column = position(i)
         return (t, row, column) if layer.order == "h" else (t, column, row)
 
     def block(i: int) -> tuple[int, int]:
-        return place(i)[1] // bh, place(i)[2] // bw
+        return position(i)[1] // bh, position(i)[2] // bw
 
     y = torch.zeros(TOKENS, layer.num_heads, layer.head_dim, dtype=x.dtype)
     for h in range(layer.num_heads):
@@ -74,7 +74,7 @@ def dense(layer: HydraVideoMixer, x: Tensor, present: Tensor) -> Tensor:
         for i in range(TOKENS):
             y[i, h] = delta[i] * values[i]
             for j in range(TOKENS):
-                if i == j or block(i) != block(j) or place(j)[0] > place(i)[0]:
+                if i == j or block(i) != block(j) or position(j)[0] > position(i)[0]:
                     continue
                 same = [k for k in range(TOKENS) if block(k) == block(i)]
                 if key(j) < key(i):
@@ -92,7 +92,7 @@ def dense(layer: HydraVideoMixer, x: Tensor, present: Tensor) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize(("block", "order"), FOLDS)
-def test_it_is_its_formula(block, order, dropped):
+def test_equals_the_reference(block, order, dropped):
     layer, x = mixer(block=block, order=order), tokens(batch=1)
     keep = some(batch=1) if dropped else None
     present = (
@@ -104,25 +104,25 @@ def test_it_is_its_formula(block, order, dropped):
 
 
 @pytest.mark.parametrize(("block", "order"), FOLDS)
-def test_all_tokens_kept_is_none_dropped(block, order):
+def test_keeping_all_tokens_equals_no_mask(block, order):
     layer, x = mixer(block=block, order=order), tokens()
     everything = Layout(GRID, torch.arange(TOKENS).expand(2, TOKENS))
     torch.testing.assert_close(layer(x, everything)[0], layer(x, Layout(GRID))[0], atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("block", [None, (2, 2)])
-def test_the_order_of_keep_is_the_order_of_the_output(block):
+def test_output_has_the_order_of_keep(block):
     layer, keep, shuffle = mixer(block=block, order="w"), some(), torch.randperm(13)
     x = tokens(count=13)
     y = layer(x, Layout(GRID, keep))[0]
     torch.testing.assert_close(layer(x[:, shuffle], Layout(GRID, keep[:, shuffle]))[0], y[:, shuffle])
 
 
-# ---- what may reach a token ------------------------------------------------------------------------------------------
+# ---- receptive field -------------------------------------------------------------------------------------------------
 
 
 def reach(function, x: Tensor) -> Tensor:
-    """(L, L) of x (1, L, D): the greatest derivative of a random mixture of each output token by each input token."""
+    """Largest derivative (L, L) of a random projection of each output token by each input token of x (1, L, D)."""
     x = x.requires_grad_()
     mixed = (function(x)[0] * torch.randn(DIM, dtype=x.dtype)).sum(1)
     rows = [torch.autograd.grad(value, x, retain_graph=True)[0][0] for value in mixed]
@@ -131,7 +131,7 @@ def reach(function, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("module", ["mixer", "block"])
 @pytest.mark.parametrize("order", ["h", "w"])
-def test_no_future_leakage_and_both_ways_inside_a_frame(module, order):
+def test_no_future_leakage_and_bidirectional_within_a_frame(module, order):
     layer = mixer(order=order)
     layer = layer if module == "mixer" else noisy(HydraVideoBlock(layer, DIM, mlp_ratio=2.0))
     jacobian = reach(lambda x: layer(x, Layout(GRID))[0], tokens(1))
@@ -150,7 +150,7 @@ def test_no_future_leakage_among_kept_tokens():
     assert jacobian[~later].min() > 1e-7
 
 
-def test_blocks_are_apart_but_for_the_convolution():
+def test_blocks_are_independent_without_a_spatial_convolution():
     layer = mixer(block=(1, 2), conv_size=(3, 1, 1))
     jacobian = reach(lambda x: layer(x, Layout(GRID))[0], tokens(1))
     t, row, column = torch.arange(T)[:, None, None], torch.arange(H)[:, None], torch.arange(W)
@@ -159,13 +159,13 @@ def test_blocks_are_apart_but_for_the_convolution():
     assert torch.equal(jacobian != 0, reached)
 
 
-# ---- streams ---------------------------------------------------------------------------------------------------------
+# ---- streaming -------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("conv_size", [(3, 3, 3), (1, 3, 1), (4, 1, 3)])
 @pytest.mark.parametrize(("block", "order"), FOLDS)
-def test_a_video_in_parts_is_the_whole(block, order, conv_size):
+def test_video_in_parts_equals_the_whole(block, order, conv_size):
     layer = mixer(block=block, order=order, conv_size=conv_size)
     t, frame = 7, H * W
     x = tokens(count=t * frame)
@@ -181,7 +181,7 @@ def test_a_video_in_parts_is_the_whole(block, order, conv_size):
 
 @torch.no_grad()
 @pytest.mark.parametrize("block", [None, (2, 2)])
-def test_a_masked_video_in_parts_is_the_whole(block):
+def test_masked_video_in_parts_equals_the_whole(block):
     layer, frame = mixer(block=block), H * W
     keep = torch.stack([torch.randperm(frame)[:3].sort().values + i * frame for i in range(2 * T)]).view(2, T, 3)
     keep[1] -= T * frame
@@ -194,7 +194,7 @@ def test_a_masked_video_in_parts_is_the_whole(block):
 
 
 @torch.no_grad()
-def test_a_state_holds_no_more_than_its_own_numbers():
+def test_state_is_no_view_of_a_larger_tensor():
     layer = mixer()
     state = None
     for t in (1, 1, 9, 2):
@@ -206,7 +206,7 @@ def test_a_state_holds_no_more_than_its_own_numbers():
             assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
 
 
-def test_gradients_flow_through_a_state():
+def test_gradients_flow_through_the_state():
     layer = mixer()
     first = tokens(count=H * W).requires_grad_()
     _, state = layer(first, Layout((1, H, W)), return_state=True)
@@ -226,7 +226,7 @@ def test_every_parameter_receives_a_gradient(keep, block):
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_steps_begin_in_their_range_each_direction_its_own():
+def test_step_sizes_are_initialized_in_a_separate_range_per_direction():
     layer = HydraVideoMixer(512, head_dim=2, state_dim=2, dt_range=(1e-5, 1e-2))
     forward, backward = step_sizes(torch.zeros(2, 512), layer.dt_bias)
     assert 1e-5 * 0.999 <= forward.min() < 2e-5
@@ -238,7 +238,7 @@ def test_steps_begin_in_their_range_each_direction_its_own():
     assert torch.equal(layer.D, torch.ones(512))
 
 
-def test_without_an_mlp_the_mixer_is_the_block():
+def test_without_an_mlp_the_block_is_the_mixer():
     layer = mixer()
     block = HydraVideoBlock(layer, DIM, mlp_ratio=0).double()
     assert {name.split(".")[0] for name, _ in block.named_parameters()} == {"norm1", "mixer"}
@@ -247,7 +247,7 @@ def test_without_an_mlp_the_mixer_is_the_block():
 
 
 @pytest.mark.parametrize("size", [(3, 3, 3), (1, 1, 1), (2, 5, 3)])
-def test_the_convolution_is_that_of_torch(size):
+def test_causal_conv_equals_conv3d(size):
     conv, x = CausalConv3d(6, size).double(), torch.randn(2, 4, 3, 5, 6, dtype=torch.float64)
     kt, kh, kw = size
     padded = F.pad(x.permute(0, 4, 1, 2, 3), (kw // 2, kw // 2, kh // 2, kh // 2, kt - 1, 0))
@@ -255,36 +255,33 @@ def test_the_convolution_is_that_of_torch(size):
     torch.testing.assert_close(conv(conv.extend(x, None)), expected, atol=1e-12, rtol=0)
 
 
-# ---- refused ---------------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"order": "t"}, r"order='t' is unknown: choose 'h'"),
-        ({"block": (0, 2)}, r"block=\(0, 2\) is not \(rows, columns\) of 1 or more"),
-        (
-            {"conv_size": (3, 2, 3)},
-            r"conv_size=\(3, 2, 3\) is not \(frames, rows, columns\) of 1 or more, the last two odd",
-        ),
-        ({"conv_size": (0, 3, 3)}, r"conv_size=\(0, 3, 3\)"),
-        ({"head_dim": 5}, r"head_dim=5 does not divide the inner width"),
-        ({"dt_range": (0.1, 0.01)}, r"dt_min=0\.1, dt_max=0\.01"),
+        ({"order": "t"}, "order='t'.*'h'.*'w'"),
+        ({"block": (0, 2)}, r"block=\(0, 2\)"),
+        ({"conv_size": (3, 2, 3)}, r"conv_size=\(3, 2, 3\).*\(3, 3, 3\)"),
+        ({"conv_size": (0, 3, 3)}, r"conv_size=\(0, 3, 3\).*\(3, 3, 3\)"),
+        ({"head_dim": 5}, r"head_dim=5\b.*\b16\b"),
+        ({"dt_range": (0.1, 0.01)}, r"dt_min=0\.1\b.*dt_max=0\.01\b"),
     ],
 )
-def test_bad_arguments_are_refused(changes, text):
+def test_bad_arguments_raise(changes, text):
     with pytest.raises(ValueError, match=text):
         mixer(**changes)
 
 
-def test_bad_inputs_are_refused():
+def test_bad_inputs_raise():
     layer, x = mixer(), tokens()
-    with pytest.raises(ValueError, match="x has 24 tokens, but its layout 4 x 2 x 4 tokens"):
+    with pytest.raises(ValueError, match=r"x\b.*\b24 tokens.*4 x 2 x 4\b"):
         layer(x, Layout((4, H, W)))
-    with pytest.raises(ValueError, match="x has 24 tokens, but its layout 13 kept tokens"):
+    with pytest.raises(ValueError, match=r"x\b.*\b24 tokens.*\b13\b"):
         layer(x, Layout(GRID, some()))
-    with pytest.raises(ValueError, match="blocks of 2 x 3 tokens do not tile a frame of 2 x 4"):
+    with pytest.raises(ValueError, match=r"2 x 3\b.*2 x 4\b"):
         mixer(block=(2, 3))(x, Layout(GRID))
     _, state = layer(x, Layout(GRID), return_state=True)
-    with pytest.raises(ValueError, match=r"the state has shapes .* and should have .* of the same batch"):
+    with pytest.raises(ValueError, match=r"state.*\(2, 4, 4, 4\).*\(1, 4, 4, 4\)"):
         layer(x[:1], Layout(GRID), state)

@@ -1,4 +1,6 @@
-"""The anticipator: what its head is shown, what is trained, and that it takes the weights of a JEPA."""
+"""Anticipator: inputs of its head, trainable parts, and loading the weights of a JEPA."""
+
+import re
 
 import pytest
 import torch
@@ -33,21 +35,21 @@ def video(batch: int = 2, frames: int = 4) -> Tensor:
 
 
 @pytest.mark.parametrize("sees", ["past", "future", "both"])
-def test_the_head_looks_at_the_past_and_at_what_is_predicted_behind_it(sees):
+def test_head_receives_past_tokens_and_predicted_future_tokens(sees):
     network, clip, skip = model(sees=sees, length=2), video(), torch.tensor([1, 4])
     past = network.encoder(clip)  # 2 steps of 2 x 2 tokens
-    shown = [past]
+    tokens = [past]
     if network.predictor is not None:
         first = (2 + skip) * 4
-        places = first[:, None] + torch.arange(8)
-        future = network.predictor(past, torch.arange(8).expand(2, -1), places, 1, (99, 2, 2))
-        shown = [future] if sees == "future" else [past, future]
-    expected = network.head(torch.cat(shown, dim=1))
+        positions = first[:, None] + torch.arange(8)
+        future = network.predictor(past, torch.arange(8).expand(2, -1), positions, 1, (99, 2, 2))
+        tokens = [future] if sees == "future" else [past, future]
+    expected = network.head(torch.cat(tokens, dim=1))
     assert {name: tuple(scores.shape) for name, scores in expected.items()} == {"verb": (2, 3), "noun": (2, 4)}
     torch.testing.assert_close(network(clip, skip), expected, **TOLERANCE)
 
 
-def test_how_far_ahead_matters_to_the_future_alone():
+def test_skip_affects_only_the_predicted_future():
     clip = video()
     for sees, differs in (("past", False), ("both", True)):
         network = model(sees=sees)
@@ -55,7 +57,7 @@ def test_how_far_ahead_matters_to_the_future_alone():
         assert torch.equal(near, far) != differs
 
 
-def test_frozen_it_trains_its_head_alone():
+def test_freeze_leaves_only_the_head_trainable():
     for freeze in (True, False):
         network = model(freeze=freeze).train()
         modes = [part.training for part in (network.encoder, network.predictor, network.head)]
@@ -67,7 +69,7 @@ def test_frozen_it_trains_its_head_alone():
 
 @pytest.mark.parametrize("which", ["encoder", "target_encoder"])
 @pytest.mark.parametrize("layout", ["own", "original"])
-def test_it_takes_encoder_and_predictor_of_a_jepa(which, layout, tmp_path):
+def test_loads_encoder_and_predictor_of_a_jepa(which, layout, tmp_path):
     trained = JEPA(encoder(), **PREDICTOR)
     for parameter in trained.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -75,54 +77,53 @@ def test_it_takes_encoder_and_predictor_of_a_jepa(which, layout, tmp_path):
     own = {"state_dict": {f"model.{name}": value for name, value in state.items()}}
     torch.save(own if layout == "own" else jepa.to_original(state), tmp_path / "jepa.pt")
     network = model()
-    assert "the head starts anew" in load_weights(network, jepa.read_weights(tmp_path / "jepa.pt", which))
+    load_weights(network, jepa.read_weights(tmp_path / "jepa.pt", which))
     torch.testing.assert_close(network.encoder.state_dict(), getattr(trained, which).state_dict())
     torch.testing.assert_close(network.predictor.state_dict(), trained.predictor.state_dict())
-    blind = model(sees="past")
-    load_weights(blind, jepa.read_weights(tmp_path / "jepa.pt", which))
-    torch.testing.assert_close(blind.encoder.state_dict(), getattr(trained, which).state_dict())
+    without_predictor = model(sees="past")
+    load_weights(without_predictor, jepa.read_weights(tmp_path / "jepa.pt", which))
+    torch.testing.assert_close(without_predictor.encoder.state_dict(), getattr(trained, which).state_dict())
 
 
-def test_it_takes_its_own_weights_with_the_head(tmp_path):
+def test_own_weights_load_with_the_head(tmp_path):
     trained, network = model(), model()
     torch.nn.init.normal_(trained.head.pool.query)
     torch.save(trained.state_dict(), tmp_path / "own.pt")
-    said = load_weights(network, jepa.read_weights(tmp_path / "own.pt", "encoder"))
-    assert "the head is theirs" in said
+    load_weights(network, jepa.read_weights(tmp_path / "own.pt", "encoder"))
     torch.testing.assert_close(network.state_dict(), trained.state_dict())
 
 
-def test_weights_that_do_not_fit_are_refused(tmp_path):
+def test_weights_that_do_not_fit_raise(tmp_path):
     torch.save(JEPA(encoder(), **PREDICTOR | {"predictor_depth": 3}).state_dict(), tmp_path / "deeper.pt")
-    with pytest.raises(ValueError, match=r"12 weights are missing, left over.*predictor\.blocks\.2"):
+    with pytest.raises(ValueError, match=r"(?s)\b12\b.*predictor\.blocks\.2"):
         load_weights(model(), jepa.read_weights(tmp_path / "deeper.pt", "encoder"))
     torch.save(model().state_dict(), tmp_path / "own.pt")
-    with pytest.raises(ValueError, match=r"'target_encoder' among the weights in .*own\.pt.*task\.weights_of=encoder"):
+    with pytest.raises(ValueError, match=r"(?s)(?=.*own\.pt).*'target_encoder'.*task\.weights_of=encoder"):
         jepa.read_weights(tmp_path / "own.pt", "target_encoder")
-    with pytest.raises(ValueError, match=r"no 'teacher' among the weights in .*own\.pt"):
+    with pytest.raises(ValueError, match=r"(?s)(?=.*own\.pt).*'teacher'.*task\.weights_of=encoder"):
         jepa.read_weights(tmp_path / "own.pt", "teacher")
 
 
-def test_what_anticipation_never_needs_is_left_out(tmp_path):
+def test_context_projection_of_the_predictor_is_ignored(tmp_path):
     trained, network = JEPA(encoder(), **PREDICTOR, predictor_context=True), model()
     torch.save(trained.state_dict(), tmp_path / "dense.pt")
-    assert "the head starts anew" in load_weights(network, jepa.read_weights(tmp_path / "dense.pt", "encoder"))
+    load_weights(network, jepa.read_weights(tmp_path / "dense.pt", "encoder"))
     torch.testing.assert_close(network.predictor.mask_tokens, trained.predictor.mask_tokens)
 
 
 @pytest.mark.parametrize("classes", [{"verb": 3, "noun": 5}, {"verb": 3}, {"verb": 3, "noun": 4, "action": 9}], ids=str)
-def test_a_head_of_other_classes_is_left_out_and_said(classes, tmp_path):
+def test_head_with_different_classes_is_ignored_and_reported(classes, tmp_path):
     trained, network = model(), Anticipator(encoder(), classes, **PREDICTOR, num_heads=2, pool_depth=2)
     before = {name: value.clone() for name, value in network.head.state_dict().items()}
     torch.save(trained.state_dict(), tmp_path / "own.pt")
-    said = load_weights(network, jepa.read_weights(tmp_path / "own.pt", "encoder"))
-    assert "the head starts anew: theirs was left out, since it has not this model's num_classes" in said
+    report = load_weights(network, jepa.read_weights(tmp_path / "own.pt", "encoder"))
+    assert re.search(r"head.*num_classes", report)
     torch.testing.assert_close(network.head.state_dict(), before, rtol=0, atol=0)
     torch.testing.assert_close(network.encoder.state_dict(), trained.encoder.state_dict())
 
 
-def test_the_probe_of_an_original_file_fits_the_head():
-    """Its names: pooler, and a classifier for each of verb, noun and action."""
+def test_original_probe_converts_to_the_head():
+    """The original names are pooler, and one classifier each for verb, noun and action."""
     head = AnticipationHead(8, {"verb": 3, "noun": 4, "action": 5}, num_heads=2, depth=3)
     renamed = {}
     for name, value in head.state_dict().items():
@@ -140,13 +141,13 @@ def test_the_probe_of_an_original_file_fits_the_head():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
-        ({"sees": "all"}, "sees='all' is unknown"),
-        ({"length": 0}, "length=0 must be 1 or more"),
-        ({"mask_index": 3}, "mask_index=3 below num_mask_tokens=3"),
+        ({"sees": "all"}, "sees='all'.*'past'.*'future'.*'both'"),
+        ({"length": 0}, r"length=0\b"),
+        ({"mask_index": 3}, r"mask_index=3\b.*num_mask_tokens=3\b"),
     ],
 )
-def test_bad_arguments_are_refused(changes, said):
-    with pytest.raises(ValueError, match=said):
+def test_bad_arguments_raise(changes, expected):
+    with pytest.raises(ValueError, match=expected):
         model(**changes)

@@ -1,4 +1,6 @@
-"""V-JEPA and V-JEPA 2 without a reference implementation: what must hold by their definition, and what is refused."""
+"""V-JEPA and V-JEPA 2: properties that follow from their definition, and errors."""
+
+import re
 
 import pytest
 import torch
@@ -31,7 +33,7 @@ def encoder(positions: str, **changes) -> VisionTransformer:
 
 
 def model(positions: str = "rope_3d", **changes) -> JEPA:
-    """With a predictor in which every parameter matters; it begins with small weights."""
+    """JEPA with noise added to the small initial weights of the predictor, so that every parameter matters."""
     model = JEPA(encoder(positions), 12, 2, 2, predictor_positions=positions, **changes)
     with torch.no_grad():
         for parameter in model.predictor.parameters():
@@ -50,7 +52,7 @@ def video(*shape: int) -> Tensor:
 # ---- the encoder's positions -----------------------------------------------------------------------------------------
 
 
-def test_without_blocks_v_jepa_adds_its_table_and_v_jepa_2_nothing():
+def test_without_blocks_v_jepa_adds_its_table_and_v_jepa_2_adds_nothing():
     for positions in KINDS:
         bare = encoder(positions, depth=0, final_norm=False)
         table = sincos_3d_table(GRID, 24) if positions == "sincos_3d" else torch.zeros(32, 24)
@@ -59,7 +61,7 @@ def test_without_blocks_v_jepa_adds_its_table_and_v_jepa_2_nothing():
 
 
 @pytest.mark.parametrize("positions", KINDS)
-def test_all_tokens_kept_is_no_mask_in_any_order(positions):
+def test_keeping_all_tokens_equals_no_mask_in_any_order(positions):
     model, order = encoder(positions), torch.randperm(32)
     torch.testing.assert_close(model(video(), torch.arange(32).expand(2, -1)), model(video()), **TOLERANCE)
     torch.testing.assert_close(model(video(), order.expand(2, -1)), model(video())[:, order], **TOLERANCE)
@@ -67,7 +69,7 @@ def test_all_tokens_kept_is_no_mask_in_any_order(positions):
 
 @pytest.mark.parametrize("axis", range(3))
 @pytest.mark.parametrize("positions", KINDS)
-def test_two_tokens_know_how_far_apart_they_are_on_each_axis(positions, axis):
+def test_features_depend_on_the_distance_of_tokens_along_each_axis(positions, axis):
     one, other = torch.randn(2, 3, 2, 4, 4)
     features = []
     for distance in (1, 2):
@@ -81,7 +83,7 @@ def test_two_tokens_know_how_far_apart_they_are_on_each_axis(positions, axis):
 
 
 @pytest.mark.parametrize("shape", [(8, 16, 16), (2, 16, 16), (4, 24, 8), (6, 20, 12)])
-def test_clips_of_other_lengths_and_sizes_get_the_stretched_table(shape):
+def test_clips_of_different_sizes_get_the_interpolated_table(shape):
     bare = encoder("sincos_3d", depth=0, final_norm=False)
     clip, grid = video(*shape), bare.grid(shape)
     table = sincos_3d_table(GRID, 24).T.reshape(1, 24, *GRID)
@@ -93,32 +95,28 @@ def test_clips_of_other_lengths_and_sizes_get_the_stretched_table(shape):
 
 
 @pytest.mark.parametrize("shape", [(8, 16, 16), (4, 24, 8)])
-def test_rotary_positions_of_other_clips_are_those_of_an_encoder_built_for_them(shape):
+def test_rotary_positions_of_different_sizes_equal_an_encoder_built_for_them(shape):
     frames, height, width = shape
     ours, clip = encoder("rope_3d"), video(*shape)
     if height == width:
         other = encoder("rope_3d", num_frames=frames)
         assert torch.equal(ours(clip), other(clip))
     longer = torch.cat([clip, clip], dim=2)
-    seen = torch.arange(ours(clip).shape[1]).expand(2, -1)  # the first tokens of a longer clip have the same places
+    seen = torch.arange(ours(clip).shape[1]).expand(2, -1)  # the first tokens of a longer clip have the same positions
     torch.testing.assert_close(ours(longer, seen), ours(clip), **TOLERANCE)
 
 
 @pytest.mark.parametrize("positions", KINDS)
-@pytest.mark.parametrize("shape", [(3, 16, 16), (4, 18, 16), (4, 16, 3), (1, 16, 16), (0, 16, 16)])
-def test_clips_that_the_patches_do_not_divide_are_refused(positions, shape):
-    with pytest.raises(ValueError, match=r"the encoder takes 3 channels and cuts T, H, W into patches of \(2, 4, 4\)"):
-        encoder(positions)(torch.zeros(1, 3, *shape))
+@pytest.mark.parametrize(
+    "shape", [(3, 3, 16, 16), (3, 4, 18, 16), (3, 4, 16, 3), (3, 1, 16, 16), (3, 0, 16, 16), (1, 4, 16, 16)]
+)
+def test_invalid_video_shapes_raise(positions, shape):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}.*\b3\b.*\(2, 4, 4\)"):
+        encoder(positions)(torch.zeros(1, *shape))
 
 
 @pytest.mark.parametrize("positions", KINDS)
-def test_another_number_of_channels_is_refused(positions):
-    with pytest.raises(ValueError, match=r"\(C, T, H, W\) = \(1, 4, 16, 16\) but the encoder takes 3 channels"):
-        encoder(positions)(torch.zeros(1, 1, 4, 16, 16))
-
-
-@pytest.mark.parametrize("positions", KINDS)
-def test_a_single_frame_has_the_places_of_the_first_tokens(positions):
+def test_single_frame_has_the_positions_of_the_first_tokens(positions):
     images = encoder(positions, images=True)
     frame = video(1, 16, 16)
     still = frame.repeat(1, 1, 4, 1, 1)
@@ -126,32 +124,32 @@ def test_a_single_frame_has_the_places_of_the_first_tokens(positions):
     assert images(video(1, 24, 24)).shape == (2, 36, 24)
 
 
-def test_unknown_positions_and_initialisations_are_refused():
-    with pytest.raises(ValueError, match="positions='learned' is unknown"):
+def test_unknown_positions_and_initializations_raise():
+    with pytest.raises(ValueError, match=r"positions='learned'.*'sinusoid'.*'sincos_3d'.*'rope_3d'"):
         encoder("learned")
-    with pytest.raises(ValueError, match="init='zeros' is unknown"):
+    with pytest.raises(ValueError, match=r"init='zeros'.*'xavier'.*'trunc_normal'"):
         encoder("rope_3d", init="zeros")
-    with pytest.raises(ValueError, match="positions='sinusoid' are unknown"):
+    with pytest.raises(ValueError, match=r"positions='sinusoid'.*'sincos_3d'.*'rope_3d'"):
         Predictor(24, GRID, 12, 1, 2, positions="sinusoid")
 
 
 # ---- the predictor ---------------------------------------------------------------------------------------------------
 
 
-def test_v_jepa_2_sorts_its_tokens_by_place_and_v_jepa_does_not():
+def test_v_jepa_2_sorts_tokens_by_position_and_v_jepa_does_not():
     keep, target = torch.tensor([[3, 20, 7]]), torch.tensor([[31, 0, 8]])
     for positions, order in (("rope_3d", [0, 3, 7, 8, 20, 31]), ("sincos_3d", [3, 20, 7, 31, 0, 8])):
         predictor, seen = Predictor(24, GRID, 12, 1, 2, positions=positions), []
         nn.init.eye_(predictor.embed.weight)
         predictor.blocks[0].register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         context = torch.zeros(1, 3, 24)
-        context[0, :, 0] = torch.tensor([103.0, 120.0, 107.0])  # 100 and their places
+        context[0, :, 0] = torch.tensor([103.0, 120.0, 107.0])  # 100 + the position of each token
         predictor(context, keep, target)
-        marks = [100.0 + place if place in (3, 7, 20) else 0.0 for place in order]
-        assert seen[0][0, :, 0].tolist() == pytest.approx(marks, abs=1.01)  # and up to 1 of a position
+        marks = [100.0 + position if position in (3, 7, 20) else 0.0 for position in order]
+        assert seen[0][0, :, 0].tolist() == pytest.approx(marks, abs=1.01)  # a position embedding adds up to 1
 
 
-def test_each_kind_of_mask_has_its_token_which_begins_at_zero():
+def test_each_kind_of_mask_has_a_mask_token_initialized_to_zero():
     assert torch.equal(Predictor(24, GRID, 12, 2, 2, num_mask_tokens=3).mask_tokens, torch.zeros(3, 12))
     jepa, (keep, target) = model(num_mask_tokens=3), masks()
     with torch.no_grad():
@@ -162,8 +160,8 @@ def test_each_kind_of_mask_has_its_token_which_begins_at_zero():
 
 
 @pytest.mark.parametrize("positions", KINDS)
-def test_visible_tokens_have_a_projection_of_their_own(positions):
-    """What comes out at their own places, not at mask tokens put there (V-JEPA 2.1)."""
+def test_visible_tokens_have_a_separate_projection(positions):
+    """The projection reads the outputs at the visible tokens, not at mask tokens in their positions (V-JEPA 2.1)."""
     predictor, (keep, target) = model(positions, predictor_context=True).predictor.eval(), masks()
     context = torch.randn(*keep.shape, 24)
     hidden, visible = predictor.both(context, keep, target)
@@ -171,38 +169,38 @@ def test_visible_tokens_have_a_projection_of_their_own(positions):
     torch.testing.assert_close(visible, predictor.proj_context(predictor.norm(tokens))[:, : keep.shape[1]])
     torch.testing.assert_close(hidden, predictor(context, keep, target), **TOLERANCE)
     moved = predictor.both(context.roll(1, dims=1), keep.roll(1, dims=1), target)
-    torch.testing.assert_close(moved[1].roll(-1, dims=1), visible, **TOLERANCE)  # each answer stays with its token
+    torch.testing.assert_close(moved[1].roll(-1, dims=1), visible, **TOLERANCE)  # each output belongs to its token
     assert model(positions).predictor.both(context, keep, target)[1] is None
 
 
-def test_several_levels_are_narrowed_in_two_layers():
+def test_several_levels_are_projected_by_a_two_layer_mlp():
     predictor, context = Predictor(48, GRID, 12, 1, 2, levels=2), torch.randn(2, 3, 48)
-    narrowed = torch.nn.functional.gelu(context @ predictor.embed[0].weight.T + predictor.embed[0].bias)
-    assert narrowed.shape == (2, 3, 24)
-    expected = narrowed @ predictor.embed[2].weight.T + predictor.embed[2].bias
+    hidden = torch.nn.functional.gelu(context @ predictor.embed[0].weight.T + predictor.embed[0].bias)
+    assert hidden.shape == (2, 3, 24)
+    expected = hidden @ predictor.embed[2].weight.T + predictor.embed[2].bias
     torch.testing.assert_close(predictor.embed(context), expected)
 
 
 @pytest.mark.parametrize("mask_index", [2, -1])
-def test_a_mask_without_a_token_is_refused(mask_index):
-    with pytest.raises(ValueError, match=f"mask_index={mask_index}, but there are mask tokens for 2 kinds"):
+def test_mask_index_without_a_mask_token_raises(mask_index):
+    with pytest.raises(ValueError, match=rf"mask_index={mask_index}\b.*\b2\b.*model\.num_mask_tokens"):
         model()(video(), *masks(), mask_index)
 
 
-def test_a_mask_without_context_is_refused():
+def test_empty_context_raises():
     nothing, everything = torch.zeros(2, 0, dtype=torch.long), torch.arange(32).expand(2, -1)
     for positions in KINDS:
-        with pytest.raises(ValueError, match="leaves an empty context"):
+        with pytest.raises(ValueError, match=r"context"):
             model(positions)(video(), nothing, everything)
 
 
-def test_no_mask_token_at_all_is_refused():
-    with pytest.raises(ValueError, match="num_mask_tokens=0"):
+def test_zero_mask_tokens_raise():
+    with pytest.raises(ValueError, match=r"num_mask_tokens=0\b"):
         model(num_mask_tokens=0)
 
 
 @pytest.mark.parametrize("shape", [(8, 16, 16), (4, 24, 8)])
-def test_the_predictor_takes_places_from_the_grid_of_the_clip(shape):
+def test_predictor_positions_follow_the_grid_of_the_clip(shape):
     (t, h, w), keep, target = encoder("rope_3d").grid(shape), torch.tensor([[0, 7, 9]]), torch.tensor([[4, 11]])
     context = torch.randn(1, 3, 24)
     for positions in KINDS:
@@ -217,15 +215,15 @@ def test_the_predictor_takes_places_from_the_grid_of_the_clip(shape):
         torch.testing.assert_close(ours(context, keep, target, grid=(t, h, w)), expected, **TOLERANCE)
     whole = model()
     clip = torch.cat([video(*shape)] * 2)[:1]
-    by_hand = whole.predictor(whole.encoder(clip, keep), keep, target, 0, (t, h, w))
-    assert torch.equal(whole(clip, keep, target), by_hand)
+    expected = whole.predictor(whole.encoder(clip, keep), keep, target, 0, (t, h, w))
+    assert torch.equal(whole(clip, keep, target), expected)
 
 
 # ---- targets ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("positions", KINDS)
-def test_targets_are_normalised_features_of_the_whole_clip_without_gradient(positions):
+def test_targets_are_normalized_features_of_the_whole_clip_without_gradient(positions):
     jepa = model(positions)
     targets = jepa.targets(video())
     assert targets.shape == (2, 32, 24)
@@ -234,11 +232,11 @@ def test_targets_are_normalised_features_of_the_whole_clip_without_gradient(posi
     torch.testing.assert_close(targets.var(dim=-1, unbiased=False), torch.ones(2, 32), atol=1e-3, rtol=0)
     torch.testing.assert_close(targets, layer_norm(jepa.target_encoder(video()), (24,)))
     with torch.no_grad():
-        jepa.encoder.norm.weight.zero_()  # the encoder has no part in them
+        jepa.encoder.norm.weight.zero_()  # the targets do not depend on the encoder
     assert torch.equal(jepa.targets(video()), targets)
 
 
-def test_the_target_encoder_is_in_evaluation_mode_also_in_training():
+def test_target_encoder_stays_in_eval_mode_during_training():
     jepa = JEPA(encoder("rope_3d", drop_path=0.9), 12, 1, 2).train()
     assert jepa.encoder.training
     assert not any(module.training for module in jepa.target_encoder.modules())
@@ -246,7 +244,7 @@ def test_the_target_encoder_is_in_evaluation_mode_also_in_training():
 
 
 @pytest.mark.parametrize("positions", KINDS)
-def test_every_parameter_but_the_targets_gets_a_gradient(positions):
+def test_every_parameter_except_the_target_encoder_receives_a_gradient(positions):
     jepa, (keep, target) = model(positions), masks()
     truth = gather_tokens(jepa.targets(video()), target)
     sum((jepa(video(), keep, target, i) - truth).abs().mean() for i in range(2)).backward()
@@ -255,7 +253,7 @@ def test_every_parameter_but_the_targets_gets_a_gradient(positions):
     assert not any(parameter.requires_grad for parameter in jepa.target_encoder.parameters())
 
 
-def test_the_target_follows_the_encoder():
+def test_target_encoder_is_the_ema_of_the_encoder():
     jepa = model()
     start = {name: value.clone() for name, value in jepa.encoder.state_dict().items()}
     assert all(torch.equal(value, start[name]) for name, value in jepa.target_encoder.state_dict().items())
@@ -273,12 +271,12 @@ def test_the_target_follows_the_encoder():
 
 
 @pytest.mark.parametrize("momentum", [-0.01, 1.01, float("nan")])
-def test_a_momentum_outside_is_refused(momentum):
-    with pytest.raises(ValueError, match=rf"EMA momentum of {momentum} is outside \[0, 1\]"):
+def test_momentum_out_of_range_raises(momentum):
+    with pytest.raises(ValueError, match=rf"momentum.*{momentum}.*\[0, 1\]"):
         model().update_target(momentum)
 
 
-def test_without_ema_the_targets_are_the_encoders_own_with_gradient_where_asked():
+def test_without_ema_targets_come_from_the_encoder_with_an_optional_gradient():
     jepa = model(ema=False)
     assert jepa.target_encoder is None
     assert not any(name.startswith("target_encoder") for name in jepa.state_dict())
@@ -288,11 +286,11 @@ def test_without_ema_the_targets_are_the_encoders_own_with_gradient_where_asked(
     assert jepa.encoder.patch_embed.proj.weight.grad.abs().max() > 0
     with torch.no_grad():
         assert not jepa.targets(video(), gradient=True).requires_grad
-    with pytest.raises(ValueError, match=r"no target encoder that follows the encoder: set model\.ema=true"):
+    with pytest.raises(ValueError, match=r"model\.ema=true"):
         jepa.update_target(0.9)
 
 
-def test_a_teacher_gives_targets_of_its_width_and_never_changes():
+def test_teacher_targets_have_its_width_and_the_teacher_is_frozen():
     teacher = encoder("sincos_3d", embed_dim=16)
     jepa, (keep, target) = model(ema=False, teacher=teacher), masks()
     assert jepa.targets(video()).shape == (2, 32, 16)
@@ -300,16 +298,16 @@ def test_a_teacher_gives_targets_of_its_width_and_never_changes():
     assert predicted.shape == (*target.shape, 16)
     predicted.sum().backward()
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher.parameters())
-    with pytest.raises(ValueError, match="no target encoder that follows"):
+    with pytest.raises(ValueError, match=r"model\.ema=true"):
         jepa.update_target(0.9)
-    with pytest.raises(ValueError, match=r"set model\.ema=false"):
+    with pytest.raises(ValueError, match=r"model\.ema=true.*model\.teacher.*model\.ema=false"):
         model(teacher=teacher)
-    with pytest.raises(ValueError, match=r"teacher's patches, \(2, 8, 8\), are not those of the encoder, \(2, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"teacher.*\(2, 8, 8\).*\(2, 4, 4\)"):
         model(ema=False, teacher=encoder("rope_3d", patch_size=8))
 
 
 class PatchMeans(Encoder):
-    """The least an encoder is."""
+    """Minimal implementation of the encoder contract."""
 
     def __init__(self):
         super().__init__(16, 4, 4, 2, 24)
@@ -322,7 +320,7 @@ class PatchMeans(Encoder):
 
 
 @pytest.mark.parametrize("positions", KINDS)
-def test_any_encoder_will_do(positions):
+def test_any_encoder_works(positions):
     jepa, (keep, target) = JEPA(PatchMeans(), 12, 1, 2, predictor_positions=positions), masks()
     assert jepa(video(), keep, target).shape == jepa.targets(video())[:, : target.shape[1]].shape
 
@@ -330,12 +328,12 @@ def test_any_encoder_will_do(positions):
 # ---- anticipation ----------------------------------------------------------------------------------------------------
 
 
-def test_tokens_of_the_future_are_predicted_behind_the_clip():
+def test_future_tokens_are_predicted_after_the_end_of_the_clip():
     jepa = model().eval()
     seen = jepa.encoder(video())
     future = jepa.predictor.ahead(seen, GRID, skip=2, length=3, mask_index=1)
-    places = torch.arange((2 + 2) * 16, (2 + 2 + 3) * 16).expand(2, -1)
-    expected = jepa.predictor(seen, torch.arange(32).expand(2, -1), places, 1, (99, 4, 4))
+    positions = torch.arange((2 + 2) * 16, (2 + 2 + 3) * 16).expand(2, -1)
+    expected = jepa.predictor(seen, torch.arange(32).expand(2, -1), positions, 1, (99, 4, 4))
     torch.testing.assert_close(future, expected, **TOLERANCE)
     later = jepa.predictor.ahead(seen, GRID, skip=6, length=3, mask_index=1)
     assert (later - future).abs().max() > 0.01
@@ -343,15 +341,15 @@ def test_tokens_of_the_future_are_predicted_behind_the_clip():
     torch.testing.assert_close(mixed, torch.stack([future[0], later[1]]), **TOLERANCE)
 
 
-def test_a_future_that_cannot_be_predicted_is_refused():
+def test_invalid_future_raises():
     seen = torch.zeros(2, 32, 24)
-    with pytest.raises(ValueError, match="only a predictor with predictor_positions='rope_3d'"):
+    with pytest.raises(ValueError, match="predictor_positions='rope_3d'"):
         model("sincos_3d").predictor.ahead(seen, GRID)
     for skip, length in ((-1, 1), (0, 0)):
-        with pytest.raises(ValueError, match=f"skip={skip} and length={length} tubelets"):
+        with pytest.raises(ValueError, match=rf"skip={skip}\b.*length={length}\b"):
             model().predictor.ahead(seen, GRID, skip, length)
     for skip in (0.5, torch.tensor([1, 2, 3]), torch.tensor([1]), torch.tensor([1.0, 2.0])):
-        with pytest.raises(ValueError, match="a whole number of tubelets, or one of each of the 2 clips"):
+        with pytest.raises(ValueError, match=r"skip.*torch\.(float32|int64).*\(\d?,?\).*\b2\b"):
             model().predictor.ahead(seen, GRID, skip)
 
 
@@ -369,7 +367,7 @@ def test_a_future_that_cannot_be_predicted_is_refused():
         ("vjepa2/giant_384", 1012, 64),
     ],
 )
-def test_the_published_sizes(name, encoder_millions, head_dim):
+def test_published_sizes(name, encoder_millions, head_dim):
     config = OmegaConf.load(CONF / "model" / f"{name}.yaml")
     config.encoder = OmegaConf.load(CONF / "model" / f"{config.pop('defaults')[0]['/model@encoder']}.yaml")
     with torch.device("meta"):
@@ -384,7 +382,7 @@ def test_the_published_sizes(name, encoder_millions, head_dim):
 
 
 @pytest.mark.parametrize("positions", KINDS)
-def test_an_own_checkpoint_starts_an_encoder(tmp_path, positions):
+def test_own_checkpoint_initializes_an_encoder(tmp_path, positions):
     trained, fresh = model(positions), encoder(positions)
     nn.init.normal_(trained.encoder.norm.bias)
     torch.save({"state_dict": {f"model.{name}": w for name, w in trained.state_dict().items()}}, tmp_path / "run.ckpt")
@@ -392,18 +390,16 @@ def test_an_own_checkpoint_starts_an_encoder(tmp_path, positions):
     assert torch.equal(fresh(video()), trained.encoder(video()))
 
 
-def test_published_files_are_refused_where_no_encoder_can_be_chosen(tmp_path):
+def test_published_files_with_several_networks_raise_in_load_encoder(tmp_path):
     torch.save(jepa.to_original(model().state_dict()), tmp_path / "vitl.pt")
-    with pytest.raises(
-        ValueError, match=r"holds several networks, as files of V-JEPA do: read it with .*from_published"
-    ):
+    with pytest.raises(ValueError, match=r"(?s)vitl\.pt.*V-JEPA.*\.jepa\."):
         vit.load_encoder(encoder("rope_3d"), tmp_path / "vitl.pt")
     torch.save(jepa.to_huggingface(model().state_dict()), tmp_path / "hf.pt")
-    with pytest.raises(ValueError, match="these weights are an encoder and a predictor, as files of V-JEPA do"):
+    with pytest.raises(ValueError, match=r"(?s)encoder.*predictor.*V-JEPA.*\.jepa\."):
         vit.load_encoder(encoder("rope_3d"), tmp_path / "hf.pt")
 
 
-def test_the_encoder_of_a_published_file_can_be_given_on(tmp_path):
+def test_encoder_of_a_published_file_loads_from_its_state_dict(tmp_path):
     torch.save(jepa.to_original(model().state_dict()), tmp_path / "vitl.pt")
     sizes = {"num_frames": 4, "image_size": 16, "num_heads": 2, "predictor_num_heads": 2}
     read = jepa.from_published(tmp_path / "vitl.pt", "target_encoder", positions="rope_3d", **sizes)

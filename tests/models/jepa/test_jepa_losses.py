@@ -1,4 +1,4 @@
-"""Losses of embeddings, against formulas written anew in float64."""
+"""Losses of embeddings: parity with independent float64 references."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from blueberry_video.models.jepa.losses import context_weight, latent_loss, sigr
 
 
 def epps_pulley(samples: np.ndarray, direction: np.ndarray) -> float:
-    """In loops, of samples (N, D) on one direction: N times the trapezoid integral of 2 exp(-t²/2) |φ̂(t) - φ(t)|²."""
+    """Epps-Pulley statistic of samples (N, D) on one direction: N times the integral of 2 exp(-t²/2) |φ̂(t) - φ(t)|²."""
     projected = samples.astype(np.float64) @ (direction / math.sqrt(sum(x * x for x in direction)))
     heights = []
     for step in range(17):
@@ -32,7 +32,7 @@ def test_sigreg_is_the_mean_epps_pulley_statistic():
 
 
 @pytest.mark.parametrize("number", [64, 512])
-def test_sigreg_tells_normal_embeddings_from_collapsed_ones(number):
+def test_sigreg_separates_normal_from_collapsed_embeddings(number):
     normal, directions = torch.randn(number, 32), torch.randn(32, 128)
     assert 0.5 < sigreg(normal, directions) < 1.6  # 1.05 is expected
     assert sigreg(torch.zeros(number, 32), directions) > 0.3 * number
@@ -42,16 +42,16 @@ def test_sigreg_tells_normal_embeddings_from_collapsed_ones(number):
     assert sigreg(3 * normal, directions) > 0.05 * number
 
 
-def test_sigreg_takes_each_place_by_itself():
-    """Places that differ while all clips are alike look spread out only if they are thrown together."""
-    places = torch.randn(64, 1, 16).expand(-1, 32, -1)  # (places, clips, D)
+def test_sigreg_is_computed_per_position():
+    """Embeddings that differ between positions but not between clips appear spread only if positions are pooled."""
+    embeddings = torch.randn(64, 1, 16).expand(-1, 32, -1)  # (positions, clips, D)
     directions = torch.randn(16, 32)
-    assert sigreg(places, directions) > 0.3 * 32  # as far from normal as 32 clips can be
-    thrown_together = sigreg(places.flatten(0, 1), directions) / 64  # as if there were 32 of them
-    assert thrown_together < 0.1 * 32
+    assert sigreg(embeddings, directions) > 0.3 * 32  # the statistic of 32 collapsed clips
+    pooled = sigreg(embeddings.flatten(0, 1), directions) / 64  # scaled to 32 samples
+    assert pooled < 0.1 * 32
 
 
-def test_gradient_of_sigreg_spreads_collapsed_embeddings():
+def test_sigreg_gradient_spreads_collapsed_embeddings():
     embeddings = (1 + 0.01 * torch.randn(64, 8)).requires_grad_()
     optimizer = torch.optim.Adam([embeddings], lr=0.05)
     for _ in range(200):
@@ -62,7 +62,7 @@ def test_gradient_of_sigreg_spreads_collapsed_embeddings():
     assert 0.8 < embeddings.std(dim=0).min() < embeddings.std(dim=0).max() < 1.2
 
 
-def test_sigreg_keeps_its_precision_under_autocast():
+def test_sigreg_runs_in_float32_under_autocast():
     embeddings, directions = torch.randn(64, 16), torch.randn(16, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = sigreg(embeddings.bfloat16(), directions)
@@ -82,14 +82,14 @@ def test_latent_loss_equals_loops():
     assert latent_loss(predicted.bfloat16(), latents).dtype == torch.float32
 
 
-def test_visible_tokens_count_less_the_further_they_are_from_hidden_ones():
-    """A grid of 2 x 2 x 3; token 4 t ... is written out as its (t, h, w)."""
+def test_context_weight_is_the_inverse_root_of_the_distance_to_the_nearest_hidden_token():
+    """The reference uses the (t, h, w) position of each token on a grid of 2 x 2 x 3."""
     keep, target = torch.tensor([[0, 1, 8], [3, 4, 11]]), torch.tensor([[2, 5], [0, 1]])
     expected = []
     for row in range(2):
-        places = {index: (index // 6, index // 3 % 2, index % 3) for index in range(12)}
+        positions = {index: (index // 6, index // 3 % 2, index % 3) for index in range(12)}
         for token in keep[row].tolist():
-            nearest = min(math.dist(places[token], places[hidden]) for hidden in target[row].tolist())
+            nearest = min(math.dist(positions[token], positions[hidden]) for hidden in target[row].tolist())
             expected.append(1 / math.sqrt(nearest))
     assert context_weight(keep, target, (2, 2, 3)).flatten().tolist() == pytest.approx(expected)
     assert expected[1] == 1

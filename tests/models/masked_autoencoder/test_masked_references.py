@@ -1,7 +1,7 @@
-"""VideoMAE V2 and OmniMAE against references written from their formulas, in float64: loss and every gradient.
+"""Parity of VideoMAE V2 and OmniMAE, in loss and all gradients, with float64 references written from their formulas.
 
-The references work on one sample at a time, with boolean masks over the tokens in raster order and the parameter names
-of the original files; nothing of the package is used but to make what they are compared with.
+The references process one sample at a time, with boolean masks over the tokens in raster order and the parameter names
+of the original files. They use no code of this package.
 """
 
 import math
@@ -37,7 +37,7 @@ def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
 
 
 def block(x: Tensor, weights: Weights, name: str, heads: int) -> Tensor:
-    """(N, D) -> (N, D); the bias of queries, keys and values in any of its three forms."""
+    """Transformer block, (N, D) -> (N, D), with any of the three variants of the QKV bias."""
     width = x.shape[1]
     qkv = layer_norm(x, weights, f"{name}.norm1") @ weights[f"{name}.attn.qkv.weight"].T
     if f"{name}.attn.qkv.bias" in weights:
@@ -64,7 +64,7 @@ def positions(count: int, width: int) -> Tensor:
 
 
 def cut(clip: Tensor) -> list[Tensor]:
-    """(C, T, H, W) -> patches (C, t, h, w) in raster order."""
+    """Patches (C, t, h, w) of a clip (C, T, H, W), in raster order."""
     _, frames, height, width = clip.shape
     return [
         clip[:, t : t + TUBELET, i : i + PATCH, j : j + PATCH]
@@ -75,57 +75,57 @@ def cut(clip: Tensor) -> list[Tensor]:
 
 
 def embed(clip: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
-    """Normalised with ImageNet's mean and standard deviation, then one matrix product a patch."""
+    """Patch embedding of a clip that is normalized with ImageNet's mean and standard deviation."""
     mean, std = (torch.tensor(x).double().view(3, 1, 1, 1) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     return torch.stack([kernel.flatten(1) @ patch.flatten() + bias for patch in cut((clip - mean) / std)])
 
 
 def targets(clip: Tensor, under_root: bool) -> Tensor:
-    """(N, pixels * C), the channel running fastest."""
+    """Prediction targets (N, pixels * C), with the channel as the fastest index."""
     rows = []
     for patch in cut(clip):
-        normalised = []
+        normalized = []
         for channel in patch.flatten(1):
             variance = (channel - channel.mean()).square().sum() / (len(channel) - 1)
             divisor = (variance + 1e-6) ** 0.5 if under_root else variance.sqrt() + 1e-6
-            normalised.append((channel - channel.mean()) / divisor)
-        rows.append(torch.stack(normalised, dim=1).flatten())
+            normalized.append((channel - channel.mean()) / divisor)
+        rows.append(torch.stack(normalized, dim=1).flatten())
     return torch.stack(rows)
 
 
 def videomae_v2(weights: Weights, video: Tensor, visible: Tensor, decoded: Tensor) -> Tensor:
-    """video (B, C, T, H, W) in [0, 1]; visible, decoded (B, N) bool -> the loss."""
+    """Loss of video (B, C, T, H, W) in [0, 1], with ``visible`` and ``decoded`` (B, N) bool."""
     errors = []
-    for clip, seen, asked in zip(video, visible, decoded, strict=True):
+    for clip, seen, predicted_at in zip(video, visible, decoded, strict=True):
         x = embed(clip, weights["encoder.patch_embed.proj.weight"], weights["encoder.patch_embed.proj.bias"])
         x = (x + positions(len(x), WIDTH))[seen]
         for index in range(DEPTH):
             x = block(x, weights, f"encoder.blocks.{index}", HEADS)
         x = layer_norm(x, weights, "encoder.norm") @ weights["encoder_to_decoder.weight"].T
-        places = positions(len(seen), DECODER_WIDTH)
-        x = torch.cat([x + places[seen], weights["mask_token"][0] + places[asked]])
+        table = positions(len(seen), DECODER_WIDTH)
+        x = torch.cat([x + table[seen], weights["mask_token"][0] + table[predicted_at]])
         for index in range(DEPTH):
             x = block(x, weights, f"decoder.blocks.{index}", HEADS)
         predicted = linear(layer_norm(x[seen.sum() :], weights, "decoder.norm"), weights, "decoder.head")
-        counts = ~seen[asked]  # of the decoded, those that the encoder did not see
-        errors.append((predicted - targets(clip, under_root=False)[asked])[counts].square().flatten())
+        scored = ~seen[predicted_at]  # decoded tokens that are hidden from the encoder
+        errors.append((predicted - targets(clip, under_root=False)[predicted_at])[scored].square().flatten())
     return torch.cat(errors).mean()
 
 
 def omnimae(weights: Weights, video: Tensor, visible: Tensor) -> Tensor:
-    """video (B, C, T, H, W) in [0, 1], a picture where T = 1; visible (B, N) bool -> the loss."""
+    """Loss of video (B, C, T, H, W) in [0, 1], an image if T = 1, with ``visible`` (B, N) bool."""
     errors = []
     for clip, seen in zip(video, visible, strict=True):
         clip = torch.cat([clip, clip], dim=1) if clip.shape[1] == 1 else clip
         x = embed(clip, weights["trunk.patch_embed.proj.1.weight"], weights["trunk.patch_embed.proj.1.bias"])
-        places = positions(len(x), WIDTH)
-        x = (x + places)[seen]
+        table = positions(len(x), WIDTH)
+        x = (x + table)[seen]
         for index in range(DEPTH):
             x = block(x, weights, f"trunk.blocks.{index}", HEADS)
         x = layer_norm(x, weights, "trunk.norm")
         whole = weights["trunk.mask_token"].expand(len(seen), -1).clone()
         whole[seen] = x
-        x = linear(whole + places, weights, "trunk.decoder.decoder_embed")
+        x = linear(whole + table, weights, "trunk.decoder.decoder_embed")
         for index in range(DEPTH):
             x = block(x, weights, f"trunk.decoder.decoder_blocks.{index}", heads=16)
         predicted = linear(layer_norm(x, weights, "trunk.decoder.norm"), weights, "head")
@@ -137,7 +137,7 @@ def omnimae(weights: Weights, video: Tensor, visible: Tensor) -> Tensor:
 
 
 def noise(shape: dict[str, tuple[int, ...]]) -> Weights:
-    """Random float64 in every entry; norms around 1."""
+    """Random float64 weights; scales of norms are around 1."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, size in shape.items():
@@ -186,7 +186,7 @@ def omnimae_file(tokens: int = 32) -> Weights:
 
 def load(path, file: Weights, **wrapping) -> MaskedAutoencoder:
     torch.save(wrapping or file, path)
-    decoder_heads = None if "head.weight" in file else HEADS  # OmniMAE's are 16, whatever its size
+    decoder_heads = None if "head.weight" in file else HEADS  # OmniMAE has 16 at every size
     return masked_autoencoder.from_published(path, 4, 16, HEADS, decoder_heads).double()
 
 
@@ -195,7 +195,7 @@ def load(path, file: Weights, **wrapping) -> MaskedAutoencoder:
 
 def own_loss(model: MaskedAutoencoder, video: Tensor, **options) -> Tensor:
     module = MaskedPixels(model, lambda groups: torch.optim.SGD(groups), constant, **options).double()
-    values = module.shared_step({"video": video}, "val")  # its masks are drawn from seed 0
+    values = module.shared_step({"video": video}, "val")  # masks of validation are drawn from seed 0
     return next(value for name, value in values.items() if name in ("loss", "loss_image"))
 
 
@@ -209,13 +209,13 @@ def assert_same(ours: Tensor, theirs: Tensor, model: MaskedAutoencoder, gradient
     assert own.keys() == gradients.keys()
     for name, gradient in own.items():
         largest = gradients[name].abs().max()
-        assert largest > 1e-9, f"{name} has no gradient: nothing was compared"
+        assert largest > 1e-9, f"{name} has no gradient to compare"
         assert (gradient - gradients[name]).abs().max() <= 1e-6 * largest, name
 
 
 @pytest.mark.parametrize("wrapping", ["bare", "model", "module"])
 @pytest.mark.parametrize("masking", [DualMasking(TubeMasking(0.75)), DualMasking(RandomMasking(0.6), 0.25)])
-def test_videomae_v2_equals_its_formulas_in_loss_and_all_gradients(masking, wrapping, tmp_path):
+def test_videomae_v2_equals_the_reference_in_loss_and_all_gradients(masking, wrapping, tmp_path):
     file = videomae_v2_file()
     model = load(tmp_path / "v2.pt", file, **({} if wrapping == "bare" else {wrapping: file, "epoch": 1}))
     video = torch.rand(3, CHANNELS, 4, 16, 16, dtype=torch.float64)
@@ -230,8 +230,8 @@ def test_videomae_v2_equals_its_formulas_in_loss_and_all_gradients(masking, wrap
 
 
 @pytest.mark.parametrize("frames", [1, 4])
-def test_omnimae_equals_its_formulas_in_loss_and_all_gradients(frames, tmp_path):
-    """One set of weights, on a clip and on a picture."""
+def test_omnimae_equals_the_reference_in_loss_and_all_gradients(frames, tmp_path):
+    """The same weights are compared on a clip and on an image."""
     file = omnimae_file()
     model = load(tmp_path / "omnimae.torch", file)
     video = torch.rand(2, CHANNELS, frames, 16, 16, dtype=torch.float64)
@@ -247,12 +247,12 @@ def test_omnimae_equals_its_formulas_in_loss_and_all_gradients(frames, tmp_path)
     assert_same(ours, theirs, model, gradients)
 
 
-# ---- what must hold of them ------------------------------------------------------------------------------------------
+# ---- properties ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mask_before_projection", [False, True])
-def test_no_hidden_content_reaches_a_prediction_and_no_visible_content_the_mask_tokens(mask_before_projection):
-    """Also at a place that the encoder saw, the decoder starts from a mask token and a position alone."""
+def test_predictions_ignore_hidden_content_and_mask_tokens_ignore_visible_content(mask_before_projection):
+    """The decoder input is a mask token plus a position embedding, also where the encoder saw the token."""
     encoder = VisionTransformer(16, 4, 4, 2, embed_dim=WIDTH, depth=1, num_heads=HEADS)
     model = MaskedAutoencoder(encoder, DECODER_WIDTH, 1, 2, mask_before_projection=mask_before_projection).eval()
     keep, target, scored = DualMasking(RandomMasking(0.5))(2, (2, 4, 4))
@@ -266,9 +266,9 @@ def test_no_hidden_content_reaches_a_prediction_and_no_visible_content_the_mask_
         for token in range(32):
             t, rest = divmod(token, 16)
             i, j = divmod(rest, 4)
-            place = (b, slice(None), slice(2 * t, 2 * t + 2), slice(4 * i, 4 * i + 4), slice(4 * j, 4 * j + 4))
+            patch = (b, slice(None), slice(2 * t, 2 * t + 2), slice(4 * i, 4 * i + 4), slice(4 * j, 4 * j + 4))
             source = hidden_changed if token in keep[b].tolist() else visible_changed
-            source[place] = video[place]
+            source[patch] = video[patch]
     assert torch.equal(model(hidden_changed, keep, target), predicted)
     assert not torch.allclose(model(visible_changed, keep, target), predicted)
     masked = [x[:, keep.shape[1] :] for x in inputs]

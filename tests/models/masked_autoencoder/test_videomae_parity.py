@@ -1,7 +1,7 @@
-"""VideoMAE against transformers' implementation of it, and its loss against a formula written out in loops.
+"""Parity of VideoMAE with transformers, and of its loss with a reference in loops.
 
-The references are tiny and random in **every** parameter: transformers starts biases at 0 and norms at 1, where a
-dropped one would go unseen.
+The references are tiny and random in **every** parameter: transformers initializes biases to 0 and norms to 1, which
+would hide a dropped one.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def hf_config(name: str, **changes) -> VideoMAEConfig:
 
 
 def randomized(reference: nn.Module) -> nn.Module:
-    """Every parameter random; every LayerNorm with the original's eps, which transformers leaves at 1e-5 in places."""
+    """Reference with random parameters and the original's LayerNorm eps; transformers uses 1e-5 in some layers."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
@@ -96,12 +96,12 @@ def randomized(reference: nn.Module) -> nn.Module:
 
 
 def clips_and_masks(config: VideoMAEConfig, batch: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Video (B, C, T, H, W) in [0, 1], its normalised form, and random masks, different in each sample."""
+    """Video (B, C, T, H, W) in [0, 1], the normalized video, and random masks that differ between samples."""
     generator = torch.Generator().manual_seed(1)
     shape = (batch, config.num_channels, config.num_frames, config.image_size, config.image_size)
     video = torch.rand(shape, generator=generator)
     mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
-    inputs = (video - mean) / std if config.num_channels == 3 else video  # transformers un-normalises RGB alone
+    inputs = (video - mean) / std if config.num_channels == 3 else video  # transformers un-normalizes only RGB
     tokens = (config.num_frames // config.tubelet_size) * (config.image_size // config.patch_size) ** 2
     order = torch.rand(batch, tokens, generator=generator).argsort(dim=1)
     hidden = int(0.75 * tokens)
@@ -115,7 +115,7 @@ def hf_forward(reference: nn.Module, inputs: Tensor, target: Tensor):
 
 
 def to_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The original repository's names for transformers' weights, written here on their own."""
+    """transformers' weights under the original repository's names, independent of the package's conversion."""
     renames = (
         (r"^videomae\.embeddings\.patch_embeddings\.projection\.", "encoder.patch_embed.proj."),
         (r"^videomae\.encoder\.layer\.", "encoder.blocks."),
@@ -144,7 +144,7 @@ def to_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def before_version_5(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' names before version 5, which the files on its hub still have."""
+    """State dict under transformers' names before version 5, as in the files on the hub."""
     return {name.replace("query.bias", "q_bias").replace("value.bias", "v_bias"): v for name, v in state.items()}
 
 
@@ -157,7 +157,7 @@ def without_encoder_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(folder: Path, layout: str, state: dict[str, Tensor]) -> Path:
-    """A file as the source named by ``layout`` would publish the weights ``state``, given in transformers' names."""
+    """Writes ``state``, under transformers' names, to a file in layout ``layout``."""
     original = to_original(state)
     contents = {
         "huggingface.safetensors": state,
@@ -203,12 +203,12 @@ def load_finetuned(path: Path, config: VideoMAEConfig) -> classifier.VideoClassi
 
 
 def assert_same_gradients(ours: nn.Module, theirs: dict[str, Tensor]) -> None:
-    """Each to 1e-5 of its largest entry: most gradients are far smaller than 1, so that 1e-5 alone would say little."""
+    """Compares each gradient to 1e-5 of its largest entry, since most gradients are far smaller than 1."""
     own = {name: parameter.grad for name, parameter in ours.named_parameters()}
     assert own.keys() == theirs.keys()
     for name, gradient in own.items():
         largest = theirs[name].abs().max()
-        assert largest > 1e-6, f"{name} has no gradient: nothing was compared"
+        assert largest > 1e-6, f"{name} has no gradient to compare"
         assert (gradient - theirs[name]).abs().max() <= 1e-5 * min(largest, 1.0), name
 
 
@@ -255,7 +255,7 @@ def test_classification_equals_transformers_in_output_loss_and_all_gradients(nam
 
 
 @pytest.mark.parametrize("layout", PRETRAINED_LAYOUTS)
-def test_every_layout_of_a_pretrained_file_gives_the_same_model(layout, tmp_path):
+def test_every_layout_of_a_pretrained_file_loads_the_same_model(layout, tmp_path):
     config = hf_config("final-norm")
     reference = randomized(VideoMAEForPreTraining(config))
     path = write(tmp_path, layout, reference.state_dict())
@@ -266,7 +266,7 @@ def test_every_layout_of_a_pretrained_file_gives_the_same_model(layout, tmp_path
 
 
 @pytest.mark.parametrize("layout", FINETUNED_LAYOUTS)
-def test_every_layout_of_a_finetuned_file_gives_the_same_model(layout, tmp_path):
+def test_every_layout_of_a_finetuned_file_loads_the_same_model(layout, tmp_path):
     config = hf_config("no-final-norm", num_labels=5)
     reference = randomized(VideoMAEForVideoClassification(config))
     path = write(tmp_path, layout, reference.state_dict())
@@ -277,7 +277,7 @@ def test_every_layout_of_a_finetuned_file_gives_the_same_model(layout, tmp_path)
 
 
 @pytest.mark.parametrize("layout", [*PRETRAINED_LAYOUTS, "finetuned-backbone.pth"])
-def test_the_encoder_alone_loads_from_every_layout(layout, tmp_path):
+def test_encoder_loads_from_every_layout(layout, tmp_path):
     config = hf_config("final-norm")
     reference = randomized(VideoMAEForPreTraining(config))
     state = reference.state_dict()
@@ -309,7 +309,7 @@ def test_the_encoder_alone_loads_from_every_layout(layout, tmp_path):
         r"mask_token",
     ],
 )
-def test_a_dropped_bias_would_be_seen(part, tmp_path):
+def test_dropped_bias_exceeds_the_tolerance(part, tmp_path):
     """Zeroing one kind of bias in the file moves the output far above the tolerance of the parity tests."""
     config = hf_config("final-norm")
     reference = randomized(VideoMAEForPreTraining(config))
@@ -323,7 +323,7 @@ def test_a_dropped_bias_would_be_seen(part, tmp_path):
 
 
 def loss_in_loops(predicted: Tensor, video: Tensor, target: Tensor, patch_size: tuple[int, int, int]) -> float:
-    """The loss of the original in float64, one number at a time."""
+    """Reference of the original's loss, in float64."""
     predicted, video = predicted.double(), video.double()
     pt, ph, pw = patch_size
     channels, height, width = video.shape[1], video.shape[3] // ph, video.shape[4] // pw
@@ -351,7 +351,7 @@ def loss_in_loops(predicted: Tensor, video: Tensor, target: Tensor, patch_size: 
 def test_loss_equals_the_formula_in_loops(patch_size):
     generator = torch.Generator().manual_seed(3)
     video = torch.rand(2, 3, 4, 8, 8, generator=generator)
-    video[0, :, :2] = 0.5  # constant patches: normalised to 0 by the 1e-6, not to infinity
+    video[0, :, :2] = 0.5  # constant patches: normalized to 0 by the 1e-6, not to infinity
     tokens = 256 // (patch_size[0] * patch_size[1] * patch_size[2])
     target = torch.rand(2, tokens, generator=generator).argsort(dim=1)[:, : tokens // 2]
     predicted = torch.randn(2, tokens // 2, 3 * 256 // tokens, generator=generator)
@@ -368,8 +368,8 @@ def test_positions_equal_transformers_table():
     torch.testing.assert_close(model.decoder_positions, reference.position_embeddings[0])
 
 
-def test_the_decoder_reads_visible_tokens_with_their_own_positions(tmp_path):
-    """Reordering the visible tokens changes nothing; moving one to another place does."""
+def test_decoder_adds_positions_to_visible_tokens(tmp_path):
+    """Reordering the visible tokens does not change the prediction; moving one to a different position does."""
     config = hf_config("final-norm")
     path = write(tmp_path, "huggingface.bin", randomized(VideoMAEForPreTraining(config)).state_dict())
     model = load_pretrained(path, config)

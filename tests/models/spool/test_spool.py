@@ -1,12 +1,12 @@
-"""Spool: what frames know of each other, streams, hidden tokens, and an encoder for every task."""
+"""Spool: receptive field of frames, streaming, masked tokens, and use as the encoder of every task."""
+
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import default_collate
 
-from blueberry_video.data.sprites import Sprites
 from blueberry_video.masking import RandomMasking, TubeMasking
 from blueberry_video.models import dinov2
 from blueberry_video.models.classifier import FrameHead, VideoClassifier
@@ -19,7 +19,7 @@ from blueberry_video.models.spool.attention import frame_attention
 from blueberry_video.models.spool.model import Spool
 from blueberry_video.models.vit import VisionTransformer, load_encoder
 from blueberry_video.nn.patches import gather_tokens
-from blueberry_video.optim import constant, parameter_groups, warmup_cosine
+from blueberry_video.optim import constant, parameter_groups
 from blueberry_video.tasks.classification import Classification
 from blueberry_video.tasks.latent_prediction import LatentPrediction
 from blueberry_video.tasks.masked_pixels import MaskedPixels
@@ -60,11 +60,11 @@ def clips(frames: int = 4, batch: int = 2, dtype: torch.dtype = torch.float32) -
     return torch.randn(batch, 3, frames, 16, 16, dtype=dtype)
 
 
-# ---- what frames know of each other ----------------------------------------------------------------------------------
+# ---- receptive field -------------------------------------------------------------------------------------------------
 
 
 def reached_from(model: Spool, frame: int, frames: int) -> list[bool]:
-    """Frames of the video that the features of one frame depend on."""
+    """Flag per frame of the video: whether the features of frame ``frame`` depend on it."""
     video = clips(frames, batch=1, dtype=torch.float64).requires_grad_()
     out = model.features(video).features[0, frame + 1]
     gradient = torch.autograd.grad((out * torch.randn_like(out)).sum(), video)[0]
@@ -73,7 +73,7 @@ def reached_from(model: Spool, frame: int, frames: int) -> list[bool]:
 
 @pytest.mark.parametrize("lookback", [0, 1, 4])
 @pytest.mark.parametrize("mode", ["both", "split"])
-def test_one_block_sees_the_neighbours_and_two_see_the_whole_video(lookback, mode):
+def test_one_block_reaches_the_neighbors_and_two_reach_the_whole_video(lookback, mode):
     for layers in (1, 2):
         model = tiny(lookback=lookback, context_mode=mode, num_hidden_layers=layers).double()
         for frame in (0, 3, 6):
@@ -82,13 +82,13 @@ def test_one_block_sees_the_neighbours_and_two_see_the_whole_video(lookback, mod
             assert reached_from(model, frame, 7) == (near if layers == 1 else [True] * 7)
 
 
-def test_causal_frames_know_as_far_back_as_the_layers_reach():
+def test_causal_receptive_field_grows_with_depth():
     model = tiny(lookback=4, context_mode="causal").double()
     assert reached_from(model, 4, 7) == [False, False, True, True, True, False, False]
 
 
 @torch.no_grad()
-def test_the_backbone_sees_frames_alone_and_without_blocks_order_is_unknown():
+def test_backbone_encodes_frames_independently_and_only_blocks_depend_on_order():
     model, video = tiny(num_hidden_layers=0, temporal_sinusoid=False), clips(5)
     order = torch.randperm(5)
     tokens = model(video).unflatten(1, (5, 4))
@@ -99,7 +99,7 @@ def test_the_backbone_sees_frames_alone_and_without_blocks_order_is_unknown():
 
 
 @torch.no_grad()
-def test_the_features_are_those_of_the_definition(monkeypatch):
+def test_features_equal_the_dense_reference(monkeypatch):
     model, video = tiny(lookback=3, temporal_sinusoid=True, context_mode="split"), clips(9)
     banded = model.features(video)
 
@@ -113,7 +113,7 @@ def test_the_features_are_those_of_the_definition(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("frames", [1, 2, 4, 11])
-def test_outputs(frames):
+def test_output_shapes_and_context(frames):
     model, video = tiny(), clips(frames)
     features, context = model.features(video)
     assert features.shape == (2, frames + 2, 4, 16)
@@ -124,22 +124,22 @@ def test_outputs(frames):
 
 
 @torch.no_grad()
-def test_the_sinusoid_tells_the_number_of_a_frame():
-    picture = clips(1).expand(-1, -1, 4, -1, -1)
+def test_temporal_sinusoid_encodes_the_frame_index():
+    still = clips(1).expand(-1, -1, 4, -1, -1)
     with_it, without = (tiny(num_hidden_layers=0, temporal_sinusoid=on, final_norm=False) for on in (True, False))
-    moved = (with_it(picture) - without(picture)).unflatten(1, (4, 4))
+    added = (with_it(still) - without(still)).unflatten(1, (4, 4))
     expected = torch.stack(
         [f(torch.arange(1.0, 5)[:, None] / 10000 ** (torch.arange(8) / 8)) for f in (torch.sin, torch.cos)]
     )
-    torch.testing.assert_close(moved[0, :, 0], expected.permute(1, 2, 0).flatten(1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(added[0, :, 0], expected.permute(1, 2, 0).flatten(1), atol=1e-5, rtol=1e-5)
 
 
-# ---- streams ---------------------------------------------------------------------------------------------------------
+# ---- streaming -------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("reach", [0, 1, 3, 100])
-def test_a_stream_is_the_whole_video_and_so_is_its_context(reach):
+def test_streaming_equals_the_whole_video_and_its_context(reach):
     model = tiny(lookback=4, context_mode="causal", num_hidden_layers=3, local_frame_range=reach)
     video, state, parts = clips(12), None, []
     whole = model(video)
@@ -154,7 +154,7 @@ def test_a_stream_is_the_whole_video_and_so_is_its_context(reach):
     torch.testing.assert_close(torch.cat([uneven, rest], 1), whole, atol=1e-5, rtol=1e-5)
 
 
-def test_the_state_of_a_stream_does_not_grow():
+def test_streaming_state_has_constant_size():
     model, state, sizes = tiny(lookback=4, context_mode="causal", local_frame_range=3), None, []
     for _ in range(12):
         features, state = model.stream(clips(1), state)
@@ -165,25 +165,28 @@ def test_the_state_of_a_stream_does_not_grow():
     assert sizes[-1] == 2 * 2 * (1 + 3) * 2 * 4 * 16 * 4  # layers, keys and values, frames, batch, tokens, width, bytes
 
 
-def test_a_stream_that_could_not_be_exact_is_refused():
-    with pytest.raises(ValueError, match=r"context_mode=causal, with num_lookback_heads=4 and num_lookahead_heads=0"):
+def test_invalid_streaming_raises():
+    with pytest.raises(ValueError, match=r"context_mode=causal\b.*num_lookback_heads=4\b.*num_lookahead_heads=0\b"):
         tiny(lookback=4).stream(clips(1))
-    with pytest.raises(ValueError, match="Set num_lookback_heads=4 and num_lookahead_heads=0"):
+    with pytest.raises(ValueError, match=r"context_mode=causal\b.*num_lookback_heads=4\b.*num_lookahead_heads=0\b"):
         tiny(context_mode="causal")
     _, state = tiny(lookback=4, context_mode="causal").stream(clips(1))
-    with pytest.raises(ValueError, match="of 2 layers and 2 videos, the model has 3 layers"):
+    with pytest.raises(ValueError, match=r"\b2 layers.*\b2 videos.*\b3 layers"):
         tiny(lookback=4, context_mode="causal", num_hidden_layers=3).stream(clips(1), state)
-    with pytest.raises(ValueError, match="there are 1 videos"):
+    with pytest.raises(ValueError, match=r"\b2 videos.*\b1 videos"):
         tiny(lookback=4, context_mode="causal").stream(clips(1, batch=1), state)
 
 
-# ---- hidden tokens ---------------------------------------------------------------------------------------------------
+# ---- masked tokens ---------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", [vit, dino, hydra])
-def test_hidden_tokens_have_no_influence_and_visible_ones_have(backbone):
-    model, keep = tiny(backbone()), torch.tensor([[15, 0, 3, 6], [1, 4, 8, 12]])  # 2, 1, 0, 1 of a frame; one each
+def test_output_depends_on_visible_tokens_only(backbone):
+    model, keep = (
+        tiny(backbone()),
+        torch.tensor([[15, 0, 3, 6], [1, 4, 8, 12]]),
+    )  # per frame: 2, 1, 0, 1 and 1 each
     video = clips()
     expected = model(video, keep)
     changed = video.clone()
@@ -198,14 +201,14 @@ def test_hidden_tokens_have_no_influence_and_visible_ones_have(backbone):
 
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", [vit, dino, hydra])
-def test_all_tokens_kept_is_no_mask_and_any_order_is_that_of_the_output(backbone):
+def test_keeping_all_tokens_equals_no_mask_in_any_order(backbone):
     model, video, order = tiny(backbone()), clips(), torch.stack([torch.randperm(16) for _ in range(2)])
     torch.testing.assert_close(model(video, order), gather_tokens(model(video), order), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_frames_of_different_numbers_of_tokens_are_each_videos_own():
-    """In a batch as alone, though the batch fills the shorter frames up."""
+def test_padding_of_ragged_frames_does_not_affect_the_output():
+    """A video has the same output in a batch, which pads shorter frames, as alone."""
     model, video = tiny(), clips()
     keep = torch.tensor([[0, 1, 2, 3, 4, 15], [0, 5, 6, 8, 12, 13]])
     together = model(video, keep)
@@ -214,25 +217,25 @@ def test_frames_of_different_numbers_of_tokens_are_each_videos_own():
 
 
 @pytest.mark.parametrize(
-    ("keep", "said"),
+    ("keep", "expected"),
     [
-        (torch.tensor([[1, 2]]), "indices of the visible tokens"),
-        (torch.rand(2, 3), "indices of the visible tokens"),
-        (torch.ones(2, 16, dtype=torch.bool), "indices of the visible tokens"),
-        (torch.tensor([[1, 1], [2, 3]]), "keep names a token twice"),
-        (torch.tensor([[1, 16], [2, 3]]), "a video of 4 x 2 x 2 tokens has those from 0 to 15"),
-        (torch.empty(2, 0, dtype=torch.long), "keep is empty"),
+        (torch.tensor([[1, 2]]), r"keep.*torch\.int64.*\(1, 2\)"),
+        (torch.rand(2, 3), r"keep.*torch\.float32.*\(2, 3\)"),
+        (torch.ones(2, 16, dtype=torch.bool), r"keep.*torch\.bool.*\(2, 16\)"),
+        (torch.tensor([[1, 1], [2, 3]]), "keep"),
+        (torch.tensor([[1, 16], [2, 3]]), r"keep.*\b1\b.*\b16\b.*4 x 2 x 2\b.*\b15\b"),
+        (torch.empty(2, 0, dtype=torch.long), "keep.*empty"),
     ],
 )
-def test_a_wrong_keep_is_refused(keep, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_keep_raises(keep, expected):
+    with pytest.raises(ValueError, match=expected):
         tiny()(clips(), keep)
 
 
 # ---- the backbone ----------------------------------------------------------------------------------------------------
 
 
-def test_a_frozen_backbone_stays_still():
+def test_frozen_backbone_stays_in_eval_mode_without_gradients():
     model = tiny(freeze_backbone=True).train()
     assert model.training
     assert not any(module.training for module in model.backbone.modules())
@@ -244,7 +247,7 @@ def test_a_frozen_backbone_stays_still():
 
 
 @torch.no_grad()
-def test_published_dinov2_is_a_backbone(tmp_path):
+def test_published_dinov2_works_as_backbone(tmp_path):
     published = dino(layer_scale_init=1.0)
     torch.save(dinov2.to_original(published.state_dict()), tmp_path / "dinov2.pth")
     model = tiny(dino(weights=str(tmp_path / "dinov2.pth")), freeze_backbone=True)
@@ -256,114 +259,97 @@ def test_published_dinov2_is_a_backbone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("backbone", "changes", "said"),
+    ("backbone", "changes", "expected"),
     [
-        ({"images": False}, {}, r"backbone\.images=true"),
-        ({"image_size": 32}, {}, r"the backbone was built for .* = \(3, 32, 32\) and Spool for \(3, 16, 16\)"),
-        ({}, {"image_size": 20}, "image_size=20 is not a multiple of patch_size=8: the nearest that is, is 16"),
-        ({}, {"heads": 3}, "num_attention_heads=3 does not divide the width 16"),
-        ({}, {"num_lookahead_heads": 3}, "do not add up to num_attention_heads=4"),
-        ({}, {"local_frame_range": -1}, "local_frame_range=-1 is negative"),
-        ({}, {"context_mode": "none"}, "context_mode='none' is unknown"),
-        ({}, {"context_mode": "none", "num_hidden_layers": 0}, "context_mode='none' is unknown"),
-        ({}, {"num_lookahead_heads": 3, "num_hidden_layers": 0}, "do not add up to num_attention_heads=4"),
-        ({}, {"num_hidden_layers": -1}, "num_hidden_layers=-1 is negative"),
+        ({"images": False}, {}, r"backbone\.images=false.*backbone\.images=true"),
+        ({"image_size": 32}, {}, r"backbone.*\(3, 32, 32\).*\(3, 16, 16\).*image_size"),
+        ({}, {"image_size": 20}, r"image_size=20\b.*patch_size=8\b.*\b16\b"),
+        ({}, {"heads": 3}, r"num_attention_heads=3\b.*\b16\b"),
+        ({}, {"num_lookahead_heads": 3}, r"num_lookahead_heads=3\b.*num_attention_heads=4\b"),
+        ({}, {"local_frame_range": -1}, r"local_frame_range=-1\b"),
+        ({}, {"context_mode": "none"}, "context_mode='none'.*'both'.*'split'.*'causal'"),
+        ({}, {"context_mode": "none", "num_hidden_layers": 0}, "context_mode='none'.*'both'.*'split'.*'causal'"),
+        ({}, {"num_lookahead_heads": 3, "num_hidden_layers": 0}, r"num_lookahead_heads=3\b.*num_attention_heads=4\b"),
+        ({}, {"num_hidden_layers": -1}, r"num_hidden_layers=-1\b"),
     ],
 )
-def test_bad_arguments_are_refused(backbone, changes, said):
-    with pytest.raises(ValueError, match=said):
+def test_bad_arguments_raise(backbone, changes, expected):
+    with pytest.raises(ValueError, match=expected):
         tiny(vit(**backbone), **changes)
 
 
 @pytest.mark.parametrize(
     "shape", [(2, 3, 0, 16, 16), (2, 3, 4, 16, 24), (2, 1, 4, 16, 16), (2, 4, 16, 16, 3), (3, 4, 16, 16)]
 )
-def test_videos_of_another_shape_are_refused(shape):
-    with pytest.raises(ValueError, match=r"built for C = 3, \(H, W\) = \(16, 16\) and any T of 1 or more"):
+def test_invalid_video_shapes_raise(shape):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}.*C ?= ?3\b.*\(16, 16\).*image_size"):
         tiny()(torch.zeros(shape))
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------
 
 
-def check_training(module) -> None:
-    """A finite loss, and a gradient for every parameter that is trained."""
-    videos = Sprites("train", 4, num_frames=4, image_size=16, background="texture")
-    batch = module.train().on_after_batch_transfer(default_collate([videos[i] for i in range(4)]), 0)
-    loss = module.shared_step(batch, "train")["loss"]
-    assert torch.isfinite(loss)
-    loss.backward()
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None, name
-            assert parameter.grad.abs().max() > 0, name
-
-
-def options() -> dict:
-    return {"optimizer": lambda groups: torch.optim.AdamW(groups, lr=1e-3), "schedule": warmup_cosine}
-
-
 @pytest.mark.parametrize("pooling", ["context", "mean"])
 @pytest.mark.parametrize("backbone", [vit, dino])
-def test_it_classifies(pooling, backbone):
+def test_trains_as_a_classifier(pooling, backbone, check_training, options):
     model = VideoClassifier(tiny(backbone()), {"motion": 8}, pooling=pooling, head_init_scale=1.0)
-    check_training(Classification(model, **options()))
+    check_training(Classification(model, **options), frozen_parameters=True)
 
 
 @torch.no_grad()
-def test_a_classifier_pools_the_context():
+def test_classifier_pools_the_context():
     model, video = VideoClassifier(tiny(), {"motion": 8}, pooling="context", head_init_scale=1.0).eval(), clips()
     normed = F.layer_norm(model.encoder.context(video), (32,), eps=1e-6)
     torch.testing.assert_close(model(video)["motion"], model.head.linear["motion"](normed))
-    with pytest.raises(
-        ValueError, match="this VisionTransformer gives no context: choose an encoder of conf/model/spool/"
-    ):
+    with pytest.raises(ValueError, match=r"model\.pooling=context.*VisionTransformer.*conf/model/spool/"):
         VideoClassifier(vit(), {"motion": 8}, pooling="context")
-    with pytest.raises(ValueError, match=r"this Spool gives no context: .* num_hidden_layers of 1 or more"):
+    with pytest.raises(ValueError, match=r"model\.pooling=context.*Spool.*num_hidden_layers"):
         VideoClassifier(tiny(num_hidden_layers=0), {"motion": 8}, pooling="context")
 
 
 @pytest.mark.parametrize("masking", [TubeMasking(0.5), RandomMasking(0.6)])
-def test_it_predicts_masked_pixels(masking):
+def test_trains_as_a_masked_autoencoder(masking, check_training, options):
     model = MaskedAutoencoder(tiny(), decoder_dim=12, decoder_depth=1, decoder_num_heads=2)
-    check_training(MaskedPixels(model, masking=masking, **options()))
+    check_training(MaskedPixels(model, masking=masking, **options), frozen_parameters=True)
 
 
 @pytest.mark.parametrize("encoder", [tiny, dino])
-def test_it_predicts_latents(encoder):
+def test_trains_as_a_jepa_encoder(encoder, check_training, options):
     model = JEPA(encoder(), predictor_dim=12, predictor_depth=1, predictor_num_heads=2, num_mask_tokens=1)
-    check_training(LatentPrediction(model, maskings=[RandomMasking(0.5)], momentum=constant, **options()))
+    check_training(
+        LatentPrediction(model, maskings=[RandomMasking(0.5)], momentum=constant, **options), frozen_parameters=True
+    )
 
 
 @pytest.mark.parametrize("teacher", [tiny, dino])
-def test_it_teaches_latents(teacher, tmp_path):
+def test_trains_a_jepa_as_teacher(teacher, tmp_path, check_training, options):
     torch.save(teacher().state_dict(), tmp_path / "teacher.pt")
     model = JEPA(vit(), 12, 1, 2, num_mask_tokens=1, ema=False, teacher=teacher())
-    module = LatentPrediction(model, maskings=[RandomMasking(0.5)], teacher_from=tmp_path / "teacher.pt", **options())
-    check_training(module)
+    module = LatentPrediction(model, maskings=[RandomMasking(0.5)], teacher_from=tmp_path / "teacher.pt", **options)
+    check_training(module, frozen_parameters=True)
 
 
-def test_heads_of_single_frames():
+def test_frame_head_scores_single_frames():
     model, head, video = tiny(), FrameHead(16, {"phase": 5, "hit": 2}), clips(3)
     features = model.features(video).features[:, 1:-1]
     scores = head(features)
     assert {name: tuple(value.shape) for name, value in scores.items()} == {"phase": (2, 3, 5), "hit": (2, 3, 2)}
     frame = F.layer_norm(features[1, 2].mean(0), (16,), eps=1e-6)
     torch.testing.assert_close(scores["phase"][1, 2], head.linear["phase"](frame))
-    with pytest.raises(ValueError, match=r"must be \(B, T, S, D\)"):
+    with pytest.raises(ValueError, match=r"\(2, 12, 16\).*\(B, T, S, D\)"):
         head(model(video))
-    with pytest.raises(ValueError, match="num_classes is empty"):
+    with pytest.raises(ValueError, match="num_classes"):
         FrameHead(16, {})
 
 
-def test_the_heads_that_do_not_look_back_may_be_left_to_look_ahead():
+def test_num_lookahead_heads_defaults_to_the_remaining_heads():
     model = tiny(lookback=1, num_lookahead_heads=None)
     assert model.blocks[0].attn.heads.lookback == 1
-    with pytest.raises(ValueError, match="num_lookahead_heads=-1 do not add up"):
+    with pytest.raises(ValueError, match=r"num_lookback_heads=5\b.*num_lookahead_heads=-1\b.*num_attention_heads=4\b"):
         tiny(lookback=5, num_lookahead_heads=None)
 
 
-def test_its_layers_have_learning_rates_of_their_own_and_context_frames_no_decay():
+def test_layer_decay_gives_separate_learning_rates_and_context_frames_have_no_decay():
     groups = parameter_groups(VideoClassifier(tiny(), {"motion": 8}), layer_decay=0.5)
     assert sorted({group["lr_scale"] for group in groups}) == [0.125, 0.25, 0.5, 1.0]
     model = tiny()
@@ -372,7 +358,7 @@ def test_its_layers_have_learning_rates_of_their_own_and_context_frames_no_decay
 
 
 @torch.no_grad()
-def test_an_own_checkpoint_loads(tmp_path):
+def test_own_checkpoint_loads(tmp_path):
     trained, other = tiny(), tiny(final_norm=False)
     for parameter in trained.parameters():
         parameter += 0.1 * torch.randn_like(parameter)

@@ -1,4 +1,4 @@
-"""Published text encoders: equal to what diffusers' pipelines compute, on tiny random ones."""
+"""Published text encoders: parity with diffusers' pipelines, on tiny random models."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "green", "square", "disc", "moves
 
 
 def save_tokenizer(folder: Path) -> None:
-    """One that knows a few words and ends every text with </s>."""
+    """Saves a word-level tokenizer of 12 tokens that appends </s> to every text."""
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     inner.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
@@ -50,7 +50,7 @@ def hunyuan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_t5_is_the_pipelines(cogvideox: Path):
+def test_t5_equals_the_pipeline(cogvideox: Path):
     text = T5Text(str(cogvideox), length=30)
     pipeline = object.__new__(diffusers.CogVideoXPipeline)
     pipeline.tokenizer, pipeline.text_encoder = text.tokenizer, text.encoder
@@ -67,7 +67,7 @@ def test_t5_is_the_pipelines(cogvideox: Path):
     torch.testing.assert_close(empty, expected[2:3], rtol=0, atol=1e-5)
 
 
-def test_hunyuan_is_the_pipelines(hunyuan: Path):
+def test_hunyuan_equals_the_pipeline(hunyuan: Path):
     text = HunyuanText(str(hunyuan), length=20)
     pipeline = object.__new__(diffusers.HunyuanVideoPipeline)
     pipeline.tokenizer, pipeline.text_encoder = text.tokenizer, text.language
@@ -84,7 +84,7 @@ def test_hunyuan_is_the_pipelines(hunyuan: Path):
     assert not torch.allclose(other, states)
 
 
-def test_they_stay_frozen(cogvideox: Path, hunyuan: Path):
+def test_published_text_encoders_stay_frozen(cogvideox: Path, hunyuan: Path):
     for text in (T5Text(str(cogvideox)), HunyuanText(str(hunyuan))):
         text.train()
         assert text.frozen
@@ -93,21 +93,21 @@ def test_they_stay_frozen(cogvideox: Path, hunyuan: Path):
         assert not text(["a red square"]).tokens.requires_grad
 
 
-def test_what_is_not_there_is_told(cogvideox: Path, tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer could be loaded from .*nowhere/tokenizer .*diffusers"):
+def test_missing_or_invalid_parts_raise(cogvideox: Path, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"(?s)tokenizer.*nowhere/tokenizer.*diffusers"):
         T5Text(str(tmp_path / "nowhere"))
     save_tokenizer(tmp_path / "tokenizer")
-    with pytest.raises(FileNotFoundError, match=r"no T5 encoder could be loaded from .*text_encoder"):
+    with pytest.raises(FileNotFoundError, match=r"(?s)T5.*/text_encoder"):
         T5Text(str(tmp_path))
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"tokenizer_class": "NoSuchTokenizer"}')
     (tmp_path / "tokenizer" / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match="no tokenizer could be loaded"):
+    with pytest.raises(FileNotFoundError, match=r"(?s)tokenizer.*/tokenizer.*diffusers"):
         T5Text(str(tmp_path))
-    with pytest.raises(ValueError, match="no place for the caption"):
+    with pytest.raises(ValueError, match=r"template='Describe\.'.*\{\}"):
         HunyuanText(str(cogvideox), template="Describe.")
 
 
-def test_a_missing_package_is_told_with_the_extra(cogvideox: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_package_raises_with_the_extra(cogvideox: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"transformers cannot be imported .*blueberry-video\[pretrained\]"):
+    with pytest.raises(ImportError, match=r"(?s)transformers.*blueberry-video\[pretrained\]"):
         T5Text(str(cogvideox))

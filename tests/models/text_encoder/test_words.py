@@ -1,4 +1,4 @@
-"""The word-level text encoder: its tokens, its vocabulary's way through files, its errors."""
+"""WordText: tokens, vocabulary in files, and errors."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def test_tokens_mask_and_pooled():
     assert text(pooled_dim=0)(CAPTIONS).pooled is None
 
 
-def test_padding_changes_nothing():
+def test_padding_does_not_change_the_output():
     short, long = text(length=6), text(length=9)
     long.load_state_dict({**long.state_dict(), **{k: v for k, v in short.state_dict().items() if k != "position"}})
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_every_parameter_receives_a_gradient():
     assert {name for name, p in encoder.named_parameters() if p.grad is None or not p.grad.any()} == set()
 
 
-def test_the_unconditional_is_what_was_asked_for():
+def test_unconditional_text_is_zeros_or_the_empty_caption():
     tokens, mask, pooled = text().unconditional(2)
     assert not tokens.any()
     assert not pooled.any()
@@ -55,11 +55,11 @@ def test_the_unconditional_is_what_was_asked_for():
     empty = text(unconditional="empty")
     assert torch.equal(empty.unconditional(2).tokens, empty(["", ""]).tokens)
     assert empty.unconditional(2).tokens.any()
-    with pytest.raises(ValueError, match="unconditional='none' is unknown"):
+    with pytest.raises(ValueError, match=r"unconditional='none'.*'zeros'.*'empty'"):
         text(unconditional="none")
 
 
-def test_words():
+def test_words_are_lower_case_without_punctuation():
     assert words("A red square, well-lit: 2 of the dog's!") == [
         "a",
         "red",
@@ -73,11 +73,11 @@ def test_words():
     assert torch.equal(*(text()([caption]).tokens for caption in ("a red square", "A  RED square.")))
 
 
-def test_a_learned_vocabulary_is_sorted_and_travels_with_the_weights(tmp_path: Path):
+def test_learned_vocabulary_is_sorted_and_saved_with_the_weights(tmp_path: Path):
     encoder = text(vocabulary=None)
     encoder.learn(reversed(CAPTIONS))
     assert encoder.vocabulary == tuple(sorted(VOCABULARY))
-    encoder.learn(["other words"])  # known already
+    encoder.learn(["other words"])  # ignored, since a vocabulary exists
     assert encoder.vocabulary == tuple(sorted(VOCABULARY))
     safetensors.torch.save_file(encoder.state_dict(), tmp_path / "text.safetensors")
     loaded = text(vocabulary=None)
@@ -88,14 +88,14 @@ def test_a_learned_vocabulary_is_sorted_and_travels_with_the_weights(tmp_path: P
     assert torch.load(tmp_path / "text.pt", weights_only=True).keys() == encoder.state_dict().keys()
 
 
-def test_weights_of_another_vocabulary_are_refused():
-    with pytest.raises(ValueError, match=r"another vocabulary .*blue differ.*vocabulary=null"):
+def test_weights_of_a_different_vocabulary_raise():
+    with pytest.raises(ValueError, match=r"(?s)\b9\b.*\b8\b.*\bblue\b.*vocabulary=null"):
         text().load_state_dict(text(vocabulary=[*VOCABULARY, "blue"]).state_dict())
-    with pytest.raises(ValueError, match="the order differ"):
+    with pytest.raises(ValueError, match=r"(?s)\b8\b.*\b8\b.*order.*vocabulary=null"):
         text().load_state_dict(text(vocabulary=VOCABULARY[::-1]).state_dict())
 
 
-def test_an_averaged_copy_knows_words_learned_after_it_was_made():
+def test_averaged_copy_receives_a_vocabulary_learned_later():
     encoder = text(vocabulary=None)
     average = torch.optim.swa_utils.AveragedModel(encoder, use_buffers=False)
     encoder.learn(CAPTIONS)
@@ -105,34 +105,34 @@ def test_an_averaged_copy_knows_words_learned_after_it_was_made():
     assert loaded.vocabulary == tuple(sorted(VOCABULARY))
 
 
-def test_bad_captions_are_told_with_word_and_fix():
-    with pytest.raises(ValueError, match="'a blue square' has the word 'blue', which is not among the 8 words"):
+def test_invalid_captions_raise():
+    with pytest.raises(ValueError, match=r"'a blue square'.*'blue'.*\b8\b.*vocabulary=null"):
         text()(["a red square", "a blue square"])
-    with pytest.raises(ValueError, match=r"has 5 words, and length=5 holds 4 .*length of the text encoder to 6"):
+    with pytest.raises(ValueError, match=r"'a red square moves left'.*\b5\b.*length=5\b.*\b6\b"):
         text(length=5)(CAPTIONS)
-    with pytest.raises(ValueError, match=r"no vocabulary yet: .*learn"):
+    with pytest.raises(ValueError, match=r"vocabulary.*learn"):
         text(vocabulary=None)(CAPTIONS)
-    with pytest.raises(ValueError, match="hold no word"):
+    with pytest.raises(ValueError, match=r"word.*vocabulary"):
         text(vocabulary=None).learn(["", "…"])
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
-        ({"vocabulary": ["a", "b", "a"]}, "lists 'a' twice"),
-        ({"vocabulary": ["two words"]}, r"'two words', which is not one word .*\['two', 'words'\]"),
-        ({"vocabulary": ["Red"]}, r"'Red', .*\['red'\]"),
-        ({"vocabulary": ["word" * 9]}, "more than 32 bytes"),
-        ({"max_words": 7}, "8 words and max_words=7: set max_words of the text encoder to 8"),
-        ({"length": 0}, "length=0"),
+        ({"vocabulary": ["a", "b", "a"]}, "vocabulary.*'a'"),
+        ({"vocabulary": ["two words"]}, r"vocabulary.*'two words'.*\['two', 'words'\]"),
+        ({"vocabulary": ["Red"]}, r"vocabulary.*'Red'.*\['red'\]"),
+        ({"vocabulary": ["word" * 9]}, r"'(word){9}'.*\b32\b"),
+        ({"max_words": 7}, r"\b8\b.*max_words=7\b.*\b8\b"),
+        ({"length": 0}, r"length=0\b"),
     ],
 )
-def test_impossible_settings_are_refused(changes: dict, said: str):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_settings_raise(changes: dict, expected: str):
+    with pytest.raises(ValueError, match=expected):
         text(**changes)
 
 
-def test_it_is_built_on_the_meta_device():
+def test_builds_on_the_meta_device():
     with torch.device("meta"):
         encoder = text()
     assert isinstance(encoder, TextEncoder)
