@@ -11,8 +11,6 @@ from omegaconf import OmegaConf
 from blueberry_video import export
 from blueberry_video.config import compose
 from blueberry_video.diffusion.lora import LoRA
-from blueberry_video.diffusion.published import export as write
-from blueberry_video.models.jepa.anticipator import load_weights
 from blueberry_video.diffusion.text_to_video import TextToVideo
 from blueberry_video.experiment.checkpoint import AtomicCheckpointIO, weights_file
 from blueberry_video.models.cogvideox.model import CogVideoX
@@ -78,41 +76,40 @@ def test_training_goes_on_from_an_exported_folder_and_from_a_run(run: Path, tmp_
         fresh = model(num_heads=2)
         with torch.no_grad():
             next(fresh.transformer.parameters()).zero_()
-        load_weights(fresh, weights_file(source))
+        fresh.load_published(weights_file(source))
         expected = model().transformer
         expected.load_state_dict({name: value + 0.01 for name, value in expected.state_dict().items()})
         torch.testing.assert_close(output(fresh.transformer), output(expected))
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def killed(*_: object) -> None:
-        (tmp_path / ".transformer.tmp").mkdir(parents=True)
+    def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("blueberry_video.models.cogvideox.save_published", killed)
+        patch.setattr("blueberry_video.weights.diffusers_folder.save_torch_state_dict", killed)
         with pytest.raises(KeyboardInterrupt):
-            write(model(), tmp_path)
+            model().save_published(tmp_path)
     assert not (tmp_path / "transformer").exists()
-    write(model(), tmp_path)
+    model().save_published(tmp_path)
     assert (tmp_path / "transformer" / "config.json").is_file()
     assert not (tmp_path / ".transformer.tmp").exists()
     with pytest.raises(FileExistsError, match="choose another folder"):
-        write(model(), tmp_path)
+        model().save_published(tmp_path)
 
 
 def test_what_was_loaded_is_said_also_what_its_weights_were_trained_with(tmp_path: Path):
-    write(model(), tmp_path / "cog")
-    assert load_weights(model(), tmp_path / "cog").startswith("loaded CogVideoX of 1 blocks, 32 wide from ")
+    model().save_published(tmp_path / "cog")
+    assert model().load_published(tmp_path / "cog").startswith("loaded CogVideoX of 1 blocks, 32 wide from ")
     sizes = {"in_channels": 3, "out_channels": 3, "num_heads": 1, "head_dim": 16, "depth": 1, "single_depth": 1}
     sizes |= {"refiner_depth": 1, "text_dim": 6, "pooled_dim": 6, "rope_axes": (4, 6, 6)}
     trained, fresh = (
         TextToVideo(HunyuanVideo(**sizes, image_condition=kind), WordText(6, pooled_dim=6), None)
         for kind in ("token_replace", None)
     )
-    write(trained, tmp_path / "hunyuan")
-    said = load_weights(fresh, tmp_path / "hunyuan")
-    assert said.endswith(", trained with image_condition_type=token_replace (here None)")
+    trained.save_published(tmp_path / "hunyuan")
+    said = fresh.load_published(tmp_path / "hunyuan")
+    assert said.endswith(", trained with image_condition=token_replace (here None)")
 
 
 def test_adapters_are_written_alone_or_merged(tmp_path: Path):
@@ -121,15 +118,15 @@ def test_adapters_are_written_alone_or_merged(tmp_path: Path):
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    assert write(adapted, tmp_path / "alone") == [tmp_path / "alone" / "pytorch_lora_weights.safetensors"]
+    assert adapted.save_published(tmp_path / "alone") == [tmp_path / "alone" / "pytorch_lora_weights.safetensors"]
     with pytest.raises(FileExistsError, match="choose another folder"):
-        write(adapted, tmp_path / "alone")
+        adapted.save_published(tmp_path / "alone")
     fresh = model(LoRA(rank=2, targets=TARGETS))
-    load_weights(fresh, tmp_path / "alone" / "pytorch_lora_weights.safetensors")
+    fresh.load_published(tmp_path / "alone" / "pytorch_lora_weights.safetensors")
     torch.testing.assert_close(output(fresh.transformer), output(adapted.transformer))
-    write(adapted, tmp_path / "merged", merge=True)
+    adapted.save_published(tmp_path / "merged", merge=True)
     plainly = model()
-    load_weights(plainly, tmp_path / "merged")
+    plainly.load_published(tmp_path / "merged")
     torch.testing.assert_close(output(plainly.transformer), output(adapted.transformer), rtol=1e-4, atol=1e-4)
 
 
@@ -138,16 +135,16 @@ def test_adapters_begin_with_the_published_weights(tmp_path: Path):
     with torch.no_grad():
         for parameter in other.transformer.parameters():
             parameter.add_(0.02)
-    write(other, tmp_path)
+    other.save_published(tmp_path)
     adapted = model(LoRA(base=str(tmp_path), rank=2, targets=TARGETS))
-    load_weights(adapted, adapted.lora.base)
+    adapted.load_published(adapted.lora.base)
     torch.testing.assert_close(output(adapted.transformer), output(other.transformer))
 
 
 def test_weights_of_another_variant_are_named(tmp_path: Path):
-    write(model(), tmp_path)
+    model().save_published(tmp_path)
     with pytest.raises(ValueError, match="in_channels=4"):
-        load_weights(model(in_channels=8), tmp_path)
+        model(in_channels=8).load_published(tmp_path)
 
 
 def test_a_run_of_another_kind_is_refused(run: Path, tmp_path: Path):

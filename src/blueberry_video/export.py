@@ -61,9 +61,9 @@ def run(source: Path, out: Path, dtype: str = "float32", merge: bool = False) ->
     model = instantiate(load(folder / "config.yaml").model)
     if not isinstance(model, TextToVideo):
         raise ValueError(f"{folder} trained a {type(model).__name__}: only diffusion transformers are exported.")
+    overflowing = {name.rpartition(".")[2] for name in HALF_OVERFLOWS}
     places = getattr(model.transformer, "places", None)
-    name = f"{type(model.transformer).__module__}.{type(model.transformer).__qualname__}"
-    if dtype == "float16" and name in HALF_OVERFLOWS and (places is None or places.kind != "sincos"):
+    if dtype == "float16" and type(model.transformer).__name__ in overflowing and (places is None or places.kind != "sincos"):
         raise ValueError(
             f"dtype=float16: {type(model.transformer).__name__} was trained in bfloat16, and overflows in float16, "
             "which gives black or NaN videos: write DTYPE=bfloat16."

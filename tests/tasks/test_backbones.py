@@ -16,7 +16,7 @@ from blueberry_video.data.single_frames import SingleFrames
 from blueberry_video.data.sprites import Sprites
 from blueberry_video.evaluation.callbacks import FewLabels, Probe
 from blueberry_video.masking import ByModality, DualMasking, RandomMasking, TubeMasking
-from blueberry_video.models.classifier import VideoClassifier, load_classifier, load_whole
+from blueberry_video.models.classifier import VideoClassifier
 from blueberry_video.models.encoder import Encoder
 from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer
@@ -126,14 +126,14 @@ def test_the_weights_of_an_own_run_load_whatever_the_encoder(tmp_path: Path):
         state = {f"model.{key}": value for key, value in network.state_dict().items()}
         torch.save({"state_dict": state}, tmp_path / f"{name}.ckpt")
         fresh = VideoClassifier(Patches(), {"motion": 8})
-        assert "loaded" in load_classifier(fresh, tmp_path / f"{name}.ckpt")
+        assert "loaded" in fresh.load_published(tmp_path / f"{name}.ckpt")
         assert torch.equal(fresh.encoder.project.weight, network.encoder.project.weight)
     fresh = VideoClassifier(Patches(), {"motion": 8})
-    load_whole(fresh, tmp_path / "classifier.ckpt")
+    fresh.load_finetuned(tmp_path / "classifier.ckpt")
     torch.testing.assert_close(fresh.state_dict(), trained.state_dict())
-    with pytest.raises(ValueError, match=r"does not hold the whole|no VideoMAE encoder"):
-        load_whole(fresh, tmp_path / "masked.ckpt")
+    with pytest.raises(ValueError, match="no VideoMAE encoder"):
+        fresh.load_finetuned(tmp_path / "masked.ckpt")
     more = {f"model.{key}": value for key, value in trained.state_dict().items()}
     torch.save({"state_dict": more | {"model.encoder.deeper.weight": torch.zeros(1)}}, tmp_path / "deeper.ckpt")
-    with pytest.raises(ValueError, match="1 left over"):
-        load_classifier(fresh, tmp_path / "deeper.ckpt")
+    with pytest.raises(ValueError, match=r"unexpected.*deeper"):
+        fresh.load_published(tmp_path / "deeper.ckpt")

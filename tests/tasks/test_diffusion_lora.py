@@ -13,7 +13,6 @@ from blueberry_video.data.moving_shapes import MovingShapes
 from blueberry_video.diffusion.guidance import NoGuidance
 from blueberry_video.diffusion.lora import LoRA
 from blueberry_video.diffusion.objectives import FlowMatching
-from blueberry_video.diffusion.published import export
 from blueberry_video.diffusion.samplers import DDIM
 from blueberry_video.diffusion.text_to_video import TextToVideo
 from blueberry_video.diffusion.timesteps import UniformTimes
@@ -34,7 +33,7 @@ def network(seed: int, lora: LoRA | None = None) -> TextToVideo:
 
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
-    export(network(7), tmp_path / "base")
+    network(7).save_published(tmp_path / "base")
     return tmp_path / "base"
 
 

@@ -11,7 +11,7 @@ from blueberry_video.evaluation.trivial import trivial_patch_losses
 from blueberry_video.masking import ByModality, DualMasking, RandomMasking, TubeMasking
 from blueberry_video.models.masked_autoencoder import model as masked_autoencoder
 from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder, decoder_flops
-from blueberry_video.models.vit import VisionTransformer, load_encoder
+from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import warmup_cosine
 from blueberry_video.tasks.masked_pixels import MaskedPixels, masked_pixel_loss, patch_targets
 
@@ -216,5 +216,5 @@ def test_a_runs_own_checkpoint_gives_the_model_and_the_encoder_back(tmp_path):
     for name, value in module.model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     encoder = model().encoder
-    load_encoder(encoder, tmp_path / "own.ckpt")
+    encoder.load_published(tmp_path / "own.ckpt")
     assert torch.equal(encoder.blocks[0].attn.qkv.weight, module.model.encoder.blocks[0].attn.qkv.weight)
