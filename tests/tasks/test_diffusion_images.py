@@ -37,6 +37,7 @@ class Recorder(nn.Module):
     def __init__(self, image_condition: str, knows: Tensor | None = None):
         super().__init__()
         self.image_condition, self.in_channels, self.knows = image_condition, CHANNELS[image_condition], knows
+        self.image_dropout = {"channels": 0.05, "optional": 0.7}.get(image_condition, 0.0)
         self.weight = nn.Parameter(torch.zeros(1))
         self.seen: list[Tensor] = []
 

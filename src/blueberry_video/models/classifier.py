@@ -246,7 +246,7 @@ def from_published(
     if not {"fc_norm.weight", f"linear.{label}.weight"} <= convert_head(state, label).keys():
         raise ValueError(
             f"{path} holds no fine-tuned VideoMAE (fc_norm.weight or head.weight is missing): load a pre-trained "
-            "one with blueberry_video.models.masked_autoencoder.from_published."
+            "one with blueberry_video.models.masked_autoencoder.model.from_published."
         )
     weights = convert_finetuned(state, label, path)
     own = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}

@@ -156,7 +156,7 @@ class HunyuanVideo15(DualStreamTransformer):
     ) -> Tensor:
         """
         Args:
-            latents: (B, 2 C + 1, T, H, W), see :func:`~blueberry_video.models.hunyuan_video.concat_image`.
+            latents: (B, 2 C + 1, T, H, W), see :func:`~blueberry_video.diffusion.conditioning.concat_image`.
             time: float in [0, 1000], (B,) or (B, T): a time a frame.
             text: (B, L, text_dim).
             text_mask: bool (B, L), false at padding.

@@ -27,7 +27,7 @@ class Anticipator(nn.Module):
         mask_index: which mask token the predictor uses; the published weights take 1.
         length: tubelets that are predicted.
         sees: what the head looks at: the tokens of the ``"past"``, those of the ``"future"``, or ``"both"``.
-        num_heads, pool_depth: of the :class:`~blueberry_video.nn.heads.AnticipationHead`.
+        num_heads, pool_depth: of the :class:`~blueberry_video.models.jepa.anticipator.AnticipationHead`.
         freeze: train the head alone; encoder and predictor then stay in evaluation mode.
 
     Attributes:

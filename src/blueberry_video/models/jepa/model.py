@@ -408,7 +408,7 @@ HUGGINGFACE_PROBE = (  # the same of VJEPA2ForVideoClassification
 def convert_probe(state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
     """The attentive probe of an original file, or of transformers' ``VJEPA2ForVideoClassification``, under the names of
     a :class:`~blueberry_video.nn.heads.ClassificationHead` with attentive pooling and no final norm, or of an
-    :class:`~blueberry_video.nn.heads.AnticipationHead`.
+    :class:`~blueberry_video.models.jepa.anticipator.AnticipationHead`.
 
     Args:
         state: its weights; what does not belong to the probe is passed over. Original files hold a list of probes, one

@@ -272,7 +272,7 @@ def convert_original(content: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]
     if "action_encoder.weight" not in predictor:
         raise ValueError(
             "the file's predictor has no action_encoder, so it is not that of an action-conditioned model: read V-JEPA "
-            "and V-JEPA 2 with blueberry_video.models.jepa.from_published."
+            "and V-JEPA 2 with blueberry_video.models.jepa.model.from_published."
         )
     converted = {f"encoder.{name}": value for name, value in encoder.items() if name != "pos_embed"}
     for name, value in predictor.items():
