@@ -14,7 +14,7 @@ from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.mixture import Mixture
 from blueberry_video.data.single_frames import SingleFrames
 from blueberry_video.data.sprites import Sprites
-from blueberry_video.evaluation.callbacks import FewLabels, Probe
+from blueberry_video.evaluation.probes import FewLabels, Probe
 from blueberry_video.masking import ByModality, DualMasking, RandomMasking, TubeMasking
 from blueberry_video.models.classifier import VideoClassifier, load_classifier, load_whole
 from blueberry_video.models.masked_autoencoder import MaskedAutoencoder

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from blueberry_video.evaluation.noise_fraction import times_at_noise_fraction
 from blueberry_video.inference.diffusion_samplers import FlowEuler
 from blueberry_video.models.cogvideox import CogVideoX
 from blueberry_video.models.hunyuan_video import HunyuanVideo
 from blueberry_video.nn.codec import sample
-from blueberry_video.nn.noise_share import times_of_shares
 from blueberry_video.nn.objectives import FlowMatching, VPrediction
 from blueberry_video.nn.timesteps import LogitNormalTimes, UniformTimes
 
@@ -29,7 +29,7 @@ def drawn() -> list[torch.Tensor]:
         UniformTimes()(64, 3, generator=seeded(0)),
         LogitNormalTimes()(64, generator=seeded(0)),
         FlowEuler(50, 7.0).times(FlowMatching()),
-        times_of_shares(VPrediction(), shares),
+        times_at_noise_fraction(VPrediction(), shares),
         *VPrediction().levels(shares),
         sample(torch.ones(1, 4, 1, 2, 2, dtype=torch.float32), seeded(0)),
     ]

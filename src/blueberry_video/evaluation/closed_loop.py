@@ -9,6 +9,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from blueberry_video.evaluation.end_of_run import log_end_of_run
+
 GOAL_DRAWS = 1000  # before a goal is held to be out of reach
 
 
@@ -105,12 +107,8 @@ class ClosedLoop(Callback):
         self.min_distance, self.tolerance, self.split, self.seed = min_distance, tolerance, split, seed
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        values = {f"{self.name}/{metric}": value for metric, value in self.measure(pl_module).items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
-        trainer.callback_metrics.update({metric: torch.tensor(value) for metric, value in values.items()})
+        if trainer.is_global_zero:
+            log_end_of_run(trainer, self.name, self.measure(pl_module))
 
     @torch.no_grad()
     def measure(self, task: Any) -> dict[str, float]:

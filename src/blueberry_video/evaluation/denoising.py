@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from blueberry_video.evaluation.noise_fraction import flow_error_factor, times_at_noise_fraction
 from blueberry_video.evaluation.trivial import trivial_denoising_losses
-from blueberry_video.nn.noise_share import flow_error_factor, times_of_shares
 from blueberry_video.nn.objectives import FlowMatching, Objective, VPrediction, standard_normal
 from blueberry_video.nn.text import TextTokens
 
@@ -76,7 +76,7 @@ def _errors(
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """Mean squared error of every clip (B,) at its share of noise (B,), with new noise; by name."""
-    t = times_of_shares(objective, share)
+    t = times_at_noise_fraction(objective, share)
     noise = standard_normal(clean.shape, generator, clean.device)
     noisy, target = objective.noisy(clean, noise, t), objective.target(clean, noise, t)
     factor = flow_error_factor(objective, t)

@@ -7,7 +7,8 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from blueberry_video.evaluation.moving_shapes import COLOURS, DIRECTIONS, SHAPES, accuracies, caption_labels
+from blueberry_video.evaluation.end_of_run import log_end_of_run
+from blueberry_video.evaluation.shape_metrics import COLOURS, DIRECTIONS, SHAPES, accuracies, caption_labels
 
 
 class GeneratedShapes(Callback):
@@ -35,12 +36,8 @@ class GeneratedShapes(Callback):
         self.clips, self.batch_size, self.seed = clips, batch_size, seed
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        values = {f"sampling/{name}": value for name, value in self.measure(pl_module).items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        if trainer.is_global_zero:
+            log_end_of_run(trainer, "sampling", self.measure(pl_module))
 
     @torch.no_grad()
     def measure(self, task: Any) -> dict[str, float]:

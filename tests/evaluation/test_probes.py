@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.mixture import Mixture
-from blueberry_video.evaluation.callbacks import FewLabels, Probe
+from blueberry_video.evaluation.probes import FewLabels, Probe
 from blueberry_video.masking import RandomMasking
 from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer

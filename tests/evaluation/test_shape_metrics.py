@@ -7,7 +7,7 @@ from torch.utils.data import default_collate
 
 from blueberry_video.data.moving_shapes import MovingShapes
 from blueberry_video.evaluation.metrics import shuffle_frames
-from blueberry_video.evaluation.moving_shapes import (
+from blueberry_video.evaluation.shape_metrics import (
     COLOURS,
     DIRECTIONS,
     SHAPES,

@@ -9,11 +9,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
+from blueberry_video.evaluation.end_of_run import log_end_of_run
 from blueberry_video.evaluation.supervised import (
     LabelledClips,
     Normalize,
@@ -120,13 +120,8 @@ class _EncoderEvaluation(Callback, ABC):
             self.untrained = copy.deepcopy(pl_module.model.encoder)  # type: ignore[union-attr, assignment]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        measured = self.measure(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
-        values = {f"{self.name}/{metric}": value for metric, value in measured.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
-        trainer.callback_metrics.update({metric: torch.tensor(value) for metric, value in values.items()})
+        if trainer.is_global_zero:
+            log_end_of_run(trainer, self.name, self.measure(pl_module, trainer.datamodule))  # type: ignore[attr-defined]
 
 
 class Probe(_EncoderEvaluation):

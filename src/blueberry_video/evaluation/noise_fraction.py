@@ -12,7 +12,7 @@ from torch import Tensor
 from blueberry_video.nn.objectives import Objective, VPrediction
 
 
-def times_of_shares(objective: Objective, share: Tensor, resolution: int = 1000) -> Tensor:
+def times_at_noise_fraction(objective: Objective, share: Tensor, resolution: int = 1000) -> Tensor:
     """The times at which an objective has these shares of noise.
 
     Args:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from blueberry_video.evaluation.noise_fraction import flow_error_factor, times_at_noise_fraction
 from blueberry_video.nn.added_noise import AddedNoise
-from blueberry_video.nn.noise_share import flow_error_factor, times_of_shares
 from blueberry_video.nn.objectives import FlowMatching, VPrediction
 
 SHARES = torch.linspace(0.1, 1, 200)
@@ -13,17 +13,17 @@ SHARES = torch.linspace(0.1, 1, 200)
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_the_time_has_the_share_that_was_asked_for(shift: float):
     objective = VPrediction(snr_shift=shift)
-    signal, noise = objective.levels(times_of_shares(objective, SHARES))
+    signal, noise = objective.levels(times_at_noise_fraction(objective, SHARES))
     torch.testing.assert_close(noise / (signal + noise), SHARES, rtol=0, atol=4e-3)  # 1000 steps, coarse at the first
 
 
 def test_shares_that_the_schedule_does_not_have_become_its_first_and_last_step():
     objective = VPrediction()
-    assert times_of_shares(objective, torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.001, 1.0])
+    assert times_at_noise_fraction(objective, torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.001, 1.0])
 
 
 def test_a_flow_needs_no_conversion():
-    assert torch.equal(times_of_shares(FlowMatching(), SHARES), SHARES)
+    assert torch.equal(times_at_noise_fraction(FlowMatching(), SHARES), SHARES)
     assert torch.equal(flow_error_factor(FlowMatching(), SHARES), torch.ones_like(SHARES))
 
 
