@@ -1,9 +1,8 @@
-"""A scale of time that objectives have in common: the share of noise among the two levels of a noisy latent,
-noise / (signal + noise). Of a flow it is the time itself; so losses of other objectives can be told in a flow's unit.
+"""Noise fraction, noise / (signal + noise), of the two coefficients of a noisy latent: a time scale for all objectives.
 
-With x = signal * clean + noise_level * noise known, whoever says the velocity of one objective says that of every other
-with the same share, and the flow's error is the error divided by the factor that the levels have: see
-:func:`flow_error_factor`.
+For a flow it equals the time, so losses of other objectives are reported in the unit of a flow. At the same noise
+fraction, the velocity of one objective determines that of another, and the flow's squared error is the squared error
+times :func:`flow_error_factor`.
 """
 
 import torch
@@ -12,31 +11,32 @@ from torch import Tensor
 from blueberry_video.nn.objectives import Objective, VPrediction
 
 
-def times_at_noise_fraction(objective: Objective, share: Tensor, resolution: int = 1000) -> Tensor:
-    """The times at which an objective has these shares of noise.
+def times_at_noise_fraction(objective: Objective, fraction: Tensor, resolution: int = 1000) -> Tensor:
+    """Returns the times at which an objective has the given noise fractions.
 
     Args:
-        objective: of a flow, and of what has no share of its own, the times are the shares.
-        share: any shape, in [0, 1]; a share that the objective does not have is taken to be its nearest.
-        resolution: steps into which time is cut to look it up; between them it is linear.
+        objective: objective; for a flow, and for objectives without a noise fraction, times equal the fractions.
+        fraction: any shape, in [0, 1]; values that the objective does not reach map to the nearest that it does.
+        resolution: number of steps of the lookup table over time.
 
     Returns:
-        float32 in [0, 1], snapped to the times that the objective tells apart.
+        float32 in [0, 1], snapped to the timesteps of the objective.
     """
     if not isinstance(objective, VPrediction):
-        return share
-    grid = objective.snap(torch.linspace(0, 1, resolution + 1, dtype=torch.float32, device=share.device))
+        return fraction
+    grid = objective.snap(torch.linspace(0, 1, resolution + 1, dtype=torch.float32, device=fraction.device))
     signal, noise = objective.levels(grid)
     known = noise / (signal + noise)
-    above = torch.searchsorted(known, share.contiguous()).clamp(1, resolution)
-    is_nearer = share - known[above - 1] < known[above] - share
-    # the clean latent itself, share 0, is not trained on: the first step is the nearest that is
+    above = torch.searchsorted(known, fraction.contiguous()).clamp(1, resolution)
+    is_nearer = fraction - known[above - 1] < known[above] - fraction
+    # fraction 0, the clean latent, is not trained on: its nearest is the first timestep
     return grid[torch.where(is_nearer, above - 1, above).clamp(min=1)]
 
 
 def flow_error_factor(objective: Objective, t: Tensor) -> Tensor:
-    """What the squared error of an objective's velocity is multiplied by to be that of a flow's velocity, noise -
-    clean, which follows from it: (signal + noise)² where signal² + noise² = 1, and 1 for a flow. Shape of ``t``.
+    """Returns the factor from the squared error of an objective's velocity to that of a flow's velocity, noise - clean.
+
+    It is (signal + noise)² where signal² + noise² = 1, and 1 for a flow; same shape as ``t``.
     """
     if not isinstance(objective, VPrediction):
         return torch.ones_like(t)
