@@ -1,7 +1,7 @@
 """What every test runs under: one thread, a fixed seed, NaN in uninitialised memory, nothing online."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,3 +37,18 @@ def nan_in_uninitialised_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Callable:
+    """Returns ``trainer(*callbacks, **options)``, which builds a quiet CPU trainer of 2 steps without checkpoints."""
+
+    def build(*callbacks, **options):
+        import lightning  # slow, and not required by most tests
+
+        names = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        defaults = {**dict.fromkeys((*names, "use_distributed_sampler"), False), "max_steps": 2, "accelerator": "cpu"}
+        defaults |= {"default_root_dir": tmp_path, "callbacks": list(callbacks)}
+        return lightning.Trainer(**{**defaults, **options})
+
+    return build

@@ -1,6 +1,5 @@
 """Action prediction: the losses against their definitions, what is measured beside them, and clips that do not fit."""
 
-import lightning
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,12 +34,6 @@ def task(model: WorldModel | None = None, **changes) -> ActionPrediction:
 def clips(split: str = "train", size: int = 8, **changes) -> World:
     options = {"num_frames": FRAMES, "image_size": 16, "supersample": 1, "mode": "agent"}
     return World(split, size, **{**options, **changes})
-
-
-def trainer(tmp_path, **changes) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    options = {"max_steps": 2, "accelerator": "cpu", "enable_model_summary": False, "use_distributed_sampler": False}
-    return lightning.Trainer(**quiet, **{**options, "default_root_dir": tmp_path, **changes})
 
 
 def batch(count: int = 3, **changes) -> dict:
@@ -91,8 +84,8 @@ def test_the_loss_of_a_rollout_reaches_its_first_step():
     assert actions.grad[:, 0].abs().sum() > 0
 
 
-def test_training_logs_what_it_is_compared_with(tmp_path):
-    fit, module = trainer(tmp_path), task()
+def test_training_logs_what_it_is_compared_with(trainer):
+    fit, module = trainer(), task()
     before = {name: value.clone() for name, value in module.model.state_dict().items()}
     fit.fit(module, datamodule=DataModule(clips(), clips("val"), batch_size=4))
     logged = fit.logged_metrics | fit.callback_metrics
@@ -141,28 +134,28 @@ class Patches(Encoder):
         return tokens if keep is None else gather_tokens(tokens, keep)
 
 
-def test_it_takes_any_encoder_of_single_frames(tmp_path):
-    fit, frozen = trainer(tmp_path), Patches()
+def test_it_takes_any_encoder_of_single_frames(trainer):
+    fit, frozen = trainer(), Patches()
     before = frozen.project.weight.clone()
     fit.fit(task(WorldModel(frozen, 5, 2, 24, 1, 2)), datamodule=DataModule(clips(), clips("val"), batch_size=4))
     assert fit.callback_metrics["val/loss"].isfinite()
     assert torch.equal(frozen.project.weight, before)
 
 
-def test_init_from_loads_the_encoder(tmp_path, capsys):
+def test_init_from_loads_the_encoder(tmp_path, capsys, trainer):
     other = world_model(seed=7).encoder.state_dict()
     torch.save(other, tmp_path / "encoder.pt")
     module = task()
     module.init_from = tmp_path / "encoder.pt"
-    trainer(tmp_path).fit(module, datamodule=DataModule(clips(), clips("val"), batch_size=4))
+    trainer().fit(module, datamodule=DataModule(clips(), clips("val"), batch_size=4))
     assert "loaded" in capsys.readouterr().out
     assert all(torch.equal(value, other[name]) for name, value in module.model.encoder.state_dict().items())
 
 
-def test_it_acts_in_the_procedural_world_at_the_end(tmp_path):
+def test_it_acts_in_the_procedural_world_at_the_end(trainer):
     planner = CrossEntropyPlanner(Discrete(5), samples=10, elites=2, iterations=1)
     loop = ClosedLoop(Simulator(16, supersample=1), planner, episodes=2, max_steps=2, random_tries=1)
-    fit = trainer(tmp_path, callbacks=[loop])
+    fit = trainer(callbacks=[loop])
     fit.fit(task(), datamodule=DataModule(clips(), clips("val"), batch_size=4))
     assert 0 <= fit.callback_metrics["closed_loop/success"] <= 1
     assert {"closed_loop/success_trivial", "closed_loop/distance"} <= fit.callback_metrics.keys()
@@ -208,10 +201,10 @@ def test_clips_that_do_not_fit_are_refused(changes, text):
         task().shared_step(batch(**changes), "train")
 
 
-def test_clips_without_an_agent_are_refused_when_training(tmp_path):
+def test_clips_without_an_agent_are_refused_when_training(trainer):
     data = DataModule(Sprites("train", 8, FRAMES, 16), Sprites("val", 8, FRAMES, 16), batch_size=4)
     with pytest.raises(ValueError, match="the clips have no actions and no states"):
-        trainer(tmp_path).fit(task(), datamodule=data)
+        trainer().fit(task(), datamodule=data)
 
 
 @pytest.mark.parametrize("key", ["rollout_steps", "val_rollout_steps"])

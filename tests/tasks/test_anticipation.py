@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import lightning
 import pytest
 import torch
 from torch import Tensor
@@ -34,12 +33,6 @@ def task(freeze: bool = True, positions: str = "rope_3d", **changes) -> Anticipa
 def data(val: int = 11) -> DataModule:
     options = {"num_frames": 8, "image_size": 16}
     return DataModule(Sprites("train", 8, **options), Sprites("val", val, **options), batch_size=4)
-
-
-def trainer(tmp_path, **changes) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    options = {"max_steps": 2, "accelerator": "cpu", "enable_model_summary": False, "use_distributed_sampler": False}
-    return lightning.Trainer(**quiet, **{**options, "default_root_dir": tmp_path, **changes})
 
 
 def test_the_focal_loss_is_its_formula():
@@ -86,8 +79,8 @@ def test_gaps_are_drawn_anew_for_each_clip_in_training_and_fixed_in_validation()
 
 
 @pytest.mark.parametrize("freeze", [True, False])
-def test_training_logs_what_it_documents_and_moves_what_is_not_frozen(tmp_path, freeze):
-    module, fit = task(freeze), trainer(tmp_path)
+def test_training_logs_what_it_documents_and_moves_what_is_not_frozen(freeze, trainer):
+    module, fit = task(freeze), trainer()
     before = {name: parameter.detach().clone() for name, parameter in module.model.named_parameters()}
     fit.fit(module, datamodule=data())
     names = {"loss", "motion_shuffled"}
@@ -113,10 +106,10 @@ class LooksAtOnePixel(Anticipator):
         return {name: colours[:, :: 768 // count][:, :count] for name, count in CLASSES.items()}
 
 
-def test_validation_numbers_are_those_of_all_clips_at_once(tmp_path):
+def test_validation_numbers_are_those_of_all_clips_at_once(trainer):
     module, clips = task(), data()
     module.model, module.untrained = LooksAtOnePixel(), None
-    fit = trainer(tmp_path)
+    fit = trainer()
     fit.validate(module, clips, verbose=False)
     samples = [clips.val[i] for i in range(11)]
     video = torch.stack([clip["video"] for clip in samples]).transpose(1, 2).float() / 255

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import lightning
 import pytest
 import torch
 
@@ -24,14 +23,8 @@ def data(val: int = 5) -> DataModule:
     return DataModule(Sprites("train", 8, **options), Sprites("val", val, **options), batch_size=4)
 
 
-def trainer(tmp_path: Path, **changes) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    options = {"max_steps": 2, "accelerator": "cpu", "enable_model_summary": False, "use_distributed_sampler": False}
-    return lightning.Trainer(**quiet, **{**options, "default_root_dir": tmp_path, **changes})
-
-
-def test_training_logs_what_it_documents_and_moves_every_weight(tmp_path: Path):
-    module, fit = task(), trainer(tmp_path, max_steps=4)
+def test_training_logs_what_it_documents_and_moves_every_weight(trainer):
+    module, fit = task(), trainer(max_steps=4)
     before = {name: value.detach().clone() for name, value in module.state_dict().items() if "pixel" not in name}
     fit.fit(module, datamodule=data())
     logged = fit.logged_metrics.keys() | fit.callback_metrics.keys()
@@ -41,9 +34,9 @@ def test_training_logs_what_it_documents_and_moves_every_weight(tmp_path: Path):
         assert not torch.equal(module.state_dict()[name], value), name
 
 
-def test_validation_numbers_are_those_of_the_formulas(tmp_path: Path):
+def test_validation_numbers_are_those_of_the_formulas(trainer):
     module, clips = task(loss="mse", kl_weight=0.5).eval(), data()
-    fit = trainer(tmp_path)
+    fit = trainer()
     fit.validate(module, clips, verbose=False)
     sums: dict[str, float] = {}
     for raw in clips.val_dataloader():
@@ -66,14 +59,14 @@ def test_validation_numbers_are_those_of_the_formulas(tmp_path: Path):
     assert module.model.latent_std.eq(1).all()  # validation moves nothing
 
 
-def test_it_learns(tmp_path: Path):
+def test_it_learns(trainer):
     """Two hundred steps on eight clips: more than one colour a clip, which a network that reads no latents can give."""
     torch.manual_seed(0)
     module = task(loss="mse", lr=5e-3, schedule=lambda step, total: 1.0)
     clips = next(iter(data().train_dataloader()))
     batch = {"video": clips["video"].transpose(1, 2).float() / 255}
     before = module.shared_step(batch, "val")
-    trainer(tmp_path, max_steps=200, limit_val_batches=0).fit(module, datamodule=data())
+    trainer(max_steps=200, limit_val_batches=0).fit(module, datamodule=data())
     after = module.eval().shared_step(batch, "val")
     assert after["reconstruction"] < 0.5 * before["reconstruction"]
     assert after["reconstruction"] < 0.85 * after["reconstruction_trivial_mean"]

@@ -1,6 +1,5 @@
 """The classification task through a trainer: metrics and controls against all clips at once."""
 
-import lightning
 import pytest
 import torch
 from torch import Tensor, nn
@@ -43,14 +42,8 @@ def data(val: int = 11) -> DataModule:
     return DataModule(Sprites("train", 8, **options), Sprites("val", val, **options), batch_size=4)
 
 
-def trainer(tmp_path, **changes) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    options = {"max_steps": 2, "accelerator": "cpu", "enable_model_summary": False, "use_distributed_sampler": False}
-    return lightning.Trainer(**quiet, **{**options, "default_root_dir": tmp_path, **changes})
-
-
-def test_training_logs_what_it_documents(tmp_path):
-    fit = trainer(tmp_path)
+def test_training_logs_what_it_documents(trainer):
+    fit = trainer()
     fit.fit(task(), datamodule=data())
     motion = ("motion", "motion_trivial", "motion_shuffled")
     motion += ("motion_within_pairs", "motion_within_pairs_shuffled", "motion_within_pairs_trivial")
@@ -60,10 +53,10 @@ def test_training_logs_what_it_documents(tmp_path):
     assert logged == expected  # and no shuffled shape: no pairs of shapes are each other's reversal
 
 
-def test_validation_numbers_are_those_of_all_clips_at_once(tmp_path):
+def test_validation_numbers_are_those_of_all_clips_at_once(trainer):
     """Batches of 4, 4 and 3 clips, of which different numbers are in a pair, do not distort the means."""
     module, clips = task(BrightestFrame()), data()
-    fit = trainer(tmp_path)
+    fit = trainer()
     fit.validate(module, clips, verbose=False)
     logged = {name.removeprefix("val/"): value.item() for name, value in fit.callback_metrics.items()}
 
@@ -86,27 +79,27 @@ def test_validation_numbers_are_those_of_all_clips_at_once(tmp_path):
     )
 
 
-def test_counts_start_anew_with_every_validation(tmp_path):
-    module, fit = task(), trainer(tmp_path)
+def test_counts_start_anew_with_every_validation(trainer):
+    module, fit = task(), trainer()
     fit.validate(module, data(val=11), verbose=False)
     share = fit.validate(module, data(val=5), verbose=False)[0]["val/motion_trivial"]
     labels = [data(val=5).val[i]["labels"]["motion"] for i in range(5)]
     assert share == pytest.approx(max(labels.count(motion) for motion in labels) / 5)
 
 
-def test_shuffling_leaves_the_global_random_numbers_alone(tmp_path):
+def test_shuffling_leaves_the_global_random_numbers_alone(trainer):
     module = task()
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    trainer(tmp_path).validate(module, data(4), verbose=False)
+    trainer().validate(module, data(4), verbose=False)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_label_smoothing_is_for_training_alone(tmp_path):
+def test_label_smoothing_is_for_training_alone(trainer):
     losses = {}
     for smoothing in (0.0, 0.5):
         module = task(BrightestFrame(), label_smoothing=smoothing)
-        module.trainer = fit = trainer(tmp_path)
+        module.trainer = fit = trainer()
         fit.datamodule = data()
         clip = {"video": torch.rand(4, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))}
         clip["labels"] = {"motion": torch.arange(4), "shape": torch.tensor([0, 1, 2, 0])}
@@ -119,7 +112,7 @@ def test_label_smoothing_is_for_training_alone(tmp_path):
             expected.append(-((1 - smoothing) * own + smoothing * log_probability.mean(dim=1)).mean())
         assert losses[smoothing] == pytest.approx((sum(expected) / 2).item(), rel=1e-5)
     assert losses[0.0] != losses[0.5]
-    fit = trainer(tmp_path)
+    fit = trainer()
     values = [
         fit.validate(task(BrightestFrame(), label_smoothing=s), data(4), verbose=False)[0]["val/loss"]
         for s in (0.0, 0.5)
@@ -142,15 +135,15 @@ def test_mixed_labels_are_those_of_the_mixed_clips(monkeypatch):
     assert values["loss"].item() == pytest.approx(sum(losses).item() / 4, rel=1e-5)
 
 
-def test_batches_left_unmixed_have_an_accuracy_and_validation_is_never_mixed(tmp_path):
-    fit = trainer(tmp_path)
+def test_batches_left_unmixed_have_an_accuracy_and_validation_is_never_mixed(trainer):
+    fit = trainer()
     fit.fit(task(mixing=Mixing(prob=0.0)), datamodule=data())
     assert {"train/motion", "train/shape"} <= fit.logged_metrics.keys()
-    fit = trainer(tmp_path)
+    fit = trainer()
     fit.fit(task(mixing=Mixing()), datamodule=data())
     assert not {"train/motion", "train/shape"} & fit.logged_metrics.keys()
     plain, mixing = (
-        trainer(tmp_path).validate(task(BrightestFrame(), mixing=m), data(), verbose=False) for m in (None, Mixing())
+        trainer().validate(task(BrightestFrame(), mixing=m), data(), verbose=False) for m in (None, Mixing())
     )
     assert plain == mixing
 
@@ -173,14 +166,14 @@ class Views(Dataset):
 
 
 @pytest.mark.parametrize("stage", ["val", "test"])
-def test_views_are_averaged_to_one_answer_for_each_video(tmp_path, stage):
+def test_views_are_averaged_to_one_answer_for_each_video(stage, trainer):
     views = Views()
     clips = DataModule(views, views, batch_size=4, test=views)
-    fit = trainer(tmp_path)
+    fit = trainer()
     values = (fit.validate if stage == "val" else fit.test)(task(BrightestFrame()), clips, verbose=False)[0]
     assert values[f"{stage}/motion"] == pytest.approx(2 / 6)  # of six clips two show the second frame brightest
     assert values[f"{stage}/motion_views"] == pytest.approx(2 / 3)  # there the brighter view decides
-    assert not [name for name in trainer(tmp_path).validate(task(), data(), verbose=False)[0] if "views" in name]
+    assert not [name for name in trainer().validate(task(), data(), verbose=False)[0] if "views" in name]
 
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0])
@@ -206,7 +199,7 @@ def test_pictures_are_the_clips():
     assert torch.equal(picture[:, :, 17:33, :16], (video[1] * 255).round().byte().transpose(0, 1))
 
 
-def test_a_probe_is_trained_beside_one_of_the_untrained_encoder(tmp_path):
+def test_a_probe_is_trained_beside_one_of_the_untrained_encoder(tmp_path, trainer):
     torch.manual_seed(0)
     encoder = VisionTransformer(16, 4, 8, 2, embed_dim=16, depth=1, num_heads=2)
     module = task(VideoClassifier(encoder, {"motion": 8}, pooling="attentive", freeze_encoder=True))
@@ -215,7 +208,7 @@ def test_a_probe_is_trained_beside_one_of_the_untrained_encoder(tmp_path):
     module.init_from = tmp_path / "weights.pt"
     heads = [next(iter(part.head.linear["motion"].parameters())) for part in (module.model, module.untrained)]
     before = [head.clone() for head in heads]
-    fit = trainer(tmp_path)
+    fit = trainer()
     fit.fit(module, datamodule=data())
     for name, value in untrained.items():
         assert torch.equal(module.untrained.encoder.state_dict()[name], value), name

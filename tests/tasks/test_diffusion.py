@@ -50,22 +50,16 @@ def data(val: int = 12) -> DataModule:
     return DataModule(MovingShapes("train", 1), MovingShapes("val", 1, val), batch_size=12)
 
 
-def trainer(tmp_path: Path, **changes) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    options = {"max_steps": 2, "accelerator": "cpu", "enable_model_summary": False, "use_distributed_sampler": False}
-    return lightning.Trainer(**quiet, **{**options, "default_root_dir": tmp_path, **changes})
-
-
 def batch(size: int = 4) -> dict:
     clips = [MovingShapes("train", 1)[index] for index in range(size)]
     video = torch.stack([clip["video"] for clip in clips]).transpose(1, 2).contiguous().float() / 255
     return {"video": video, "id": [clip["id"] for clip in clips], "caption": [clip["caption"] for clip in clips]}
 
 
-def test_training_moves_every_weight_and_logs_what_it_documents(tmp_path: Path):
+def test_training_moves_every_weight_and_logs_what_it_documents(trainer):
     module, fit = (
         task(objective=VPrediction()),
-        trainer(tmp_path, max_steps=6, callbacks=[EMA(), GeneratedShapes(36, 36)]),
+        trainer(max_steps=6, callbacks=[EMA(), GeneratedShapes(36, 36)]),
     )
     before = {name: value.detach().clone() for name, value in module.named_parameters()}
     fit.fit(module, datamodule=data())
@@ -81,10 +75,10 @@ def test_training_moves_every_weight_and_logs_what_it_documents(tmp_path: Path):
     assert module.model.text.vocabulary, "the words of the training captions"
 
 
-def test_the_training_loss_is_the_plain_error_of_the_target(tmp_path: Path):
+def test_the_training_loss_is_the_plain_error_of_the_target(trainer):
     """The model has zero output, so the loss is the mean square of the target, and of no weighted or wrong one."""
     module = task(caption_dropout=0.0)
-    module.trainer = trainer(tmp_path)
+    module.trainer = trainer()
     module.model.text.learn(batch()["caption"])
     torch.manual_seed(3)
     loss = module.shared_step(batch(), "train")["loss"]
@@ -95,13 +89,13 @@ def test_the_training_loss_is_the_plain_error_of_the_target(tmp_path: Path):
     torch.testing.assert_close(loss, (noise - clean).square().mean())
 
 
-def test_validation_is_the_same_in_every_epoch_and_whatever_ran_before(tmp_path: Path):
+def test_validation_is_the_same_in_every_epoch_and_whatever_ran_before(trainer):
     module, clips = task(), data()
     module.model.text.learn(["a red green blue square disc triangle moves left right up down"])
     found = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        fit = trainer(tmp_path)
+        fit = trainer()
         fit.validate(module, clips, verbose=False)
         found.append({name: value.item() for name, value in fit.callback_metrics.items()})
     assert found[0] == found[1]
@@ -110,20 +104,20 @@ def test_validation_is_the_same_in_every_epoch_and_whatever_ran_before(tmp_path:
     assert 1.0 < found[0]["val/loss_trivial"] < 1.25
 
 
-def test_frames_have_times_of_their_own_where_asked(tmp_path: Path):
+def test_frames_have_times_of_their_own_where_asked(trainer):
     module = task(model(causal_chunk=2), frame_times=True)
-    module.trainer = trainer(tmp_path)
+    module.trainer = trainer()
     assert module._times_of(torch.zeros(4, 3, 8, 16, 16)).shape == (4, 8)
     assert task()._latent_size is None
     with pytest.raises(ValueError, match=r"frame_times=true"):
         task(model(causal_chunk=2))
 
 
-def test_the_frames_of_a_patch_have_the_same_time(tmp_path: Path):
+def test_the_frames_of_a_patch_have_the_same_time(trainer):
     """Of an odd number of frames, which are filled up."""
     network = model(tubelet_size=2, causal_chunk=4, num_frames=8)
     module = task(network, frame_times=True)
-    module.trainer = trainer(tmp_path)
+    module.trainer = trainer()
     times = module._times_of(torch.zeros(4, 3, 8, 16, 16))
     assert times.shape == (4, 8)
     assert torch.equal(times[:, ::2], times[:, 1::2])
@@ -141,8 +135,8 @@ def test_times_of_frames_are_not_spread_evenly():
     task(times=UniformTimes(stratified=True))
 
 
-def test_a_causal_network_is_trained_validated_and_sampled(tmp_path: Path):
-    module, fit = task(model(causal_chunk=2), frame_times=True), trainer(tmp_path, max_steps=3)
+def test_a_causal_network_is_trained_validated_and_sampled(trainer):
+    module, fit = task(model(causal_chunk=2), frame_times=True), trainer(max_steps=3)
     fit.fit(module, datamodule=data())
     made = module.generate(["a red disc moves up"], torch.Generator().manual_seed(0))
     assert made.shape == (1, 3, 8, 16, 16)
@@ -150,8 +144,8 @@ def test_a_causal_network_is_trained_validated_and_sampled(tmp_path: Path):
     assert math.isfinite(fit.callback_metrics["val/loss"])
 
 
-def test_the_same_prompts_and_seeds_give_the_same_pictures(tmp_path: Path):
-    module, fit = task(prompts=["a red disc moves up", "a blue square moves left"]), trainer(tmp_path, max_steps=1)
+def test_the_same_prompts_and_seeds_give_the_same_pictures(trainer):
+    module, fit = task(prompts=["a red disc moves up", "a blue square moves left"]), trainer(max_steps=1)
     fit.fit(module, datamodule=data())
     first = module.media(batch())
     torch.rand(5)
@@ -178,8 +172,8 @@ def test_training_goes_on_after_pictures_that_failed(tmp_path: Path):
 
 
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_validation_start", "on_test_start"])
-def test_the_frozen_codec_goes_to_the_device_of_the_run_under_any_strategy(tmp_path: Path, monkeypatch, hook: str):
-    module, fit = task(model(CausalVideoVAE(3, (4, 8), time_stride=1))), trainer(tmp_path)
+def test_the_frozen_codec_goes_to_the_device_of_the_run_under_any_strategy(monkeypatch, hook: str, trainer):
+    module, fit = task(model(CausalVideoVAE(3, (4, 8), time_stride=1))), trainer()
     module.trainer = fit
     monkeypatch.setattr(fit.strategy, "_accelerator", None)
     monkeypatch.setattr(type(fit.strategy), "root_device", torch.device("meta"))
@@ -200,7 +194,7 @@ class Captioned(MovingShapes):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_shuffled_captions_are_never_a_clips_own(tmp_path: Path, size: int):
+def test_shuffled_captions_are_never_a_clips_own(size: int, trainer):
     """A network that is wrong by what it is told: 1 of "red", 2 of "blue"."""
     network = model(vocabulary=["blue", "red"])
     told = torch.zeros_like(network.text.embed.weight)
@@ -214,7 +208,7 @@ def test_shuffled_captions_are_never_a_clips_own(tmp_path: Path, size: int):
     for captions in (["red", "red", "blue", "red"], ["red"] * 4):
         clips, fit = (
             DataModule(MovingShapes("train", 1), Captioned(captions), size, val_batch_size=size),
-            trainer(tmp_path),
+            trainer(),
         )
         fit.validate(task(network), clips, verbose=False)
         losses.append({name: value.item() for name, value in fit.callback_metrics.items()})
@@ -241,7 +235,7 @@ def test_captions_are_dropped_as_often_as_asked_and_become_the_unconditional_tex
     assert torch.equal(some.tokens[~dropped], text.tokens[~dropped])
 
 
-def test_stored_latents_train_as_pixels_do(tmp_path: Path):
+def test_stored_latents_train_as_pixels_do(tmp_path: Path, trainer):
     network = model()
     for split in ("train", "val"):
         clips = MovingShapes(split, 1, 36 if split == "train" else 12)
@@ -249,7 +243,7 @@ def test_stored_latents_train_as_pixels_do(tmp_path: Path):
     stored = DataModule(LatentClips(tmp_path / "train"), LatentClips(tmp_path / "val"), 12)
     losses = []
     for clips in (data(), stored):
-        module, fit = task(model()), trainer(tmp_path, max_steps=3)
+        module, fit = task(model()), trainer(max_steps=3)
         lightning.seed_everything(0, verbose=False)
         fit.fit(module, datamodule=clips)
         losses.append(fit.callback_metrics["val/loss"].item())
@@ -290,17 +284,17 @@ class Blocks(Codec):
         return latents
 
 
-def test_an_illegal_number_of_frames_is_refused_before_the_first_step(tmp_path: Path):
+def test_an_illegal_number_of_frames_is_refused_before_the_first_step(trainer):
     with pytest.raises(ValueError, match=r"num_frames=8 is not 1 \+ a multiple of 4.*use 9 or 5"):
-        trainer(tmp_path).fit(task(model(Blocks())), datamodule=data())
+        trainer().fit(task(model(Blocks())), datamodule=data())
 
 
-def test_latents_of_another_codec_are_refused(tmp_path: Path):
+def test_latents_of_another_codec_are_refused(tmp_path: Path, trainer):
     for split in ("train", "val"):
         write_latents(MovingShapes(split, 1, 12), Pixels(), None, tmp_path / split, shard_size=12)
     stored = DataModule(LatentClips(tmp_path / "train"), LatentClips(tmp_path / "val"), 4)
     with pytest.raises(ValueError, match=r"what Pixels/\w+ made, and model.codec is Blocks/"):
-        trainer(tmp_path).fit(task(model(Blocks())), datamodule=stored)
+        trainer().fit(task(model(Blocks())), datamodule=stored)
 
 
 def test_a_word_that_training_never_showed_is_named(tmp_path: Path):

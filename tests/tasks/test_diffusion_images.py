@@ -74,12 +74,6 @@ def task(network: TextToVideo, **changes) -> Diffusion:
     return module
 
 
-def trainer(tmp_path: Path, **changes) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    options = {"max_steps": 2, "enable_model_summary": False, "use_distributed_sampler": False}
-    return lightning.Trainer(**quiet, **{**options, "default_root_dir": tmp_path, **changes})
-
-
 def data() -> DataModule:
     return DataModule(MovingShapes("train", 1, 12), MovingShapes("val", 1, 12), batch_size=12)
 
@@ -162,22 +156,22 @@ def test_a_frame_that_is_given_counts_neither_in_training_nor_in_validation(how:
         assert (value < 1e-6) == (how == "token_replace")
 
 
-def test_held_out_losses_of_image_to_video_repeat(tmp_path: Path):
+def test_held_out_losses_of_image_to_video_repeat(trainer):
     module, found = task(cogvideox(), image_noise=ImageNoise()), []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        fit = trainer(tmp_path)
+        fit = trainer()
         fit.validate(module, data(), verbose=False)
         found.append({name: value.item() for name, value in fit.callback_metrics.items()})
     assert found[0] == found[1]
     assert found[0]["val/loss"] > 0
 
 
-def test_image_to_video_is_trained_and_shown(tmp_path: Path):
+def test_image_to_video_is_trained_and_shown(tmp_path: Path, trainer):
     module = task(cogvideox(), image_noise=ImageNoise(), num_pictures=3)
     assert module.image_dropout == 0.05
     before = {name: value.detach().clone() for name, value in module.named_parameters()}
-    trainer(tmp_path, max_steps=4, callbacks=[Media()]).fit(module, datamodule=data())
+    trainer(max_steps=4, callbacks=[Media()]).fit(module, datamodule=data())
     assert [name for name, value in module.named_parameters() if torch.equal(value, before[name])] == []
     assert list((tmp_path / "media").glob("samples_from_image_*.gif"))
     shown = module.media(batch())
@@ -215,14 +209,14 @@ def stored(folder: Path, codec: Codec | None = None) -> DataModule:
     return DataModule(LatentClips(folder / "train"), LatentClips(folder / "val"), 4)
 
 
-def test_noise_on_images_of_stored_latents_is_refused_when_a_run_begins(tmp_path: Path):
+def test_noise_on_images_of_stored_latents_is_refused_when_a_run_begins(tmp_path: Path, trainer):
     clips = stored(tmp_path)
     module, recorder = recording("channels", image_noise=ImageNoise())
     with pytest.raises(ValueError, match=r"task.image_noise=null, or train on the clips themselves"):
-        trainer(tmp_path).fit(module, datamodule=clips)
+        trainer().fit(module, datamodule=clips)
     assert recorder.seen == []
     module, recorder = recording("channels", num_pictures=2)
-    trainer(tmp_path, max_steps=1).fit(module, datamodule=clips)
+    trainer(max_steps=1).fit(module, datamodule=clips)
     assert recorder.seen
     moments = torch.stack([clips.val[index]["moments"] for index in range(2)])
     shown = module.media({"video": moments, "moments": moments, "id": ["a", "b"], "caption": ["a disc"] * 2})
@@ -242,13 +236,13 @@ class WithImages(LatentClips):
         return {**super().__getitem__(index), "image_moments": torch.full((6, 1, 16, 16), -0.5)}
 
 
-def test_stored_latents_without_those_of_the_image_are_refused_when_a_run_begins(tmp_path: Path):
+def test_stored_latents_without_those_of_the_image_are_refused_when_a_run_begins(tmp_path: Path, trainer):
     stored(tmp_path, Spanning())
     recorder = Recorder("channels")
     module = task(TextToVideo(recorder, WordText(8, 8, WORDS), Spanning()), image_dropout=0.0, num_pictures=2)
     for clips, refused in ((LatentClips, True), (WithImages, False)):
         data = DataModule(clips(tmp_path / "train"), clips(tmp_path / "val"), 4)
-        fit = trainer(tmp_path, max_steps=1)
+        fit = trainer(max_steps=1)
         if refused:
             with pytest.raises(ValueError, match=r"no `image_moments`.*`make latents EXP=…`"):
                 fit.fit(module, datamodule=data)

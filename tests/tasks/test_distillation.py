@@ -1,6 +1,5 @@
 """Distillation: the loss against its formula, and a teacher that only answers."""
 
-import lightning
 import pytest
 import torch
 
@@ -39,12 +38,6 @@ def data() -> DataModule:
     return DataModule(Sprites("train", 8, **options), Sprites("val", 8, **options), batch_size=4)
 
 
-def trainer(tmp_path, **changes) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    options = {"max_steps": 2, "accelerator": "cpu", "enable_model_summary": False, "use_distributed_sampler": False}
-    return lightning.Trainer(**quiet, **{**options, "default_root_dir": tmp_path, **changes})
-
-
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_loss_equals_loops(temperature):
     student = {"a": torch.randn(3, 4), "b": torch.randn(3, 2)}
@@ -68,8 +61,8 @@ def test_gradients_keep_their_size_as_the_temperature_rises():
     assert sizes[0] == pytest.approx(sizes[1], rel=0.1)
 
 
-def test_training_logs_both_losses_and_the_teacher(tmp_path, weights, capsys):
-    fit, module = trainer(tmp_path), task(weights, hard_weight=0.5, temperature=2.0)
+def test_training_logs_both_losses_and_the_teacher(weights, capsys, trainer):
+    fit, module = trainer(), task(weights, hard_weight=0.5, temperature=2.0)
     fit.fit(module, datamodule=data())
     logged = fit.logged_metrics | fit.callback_metrics
     names = {"loss", "loss_soft", "loss_hard", "motion", "shape"}
@@ -82,8 +75,8 @@ def test_training_logs_both_losses_and_the_teacher(tmp_path, weights, capsys):
     assert capsys.readouterr().out.count("teacher: loaded ") == 1
 
 
-def test_the_teacher_answers_from_its_file_and_stays_as_it_is(tmp_path, weights):
-    fit, module = trainer(tmp_path, max_steps=4), task(weights)
+def test_the_teacher_answers_from_its_file_and_stays_as_it_is(weights, trainer):
+    fit, module = trainer(max_steps=4), task(weights)
     student = {name: value.clone() for name, value in module.model.state_dict().items()}
     fit.fit(module, datamodule=data())
     expected = classifier(24, 7).state_dict()
@@ -101,8 +94,8 @@ def test_the_teacher_answers_from_its_file_and_stays_as_it_is(tmp_path, weights)
     assert fit.callback_metrics["val/motion_teacher"].item() == pytest.approx(sum(right) / 8)
 
 
-def test_the_teacher_is_in_no_checkpoint_and_no_optimiser(tmp_path, weights):
-    fit, module = trainer(tmp_path), task(weights)
+def test_the_teacher_is_in_no_checkpoint_and_no_optimiser(tmp_path, weights, trainer):
+    fit, module = trainer(), task(weights)
     fit.fit(module, datamodule=data())
     fit.save_checkpoint(tmp_path / "run.ckpt")
     state = torch.load(tmp_path / "run.ckpt", weights_only=False)["state_dict"]
@@ -112,12 +105,12 @@ def test_the_teacher_is_in_no_checkpoint_and_no_optimiser(tmp_path, weights):
     assert optimised == {id(parameter) for parameter in module.model.parameters()}
 
 
-def test_both_see_the_same_augmented_and_mixed_clips(tmp_path, weights):
+def test_both_see_the_same_augmented_and_mixed_clips(weights, trainer):
     module, seen = task(weights, augment=RandomErasing(1.0), mixing=Mixing(), repeats=2), {"model": [], "teacher": []}
     for name, videos in seen.items():
         part = getattr(module, name)
         part.register_forward_pre_hook(lambda _, inputs, videos=videos: videos.append(inputs[0]))
-    trainer(tmp_path, limit_val_batches=0).fit(module, datamodule=data())
+    trainer(limit_val_batches=0).fit(module, datamodule=data())
     assert [len(video) for video in seen["model"]] == [8, 8]
     assert all(torch.equal(a, b) for a, b in zip(seen["model"], seen["teacher"], strict=True))
 
@@ -143,17 +136,17 @@ def test_a_student_comes_to_agree_with_its_teacher():
     )
 
 
-def test_a_missing_or_unfit_file_is_refused_when_training_begins(tmp_path, weights):
+def test_a_missing_or_unfit_file_is_refused_when_training_begins(tmp_path, weights, trainer):
     with pytest.raises(FileNotFoundError, match=r"there are no weights at .*nowhere\.pt"):
-        trainer(tmp_path).fit(task(tmp_path / "nowhere.pt"), datamodule=data())
+        trainer().fit(task(tmp_path / "nowhere.pt"), datamodule=data())
     encoder = {f"encoder.{name}": value for name, value in classifier(24, 7).encoder.state_dict().items()}
     torch.save(encoder, tmp_path / "pretrained.pt")
     with pytest.raises(
         ValueError, match=r"does not hold the whole of this classifier: 6 weights.*such as head\.fc_norm"
     ):
-        trainer(tmp_path).fit(task(tmp_path / "pretrained.pt"), datamodule=data())
+        trainer().fit(task(tmp_path / "pretrained.pt"), datamodule=data())
     with pytest.raises(ValueError, match="does not hold the whole of this classifier"):
-        trainer(tmp_path).fit(task(weights, teacher=classifier(16, 1)), datamodule=data())
+        trainer().fit(task(weights, teacher=classifier(16, 1)), datamodule=data())
 
 
 @pytest.mark.parametrize(

@@ -58,13 +58,6 @@ def data(batch_size: int = 4, val: int = 6) -> DataModule:
     return DataModule(Sprites("train", 8, **options), Sprites("val", val, **options), batch_size=batch_size)
 
 
-def trainer(tmp_path, *callbacks, **changes) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    options = {"max_steps": 2, "accelerator": "cpu", "enable_model_summary": False, "use_distributed_sampler": False}
-    options |= {"default_root_dir": tmp_path, "callbacks": list(callbacks)}
-    return lightning.Trainer(**quiet, **{**options, **changes})
-
-
 def batch(size: int = 3) -> dict:
     clips = Sprites("val", size, num_frames=4, image_size=16, background="texture")
     return {"video": torch.stack([clips[i]["video"] for i in range(size)]).transpose(1, 2).float() / 255}
@@ -84,8 +77,8 @@ def weights(module: torch.nn.Module) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in module.parameters()]
 
 
-def test_training_logs_what_it_documents_and_moves_every_weight(tmp_path):
-    module, fit = dense(sigreg_weight=0.1), trainer(tmp_path, max_steps=3)
+def test_training_logs_what_it_documents_and_moves_every_weight(trainer):
+    module, fit = dense(sigreg_weight=0.1), trainer(max_steps=3)
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     fit.fit(module, datamodule=data())
     logged = fit.logged_metrics.keys() | fit.callback_metrics.keys()
@@ -98,11 +91,11 @@ def test_training_logs_what_it_documents_and_moves_every_weight(tmp_path):
         assert not torch.equal(parameter, before[name]), name
 
 
-def test_validation_numbers_are_those_of_the_formulas(tmp_path):
+def test_validation_numbers_are_those_of_the_formulas(trainer):
     module, clips = dense().eval(), data(batch_size=6, val=6)
     for parameter in module.model.target_encoder.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))  # not the encoder any more
-    fit = trainer(tmp_path)
+    fit = trainer()
     fit.validate(module, clips, verbose=False)
     [raw] = clips.val_dataloader()
     video = raw["video"].transpose(1, 2).float() / 255
@@ -143,8 +136,8 @@ def test_the_loss_is_the_mean_over_tokens_then_over_masks():
     assert single[0] != single[1]
 
 
-def test_no_gradient_reaches_the_target_encoder_and_it_is_not_optimised(tmp_path):
-    module, fit = task(momentum=partial(ramp, start=1.0, end=1.0)), trainer(tmp_path)
+def test_no_gradient_reaches_the_target_encoder_and_it_is_not_optimised(trainer):
+    module, fit = task(momentum=partial(ramp, start=1.0, end=1.0)), trainer()
     before = weights(module.model.target_encoder)
     fit.fit(module, datamodule=data())
     assert all(map(torch.equal, before, module.model.target_encoder.parameters()))
@@ -153,13 +146,13 @@ def test_no_gradient_reaches_the_target_encoder_and_it_is_not_optimised(tmp_path
     assert not optimised & {id(parameter) for parameter in module.model.target_encoder.parameters()}
 
 
-def test_the_target_follows_after_every_optimiser_step_with_the_momentum_of_that_step(tmp_path):
+def test_the_target_follows_after_every_optimiser_step_with_the_momentum_of_that_step(trainer):
     """With accumulation there are half as many optimiser steps as batches."""
     momentum = partial(ramp, start=0.5, end=0.9, stretch=1.25)
     looks = EachStep(lambda t: (weights(t.model.encoder), weights(t.model.target_encoder)))
     module = task(momentum=momentum)
     start = weights(module.model.target_encoder)
-    trainer(tmp_path, looks, max_steps=4, accumulate_grad_batches=2).fit(module, datamodule=data(batch_size=2))
+    trainer(looks, max_steps=4, accumulate_grad_batches=2).fit(module, datamodule=data(batch_size=2))
     assert len(looks.seen) == 8
     expected = start
     for step in range(4):
@@ -172,21 +165,21 @@ def test_the_target_follows_after_every_optimiser_step_with_the_momentum_of_that
             torch.testing.assert_close(got, wanted)
 
 
-def test_weight_decay_follows_its_schedule_where_there_is_one(tmp_path):
+def test_weight_decay_follows_its_schedule_where_there_is_one(trainer):
     schedule = partial(cosine_ramp, start=0.04, end=0.4, stretch=1.25)
     looks = EachStep(lambda t: [group["weight_decay"] for group in t.trainer.optimizers[0].param_groups])
-    trainer(tmp_path, looks, max_steps=4).fit(task(weight_decay=schedule), datamodule=data())
+    trainer(looks, max_steps=4).fit(task(weight_decay=schedule), datamodule=data())
     assert looks.seen == [[schedule(step, 4), 0.0] for step in range(4)]
     assert 0.04 == looks.seen[0][0] < looks.seen[3][0] < 0.4
 
 
-def test_gradients_are_clipped_after_the_warm_up_alone(tmp_path):
+def test_gradients_are_clipped_after_the_warm_up_alone(trainer):
     def norm(module: LatentPrediction) -> float:
         gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
         return torch.nn.utils.get_total_norm(gradients).item()
 
     looks = EachStep(norm)
-    fit = trainer(tmp_path, looks, max_steps=4, gradient_clip_val=1e-3)
+    fit = trainer(looks, max_steps=4, gradient_clip_val=1e-3)
     fit.fit(task(clip_after=0.5), datamodule=data())
     assert min(looks.seen[:2]) > 1e-2
     assert max(looks.seen[2:]) < 1.1e-3
@@ -213,7 +206,7 @@ def test_sigreg_is_taken_over_the_clips_of_each_place():
 
 
 @pytest.mark.parametrize("ema", [True, False])
-def test_deep_supervision_normalises_every_level_by_itself(ema, tmp_path):
+def test_deep_supervision_normalises_every_level_by_itself(ema, trainer):
     module = task(model(lambda vit: MultiLevelEncoder(copy.deepcopy(vit), 2), ema=ema), momentum=FIXED if ema else None)
     for encoder in filter(None, (module.model.encoder, module.model.target_encoder)):
         for scale, norm in enumerate(encoder.norms):
@@ -224,24 +217,24 @@ def test_deep_supervision_normalises_every_level_by_itself(ema, tmp_path):
     for level in latents.split(24, dim=-1):
         torch.testing.assert_close(level.mean(-1), torch.zeros(3, 8), atol=1e-5, rtol=0)
         torch.testing.assert_close(level.square().mean(-1), torch.ones(3, 8), atol=1e-3, rtol=0)
-    trainer(tmp_path).fit(module, datamodule=data())
+    trainer().fit(module, datamodule=data())
 
 
-def test_a_teacher_stays_what_its_file_says(tmp_path, capsys):
+def test_a_teacher_stays_what_its_file_says(tmp_path, capsys, trainer):
     teacher = encoder(embed_dim=36, positions="sinusoid")
     torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
     network = model(ema=False, teacher=encoder(embed_dim=36, positions="sinusoid"))
     module = task(network, momentum=None, teacher_from=tmp_path / "teacher.pt")
-    trainer(tmp_path).fit(module, datamodule=data())
+    trainer().fit(module, datamodule=data())
     for name, value in teacher.state_dict().items():
         assert torch.equal(network.target_encoder.state_dict()[name], value), name
     assert module.latents(batch()["video"]).shape == (3, 8, 36)
     assert "target encoder: loaded " in capsys.readouterr().out
 
 
-def test_a_run_starts_from_a_whole_model_or_from_an_encoder(tmp_path):
+def test_a_run_starts_from_a_whole_model_or_from_an_encoder(tmp_path, trainer):
     """On longer clips: with rotary positions no weight depends on the length."""
-    first, fit = task(), trainer(tmp_path)
+    first, fit = task(), trainer()
     fit.fit(first, datamodule=data())
     fit.save_checkpoint(tmp_path / "run.ckpt")
     longer = JEPA(encoder(num_frames=8), predictor_dim=12, predictor_depth=1, predictor_num_heads=2)
@@ -257,7 +250,7 @@ def test_a_run_starts_from_a_whole_model_or_from_an_encoder(tmp_path):
         assert torch.equal(third.model.target_encoder.state_dict()[name], value), name
 
 
-def test_a_resumed_run_has_the_same_target_encoder(tmp_path):
+def test_a_resumed_run_has_the_same_target_encoder(tmp_path, trainer):
     def save(module: LatentPrediction) -> None:
         if module.trainer.global_step == 3:
             module.trainer.save_checkpoint(tmp_path / "half.ckpt")
@@ -266,7 +259,7 @@ def test_a_resumed_run_has_the_same_target_encoder(tmp_path):
         lightning.seed_everything(seed, verbose=False)
         options = {"momentum": partial(ramp, start=0.5, end=1), "weight_decay": partial(cosine_ramp, start=0.1, end=1)}
         module = task(**options, sigreg_weight=0.1)
-        run = trainer(tmp_path, StepSeed(0), *callbacks, max_steps=6, limit_val_batches=0)
+        run = trainer(StepSeed(0), *callbacks, max_steps=6, limit_val_batches=0)
         run.fit(module, datamodule=data(), ckpt_path=checkpoint)
         return module.state_dict()
 

@@ -1,6 +1,5 @@
 """The masked-pixel task through a trainer: what it logs, and that its numbers are those of the formulas."""
 
-import lightning
 import pytest
 import torch
 
@@ -34,19 +33,13 @@ def data(batch_size: int = 4, val: int = 6) -> DataModule:
     return DataModule(Sprites("train", 8, **options), Sprites("val", val, **options), batch_size=batch_size)
 
 
-def trainer(tmp_path, **changes) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    options = {"max_steps": 2, "accelerator": "cpu", "enable_model_summary": False, "use_distributed_sampler": False}
-    return lightning.Trainer(**quiet, **{**options, "default_root_dir": tmp_path, **changes})
-
-
 def batch(size: int = 3) -> dict:
     clips = Sprites("val", size, num_frames=4, image_size=16, background="texture")
     return {"video": torch.stack([clips[i]["video"] for i in range(size)]).transpose(1, 2).float() / 255}
 
 
-def test_training_logs_what_it_documents_and_moves_every_weight(tmp_path):
-    module, fit = task(augment=MultiScaleCrop(16)), trainer(tmp_path, max_steps=3)
+def test_training_logs_what_it_documents_and_moves_every_weight(trainer):
+    module, fit = task(augment=MultiScaleCrop(16)), trainer(max_steps=3)
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     fit.fit(module, datamodule=data())
     logged = fit.logged_metrics.keys() | fit.callback_metrics.keys()
@@ -57,10 +50,10 @@ def test_training_logs_what_it_documents_and_moves_every_weight(tmp_path):
 
 
 @pytest.mark.parametrize("masking", [TubeMasking(0.5), DualMasking(TubeMasking(0.5))])
-def test_validation_numbers_are_those_of_the_formulas(masking, tmp_path):
+def test_validation_numbers_are_those_of_the_formulas(masking, trainer):
     """Over batches of unequal size: every clip counts once."""
     module, clips = task(masking=masking).eval(), data(batch_size=4, val=5)
-    fit = trainer(tmp_path)
+    fit = trainer()
     fit.validate(module, clips, verbose=False)
     sums = {"zero": 0.0, "mean": 0.0, "nearest": 0.0, "loss": 0.0}
     sizes = []
@@ -102,10 +95,10 @@ def test_tokens_that_are_not_scored_do_not_influence_the_loss():
     assert masked_pixel_loss(other, changed, masks.target, PATCH, masks.scored) == loss
 
 
-def test_pictures_and_clips_are_measured_apart(tmp_path):
+def test_pictures_and_clips_are_measured_apart(trainer):
     """Batches of both through one set of weights; those of pictures have a suffix."""
     masking = ByModality(image=RandomMasking(0.5), clip=RandomMasking(0.75))
-    module, fit = task(images=True, masking=masking, eps_under_root=True), trainer(tmp_path)
+    module, fit = task(images=True, masking=masking, eps_under_root=True), trainer()
     generator = torch.Generator().manual_seed(0)
     batches = [
         {"video": torch.randint(256, (size, frames, 3, 16, 16), generator=generator, dtype=torch.uint8)}
@@ -129,9 +122,9 @@ def test_pictures_and_clips_are_measured_apart(tmp_path):
     assert list(module.shared_step({"video": torch.rand(2, 3, 1, 16, 16)}, "train")) == ["loss"]
 
 
-def test_a_run_says_what_its_decoder_computes_and_what_the_full_one_would(tmp_path):
+def test_a_run_says_what_its_decoder_computes_and_what_the_full_one_would(trainer):
     for masking, targets in ((TubeMasking(0.5), 4), (DualMasking(TubeMasking(0.5), 0.75), 2)):
-        module, fit = task(masking=masking), trainer(tmp_path)
+        module, fit = task(masking=masking), trainer()
         fit.validate(module, data(), verbose=False)
         logged = {name: value.item() for name, value in fit.callback_metrics.items()}
         assert logged["val/decoder_mflops"] == pytest.approx(decoder_flops(module.model, 4, targets) / 1e6)
@@ -208,8 +201,8 @@ def test_pictures_show_clip_hidden_and_filled():
     assert torch.equal(filled[visible], seen[visible])
 
 
-def test_a_runs_own_checkpoint_gives_the_model_and_the_encoder_back(tmp_path):
-    module, fit = task(), trainer(tmp_path)
+def test_a_runs_own_checkpoint_gives_the_model_and_the_encoder_back(tmp_path, trainer):
+    module, fit = task(), trainer()
     fit.fit(module, datamodule=data())
     fit.save_checkpoint(tmp_path / "own.ckpt")
     again = masked_autoencoder.from_published(tmp_path / "own.ckpt", 4, 16, num_heads=2, decoder_num_heads=2)
