@@ -102,7 +102,7 @@ def views(videos: int = 7, per_video: int = 6, classes: int = 4) -> tuple[list[s
 
 
 def by_hand(ids: list[str], logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of videos whose mean softmax, over views that count once each, is largest at the label."""
+    """Share of videos with the largest mean softmax at the label, where each view counts once."""
     right = []
     for video in sorted({view.split("#")[0] for view in ids}):
         rows = {view: row for row, view in enumerate(ids) if view.startswith(f"{video}#")}.values()
