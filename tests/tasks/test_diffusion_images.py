@@ -142,8 +142,8 @@ def test_image_settings_draw_no_random_numbers_without_an_image():
 
 
 @pytest.mark.parametrize("kind", ["token_replace", "channels"])
-def test_a_given_frame_is_excluded_from_training_and_validation_losses(kind: str):
-    """The network is exact except in the first frame, which ``token_replace`` does not use."""
+def test_only_token_replace_excludes_the_first_frame_from_losses(kind: str):
+    """The network is exact except in the first frame."""
     clips = batch(1)
     module, _ = recording(kind, clips["video"] * 2 - 1, caption_dropout=0.0, image_dropout=0.0)
     torch.manual_seed(0)
@@ -178,8 +178,8 @@ def test_image_to_video_trains_and_writes_media(tmp_path: Path, trainer):
     assert shown["samples_from_image"].shape == (8, 3, 3 * 17, 17)
     torch.rand(5)
     assert torch.equal(shown["samples_from_image"], module.media(batch())["samples_from_image"])
-    others = {**batch(), "video": batch()["video"].flip(0)}
-    assert not torch.equal(shown["samples_from_image"], module.media(others)["samples_from_image"])
+    flipped = {**batch(), "video": batch()["video"].flip(0)}
+    assert not torch.equal(shown["samples_from_image"], module.media(flipped)["samples_from_image"])
 
 
 def test_samples_in_media_start_with_the_first_frames_of_the_batch():
