@@ -63,7 +63,11 @@ def run(source: Path, out: Path, dtype: str = "float32", merge: bool = False) ->
         raise ValueError(f"{folder} trained a {type(model).__name__}: only diffusion transformers are exported.")
     overflowing = {name.rpartition(".")[2] for name in HALF_OVERFLOWS}
     places = getattr(model.transformer, "places", None)
-    if dtype == "float16" and type(model.transformer).__name__ in overflowing and (places is None or places.kind != "sincos"):
+    if (
+        dtype == "float16"
+        and type(model.transformer).__name__ in overflowing
+        and (places is None or places.kind != "sincos")
+    ):
         raise ValueError(
             f"dtype=float16: {type(model.transformer).__name__} was trained in bfloat16, and overflows in float16, "
             "which gives black or NaN videos: write DTYPE=bfloat16."
