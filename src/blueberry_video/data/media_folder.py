@@ -49,16 +49,16 @@ class MediaFolder(Dataset):
         skipped_file: str | None,
     ):
         if resize not in ("crop", "stretch"):
-            raise ValueError(f"resize={resize!r} is neither 'crop' nor 'stretch': choose one of these.")
+            raise ValueError(f"resize={resize!r} is neither 'crop' nor 'stretch': use one of these.")
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ValueError(
-                f"image_size={image_size} is no size in pixels: write one number of at least 1, [height, width], or "
-                "null for the size of the files."
+                f"image_size={image_size} must be a number of pixels of at least 1, [height, width], or null for the "
+                "size of the files."
             )
         if not 0 <= max_broken_share <= 1:
             raise ValueError(
-                f"max_broken_share={max_broken_share} is outside 0 to 1: it is a share of the files, such as 0.05."
+                f"max_broken_share={max_broken_share} is outside 0 to 1: use a share of the files, such as 0.05."
             )
         self.root = Path(root)
         self.image_size = (int(size[0]), int(size[1])) if size is not None else None

@@ -245,7 +245,7 @@ def _file_name(where: str, entry: dict, media: Media) -> str:
     path = PurePosixPath(str(entry[given[0]]))
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(
-            f"{where} has {given[0]}={str(path)!r}, which may lie outside the folder: write it relative to "
+            f"{where} has {given[0]}={str(path)!r}, which may lie outside the folder: make it relative to "
             f"{media.folder}/."
         )
     return path.relative_to(media.folder).as_posix() if path.parts[0] == media.folder else path.as_posix()
@@ -275,7 +275,7 @@ def _captions(source: Path, entries: dict[str, dict]) -> dict[str, str]:
 def _labels(source: Path, name: str, entry: dict) -> dict[str, object]:
     labels = entry.get("labels") or {}
     if not isinstance(labels, dict):
-        raise ValueError(f'{source}: labels={labels!r} of {name} is no object: write {{"label": "class"}}.')
+        raise ValueError(f'{source}: labels={labels!r} of {name} must be an object: use {{"label": "class"}}.')
     labels |= {key.removeprefix("labels."): value for key, value in entry.items() if str(key).startswith("labels.")}
     return labels | ({"label": entry["label"]} if "label" in entry else {})
 
