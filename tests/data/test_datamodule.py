@@ -1,5 +1,7 @@
 """DataModule: order of the clips, and exact resuming at any batch."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import Dataset
 
+from blueberry_video.data.batches import EvaluationBatches, TrainBatches
+from blueberry_video.data.buckets import Buckets
 from blueberry_video.data.clip_cache import CachedClips
-from blueberry_video.data.datamodule import DataModule, EvaluationBatches, TrainBatches
+from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.mixture import Mixture
 from blueberry_video.data.single_frames import SingleFrames
 from blueberry_video.data.sprites import Sprites
@@ -237,6 +241,28 @@ def test_order_depends_only_on_seed_and_epoch():
     assert epoch_of(TrainBatches(50, 4, seed=3), 2) == epoch_of(TrainBatches(50, 4, seed=3), 2)
     assert epoch_of(TrainBatches(50, 4, seed=3), 2) != epoch_of(TrainBatches(50, 4, seed=3), 1)
     assert epoch_of(TrainBatches(50, 4, seed=3), 2) != epoch_of(TrainBatches(50, 4, seed=4), 2)
+
+
+def parts() -> dict[str, range]:
+    return {"a": range(40), "b": range(17), "c": range(25)}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        (range(83), "dfc0546c29505b3d"),
+        (Mixture(parts(), {"a": 1, "b": 3, "c": 0.2}), "0eb569a721d48393"),
+        (Buckets(parts(), dict.fromkeys("abc", (1, 2, 3)), {"a": 10, "b": 4, "c": 7}, 21), "adf46210b5fe1fe0"),
+    ],
+    ids=["plain", "mixture", "buckets"],
+)
+def test_batches_match_the_pinned_hashes(dataset, expected: str):
+    """A changed hash changes the order of every seeded run."""
+    data = DataModule(dataset, dataset, batch_size=4, seed=3)
+    train = data.train_dataloader().batch_sampler
+    train.set_epoch(2)
+    batches = [list(train), list(data.val_dataloader().batch_sampler)]
+    assert hashlib.sha256(json.dumps(batches).encode()).hexdigest()[:16] == expected
 
 
 def test_two_ranks_with_half_the_batch_size_share_global_batches():
