@@ -16,8 +16,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from blueberry_video.nn.augment import HorizontalFlip, RandomErasing, RandomResizedCrop
-from blueberry_video.nn.mixing import Mixing
+from blueberry_video.augmentation import HorizontalFlip, Mixing, RandomErasing, RandomResizedCrop
 
 
 def ours() -> dict[str, Callable[[Tensor], object]]:

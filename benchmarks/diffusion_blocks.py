@@ -26,10 +26,10 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
 )
 from torch import Tensor, nn
 
-from blueberry_video.nn import dual_stream, expert_blocks
-from blueberry_video.nn.axes_rope import axes_rotation
+from blueberry_video.models.cogvideox import blocks as expert_blocks
+from blueberry_video.models.hunyuan_video import blocks as dual_stream
 from blueberry_video.nn.joint_attention import Shared
-from blueberry_video.nn.rope import Rotation, grid_positions
+from blueberry_video.nn.rope import Rotation, axes_rotation, grid_positions
 
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # text (1, L, D), video (1, N, D) -> the same
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from blueberry_video.masking import DualMasking, Masks, TubeMasking
-from blueberry_video.models.masked_autoencoder import MaskedAutoencoder, decoder_flops
+from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder, decoder_flops
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.tasks.masked_pixels import masked_pixel_loss
 

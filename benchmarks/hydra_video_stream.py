@@ -14,7 +14,7 @@ import time
 import psutil
 import torch
 
-from blueberry_video.models.hydra_video import HydraVideo
+from blueberry_video.models.hydra_video.model import HydraVideo
 
 WINDOW = 250  # frames that a median is taken over
 

@@ -28,9 +28,9 @@ from transformers import VJEPA2Config, VJEPA2Model
 
 from blueberry_video.inference.reconstruction import hide
 from blueberry_video.masking import Masks, MultiBlockMasking
-from blueberry_video.models.jepa import JEPA, convert_huggingface
+from blueberry_video.models.jepa.losses import latent_loss
+from blueberry_video.models.jepa.model import JEPA, convert_huggingface
 from blueberry_video.models.vit import VisionTransformer
-from blueberry_video.nn.latent_losses import latent_loss
 from blueberry_video.nn.patches import gather_tokens
 
 MASKINGS = {"short": MultiBlockMasking(8, 0.15), "long": MultiBlockMasking(2, 0.7)}

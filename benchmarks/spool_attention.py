@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blueberry_video.nn.frame_attention import FrameLayout, Heads, dense_mask, frame_attention
+from blueberry_video.models.spool.attention import FrameLayout, Heads, dense_mask, frame_attention
 
 HEADS, CHANNELS = 12, 32
 

@@ -469,8 +469,8 @@ def test_last_crop_of_several_augmentations_sets_the_size(experiment: Path):
     assert "`task.augment._args_.0.size=224`" in message  # an override that Hydra accepts
     assert "`model.encoder.image_size=192`" in message
     sequence, larger = "task.augment={_target_: torch.nn.Sequential, _args_: [%s]}", "data.train.image_size=64"
-    crop = "{_target_: blueberry_video.nn.augment.RandomResizedCrop, size: %s}"
-    flip, foreign = "{_target_: blueberry_video.nn.augment.HorizontalFlip}", "{_target_: json.JSONEncoder}"
+    crop = "{_target_: blueberry_video.augmentation.RandomResizedCrop, size: %s}"
+    flip, foreign = "{_target_: blueberry_video.augmentation.HorizontalFlip}", "{_target_: json.JSONEncoder}"
     compose(experiment, [sequence % f"{crop % 24}, {crop % 32}, {flip}", larger])
     assert "_args_.1.size` = 24" in error_message(experiment, sequence % f"{crop % 32}, {crop % 24}")
     assert "`data.train.image_size` = 64" in error_message(experiment, sequence % flip, larger)

@@ -10,14 +10,14 @@ from omegaconf import OmegaConf
 
 from blueberry_video import export
 from blueberry_video.config import compose
+from blueberry_video.diffusion.lora import LoRA
+from blueberry_video.diffusion.published import export as write
+from blueberry_video.models.jepa.anticipator import load_weights
+from blueberry_video.diffusion.text_to_video import TextToVideo
 from blueberry_video.experiment.checkpoint import AtomicCheckpointIO, weights_file
-from blueberry_video.inference.published import export as write
-from blueberry_video.inference.published import load_weights
-from blueberry_video.models.cogvideox import CogVideoX
-from blueberry_video.models.hunyuan_video import HunyuanVideo
-from blueberry_video.models.text_to_video import TextToVideo
-from blueberry_video.models.word_text import WordText
-from blueberry_video.nn.lora import LoRA
+from blueberry_video.models.cogvideox.model import CogVideoX
+from blueberry_video.models.hunyuan_video.model import HunyuanVideo
+from blueberry_video.models.text_encoder.words import WordText
 
 SIZES = {"num_heads": 2, "head_dim": 16, "depth": 1, "in_channels": 4, "out_channels": 4, "text_dim": 8, "text_len": 8}
 SIZES |= {"time_dim": 16, "patch_size": 2, "num_frames": 5, "height": 8, "width": 8, "positions": "sincos"}
@@ -43,8 +43,8 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "outputs" / "tiny" / "2026-01-01"
     (folder / "checkpoints").mkdir(parents=True)
     node = {"_target_": "blueberry_video.models.cogvideox.CogVideoX", **SIZES, "zero_init": False}
-    words = {"_target_": "blueberry_video.models.word_text.WordText", "text_dim": 8, "length": 8}
-    whole = {"_target_": "blueberry_video.models.text_to_video.TextToVideo", "transformer": node, "text": words}
+    words = {"_target_": "blueberry_video.models.text_encoder.words.WordText", "text_dim": 8, "length": 8}
+    whole = {"_target_": "blueberry_video.diffusion.text_to_video.TextToVideo", "transformer": node, "text": words}
     source = Path(__file__).resolve().parents[1] / "experiments" / "cogvideox" / "config.yaml"
     config = OmegaConf.to_container(compose(source))
     (folder / "config.yaml").write_text(yaml.safe_dump({**config, "model": whole}))
@@ -152,7 +152,7 @@ def test_weights_of_another_variant_are_named(tmp_path: Path):
 
 def test_a_run_of_another_kind_is_refused(run: Path, tmp_path: Path):
     config = yaml.safe_load((run / "config.yaml").read_text())
-    config["model"] = {"_target_": "blueberry_video.models.video_vae.CausalVideoVAE"}
+    config["model"] = {"_target_": "blueberry_video.models.autoencoder.causal_vae.CausalVideoVAE"}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(ValueError, match="CausalVideoVAE: only diffusion transformers"):
         export.run(run, tmp_path / "out")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from blueberry_video.models.classifier import VideoClassifier
-from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
+from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import (
     constant,

@@ -8,10 +8,10 @@ from omegaconf import OmegaConf
 
 from blueberry_video.data.latents import LatentClips
 from blueberry_video.data.sprites import Sprites
-from blueberry_video.inference.encoding import encode
-from blueberry_video.models.hunyuan_video import HunyuanVideo
-from blueberry_video.models.word_text import WordText
-from blueberry_video.nn.codec import Codec, Pixels, fingerprint
+from blueberry_video.diffusion.encoding import encode
+from blueberry_video.models.autoencoder.base import Codec, Pixels, fingerprint
+from blueberry_video.models.hunyuan_video.model import HunyuanVideo
+from blueberry_video.models.text_encoder.words import WordText
 from blueberry_video.precompute import run, write_latents
 
 
@@ -158,8 +158,8 @@ def config(model: dict) -> OmegaConf:
 
 
 def test_an_experiment_is_encoded_split_by_split(tmp_path: Path):
-    codec = {"_target_": "blueberry_video.nn.codec.Pixels", "_partial_": True}
-    text = {"_partial_": True, "_target_": "blueberry_video.models.word_text.WordText", "text_dim": 4}
+    codec = {"_target_": "blueberry_video.models.autoencoder.base.Pixels", "_partial_": True}
+    text = {"_partial_": True, "_target_": "blueberry_video.models.text_encoder.words.WordText", "text_dim": 4}
     transformer = {"_target_": "blueberry_video.models.cogvideox.CogVideoX", "in_channels": 3, "out_channels": 3}
     transformer |= {"num_heads": 1, "head_dim": 16, "depth": 1, "height": 16, "width": 16}
     read = run(config({"codec": codec, "text": text, "transformer": transformer}), tmp_path)
@@ -173,7 +173,7 @@ def test_an_experiment_without_codec_or_with_latents_already_is_refused(tmp_path
     for model in ({"_target_": "somewhere.Classifier"}, {"_target_": "somewhere.TextToVideo", "codec": None}):
         with pytest.raises(ValueError, match="has no codec"):
             run(config(model), tmp_path)
-    stored = config({"codec": {"_target_": "blueberry_video.nn.codec.Pixels"}})
+    stored = config({"codec": {"_target_": "blueberry_video.models.autoencoder.base.Pixels"}})
     stored.data.train = {"_target_": "blueberry_video.data.latents.LatentClips", "folder": "nowhere"}
     with pytest.raises(ValueError, match="the data of tiny are stored latents: name the clips"):
         run(stored, tmp_path)

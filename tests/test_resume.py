@@ -30,7 +30,7 @@ from blueberry_video.experiment.loggers import MetricsCSV, Wandb
 from blueberry_video.experiment.metrics_table import read_steps
 from blueberry_video.experiment.run_folder import RunFolder
 from blueberry_video.masking import TubeMasking
-from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
+from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import warmup_cosine
 from blueberry_video.tasks.masked_pixels import MaskedPixels

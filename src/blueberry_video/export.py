@@ -48,10 +48,9 @@ def run(source: Path, out: Path, dtype: str = "float32", merge: bool = False) ->
 
     from blueberry_video.config import load
     from blueberry_video.config.checks import HALF_OVERFLOWS
+    from blueberry_video.diffusion.text_to_video import TextToVideo
     from blueberry_video.experiment.checkpoint import weights_file
     from blueberry_video.experiment.run_folder import RunFolder
-    from blueberry_video.inference.published import export, load_weights
-    from blueberry_video.models.text_to_video import TextToVideo
 
     if (there := next(path for path in (out, *out.parents) if path.exists())).is_file():
         raise FileExistsError(f"{out} is to be a folder, and {there} is a file: choose another name.")
@@ -70,9 +69,9 @@ def run(source: Path, out: Path, dtype: str = "float32", merge: bool = False) ->
             "which gives black or NaN videos: write DTYPE=bfloat16."
         )
     if model.lora is not None and model.lora.base is not None:
-        load_weights(model, model.lora.base)
-    load_weights(model, weights_file(folder))  # a checkpoint holds the averaged weights under the trained ones' names
-    return export(model.to(getattr(torch, dtype)), out, merge)
+        model.load_published(model.lora.base)
+    model.load_published(weights_file(folder))  # a checkpoint holds the averaged weights under the trained ones' names
+    return model.to(getattr(torch, dtype)).save_published(out, merge)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from blueberry_video.launch import command_line
 
 if TYPE_CHECKING:  # torch is imported once the config is known to be right
     from blueberry_video.data.clip_cache import KeyedClips
-    from blueberry_video.models.text_to_video import Transformer
-    from blueberry_video.nn.codec import Codec
-    from blueberry_video.nn.text import TextEncoder
+    from blueberry_video.diffusion.text_to_video import Transformer
+    from blueberry_video.models.autoencoder.base import Codec
+    from blueberry_video.models.text_encoder.base import TextEncoder
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -115,8 +115,8 @@ def write_latents(
     from blueberry_video.data.clip_cache import check_storable
     from blueberry_video.data.latents import LatentShards
     from blueberry_video.data.progress import Progress
-    from blueberry_video.inference.encoding import check_size, encode, encodes_image
-    from blueberry_video.nn.codec import fingerprint
+    from blueberry_video.diffusion.encoding import check_size, encode, encodes_image
+    from blueberry_video.models.autoencoder.base import fingerprint
 
     check_storable(dataset)
     patch_size = (1, 1) if network is None else network.patch_size[1:]

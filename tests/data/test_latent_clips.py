@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from blueberry_video.data.latents import LatentClips, LatentShards
 from blueberry_video.data.sprites import Sprites
-from blueberry_video.models.video_vae import CausalVideoVAE
+from blueberry_video.models.autoencoder.causal_vae import CausalVideoVAE
 from blueberry_video.precompute import write_latents
 
 MADE_OF = {"codec": "Pixels/0123", "text": None, "data": "numbers", "dtype": "float32"}

@@ -18,8 +18,8 @@ from blueberry_video.evaluation.collapse import (
     parameter_distance,
 )
 from blueberry_video.masking import RandomMasking
-from blueberry_video.models.jepa import JEPA
-from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
+from blueberry_video.models.jepa.model import JEPA
+from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
 from blueberry_video.optim import constant, ramp
 from blueberry_video.tasks.latent_prediction import LatentPrediction
 from blueberry_video.tasks.masked_pixels import MaskedPixels

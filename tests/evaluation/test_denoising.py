@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from blueberry_video.diffusion.objectives import FlowMatching, Objective, VPrediction
 from blueberry_video.evaluation.denoising import NUM_BINS, denoising_losses
-from blueberry_video.nn.objectives import FlowMatching, Objective, VPrediction
-from blueberry_video.nn.text import TextTokens
+from blueberry_video.models.text_encoder.base import TextTokens
 
 OWN, OTHERS = (TextTokens(torch.full((8, 1, 1), value), torch.ones(8, 1, dtype=torch.bool)) for value in (0.0, 1.0))
 

@@ -13,7 +13,7 @@ from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.mixture import Mixture
 from blueberry_video.evaluation.callbacks import FewLabels, Probe
 from blueberry_video.masking import RandomMasking
-from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
+from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import constant
 from blueberry_video.tasks.masked_pixels import MaskedPixels

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from blueberry_video.data.moving_shapes import MovingShapes
+from blueberry_video.diffusion.objectives import FlowMatching, VPrediction
 from blueberry_video.evaluation.trivial import (
     majority_share,
     trivial_denoising_losses,
@@ -13,7 +14,6 @@ from blueberry_video.evaluation.trivial import (
     trivial_patch_losses,
 )
 from blueberry_video.masking import DualMasking, RandomMasking, TubeMasking
-from blueberry_video.nn.objectives import FlowMatching, VPrediction
 
 
 @pytest.mark.parametrize(

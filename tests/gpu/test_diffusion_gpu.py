@@ -9,16 +9,16 @@ from hydra.utils import instantiate
 from lightning import Trainer
 
 from blueberry_video.config import compose
-from blueberry_video.inference.causal_generation import generate_causally
-from blueberry_video.inference.diffusion_samplers import FlowEuler
-from blueberry_video.inference.guidance import ConstantGuidance
-from blueberry_video.inference.text_to_video import conditioned_causally, generate_latents
-from blueberry_video.models.cogvideox import CogVideoX
-from blueberry_video.models.hunyuan_video import HunyuanVideo
-from blueberry_video.models.text_to_video import TextToVideo
-from blueberry_video.models.word_text import WordText
-from blueberry_video.nn.codec import Pixels, sample
-from blueberry_video.nn.objectives import FlowMatching
+from blueberry_video.diffusion.causal_sampling import generate_causally
+from blueberry_video.diffusion.generation import conditioned_causally, generate_latents
+from blueberry_video.diffusion.guidance import ConstantGuidance
+from blueberry_video.diffusion.objectives import FlowMatching
+from blueberry_video.diffusion.samplers import FlowEuler
+from blueberry_video.diffusion.text_to_video import TextToVideo
+from blueberry_video.models.autoencoder.base import Pixels, sample
+from blueberry_video.models.cogvideox.model import CogVideoX
+from blueberry_video.models.hunyuan_video.model import HunyuanVideo
+from blueberry_video.models.text_encoder.words import WordText
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

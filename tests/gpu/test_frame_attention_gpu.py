@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from blueberry_video.nn.frame_attention import FrameLayout, Heads, frame_attention
+from blueberry_video.models.spool.attention import FrameLayout, Heads, frame_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -10,9 +10,9 @@ from blueberry_video.data.sprites import Sprites
 from blueberry_video.data.world import Simulator, World
 from blueberry_video.evaluation.closed_loop import ClosedLoop
 from blueberry_video.inference.planner import CrossEntropyPlanner, Discrete
+from blueberry_video.models.encoder import Encoder
+from blueberry_video.models.jepa.world_model import WorldModel
 from blueberry_video.models.vit import VisionTransformer
-from blueberry_video.models.world_model import WorldModel
-from blueberry_video.nn.encoder import Encoder
 from blueberry_video.nn.patches import gather_tokens, patchify
 from blueberry_video.optim import constant
 from blueberry_video.tasks.action_prediction import ActionPrediction, action_vectors, prediction_loss

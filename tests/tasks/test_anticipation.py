@@ -9,8 +9,8 @@ from torch import Tensor
 
 from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.sprites import Sprites
-from blueberry_video.models.anticipator import Anticipator
-from blueberry_video.models.jepa import JEPA
+from blueberry_video.models.jepa.anticipator import Anticipator
+from blueberry_video.models.jepa.model import JEPA
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import constant
 from blueberry_video.tasks.anticipation import Anticipation, focal_loss

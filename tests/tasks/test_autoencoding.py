@@ -8,7 +8,7 @@ import torch
 
 from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.sprites import Sprites
-from blueberry_video.models.video_vae import CausalVideoVAE
+from blueberry_video.models.autoencoder.causal_vae import CausalVideoVAE
 from blueberry_video.optim import warmup_cosine
 from blueberry_video.tasks.autoencoding import TRIVIAL, Autoencoding, kl_divergence, psnr, trivial_reconstructions
 

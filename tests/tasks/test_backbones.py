@@ -17,9 +17,9 @@ from blueberry_video.data.sprites import Sprites
 from blueberry_video.evaluation.callbacks import FewLabels, Probe
 from blueberry_video.masking import ByModality, DualMasking, RandomMasking, TubeMasking
 from blueberry_video.models.classifier import VideoClassifier, load_classifier, load_whole
-from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
+from blueberry_video.models.encoder import Encoder
+from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer
-from blueberry_video.nn.encoder import Encoder
 from blueberry_video.nn.patches import gather_tokens, patchify
 from blueberry_video.optim import constant
 from blueberry_video.tasks.base import Task

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from blueberry_video.augmentation import Mixing
 from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.sprites import Sprites
 from blueberry_video.models.classifier import VideoClassifier
 from blueberry_video.models.vit import VisionTransformer
-from blueberry_video.nn.mixing import Mixing
 from blueberry_video.optim import warmup_cosine
 from blueberry_video.tasks.classification import Classification
 

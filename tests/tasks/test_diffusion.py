@@ -11,17 +11,17 @@ from blueberry_video.callbacks import EMA
 from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.latents import LatentClips
 from blueberry_video.data.moving_shapes import MovingShapes
+from blueberry_video.diffusion.conditioning import latents_of, text_of, without_some
+from blueberry_video.diffusion.guidance import ConstantGuidance
+from blueberry_video.diffusion.objectives import FlowMatching, VPrediction
+from blueberry_video.diffusion.samplers import DDIM
+from blueberry_video.diffusion.text_to_video import TextToVideo
+from blueberry_video.diffusion.timesteps import UniformTimes
 from blueberry_video.evaluation.generated_shapes import GeneratedShapes
-from blueberry_video.inference.conditions import latents_of, text_of, without_some
-from blueberry_video.inference.diffusion_samplers import DDIM
-from blueberry_video.inference.guidance import ConstantGuidance
-from blueberry_video.models.cogvideox import CogVideoX
-from blueberry_video.models.text_to_video import TextToVideo
-from blueberry_video.models.video_vae import CausalVideoVAE
-from blueberry_video.models.word_text import WordText
-from blueberry_video.nn.codec import Codec, Pixels
-from blueberry_video.nn.objectives import FlowMatching, VPrediction
-from blueberry_video.nn.timesteps import UniformTimes
+from blueberry_video.models.autoencoder.base import Codec, Pixels
+from blueberry_video.models.autoencoder.causal_vae import CausalVideoVAE
+from blueberry_video.models.cogvideox.model import CogVideoX
+from blueberry_video.models.text_encoder.words import WordText
 from blueberry_video.optim import constant
 from blueberry_video.precompute import write_latents
 from blueberry_video.tasks.diffusion import Diffusion

@@ -11,15 +11,15 @@ from blueberry_video.callbacks import Media
 from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.latents import LatentClips
 from blueberry_video.data.moving_shapes import MovingShapes
-from blueberry_video.inference.diffusion_samplers import DDIM
-from blueberry_video.inference.guidance import NoGuidance
-from blueberry_video.inference.image_to_video import ImageNoise
-from blueberry_video.models.cogvideox import CogVideoX
-from blueberry_video.models.text_to_video import TextToVideo
-from blueberry_video.models.word_text import WordText
-from blueberry_video.nn.codec import Codec, Pixels
-from blueberry_video.nn.objectives import FlowMatching
-from blueberry_video.nn.timesteps import UniformTimes
+from blueberry_video.diffusion.guidance import NoGuidance
+from blueberry_video.diffusion.image_noise import ImageNoise
+from blueberry_video.diffusion.objectives import FlowMatching
+from blueberry_video.diffusion.samplers import DDIM
+from blueberry_video.diffusion.text_to_video import TextToVideo
+from blueberry_video.diffusion.timesteps import UniformTimes
+from blueberry_video.models.autoencoder.base import Codec, Pixels
+from blueberry_video.models.cogvideox.model import CogVideoX
+from blueberry_video.models.text_encoder.words import WordText
 from blueberry_video.optim import constant
 from blueberry_video.precompute import write_latents
 from blueberry_video.tasks.diffusion import Diffusion

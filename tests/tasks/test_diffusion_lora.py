@@ -10,16 +10,16 @@ import torch
 from blueberry_video.callbacks import EMA, StepSeed
 from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.moving_shapes import MovingShapes
-from blueberry_video.inference.diffusion_samplers import DDIM
-from blueberry_video.inference.guidance import NoGuidance
-from blueberry_video.inference.published import export
-from blueberry_video.models.cogvideox import CogVideoX
-from blueberry_video.models.text_to_video import TextToVideo
-from blueberry_video.models.word_text import WordText
-from blueberry_video.nn.codec import Pixels
-from blueberry_video.nn.lora import LoRA
-from blueberry_video.nn.objectives import FlowMatching
-from blueberry_video.nn.timesteps import UniformTimes
+from blueberry_video.diffusion.guidance import NoGuidance
+from blueberry_video.diffusion.lora import LoRA
+from blueberry_video.diffusion.objectives import FlowMatching
+from blueberry_video.diffusion.published import export
+from blueberry_video.diffusion.samplers import DDIM
+from blueberry_video.diffusion.text_to_video import TextToVideo
+from blueberry_video.diffusion.timesteps import UniformTimes
+from blueberry_video.models.autoencoder.base import Pixels
+from blueberry_video.models.cogvideox.model import CogVideoX
+from blueberry_video.models.text_encoder.words import WordText
 from blueberry_video.optim import constant
 from blueberry_video.tasks.diffusion import Diffusion
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from blueberry_video.inference.diffusion_samplers import FlowEuler
-from blueberry_video.models.cogvideox import CogVideoX
-from blueberry_video.models.hunyuan_video import HunyuanVideo
-from blueberry_video.nn.codec import sample
+from blueberry_video.diffusion.objectives import FlowMatching, VPrediction
+from blueberry_video.diffusion.samplers import FlowEuler
+from blueberry_video.diffusion.timesteps import LogitNormalTimes, UniformTimes
+from blueberry_video.models.autoencoder.base import sample
+from blueberry_video.models.cogvideox.model import CogVideoX
+from blueberry_video.models.hunyuan_video.model import HunyuanVideo
 from blueberry_video.nn.noise_share import times_of_shares
-from blueberry_video.nn.objectives import FlowMatching, VPrediction
-from blueberry_video.nn.timesteps import LogitNormalTimes, UniformTimes
 
 
 @pytest.fixture

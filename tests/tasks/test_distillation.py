@@ -4,12 +4,11 @@ import lightning
 import pytest
 import torch
 
+from blueberry_video.augmentation import Mixing, RandomErasing
 from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.sprites import Sprites
 from blueberry_video.models.classifier import VideoClassifier
 from blueberry_video.models.vit import VisionTransformer
-from blueberry_video.nn.augment import RandomErasing
-from blueberry_video.nn.mixing import Mixing
 from blueberry_video.optim import warmup_cosine
 from blueberry_video.tasks.distillation import Distillation, distillation_loss
 

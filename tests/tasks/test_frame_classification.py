@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from blueberry_video.models.frame_classifier import FrameClassifier
+from blueberry_video.models.classifier import FrameClassifier
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import constant
 from blueberry_video.tasks.frame_classification import FrameClassification, labels_of_moments

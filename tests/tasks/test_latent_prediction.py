@@ -14,10 +14,10 @@ from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.sprites import Sprites
 from blueberry_video.evaluation.trivial import trivial_latent_losses
 from blueberry_video.masking import MultiBlockMasking, RandomMasking
-from blueberry_video.models.jepa import JEPA
+from blueberry_video.models.jepa.losses import context_weight, latent_loss, sigreg
+from blueberry_video.models.jepa.model import JEPA
+from blueberry_video.models.jepa.multi_level import MultiLevelEncoder
 from blueberry_video.models.vit import VisionTransformer
-from blueberry_video.nn.latent_losses import context_weight, latent_loss, sigreg
-from blueberry_video.nn.levels import MultiLevelEncoder
 from blueberry_video.optim import constant, cosine_ramp, ramp
 from blueberry_video.tasks.latent_prediction import LatentPrediction
 

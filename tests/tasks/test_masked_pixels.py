@@ -4,14 +4,14 @@ import lightning
 import pytest
 import torch
 
+from blueberry_video.augmentation import MultiScaleCrop
 from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.sprites import Sprites
 from blueberry_video.evaluation.trivial import trivial_patch_losses
 from blueberry_video.masking import ByModality, DualMasking, RandomMasking, TubeMasking
-from blueberry_video.models import masked_autoencoder
-from blueberry_video.models.masked_autoencoder import MaskedAutoencoder, decoder_flops
+from blueberry_video.models.masked_autoencoder import model as masked_autoencoder
+from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder, decoder_flops
 from blueberry_video.models.vit import VisionTransformer, load_encoder
-from blueberry_video.nn.augment import MultiScaleCrop
 from blueberry_video.optim import warmup_cosine
 from blueberry_video.tasks.masked_pixels import MaskedPixels, masked_pixel_loss, patch_targets
 

@@ -41,7 +41,7 @@ REFUSED = (  # modules of these packages that start processes or generate code
 IMAGE_DATA = ("blueberry_video.data.image_folder.ImageFolder", "blueberry_video.data.single_frames.SingleFrames")
 HALF_OVERFLOWS = (  # published in bfloat16; the activations exceed the range of float16
     "blueberry_video.models.hunyuan_video.HunyuanVideo",
-    "blueberry_video.models.hunyuan_video15.HunyuanVideo15",
+    "blueberry_video.models.hunyuan_video.HunyuanVideo15",
     "blueberry_video.models.cogvideox.CogVideoX",
 )
 DOTTED_NAMES = (*ALLOWED, *REFUSED, *IMAGE_DATA, *HALF_OVERFLOWS)

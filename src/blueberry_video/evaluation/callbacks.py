@@ -24,7 +24,7 @@ from blueberry_video.evaluation.supervised import (
     score,
 )
 from blueberry_video.evaluation.trivial import majority_share
-from blueberry_video.nn.encoder import Encoder
+from blueberry_video.models.encoder import Encoder
 from blueberry_video.nn.heads import ClassificationHead
 
 

@@ -13,10 +13,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from blueberry_video.diffusion.objectives import FlowMatching, Objective, VPrediction
 from blueberry_video.evaluation.trivial import trivial_denoising_losses
+from blueberry_video.models.text_encoder.base import TextTokens
+from blueberry_video.nn.noise import standard_normal
 from blueberry_video.nn.noise_share import flow_error_factor, times_of_shares
-from blueberry_video.nn.objectives import FlowMatching, Objective, VPrediction, standard_normal
-from blueberry_video.nn.text import TextTokens
 
 NUM_BINS = 10
 PURE = 0.95  # from here on nothing but the text tells what a clip shows

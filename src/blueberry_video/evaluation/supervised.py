@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from blueberry_video.evaluation.metrics import accuracy, shuffle_frames, within_pair_correct
-from blueberry_video.nn.encoder import Encoder
+from blueberry_video.models.encoder import Encoder
 from blueberry_video.nn.heads import ClassificationHead
 
 Normalize = Callable[[Tensor], Tensor]

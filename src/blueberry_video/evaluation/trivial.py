@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from blueberry_video.nn.objectives import Objective
+from blueberry_video.diffusion.objectives import Objective
 from blueberry_video.nn.patches import gather_tokens, token_mse
 
 

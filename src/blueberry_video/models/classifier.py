@@ -9,9 +9,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from blueberry_video.models import vit
-from blueberry_video.nn import weight_files
-from blueberry_video.nn.encoder import Encoder
+from blueberry_video.models.encoder import Encoder
 from blueberry_video.nn.heads import ClassificationHead
+from blueberry_video.weights import files as weight_files
 
 
 class VideoClassifier(nn.Module):
@@ -172,7 +172,7 @@ def from_published(
     the shapes of the weights.
 
     Args:
-        path: see :func:`~blueberry_video.nn.weight_files.read_weights`.
+        path: see :func:`~blueberry_video.weights.files.read_weights`.
         label: name to give to its one head.
         num_frames, image_size: of the clips; no weight tells them.
         num_heads: of the encoder; by default what the published models have.
@@ -273,3 +273,67 @@ def load_whole(model: VideoClassifier, path: str | Path) -> str:
 def _only_label(model: VideoClassifier) -> str:
     """What to call the nameless head of a published file."""
     return next(iter(model.num_classes)) if len(model.num_classes) == 1 else "without a label"
+
+
+class FrameClassifier(nn.Module):
+    """Video float (B, C, T, H, W), normalised as the encoder wants it -> logits {label: (B, t, classes)}, where t is T
+    over the encoder's tubelet.
+
+    Args:
+        encoder: any encoder of this package.
+        num_classes: number of classes of each label to predict, such as ``{motion: 8}``.
+        freeze_encoder: train the head alone; the encoder then stays in evaluation mode.
+
+    Attributes:
+        num_classes: label -> number of its classes.
+
+    Raises:
+        ValueError: if there is no label.
+    """
+
+    def __init__(self, encoder: Encoder, num_classes: dict[str, int], freeze_encoder: bool = False):
+        super().__init__()
+        self.encoder, self.freeze_encoder = encoder, freeze_encoder
+        self.num_classes = dict(num_classes)
+        self.head = FrameHead(encoder.embed_dim, self.num_classes)
+        if freeze_encoder:
+            encoder.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "FrameClassifier":
+        super().train(mode)
+        if self.freeze_encoder:
+            self.encoder.eval()
+        return self
+
+    def forward(self, video: Tensor) -> dict[str, Tensor]:
+        moments = self.encoder.grid(video.shape)[0]
+        return self.head(self.encoder(video).unflatten(1, (moments, -1)))
+
+
+class FrameHead(nn.Module):
+    """Scores the classes of every frame: the mean of its tokens, LayerNorm, one linear layer a label. (B, T, S, D) ->
+    {label: (B, T, classes)}.
+
+    Args:
+        dim: width of the tokens.
+        num_classes: number of classes of each label, such as ``{"phase": 5}``.
+
+    Raises:
+        ValueError: if there is no label; in ``forward`` for tokens that are not four-dimensional.
+    """
+
+    def __init__(self, dim: int, num_classes: dict[str, int]):
+        super().__init__()
+        if not num_classes:
+            raise ValueError("num_classes is empty: name at least one label with its number of classes: {phase: 5}.")
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.linear = nn.ModuleDict({name: nn.Linear(dim, count) for name, count in num_classes.items()})
+
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        if features.ndim != 4:
+            raise ValueError(
+                f"the features have shape {tuple(features.shape)} but must be (B, T, S, D), frame by frame: of a "
+                "Spool, give `features(video).features[:, 1:-1]`."
+            )
+        frames = self.norm(features.mean(dim=2))
+        return {name: linear(frames) for name, linear in self.linear.items()}

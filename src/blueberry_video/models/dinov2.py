@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from blueberry_video.nn import weight_files
+from blueberry_video.models.encoder import Encoder
 from blueberry_video.nn.attention import Attention
-from blueberry_video.nn.blocks import DropPath, Mlp
+from blueberry_video.nn.blocks import DropPath
 from blueberry_video.nn.embeddings import TubeletEmbed
-from blueberry_video.nn.encoder import Encoder
-from blueberry_video.nn.frames import KeptTokens
+from blueberry_video.nn.feed_forward import Mlp
+from blueberry_video.nn.kept_tokens import KeptTokens
+from blueberry_video.weights import files as weight_files
 
 
 class DINOv2(Encoder):
@@ -33,7 +34,7 @@ class DINOv2(Encoder):
     those of the patches. T may be any number from 1, H and W any multiples of ``patch_size``.
 
     Args:
-        image_size, num_frames, patch_size, embed_dim, in_channels: see :class:`~blueberry_video.nn.encoder.Encoder`.
+        image_size, num_frames, patch_size, embed_dim, in_channels: see :class:`~blueberry_video.models.encoder.Encoder`.
         depth: number of blocks.
         num_heads: attention heads.
         mlp_ratio: hidden over outer width of the MLPs; a gated one has two thirds of it, rounded up to a multiple of 8.
@@ -51,7 +52,7 @@ class DINOv2(Encoder):
     Raises:
         ValueError: for sizes that the patches or heads do not divide, no table or a negative number of registers; in
             ``forward`` for a video of other channels, without frames, or not of whole patches, or for a ``keep`` that
-            :class:`~blueberry_video.nn.frames.KeptTokens` refuses.
+            :class:`~blueberry_video.nn.kept_tokens.KeptTokens` refuses.
     """
 
     no_weight_decay = ("cls_token", "pos_embed", "register_tokens")
@@ -356,7 +357,7 @@ def from_published(
     Positions are stretched as the code does that the file was written for.
 
     Args:
-        path: see :func:`~blueberry_video.nn.weight_files.read_weights`.
+        path: see :func:`~blueberry_video.weights.files.read_weights`.
         image_size, num_frames: of the clips; no weight tells them, and any others are taken, too.
         num_heads: no weight tells this either; by default heads have 64 channels, as published ones.
 

@@ -9,7 +9,7 @@ with the same share, and the flow's error is the error divided by the factor tha
 import torch
 from torch import Tensor
 
-from blueberry_video.nn.objectives import Objective, VPrediction
+from blueberry_video.diffusion.objectives import Objective, VPrediction
 
 
 def times_of_shares(objective: Objective, share: Tensor, resolution: int = 1000) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from blueberry_video.models.encoder import Encoder
 from blueberry_video.models.vit import load_encoder
-from blueberry_video.nn.encoder import Encoder
 from blueberry_video.optim import decayed_names, parameter_groups
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from blueberry_video.augmentation import Mixing
 from blueberry_video.evaluation.metrics import accuracy
 from blueberry_video.models.classifier import VideoClassifier, load_whole
-from blueberry_video.nn.mixing import Mixing
 from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD
 from blueberry_video.tasks.classification import Classification, soft_cross_entropy
 
