@@ -8,10 +8,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "blueberry_video"
-MAX_LINES = {"train.py": 100, "precompute.py": 150}  # other files: 500, tasks: 200
+MAX_LINES = {"train.py": 150, "export.py": 150, "precompute.py": 150}  # entry points; other files: 500, tasks: 200
 ANYTHING = None
 
 MAY_IMPORT: dict[str, set[str] | None] = {
+    "atomic": set(),
     "config": set(),
     "optim": set(),
     "masking": set(),
@@ -30,6 +31,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "precompute": ANYTHING,
     "export": ANYTHING,
 }
+EVERYWHERE = {"atomic"}  # any room may import these
 SHARED_IN_ROOM = {"models": {"vit"}}  # of its own room a model may import only these; other rooms are open inside
 
 
@@ -70,7 +72,7 @@ def forbidden_imports(source: Path) -> list[str]:
                 shared = SHARED_IN_ROOM.get(room)
                 if shared is not None and len(inside) > 2 and rest.split(".")[1] not in shared:
                     faults.append(f"{module} imports {name}: of other {room} only {', '.join(sorted(shared))}")
-            elif other not in allowed:
+            elif other not in allowed | EVERYWHERE:
                 faults.append(
                     f"{module} imports {name}: {room} may import only {', '.join(sorted(allowed)) or 'nothing'}"
                 )
@@ -129,6 +131,7 @@ def test_a_planted_import_is_found(tmp_path: Path, file: str, line: str, said: s
         ("models/classifier.py", "from blueberry_video.models import vit\nfrom .vit import VisionTransformer"),
         ("train.py", "import blueberry_video.experiment.report"),
         ("nn/blocks.py", "import torch\nfrom blueberry_video import __version__\nfrom .attention import Attention"),
+        ("video/cache.py", "from blueberry_video.atomic import atomic_file"),
     ],
 )
 def test_an_allowed_import_is_let_through(tmp_path: Path, file: str, line: str):

@@ -2,7 +2,7 @@
 
 Shards of consecutive clips, each one file: an 8-byte magic, the lengths of what follows, a CRC of it, a JSON table of
 the clips (dtype, shape and place of every array, all other values) and the arrays. A shard appears under its name only
-when it is complete (``atomic.write_whole``), one process builds it while others wait at its lock, and a file that
+when it is complete (``atomic.write_bytes``), one process builds it while others wait at its lock, and a file that
 is torn or damaged fails its CRC and is built again. Reading maps the file into memory and copies one clip out of it.
 """
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from blueberry_video.data.atomic import write_whole
+from blueberry_video.atomic import write_bytes
 from blueberry_video.data.progress import Progress
 
 MAGIC = b"BBCLIPS1"
@@ -144,7 +144,7 @@ class CachedClips(Dataset):
             if _load(path) is not None:
                 return  # another process was faster
             clips = [self.dataset[i] for i in self._indices(number)]
-            write_whole(path, _pack(clips, getattr(self.dataset, "skipped", {})))
+            write_bytes(path, _pack(clips, getattr(self.dataset, "skipped", {})))
 
 
 def check_storable(dataset: object) -> None:
