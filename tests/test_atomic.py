@@ -40,9 +40,14 @@ def test_bytes_and_text(tmp_path: Path):
 def test_exception_keeps_the_old_file(tmp_path: Path, error: type[BaseException]):
     path = tmp_path / "a.txt"
     write_text(path, "old")
-    with pytest.raises(error), atomic_file(path) as file:
-        file.write(b"half")
-        raise error
+
+    def write() -> None:
+        with atomic_file(path) as file:
+            file.write(b"half")
+            raise error
+
+    with pytest.raises(error):
+        write()
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
 
@@ -112,9 +117,13 @@ def test_folder_appears_on_exit(tmp_path: Path):
 
 
 def test_exception_leaves_no_folder(tmp_path: Path):
-    with pytest.raises(ValueError, match="half"), atomic_folder(tmp_path / "out") as folder:
-        (folder / "a").write_text("a")
-        raise ValueError("half")
+    def write() -> None:
+        with atomic_folder(tmp_path / "out") as folder:
+            (folder / "a").write_text("a")
+            raise ValueError("half")
+
+    with pytest.raises(ValueError, match="half"):
+        write()
     assert names(tmp_path) == []
 
 
