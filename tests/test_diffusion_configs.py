@@ -70,10 +70,10 @@ def test_memory_is_told_and_judged_before_a_model_is_built(monkeypatch, capsys):
     assert shards == 8
     assert parts["weights"] == pytest.approx(4 * 12.811e9, rel=1e-4)
     assert parts["AdamW"] == 2 * parts["gradients"] == 2 * parts["weights"]
-    assert "in 8 shards" in memory.said(parts, shards)
+    assert "in 8 shards" in memory.describe(parts, shards)
     monkeypatch.setattr(memory, "available_memory", lambda: 10 * 2**30)
-    with pytest.raises(ValueError, match=r"Training needs .* GiB a device, and there are 10.0 GiB: use `trainer=fsdp`"):
+    with pytest.raises(ValueError, match=r"GiB .* 10\.0 GiB .*`trainer=fsdp`"):
         memory.announce(config)
     assert "memory: " in capsys.readouterr().out
     memory.announce(composed("hunyuan"))
-    assert " MiB a device, beside activations" in capsys.readouterr().out
+    assert " MiB per device" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 A shard holds consecutive clips in one file: an 8-byte magic number, the lengths of the table and the arrays, a CRC of
 both, a JSON table of the clips (dtype, shape and offset of every array, and all other values) and the arrays. Shards
-are written atomically (``atomic.write_whole``), by one process while others wait for its lock. A truncated or damaged
+are written atomically (``atomic.write_bytes``), by one process while others wait for its lock. A truncated or damaged
 file fails its CRC and is built again. Reading maps the file into memory and copies one clip.
 """
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from blueberry_video.data.atomic import write_whole
+from blueberry_video.atomic import write_bytes
 from blueberry_video.data.clips import KeyedClips, Wrapper, check_index
 from blueberry_video.data.progress import Progress
 
@@ -118,7 +118,7 @@ class CachedClips(Wrapper):
             if _load(path) is not None:
                 return  # another process was faster
             clips = [self.dataset[i] for i in self._indices(number)]
-            write_whole(path, _pack(clips, getattr(self.dataset, "skipped", {})))
+            write_bytes(path, _pack(clips, getattr(self.dataset, "skipped", {})))
 
 
 def check_storable(dataset: object) -> None:

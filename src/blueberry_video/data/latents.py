@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from blueberry_video.data.atomic import write_whole
+from blueberry_video.atomic import write_bytes, write_text
 from blueberry_video.data.clips import check_index
 
 MANIFEST = "manifest.json"
@@ -115,7 +115,7 @@ class LatentShards:
         # one metadata entry: the order in which safetensors writes several differs between processes
         data = safetensors.torch.save(tensors, {"clips": json.dumps(texts)})
         name = _file_name(number)
-        write_whole(self.folder / name, data)
+        write_bytes(self.folder / name, data)
         self._manifest["shards"][name] = {
             "sha256": hashlib.sha256(data).hexdigest(),
             "shapes": [list(clip["moments"].shape) for clip in clips],
@@ -138,7 +138,7 @@ class LatentShards:
 
     def _write_manifest(self) -> None:
         self._manifest["shards"] = dict(sorted(self._manifest["shards"].items()))
-        write_whole(self.folder / MANIFEST, (json.dumps(self._manifest, indent=1) + "\n").encode())
+        write_text(self.folder / MANIFEST, json.dumps(self._manifest, indent=1) + "\n")
 
 
 class LatentClips(Dataset):

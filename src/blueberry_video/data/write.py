@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import inspect
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from blueberry_video.atomic import atomic_folder
 from blueberry_video.data.clips import KeyedClips
 from blueberry_video.data.progress import Progress
 from blueberry_video.data.sprites import Sprites
@@ -81,12 +81,8 @@ class FolderWriter:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released when closed, also by a crash
             if self._is_written(out):
                 return
-            partial = out.parent / f".{out.name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: we hold its lock
-            self._write(partial)
-            if out.exists():
-                out.rmdir()  # empty: _is_written has looked
-            partial.rename(out)
+            with atomic_folder(out) as partial:
+                self._write(partial)
 
     def manifest(self) -> dict:
         """Everything that the content of the folder depends on."""
@@ -111,7 +107,7 @@ class FolderWriter:
         raise FileExistsError(f"out={out} {reason}; nothing was changed: choose another out, or remove the folder.")
 
     def _write(self, folder: Path) -> None:
-        (folder / "videos").mkdir(parents=True)
+        (folder / "videos").mkdir()
         with (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
             for row in self._rows(folder / "videos"):
                 metadata.write(json.dumps(row, ensure_ascii=False) + "\n")

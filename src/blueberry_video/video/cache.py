@@ -14,7 +14,6 @@ import os
 import re
 import threading
 import time
-import uuid
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -25,6 +24,8 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from blueberry_video.atomic import atomic_file
 
 Entry = tuple[dict[str, Tensor], str]
 
@@ -165,14 +166,10 @@ class DiskCache:
         if self.max_bytes is not None and len(data) > self.max_bytes:
             _remove(self.path(key))
             return
-        temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with temporary.open("xb") as file:
+            with atomic_file(self.path(key), unique=True, sync_folder=False) as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path(key))
             if self.max_bytes is not None:
                 self._evict(self.max_bytes)
         except OSError as error:
@@ -182,8 +179,6 @@ class DiskCache:
                 f"The cache could not write {len(data)} bytes to cache_folder={self.folder} ({reason}): free some "
                 "space, set cache_disk_bytes, or choose another folder",
             ) from error
-        finally:
-            _remove(temporary)
 
     def _evict(self, max_bytes: int) -> None:
         with (self.folder / ".lock").open("w") as lock:
