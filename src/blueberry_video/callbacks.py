@@ -304,9 +304,7 @@ class Media(Callback):
             return
         self._batches[kind] = batch
         made, now = self._made_step, trainer.global_step
-        if (
-            made is None or made == now or now - made >= self.every_n_steps
-        ):  # equal: the other kind was saved at this step
+        if made is None or made == now or now - made >= self.every_n_steps:  # equal: the other kind, same step
             self._make(trainer, pl_module, kind)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -343,7 +341,7 @@ def enlarge(video: Tensor, min_side: int) -> Tensor:
     """
     if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[1] not in (1, 3):
         raise ValueError(
-            f"task.media returned {video.dtype} {tuple(video.shape)}: return uint8 (T, C, H, W) in [0, 255], C = 1 or 3."
+            f"task.media returned {video.dtype} {tuple(video.shape)}: return uint8 (T, C, H, W) with C = 1 or 3."
         )
     factor = -(-min_side // min(video.shape[2:]))
     return video.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
@@ -356,7 +354,7 @@ def save_gif(video: Tensor, path: Path, fps: float) -> None:
 
 
 def contact_sheet(video: Tensor, max_frames: int = 8, max_width: int = 1600) -> Image.Image:
-    """Returns up to ``max_frames`` evenly spaced frames of uint8 (T, C, H, W), in rows of about ``max_width`` pixels."""
+    """Returns up to ``max_frames`` evenly spaced frames of uint8 (T, C, H, W), in rows of about ``max_width`` px."""
     count = min(max_frames, len(video))
     frames = _images(video[torch.linspace(0, len(video) - 1, count).round().long()])
     gap, (width, height) = 4, frames[0].size

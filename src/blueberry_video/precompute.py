@@ -58,8 +58,8 @@ def run(config: DictConfig, out: Path, dtype: str = "float32", shard_size: int =
 
     if not config.model.get("codec"):
         raise ValueError(
-            f"model={config.model.get('_target_')} has no codec (model.codec) to encode latents with: use an experiment "
-            "with one, such as those with model=text_to_video/…."
+            f"model={config.model.get('_target_')} has no codec (model.codec) to encode latents with: use an "
+            "experiment with one, such as those with model=text_to_video/…."
         )
     if any(node["_target_"].endswith(".LatentClips") for _, node in targets(config.data, "data")):
         raise ValueError(
@@ -106,9 +106,8 @@ def write_latents(
             latents of the first frame are stored too.
 
     Raises:
-        ValueError: if a clip has no caption, a size that codec or network does not support, or NaN latents; before
-            encoding, if a bucket has such a size, the folder was written with other settings, or the dataset cannot be
-            stored.
+        ValueError: if a clip has no caption, an unsupported size, or NaN latents; before encoding, if a bucket has an
+            unsupported size, the folder was written with other settings, or the dataset cannot be stored.
     """
     import torch
     from torch.utils.data import DataLoader, Dataset, Subset
