@@ -411,7 +411,7 @@ def test_a_body_of_exactly_max_bytes_is_allowed(serve):
 )
 def test_a_compressed_body_is_refused(serve, headers: dict[str, str]):
     server = serve(response(**headers))
-    with pytest.raises(RefusedSourceError, match="(gzip|br).*identity"):
+    with pytest.raises(RefusedSourceError, match=r"(gzip|br).*identity"):
         get(f"http://127.0.0.1:{server.port}/")
 
 
@@ -500,7 +500,7 @@ def test_invalid_networks_raise():
     for block in ("10.0.0.1/8", "intranet", ""):
         with pytest.raises(ValueError, match=rf"allowed_networks=\('{block}',\)"):
             parse_networks((block,))
-    with pytest.raises(ValueError, match="allowed_networks=.*everything"):
+    with pytest.raises(ValueError, match=r"allowed_networks=.*everything"):
         get("http://8.8.8.8/", networks=("everything",))
 
 
@@ -557,7 +557,7 @@ def test_the_container_is_detected_from_the_first_bytes(tmp_path: Path, content:
 def test_playlists_are_refused(tmp_path: Path, content: bytes):
     path = tmp_path / "renamed.mp4"
     path.write_bytes(content)
-    with pytest.raises(RefusedSourceError, match="the clip .*playlist"):
+    with pytest.raises(RefusedSourceError, match=r"the clip .*playlist"):
         sniff(path, "the clip")
 
 

@@ -197,7 +197,7 @@ def test_every_input_type_yields_the_same_bytes(video: Path, web: Web, private_f
 def test_a_stream_is_read_from_its_position(video: Path):
     with video.open("rb") as stream, open_source(stream) as source:
         assert source.content_hash() == hashlib.sha256(video.read_bytes()).hexdigest()
-    with pytest.raises(TypeError, match="returns str.*binary"):
+    with pytest.raises(TypeError, match=r"returns str.*binary"):
         open_source(io.StringIO("text"))
 
 
@@ -318,7 +318,7 @@ def test_special_files_are_refused_without_opening_them(tmp_path: Path):
 def test_a_missing_file_raises(tmp_path: Path):
     values = [tmp_path / "none.mp4", "none.mp4", "a" * 40, "a.b" * 100, {"path": "none.mp4", "bytes": None}]
     for value in values:
-        name = Path(value["path"] if isinstance(value, dict) else value).name
+        name = Path(value["path"] if isinstance(value, dict) else value).name[:40]
         with pytest.raises(FileNotFoundError, match=re.escape(name)):
             open_source(value)
 
@@ -467,7 +467,7 @@ def test_base64_above_max_bytes_is_not_decoded():
     tracemalloc.start()
     try:
         for value in (text, uri):
-            with pytest.raises(LimitError, match="6000000 .*max_bytes=1000000"):
+            with pytest.raises(LimitError, match=r"6000000 .*max_bytes=1000000"):
                 open_source(value, SourceOptions(max_bytes=1_000_000))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -502,7 +502,7 @@ def test_invalid_options_raise():
         for value in (0, -1, float("nan")):
             with pytest.raises(ValueError, match=f"{key}={value}"):
                 SourceOptions(**{key: value})
-    with pytest.raises(ValueError, match="allowed_networks=.*intranet"):
+    with pytest.raises(ValueError, match=r"allowed_networks=.*intranet"):
         SourceOptions(allowed_networks=("intranet",))
 
 
@@ -620,7 +620,7 @@ def test_an_animation_keeps_its_timestamps(tmp_path: Path, suffix: str):
         assert frames.timestamps == pytest.approx((0, 0.1, 0.4))
         assert gray_levels(frames.read([2, 0, 2, 1])) == [200, 10, 200, 90]
         assert gray_levels(frames.read([1])) == [90]
-    with pytest.raises(LimitError, match="3 frames.*max_decoded_pixels=71"):
+    with pytest.raises(LimitError, match=r"3 frames.*max_decoded_pixels=71"):
         open_source(path, SourceOptions(max_decoded_pixels=3 * 24 - 1))
 
 
@@ -737,7 +737,7 @@ def test_a_decompression_bomb_is_refused_from_its_header(tmp_path: Path, monkeyp
     decoded: list[object] = []
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: decoded.append(image))
     for value in (path, [path], path.read_bytes()):
-        with pytest.raises(LimitError, match="9000 x 9000.*max_frame_pixels=35651584"):
+        with pytest.raises(LimitError, match=r"9000 x 9000.*max_frame_pixels=35651584"):
             open_source(value)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(LimitError, match=r"bomb\.png.*Pillow"):
