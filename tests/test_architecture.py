@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "blueberry_video"
-MAX_LINES = {"train.py": 150, "export.py": 150, "precompute.py": 150}  # entry points; other files: 500, tasks: 200
+MAX_LINES = {"train.py": 150, "export.py": 150, "precompute.py": 150}  # entry points; other files: 600, tasks: 200
 ANYTHING = None
 
 # room -> rooms it may import; `models.encoder` is one part of a room, `models` the whole room
@@ -237,7 +237,7 @@ def test_an_allowed_import_passes(tmp_path: Path, file: str, line: str):
 def test_no_room_is_too_full():
     package = ROOT / "src" / PACKAGE
     limits = {
-        file: MAX_LINES.get(file.name, 200 if file.parent.name == "tasks" else 500) for file in package.rglob("*.py")
+        file: MAX_LINES.get(file.name, 200 if file.parent.name == "tasks" else 600) for file in package.rglob("*.py")
     }
     lines = {file: len(file.read_text().splitlines()) for file in limits}
     assert {str(file.relative_to(package)): lines[file] for file in limits if lines[file] > limits[file]} == {}

@@ -35,7 +35,7 @@ class DINOv2(Encoder):
     those of the patches. T may be any number from 1, H and W any multiples of ``patch_size``.
 
     Args:
-        image_size, num_frames, patch_size, embed_dim, in_channels: see :class:`~blueberry_video.models.encoder.Encoder`.
+        image_size, num_frames, patch_size, embed_dim, in_channels: see :class:`.encoder.Encoder`.
         depth: number of blocks.
         num_heads: attention heads.
         mlp_ratio: hidden over outer width of the MLPs; a gated one has two thirds of it, rounded up to a multiple of 8.

@@ -70,7 +70,7 @@ class HunyuanVideo15(DualStreamTransformer):
         meanflow: takes the end of a step as a second time, as the super-resolution models do.
         rope_axes, rope_theta, causal_chunk, checkpointing: see
             :class:`~blueberry_video.models.hunyuan_video.transformer.DualStreamTransformer`.
-        zero_init: modulation and output begin at 0, see :func:`~blueberry_video.models.hunyuan_video.transformer.init_weights`.
+        zero_init: modulation and output begin at 0, see :func:`.transformer.init_weights`.
 
     Raises:
         ValueError: for settings that do not fit together; in ``forward`` for inputs that do not.
