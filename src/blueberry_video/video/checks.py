@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 def check_choice(key: str, value: object, choices: Iterable[str]) -> None:
     """Raises ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    if value not in choices:  # type: ignore[operator]
         raise ValueError(f"{key}={value!r} does not exist: choose from {', '.join(choices)}.")
 
 
