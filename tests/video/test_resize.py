@@ -252,7 +252,7 @@ def test_wrong_videos_are_refused():
     with pytest.raises(ValueError, match=r"max_pixels=100 is less than one square of size_factor=48"):
         fill(20, 30, 48, 100)
     for frames in (noise(2, 3, 4, 4).float(), noise(3, 4, 4), noise(2, 3, 4, 4)[:0]):
-        with pytest.raises(ValueError, match=r"resizing takes uint8 \(T, 3, H, W\), at least one frame"):
+        with pytest.raises(ValueError, match=r"uint8 \(T, 3, H, W\).*at least one frame"):
             resize(frames, (2, 2))
         with pytest.raises(ValueError, match="at least one frame"):
             resize_video(frames, ResizeOptions())
