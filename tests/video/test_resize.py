@@ -256,5 +256,5 @@ def test_wrong_videos_are_refused():
             resize(frames, (2, 2))
         with pytest.raises(ValueError, match="at least one frame"):
             resize_video(frames, ResizeOptions())
-    with pytest.raises(ValueError, match="is no size in pixels"):
+    with pytest.raises(ValueError, match="size in pixels"):
         resize(noise(1, 3, 4, 4), (0, 4))
