@@ -64,4 +64,5 @@ class ScanInputs(NamedTuple):
 
     def map_tokens(self, function: Callable[[Tensor], Tensor]) -> "ScanInputs":
         """Applies ``function`` to every per-token tensor."""
-        return self._make([*(None if tensor is None else function(tensor) for tensor in self.per_token), *self[10:]])  # type: ignore[call-arg, arg-type]
+        tokens = (None if tensor is None else function(tensor) for tensor in self.per_token)
+        return ScanInputs._make([*tokens, *self[10:]])

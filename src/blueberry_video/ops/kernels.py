@@ -79,8 +79,8 @@ def backward(dy: Tensor, dstates: Tensor, states: Tensor, inputs: ScanInputs) ->
             entering[0] = Entering(before)
 
         dh0, leaving = scan.new_states(scan.batch), [Entering(scan.new_states(scan.batch, scan.chunks)), Entering(None)]
-        gradient = {"D_FRAME_STATES": dstates, "CHUNK_STATES": leaving[0].states, "FINAL": dh0}
-        d_decays = [scan.state_passing(dy, 0, entering[0], **gradient), None]  # type: ignore[arg-type]
+        gradient: dict[str, Any] = {"D_FRAME_STATES": dstates, "CHUNK_STATES": leaving[0].states, "FINAL": dh0}
+        d_decays = [scan.state_passing(dy, 0, entering[0], **gradient), None]
         dg0 = None
         if entering[1].states is not None:
             dg0, leaving[1] = scan.new_states(scan.batch, scan.frames), Entering(torch.empty_like(entering[1].states))
@@ -101,8 +101,8 @@ def backward(dy: Tensor, dstates: Tensor, states: Tensor, inputs: ScanInputs) ->
             gradients += [*decays, dB, dC]
     h0, g0 = inputs.h0, inputs.g0
     dg0 = None if g0 is None or dg0 is None else dg0.to(g0.dtype)
-    dh0 = None if h0 is None else dh0.to(h0.dtype)  # type: ignore[assignment]
-    return ScanInputs._make([dx, *gradients, dD, None, inputs.segment_len, dh0, dg0, inputs.chunk])
+    d_initial = None if h0 is None else dh0.to(h0.dtype)
+    return ScanInputs._make([dx, *gradients, dD, None, inputs.segment_len, d_initial, dg0, inputs.chunk])
 
 
 class Scan:
@@ -158,7 +158,7 @@ class Scan:
             **_strides("d", D),
         }
         self.directions = [
-            self._direction(direction, *shared[2 * side : 2 * side + 2], backward=side == 1)  # type: ignore[misc, arg-type]
+            self._direction(direction, shared[2 * side], shared[2 * side + 1], backward=side == 1)
             for side, direction in enumerate(directions)
         ]
         names = ("B", "C", "SCALARS", "BASES")

@@ -370,7 +370,8 @@ def _run(inputs: ScanInputs, backend: Backend) -> tuple[Tensor, Tensor]:
     """Runs the dense reference in float64, or the registered operator. ``inputs`` has A (H,) in the fields of a."""
     x = inputs.x
     if backend == "reference":
-        inputs = ScanInputs(*(v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in inputs))  # type: ignore[arg-type]
+        wide = (v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in inputs)
+        inputs = ScanInputs._make(wide)
     a_b = None if inputs.dt_b is None or inputs.a_b is None else inputs.dt_b * inputs.a_b
     D = None if inputs.D is None else inputs.D.expand(x.shape[:3])
     inputs = inputs._replace(a_f=inputs.dt_f * inputs.a_f, a_b=a_b, D=D)
