@@ -1,10 +1,10 @@
-"""What a classifier is fine-tuned with, on whole batches of clips: ours beside kornia's, in one run.
+"""Augmentations for fine-tuning classifiers, on batches of clips, compared with kornia in one run.
 
 run: python benchmarks/augmentation.py              (8 clips of 16 x 256², fp32, on the CPU or a GPU: a minute)
 
-Crop and resize to 224², flip, erase, each on its own and all together; the same crop for all frames of a clip.
-Milliseconds a clip, medians, the sides taking turns. kornia (pip install --no-deps kornia kornia_rs) is left out where
-it is missing.
+Crop and resize to 224², flip, erase, separately and together; the crop is the same for all frames of a clip. Median
+milliseconds per clip, in alternating order. kornia (pip install --no-deps kornia kornia_rs) is skipped if it is not
+installed.
 """
 
 import argparse
@@ -16,8 +16,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from blueberry_video.nn.augment import HorizontalFlip, RandomErasing, RandomResizedCrop
-from blueberry_video.nn.mixing import Mixing
+from blueberry_video.augmentation import HorizontalFlip, Mixing, RandomErasing, RandomResizedCrop
 
 
 def ours() -> dict[str, Callable[[Tensor], object]]:
@@ -67,7 +66,7 @@ def main() -> None:
                 if device == "cuda":
                     torch.cuda.synchronize()
                 times.setdefault((name, side), []).append((time.perf_counter() - start) / arguments.clips * 1e3)
-    print(f"{device}, {arguments.threads} threads{'':10}" + "".join(f"{side:>10}" for side in sides) + "   ms a clip")
+    print(f"{device}, {arguments.threads} threads{'':10}" + "".join(f"{side:>10}" for side in sides) + "   ms per clip")
     for name in ours():
         row = [statistics.median(times[name, side][1:]) if (name, side) in times else None for side in sides]
         print(f"{name:24}" + "".join("         -" if value is None else f"{value:10.2f}" for value in row))

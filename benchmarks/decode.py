@@ -1,10 +1,11 @@
-"""Which decoder and how many threads this machine decodes fastest with: every backend that works here, side by side.
+"""Decoding speed of all available video backends by number of threads, with a recommendation for this machine.
 
-run: make decode-bench                    (or python benchmarks/decode.py FOLDER… to measure on videos of your own)
+run: make decode-bench                    (or python benchmarks/decode.py FOLDER… to measure on your own videos)
 
-Sixteen frames spread over a clip, from the packet index to RGB: the clips are 10 s of H.264 with a keyframe every 250
-frames, 1280x720 and 568x320, and with a keyframe every 15. Backends take turns; all must show the same frames, or the
-benchmark fails. What it recommends goes into conf/video/general.yaml, or into a call: process_video(…, num_threads=…).
+Decodes 16 uniformly spaced frames of a clip to RGB, including the packet index. The clips are 10 s of H.264, 1280x720
+and 568x320 with a keyframe every 250 frames, and 568x320 with a keyframe every 15. Backends alternate; the benchmark
+fails if their frames differ. Set the recommendation in conf/video/general.yaml or in a call: process_video(…,
+num_threads=…).
 """
 
 import argparse
@@ -24,11 +25,11 @@ from blueberry_video.video.decode import DecodeOptions, decode
 from blueberry_video.video.errors import VideoError
 from blueberry_video.video.sampling import uniform
 
-THREADS = (1, 2, 0)  # 0: FFmpeg chooses
+THREADS = (1, 2, 0)  # 0: chosen by FFmpeg
 
 
 def make_clip(path: Path, width: int, height: int, keyint: int = 250, seconds: int = 10) -> Path:
-    """A textured picture that moves under a camera, with some noise: compresses about as real footage does."""
+    """Writes a clip of a moving textured image with noise, which compresses about as well as real footage."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 255, (height // 20 + 24, width // 20 + 24, 3), dtype=np.uint8)
     canvas = coarse.repeat(20, axis=0).repeat(20, axis=1)
@@ -46,7 +47,7 @@ def make_clip(path: Path, width: int, height: int, keyint: int = 250, seconds: i
 
 
 def measure(clips: list[Path], repeats: int) -> dict[tuple[str, int], dict[Path, list[float]]]:
-    """Seconds of each (backend, threads) on each clip; prints which backends do not work, and why."""
+    """Returns seconds of each (backend, threads) on each clip; prints why unavailable backends fail."""
     working = []
     for name in READERS:
         if reason := backend_failure(name):
@@ -56,7 +57,7 @@ def measure(clips: list[Path], repeats: int) -> dict[tuple[str, int], dict[Path,
     sides = [(name, threads) for name in working for threads in THREADS]
     seconds: dict[tuple[str, int], dict[Path, list[float]]] = {side: {} for side in sides}
     for clip in clips:
-        shown: torch.Tensor | None = None
+        expected: torch.Tensor | None = None
         for _ in range(repeats):
             for backend, threads in sides:
                 options = DecodeOptions(backends=(backend,), num_threads=threads, salvage=False)
@@ -67,15 +68,15 @@ def measure(clips: list[Path], repeats: int) -> dict[tuple[str, int], dict[Path,
                     print(f"{clip.name}: {error}")
                     continue
                 seconds[backend, threads].setdefault(clip, []).append(time.perf_counter() - begin)
-                shown = frames.pixels if shown is None else shown
-                if (frames.pixels.short() - shown.short()).abs().max() > 2:
-                    sys.exit(f"{backend} shows other frames of {clip.name}")
+                expected = frames.pixels if expected is None else expected
+                if (frames.pixels.short() - expected.short()).abs().max() > 2:
+                    sys.exit(f"{backend} decodes different frames of {clip.name}")
     return seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="*", type=Path, help="folders of videos to measure on instead")
+    parser.add_argument("folders", nargs="*", type=Path, help="folders of videos to measure instead")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -92,8 +93,8 @@ def main() -> None:
     names = {clip: clip.name[:24] for clip in clips}
     print(f"{'milliseconds':24}" + "".join(f"{names[clip]:>26}" for clip in clips))
     for (backend, threads), by_clip in medians.items():
-        told = "".join(f"{by_clip[clip] * 1e3:26.1f}" if clip in by_clip else f"{'—':>26}" for clip in clips)
-        print(f"{backend + (f', {threads} threads' if threads else ', FFmpeg chooses'):24}{told}")
+        row = "".join(f"{by_clip[clip] * 1e3:26.1f}" if clip in by_clip else f"{'—':>26}" for clip in clips)
+        print(f"{backend + (f', {threads} threads' if threads else ', chosen by FFmpeg'):24}{row}")
     everywhere = {side: by_clip for side, by_clip in medians.items() if len(by_clip) == len(clips)}
     if not everywhere:
         sys.exit("no backend decodes all of these clips")

@@ -1,12 +1,12 @@
-"""Blocks of the video diffusion transformers at full width, against diffusers' in one run: forward and backward, fp32.
+"""Training step of video diffusion transformer blocks at full width, compared with diffusers in one run, fp32.
 
 run: python benchmarks/diffusion_blocks.py --threads 1                         (two blocks of CogVideoX-2B: 2 minutes)
      python benchmarks/diffusion_blocks.py --threads 1 --model hunyuan_video   (one dual and one single block)
-     python benchmarks/diffusion_blocks.py --threads 1 --compile               (both sides compiled, too)
+     python benchmarks/diffusion_blocks.py --threads 1 --compile               (also with torch.compile)
 
-Both have the same weights and inputs, and their steps take turns; who goes first alternates. Before anything is timed,
-outputs and gradients must agree. CPU seconds, summed over threads, are printed beside the wall clock's: on a machine
-that does other work they are the ones to read, with --threads 1. Exits with an error where the two disagree.
+Both have the same weights and inputs, and their steps alternate. Before timing, outputs and gradients are compared; the
+benchmark exits with an error if they differ. CPU seconds, summed over threads, are printed in addition to wall-clock
+time: use them, with --threads 1, on a machine that runs other work.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
 )
 from torch import Tensor, nn
 
-from blueberry_video.nn import dual_stream, expert_blocks
-from blueberry_video.nn.axes_rope import axes_rotation
+from blueberry_video.models.cogvideox import blocks as expert_blocks
+from blueberry_video.models.hunyuan_video import blocks as dual_stream
 from blueberry_video.nn.joint_attention import Shared
-from blueberry_video.nn.rope import Rotation, grid_positions
+from blueberry_video.nn.rope import Rotation, axes_rotation, grid_positions
 
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # text (1, L, D), video (1, N, D) -> the same
 
@@ -38,14 +38,14 @@ TEXT = {"cogvideox": 226, "hunyuan_video": 256}  # text tokens, as published
 
 
 class Side(NamedTuple):
-    """One implementation: its parameters, and what computes."""
+    """One implementation: its blocks and their forward pass."""
 
     blocks: nn.ModuleList
     forward: Forward
 
 
 def cogvideox(num_video: int) -> tuple[Side, Side, int]:
-    """Ours, theirs and the width of two blocks of CogVideoX-2B, which has no rotary positions."""
+    """Returns ours, theirs and the width: two blocks of CogVideoX-2B, which has no rotary position embedding."""
     width, heads, condition_dim = 1920, 30, 512
     theirs = nn.ModuleList(
         TheirCogVideoXBlock(width, heads, width // heads, condition_dim, attention_bias=True) for _ in range(2)
@@ -68,7 +68,7 @@ def cogvideox(num_video: int) -> tuple[Side, Side, int]:
 
 
 def hunyuan_video(num_video: int) -> tuple[Side, Side, int]:
-    """Ours, theirs and the width of a dual and a single block of HunyuanVideo, text without padding."""
+    """Returns ours, theirs and the width: a dual- and a single-stream block of HunyuanVideo, text without padding."""
     width, heads, text_len = 3072, 24, TEXT["hunyuan_video"]
     theirs = nn.ModuleList(
         [
@@ -100,7 +100,7 @@ BUILD = {"cogvideox": cogvideox, "hunyuan_video": hunyuan_video}
 
 
 def step(side: Side, inputs: tuple[Tensor, Tensor]) -> Tensor:
-    """Forward, backward; the output [text, video]. Gradients are those of a mean that no token cancels in."""
+    """Runs forward and backward and returns the output [text, video]. The loss weights channels unequally."""
     side.blocks.zero_grad(set_to_none=True)
     for x in inputs:
         x.grad = None
@@ -110,9 +110,9 @@ def step(side: Side, inputs: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def check_agreement(ours: Side, theirs: Side, inputs: tuple[Tensor, Tensor]) -> None:
-    """Exits unless outputs and gradients are the same, to fp32 round-off.
+    """Exits unless outputs and gradients agree up to fp32 round-off.
 
-    All but those of a bias on normalised keys, which is round-off itself: it shifts a query's scores alike.
+    Excludes the bias of normalized keys: it shifts all scores of a query equally, so its gradient is only round-off.
     """
     found = []
     for side in (ours, theirs):
@@ -124,11 +124,11 @@ def check_agreement(ours: Side, theirs: Side, inputs: tuple[Tensor, Tensor]) -> 
     worst = max(((mine[name] - other[name]).abs().max() / other[name].abs().max()).item() for name in other)
     print(f"largest difference of outputs and {len(other) - 1} gradients: {worst:.1e} of the largest value")
     if worst > 1e-4:
-        sys.exit("the two do not compute the same: their times cannot be compared.")
+        sys.exit("the implementations compute different results: their times cannot be compared.")
 
 
 def compare(sides: dict[str, Side], inputs: tuple[Tensor, Tensor], repeats: int, what: str) -> None:
-    """Times steps in turns and prints medians and their ratio."""
+    """Times steps in alternating order and prints medians and their ratio."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for repeat in range(repeats):
         for name in list(sides) if repeat % 2 else list(sides)[::-1]:
@@ -142,16 +142,16 @@ def compare(sides: dict[str, Side], inputs: tuple[Tensor, Tensor], repeats: int,
         medians.append((wall, cpu))
         print(f"  {name:20} {wall:13.3f} {min(rows)[0]:10.3f} {cpu:7.3f}")
     wall, cpu = (a / b for a, b in zip(medians[0], medians[1], strict=True))
-    print(f"  diffusers / ours: {wall:.3f} by the wall clock, {cpu:.3f} by CPU seconds (more than 1: ours is faster)")
+    print(f"  diffusers / ours: {wall:.3f} in wall-clock time, {cpu:.3f} in CPU seconds (more than 1: ours is faster)")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=list(BUILD), default="cogvideox")
-    parser.add_argument("--tokens", type=int, default=1500, help="of text and video together")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each")
+    parser.add_argument("--tokens", type=int, default=1500, help="tokens of text and video")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps per implementation")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--compile", action="store_true", help="time both compiled, too")
+    parser.add_argument("--compile", action="store_true", help="also time both with torch.compile")
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)

@@ -1,12 +1,11 @@
-"""What dual masking saves: a training step of VideoMAE V2 (ViT-B/16) beside one that decodes all that is hidden.
+"""Training step of VideoMAE V2 (ViT-B/16) with dual masking, compared with decoding all masked tokens.
 
 run: python benchmarks/dual_masking.py             (16 x 224², batch 2, fp32, forward and backward: a few minutes)
 
-One model, the same clips and the same visible tokens; the steps of the two masks take turns, and who goes first
-alternates. The optimiser is left out: it is the same for both. Targets are normalised within the step. CPU seconds,
-summed over threads, are printed beside the wall clock's. On a machine that does other work give --threads 1 and read
-them: several threads wait for each other there, and waiting counts.
-Operations are of the decoder's forward pass on one clip, those of the giant printed alone.
+One model with the same clips and visible tokens; the steps of the two masks alternate. The optimizer is excluded: it is
+the same for both. Targets are normalized within the step. CPU seconds, summed over threads, are printed in addition to
+wall-clock time: use them, with --threads 1, on a machine that runs other work, because time spent waiting for other
+threads counts. FLOPs are of the decoder's forward pass on one clip; ViT-g/14 is counted but not timed.
 """
 
 import argparse
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from blueberry_video.masking import DualMasking, Masks, TubeMasking
-from blueberry_video.models.masked_autoencoder import MaskedAutoencoder, decoder_flops
+from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder, decoder_flops
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.tasks.masked_pixels import masked_pixel_loss
 
@@ -35,7 +34,7 @@ def giant() -> MaskedAutoencoder:
 
 
 def draw(model: MaskedAutoencoder, batch: int) -> dict[str, Masks]:
-    """The masks of both sides: from one seed, so that the encoder sees the same."""
+    """Draws the masks of both sides from one seed, so that the encoder receives the same tokens."""
     grid = model.encoder.grid(model.encoder.video_size)
     return {name: masking(batch, grid, torch.Generator().manual_seed(0)) for name, masking in SIDES.items()}
 
@@ -54,7 +53,7 @@ def print_operations(name: str, model: MaskedAutoencoder) -> None:
 
 
 def timed_step(model: MaskedAutoencoder, video: Tensor, masks: Masks) -> tuple[float, float, float]:
-    """Seconds of a forward and of a backward pass, and CPU seconds of both."""
+    """Returns seconds of the forward and the backward pass, and CPU seconds of both."""
     model.zero_grad(set_to_none=True)
     start, cpu = time.perf_counter(), time.process_time()
     predicted = model(video, masks.keep, masks.target)
@@ -66,8 +65,8 @@ def timed_step(model: MaskedAutoencoder, video: Tensor, masks: Masks) -> tuple[f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=2, help="clips a step")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each side")
+    parser.add_argument("--batch", type=int, default=2, help="clips per step")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps per side")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
 
@@ -97,7 +96,7 @@ def main() -> None:
         medians[side] = statistics.median(steps), cpu
         print(f"{side:14} {forward:10.0f} {backward:12.0f} {medians[side][0]:8.0f} {min(steps):11.0f} {cpu:7.0f}")
     wall, cpu = (a / b for a, b in zip(medians["single"], medians["dual"], strict=True))
-    print(f"\nsingle / dual: {wall:.3f} by the wall clock, {cpu:.3f} by CPU seconds (more than 1: dual is faster)")
+    print(f"\nsingle / dual: {wall:.3f} in wall-clock time, {cpu:.3f} in CPU seconds (more than 1: dual is faster)")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""A stream of ten thousand frames through Hydra Video: equal to the whole at once, in flat memory, in constant time.
+"""Streaming of 10,000 frames through Hydra Video: equality with a full forward pass, memory, and time per frame.
 
 run: python benchmarks/hydra_video_stream.py             (4 layers of width 192 at 64², fp32: two minutes)
 
-A frame is one tubelet, what the model takes at a time. First 64 of them, streamed and at once: the largest difference
-of the features. Then a long stream of new frames in batches of one: the memory of the process and the median time a
-frame at points along the way. CPU time, which other work on the machine does not lengthen, stands beside the clock's.
+A frame is one tubelet. First, 64 frames are streamed and processed at once, and the largest difference of the features
+is printed. Then a long stream of new frames runs with batch size 1: the memory of the process and the median time per
+frame should stay constant. CPU time, which other work on the machine does not affect, is printed in addition to
+wall-clock time.
 """
 
 import argparse
@@ -14,9 +15,9 @@ import time
 import psutil
 import torch
 
-from blueberry_video.models.hydra_video import HydraVideo
+from blueberry_video.models.hydra_video.model import HydraVideo
 
-WINDOW = 250  # frames that a median is taken over
+WINDOW = 250  # frames per median
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
             features, state = model.stream(frame, state)
             parts.append(features)
     error = (torch.cat(parts, 1) - whole).abs().max() / whole.abs().max()
-    print(f"64 frames streamed and at once: largest difference {error:.1e} of the largest feature")
+    print(f"64 frames streamed and at once: largest difference {error:.1e}, relative to the largest feature")
 
     process, state = psutil.Process(), None
     wall: list[float] = []

@@ -1,17 +1,17 @@
-"""A training step of V-JEPA 2, against the same with transformers' encoder, which drops no token, in one run.
+"""Training step of V-JEPA 2, compared in one run with transformers' encoder, which drops no tokens.
 
 run: python benchmarks/jepa_step.py               (ViT-B, 16 x 224², batch 1, fp32, forward and backward: a few minutes)
 
-A step: features of the whole clip from the target encoder, without gradient; for short and for long blocks the encoder,
-the predictor and the L1 loss; one backward pass. Ours encodes the visible tokens. transformers' VJEPA2Model encodes all
-tokens of a clip whose hidden patches are blank, since else the visible ones would have seen what is to be predicted,
-and gives its predictor the visible ones. So it takes one pass a mask, too; the blank clips are made outside of its
-step. "ours, all tokens" does the same with our encoder: it tells what dropping tokens saves from what the code does.
+One step: features of the full clip from the target encoder, without gradient; encoder, predictor and L1 loss for short
+and for long blocks; one backward pass. Ours encodes the visible tokens. transformers' VJEPA2Model encodes all tokens of
+a clip with blanked masked patches, so that visible tokens cannot attend to the prediction targets, and passes the
+visible ones to its predictor. It also runs one pass per mask; blanking is not timed. "ours, all tokens" does the same
+with our encoder, which separates the effect of dropping tokens from that of the implementation.
 
-All have the same weights, masks and clips; their steps take turns, and who goes first alternates. Before anything is
-timed, targets and predictions from all tokens must agree. Optimiser and momentum update are left out: they are the same
-for all. CPU seconds, summed over threads, are printed beside the wall clock's: on a machine that does other work, they
-are the ones to read, with --threads 1. Exits with an error where transformers is missing or the two disagree.
+All have the same weights, masks and clips, and their steps alternate. Before timing, targets and predictions from all
+tokens are compared. Optimizer and momentum update are excluded: they are the same for all. CPU seconds, summed over
+threads, are printed in addition to wall-clock time: use them, with --threads 1, on a machine that runs other work.
+Exits with an error if transformers is missing or the two differ.
 """
 
 import argparse
@@ -28,17 +28,17 @@ from transformers import VJEPA2Config, VJEPA2Model
 
 from blueberry_video.inference.reconstruction import hide
 from blueberry_video.masking import Masks, MultiBlockMasking
-from blueberry_video.models.jepa import JEPA, convert_huggingface
+from blueberry_video.models.jepa.losses import latent_loss
+from blueberry_video.models.jepa.model import JEPA, convert_huggingface
 from blueberry_video.models.vit import VisionTransformer
-from blueberry_video.nn.latent_losses import latent_loss
 from blueberry_video.nn.patches import gather_tokens
 
 MASKINGS = {"short": MultiBlockMasking(8, 0.15), "long": MultiBlockMasking(2, 0.7)}
-Step = Callable[[], Tensor]  # gives the loss
+Step = Callable[[], Tensor]  # returns the loss
 
 
 def build(image_size: int, num_frames: int, depth: int) -> tuple[JEPA, VJEPA2Model]:
-    """Ours and transformers', with the same random weights and, in ours, a target encoder of these weights."""
+    """Returns ours and transformers' model with the same random weights; our target encoder has the encoder's."""
     config = VJEPA2Config(
         crop_size=image_size,
         frames_per_clip=num_frames,
@@ -58,7 +58,7 @@ def build(image_size: int, num_frames: int, depth: int) -> tuple[JEPA, VJEPA2Mod
 
 
 def steps(ours: JEPA, theirs: VJEPA2Model, video: Tensor, masks: dict[str, Masks]) -> dict[str, Step]:
-    """name -> the forward pass of one step."""
+    """Returns name -> forward pass of one step."""
     blank = {name: hide(ours.encoder, video, mask.keep) for name, mask in masks.items()}
     their_video = video.transpose(1, 2).contiguous()
     their_blank = {name: clip.transpose(1, 2).contiguous() for name, clip in blank.items()}
@@ -89,16 +89,16 @@ def steps(ours: JEPA, theirs: VJEPA2Model, video: Tensor, masks: dict[str, Masks
 
 
 def check_agreement(forwards: dict[str, Step]) -> None:
-    """Exits unless the two that encode all tokens have the same loss."""
+    """Exits unless the two that encode all tokens have equal losses."""
     with torch.no_grad():
         values = {name: forward().item() for name, forward in forwards.items()}
     print("loss: " + ", ".join(f"{name} {value:.6f}" for name, value in values.items()))
     if abs(values["transformers"] - values["ours, all tokens"]) > 1e-4:
-        sys.exit("the two models do not compute the same thing: their times cannot be compared.")
+        sys.exit("the models compute different results: their times cannot be compared.")
 
 
 def timed(forward: Step, model: torch.nn.Module) -> tuple[float, float]:
-    """Seconds of a step by the wall clock, and CPU seconds."""
+    """Returns wall-clock and CPU seconds of a step."""
     model.zero_grad(set_to_none=True)
     start, cpu = time.perf_counter(), time.process_time()
     forward().backward()
@@ -109,9 +109,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--depth", type=int, default=12, help="blocks of the encoder")
-    parser.add_argument("--batch", type=int, default=1, help="clips a step")
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps of each")
+    parser.add_argument("--depth", type=int, default=12, help="encoder blocks")
+    parser.add_argument("--batch", type=int, default=1, help="clips per step")
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps per implementation")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
 
@@ -144,7 +144,7 @@ def main() -> None:
         print(f"{name:18} {wall:6.2f} {min(rows)[0]:10.2f} {cpu:6.2f}")
     for name in ("transformers", "ours, all tokens"):
         wall, cpu = (a / b for a, b in zip(medians[name], medians["ours"], strict=True))
-        print(f"{name} / ours: {wall:.2f} by the wall clock, {cpu:.2f} by CPU seconds (more than 1: ours is faster)")
+        print(f"{name} / ours: {wall:.2f} in wall-clock time, {cpu:.2f} in CPU seconds (more than 1: ours is faster)")
 
 
 if __name__ == "__main__":

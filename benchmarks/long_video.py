@@ -1,9 +1,9 @@
-"""A video of an hour: 32 frames of it, and all 108,000 of them as a stream.
+"""Time and memory for a one-hour video: sampling 32 frames, and streaming all 108,000.
 
 run: python benchmarks/long_video.py            (writes and reads about 100 MB in a temporary folder; two minutes)
 
-The clip is 320x240 at 30 frames a second with a keyframe every 250. Seconds and resident memory are those of a process
-of its own; the stream prints memory along the way, which must not grow.
+The clip is 320x240 at 30 frames per second with a keyframe every 250 frames. Each measurement runs in a separate
+process. The stream prints its resident memory, which must not grow.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from blueberry_video.video.quality import peak_memory
 
 
 def repeat(short: Path, long: Path, times: int) -> None:
-    """The packets of a clip, over and over: an hour without an hour of encoding."""
+    """Repeats the packets of a clip, which avoids encoding an hour of video."""
     with av.open(str(short)) as clip, av.open(str(long), "w") as output:
         stream = clip.streams.video[0]
         packets = [

@@ -1,8 +1,8 @@
-"""How fast frames are resized: `python benchmarks/resize.py`.
+"""Speed of resizing frames, compared with PyTorch's interpolation: `python benchmarks/resize.py`.
 
-Four frames of noise, uint8 in and out, bicubic with antialias; milliseconds a frame, the best of several rounds. Float
-and uint8 interpolation are PyTorch's; "last" is channels-last memory, as decoders give it. Then the share of pixels in
-which the exact mode differs from clamped and rounded float interpolation, each by one level.
+Four frames of noise, uint8 in and out, bicubic with antialias; milliseconds per frame, best of several rounds. Float
+and uint8 interpolation are PyTorch's; "last" is channels-last memory, as returned by decoders. "unequal" is the
+fraction of pixels in which the exact mode differs, by one level, from clamped and rounded float interpolation.
 """
 
 import functools
@@ -39,7 +39,7 @@ def in_uint8(frames: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def main() -> None:
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, ms a frame")
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, ms per frame")
     print(f"{'':<34}{'float':>8}{'exact':>8}{'last':>8}{'uint8':>8}{'last':>8}{'unequal':>11}")
     for threads in sorted({1, min(2, os.cpu_count() or 1)}):
         torch.set_num_threads(threads)

@@ -1,11 +1,11 @@
-"""Spool's attention on the CPU beside dense masked attention: time at one size, and memory as the video grows.
+"""Spool's attention on the CPU, compared with dense masked attention: time at one size, memory by video length.
 
 run: python benchmarks/spool_attention.py             (12 heads of 32 channels, 64 tokens a frame, reach 8: a minute)
 
-Both get the same queries, keys and values and compute the same numbers, forward and backward. They take turns in one
-process, so that other work on the machine meets both; the medians are compared. The dense mask is made once, outside
-the clock. Memory is the most that a process of its own held above what it held before, for videos of twice the length
-each; at a fixed reach it should double with the video, where that of the dense form grows with its square.
+Both receive the same queries, keys and values and compute equal outputs and gradients. They alternate in one process,
+so that other work on the machine affects both; medians are compared. The dense mask is built once and not timed. Memory
+is the peak increase of a separate process, for videos of doubling length: at a fixed reach it should grow linearly,
+that of the dense form quadratically.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blueberry_video.nn.frame_attention import FrameLayout, Heads, dense_mask, frame_attention
+from blueberry_video.models.spool.attention import FrameLayout, Heads, dense_mask, frame_attention
 
 HEADS, CHANNELS = 12, 32
 
@@ -31,7 +31,7 @@ def inputs(layout: FrameLayout) -> list[Tensor]:
 
 
 def step(qkv: list[Tensor], layout: FrameLayout, heads: Heads, mask: Tensor | None) -> Tensor:
-    """Forward and backward; dense with a mask, else banded. Gives the output."""
+    """Runs forward and backward, dense with a mask and banded without, and returns the output."""
     if mask is None:
         out = frame_attention(*qkv, layout, heads, backend="banded")
     else:
@@ -41,7 +41,7 @@ def step(qkv: list[Tensor], layout: FrameLayout, heads: Heads, mask: Tensor | No
 
 
 def seconds(layout: FrameLayout, heads: Heads, repeats: int) -> None:
-    """Prints the median time of a step of each form."""
+    """Prints the median time of a step of each backend."""
     qkv, mask = inputs(layout), dense_mask(layout, heads, HEADS)
     outs = {name: step(qkv, layout, heads, given) for name, given in (("dense", mask), ("banded", None))}
     error = (outs["dense"] - outs["banded"]).abs().max()
@@ -52,13 +52,13 @@ def seconds(layout: FrameLayout, heads: Heads, repeats: int) -> None:
             step(qkv, layout, heads, given)
             taken[name].append(time.perf_counter() - start)
     dense, banded = (statistics.median(taken[name]) for name in ("dense", "banded"))
-    print(f"T = {layout.frames}, S = {layout.tokens}, reach {heads.reach}, forward and backward, {repeats} turns each")
+    print(f"T = {layout.frames}, S = {layout.tokens}, reach {heads.reach}, forward and backward, {repeats} repeats")
     print(f"dense {dense * 1e3:8.1f} ms    banded {banded * 1e3:8.1f} ms    {dense / banded:.2f} x as fast")
     print(f"largest difference of the outputs: {error:.1e}")
 
 
 def peak(layout: FrameLayout, heads: Heads, dense: bool) -> None:
-    """Prints the MB that a step held at most, above what the process held before."""
+    """Prints the peak memory of a step in MB, above that of the process before it."""
     step(
         inputs(FrameLayout(2, layout.tokens, layout.context)),
         FrameLayout(2, layout.tokens, layout.context),
@@ -90,9 +90,7 @@ def main() -> None:
     parser.add_argument("--reach", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--peak", choices=("dense", "banded"), help="of one step in this process, in MB, and nothing else"
-    )
+    parser.add_argument("--peak", choices=("dense", "banded"), help="print only the peak memory of one step, in MB")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     layout = FrameLayout(arguments.frames, arguments.tokens, arguments.tokens)

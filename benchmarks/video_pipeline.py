@@ -1,14 +1,15 @@
-"""Decoding, sampling and resizing 16 frames, against qwen-vl-utils' ``fetch_video`` with torchcodec, in one run.
+"""Decoding, sampling and resizing of 16 frames, compared with ``fetch_video`` of qwen-vl-utils (torchcodec).
 
 run: python benchmarks/video_pipeline.py            (needs `pip install --no-deps qwen-vl-utils==0.0.14`; two minutes)
 
-Clips of 10 s with a keyframe every 250 frames (x264's default) are made, 1280x720 and 568x320; folders given as
-arguments add real ones. Every measurement is a process of its own, so that peak memory is its own too; the sides take
-turns. All give 16 frames of the same numbers at the same size: the benchmark fails where these, or the pixels of our
-exact mode by more than one level, differ. Peak memory is the most that a process had above what it had after imports.
+Generates clips of 10 s with a keyframe every 250 frames (x264's default), 1280x720 and 568x320; folders passed as
+arguments add real clips. Each measurement runs in a separate process, which isolates peak memory; the sides alternate.
+All return 16 frames: the benchmark fails if frame indices or sizes differ, or if pixels of our exact mode differ by
+more than one level. Peak memory is measured above the memory after imports.
 
-qwen-vl-utils resizes through torchvision, which has no build for this PyTorch without CUDA: as in torchvision's own
-function for tensors, uint8 is made float, interpolated (bicubic, antialias), clamped, rounded and made uint8 again.
+qwen-vl-utils resizes with torchvision, which has no CPU build for this PyTorch version. A stub does the same as
+torchvision's function for tensors: uint8 is converted to float, interpolated (bicubic, antialias), clamped, rounded and
+converted back.
 """
 
 import argparse
@@ -31,8 +32,8 @@ SIDES = ("qwen-vl-utils", "ours exact", "ours fast")
 ROUNDS, REPEATS = 3, 5
 
 
-def stand_in_for_torchvision() -> None:
-    """What qwen-vl-utils imports of torchvision."""
+def stub_torchvision() -> None:
+    """Registers a stub of the parts of torchvision that qwen-vl-utils imports."""
     mode = Enum("InterpolationMode", {"BICUBIC": "bicubic"})
 
     def resize(video: torch.Tensor, size: list[int], interpolation: Enum, antialias: bool) -> torch.Tensor:
@@ -49,11 +50,11 @@ def stand_in_for_torchvision() -> None:
 
 
 def measure(side: str, path: str, save: str) -> None:
-    """One process: prints the seconds of each repeat and peak memory, and keeps the frames."""
+    """Runs in a separate process: prints the seconds of each repeat and peak memory, and saves the frames."""
     from blueberry_video.video.quality import peak_memory
 
     if side == "qwen-vl-utils":
-        stand_in_for_torchvision()
+        stub_torchvision()
         from qwen_vl_utils.vision_process import fetch_video
 
         def run() -> tuple[torch.Tensor, list[int]]:
@@ -97,10 +98,10 @@ def main() -> None:
                 for side in SIDES:
                     save = Path(folder, "frames.pt")
                     command = [sys.executable, __file__, "--measure", side, str(clip), str(save)]
-                    told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-                    seconds[side] += told["seconds"]
-                    memory[side].append(told["memory"])
-                    found[side] = (told["indices"], torch.load(save))
+                    measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                    seconds[side] += measured["seconds"]
+                    memory[side].append(measured["memory"])
+                    found[side] = (measured["indices"], torch.load(save))
             theirs = statistics.median(seconds[SIDES[0]])
             print(f"\n{clip.name}: {tuple(found[SIDES[0]][1].shape)}")
             for side in SIDES:
@@ -108,8 +109,8 @@ def main() -> None:
                 levels = (found[side][1].short() - found[SIDES[0]][1].short()).abs()
                 print(
                     f"  {side:14} {median * 1e3:7.1f} ms   x{theirs / median:.2f}   peak memory "
-                    f"{statistics.median(memory[side]) / 1e6:6.0f} MB   at most {levels.max()} levels off, "
-                    f"{(levels > 0).float().mean():.1e} of the pixels at all"
+                    f"{statistics.median(memory[side]) / 1e6:6.0f} MB   largest difference {levels.max()} levels, in "
+                    f"{(levels > 0).float().mean():.1e} of the pixels"
                 )
                 failed |= found[side][0] != found[SIDES[0]][0]
                 failed |= "fast" not in side and int(levels.max()) > 1

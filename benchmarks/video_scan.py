@@ -1,15 +1,14 @@
-"""The video scan on the CPU beside mamba-ssm's PyTorch scan run twice, in one run.
+"""Video scan on the CPU, compared in one run with two calls of mamba-ssm's PyTorch scan.
 
 run: python benchmarks/video_scan.py              (B=2, T=16, S=196, H=12, P=64, N=64, fp32: a minute or two)
 
-The peer is ``mamba_ssm.modules.ssd_minimal``: once over all tokens, once over each frame flipped, then flipped back,
-the diagonal counted once: the same function, which is checked first. It takes the length of its blocks as an argument;
-each of those that divide a frame is timed, and the best one is what we are compared with. Forward and backward, in
-turns, medians; CPU seconds, summed over threads, beside the wall clock's: on a machine that does other work give
---threads 1 and read them. Then our time by tile, and how time and memory grow with the number of frames: each number of
-frames in a process of its own, its peak less what the process holds before.
+The peer is ``mamba_ssm.modules.ssd_minimal``, run over all tokens and over each reversed frame, with the diagonal
+counted once. It computes the same function, which is checked first. Its block length is an argument: all lengths that
+divide a frame are timed, and the fastest is the baseline. Median times of forward and backward, in alternating order,
+in wall-clock and in CPU seconds, summed over threads: use the latter, with --threads 1, on a machine that runs other
+work. Also prints our time by chunk length, and time and peak memory by number of frames, each in a separate process.
 
-The peer is Python that needs no GPU, but its package asks for one when it is installed:
+The peer requires no GPU, but installing its package does unless the CUDA build is skipped:
 MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation --no-deps mamba-ssm==2.3.2.post1
 """
 
@@ -33,7 +32,7 @@ BATCH, FRAMES, TOKENS, HEADS, CHANNELS, STATES = 2, 16, 196, 12, 64, 64
 
 
 def inputs(frames: int) -> list[Tensor]:
-    """x, dt_f, dt_b, A_f, A_b, B_f, C_f, B_b, C_b, D, all of one group, to be differentiated."""
+    """Returns x, dt_f, dt_b, A_f, A_b, B_f, C_f, B_b, C_b, D with one group, all requiring gradients."""
     torch.manual_seed(0)
     length = frames * TOKENS
     steps = [torch.rand(BATCH, length, HEADS) * 0.1 + 0.001 for _ in range(2)]
@@ -69,19 +68,19 @@ def peer(block: int) -> Callable[..., Tensor]:
         C_b: Tensor,
         D: Tensor,
     ) -> Tensor:
-        behind = scan(x, dt_f, A_f, B_f, C_f)
-        ahead = scan(flipped(x), flipped(dt_b), A_b, flipped(B_b), flipped(C_b)).flip(1)
+        y = scan(x, dt_f, A_f, B_f, C_f)
+        y_b = scan(flipped(x), flipped(dt_b), A_b, flipped(B_b), flipped(C_b)).flip(1)
         diagonal = (B_f * C_f).sum(-1) * dt_f + (B_b * C_b).sum(-1) * dt_b
-        return behind + rearrange(ahead, "(b t) s ... -> b (t s) ...", b=BATCH) + (D - diagonal)[..., None] * x
+        return y + rearrange(y_b, "(b t) s ... -> b (t s) ...", b=BATCH) + (D - diagonal)[..., None] * x
 
     return both
 
 
 def ssd_minimal() -> Callable[..., tuple[Tensor, Tensor]]:
-    """The peer's function, past its package's ``__init__``, which loads compiled CUDA."""
+    """Imports the peer's function without its package's ``__init__``, which loads CUDA extensions."""
     spec = PathFinder.find_spec("mamba_ssm")
     if spec is None:
-        sys.exit("mamba_ssm is not installed: the first lines of this file say how, without a GPU.")
+        sys.exit("mamba_ssm is not installed: see the docstring of this file for an installation without a GPU.")
     package = ModuleType("mamba_ssm")
     package.__path__ = list(spec.submodule_search_locations or ())
     sys.modules.setdefault("mamba_ssm", package)
@@ -91,7 +90,7 @@ def ssd_minimal() -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def step(scan: Callable[..., Tensor], tensors: list[Tensor], weights: Tensor) -> tuple[float, float]:
-    """Seconds, and CPU seconds, of a forward and a backward pass."""
+    """Returns wall-clock and CPU seconds of a forward and a backward pass."""
     start, cpu = time.perf_counter(), time.process_time()
     torch.autograd.grad((scan(*tensors) * weights).sum(), tensors)
     return time.perf_counter() - start, time.process_time() - cpu
@@ -104,13 +103,13 @@ def medians(sides: dict[str, Callable[..., Tensor]], repeats: int) -> dict[str, 
     for repeat in range(repeats + 1):
         for name in list(sides)[:: 1 if repeat % 2 else -1]:
             measured = step(sides[name], tensors, weights)
-            if repeat:  # the first is to warm up
+            if repeat:  # the first is a warm-up
                 times[name].append(measured)
     return {name: tuple(map(statistics.median, zip(*measured))) for name, measured in times.items()}  # type: ignore[misc]
 
 
 def print_growth() -> None:
-    print(f"\n{'frames':>8} {'s':>8} {'MB':>8} {'MB a frame':>12}")
+    print(f"\n{'frames':>8} {'s':>8} {'MB':>8} {'MB / frame':>12}")
     for frames in (8, 16, 32, 64):
         command = [sys.executable, __file__, "--frames", str(frames), "--threads", str(torch.get_num_threads())]
         seconds, megabytes = map(
@@ -129,9 +128,9 @@ def one_step(frames: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps per implementation")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--frames", type=int, help="our step alone on so many frames: its seconds and megabytes")
+    parser.add_argument("--frames", type=int, help="print only seconds and MB of our step on this number of frames")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.frames:
@@ -141,9 +140,9 @@ def main() -> None:
     tensors = inputs(FRAMES)
     with torch.no_grad():
         error = (ours()(*tensors) - peer(49)(*tensors)).abs().max() / ours()(*tensors).abs().max()
-    print(f"largest difference of the outputs: {error:.1e} of the largest output")
+    print(f"largest difference of the outputs: {error:.1e}, relative to the largest output")
     sides = {f"mamba-ssm, blocks of {block}": peer(block) for block in blocks}
-    sides |= {"ours": ours()} | {f"ours, tiles of {chunk}": ours(chunk) for chunk in (32, 98, 196)}
+    sides |= {"ours": ours()} | {f"ours, chunks of {chunk}": ours(chunk) for chunk in (32, 98, 196)}
     found = medians(sides, arguments.repeats)
     for name, (wall, cpu) in found.items():
         print(f"{name:26} {wall * 1e3:8.0f} ms {cpu * 1e3:8.0f} ms CPU")

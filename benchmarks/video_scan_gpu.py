@@ -1,30 +1,31 @@
-"""The video scan's Triton kernels on a GPU, beside two calls of mamba-ssm, in one run: `make bench-gpu`.
+"""Triton kernels of the video scan on a GPU, compared with two calls of mamba-ssm in one run: `make bench-gpu`.
 
-B=8, T=16, S=14 x 14, H=24, P=64, N=128, G=1, bf16 (dt and a float32): medians of forward, and of forward and backward,
-then what each kernel takes. Results go to benchmarks/results/video_scan_gpu.json with the hardware and versions.
-Without a CUDA device it says so and ends.
+B=8, T=16, S=14 x 14, H=24, P=64, N=128, G=1, bf16 (dt and a float32): median times of forward, and of forward and
+backward, then the time of each kernel. Results are written to benchmarks/results/video_scan_gpu.json with hardware and
+versions. Without a CUDA device, prints a message and exits.
 
-The peer computes less than we do: one causal scan over B x (T S) tokens, one over the flipped frames as (B T) x S, the
-two added; nothing is taken off the diagonal, which it counts twice. Without mamba_ssm that column is left out.
+The peer computes less: the sum of a causal scan over B x (T S) tokens and one over the reversed frames as (B T) x S,
+which counts the diagonal twice. It is skipped if mamba_ssm is not installed.
 
-The traffic model: bytes a token that each kernel moves to and from memory when everything is read once; what blocks of
-one chunk or heads of one group read again comes from L2. S tokens a frame, one chunk of Q = 256 a frame; LEG is three
-float32 a head and leg, states H P N float32 a frame, PAIRS Q x Q bf16 a chunk (`--traffic` computes them):
+Traffic model: bytes per token that each kernel transfers if all data is read once; repeated reads by blocks of a chunk
+or heads of a group hit L2. S tokens and one chunk of Q = 256 per frame; SCALARS has three float32 per head and
+direction, states H P N float32 per frame, PAIRS Q x Q bf16 per chunk (`--traffic` computes them):
 
-    forward    decay_sums      960   dt and a -> LEG, of both legs
-               walk          7,532   x, B_f, two of LEG -> states
-               products      1,693   B_f, C_f, B_b, C_b -> PAIRS
-               outputs      11,753   x, PAIRS, C_f, LEG of both, states, D -> y
-    backward   decay_sums      960
-               walk         15,557   dy, C_f, two of LEG, states, their gradient -> gradients of what leaves each chunk
-               products      1,693
-               pair_         9,209   dy, x, PAIRS, LEG of both -> D_PAIRS, sums over rows and columns of tiles
-               input_       15,017   dy, x, PAIRS, B_f, LEG of both, gradients of states, D -> dx, dD
+    forward    chunk_cumsum    960   dt and a -> SCALARS, of both directions
+               state_passing 7,532   x, B_f, two of SCALARS -> states
+               pair_products 1,693   B_f, C_f, B_b, C_b -> PAIRS
+               chunk_scan   11,753   x, PAIRS, C_f, SCALARS of both, states, D -> y
+    backward   chunk_cumsum    960
+               state_passing 15,557  dy, C_f, two of SCALARS, states, their gradients -> gradients of leaving states
+               pair_products 1,693
+               pair_         9,209   dy, x, PAIRS, SCALARS of both -> D_PAIRS, sums over rows and columns of tiles
+               input_       15,017   dy, x, PAIRS, B_f, SCALARS of both, gradients of states, D -> dx, dD
                shared_      19,276   four times D_PAIRS, B or C; dy and states, x and their gradients -> dB, dC
                decay_        2,112   the sums -> da, ddt                                              (…_gradients)
 
-Forward that is 21,938 bytes a token, 550 MB and 115 us at 4.8 TB/s, of which 37 % is the states, in float32 because
-they are an output. The least that any implementation moves is x, y, B, C and dt once: 7,360 bytes a token, 38 us.
+The forward transfers 21,938 bytes per token, 550 MB and 115 us at 4.8 TB/s, of which 37 % are the states, in float32
+because they are an output. The lower bound of any implementation is x, y, B, C and dt once: 7,360 bytes per token,
+38 us.
 """
 
 import argparse
@@ -43,7 +44,7 @@ from blueberry_video.ops import video_ssd
 
 BATCH, FRAMES, TOKENS, HEADS, CHANNELS, STATES, CHUNK = 8, 16, 196, 24, 64, 128, 256
 RESULTS = Path(__file__).parent / "results" / "video_scan_gpu.json"
-PEAKS = {  # bytes/s of memory and bf16 FLOP/s, by datasheet; of the H200 what was measured
+PEAKS = {  # bytes/s of memory and bf16 FLOP/s, from data sheets; measured for the H200
     "H200": (4.8e12, 790e12),
     "H100": (3.35e12, 989e12),
     "A100": (2.04e12, 312e12),
@@ -52,22 +53,22 @@ NAMES = ("x", "dt_f", "dt_b", "A_f", "A_b", "B_f", "C_f", "B_b", "C_b", "D")
 
 
 def traffic() -> dict[str, dict[str, float]]:
-    """Bytes a token of each kernel: the model above."""
-    wide, shared, number = HEADS * CHANNELS * 2, STATES * 2, HEADS * 4  # x; B or C; a float32 a head
+    """Returns bytes per token of each kernel, by the model above."""
+    wide, shared, number = HEADS * CHANNELS * 2, STATES * 2, HEADS * 4  # x; B or C; one float32 per head
     state, pairs, blocks = HEADS * CHANNELS * STATES * 4 / TOKENS, CHUNK * CHUNK * 2 / TOKENS, CHUNK // 64
     sums, products = 2 * (2 * number + 3 * number), 4 * shared + pairs
-    tiles = 2 * blocks * number + 4 * number  # COLUMNS and ROWS of each block, OWN
+    tiles = 2 * blocks * number + 4 * number  # COLUMNS and ROWS of each block, DIAGONAL
     return {
         "forward": {
-            "decay_sums": sums,
-            "walk": wide + shared + 2 * number + state,
-            "products": products,
-            "outputs": wide + pairs + shared + 6 * number + state + number + wide,
+            "chunk_cumsum": sums,
+            "state_passing": wide + shared + 2 * number + state,
+            "pair_products": products,
+            "chunk_scan": wide + pairs + shared + 6 * number + state + number + wide,
         },
         "backward": {
-            "decay_sums": sums,
-            "walk": wide + shared + 2 * number + 3 * state,
-            "products": products,
+            "chunk_cumsum": sums,
+            "state_passing": wide + shared + 2 * number + 3 * state,
+            "pair_products": products,
             "pair_gradients": 2 * wide + 2 * pairs + 6 * number + tiles,
             "input_gradients": 2 * wide + pairs + shared + 6 * number + state + number + wide + 2 * number,
             "shared_gradients": 2 * (wide + state) + 4 * (pairs + 2 * shared) + 4 * number,
@@ -77,7 +78,7 @@ def traffic() -> dict[str, dict[str, float]]:
 
 
 def operations() -> dict[str, float]:
-    """FLOP a token of the products, each pair of tokens of a frame once: of the forward and of forward + backward."""
+    """Returns FLOP per token of the matrix products, counting each pair of tokens of a frame once."""
     state, pair, product = 2 * HEADS * CHANNELS * STATES, 2 * TOKENS * HEADS * CHANNELS, 2 * TOKENS * STATES
     forward = 2 * state + pair + product
     backward = 4 * state + 2 * pair + product + 2 * product  # the states' gradients, dB, dC, dx; pairs; dB and dC
@@ -106,7 +107,7 @@ def peer() -> Callable[..., Tensor] | None:
     try:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as scan
     except ImportError as missing:
-        print(f"without mamba-ssm, which cannot be imported: {missing}")
+        print(f"mamba-ssm is skipped because it cannot be imported: {missing}")
         return None
 
     def flipped(tensor: Tensor) -> Tensor:
@@ -124,15 +125,15 @@ def peer() -> Callable[..., Tensor] | None:
         C_b: Tensor,
         D: Tensor,
     ) -> Tensor:
-        behind = scan(x, dt_f, A_f, B_f, C_f, CHUNK, D=D)
-        ahead = scan(flipped(x), flipped(dt_b), A_b, flipped(B_b), flipped(C_b), CHUNK).flip(1)
-        return behind + rearrange(ahead, "(b t) s ... -> b (t s) ...", b=BATCH)
+        y = scan(x, dt_f, A_f, B_f, C_f, CHUNK, D=D)
+        y_b = scan(flipped(x), flipped(dt_b), A_b, flipped(B_b), flipped(C_b), CHUNK).flip(1)
+        return y + rearrange(y_b, "(b t) s ... -> b (t s) ...", b=BATCH)
 
     return two_calls
 
 
 def medians(scan: Callable[..., Tensor]) -> dict[str, float]:
-    """Seconds."""
+    """Returns median seconds of forward, and of forward and backward."""
     from triton.testing import do_bench
 
     given = inputs()
@@ -153,7 +154,7 @@ def medians(scan: Callable[..., Tensor]) -> dict[str, float]:
 
 
 def kernels(scan: Callable[..., Tensor], repeats: int = 20) -> dict[str, float]:
-    """Seconds that each kernel takes in one forward and backward pass, longest first, by the profiler."""
+    """Returns profiled seconds of each kernel in one forward and backward pass, longest first."""
     given = inputs()
     weights = torch.randn_like(given["x"])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -169,7 +170,7 @@ def peaks(device: str) -> tuple[float, float] | None:
 
 
 def report(found: dict[str, dict[str, float]], device: str) -> list[dict[str, Any]]:
-    """Prints and returns a row for each side and pass."""
+    """Prints and returns a row per side and pass."""
     model, tokens, best = traffic(), BATCH * FRAMES * TOKENS, peaks(device)
     moved = {"forward": sum(model["forward"].values()) * tokens}
     moved["forward+backward"] = moved["forward"] + sum(model["backward"].values()) * tokens
@@ -180,7 +181,7 @@ def report(found: dict[str, dict[str, float]], device: str) -> list[dict[str, An
             flops = operations()[step] * tokens
             row: dict[str, Any] = {"side": side, "pass": step, "seconds": seconds}
             line = f"{side + ', ' + step:<28}{seconds * 1e6:>10.0f}"
-            if side != "mamba-ssm":  # whose traffic is another
+            if side != "mamba-ssm":  # the model does not cover its traffic
                 row |= {"bytes": moved[step], "bytes_per_second": moved[step] / seconds}
                 row |= {"flop": flops, "flop_per_second": flops / seconds}
                 shares = (moved[step] / seconds / best[0], flops / seconds / best[1]) if best else (float("nan"),) * 2
@@ -194,14 +195,14 @@ def report(found: dict[str, dict[str, float]], device: str) -> list[dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--traffic", action="store_true", help="print the traffic model alone, which needs no GPU")
+    parser.add_argument("--traffic", action="store_true", help="print only the traffic model, which requires no GPU")
     if parser.parse_args().traffic:
         for step, of_kernels in traffic().items():
             for name, size in of_kernels.items():
-                print(f"{step:<10}{name:<18}{size:>8,.0f} bytes a token")
+                print(f"{step:<10}{name:<18}{size:>8,.0f} bytes per token")
         return
     if not torch.cuda.is_available():
-        print("video_scan_gpu needs a GPU: there is no CUDA device, so nothing is measured")
+        print("video_scan_gpu requires a CUDA device: nothing is measured")
         return
     device = torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}")
@@ -217,7 +218,7 @@ def main() -> None:
                 f"{step}: {found['mamba-ssm'][step] / found['ours'][step]:.2f} times as fast as two calls of mamba-ssm"
             )
     spent = kernels(ours)
-    print("\nkernels of a forward and a backward pass")
+    print("\nkernels of one forward and backward pass")
     for name, seconds in spent.items():
         print(f"{seconds * 1e6:>10.1f} us  {name[:80]}")
     RESULTS.parent.mkdir(exist_ok=True)

@@ -1,12 +1,12 @@
-"""A training step of VideoMAE, forward and backward, against transformers' implementation of it, in one run.
+"""Training step of VideoMAE, forward and backward, compared with transformers' implementation in one run.
 
 run: python benchmarks/videomae_step.py            (ViT-B, 16 x 224², batch 2, tube masks 0.9, fp32: a few minutes)
 
-Both models have the same weights, masks, clips, loss and number of threads; their steps take turns, and who goes first
-alternates. Before anything is timed, losses and gradients must agree. The optimiser is left out: it is the same for
-both. Ours also normalises the pixels within the step; transformers' model is given them normalised. CPU seconds, summed
-over threads, are printed beside the wall clock's: on a machine that does other work, they are the ones to read. Exits
-with an error where transformers is missing or the two disagree.
+Both models have the same weights, masks, clips, loss and number of threads, and their steps alternate. Before timing,
+losses and gradients are compared. The optimizer is excluded: it is the same for both. Our step includes normalizing the
+pixels; transformers' model receives normalized ones. CPU seconds, summed over threads, are printed in addition to
+wall-clock time: use them on a machine that runs other work. Exits with an error if transformers is missing or the two
+differ.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
 from blueberry_video.masking import TubeMasking
-from blueberry_video.models.masked_autoencoder import MaskedAutoencoder, convert_huggingface
+from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder, convert_huggingface
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD
 from blueberry_video.tasks.masked_pixels import masked_pixel_loss
@@ -37,7 +37,7 @@ SIZES = {  # encoder width, depth, heads; decoder width, depth, heads
 
 
 def build(size: str, attention: str) -> tuple[MaskedAutoencoder, VideoMAEForPreTraining]:
-    """Ours and transformers', with the same random weights, q and v biases included."""
+    """Returns ours and transformers' model with the same random weights, including q and v biases."""
     width, depth, heads, decoder_width, decoder_depth, decoder_heads = SIZES[size]
     config = VideoMAEConfig(
         hidden_size=width,
@@ -64,7 +64,7 @@ def build(size: str, attention: str) -> tuple[MaskedAutoencoder, VideoMAEForPreT
 
 
 def losses(ours: MaskedAutoencoder, theirs: VideoMAEForPreTraining, batch: int) -> dict[str, Callable[[], Tensor]]:
-    """name -> forward pass, on the same clips and masks."""
+    """Returns name -> forward pass, on the same clips and masks."""
     video = torch.rand(batch, 3, 16, 224, 224)
     mean, std = (torch.tensor(x).view(3, 1, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     keep, target, _ = TubeMasking(0.9)(batch, ours.encoder.grid(video.shape))
@@ -79,7 +79,7 @@ def losses(ours: MaskedAutoencoder, theirs: VideoMAEForPreTraining, batch: int) 
 
 
 def check_agreement(models: dict[str, nn.Module], forwards: dict[str, Callable[[], Tensor]]) -> None:
-    """Exits unless loss and patch-embedding gradient, which depends on every layer, agree to 1e-4 of their size."""
+    """Exits unless loss and patch-embedding gradient, which depends on all layers, agree to a tolerance of 1e-4."""
     values = {name: forward() for name, forward in forwards.items()}
     gradients = {}
     for name, value in values.items():
@@ -90,11 +90,11 @@ def check_agreement(models: dict[str, nn.Module], forwards: dict[str, Callable[[
         f"loss: ours {values['ours']:.7f}, transformers {values['transformers']:.7f}; gradients differ by {worst:.1e}"
     )
     if abs(values["ours"] - values["transformers"]) > 1e-4 or worst > 1e-4:
-        sys.exit("the two models do not compute the same thing: their times cannot be compared.")
+        sys.exit("the models compute different results: their times cannot be compared.")
 
 
 def timed_step(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[float, float, float]:
-    """Seconds of a forward and of a backward pass, and CPU seconds of both."""
+    """Returns seconds of the forward and the backward pass, and CPU seconds of both."""
     model.zero_grad(set_to_none=True)
     start, cpu = time.perf_counter(), time.process_time()
     loss = forward()
@@ -113,8 +113,8 @@ def cpu_name() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="base")
-    parser.add_argument("--batch", type=int, default=2, help="clips a step")
-    parser.add_argument("--repeats", type=int, default=7, help="timed steps of each model")
+    parser.add_argument("--batch", type=int, default=2, help="clips per step")
+    parser.add_argument("--repeats", type=int, default=7, help="timed steps per model")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="transformers' attention")
     arguments = parser.parse_args()
@@ -129,7 +129,7 @@ def main() -> None:
         f"{cpu_name()}, load {os.getloadavg()[0]:.1f}\n"
         f"torch {torch.__version__}, transformers {transformers.__version__} ({theirs.config._attn_implementation})"
     )
-    check_agreement(models, forwards)  # warms both up, too
+    check_agreement(models, forwards)  # also warms up
 
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in models}
     for repeat in range(arguments.repeats):
@@ -144,7 +144,7 @@ def main() -> None:
         medians[name] = statistics.median(steps), cpu
         print(f"{name:14} {forward:7.3f} {backward:9.3f} {medians[name][0]:9.3f} {min(steps):8.3f} {cpu:12.3f}")
     wall, cpu = (a / b for a, b in zip(medians["ours"], medians["transformers"], strict=True))
-    print(f"\nours / transformers: {wall:.3f} by the wall clock, {cpu:.3f} by CPU seconds (1 or less: not slower)")
+    print(f"\nours / transformers: {wall:.3f} in wall-clock time, {cpu:.3f} in CPU seconds (1 or less: not slower)")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""How many clips a second the embedded sources draw on one core: `python benchmarks/world_throughput.py`.
+"""Clips per second of the built-in data sources on one core: `python benchmarks/world_throughput.py`.
 
-Draws each preset's clips one after the other in one process with one thread, and prints the median of several rounds.
+Generates clips of each preset in one process with one thread and prints the median of several rounds.
 """
 
 import platform
@@ -22,7 +22,7 @@ PRESETS = {  # image size, frames
 
 
 def clips_per_second(dataset: torch.utils.data.Dataset, seconds: float = 1.0) -> float:
-    """Median over the rounds; each draws new clips for about ``seconds`` of the core's time, whatever else runs."""
+    """Returns the median over rounds; each generates new clips for about ``seconds`` of CPU time."""
     rates, index = [], 0
     for _ in range(ROUNDS):
         began, drawn = time.process_time(), 0

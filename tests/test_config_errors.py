@@ -1,10 +1,11 @@
-"""A wrong config is refused within seconds, in one paragraph: the key, its value and the nearest right one."""
+"""Errors in a config: reported within seconds, in one paragraph with the key, its value and the nearest valid one."""
 
 import functools
 import importlib
 import inspect
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -23,7 +24,7 @@ EXPERIMENTS = sorted(ROOT.glob("experiments/*/config.yaml"))
 DEFAULTS = (
     "defaults: [train, override model: videomae/tiny, override task: masked_pixels, override data: sprites, _self_]"
 )
-HYDRA_SPEAK = (
+HYDRA_TERMS = (
     "struct",
     "Traceback",
     "hydra.errors",
@@ -37,32 +38,32 @@ MAX_SECONDS = 3.0
 
 @pytest.fixture
 def experiment(tmp_path: Path) -> Path:
-    return written(tmp_path, "name: test")
+    return write(tmp_path, "name: test")
 
 
-def written(folder: Path, values: str, defaults: str = DEFAULTS) -> Path:
-    """An experiment with these values."""
+def write(folder: Path, values: str, defaults: str = DEFAULTS) -> Path:
+    """Writes an experiment with these values."""
     file = folder / "test" / "config.yaml"
     file.parent.mkdir(exist_ok=True)
     file.write_text(f"# run: nothing, a test\n{defaults}\n{values}\n")
     return file
 
 
-def refusal(file: Path, *overrides: str) -> str:
-    """What is said about a wrong config: one paragraph that does not speak of Hydra's insides."""
+def error_message(file: Path, *overrides: str) -> str:
+    """Message for an invalid config: one paragraph without terms of Hydra's internals."""
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         compose(file, overrides)
-    said = str(caught.value)
-    assert "\n" not in said
-    assert not [word for word in HYDRA_SPEAK if word in said]
-    return said
+    message = str(caught.value)
+    assert "\n" not in message
+    assert not [word for word in HYDRA_TERMS if word in message]
+    return message
 
 
 # ---- mutated keys ----------------------------------------------------------------------------------------------------
 
 
 def keys(node: object, path: str = "") -> Iterator[str]:
-    """Full keys of a config, but for those inside lists, the names of metrics and the names of labels."""
+    """Full keys of a config, except those inside lists, names of metrics and names of labels."""
     if isinstance(node, DictConfig):
         for key, value in node.items():
             full = f"{path}.{key}" if path else str(key)
@@ -71,21 +72,21 @@ def keys(node: object, path: str = "") -> Iterator[str]:
                 yield from keys(value, full)
 
 
-def misspelt(key: str, dice: random.Random) -> str:
-    """One letter of the last part swapped, doubled, dropped or replaced."""
+def misspell(key: str, rng: random.Random) -> str:
+    """The key with one letter of its last part swapped, doubled, dropped or replaced."""
     head, dot, word = key.rpartition(".")
     while True:
-        place = dice.randrange(len(word) - 1)
+        index = rng.randrange(len(word) - 1)
         letters = list(word)
-        match dice.choice(("swap", "double", "drop", "replace")):
+        match rng.choice(("swap", "double", "drop", "replace")):
             case "swap":
-                letters[place], letters[place + 1] = letters[place + 1], letters[place]
+                letters[index], letters[index + 1] = letters[index + 1], letters[index]
             case "double":
-                letters.insert(place, letters[place])
+                letters.insert(index, letters[index])
             case "drop":
-                del letters[place]
+                del letters[index]
             case "replace":
-                letters[place] = "x"
+                letters[index] = "x"
         wrong = "".join(letters)
         if wrong != word and wrong.isidentifier():
             return head + dot + wrong
@@ -97,42 +98,42 @@ def known_keys(file: Path) -> list[str]:
 
 
 def mutations(count: int) -> list[tuple[Path, str, str]]:
-    """Experiment, right key, override with the key misspelt: of root and leaf keys, with no, one and two pluses."""
-    dice = random.Random(2)
+    """(experiment, key, override with the key misspelled) for root and leaf keys, with zero, one and two pluses."""
+    rng = random.Random(2)
     found = []
     for number in range(count):
         file = EXPERIMENTS[number % len(EXPERIMENTS)]
         known = known_keys(file)
         roots = [key for key in known if "." not in key]
-        key = dice.choice(roots if number % 5 == 0 else known)
+        key = rng.choice(roots if number % 5 == 0 else known)
         plus = ("", "+", "++")[number % 3]
-        found.append((file, key, f"{plus}{misspelt(key, dice)}={dice.choice(('3', 'true', 'null', 'word', '{a: 1}'))}"))
+        found.append((file, key, f"{plus}{misspell(key, rng)}={rng.choice(('3', 'true', 'null', 'word', '{a: 1}'))}"))
     return found
 
 
-def test_every_mutated_key_is_refused_and_named():
+def test_misspelled_keys_raise_with_the_right_key():
     for file, key, override in mutations(51):
-        said = refusal(file, override)
-        assert override.lstrip("+").partition("=")[0] in said, override
-        assert key.rpartition(".")[2] in said, f"{override}: the right key is not named in: {said}"
+        message = error_message(file, override)
+        assert override.lstrip("+").partition("=")[0] in message, override
+        assert key.rpartition(".")[2] in message, f"{override}: {message}"
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
-def test_a_mutated_key_is_refused_in_seconds(number: int):
+def test_misspelled_key_is_reported_within_seconds(number: int):
     file, key, override = mutations(4)[number]
     command = [sys.executable, "-m", "blueberry_video.train", "--config-dir", str(file.parent), override]
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    print(f"{override}: refused in {wall:.2f} s, {cpu:.2f} s of them computing")
+    print(f"{override}: reported in {wall:.2f} s, {cpu:.2f} s of CPU time")
     assert result.returncode == 1
     assert key.rpartition(".")[2] in result.stderr
     assert "Traceback" not in result.stderr
-    assert cpu < MAX_SECONDS, "other tests may hold the processor, so it is the computing time that is bounded"
+    assert cpu < MAX_SECONDS, "CPU time is bounded, because other tests may occupy the processor"
 
 
-def test_neither_torch_nor_lightning_is_imported_to_check(experiment: Path):
+def test_composition_imports_neither_torch_nor_lightning(experiment: Path):
     code = (
         "import sys; from blueberry_video.config import compose; compose(sys.argv[1]);"
         "assert not {'torch', 'lightning', 'wandb'} & set(sys.modules)"
@@ -140,17 +141,17 @@ def test_neither_torch_nor_lightning_is_imported_to_check(experiment: Path):
     subprocess.run([sys.executable, "-c", code, str(experiment)], check=True)
 
 
-# ---- one by one ------------------------------------------------------------------------------------------------------
+# ---- single errors ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     {
         # root keys
-        "typo=1": ["`typo=1`", "trainer"],
+        "typo=1": ["`typo=1`", "Choose one of: ", "trainer"],
         "+trianer=1": ["`trianer` = 1", "`trainer`"],
         "++sede=4": ["`sede` = 4", "Write `seed=4`"],
-        "~typo": ["`~typo`", "no key `typo` to delete"],
+        "~typo": ["`~typo`", "delete"],
         "modle=vit/tiny": ["`modle=vit/tiny`", "`model`"],
         "modle.depth=3": ["`modle.depth=3`", "Write `model.depth=3`"],
         # leaf keys
@@ -167,39 +168,39 @@ def test_neither_torch_nor_lightning_is_imported_to_check(experiment: Path):
         "+model.encoder._tarrget_=1": ["`model.encoder._tarrget_` = 1", "`model.encoder._target_`"],
         "++callbacks.medai=null": ["`callbacks.medai` = null", "`media`"],
         "+callbacks.medai.fps=3": ["`callbacks.medai`", "`media`"],
-        "+trainer.logger=true": ["`trainer.logger` = True", "root key `logger`"],
-        "trainer.barebones=true": ["right key that no file sets yet", "write `+trainer.barebones=true`"],
-        "+trainer.max_steps=3": ["already set", "without the plus"],
-        "optimizer.lr.x=1": ["`optimizer.lr` = 0.001 is a value and has no key `x`"],
+        "+trainer.logger=true": ["`trainer.logger` = True", "`logger`"],
+        "trainer.barebones=true": ["`trainer.barebones=true`", "write `+trainer.barebones=true`"],
+        "+trainer.max_steps=3": ["`+trainer.max_steps=3`", "`trainer.max_steps`", "plus"],
+        "optimizer.lr.x=1": ["`optimizer.lr.x=1`", "`optimizer.lr` = 0.001", "`x`"],
         # choices of groups
-        "model=videomae/tinny": ["there is no conf/model/videomae/tinny.yaml", "Write `model=videomae/tiny`"],
+        "model=videomae/tinny": ["conf/model/videomae/tinny.yaml", "Write `model=videomae/tiny`"],
         "trainer=gpuu": ["conf/trainer/gpuu.yaml", "`gpu`"],
         "debug=fast": ["`+debug=fast`"],
-        "+debgu=fast": ["`+debgu=fast`", "Did you mean `+debug=fast`?"],
-        "debgu=fast": ["`debgu=fast`", "Did you mean `+debug=fast`?"],
-        "+model=videomae/tiny": ["without the plus, `model=videomae/tiny`"],
-        "+trainer=gpu": ["without the plus, `trainer=gpu`"],
+        "+debgu=fast": ["`+debgu=fast`", "`+debug=fast`"],
+        "debgu=fast": ["`debgu=fast`", "`+debug=fast`"],
+        "+model=videomae/tiny": ["`+model=videomae/tiny`", " `model=videomae/tiny`"],
+        "+trainer=gpu": ["`+trainer=gpu`", " `trainer=gpu`"],
         # values
         "seed=abc": ["`seed=abc`", "Integer"],
-        "model.encoder.depth=eight": ["`model.encoder.depth` = eight", "takes int"],
-        "model.encoder.depth=4.5": ["`model.encoder.depth` = 4.5", "takes int"],
-        "model.encoder.depth=null": ["`model.encoder.depth` = null", "takes int"],
-        "optimizer.weight_decay=true": ["takes float"],
+        "model.encoder.depth=eight": ["`model.encoder.depth` = eight", " int"],
+        "model.encoder.depth=4.5": ["`model.encoder.depth` = 4.5", " int"],
+        "model.encoder.depth=null": ["`model.encoder.depth` = null", " int"],
+        "optimizer.weight_decay=true": ["`optimizer.weight_decay` = True", " float"],
         "logger.mode=ofline": ["`logger.mode` = ofline", "`offline`"],
-        "name=a/b": ["`name` = a/b", "folder"],
-        "seed=1,2": ["several values", "make sweep", "seed=[…]"],
-        "data=video_folder": ["`data.train.root` has no value", "write `data.train.root=…`"],
-        "~model": ["`model` is not set", "conf/model/"],
-        "~task.masking": ["`task.masking` is missing", "MaskedPixels"],
-        "~optimizer._partial_": ["`_partial_: true`"],
+        "name=a/b": ["`name` = a/b", "`name: my_idea`"],
+        "seed=1,2": ["`seed=1,2`", "make sweep", "seed=[…]"],
+        "data=video_folder": ["`data.train.root`", "`data.train.root=…`"],
+        "~model": ["`model`", "conf/model/"],
+        "~task.masking": ["`task.masking`", "MaskedPixels", "`+task.masking=…`"],
+        "~optimizer._partial_": ["`optimizer`", "`_partial_: true`"],
         "+expected.loss.at_leest=1": ["`expected.loss.at_leest` = 1", "`at_least`"],
-        "+expected.loss=1": ["`expected.loss` = 1", "at_least: 0.5"],
-        "expected={val/los:{at_most: 3}}": ["write `'+expected={val/los:{at_most: 3}}'`"],
-        "expected.loss.at_most=3": ["write `+expected.loss.at_most=3`"],
-        "+expected={loss: {}}": ["`expected.loss` = {}", "at_least: 0.5"],
+        "+expected.loss=1": ["`expected.loss` = 1", "at_least: "],
+        "expected={val/los:{at_most: 3}}": ["`val/los`", "`'+expected={val/los:{at_most: 3}}'`"],
+        "expected.loss.at_most=3": ["`loss`", "`+expected.loss.at_most=3`"],
+        "+expected={loss: {}}": ["`expected.loss` = {}", "at_least: "],
         "+expected.loss.at_most=inf": ["`expected.loss.at_most` = inf", "finite"],
         "+expected.loss.at_least=nan": ["`expected.loss.at_least` = nan", "finite"],
-        "+expected={loss: {at_least: 3, at_most: 2}}": ["`expected.loss`", "at least 3 and at most 2", "swap"],
+        "+expected={loss: {at_least: 3, at_most: 2}}": ["`expected.loss` = {'at_least': 3, 'at_most': 2}"],
         "optimizer.lr=-1": ["`optimizer.lr` = -1", "optimizer.lr=0.001"],
         "optimizer.weight_decay=-0.1": ["`optimizer.weight_decay` = -0.1", "optimizer.weight_decay=0.05"],
         "seed=-1": ["`seed` = -1", "seed=0"],
@@ -207,39 +208,44 @@ def test_neither_torch_nor_lightning_is_imported_to_check(experiment: Path):
         "trainer.devices=0": ["`trainer.devices` = 0", "trainer.devices=1"],
         "trainer.devices='0,1'": ["`trainer.devices` = 0,1", "trainer.devices=[0,1]"],
         # syntax
-        "model.encoder.depth=": ["`model.encoder.depth=` has no value"],
-        "model.encoder.depth": ["`model.encoder.depth` cannot be read", "key=value"],
-        "model.encoder.depth='8": ["cannot be read", "close every quote"],
-        "model.encoder.depth=[1": ["cannot be read", "bracket"],
-        "model.encoder.depth: 3": ["cannot be read", "key=value"],
-        "=3": ["names no key"],
-        "hydra.run.dir=x": ["output_dir"],
+        "model.encoder.depth=": ["`model.encoder.depth=`", "`model.encoder.depth=null`"],
+        "model.encoder.depth": ["`model.encoder.depth`", "`key=value`"],
+        "model.encoder.depth='8": ["`model.encoder.depth='8`", "quote"],
+        "model.encoder.depth=[1": ["`model.encoder.depth=[1`", "bracket"],
+        "model.encoder.depth: 3": ["`model.encoder.depth: 3`", "`key=value`"],
+        "=3": ["`=3`", "`key=value`"],
+        "hydra.run.dir=x": ["`hydra.run.dir=x`", "`output_dir=…`"],
         # targets
-        "model.encoder._target_=os.system": ["os.system is not allowed", "allow_targets: [os]"],
-        "model.encoder._target_=torch.os.system": ["is not allowed", "torch.nn", "allow_targets: [torch.os.system]"],
-        "model.encoder._target_=torchevil.x": ["torchevil.x is not allowed"],
-        "model.encoder._target_=torch.hub.load": ["is not allowed", "allow_targets: [torch.hub.load]"],
-        "model.encoder._target_=builtins.eval": ["is not allowed"],
-        "task._target_=hydra.utils.get_method": ["is not allowed"],
+        "model.encoder._target_=os.system": ["= os.system ", "allow_targets: [os]"],
+        "model.encoder._target_=torch.os.system": ["= torch.os.system ", "allow_targets: [torch.os.system]"],
+        "model.encoder._target_=torchevil.x": ["= torchevil.x ", "allow_targets: [torchevil]"],
+        "model.encoder._target_=torch.hub.load": ["= torch.hub.load ", "allow_targets: [torch.hub.load]"],
+        "model.encoder._target_=builtins.eval": ["`model.encoder._target_` = builtins.eval ", "[builtins]"],
+        "task._target_=hydra.utils.get_method": ["`task._target_` = hydra.utils.get_method ", "[hydra]"],
         "model.encoder._target_=blueberry_video.models.vit.VisonTransformer": [
             "`blueberry_video.models.vit.VisionTransformer`"
         ],
         "model.encoder._target_=blueberry_video.models.vti.VisionTransformer": [
-            "cannot be built",
-            "blueberry_video.models.vit",
+            "= blueberry_video.models.vti.VisionTransformer ",
+            "`blueberry_video.models.vit.VisionTransformer`",
         ],
-        # what two keys must agree on
-        "model.encoder.image_size=33": ["33", "not divisible by `model.encoder.patch_size` = 8", "image_size=32"],
-        "model.encoder.num_frames=15": ["tubelet_size", "num_frames=16"],
+        # rules between keys
+        "model.encoder.image_size=33": [
+            "`model.encoder.image_size` = 33",
+            "`model.encoder.patch_size` = 8",
+            "image_size=32",
+        ],
+        "model.encoder.num_frames=15": ["`model.encoder.num_frames` = 15", "tubelet_size", "num_frames=16"],
         "model.encoder.num_heads=5": ["embed_dim=95", "num_heads=4"],
-        "model.encoder.patch_size=0": ["`model.encoder.patch_size` = 0 must be at least 1"],
+        "model.decoder_num_heads=5": ["`model.decoder_num_heads` = 5", "`model.decoder_dim` = "],
+        "model.encoder.patch_size=0": ["`model.encoder.patch_size` = 0 ", "`model.encoder.patch_size=1`"],
         "data.val.num_frames=8": ["`data.val.num_frames` = 8", "`model.encoder.num_frames` = 16"],
         "data.train.image_size=64": ["`data.train.image_size` = 64", "Write `data.train.image_size=32`"],
     }.items(),
 )
-def test_a_wrong_override_is_refused(experiment: Path, override: str, words: list[str]):
-    said = refusal(experiment, override)
-    assert [word for word in words if word not in said] == [], said
+def test_invalid_override_raises(experiment: Path, override: str, words: list[str]):
+    message = error_message(experiment, override)
+    assert [word for word in words if word not in message] == [], message
 
 
 @pytest.mark.parametrize(
@@ -251,22 +257,22 @@ def test_a_wrong_override_is_refused(experiment: Path, override: str, words: lis
         ("name: test\nseed: abc", ["`seed`", "config.yaml", "Integer"]),
         ("name: test\nseed: -1", ["`seed` = -1", "`seed=0`"]),
         ("name: test\nseed: ${sead}", ["`seed`", "sead"]),
-        ("seed: 3", ["`name` has no value"]),
-        ("name: test\nseed: [1", ["config.yaml", "line", "not valid YAML"]),
-        ("name: test\n  seed: 1", ["config.yaml", "line", "not valid YAML"]),
-        ("name: test\nseed: 1\nseed: 2", ["config.yaml", "duplicate key"]),
+        ("seed: 3", ["`name`", "`name=…`"]),
+        ("name: test\nseed: [1", ["config.yaml, line 5, column "]),
+        ("name: test\n  seed: 1", ["config.yaml, line 4, column "]),
+        ("name: test\nseed: 1\nseed: 2", ["config.yaml, line 5, column 1", "duplicate key seed"]),
     ],
 )
-def test_a_wrong_file_is_refused(tmp_path: Path, values: str, words: list[str]):
-    said = refusal(written(tmp_path, values))
-    assert [word for word in words if word not in said] == [], said
+def test_invalid_file_raises(tmp_path: Path, values: str, words: list[str]):
+    message = error_message(write(tmp_path, values))
+    assert [word for word in words if word not in message] == [], message
 
 
-def test_a_typo_is_told_also_where_a_mandatory_value_is_open(tmp_path: Path):
-    folder = written(tmp_path, "name: test", DEFAULTS.replace("sprites", "video_folder"))
-    said = refusal(folder, "modle.encoder.depth=3")
-    assert "`model.encoder.depth`" in said, said
-    assert "no key `typo`" in refusal(folder, "typo=1")
+def test_typo_is_reported_before_a_missing_mandatory_value(tmp_path: Path):
+    folder = write(tmp_path, "name: test", DEFAULTS.replace("sprites", "video_folder"))
+    message = error_message(folder, "modle.encoder.depth=3")
+    assert "`model.encoder.depth`" in message, message
+    assert "`typo`" in error_message(folder, "typo=1")
 
 
 @pytest.mark.parametrize(
@@ -280,18 +286,18 @@ def test_a_typo_is_told_also_where_a_mandatory_value_is_open(tmp_path: Path):
         ("", ["`defaults`"]),
     ],
 )
-def test_wrong_defaults_are_refused(tmp_path: Path, defaults: str, words: list[str]):
-    said = refusal(written(tmp_path, "name: test", defaults))
-    assert [word for word in words if word not in said] == [], said
+def test_invalid_defaults_raise(tmp_path: Path, defaults: str, words: list[str]):
+    message = error_message(write(tmp_path, "name: test", defaults))
+    assert [word for word in words if word not in message] == [], message
 
 
-def test_a_misspelt_experiment_names_the_nearest():
-    said = refusal(ROOT / "experiments" / "templaet" / "config.yaml")
-    assert "'templaet'" in said
-    assert "`template`" in said
+def test_misspelled_experiment_suggests_the_nearest():
+    message = error_message(ROOT / "experiments" / "templaet" / "config.yaml")
+    assert "'templaet'" in message
+    assert "`template`" in message
 
 
-# ---- what is right is let through ------------------------------------------------------------------------------------
+# ---- valid configs ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -313,24 +319,24 @@ def test_a_misspelt_experiment_names_the_nearest():
         ("name='two words'", "name", "two words"),
     ],
 )
-def test_a_right_override_is_applied(experiment: Path, override: str, key: str, value: object):
+def test_valid_override_is_applied(experiment: Path, override: str, key: str, value: object):
     node: object = compose(experiment, [override])
     for part in key.split("."):
         node = node.get(part)  # type: ignore[attr-defined]
     assert node == value
 
 
-def test_allow_targets_opens_one_package(experiment: Path):
+def test_allow_targets_allows_one_package(experiment: Path):
     target = "task.augment={_target_: json.JSONEncoder, indent: 2}"
-    assert "allow_targets: [json]" in refusal(experiment, target)
+    assert "allow_targets: [json]" in error_message(experiment, target)
     assert compose(experiment, [target, "allow_targets=[json]"]).task.augment.indent == 2
-    assert "indnet" in refusal(experiment, target.replace("indent", "indnet"), "allow_targets=[json]")
+    assert "indnet" in error_message(experiment, target.replace("indent", "indnet"), "allow_targets=[json]")
 
 
 @pytest.mark.parametrize(
     "target",
     [
-        # outside of what is listed
+        # outside the allowed packages
         "torch.utils.collect_env.run",
         "torch.utils.model_zoo.load_url",
         "torch.jit.load",
@@ -343,7 +349,7 @@ def test_allow_targets_opens_one_package(experiment: Path):
         "blueberry_video.config.compose",
         "torch.utils.data.datapipes.gen_pyi.gen_from_template",
         "lightning.pytorch.strategies.launchers.subprocess_script._SubprocessScriptLauncher",
-        # out of it by a detour
+        # reached through an allowed package
         "torch.nn.modules.module.torch.hub.load",
         "torch.nn.modules.module.torch.builtins.eval",
         "blueberry_video.experiment.provenance.subprocess.run",
@@ -352,17 +358,16 @@ def test_allow_targets_opens_one_package(experiment: Path):
         "blueberry_video.experiment.checkpoint.AtomicCheckpointIO.load_checkpoint",
     ],
 )
-def test_a_target_that_could_run_anything_is_refused(experiment: Path, target: str):
-    said = refusal(experiment, f"+callbacks.x={{_target_: {target}, _args_: [x, y, z, x, y]}}")
-    assert "`callbacks.x._target_`" in said
-    assert "is not allowed" in said
-    assert f"allow_targets: [{target}]" in said
+def test_unsafe_target_raises(experiment: Path, target: str):
+    message = error_message(experiment, f"+callbacks.x={{_target_: {target}, _args_: [x, y, z, x, y]}}")
+    assert f"`callbacks.x._target_` = {target}"[:80] in message
+    assert f"allow_targets: [{target}]" in message
 
 
-def test_allow_targets_opens_one_name(experiment: Path):
+def test_allow_targets_allows_one_name(experiment: Path):
     target = "task.augment={_target_: torch.jit.load, f: x}"
     assert compose(experiment, [target, "allow_targets=[torch.jit.load]"]).task.augment.f == "x"
-    assert "is not allowed" in refusal(experiment, target, "allow_targets=[torch.jit.save]")
+    assert "allow_targets: [torch.jit.load]" in error_message(experiment, target, "allow_targets=[torch.jit.save]")
 
 
 @pytest.mark.parametrize(
@@ -372,29 +377,32 @@ def test_allow_targets_opens_one_name(experiment: Path):
         "task.augment={_partial_: true}",
     ],
 )
-def test_what_was_typed_is_not_suggested(experiment: Path, override: str):
+def test_input_itself_is_not_suggested(experiment: Path, override: str):
     typed = override.rpartition("=")[2] if "_target_" in override else "task.augment._partial_"
-    assert f"mean `{typed}`" not in refusal(experiment, override)
+    assert f"mean `{typed}`" not in error_message(experiment, override)
 
 
-def test_a_suggested_bound_is_accepted(experiment: Path):
-    said = refusal(experiment, "expected={val/los:{at_most: 3}}")
-    suggested = said.rpartition("write `'")[2].removesuffix("'`.")
+def test_suggested_bound_is_accepted(experiment: Path):
+    message = error_message(experiment, "expected={val/los:{at_most: 3}}")
+    suggested = re.findall(r"`'(.*?)'`", message)[-1]
     assert compose(experiment, [suggested]).expected["val/los"].at_most == 3
 
 
-def test_a_saved_config_is_checked_like_any_other(experiment: Path, tmp_path: Path):
+def test_saved_config_is_checked(experiment: Path, tmp_path: Path):
     saved = tmp_path / "saved.yaml"
     saved.write_text(OmegaConf.to_yaml(compose(experiment)))
     assert load(saved, ["trainer.max_steps=2"]).trainer.max_steps == 2
-    for override, word in (("trainer.max_stepz=2", "max_steps"), ("trainer=gpu", "no groups left")):
+    for override, word in (
+        ("trainer.max_stepz=2", r"`trainer\.max_steps=2`"),
+        ("trainer=gpu", r"`trainer\.<key>=<value>`"),
+    ):
         with pytest.raises(ValueError, match=word):
             load(saved, [override])
-    with pytest.raises(FileNotFoundError, match="no config file"):
+    with pytest.raises(FileNotFoundError, match=r"other\.yaml"):
         load(tmp_path / "other.yaml")
 
 
-def test_a_sweep_is_expanded():
+def test_sweep_is_expanded():
     assert expand_sweep(["seed=1,2", "name=a", "trainer.max_steps=range(3,5)"]) == [
         ["seed=1", "name=a", "trainer.max_steps=3"],
         ["seed=1", "name=a", "trainer.max_steps=4"],
@@ -422,22 +430,22 @@ def test_a_sweep_is_expanded():
         "blueberry_video.optim.warmup_cosine",
     ],
 )
-def test_a_signature_read_from_the_source_is_the_real_one(target: str):
+def test_signature_from_source_equals_inspect_signature(target: str):
     module, _, name = target.rpartition(".")
     real = inspect.signature(getattr(importlib.import_module(module), name)).parameters
     named = {key: p for key, p in real.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     read = signature(target)
     assert list(read.parameters) == list(named)
-    assert [p.required for p in read.parameters.values()] == [p.default is p.empty for p in named.values()]
+    assert [p.default is p.empty for p in read.parameters.values()] == [p.default is p.empty for p in named.values()]
     assert read.open == any(p.kind is p.VAR_KEYWORD for p in real.values())
 
 
-def test_check_takes_plain_dictionaries():
-    with pytest.raises(ValueError, match="`sede` = 3 is not a root key"):
+def test_check_accepts_plain_dictionaries():
+    with pytest.raises(ValueError, match=r"`sede` = 3 .*`seed`"):
         check({"sede": 3})
 
 
-def test_the_environment_shows_a_traceback_on_request(experiment: Path):
+def test_environment_variable_shows_the_traceback(experiment: Path):
     command = [sys.executable, "-m", "blueberry_video.train", "--config-dir", str(experiment.parent), "sede=3"]
     result = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "BLUEBERRY_TRACEBACK": "1"}
@@ -446,54 +454,57 @@ def test_the_environment_shows_a_traceback_on_request(experiment: Path):
     assert "Traceback" in result.stderr
 
 
-def test_an_augmentation_sets_the_size_of_training_clips():
+def test_augmentation_sets_the_size_of_training_clips():
     experiment = ROOT / "experiments" / "videomae_k400" / "config.yaml"
     assert compose(experiment).data.train.image_size == 256  # cropped to the model's 224
-    said = refusal(experiment, "task.augment.size=192")
-    assert "`task.augment.size` = 192 and `model.encoder.image_size` = 224 disagree" in said
-    assert "`data.val.image_size` = 256" in refusal(experiment, "data.val.image_size=256")
+    message = error_message(experiment, "task.augment.size=192")
+    assert "`task.augment.size` = 192" in message
+    assert "`model.encoder.image_size` = 224" in message
+    assert "`data.val.image_size` = 256" in error_message(experiment, "data.val.image_size=256")
 
 
-def test_of_several_augmentations_the_last_that_crops_sets_the_size(experiment: Path):
+def test_last_crop_of_several_augmentations_sets_the_size(experiment: Path):
     file = ROOT / "experiments" / "videomae_finetune_k400" / "config.yaml"
-    said = refusal(file, "task.augment._args_.0.size=192")
-    assert "Write `task.augment._args_.0.size=224` or `model.encoder.image_size=192`" in said  # Hydra takes it
+    message = error_message(file, "task.augment._args_.0.size=192")
+    assert "`task.augment._args_.0.size=224`" in message  # an override that Hydra accepts
+    assert "`model.encoder.image_size=192`" in message
     sequence, larger = "task.augment={_target_: torch.nn.Sequential, _args_: [%s]}", "data.train.image_size=64"
-    crop = "{_target_: blueberry_video.nn.augment.RandomResizedCrop, size: %s}"
-    flip, foreign = "{_target_: blueberry_video.nn.augment.HorizontalFlip}", "{_target_: json.JSONEncoder}"
+    crop = "{_target_: blueberry_video.augmentation.RandomResizedCrop, size: %s}"
+    flip, foreign = "{_target_: blueberry_video.augmentation.HorizontalFlip}", "{_target_: json.JSONEncoder}"
     compose(experiment, [sequence % f"{crop % 24}, {crop % 32}, {flip}", larger])
-    assert "_args_.1.size` = 24" in refusal(experiment, sequence % f"{crop % 32}, {crop % 24}")
-    assert "`data.train.image_size` = 64" in refusal(experiment, sequence % flip, larger)
-    compose(experiment, [sequence % f"{flip}, {foreign}", larger, "allow_targets=[json]"])  # it might crop, who knows
+    assert "_args_.1.size` = 24" in error_message(experiment, sequence % f"{crop % 32}, {crop % 24}")
+    assert "`data.train.image_size` = 64" in error_message(experiment, sequence % flip, larger)
+    compose(experiment, [sequence % f"{flip}, {foreign}", larger, "allow_targets=[json]"])  # it may crop
 
 
 FOLDER = ["data=image_folder", "data.train.root=somewhere"]
 
 
 @pytest.mark.parametrize(("data", "part"), [(FOLDER, ""), (["data=omni"], ".parts.image")])
-def test_single_frames_need_an_encoder_that_takes_them(experiment: Path, data: list[str], part: str):
-    said = refusal(experiment, *data)
-    assert f"`data.train{part}._target_` = blueberry_video.data." in said
-    assert "`model.encoder.images` = False takes clips alone. Write `model.encoder.images=true`" in said
+def test_single_frames_require_an_encoder_of_images(experiment: Path, data: list[str], part: str):
+    message = error_message(experiment, *data)
+    assert f"`data.train{part}._target_` = blueberry_video.data." in message
+    assert "`model.encoder.images` = False" in message
+    assert "`model.encoder.images=true`" in message
     compose(experiment, [*data, "model.encoder.images=true"])
 
 
-def test_single_frames_have_the_size_of_the_model_and_come_from_clips_of_any_length(experiment: Path):
+def test_single_frames_have_the_size_of_the_model_and_any_clip_length(experiment: Path):
     compose(experiment, [*FOLDER, "model.encoder.num_frames=1", "model.encoder.tubelet_size=1"])
-    said = refusal(experiment, *FOLDER, "model.encoder.images=true", "data.train.image_size=64")
-    assert "`data.train.image_size` = 64" in said
+    message = error_message(experiment, *FOLDER, "model.encoder.images=true", "data.train.image_size=64")
+    assert "`data.train.image_size` = 64" in message
     source = (
         "data.train.parts.image.dataset={_target_: blueberry_video.data.sprites.Sprites, split: train, size: 8, %s}"
     )
     mixture = ["data=omni", "model=omnimae/tiny"]
     compose(experiment, [*mixture, source % "num_frames: 4"])
-    said = refusal(experiment, *mixture, source % "image_size: 16")
-    assert "`data.train.parts.image.dataset.image_size` = 16" in said
+    message = error_message(experiment, *mixture, source % "image_size: 16")
+    assert "`data.train.parts.image.dataset.image_size` = 16" in message
 
 
-def test_a_teacher_must_take_the_clips_too(experiment: Path):
+def test_teacher_sizes_are_checked(experiment: Path):
     distil = ["model=classifier/tiny", "task=distillation", "task.teacher_from=somewhere"]
-    assert "`task.teacher.encoder.image_size` = 224 disagree" in refusal(experiment, *distil)
+    assert "`task.teacher.encoder.image_size` = 224" in error_message(experiment, *distil)
     small = [*distil, "model@task.teacher=classifier/tiny"]
     compose(experiment, small)
-    assert "`task.teacher.encoder.num_heads=4`" in refusal(experiment, *small, "task.teacher.encoder.num_heads=5")
+    assert "`task.teacher.encoder.num_heads=4`" in error_message(experiment, *small, "task.teacher.encoder.num_heads=5")

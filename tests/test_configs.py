@@ -1,6 +1,9 @@
-"""Every file of conf/ composes, passes its checks, and builds what it names, with the model on the meta device."""
+"""Every file of conf/ composes, is valid, and instantiates its target, with models on the meta device."""
 
+import ast
 import inspect
+import pkgutil
+import re
 from pathlib import Path
 
 import pytest
@@ -9,16 +12,16 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from blueberry_video.config import CONF, compose
+from blueberry_video.config import CONF, checks, compose
 from blueberry_video.data.sprites import Sprites
 
 FILES = sorted(
     str(path.relative_to(CONF).with_suffix(""))
     for path in CONF.rglob("*.yaml")
     if path.parent not in (CONF, CONF / "video")
-)  # video/: settings of models
-ENCODERS = ("model/vit", "model/hydra_video/", "model/spool/", "model/dinov2/")  # bare ones: they go into a network
-PARTS = {  # of a text-to-video model or of its task: where they stand in a config
+)  # video/: settings of the video pipeline
+ENCODERS = ("model/vit", "model/hydra_video/", "model/spool/", "model/dinov2/")  # parts of a network
+PARTS = {  # parts of a text-to-video model or of its task: group → key in the config
     "model/cogvideox/": "model.transformer",
     "model/hunyuan_video/": "model.transformer",
     "model/text/": "model.text",
@@ -45,7 +48,7 @@ def experiment(tmp_path: Path) -> Path:
 
 
 def overrides_for(name: str) -> list[str]:
-    """What puts a file of conf/ into an experiment that can run."""
+    """Overrides that add a file of conf/ to an experiment that can run."""
     group, _, choice = name.partition("/")
     if name.startswith(tuple(PARTS)):
         return part_overrides(*name.rsplit("/", 1))
@@ -108,7 +111,7 @@ def overrides_for(name: str) -> list[str]:
 
 
 def part_overrides(group: str, choice: str) -> list[str]:
-    """What puts a part into a model of its family, or into the task."""
+    """Overrides that add a part to a model of its family, or to the task."""
     is_small = choice in ("tiny", "v1_5_tiny", "words", "pixels", "video_vae")
     family = "hunyuan" if "hunyuan" in (choice, group.removesuffix("_video").removeprefix("model/")) else "cogvideox"
     model = (
@@ -126,7 +129,7 @@ def part_overrides(group: str, choice: str) -> list[str]:
 
 
 def build(config: DictConfig) -> tuple[nn.Module, nn.Module]:
-    """Model and task, on the meta device."""
+    """Model and task on the meta device."""
     with torch.device("meta"):
         model = instantiate(config.model)
         optimizer, schedule = instantiate(config.optimizer), instantiate(config.schedule)
@@ -134,15 +137,15 @@ def build(config: DictConfig) -> tuple[nn.Module, nn.Module]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_composes_and_passes_every_check(experiment: Path, name: str):
+def test_composes(experiment: Path, name: str):
     config = compose(experiment, overrides_for(name))
     if not name.startswith("debug/"):
         chosen = OmegaConf.load(CONF / f"{name}.yaml")
         plain = OmegaConf.to_container(chosen, resolve=False)
         given = {key: value for key, value in plain.items() if isinstance(value, int | float)}
-        inside = next((place for prefix, place in PARTS.items() if name.startswith(prefix)), name.partition("/")[0])
-        place = OmegaConf.select(config, "model.encoder" if name.startswith(ENCODERS) else inside)
-        assert given.items() <= dict(place).items(), "the file's values are not those of the composed config"
+        part = next((key for prefix, key in PARTS.items() if name.startswith(prefix)), name.partition("/")[0])
+        node = OmegaConf.select(config, "model.encoder" if name.startswith(ENCODERS) else part)
+        assert given.items() <= dict(node).items(), "the composed config must contain the values of the file"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -154,7 +157,7 @@ def test_models_build_with_their_task(experiment: Path, name: str):
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith(NO_ENCODER)])
-def test_models_of_generation_build_with_their_task(experiment: Path, name: str):
+def test_generative_models_build_with_their_task(experiment: Path, name: str):
     model, task = build(compose(experiment, overrides_for(name)))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert task.model is model
@@ -179,7 +182,7 @@ def test_samplers_and_guidances_build(experiment: Path, name: str):
 
 
 @pytest.mark.parametrize("backbone", ["dinov2/small", "vit_frame/small", "hydra_video/small"])
-def test_spool_takes_any_encoder_of_frames_as_its_backbone(experiment: Path, backbone: str):
+def test_spool_accepts_any_frame_encoder_as_backbone(experiment: Path, backbone: str):
     chosen = ["model@model.encoder=spool/small", f"model@model.encoder.backbone={backbone}"]
     images = ["model.encoder.backbone.images=true"] if backbone.startswith("hydra") else []
     config = compose(
@@ -224,30 +227,51 @@ def test_generated_data_fits_the_model(experiment: Path, data: str, monkeypatch:
     assert video.shape == (encoder.num_frames, 3, encoder.image_size, encoder.image_size)
 
 
-def test_the_cpu_trainer_builds(experiment: Path, tmp_path: Path):
+def test_cpu_trainer_builds(experiment: Path, tmp_path: Path):
     config = compose(experiment, ["trainer.max_steps=3"])
     trainer = instantiate(config.trainer, _partial_=True)(callbacks=[], logger=False, default_root_dir=tmp_path)
     assert (trainer.max_steps, trainer.world_size) == (3, 1)
 
 
-def test_a_video_folder_takes_the_clips_that_make_data_writes(experiment: Path):
+def test_video_folder_clips_fit_into_the_videos_of_make_data(experiment: Path):
     config = compose(experiment, ["data=video_folder", "data.train.root=somewhere"])
     span = (config.data.train.num_frames - 1) * config.data.train.stride + 1
     assert span <= inspect.signature(Sprites).parameters["num_frames"].default
 
 
 @pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONF)))
-def test_the_first_comment_says_what_it_is(file: Path):
+def test_first_comment_is_a_description(file: Path):
     comments = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
     assert comments[0].startswith("# ")
     assert len(comments[0]) > 15
 
 
-def test_debug_wins_over_the_experiment(experiment: Path):
+def test_debug_overrides_the_experiment(experiment: Path):
     experiment.write_text(EXPERIMENT + "trainer: {max_steps: 777}\n")
     assert compose(experiment).trainer.max_steps == 777
     assert compose(experiment, ["+debug=fast"]).trainer.max_steps == 10
 
 
-def test_there_is_no_config_that_would_shadow_an_experiment():
+def test_no_config_shadows_an_experiment():
     assert not (CONF / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("name", checks.DOTTED_NAMES)
+def test_dotted_names_of_the_checks_exist(name: str):
+    pkgutil.resolve_name(name)
+
+
+def test_all_dotted_names_of_the_checks_are_tested():
+    used = re.findall(r"\b(?:blueberry_video|torch|lightning)(?:\.\w+)+\b", strings_of(Path(checks.__file__)))
+    assert set(used) <= set(checks.DOTTED_NAMES)
+
+
+def strings_of(file: Path) -> str:
+    """All string literals of a source file, without docstrings, comments and imports."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    return "\n".join(
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+    )

@@ -1,4 +1,4 @@
-"""Every shipped experiment composes, builds on the meta device, and keeps the form that a reader relies on."""
+"""Every experiment composes, builds on the meta device, and has the expected files, name and README sections."""
 
 import re
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_builds_on_the_meta_device(file: Path):
 
 
 @shipped
-def test_is_named_as_its_folder_and_says_how_to_run(file: Path):
+def test_has_the_name_of_its_folder_and_a_run_command(file: Path):
     name = file.parent.name
     assert compose(file).name == name
     assert re.match(rf"# run: make \w+ EXP={name}\b", file.read_text())
@@ -44,13 +44,13 @@ def test_readme_has_every_section(file: Path):
 
 
 @shipped
-def test_holds_differences_only(file: Path):
+def test_config_contains_differences_only(file: Path):
     lines = [line for line in file.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
     assert len(lines) <= MAX_DIFFERENCES
 
 
 @shipped
-def test_its_resolved_config_composes_to_itself(file: Path, tmp_path: Path):
+def test_resolved_config_composes_to_itself(file: Path, tmp_path: Path):
     config = compose(file)
     saved = tmp_path / "config.yaml"
     saved.write_text(OmegaConf.to_yaml(config))

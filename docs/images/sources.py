@@ -1,4 +1,4 @@
-"""Draws docs/images/sources.png: clips of the two embedded sources, a row a clip, every other frame.
+"""Draws docs/images/sources.png: clips of the two built-in data sources, one row per clip, every other frame.
 
 python docs/images/sources.py
 """
@@ -16,7 +16,7 @@ SIDE = 96
 
 
 def rows(dataset: Dataset, indices: list[int]) -> list[torch.Tensor]:
-    """uint8 (3, SIDE, 8 SIDE) for each clip: its frames side by side."""
+    """Returns one uint8 strip (3, SIDE, 8 SIDE) per clip, its frames concatenated along the width."""
     strips = []
     for index in indices:
         frames = dataset[index]["video"][::2]

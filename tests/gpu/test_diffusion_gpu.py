@@ -1,4 +1,4 @@
-"""Video diffusion on a GPU: a run of either family in bf16, clips made chunk by chunk, and where noise is drawn."""
+"""Video diffusion on a GPU: training in bf16, chunk-wise causal sampling, and latents drawn on the CPU."""
 
 import math
 from pathlib import Path
@@ -9,16 +9,16 @@ from hydra.utils import instantiate
 from lightning import Trainer
 
 from blueberry_video.config import compose
-from blueberry_video.inference.causal_generation import generate_causally
-from blueberry_video.inference.diffusion_samplers import FlowEuler
-from blueberry_video.inference.guidance import ConstantGuidance
-from blueberry_video.inference.text_to_video import conditioned_causally, generate_latents
-from blueberry_video.models.cogvideox import CogVideoX
-from blueberry_video.models.hunyuan_video import HunyuanVideo
-from blueberry_video.models.text_to_video import TextToVideo
-from blueberry_video.models.word_text import WordText
-from blueberry_video.nn.codec import Pixels, sample
-from blueberry_video.nn.objectives import FlowMatching
+from blueberry_video.diffusion.causal_sampling import generate_causally
+from blueberry_video.diffusion.generation import conditioned_causally, generate_latents
+from blueberry_video.diffusion.guidance import ConstantGuidance
+from blueberry_video.diffusion.objectives import FlowMatching
+from blueberry_video.diffusion.samplers import FlowEuler
+from blueberry_video.diffusion.text_to_video import TextToVideo
+from blueberry_video.models.autoencoder.base import Pixels, sample
+from blueberry_video.models.cogvideox.model import CogVideoX
+from blueberry_video.models.hunyuan_video.model import HunyuanVideo
+from blueberry_video.models.text_encoder.words import WordText
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -26,7 +26,7 @@ EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 
 
 @pytest.mark.parametrize("name", ["cogvideox", "hunyuan", "cogvideox_i2v", "diffusion_forcing"])
-def test_two_steps_with_validation_and_pictures(name: str, tmp_path: Path):
+def test_two_steps_with_validation_and_media(name: str, tmp_path: Path):
     config = compose(EXPERIMENTS / name / "config.yaml", ["task.sampler.steps=2", "task.num_pictures=2"])
     data, model, optimizer, schedule = map(instantiate, (config.data, config.model, config.optimizer, config.schedule))
     task = instantiate(config.task, _partial_=True)(model=model, optimizer=optimizer, schedule=schedule)
@@ -39,7 +39,7 @@ def test_two_steps_with_validation_and_pictures(name: str, tmp_path: Path):
     losses = {key: value.item() for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
     assert {"val/loss", "val/loss_t95", "val/loss_shuffled", "val/loss_trivial"} <= losses.keys()
     assert all(map(math.isfinite, losses.values()))
-    task.to("cuda")  # Lightning has moved it back
+    task.to("cuda")  # Lightning moves it back to the CPU
     clips = torch.stack([data.val[index]["video"] for index in range(2)]).cuda()
     batch = {"video": clips, "id": ["a", "b"], "caption": [data.val[index]["caption"] for index in range(2)]}
     batch = task.on_after_batch_transfer(batch, 0)
@@ -67,8 +67,8 @@ def hunyuan(text_len: int) -> HunyuanVideo:
 
 
 @pytest.mark.parametrize("build", [cogvideox, hunyuan])
-def test_the_cache_changes_nothing_with_flex_blocks(build):
-    """Without a cache every chunk but the first is masked by blocks; captions have padding."""
+def test_cached_sampling_equals_uncached_sampling(build):
+    """Without a KV cache, all chunks but the first use block masks; captions have padding."""
     torch.manual_seed(0)
     model = TextToVideo(build(8), WordText(8, 8, ["a", "disc", "moves"]), Pixels()).cuda().eval()
     text, without = model.text(["a disc moves", "a"]), model.text.unconditional(2)
@@ -86,7 +86,7 @@ def test_the_cache_changes_nothing_with_flex_blocks(build):
     torch.testing.assert_close(made.cpu(), expected, atol=2e-2, rtol=2e-2)
 
 
-def test_a_generator_on_the_cpu_draws_the_same_latents_for_both():
+def test_cpu_generator_draws_equal_latents_on_both_devices():
     moments = torch.randn(1, 6, 2, 4, 4)
     drawn = [sample(moments.to(device), torch.Generator().manual_seed(0)).cpu() for device in ("cpu", "cuda")]
     torch.testing.assert_close(*drawn)

@@ -1,9 +1,9 @@
-"""Spool's attention on a GPU: FlexAttention, with its block masks and gradients, against the dense definition."""
+"""Spool's attention on a GPU: FlexAttention with block masks, compared with the dense reference."""
 
 import pytest
 import torch
 
-from blueberry_video.nn.frame_attention import FrameLayout, Heads, frame_attention
+from blueberry_video.models.spool.attention import FrameLayout, Heads, frame_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -11,30 +11,30 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize(("lookback", "mode"), [(2, "both"), (1, "split"), (4, "causal"), (0, "both")])
 @pytest.mark.parametrize("size", [(1, 4, 4), (9, 50, 64), (40, 16, 16)], ids=str)
 @pytest.mark.parametrize("ragged", [False, True])
-def test_flex_equals_the_definition_with_its_gradients(lookback, mode, size, ragged):
+def test_flex_equals_reference_with_gradients(lookback, mode, size, ragged):
     torch.manual_seed(0)
     layout = FrameLayout(*size)
-    there = torch.ones(2, sum(layout.sizes), dtype=torch.bool, device="cuda")
+    mask = torch.ones(2, sum(layout.sizes), dtype=torch.bool, device="cuda")
     if ragged:
         valid = torch.rand(2, layout.frames, layout.tokens, device="cuda") < 0.6
         layout = layout._replace(valid=valid)
-        there = torch.nn.functional.pad(valid.flatten(1), (layout.context, layout.context), value=True)
+        mask = torch.nn.functional.pad(valid.flatten(1), (layout.context, layout.context), value=True)
     qkv = [torch.randn(2, 4, sum(layout.sizes), 32, device="cuda", requires_grad=True) for _ in range(3)]
-    weights = torch.randn_like(qkv[0]) * there[:, None, :, None]
+    weights = torch.randn_like(qkv[0]) * mask[:, None, :, None]
     found = []
     for backend in (None, "reference"):
         out = frame_attention(*qkv, layout, Heads(lookback, 3, mode), backend=backend)
-        found.append([out * there[:, None, :, None], *torch.autograd.grad((out * weights).sum(), qkv)])
+        found.append([out * mask[:, None, :, None], *torch.autograd.grad((out * weights).sum(), qkv)])
     for flex, dense in zip(*found, strict=True):
         torch.testing.assert_close(flex, dense, atol=5e-3, rtol=5e-3)  # TF32 products
 
 
-def test_a_long_video_takes_memory_in_proportion_to_its_frames():
+def test_memory_is_linear_in_frames():
     used = {}
     for frames in (128, 256):
         layout = FrameLayout(frames, 64, 64)
         qkv = [torch.randn(1, 4, sum(layout.sizes), 64, device="cuda", requires_grad=True) for _ in range(3)]
-        for _ in range(2):  # the first time compiles
+        for _ in range(2):  # the first call compiles
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             frame_attention(*qkv, layout, Heads(2, 8, "both")).square().mean().backward()

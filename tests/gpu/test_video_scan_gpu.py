@@ -1,4 +1,4 @@
-"""The video scan's Triton kernels on a GPU, through the public functions, against float64: `make test-gpu`."""
+"""Triton kernels of the scans on a GPU, compared with the chunked backend in float64: `make test-gpu`."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from blueberry_video.ops import ssd, video_ssd
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 NAMES = ("x", "dt_f", "dt_b", "A_f", "A_b", "B_f", "C_f", "B_b", "C_b", "D", "h0", "g0")
-LOW = ("x", "B_f", "C_f", "B_b", "C_b")  # in the type of the test; the rest is float32
+LOW = ("x", "B_f", "C_f", "B_b", "C_b")  # in the dtype of the test; the rest is float32
 
 
 def inputs(
@@ -44,7 +44,7 @@ def inputs(
 
 
 def run(given: dict[str, Tensor], segment_len: int | Tensor, backend: str, dtype: torch.dtype | None = None) -> dict:
-    """y, the states, and the gradients of all inputs, with the same random dy and dstates in every backend."""
+    """Returns y, states and gradients of all inputs, with the same random dy and dstates for every backend."""
     leaves = {name: value.to(dtype or value.dtype).detach().requires_grad_() for name, value in given.items()}
     arguments = {name: leaves[name] for name in NAMES if name in leaves}
     y, states = video_ssd(**arguments, segment_len=segment_len, return_frame_states=True, backend=backend)
@@ -60,7 +60,7 @@ def error(actual: Tensor, exact: Tensor) -> float:
 
 
 def compare(given: dict[str, Tensor], segment_len: int | Tensor, factor: float = 2.0) -> None:
-    """No value is further from float64 than ``factor`` times what the PyTorch path gives for the same inputs."""
+    """Checks that errors with respect to float64 are at most ``factor`` times those of the PyTorch backend."""
     exact = run(given, segment_len, "torch", torch.float64)
     ours, peer = run(given, segment_len, "triton"), run(given, segment_len, "torch")
     found = {name: (error(ours[name], exact[name]), error(peer[name], exact[name])) for name in exact}
@@ -86,7 +86,7 @@ SHAPES: dict[str, dict] = {
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_as_exact_as_pytorch(shape: dict, dtype: torch.dtype):
+def test_as_accurate_as_torch_backend(shape: dict, dtype: torch.dtype):
     compare(inputs(**shape, dtype=dtype), shape.get("tokens", 196))
 
 
@@ -105,7 +105,7 @@ def test_causal_scan():
 
 
 def test_large_dt():
-    """Every token forgets what was before it."""
+    """The state decays fully at every token."""
     given = inputs()
     for name in ("dt_f", "dt_b"):
         given[name] = given[name] * 1e4
@@ -121,7 +121,7 @@ def test_strong_decays_between_weak_ones():
     assert (actual - exact).abs().max() / exact.abs().max() < 1e-4
 
 
-def test_dt_to_zero():
+def test_dt_near_zero():
     given = inputs()
     for name in ("dt_f", "dt_b"):
         given[name] = given[name] * 1e-6
@@ -145,7 +145,7 @@ def test_stride_0_gradients():
 
 
 def test_views():
-    """x, B and C as they are split off one projection."""
+    """x, B and C are slices of one projection."""
     given = inputs()
     parts = [given[name].flatten(2) for name in LOW]
     split = torch.cat(parts, -1).split([part.shape[-1] for part in parts], -1)
@@ -155,13 +155,13 @@ def test_views():
     assert torch.equal(video_ssd(**{**given, **views}, segment_len=196, backend="triton"), expected)
 
 
-def test_two_runs_agree_to_the_bit():
+def test_deterministic():
     given = inputs()
     first, second = run(given, 196, "triton"), run(given, 196, "triton")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_no_future():
+def test_no_future_leakage():
     given = inputs(frames=3)
     changed = {**given, "x": given["x"].clone()}
     changed["x"][:, 392:] += 1
@@ -171,7 +171,7 @@ def test_no_future():
     assert not torch.equal(y[:, 392:], later[:, 392:])
 
 
-def test_compiles_into_one_graph():
+def test_compiles_fullgraph():
     given = inputs()
 
     def scan(values: dict[str, Tensor]) -> Tensor:
@@ -186,7 +186,7 @@ def test_compiles_into_one_graph():
 
 
 def test_offsets_beyond_int32():
-    """The last frames of 2.3e9 numbers are those of a scan that begins before them."""
+    """The last frame of 2.3e9 elements equals that of a scan over the last two frames."""
     free, _ = torch.cuda.mem_get_info()
     if free < 40 * 2**30:
         pytest.skip("needs 40 GB of GPU memory")
@@ -203,5 +203,5 @@ def test_offsets_beyond_int32():
         return video_ssd(*given, segment_len=tokens, backend="triton")
 
     last = slice(length - 2 * tokens, length)
-    expected = scan(last)[:, tokens:]  # 256 tokens of exp(-0.5) before them: nothing that was further back is left
+    expected = scan(last)[:, tokens:]  # after 256 tokens of exp(-0.5) no earlier state remains
     assert torch.equal(scan(slice(0, length))[:, -tokens:], expected)

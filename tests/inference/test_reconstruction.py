@@ -1,5 +1,5 @@
-"""Reconstructions: visible patches untouched, predicted ones with their true mean and standard deviation, the rest
-black.
+"""Reconstructions: visible patches are unchanged, predicted ones get their true mean and standard deviation, and the
+rest is black.
 """
 
 import pytest
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from blueberry_video.inference.reconstruction import hide, reconstruct
 from blueberry_video.masking import DualMasking, RandomMasking
-from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
+from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.nn.patches import gather_tokens, normalize_patches, patchify
 
@@ -21,7 +21,7 @@ def encoder(**changes) -> VisionTransformer:
 
 
 class Predicts(MaskedAutoencoder):
-    """Predicts what the test gives it."""
+    """Masked autoencoder with a fixed prediction."""
 
     def __init__(self, prediction: Tensor):
         super().__init__(encoder(), 4, 0, 1)
@@ -38,7 +38,7 @@ def case() -> tuple[Tensor, Tensor, Tensor]:
     return video, keep, target
 
 
-def test_a_perfect_prediction_gives_the_video_back():
+def test_perfect_prediction_reconstructs_the_video():
     video, keep, target = case()
     truth = normalize_patches(patchify(video, PATCH)).patches.flatten(2)
     filled = reconstruct(Predicts(truth), video, video, keep, target)
@@ -46,7 +46,7 @@ def test_a_perfect_prediction_gives_the_video_back():
     assert not filled.requires_grad
 
 
-def test_predicting_zero_gives_the_true_mean_of_each_hidden_patch_and_visible_ones_exactly():
+def test_predicting_zero_gives_the_mean_of_hidden_patches_and_keeps_visible_ones():
     video, keep, target = case()
     filled = patchify(reconstruct(Predicts(torch.zeros(2, 8, 96)), video, video, keep, target), PATCH)
     patches = patchify(video, PATCH)
@@ -55,7 +55,7 @@ def test_predicting_zero_gives_the_true_mean_of_each_hidden_patch_and_visible_on
     torch.testing.assert_close(gather_tokens(filled, target), expected)
 
 
-def test_predicting_one_lies_one_true_standard_deviation_higher():
+def test_predicting_one_adds_one_standard_deviation():
     video, keep, target = case()
     video = 0.4 + 0.1 * video
     filled = patchify(reconstruct(Predicts(torch.ones(2, 8, 96)), video, video, keep, target), PATCH)
@@ -64,14 +64,14 @@ def test_predicting_one_lies_one_true_standard_deviation_higher():
     torch.testing.assert_close(gather_tokens(filled, target), expected, atol=1e-5, rtol=0)
 
 
-def test_a_wild_prediction_stays_in_the_range_of_pixels():
+def test_reconstruction_is_clamped_to_the_range_of_pixels():
     video, keep, target = case()
     filled = reconstruct(Predicts(100 * torch.randn(2, 8, 96)), video, video, keep, target)
     assert filled.min() == 0
     assert filled.max() == 1
 
 
-def test_the_model_sees_the_normalised_video_and_fills_the_given_one():
+def test_model_receives_the_normalized_video():
     model = MaskedAutoencoder(encoder(embed_dim=8, depth=1), decoder_dim=8, decoder_depth=1, decoder_num_heads=1).eval()
     video, keep, target = case()
     inputs = (video - 0.5) / 0.25
@@ -81,8 +81,8 @@ def test_the_model_sees_the_normalised_video_and_fills_the_given_one():
     torch.testing.assert_close(gather_tokens(filled, target), expected)
 
 
-def test_places_neither_seen_nor_predicted_are_black():
-    """With dual masking: and what is both seen and predicted stays as it was seen."""
+def test_patches_neither_visible_nor_predicted_are_black():
+    """With dual masking, patches that are both visible and predicted are unchanged."""
     video = case()[0] + 0.01
     keep, target, _ = DualMasking(RandomMasking(0.6))(2, GRID, torch.Generator().manual_seed(1))
     truth = normalize_patches(patchify(video, PATCH)).patches.flatten(2)
@@ -91,16 +91,16 @@ def test_places_neither_seen_nor_predicted_are_black():
     kinds = set()
     for b in range(2):
         for n in range(8):
-            seen, asked = n in keep[b].tolist(), n in target[b].tolist()
-            kinds.add((seen, asked))
-            if seen:
+            is_visible, is_predicted = n in keep[b].tolist(), n in target[b].tolist()
+            kinds.add((is_visible, is_predicted))
+            if is_visible:
                 assert torch.equal(filled[b, n], patches[b, n].clamp(0, 1))
             else:
-                assert (filled[b, n] != 0).any() == asked
+                assert (filled[b, n] != 0).any() == is_predicted
     assert len(kinds) == 4
 
 
-def test_a_single_frame_comes_back_as_one():
+def test_single_frame_is_reconstructed_as_one_frame():
     video, keep, target = torch.rand(2, 3, 1, 8, 8), torch.tensor([[0, 3], [1, 2]]), torch.tensor([[1, 2], [0, 3]])
     model = Predicts(torch.zeros(2, 4, 96))
     model.encoder = encoder(images=True)
@@ -121,8 +121,8 @@ def test_hidden_patches_are_black():
 
 
 @pytest.mark.parametrize(("shape", "patch_size"), [((1, 1, 4, 8, 8), (2, 8, 8)), ((1, 3, 2, 2, 2), (1, 1, 1))])
-def test_the_video_given_stays_as_it_was(shape, patch_size):
-    """For these sizes patches and video could share their memory."""
+def test_hide_is_not_in_place(shape, patch_size):
+    """For these sizes, patches and video could share memory."""
     video = torch.rand(shape)
     before = video.clone()
     _, channels, frames, size, _ = shape

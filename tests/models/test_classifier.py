@@ -1,11 +1,13 @@
-"""The classifier over an encoder; parity with transformers is in test_videomae_parity."""
+"""VideoClassifier; parity with transformers is in test_videomae_parity."""
+
+import re
 
 import pytest
 import torch
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 from blueberry_video.models import classifier
-from blueberry_video.models.classifier import VideoClassifier, convert_finetuned, load_classifier, load_whole
+from blueberry_video.models.classifier import VideoClassifier, convert_finetuned
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.nn.heads import ClassificationHead
 
@@ -20,7 +22,7 @@ def tiny(qkv_bias: str = "qv", **changes) -> VideoClassifier:
 
 
 def noisy(**changes) -> VideoClassifier:
-    """No weight is zero or one: a dropped or misplaced one shows."""
+    """Classifier in which no weight is 0 or 1, so that a dropped or misplaced weight changes the output."""
     model = tiny(head_init_scale=50.0, **changes).eval()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -38,16 +40,16 @@ def test_every_parameter_receives_a_gradient(pooling):
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_mean_pooling_is_the_normalised_mean_of_the_tokens():
+def test_mean_pooling_normalizes_the_mean_of_the_tokens():
     model = tiny(head_init_scale=100.0).eval()
     pooled = torch.stack([model.encoder(VIDEO)[:, n] for n in range(8)]).sum(0) / 8
     centred = pooled - pooled.mean(1, keepdim=True)
-    normalised = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()
+    normalized = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()
     head = model.head.linear["shape"]
-    torch.testing.assert_close(model(VIDEO)["shape"], normalised @ head.weight.T + head.bias, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(VIDEO)["shape"], normalized @ head.weight.T + head.bias, atol=1e-5, rtol=1e-5)
 
 
-def test_a_frozen_encoder_stays_still():
+def test_frozen_encoder_stays_in_eval_mode_without_gradients():
     model = tiny(freeze_encoder=True).train()
     assert not model.encoder.training
     assert not model.encoder.blocks[0].training
@@ -59,7 +61,7 @@ def test_a_frozen_encoder_stays_still():
     assert tiny().train().encoder.training
 
 
-def test_head_starts_a_thousand_times_smaller():
+def test_head_init_scale_defaults_to_one_thousandth():
     weight = tiny().head.linear["motion"].weight
     assert weight.std().item() == pytest.approx(0.02 / 1000, rel=0.25)
     assert not tiny().head.linear["motion"].bias.any()
@@ -68,19 +70,19 @@ def test_head_starts_a_thousand_times_smaller():
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"pooling": "max"}, "pooling='max' is unknown"),
-        ({"num_classes": {}}, "num_classes is empty"),
-        ({"pooling": "attentive", "num_heads": 3}, "num_heads=3 does not divide the width 16"),
-        ({"pooling": "attentive", "num_heads": 0}, "num_heads=0 does not divide the width 16"),
+        ({"pooling": "max"}, "pooling='max'.*'mean'.*'attentive'"),
+        ({"num_classes": {}}, "num_classes"),
+        ({"pooling": "attentive", "num_heads": 3}, r"num_heads=3\b.*\b16\b"),
+        ({"pooling": "attentive", "num_heads": 0}, r"num_heads=0\b.*\b16\b"),
     ],
 )
-def test_bad_arguments_are_refused(changes, text):
+def test_bad_arguments_raise(changes, text):
     with pytest.raises(ValueError, match=text):
         tiny(**changes)
 
 
 def published() -> dict[str, torch.Tensor]:
-    """A fine-tuned file in the original's names."""
+    """State dict of a fine-tuned model under the original names."""
     state = dict(tiny().encoder.state_dict())
     ones = torch.ones(16)
     return state | {
@@ -95,7 +97,7 @@ def load(path) -> VideoClassifier:
     return classifier.from_published(path, num_frames=4, image_size=16, num_heads=2)
 
 
-def test_published_head_takes_the_name_given(tmp_path):
+def test_published_head_gets_the_given_label(tmp_path):
     torch.save({"model": published()}, tmp_path / "ok.pth")
     assert load(tmp_path / "ok.pth")(VIDEO)["action"].shape == (2, 5)
     named = classifier.from_published(tmp_path / "ok.pth", "verb", num_frames=4, image_size=16, num_heads=2)
@@ -103,26 +105,26 @@ def test_published_head_takes_the_name_given(tmp_path):
 
 
 @pytest.mark.parametrize("absent", ["fc_norm.weight", "head.weight"])
-def test_a_file_without_classifier_is_refused(absent, tmp_path):
+def test_file_without_classifier_raises(absent, tmp_path):
     state = published()
     del state[absent]
     torch.save(state, tmp_path / "wrong.pth")
-    with pytest.raises(ValueError, match=r"no fine-tuned VideoMAE.*masked_autoencoder\.from_published"):
+    with pytest.raises(ValueError, match=r"(?s)wrong\.pth.*fc_norm\.weight.*head\.weight.*masked_autoencoder"):
         load(tmp_path / "wrong.pth")
 
 
 @pytest.mark.parametrize("absent", ["fc_norm.bias", "head.bias", "blocks.0.norm1.bias"])
-def test_a_missing_weight_is_named(absent, tmp_path):
+def test_missing_weight_raises_with_its_name(absent, tmp_path):
     state = published()
     del state[absent]
     torch.save(state, tmp_path / "wrong.pth")
-    with pytest.raises(RuntimeError, match=f"(?s)Missing key.*{absent.replace('head', 'head.linear.action')}"):
+    with pytest.raises(ValueError, match=f"(?si)missing.*{absent.replace('head', 'head.linear.action')}"):
         load(tmp_path / "wrong.pth")
 
 
-def test_learned_positions_are_not_dropped_in_silence(tmp_path):
+def test_learned_position_table_raises(tmp_path):
     torch.save({**published(), "pos_embed": torch.zeros(1, 8, 16)}, tmp_path / "wrong.pth")
-    with pytest.raises(RuntimeError, match=r"(?s)Unexpected key.*pos_embed"):
+    with pytest.raises(ValueError, match=r"(?si)unexpected.*pos_embed"):
         load(tmp_path / "wrong.pth")
 
 
@@ -131,17 +133,17 @@ LAYOUTS += [("qkv", lambda state, label: classifier.to_omnimae(state, label, num
 
 
 @pytest.mark.parametrize(("qkv_bias", "to"), LAYOUTS, ids=["original", "huggingface", "omnimae"])
-def test_published_layouts_lead_back_to_the_same_weights(qkv_bias, to, tmp_path):
+def test_published_layouts_round_trip(qkv_bias, to, tmp_path):
     model = noisy(qkv_bias=qkv_bias, num_classes={"action": 5})
     written = to(model.state_dict(), "action")
-    again = convert_finetuned(written, "action")
+    again = convert_finetuned(written, "action", "source")
     assert again.keys() == model.state_dict().keys()
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.items())
     torch.save({"model": written}, tmp_path / "published.pth")
     torch.testing.assert_close(load(tmp_path / "published.pth").eval()(VIDEO), model(VIDEO), rtol=0, atol=0)
 
 
-def test_transformers_takes_the_weights_and_says_the_same():
+def test_transformers_computes_the_same_logits_from_converted_weights():
     model = noisy(num_classes={"action": 5, "other": 2})
     config = VideoMAEConfig(
         image_size=16,
@@ -166,39 +168,39 @@ def test_transformers_takes_the_weights_and_says_the_same():
 @pytest.mark.parametrize(
     ("model", "label", "text"),
     [
-        (tiny(), "colour", "no head of 'colour': choose one of motion, shape"),
-        (tiny(pooling="attentive"), "motion", r"no head\.pool\.query: only one made with"),
+        (tiny(), "colour", "'colour'.*motion.*shape"),
+        (tiny(pooling="attentive"), "motion", r"(?s)head\.pool\.query.*final_norm=false.*pooling=mean"),
     ],
 )
-def test_what_a_published_layout_cannot_hold_is_refused(model, label, text):
+def test_head_without_a_published_layout_raises(model, label, text):
     for to in (classifier.to_original, classifier.to_huggingface, classifier.to_omnimae):
         with pytest.raises(ValueError, match=text):
             to(model.state_dict(), label)
 
 
-def test_a_norm_in_the_encoder_has_no_place_in_a_published_layout():
+def test_final_norm_of_the_encoder_without_a_published_layout_raises():
     encoder = VisionTransformer(16, 4, 8, 2, embed_dim=16, depth=1, num_heads=2)
-    with pytest.raises(ValueError, match=r"no encoder\.norm\.weight"):
+    with pytest.raises(ValueError, match=r"(?s)encoder\.norm\.weight.*final_norm=false"):
         classifier.to_original(VideoClassifier(encoder, {"motion": 8}).state_dict(), "motion")
 
 
-def test_omnimae_keeps_the_norm_after_the_mean_in_its_trunk(tmp_path):
-    """A file as the original repository writes it, with the table of positions as a buffer."""
+def test_omnimae_layout_stores_the_head_norm_as_trunk_norm(tmp_path):
+    """The file has the layout of the original repository, with the position table as a buffer."""
     state = noisy(qkv_bias="qkv", num_classes={"action": 5}).state_dict()
     written = classifier.to_omnimae(state, "action", num_frames=4, image_size=16)
     assert torch.equal(written["trunk.norm.weight"], state["head.fc_norm.weight"])
     assert torch.equal(written["head.bias"], state["head.linear.action.bias"])
     assert written["trunk.pos_embed"].shape == (1, 8, 16)
     torch.save(written, tmp_path / "omnimae.torch")
-    assert load(tmp_path / "omnimae.torch")(VIDEO[:, :, :1])["action"].shape == (2, 5)  # takes pictures, too
+    assert load(tmp_path / "omnimae.torch")(VIDEO[:, :, :1])["action"].shape == (2, 5)  # accepts single frames
 
 
-# ---- init_from: what of a file fits a classifier ----
+# ---- init_from: partial loading into a classifier ----
 
 
 @pytest.fixture
 def file(tmp_path):
-    """Writes weights and gives their path."""
+    """Function that saves a state dict and returns its path."""
 
     def write(state) -> str:
         torch.save(state, tmp_path / "weights.pth")
@@ -212,97 +214,94 @@ def same(model: VideoClassifier, source: VideoClassifier, prefix: str) -> bool:
     return all(torch.equal(own[name], theirs[name]) for name in own if name.startswith(prefix))
 
 
-def test_a_published_head_is_taken_by_the_only_label(file):
+def test_published_head_loads_into_the_only_label(file):
     source, model = noisy(num_classes={"action": 5}), tiny(num_classes={"verb": 5})
     path = file({"module": classifier.to_original(source.state_dict(), "action")})
-    assert load_classifier(model, path) == f"loaded 15 encoder tensors from {path}, and the head 'verb' (5 classes)"
+    report = model.load_published(path)
+    assert re.search(rf"\b15\b.*{re.escape(path)}.*'verb'.*\b5\b", report)
     assert same(model, source, "encoder.")
     assert torch.equal(model.eval()(VIDEO)["verb"], source(VIDEO)["action"])
 
 
 @pytest.mark.parametrize(
-    ("classes", "said"),
+    ("classes", "expected"),
     [
-        ({"action": 4}, "; its head 'action' (5 classes) was left out, since this model has 'action' (4 classes)"),
-        (
-            {"action": 5, "verb": 5},
-            "; its head 'without a label' (5 classes) was left out, since this model has 'action' (5 classes), 'verb' "
-            "(5 classes)",
-        ),
+        ({"action": 4}, r"'action'.*\b5\b.*'action'.*\b4\b"),
+        ({"action": 5, "verb": 5}, r"\b5\b.*'action'.*\b5\b.*'verb'.*\b5\b"),
     ],
 )
-def test_a_head_that_does_not_fit_is_left_out_and_named(file, classes, said):
+def test_head_that_does_not_fit_is_ignored_and_reported(file, classes, expected):
     source, model = noisy(num_classes={"action": 5}), tiny(num_classes=classes)
     before = model.head.linear["action"].weight.clone()
-    assert load_classifier(model, file(classifier.to_original(source.state_dict(), "action"))).endswith(said)
+    assert re.search(expected, model.load_published(file(classifier.to_original(source.state_dict(), "action"))))
     assert same(model, source, "encoder.")
     assert same(model, source, "head.fc_norm.")
     assert torch.equal(model.head.linear["action"].weight, before)
 
 
-def test_own_heads_are_found_by_their_label(file):
+def test_own_heads_are_matched_by_label(file):
     source, model = noisy(num_classes={"motion": 8, "shape": 3}), tiny(num_classes={"shape": 3, "motion": 6, "size": 2})
     state = {f"model.{name}": value for name, value in source.state_dict().items()}
-    said = load_classifier(model, file({"state_dict": state}))
-    assert "and the head 'shape' (3 classes); its head 'motion' (8 classes) was left out" in said
+    report = model.load_published(file({"state_dict": state}))
+    assert re.search(r"'shape'.*\b3\b.*'motion'.*\b8\b", report)
     assert same(model, source, "head.linear.shape.")
     assert not model.head.linear["size"].bias.any()
 
 
-def test_a_head_that_pools_in_another_way_is_left_out(file):
+def test_head_with_different_pooling_is_ignored(file):
     source, model = noisy(), tiny(pooling="attentive")
     before = {name: value.clone() for name, value in model.head.state_dict().items()}
-    said = load_classifier(model, file(source.state_dict()))
-    assert "its head 'motion', 'shape' was left out, since it pools in another way" in said
+    assert re.search("'motion'.*'shape'.*pool", model.load_published(file(source.state_dict())))
     assert all(torch.equal(value, before[name]) for name, value in model.head.state_dict().items())
     assert same(model, source, "encoder.")
 
 
 @pytest.mark.parametrize("head_norm", [True, False])
-def test_a_head_of_another_width_is_left_out(file, head_norm):
-    """As between the mean and the context of a Spool."""
+def test_head_of_different_width_is_ignored(file, head_norm):
+    """This occurs between mean and context pooling of a Spool."""
     source, model = noisy(head_norm=head_norm), tiny(head_norm=head_norm)
     source.head = ClassificationHead(32, source.num_classes, final_norm=head_norm)
     before = {name: value.clone() for name, value in model.head.state_dict().items()}
-    said = load_classifier(model, file(source.state_dict()))
-    assert "its head 'motion', 'shape' was left out" in said
-    assert "vectors of another width" in said
+    assert re.search("'motion'.*'shape'.*width", model.load_published(file(source.state_dict())))
     torch.testing.assert_close(model.head.state_dict(), before, rtol=0, atol=0)
     assert same(model, source, "encoder.")
 
 
-def test_a_pre_trained_file_gives_the_encoder_alone(file):
+def test_pretrained_file_loads_only_the_encoder(file):
     source, model = noisy(), tiny()
     state = {f"encoder.{name}": value for name, value in source.encoder.state_dict().items()}
-    said = load_classifier(model, file({"model": state | {"decoder.head.weight": torch.zeros(3, 3)}}))
-    assert said.endswith("; it holds no head: this model's starts anew")
+    report = model.load_published(file({"model": state | {"decoder.head.weight": torch.zeros(3, 3)}}))
+    assert "no head" in report
     assert same(model, source, "encoder.")
 
 
-def test_the_pixel_head_of_a_pre_trained_omnimae_is_no_head(file):
+def test_pixel_head_of_a_pretrained_omnimae_is_ignored(file):
     source, model = noisy(qkv_bias="qkv", num_classes={"action": 5}), tiny(qkv_bias="qkv", num_classes={"action": 5})
     state = classifier.to_omnimae(source.state_dict(), "action", num_frames=4, image_size=16)
-    assert "holds no head" in load_classifier(model, file(state | {"trunk.mask_token": torch.zeros(1, 16)}))
+    assert "no head" in model.load_published(file(state | {"trunk.mask_token": torch.zeros(1, 16)}))
 
 
-def test_an_encoder_that_does_not_fit_is_refused(file):
+def test_encoder_that_does_not_fit_raises(file):
     state = noisy().state_dict()
     del state["encoder.blocks.0.norm1.bias"]
-    with pytest.raises(ValueError, match=r"do not fit model\.encoder: 1 missing, such as blocks\.0\.norm1\.bias"):
-        load_classifier(tiny(), file(state))
+    with pytest.raises(ValueError, match=r"(?s)weights\.pth.*\b1 missing.*blocks\.0\.norm1\.bias"):
+        tiny().load_published(file(state))
 
 
-def test_loading_the_whole_is_strict(file):
+def test_load_whole_is_strict(file):
     source = noisy(num_classes={"action": 5})
     model = tiny(num_classes={"verb": 5})
     written = classifier.to_original(source.state_dict(), "action")
-    assert load_whole(model, file(written)).startswith("loaded 19 tensors from ")
+    assert re.search(r"\b19\b", model.load_finetuned(file(written)))
     assert torch.equal(model.eval()(VIDEO)["verb"], source(VIDEO)["action"])
-    faults = [({"num_classes": {"verb": 4}}, r"2 weights.*such as head\.linear\.verb\.bias")]
-    faults += [({"num_classes": {"a": 5, "b": 2}}, r"6 weights"), ({"pooling": "attentive"}, r"head\.")]
+    faults = [({"num_classes": {"verb": 4}}, r"\b2\b.*head\.linear\.verb\.bias")]
+    faults += [
+        ({"num_classes": {"a": 5, "b": 2}}, r"\b4\b.*\b2\b.*head\.linear\."),
+        ({"pooling": "attentive"}, r"head\."),
+    ]
     for changes, text in faults:
-        with pytest.raises(ValueError, match=f"does not hold the whole of this classifier: .*{text}"):
-            load_whole(tiny(**changes), file(written))
+        with pytest.raises(ValueError, match=rf"(?s)weights\.pth.*{text}.*num_classes"):
+            tiny(**changes).load_finetuned(file(written))
     pre_trained = {name: value for name, value in written.items() if not name.startswith(("head.", "fc_norm."))}
-    with pytest.raises(ValueError, match="4 weights are missing, left over or of another shape"):
-        load_whole(model, file(pre_trained))
+    with pytest.raises(ValueError, match=r"(?s)weights\.pth.*\b4\b.*head\.fc_norm\.bias"):
+        model.load_finetuned(file(pre_trained))

@@ -1,6 +1,7 @@
-"""DINOv2 against transformers and against the original's formula for positions; its weights both ways."""
+"""DINOv2: parity with transformers and with the original's position interpolation, round trips of weights, errors."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ VARIANTS = [{}, {"num_registers": 3}, {"swiglu": True}, {"swiglu": True, "num_re
 
 
 def tiny(**changes) -> DINOv2:
-    """Every parameter is noise: a bias or a scale that is lost shows."""
+    """DINOv2 with random values in every parameter, so that a dropped bias or scale changes the output."""
     torch.manual_seed(0)
     model = DINOv2(**{**SIZES, **changes}).eval()
     with torch.no_grad():
@@ -32,7 +33,7 @@ def clips(frames: int = 2, size: tuple[int, int] = (12, 12), batch: int = 2) -> 
 
 
 def theirs(num_registers: int = 0, swiglu: bool = False) -> nn.Module:
-    """A model of transformers of the same size, made from noise."""
+    """transformers' model of the same size, with random weights."""
     sizes = {
         "hidden_size": 16,
         "num_hidden_layers": 2,
@@ -80,7 +81,7 @@ def test_equals_transformers_with_gradients(variant, size):
 
 
 @torch.no_grad()
-def test_tokens_behind_blocks_are_the_hidden_states_behind_the_norm():
+def test_intermediate_tokens_are_the_normalized_hidden_states():
     other = theirs(num_registers=2)
     model = tiny(num_registers=2)
     model.load_state_dict(dinov2.convert_huggingface(other.state_dict()))
@@ -91,9 +92,9 @@ def test_tokens_behind_blocks_are_the_hidden_states_behind_the_norm():
         torch.testing.assert_close(patches, normed[:, 3:], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(token, normed[:, 0], atol=1e-5, rtol=1e-5)
     for wrong in ((0, 2), (1, 0), (-1,)):
-        with pytest.raises(ValueError, match="give ascending indices from 0 to 1"):
+        with pytest.raises(ValueError, match=rf"{re.escape(str(wrong))}.*\b0\b.*\b1\b"):
             model.tokens_behind(images, wrong)
-    with pytest.raises(ValueError, match="single frames"):
+    with pytest.raises(ValueError, match=r"\(0,\).*\b2\b"):
         model.tokens_behind(clips(2), (0,))
 
 
@@ -104,7 +105,7 @@ def cubic(x: float, a: float = -0.75) -> float:
     return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
 
 
-def stretched(line: Tensor, size: int, scale: float) -> Tensor:
+def resized(line: Tensor, size: int, scale: float) -> Tensor:
     """Bicubic interpolation of (M, D) to (size, D), from its definition."""
     out = []
     for i in range(size):
@@ -117,16 +118,16 @@ def stretched(line: Tensor, size: int, scale: float) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("offset", "changes"), [(0.1, {}), (0.0, {"interpolate_offset": 0.0})])
-def test_positions_are_stretched_as_the_original_does(offset, changes):
+def test_position_interpolation_equals_the_original(offset, changes):
     model = tiny(**changes).double()
     table = model.pos_embed[0, 1:].unflatten(0, (3, 3))
-    rows = stretched(table.flatten(1), 5, (5 + offset) / 3).unflatten(1, (3, 16))
-    both = stretched(rows.transpose(0, 1).flatten(1), 2, (2 + offset) / 3).unflatten(1, (5, 16)).transpose(0, 1)
+    rows = resized(table.flatten(1), 5, (5 + offset) / 3).unflatten(1, (3, 16))
+    both = resized(rows.transpose(0, 1).flatten(1), 2, (2 + offset) / 3).unflatten(1, (5, 16)).transpose(0, 1)
     torch.testing.assert_close(model._places(5, 2), both.flatten(0, 1), atol=1e-5, rtol=1e-5)
     assert torch.equal(model._places(3, 3), model.pos_embed[0, 1:])
 
 
-def test_registers_have_the_antialiased_exact_stretch_by_default():
+def test_registers_default_to_antialiased_interpolation_without_offset():
     model = tiny(num_registers=1)
     table = model.pos_embed[0, 1:].unflatten(0, (3, 3)).permute(2, 0, 1)[None]
     expected = F.interpolate(table, size=(2, 2), mode="bicubic", antialias=True)[0].flatten(1).T
@@ -138,7 +139,7 @@ def test_registers_have_the_antialiased_exact_stretch_by_default():
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_layouts_lead_back_to_the_same_weights(variant, tmp_path):
+def test_layouts_round_trip(variant, tmp_path):
     model = tiny(**variant)
     for to, back in (
         (dinov2.to_original, dinov2.convert_original),
@@ -151,13 +152,13 @@ def test_layouts_lead_back_to_the_same_weights(variant, tmp_path):
     loaded = dinov2.from_published(tmp_path / "original.pth", image_size=12, num_heads=2).eval()
     video = clips(1, (16, 8))
     assert torch.equal(loaded(video), model(video))
-    started = DINOv2(**SIZES, **variant, weights=str(tmp_path / "original.pth")).eval()
-    assert torch.equal(started(video), model(video))
+    initialized = DINOv2(**SIZES, **variant, weights=str(tmp_path / "original.pth")).eval()
+    assert torch.equal(initialized(video), model(video))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_transformers_reads_what_is_written_and_the_other_way_round(variant, tmp_path):
+def test_saved_folders_round_trip_with_transformers(variant, tmp_path):
     other, model = theirs(**variant), tiny(**variant, interpolate_offset=0.0)
     other.config.save_pretrained(tmp_path)
     save_file(
@@ -179,7 +180,7 @@ def test_transformers_reads_what_is_written_and_the_other_way_round(variant, tmp
 
 
 def test_published_names_and_shapes():
-    """The names and shapes of the files that the original repository offers, ViT-g with registers."""
+    """Names and shapes of the original repository's file of ViT-g with registers."""
     with torch.device("meta"):
         model = DINOv2(embed_dim=1536, depth=40, num_heads=24, swiglu=True, num_registers=4)
     state = {name: tuple(value.shape) for name, value in dinov2.to_original(model.state_dict()).items()}
@@ -195,23 +196,23 @@ def test_published_names_and_shapes():
     assert sum(math.prod(shape) for shape in state.values()) == pytest.approx(1.136e9, rel=2e-3)
 
 
-def test_a_missing_weight_is_named(tmp_path):
+def test_missing_weight_raises_with_its_name(tmp_path):
     state = dinov2.to_original(tiny().state_dict())
     del state["blocks.1.ls2.gamma"]
     torch.save(state, tmp_path / "wrong.pth")
-    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*blocks\.1\.ls2\.gamma"):
+    with pytest.raises(ValueError, match=r"(?si)missing.*blocks\.1\.ls2\.gamma"):
         dinov2.from_published(tmp_path / "wrong.pth", num_heads=2)
     torch.save({name: value for name, value in state.items() if "ls1" not in name}, tmp_path / "wrong.pth")
-    with pytest.raises(ValueError, match=r"holds no DINOv2: blocks\.0\.ls1\.gamma is missing"):
+    with pytest.raises(ValueError, match=r"(?s)wrong\.pth.*DINOv2.*blocks\.0\.ls1\.gamma"):
         dinov2.from_published(tmp_path / "wrong.pth", num_heads=2)
 
 
-# ---- an encoder of the house -----------------------------------------------------------------------------------------
+# ---- encoder contract ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS[:2], ids=str)
-def test_frames_know_nothing_of_each_other(variant):
+def test_frames_are_encoded_independently(variant):
     model, video = tiny(**variant), clips(3)
     alone = torch.cat([model(video[:, :, t : t + 1]) for t in range(3)], dim=1)
     torch.testing.assert_close(model(video), alone, atol=1e-5, rtol=1e-5)
@@ -219,7 +220,7 @@ def test_frames_know_nothing_of_each_other(variant):
 
 
 @torch.no_grad()
-def test_hidden_tokens_have_no_influence_and_visible_ones_have():
+def test_output_depends_on_visible_tokens_only():
     model, video, keep = tiny(num_registers=1), clips(2, batch=1), torch.tensor([[9, 0, 4, 3, 1]])
     expected = model(video, keep)
     changed = video.clone()
@@ -231,7 +232,7 @@ def test_hidden_tokens_have_no_influence_and_visible_ones_have():
 
 
 @torch.no_grad()
-def test_all_tokens_kept_is_no_mask():
+def test_keeping_all_tokens_equals_no_mask():
     model, video, order = tiny(), clips(2), torch.randperm(18).expand(2, 18)
     torch.testing.assert_close(model(video, order), gather_tokens(model(video), order), atol=1e-5, rtol=1e-5)
 
@@ -245,35 +246,38 @@ def test_every_parameter_receives_a_gradient():
 
 
 @pytest.mark.parametrize(
-    ("shape", "said"),
+    ("shape", "expected"),
     [
-        ((1, 3, 1, 13, 12), "resize it to 12 x 12"),
-        ((1, 1, 1, 12, 12), r"C = 3 and T of 1 or more: give a video with frames, and .*in_channels [^x]*$"),
-        ((1, 3, 0, 12, 12), r"C = 3 and T of 1 or more: give a video with frames, and .*in_channels [^x]*$"),
-        ((3, 1, 12, 12), "five dimensions"),
+        ((1, 3, 1, 13, 12), r"\(1, 3, 1, 13, 12\).*\b4\b.*12 x 12\b"),
+        ((1, 1, 1, 12, 12), r"\(1, 1, 1, 12, 12\).*C ?= ?3\b.*in_channels"),
+        ((1, 3, 0, 12, 12), r"\(1, 3, 0, 12, 12\).*C ?= ?3\b.*in_channels"),
+        ((3, 1, 12, 12), r"\(3, 1, 12, 12\).*C ?= ?3\b.*in_channels"),
     ],
 )
-def test_videos_of_another_shape_are_refused(shape, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_video_shapes_raise(shape, expected):
+    with pytest.raises(ValueError, match=expected):
         tiny()(torch.zeros(shape))
-    with pytest.raises(ValueError, match="image_size=13 is not a multiple"):
+    with pytest.raises(ValueError, match=r"image_size=13\b.*patch_size=4\b.*\b12\b"):
         tiny(image_size=13)
 
 
 @pytest.mark.parametrize("frames", [1, 2])
-@pytest.mark.parametrize(("keep", "said"), [([[3, 3]], "a token twice"), ([[3, 18]], "names tokens from 3 to 18")])
-def test_a_wrong_keep_is_refused(frames, keep, said):
-    with pytest.raises(ValueError, match=said):
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [([[3, 3]], "keep"), ([[3, 18]], r"keep.*\b3\b.*\b18\b")],
+)
+def test_invalid_keep_raises(frames, keep, expected):
+    with pytest.raises(ValueError, match=expected):
         tiny()(clips(frames, batch=1), torch.tensor(keep))
 
 
 @pytest.mark.parametrize("changes", [{"table_size": 0}, {"num_registers": -1}], ids=str)
-def test_bad_arguments_are_refused(changes):
-    with pytest.raises(ValueError, match=r"must be 1 or more, num_registers=.* 0 or more"):
+def test_bad_arguments_raise(changes):
+    with pytest.raises(ValueError, match=r"table_size=\d.*num_registers=-?\d"):
         tiny(**changes)
 
 
-def test_heads_of_a_narrow_file_must_be_told(tmp_path):
+def test_num_heads_is_required_for_a_narrow_file(tmp_path):
     torch.save(dinov2.to_original(tiny().state_dict()), tmp_path / "narrow.pth")
-    with pytest.raises(ValueError, match=r"width 16, too narrow for heads of 64: give num_heads"):
+    with pytest.raises(ValueError, match=r"(?s)narrow\.pth.*\b16\b.*\b64\b.*num_heads"):
         dinov2.from_published(tmp_path / "narrow.pth", image_size=12)

@@ -1,9 +1,9 @@
-"""The classifier of moments: every moment from its own tokens."""
+"""Classifier of time steps: the scores of a time step depend on its own tokens."""
 
 import pytest
 import torch
 
-from blueberry_video.models.frame_classifier import FrameClassifier
+from blueberry_video.models.classifier import FrameClassifier
 from blueberry_video.models.vit import VisionTransformer
 
 
@@ -14,14 +14,14 @@ def model(**changes) -> FrameClassifier:
     return FrameClassifier(encoder, **{"num_classes": {"motion": 8, "size": 2}, **changes})
 
 
-def test_a_moment_is_scored_from_its_own_tokens():
+def test_time_step_is_scored_from_its_own_tokens():
     built, video = model().eval(), torch.randn(2, 3, 6, 16, 16)
     scores = built(video)
     assert {name: tuple(value.shape) for name, value in scores.items()} == {"motion": (2, 3, 8), "size": (2, 3, 2)}
     tokens = built.encoder(video)
-    for moment in range(3):
-        own = built.head.norm(tokens[:, 4 * moment : 4 * moment + 4].mean(dim=1))
-        torch.testing.assert_close(scores["motion"][:, moment], built.head.linear["motion"](own))
+    for step in range(3):
+        own = built.head.norm(tokens[:, 4 * step : 4 * step + 4].mean(dim=1))
+        torch.testing.assert_close(scores["motion"][:, step], built.head.linear["motion"](own))
 
 
 def test_every_parameter_receives_a_gradient():
@@ -30,12 +30,12 @@ def test_every_parameter_receives_a_gradient():
     assert all((parameter.grad != 0).any() for parameter in built.parameters() if parameter.requires_grad)
 
 
-def test_a_frozen_encoder_stays_as_it_is():
+def test_frozen_encoder_stays_in_eval_mode_without_gradients():
     built = model(freeze_encoder=True).train()
     assert not built.encoder.training
     assert {name.split(".")[0] for name, value in built.named_parameters() if value.requires_grad} == {"head"}
 
 
-def test_no_label_is_refused():
-    with pytest.raises(ValueError, match="num_classes is empty"):
+def test_empty_num_classes_raises():
+    with pytest.raises(ValueError, match="num_classes"):
         model(num_classes={})

@@ -1,4 +1,4 @@
-"""Blocks: residuals, stochastic depth, widths."""
+"""Transformer blocks: residuals, stochastic depth, widths and initialization."""
 
 import pytest
 import torch
@@ -16,14 +16,14 @@ def test_block_is_pre_norm_with_two_residuals():
     assert block.norm1.eps == block.norm2.eps == 1e-6
 
 
-def test_a_rotation_goes_to_the_attention():
+def test_rotation_is_passed_to_the_attention():
     block, x, turn = Block(12, 2), torch.randn(2, 4, 12), RotaryPositions((4, 1, 1), 6)()
     y = x + block.attn(block.norm1(x), turn)
     torch.testing.assert_close(block(x, turn), y + block.mlp(block.norm2(y)))
     assert not torch.allclose(block(x, turn), block(x), atol=1e-4)
 
 
-def test_v_jepa_begins_with_normal_matrices_and_smaller_branches_further_up():
+def test_init_trunc_normal_scales_output_layers_by_depth():
     torch.manual_seed(0)
     model = torch.nn.Module()
     model.embed, model.blocks = torch.nn.Conv3d(3, 64, 4), torch.nn.ModuleList(Block(64, 2) for _ in range(3))
@@ -43,7 +43,7 @@ def test_v_jepa_begins_with_normal_matrices_and_smaller_branches_further_up():
 
 
 @pytest.mark.parametrize(("dim", "hidden"), [(47, 61), (47, 62), (49, 55), (55, 28), (768, 3072), (1408, 6144)])
-def test_a_width_ratio_read_off_weights_gives_their_width_back(dim, hidden):
+def test_mlp_ratio_computed_from_a_width_round_trips(dim, hidden):
     assert Block(dim, 1, mlp_ratio=hidden / dim).mlp.fc1.out_features == hidden
 
 
@@ -60,12 +60,12 @@ def test_drop_path_drops_whole_samples_and_keeps_the_expectation(rate):
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5])
-def test_drop_path_refuses_what_is_no_rate(rate):
-    with pytest.raises(ValueError, match=f"drop_path={rate} is not a rate"):
+def test_drop_path_rate_out_of_range_raises(rate):
+    with pytest.raises(ValueError, match=rf"drop_path={rate}\b"):
         DropPath(rate)
 
 
-def test_both_branches_are_dropped_on_their_own():
+def test_branches_are_dropped_independently():
     torch.manual_seed(0)
     block, x = Block(4, 1, drop_path=0.5).train(), torch.randn(1, 3, 4).expand(200, 3, 4)
     torch.nn.init.normal_(block.attn.proj.bias)

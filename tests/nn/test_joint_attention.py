@@ -1,4 +1,4 @@
-"""Who sees whom in attention that is causal by chunks, and that the cache gives what the mask does."""
+"""Chunk-causal joint attention of text and video: masks and KV cache."""
 
 import pytest
 import torch
@@ -12,12 +12,12 @@ from blueberry_video.nn.joint_attention import (
     block_causal_mask,
 )
 
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}  # fp32 round-off; the sums are taken in another order
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}  # fp32 round-off; the order of summation differs
 
 
 @pytest.mark.parametrize("text_first", [True, False])
 @pytest.mark.parametrize("chunk", [1, 2, 3, 9])
-def test_text_sees_text_and_video_sees_text_and_no_later_chunk(text_first, chunk):
+def test_text_attends_to_text_and_video_to_text_and_no_later_chunk(text_first, chunk):
     text_len, num_frames, tokens = 3, 5, 2
     mask = block_causal_mask(text_len, num_frames, tokens, chunk, text_first)
     names = [("video", n // tokens) for n in range(num_frames * tokens)]
@@ -28,19 +28,19 @@ def test_text_sees_text_and_video_sees_text_and_no_later_chunk(text_first, chunk
             assert seen == (key == "text" or (query == "video" and of // chunk <= at // chunk))
 
 
-def test_without_text():
+def test_mask_without_text():
     assert block_causal_mask(0, 4, 1, 2).int().tolist() == [[1, 1, 0, 0]] * 2 + [[1, 1, 1, 1]] * 2
 
 
-def test_masks_behind_a_cache_are_the_rows_of_the_whole():
+def test_masks_with_a_cache_are_the_last_rows_of_the_whole_mask():
     whole = block_causal_mask(3, 6, 2, 2)
     assert torch.equal(block_causal(3, 6, 2, 2), whole)
     assert torch.equal(block_causal(3, 4, 2, 2, first=2), whole[3 + 2 * 2 :])
-    assert block_causal(3, 2, 2, 2, first=4) is None  # the last chunk sees everything
+    assert block_causal(3, 2, 2, 2, first=4) is None  # the last chunk attends to all tokens
     assert whole[3 + 4 * 2 :].all()
 
 
-def test_attend_is_softmax_attention_over_what_is_seen():
+def test_attend_is_masked_softmax_attention():
     q, k, v = torch.randn(3, 2, 2, 7, 4)
     mask = block_causal_mask(1, 3, 2, 1)
     for seen in (None, mask, mask & torch.tensor([True, False] + 5 * [True])[None]):
@@ -50,8 +50,8 @@ def test_attend_is_softmax_attention_over_what_is_seen():
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_the_rule_of_the_blocks_is_that_of_the_mask():
-    """flex_attention on the CPU, uncompiled: the same function decides there that does on CUDA."""
+def test_block_mask_equals_the_dense_mask():
+    """flex_attention runs uncompiled on the CPU, with the mask function that is used on CUDA."""
     q, k, v = torch.randn(3, 1, 2, 11, 16)
     blocks = create_block_mask(_block_causal(3, 4, 2, 2, True), None, None, 11, 11, device="cpu")
     expected = attend(q, k, v, block_causal_mask(3, 4, 2, 2))
@@ -59,25 +59,25 @@ def test_the_rule_of_the_blocks_is_that_of_the_mask():
 
 
 @pytest.mark.parametrize("chunk", [0, -2])
-def test_chunks_without_frames_are_refused(chunk):
-    with pytest.raises(ValueError, match=f"chunk={chunk}"):
+def test_chunk_below_one_raises(chunk):
+    with pytest.raises(ValueError, match=rf"chunk={chunk}\b"):
         block_causal_mask(1, 2, 3, chunk)
 
 
-def test_a_cache_keeps_the_front_and_replaces_the_rest():
+def test_cache_keeps_the_first_tokens_and_overwrites_the_rest():
     cache, keys, values = KeyValueCache(), torch.randn(2, 3, 10, 4), torch.randn(2, 3, 10, 4)
     cache.join(0, keys[:, :, :6], values[:, :, :6], kept=0)
-    cache.join(0, torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4), kept=4)  # a step before the last
+    cache.join(0, torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4), kept=4)  # an earlier denoising step
     joined = cache.join(0, keys[:, :, 4:], values[:, :, 4:], kept=4)
     torch.testing.assert_close(joined, (keys, values), atol=0, rtol=0)
     assert cache.num_tokens() == 10
     assert cache.num_tokens(layer=1) == 0
 
 
-def test_a_cache_refuses_what_it_does_not_hold():
+def test_misuse_of_the_cache_raises():
     cache, x = KeyValueCache(), torch.zeros(2, 1, 3, 4)
-    with pytest.raises(ValueError, match=r"holds 0 tokens.*have 3"):
+    with pytest.raises(ValueError, match=r"cache.*\b0 tokens.*\b3\b"):
         cache.join(0, x, x, kept=3)
     cache.join(0, x, x, kept=0)
-    with pytest.raises(ValueError, match="batch of 2, not of 1"):
+    with pytest.raises(ValueError, match=r"cache.*\b2\b.*\b1\b.*KeyValueCache"):
         cache.join(0, x[:1], x[:1], kept=3)

@@ -1,4 +1,4 @@
-"""The position tables against their formulas."""
+"""Position tables: parity with their formulas."""
 
 import math
 
@@ -20,14 +20,14 @@ def test_sinusoid_is_interleaved():
             assert abs(table[position, channel].item() - expected) < 1e-6
 
 
-def test_the_sinusoid_has_rows_at_any_positions():
+def test_sinusoid_accepts_any_positions():
     rows = sinusoid(torch.tensor([7, 3, 900]), 6)
     assert rows.dtype == torch.float64
     assert torch.equal(rows.float(), sinusoid_table(901, 6)[[7, 3, 900]])
     assert sinusoid(torch.tensor([0.5]), 6)[0, :2].tolist() == pytest.approx([math.sin(0.5), math.cos(0.5)], abs=1e-15)
 
 
-@pytest.mark.parametrize("dim", [6, 16, 384, 1024])  # 384 is three times 128; of the others columns are cut off
+@pytest.mark.parametrize("dim", [6, 16, 384, 1024])  # 384 is divisible by 6; the other tables are truncated
 def test_sincos_3d_is_sine_then_cosine_of_time_row_and_column(dim):
     t, h, w = 3, 2, 4
     table = sincos_3d_table((t, h, w), dim)
@@ -35,15 +35,15 @@ def test_sincos_3d_is_sine_then_cosine_of_time_row_and_column(dim):
     assert table.dtype == torch.float32
     half = math.ceil(dim / 6)
     for token in range(t * h * w):
-        place = (token // (h * w), token // w % h, token % w)
+        positions = (token // (h * w), token // w % h, token % w)
         row = []
-        for position in place:
+        for position in positions:
             angles = [position / 10000 ** (i / half) for i in range(half)]
             row += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
         torch.testing.assert_close(table[token], torch.tensor(row[:dim]), atol=1e-6, rtol=0)
 
 
-def test_a_table_is_stretched_trilinearly_over_another_grid():
+def test_resize_table_interpolates_trilinearly():
     grid, table = (2, 3, 3), torch.randn(18, 5)
     assert resize_table(table, grid, grid) is table
     larger = resize_table(table, grid, (4, 6, 3))

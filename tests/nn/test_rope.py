@@ -1,4 +1,4 @@
-"""Rotary positions against a formula in double precision, written out in loops: with the quirk and without."""
+"""Rotary position embedding over (t, h, w), with and without the quirk: parity with a float64 formula in loops."""
 
 import math
 
@@ -12,83 +12,84 @@ DOUBLE = {"atol": 1e-12, "rtol": 1e-12}
 SINGLE = {"atol": 1e-6, "rtol": 1e-6}  # the tables' round-off
 
 
-def turned_in_loops(vector: list[float], place: tuple[float, float, float], quirk: bool) -> list[float]:
-    """One query or key, pair by pair; only the quirk gives the two channels of a pair different angles."""
+def rotated_in_loops(vector: list[float], position: tuple[float, float, float], quirk: bool) -> list[float]:
+    """Rotates one query or key. Only the quirk rotates the two channels of a pair by different angles."""
     dim = 2 * ((len(vector) // 3) // 2)
-    turned = list(vector)
+    rotated = list(vector)
     for axis in range(3):
         for pair in range(dim // 2):
             first, second = axis * dim + 2 * pair, axis * dim + 2 * pair + 1
             exponents = ((2 * pair) % (dim // 2), (2 * pair + 1) % (dim // 2)) if quirk else (pair, pair)
-            a, b = (place[axis] / 10000 ** (exponent / (dim / 2)) for exponent in exponents)
-            turned[first] = vector[first] * math.cos(a) - vector[second] * math.sin(a)
-            turned[second] = vector[second] * math.cos(b) + vector[first] * math.sin(b)
-    return turned
+            a, b = (position[axis] / 10000 ** (exponent / (dim / 2)) for exponent in exponents)
+            rotated[first] = vector[first] * math.cos(a) - vector[second] * math.sin(a)
+            rotated[second] = vector[second] * math.cos(b) + vector[first] * math.sin(b)
+    return rotated
 
 
-def turned(x: Tensor, places: list[tuple[float, float, float]], quirk: bool) -> Tensor:
-    """Queries or keys (heads, N, head_dim) of one sample."""
-    heads = [[turned_in_loops(row, place, quirk) for row, place in zip(head, places)] for head in x.tolist()]
+def rotated(x: Tensor, positions: list[tuple[float, float, float]], quirk: bool) -> Tensor:
+    """Rotated queries or keys (heads, N, head_dim) of one sample."""
+    heads = [[rotated_in_loops(row, position, quirk) for row, position in zip(head, positions)] for head in x.tolist()]
     return torch.tensor(heads, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("quirk", [False, True])
 @pytest.mark.parametrize("head_dim", [6, 32, 64, 80])
 def test_equals_the_formula_in_double_precision(head_dim, quirk):
-    places = [(0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (0.0, 5.0, 0.0), (0.0, 0.0, 7.0), (31.0, 23.0, 11.0), (2.5, 0.25, -3.0)]
-    x = torch.randn(2, 3, len(places), head_dim, dtype=torch.float64)
-    turn = rotation(torch.tensor(places, dtype=torch.float64), head_dim, quirk)
+    positions = [(0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (0.0, 5.0, 0.0), (0.0, 0.0, 7.0), (31.0, 23.0, 11.0)]
+    positions.append((2.5, 0.25, -3.0))
+    x = torch.randn(2, 3, len(positions), head_dim, dtype=torch.float64)
+    turn = rotation(torch.tensor(positions, dtype=torch.float64), head_dim, quirk)
     assert turn.cos.dtype == torch.float64
     for sample, result in zip(x, rotate(x, turn)):
-        torch.testing.assert_close(result, turned(sample, places, quirk), **DOUBLE)
+        torch.testing.assert_close(result, rotated(sample, positions, quirk), **DOUBLE)
 
 
 @pytest.mark.parametrize("quirk", [False, True])
-def test_tables_of_a_clip_equal_the_formula_by_token_id(quirk):
+def test_tables_of_a_clip_equal_the_formula_at_token_indices(quirk):
     (t, h, w), x = (3, 2, 5), torch.randn(2, 2, 4, 32)
     index = torch.tensor([[0, 9, 10, 29], [29, 3, 17, 8]])
     result = rotate(x, RotaryPositions((t, h, w), 32, quirk)(index))
     assert result.dtype == torch.float32
     for sample in range(2):
-        places = [(i // (h * w), i % (h * w) // w, i % w) for i in index[sample].tolist()]
-        torch.testing.assert_close(result[sample].double(), turned(x[sample].double(), places, quirk), **SINGLE)
+        positions = [(i // (h * w), i % (h * w) // w, i % w) for i in index[sample].tolist()]
+        torch.testing.assert_close(result[sample].double(), rotated(x[sample].double(), positions, quirk), **SINGLE)
 
 
 @pytest.mark.parametrize(("head_dim", "channels"), [(6, 2), (16, 4), (32, 10), (64, 20), (80, 26), (88, 28)])
-def test_a_third_of_the_channels_turns_by_each_axis_and_the_rest_stays(head_dim, channels):
+def test_each_axis_rotates_a_third_of_the_channels(head_dim, channels):
     assert channels_per_axis(head_dim) == channels
     for axis in range(3):
-        place = torch.zeros(1, 3)
-        place[0, axis] = 2.0
+        position = torch.zeros(1, 3)
+        position[0, axis] = 2.0
         x = torch.randn(1, 1, 1, head_dim)
-        changed = (rotate(x, rotation(place, head_dim)) != x).flatten().nonzero().flatten().tolist()
+        changed = (rotate(x, rotation(position, head_dim)) != x).flatten().nonzero().flatten().tolist()
         assert changed == list(range(axis * channels, (axis + 1) * channels))
 
 
 def scores(shift: int, quirk: bool) -> Tensor:
-    """Products of four queries and keys at places that lie ``shift`` later, lower and further right."""
+    """Attention scores of four queries and keys at positions that are shifted by ``shift`` on every axis."""
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 1, 4, 32, dtype=torch.float64, generator=generator)
     turn = rotation(grid_positions((1, 2, 2)) + shift, 32, quirk)
     return rotate(q, turn) @ rotate(k, turn).transpose(2, 3)
 
 
-def test_scores_depend_on_distances_alone_but_for_the_quirk():
+def test_scores_depend_on_relative_positions_only_without_the_quirk():
     torch.testing.assert_close(scores(5, quirk=False), scores(0, quirk=False), **DOUBLE)
     assert (scores(5, quirk=True) - scores(0, quirk=True)).abs().max() > 0.1
 
 
-def test_no_token_is_turned_at_the_origin_and_lengths_stay():
+def test_rotation_is_the_identity_at_the_origin_and_keeps_norms():
     x, turn = torch.randn(2, 2, 30, 16, dtype=torch.float64), rotation(grid_positions((3, 2, 5)), 16)
     assert torch.equal(rotate(x, turn)[:, :, 0], x[:, :, 0])
     torch.testing.assert_close(rotate(x, turn).norm(dim=-1), x.norm(dim=-1), **DOUBLE)
 
 
-def test_the_grid_counts_in_raster_order():
+def test_grid_positions_are_in_raster_order():
     assert grid_positions((2, 1, 2)).tolist() == [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 1]]
 
 
-def test_other_grids_are_computed_and_the_built_one_is_kept():
+def test_tables_of_different_grids_are_computed_and_the_default_is_cached():
     rope = RotaryPositions((2, 3, 4), 12)
     assert rope()[0] is rope.cos
     assert rope(grid=(2, 3, 4))[0] is rope.cos
@@ -99,16 +100,16 @@ def test_other_grids_are_computed_and_the_built_one_is_kept():
     assert rope.state_dict() == {}
 
 
-def test_a_shorter_clip_takes_the_first_tokens_of_the_table(monkeypatch):
+def test_shorter_clip_is_a_view_of_the_cached_table(monkeypatch):
     rope, expected = RotaryPositions((4, 2, 3), 12), RotaryPositions((2, 2, 3), 12)
-    monkeypatch.setattr(rope, "_table", lambda grid: pytest.fail("computed anew"))
+    monkeypatch.setattr(rope, "_table", lambda grid: pytest.fail("the table is recomputed"))
     index = torch.tensor([[11, 3, 6]])
     for got, wanted in ((rope(grid=(2, 2, 3)), expected()), (rope(index, (2, 2, 3)), expected(index))):
         assert all(torch.equal(*parts) for parts in zip(got, wanted, strict=True))
     assert rope(grid=(2, 2, 3)).cos.data_ptr() == rope.cos.data_ptr()
 
 
-def test_half_precision_stays_and_is_turned_in_single():
+def test_half_precision_is_rotated_in_float32():
     x, turn = torch.randn(1, 1, 24, 12), RotaryPositions((2, 3, 4), 12)()
     result = rotate(x.bfloat16(), turn)
     assert result.dtype == torch.bfloat16
@@ -116,6 +117,6 @@ def test_half_precision_stays_and_is_turned_in_single():
 
 
 @pytest.mark.parametrize("head_dim", [4, 5, 7, 33])
-def test_heads_without_a_pair_an_axis_are_refused(head_dim):
-    with pytest.raises(ValueError, match=rf"even width of 6 or more.* not of {head_dim}:"):
+def test_head_dim_without_a_pair_per_axis_raises(head_dim):
+    with pytest.raises(ValueError, match=rf"(?i)rotary.*\b6\b.*\b{head_dim}\b.*num_heads"):
         RotaryPositions((2, 2, 2), head_dim)

@@ -1,4 +1,4 @@
-"""The sinusoid of a time against its formula, and the MLP over it."""
+"""Timestep embedding: sinusoid against its formula, and MLP."""
 
 import math
 
@@ -17,10 +17,10 @@ def test_cosines_come_before_sines(dtype):
     assert result.dtype == torch.float32
     angles = [[[t * 10000 ** (-i / 4) for i in range(4)] for t in row] for row in times.tolist()]
     expected = [[[*map(math.cos, angle), *map(math.sin, angle)] for angle in row] for row in angles]
-    torch.testing.assert_close(result, torch.tensor(expected), atol=1e-4, rtol=0)  # an angle of 1000 has 6e-5
+    torch.testing.assert_close(result, torch.tensor(expected), atol=1e-4, rtol=0)  # round-off of an angle of 1000: 6e-5
 
 
-def test_a_time_between_two_steps_is_between_them():
+def test_fractional_timesteps_are_not_rounded():
     low, middle, high = sinusoidal(torch.tensor([1.0, 1.5, 2.0]), 2)
     assert low[0] > middle[0] > high[0]
 
@@ -32,12 +32,12 @@ def test_half_precision_times_are_not_rounded_further():
 
 
 @pytest.mark.parametrize("dim", [0, 7])
-def test_odd_widths_are_refused(dim):
-    with pytest.raises(ValueError, match=f"not {dim}"):
+def test_odd_or_zero_width_raises(dim):
+    with pytest.raises(ValueError, match=rf"(?i)sinusoid.*\b{dim}\b"):
         sinusoidal(torch.zeros(1), dim)
 
 
-def test_mlp_is_linear_silu_linear_in_the_precision_of_its_weights():
+def test_mlp_is_linear_silu_linear_in_the_dtype_of_its_weights():
     mlp = TimestepMLP(4, 6, 3)
     x = torch.randn(2, 5, 4)
     hidden = F.silu(x @ mlp.linear_1.weight.T + mlp.linear_1.bias)

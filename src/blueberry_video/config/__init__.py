@@ -1,11 +1,11 @@
-"""What a config may contain. Composing and checking one imports neither torch nor lightning: a typo costs a second.
+"""Composition and validation of configs, without importing torch or lightning: an error is reported within a second.
 
-Three layers refuse a mistake, each naming the key, its value and the nearest right one: the root keys (``Config``),
-the keys of every node with a ``_target_`` (the parameters of what it names, ``check_node``), and what two keys must
-agree on (``validate``).
+Three layers report an error, each with the key, its value and the nearest valid one: the root keys (``Config``), the
+keys of every node with a ``_target_`` (its constructor's parameters, ``check_node``), and rules between keys
+(``validate``).
 """
 
-from blueberry_video.config.checks import check, did_you_mean, validate
+from blueberry_video.config.checks import check, did_you_mean, parse_expected, validate
 from blueberry_video.config.compose import compose, expand_sweep, load, register_schema, resolve
 from blueberry_video.config.schema import CONF, NODES, Config
 
@@ -18,6 +18,7 @@ __all__ = [
     "did_you_mean",
     "expand_sweep",
     "load",
+    "parse_expected",
     "register_schema",
     "resolve",
     "validate",

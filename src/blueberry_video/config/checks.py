@@ -1,57 +1,67 @@
-"""What makes a config wrong: an unknown key, a missing or impossible value, a forbidden target, keys that disagree."""
+"""Checks of a config: unknown keys, missing or invalid values, forbidden targets, conflicting keys."""
 
 import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
+from inspect import Parameter
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from blueberry_video.config.schema import CONF, NODES, Config
-from blueberry_video.config.signatures import UNKNOWN, Parameter, Signature, names, signature
+from blueberry_video.config.signatures import UNKNOWN, Signature, accepted, names, signature
 
-OWN = "blueberry_video"
-ALLOWED = (  # what a config has reason to build; elsewhere torch and lightning download, unpickle and run commands
-    OWN,
+# Dotted names, written in full. tests/test_configs.py imports each of them.
+ALLOWED = (  # valid `_target_`s; other parts of torch and lightning download, unpickle and run commands
+    "blueberry_video",
     "torch.nn",
     "torch.optim",
     "torch.utils.data",
     "torch.profiler",
     "torch.distributed.fsdp.wrap",
     "lightning.Trainer",
-    *(
-        f"lightning.pytorch.{part}"
-        for part in ("callbacks", "loggers", "strategies", "plugins", "profilers", "trainer")
-    ),
-    *(f"lightning.fabric.{part}" for part in ("plugins", "strategies")),
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+    "lightning.pytorch.strategies",
+    "lightning.pytorch.plugins",
+    "lightning.pytorch.profilers",
+    "lightning.pytorch.trainer",
+    "lightning.fabric.plugins",
+    "lightning.fabric.strategies",
 )
-REFUSED = (  # within these: what starts processes, and code generators
-    *(f"{OWN}.{part}" for part in ("launch", "train", "precompute", "export", "config")),
+REFUSED = (  # modules of these packages that start processes or generate code
+    "blueberry_video.launch",
+    "blueberry_video.train",
+    "blueberry_video.precompute",
+    "blueberry_video.export",
+    "blueberry_video.config",
     "torch.utils.data.datapipes",
 )
-SUPPLIED = {  # what train.py passes itself: a config neither needs it nor may give it
+IMAGE_DATA = ("blueberry_video.data.image_folder.ImageFolder", "blueberry_video.data.single_frames.SingleFrames")
+HALF_OVERFLOWS = (  # published in bfloat16; the activations exceed the range of float16
+    "blueberry_video.models.hunyuan_video.HunyuanVideo",
+    "blueberry_video.models.hunyuan_video.HunyuanVideo15",
+    "blueberry_video.models.cogvideox.CogVideoX",
+)
+DOTTED_NAMES = (*ALLOWED, *REFUSED, *IMAGE_DATA, *HALF_OVERFLOWS)
+
+SUPPLIED = {  # arguments that train.py passes itself: a config must not set them
     "task": ("model", "optimizer", "schedule"),
     "trainer": ("callbacks", "logger", "default_root_dir"),
     "logger": ("run",),
 }
 REQUIRED = ("model", "task", "data", "optimizer", "schedule", "trainer")
-IMAGE_DATA = (f"{OWN}.data.image_folder.ImageFolder", f"{OWN}.data.single_frames.SingleFrames")
-HALF_OVERFLOWS = (  # published in bfloat16, and their activations leave the range of float16
-    f"{OWN}.models.hunyuan_video.HunyuanVideo",
-    f"{OWN}.models.hunyuan_video15.HunyuanVideo15",
-    f"{OWN}.models.cogvideox.CogVideoX",
-)
-PARTIAL = ("optimizer", "schedule")  # called by the task, with the parameters and the steps
+PARTIAL = ("optimizer", "schedule")  # the task calls them with the parameters or the number of steps
 SPECIAL = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 ROOT_KEYS = tuple(field.name for field in fields(Config))
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """All checks of a resolved config.
+    """Runs all checks of a resolved config.
 
     Raises:
-        ValueError: the first mistake: its key, its value and how to write it.
+        ValueError: for the first error; the message names its key, its value and the fix.
     """
     for key, value in config.items():
         if key not in ROOT_KEYS:
@@ -64,7 +74,11 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def check_groups(config: Mapping[str, Any]) -> None:
-    """Every group that a run needs has been chosen, else a ``ValueError``."""
+    """Checks that every required group is set.
+
+    Raises:
+        ValueError: for the first group that is not set.
+    """
     for key in REQUIRED:
         if not config.get(key):
             raise ValueError(
@@ -74,16 +88,16 @@ def check_groups(config: Mapping[str, Any]) -> None:
 
 
 def _check_root_values(config: Mapping[str, Any]) -> None:
-    """What no constructor checks."""
+    """Checks values that torch, lightning or the run folder would reject only after torch is imported."""
     name = config.get("name")
     if not isinstance(name, str) or not name.strip(".") or "/" in name:
         raise ValueError(
-            f"`name` = {short(name)} must name the experiment, and with it the folder of its runs: a word such as "
-            "`name: my_idea`."
+            f"`name` = {short(name)} must be the name of the experiment, which is also the folder of its runs: write "
+            "for example `name: my_idea`."
         )
     seed: Any = config.get("seed", 0)
     if not 0 <= seed < 2**32:
-        raise ValueError(f"`seed` = {seed} is outside 0 to {2**32 - 1}, what random generators take: write `seed=0`.")
+        raise ValueError(f"`seed` = {seed} must be between 0 and {2**32 - 1}: write for example `seed=0`.")
     for key in ("lr", "weight_decay"):
         value: Any = (config.get("optimizer") or {}).get(key)
         if type(value) in (int, float) and not 0 <= value < math.inf:
@@ -97,57 +111,56 @@ def _check_root_values(config: Mapping[str, Any]) -> None:
     is_number = type(number) is int and (number == -1 or number > 0)
     if devices != "auto" and not is_list and not is_number:
         raise ValueError(
-            f"`trainer.devices` = {short(devices)} names no devices: write their number (`trainer.devices=1`), -1 for "
-            "all, or a list of their indices (`trainer.devices=[0,1]`)."
+            f"`trainer.devices` = {short(devices)} must be a number of devices (`trainer.devices=1`), -1 for all, or a "
+            "list of their indices (`trainer.devices=[0,1]`)."
         )
-    _check_expected(config.get("expected") or {})
+    parse_expected(config.get("expected"))
 
 
-def _check_expected(expected: Mapping[str, Any]) -> None:
-    """Every bound can be kept: a run of days must not end with a verdict that cannot be given."""
-    for metric, bounds in expected.items():
-        if (
-            not isinstance(bounds, Mapping)
-            or not bounds
-            or not all(type(limit) in (int, float) for limit in bounds.values())
-        ):
-            raise ValueError(
-                f"`expected.{metric}` = {short(bounds)} is not a bound and a number. Write `expected: {{{metric}: "
-                "{at_least: 0.5}}`, or at_most."
-            )
-        for bound in bounds:
+def parse_expected(expected: Mapping[str, Any] | None) -> dict[str, dict[str, float]]:
+    """Checks an ``expected:`` section and returns it as plain numbers.
+
+    Args:
+        expected: metric → ``{at_least: x}``, ``{at_most: x}`` or both; ``None`` is an empty section.
+
+    Raises:
+        ValueError: for any other structure, and for a bound that no value can meet.
+    """
+    example = "write `expected: {val/motion: {at_least: 0.5}}`, or at_most"
+    if not isinstance(expected, Mapping | None):
+        raise ValueError(f"`expected` = {short(expected)} must map metrics to bounds: {example}.")
+    for metric, bounds in (expected or {}).items():
+        key = f"expected.{metric}"
+        if not isinstance(bounds, Mapping) or not bounds:
+            raise ValueError(f"`{key}` = {short(bounds)} must map bounds to numbers: {example}.")
+        for bound, limit in bounds.items():
             if bound not in ("at_least", "at_most"):
-                raise ValueError(
-                    f"`expected.{metric}.{bound}` = {short(bounds[bound])} is not a bound. "
-                    f"{did_you_mean(bound, ('at_least', 'at_most'))} Write `expected: {{{metric}: {{at_least: 0.5}}}}`."
-                )
-            if not math.isfinite(bounds[bound]):
-                raise ValueError(
-                    f"`expected.{metric}.{bound}` = {bounds[bound]} is not a finite number: give the value to compare "
-                    "with, or remove the bound."
-                )
-        least, most = bounds.get("at_least", -math.inf), bounds.get("at_most", math.inf)
-        if least > most:
+                nearest = did_you_mean(str(bound), ("at_least", "at_most"))
+                raise ValueError(f"`{key}.{bound}` = {short(limit)} is not a bound. {nearest}")
+            if type(limit) not in (int, float) or not math.isfinite(limit):
+                raise ValueError(f"`{key}.{bound}` = {short(limit)} must be a finite number: {example}.")
+        if bounds.get("at_least", -math.inf) > bounds.get("at_most", math.inf):
             raise ValueError(
-                f"`expected.{metric}` = {short(dict(bounds))} asks for at least {least} and at most {most}, which no "
-                "value can be: swap or remove one of the bounds."
+                f"`{key}` = {short(dict(bounds))}: no value is at least {bounds['at_least']} and at most "
+                f"{bounds['at_most']}: swap or remove one of the bounds."
             )
+    return {str(m): {str(b): float(limit) for b, limit in bounds.items()} for m, bounds in (expected or {}).items()}
 
 
 # ---- the keys of a node ----------------------------------------------------------------------------------------------
 
 
 def check_node(node: Any, path: str, root: str, allow: tuple[str, ...] = ()) -> None:
-    """Checks a node and all below it: targets, keys, missing parameters, kinds of values.
+    """Checks targets, keys, missing parameters and types of values of a node and its children.
 
     Args:
         node: a value of the config.
         path: its full key.
-        root: the root key it lies under.
-        allow: packages, modules or names that ``_target_`` may name beside ``ALLOWED``.
+        root: the root key that contains it.
+        allow: packages, modules or names that ``_target_`` may name in addition to ``ALLOWED``.
 
     Raises:
-        ValueError: the first mistake.
+        ValueError: for the first error.
     """
     if isinstance(node, list | tuple):
         for index, item in enumerate(node):
@@ -162,7 +175,7 @@ def check_node(node: Any, path: str, root: str, allow: tuple[str, ...] = ()) -> 
 
 
 def _check_plain(node: Mapping[str, Any], path: str, root: str) -> None:
-    """A mapping that builds nothing by itself."""
+    """Checks a mapping without ``_target_``."""
     for key, value in node.items():
         if str(key).startswith("_"):
             raise ValueError(
@@ -176,16 +189,16 @@ def _check_plain(node: Mapping[str, Any], path: str, root: str) -> None:
         known = {str(key) for file in CONF.glob("callbacks/*.yaml") for key in OmegaConf.load(file)} - {"defaults"}
         for key, value in node.items():
             is_callback = isinstance(value, Mapping) and "_target_" in value
-            is_switched_off = value is None and key in known
-            if not is_callback and not is_switched_off:
+            is_disabled = value is None and key in known
+            if not is_callback and not is_disabled:
                 raise ValueError(
-                    f"`callbacks.{key}` = {short(value)} is not a callback: give it a `_target_`, or null to switch "
-                    f"off one of conf/callbacks/. {did_you_mean(str(key), (known | {*map(str, node)}) - {str(key)})}"
+                    f"`callbacks.{key}` = {short(value)} is not a callback: give it a `_target_`, or null to disable "
+                    f"a callback of conf/callbacks/. {did_you_mean(str(key), (known | {*map(str, node)}) - {str(key)})}"
                 )
 
 
 def _check_target(node: Mapping[str, Any], path: str, root: str, allow: tuple[str, ...]) -> None:
-    """A mapping that builds something."""
+    """Checks a mapping with ``_target_``."""
     target = node["_target_"]
     known = _signature(target, path, allow)
     supplied = SUPPLIED.get(root, ()) if path == root else ()
@@ -193,60 +206,58 @@ def _check_target(node: Mapping[str, Any], path: str, root: str, allow: tuple[st
         if key in SPECIAL:
             continue
         if key in supplied:
-            where = key if key in ROOT_KEYS else "output_dir"
+            root_key = key if key in ROOT_KEYS else "output_dir"
             raise ValueError(
-                f"`{path}.{key}` = {short(value)}: train.py gives the {root} its `{key}`; set the "
-                f"root key `{where}` instead."
+                f"`{path}.{key}` = {short(value)}: train.py passes `{key}` to the {root}; set the root key "
+                f"`{root_key}` instead."
             )
         if key in known.parameters:
             _check_kind(known.parameters[key], value, f"{path}.{key}", target)
         elif not known.open or difflib.get_close_matches(str(key), known.parameters, n=1, cutoff=0.8):
             options = [name for name in (*known.parameters, *SPECIAL) if name not in supplied]
-            said = fix(str(key), options, value, path, node)
-            raise ValueError(f"`{path}.{key}` = {short(value)} is not a parameter of {target}. {said}")
+            hint = fix(str(key), options, value, path, node)
+            raise ValueError(f"`{path}.{key}` = {short(value)} is not a parameter of {target}. {hint}")
     if path == root and root in PARTIAL and node.get("_partial_") is not True:
-        raise ValueError(f"`{path}` must have `_partial_: true`: the task calls {target}, with what only it knows.")
+        raise ValueError(f"`{path}` must have `_partial_: true`: the task calls {target} with further arguments.")
     if not node.get("_partial_"):
-        given = {*node, *supplied, *known.positional[: len(node.get("_args_") or ())]}
-        missing = [key for key, parameter in known.parameters.items() if parameter.required and key not in given]
+        positional = [name for name, p in known.parameters.items() if p.kind is not Parameter.KEYWORD_ONLY]
+        given = {*node, *supplied, *positional[: len(node.get("_args_") or ())]}
+        missing = [name for name, p in known.parameters.items() if p.default is Parameter.empty and name not in given]
         if missing:
             raise ValueError(
-                f"`{path}.{missing[0]}` is missing, and {target} cannot do without it. Write `+{path}.{missing[0]}=…` "
-                f"on the command line, or `{missing[0]}: …` under `{path}:` in YAML."
+                f"`{path}.{missing[0]}` is missing: {target} requires it. Write `+{path}.{missing[0]}=…` on the "
+                f"command line, or `{missing[0]}: …` under `{path}:` in YAML."
             )
 
 
 def _signature(target: Any, path: str, allow: tuple[str, ...]) -> Signature:
     """Signature of a target, if it is allowed."""
-    is_said = f"`{path}._target_` = {short(target)} is not allowed: "
+    refusal = f"`{path}._target_` = {short(target)} is not allowed: "
     if not isinstance(target, str):
-        raise ValueError(f"{is_said}it must be the dotted name of a class or function.")
+        raise ValueError(f"{refusal}it must be the dotted name of a class or function.")
     top = target.partition(".")[0]
-    trusted = target if top in (OWN, "torch", "lightning") else top
+    trusted = target if _inside(top, {name.partition(".")[0] for name in ALLOWED}) else top
     remedy = f"If you trust it, list it in the experiment: `allow_targets: [{trusted}]`."
-    if not _inside(target, allow) and not _is_allowed(target):
+    is_public = not any(part.startswith("_") for part in target.split("."))
+    is_allowed = is_public and _inside(target, ALLOWED) and not _inside(target, REFUSED)
+    if not _inside(target, allow) and not is_allowed:
         raise ValueError(
-            f"{is_said}a target is a public name in {', '.join(ALLOWED)}, but not in {', '.join(REFUSED)}. {remedy}"
+            f"{refusal}a target is a public name in {', '.join(ALLOWED)}, but not in {', '.join(REFUSED)}. {remedy}"
         )
     try:
         known = signature(target)
-    except (ImportError, AttributeError, TypeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         nearest = did_you_mean(target, names(target))
         raise ValueError(f"`{path}._target_` = {target} cannot be built: {error}. {nearest}".rstrip()) from error
     if target in allow:
         return known
     remedy = f"If you trust it, list it in the experiment: `allow_targets: [{target}]`."
-    # `torch.nn.modules.module.torch.hub.load` leaves through a module that torch.nn imports: what counts is the home
+    # `torch.nn.modules.module.torch.hub.load` is reached through an import of torch.nn: its home decides
     if not _inside(known.home, (*ALLOWED, *allow)) or (_inside(known.home, REFUSED) and not _inside(known.home, allow)):
-        raise ValueError(f"{is_said}it is defined in {known.home}, where a config has nothing to build. {remedy}")
+        raise ValueError(f"{refusal}it is defined in {known.home}. {remedy}")
     if known.is_method and not _inside(target, allow):  # some methods read files that can run code
-        raise ValueError(f"{is_said}it is a method: name a class or a function. {remedy}")
+        raise ValueError(f"{refusal}it is a method: name a class or a function. {remedy}")
     return known
-
-
-def _is_allowed(target: str) -> bool:
-    is_private = any(part.startswith("_") for part in target.split("."))
-    return _inside(target, ALLOWED) and not _inside(target, REFUSED) and not is_private
 
 
 def _inside(name: str, packages: Iterable[str]) -> bool:
@@ -254,8 +265,9 @@ def _inside(name: str, packages: Iterable[str]) -> bool:
 
 
 def _check_kind(parameter: Parameter, value: Any, key: str, target: str) -> None:
-    """Refuses a value that a simple annotation rules out, such as ``depth: eight``."""
-    if parameter.kinds is None or value in parameter.choices:
+    """Refuses a value that a simple annotation excludes, e.g. ``depth: eight``."""
+    kinds, choices = accepted(parameter)
+    if kinds is None or value in choices:
         return
     if isinstance(value, Mapping):
         kind = "object" if "_target_" in value else "dict"
@@ -263,44 +275,40 @@ def _check_kind(parameter: Parameter, value: Any, key: str, target: str) -> None
         kind = "list"
     else:
         kind = "None" if value is None else type(value).__name__
-    accepted = parameter.kinds | ({"int"} if "float" in parameter.kinds else frozenset())
-    if kind in accepted or (kind == "object" and accepted & {"list", "dict"}):
+    valid = kinds | ({"int"} if "float" in kinds else frozenset())
+    if kind in valid or (kind == "object" and valid & {"list", "dict"}):
         return
-    if parameter.choices and isinstance(value, str):
-        nearest = did_you_mean(value, map(str, parameter.choices))
+    if choices and isinstance(value, str):
+        nearest = did_you_mean(value, map(str, choices))
         raise ValueError(f"`{key}` = {short(value)} is not a choice of {target}. {nearest}")
-    wanted = [
-        *sorted(parameter.kinds - {"None"}),
-        *map(repr, parameter.choices),
-        *({"None"} & parameter.kinds and ["null"]),
-    ]
-    default = "" if parameter.default is UNKNOWN else f" (its default is {parameter.default!r})"
-    raise ValueError(f"`{key}` = {short(value)} has the wrong kind: {target} takes {' or '.join(wanted)}{default}.")
+    wanted = [*sorted(kinds - {"None"}), *map(repr, choices), *({"None"} & kinds and ["null"])]
+    default = "" if parameter.default in (UNKNOWN, Parameter.empty) else f" (its default is {parameter.default!r})"
+    raise ValueError(f"`{key}` = {short(value)} has the wrong type: {target} takes {' or '.join(wanted)}{default}.")
 
 
-# ---- what to write instead -------------------------------------------------------------------------------------------
+# ---- suggestions -----------------------------------------------------------------------------------------------------
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """A sentence: the nearest of the options, or all of them where none is near; empty where the word is one itself."""
+    """Returns a sentence with the nearest option, or with all options if none is near; empty if the word is one."""
     known = sorted({str(option) for option in options})
     if word in known:
         return ""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if near:
         return f"Did you mean `{near[0]}`?"
-    return f"Choose one of: {', '.join(known)}." if known else "There is nothing to choose from."
+    return f"Choose one of: {', '.join(known)}." if known else "There are no options."
 
 
 def fix(word: str, options: Iterable[str], value: Any, path: str, node: Mapping[str, Any], rest: str = "") -> str:
-    """The nearest key, here or further down, and how to write it on the command line and in YAML.
+    """Returns a sentence with the nearest key, in this node or its children, for the command line and for YAML.
 
     Args:
         word: the wrong key.
-        options: the right ones.
-        value: what it was to be set to.
-        path, node: full key and content of the mapping it stands in.
-        rest: what follows the wrong key in the full key, such as ``.depth`` in ``modle.depth``.
+        options: the valid keys.
+        value: the value that it was set to.
+        path, node: full key and content of the mapping that contains it.
+        rest: the rest of the full key, e.g. ``.depth`` in ``modle.depth``.
     """
     options = [option for option in options if option != word]
     near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
@@ -318,120 +326,119 @@ def fix(word: str, options: Iterable[str], value: Any, path: str, node: Mapping[
 
 
 def _deeper(word: str, path: str, node: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], str] | None:
-    """Where further down a key like ``word`` has its place: ``model.depth`` is meant for ``model.encoder``."""
-    for place, below in targets(node, path):
-        parameters = signature(below["_target_"]).parameters if place != path else {}
+    """Child node with a key similar to ``word``, as (path, node, key): ``model.encoder`` for ``model.depth``."""
+    for child_path, child in targets(node, path):
+        parameters = signature(child["_target_"]).parameters if child_path != path else {}
         near = difflib.get_close_matches(word, parameters, n=1, cutoff=0.75)
         if near:
-            return place, below, near[0]
+            return child_path, child, near[0]
     return None
 
 
 def short(value: Any) -> str:
-    """A value as a message shows it."""
+    """Returns a value as messages show it, with at most 60 characters."""
     text = "null" if value is None else value if isinstance(value, str) and value else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-# ---- what two keys must agree on -------------------------------------------------------------------------------------
+# ---- rules between keys ----------------------------------------------------------------------------------------------
 
 
 def validate(config: Mapping[str, Any]) -> None:
-    """Rules between keys; each message names the nearest legal values.
+    """Checks rules between keys; each message names the nearest valid values.
 
     Raises:
-        ValueError: the first rule that is broken.
+        ValueError: for the first rule that is broken.
     """
     teacher = (config.get("task") or {}).get("teacher")
     networks = [*targets(config.get("model"), "model"), *targets(teacher, "task.teacher")]
+    data = list(targets(config.get("data"), "data"))
     for path, node in networks:
-        _divides(node, path, "image_size", "patch_size", "pixels cannot be cut into whole patches")
-        if _value(node, "embed_dim") is not None:  # a diffusion transformer fills its frames up
-            _divides(node, path, "num_frames", "tubelet_size", "frames cannot be cut into whole tubelets")
-        _divides(node, path, "embed_dim", "num_heads", "channels cannot be shared by the heads")
-        _divides(node, path, "decoder_dim", "decoder_num_heads", "channels cannot be shared by the heads")
-    for path, node in networks:
-        for place, precision in _precisions(config.get("trainer") or {}):
-            _refuse_half(node, path, place, precision)
-        _check_frame_steps(config, node, path)
+        _check_divisible(node, path, "image_size", "patch_size")
+        if _value(node, "embed_dim") is not None:  # a diffusion transformer pads its frames
+            _check_divisible(node, path, "num_frames", "tubelet_size")
+        _check_divisible(node, path, "embed_dim", "num_heads")
+        _check_divisible(node, path, "decoder_dim", "decoder_num_heads")
+        _check_half(config.get("trainer") or {}, node, path)
+        _check_frame_step(data, node, path)
     for path, encoder in networks:
         if _value(encoder, "patch_size") is None or _value(encoder, "embed_dim") is None:
-            continue  # of a diffusion transformer, sizes are those of latents
-        for place, node, key, same in _clip_sizes(config):
-            wanted, given = _value(encoder, same), _value(node, key)
+            continue  # the sizes of a diffusion transformer are those of latents
+        for source, node, key, encoder_key in _clip_sizes(config, data):
+            wanted, given = _value(encoder, encoder_key), _value(node, key)
             if wanted is not None and given is not None and _pair(wanted) != _pair(given):
                 plus = "" if key in node else "+"
                 raise ValueError(
-                    f"`{place}.{key}` = {given} and `{path}.{same}` = {wanted} disagree: the clips would not fit the "
-                    f"model. Write `{plus}{place}.{key}={wanted}` or `{path}.{same}={given}`."
+                    f"`{source}.{key}` = {given} must be equal to `{path}.{encoder_key}` = {wanted}. Write "
+                    f"`{plus}{source}.{key}={wanted}` or `{path}.{encoder_key}={given}`."
                 )
-        for place, node in targets(config.get("data"), "data"):
-            takes_clips_alone = _value(encoder, "images") is False and _value(encoder, "num_frames") != 1
-            if node["_target_"] in IMAGE_DATA and takes_clips_alone:
+        clips_only = _value(encoder, "images") is False and _value(encoder, "num_frames") != 1
+        for source, node in data:
+            if clips_only and node["_target_"] in IMAGE_DATA:
                 raise ValueError(
-                    f"`{place}._target_` = {node['_target_']} gives single frames, and `{path}.images` = False takes "
-                    f"clips alone. Write `{'' if 'images' in encoder else '+'}{path}.images=true`, or choose a dataset "
-                    "of clips."
+                    f"`{source}._target_` = {node['_target_']} returns single frames, which the model does not accept "
+                    f"with `{path}.images` = False. Write `{'' if 'images' in encoder else '+'}{path}.images=true`, or "
+                    "choose a dataset of clips."
                 )
 
 
-def _precisions(trainer: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every key that says a precision, and what it says: the trainer's, and those of its plugins."""
-    yield "trainer.precision", trainer.get("precision")
-    for path, node in targets(trainer.get("plugins"), "trainer.plugins"):
-        yield f"{path}.precision", node.get("precision")
+def _check_half(trainer: Mapping[str, Any], node: Mapping[str, Any], path: str) -> None:
+    """Refuses float16 for a network that overflows in it, which gives black or NaN videos.
+
+    Of CogVideoX, only the 2B model, which has sine-cosine positions, was published in float16.
+    """
+    if node["_target_"] not in HALF_OVERFLOWS or _value(node, "positions") == "sincos":
+        return
+    for source, setting in (("trainer", trainer), *targets(trainer.get("plugins"), "trainer.plugins")):
+        precision = setting.get("precision")
+        if precision in (16, "16", "16-mixed", "16-true"):
+            raise ValueError(
+                f"`{source}.precision` = {precision} and `{path}._target_` = {node['_target_']}: this model was "
+                "trained in bfloat16 and overflows in float16, which gives black or NaN videos. Write "
+                f"`{source}.precision=bf16-mixed`."
+            )
 
 
-def _refuse_half(node: Mapping[str, Any], path: str, place: str, precision: Any) -> None:
-    """float16 for a network whose activations it cannot hold: black or NaN videos. CogVideoX-2B alone, with sine-cosine
-    positions, was published in it."""
-    overflows = node["_target_"] in HALF_OVERFLOWS and _value(node, "positions") != "sincos"
-    if overflows and precision in (16, "16", "16-mixed", "16-true"):
-        raise ValueError(
-            f"`{place}` = {precision} and `{path}._target_` = {node['_target_']}: this family was trained in "
-            f"bfloat16, and overflows in float16, which gives black or NaN videos. Write `{place}=bf16-mixed`."
-        )
-
-
-def _check_frame_steps(config: Mapping[str, Any], codec: Mapping[str, Any], path: str) -> None:
-    """A codec that takes the first frame alone and then ``frame_step`` at a time gets 1 + a multiple of it."""
+def _check_frame_step(data: Iterable[tuple[str, Mapping[str, Any]]], codec: Mapping[str, Any], path: str) -> None:
+    """Checks that clips have 1 + a multiple of ``frame_step`` frames, the groups that a causal codec encodes."""
     step = _value(codec, "frame_step")
-    for place, node in targets(config.get("data"), "data") if isinstance(step, int) and step > 0 else ():
+    for source, node in data if isinstance(step, int) and step > 0 else ():
         given = _value(node, "num_frames")
         if isinstance(given, int) and (given - 1) % step:
             below = (given - 1) // step * step + 1
             raise ValueError(
-                f"`{place}.num_frames` = {given} is not 1 + a multiple of `{path}.frame_step` = {step}: it codes "
-                f"the first frame alone, then {step} at a time. The nearest legal values are "
-                f"`{place}.num_frames={below}` and `{place}.num_frames={below + step}`."
+                f"`{source}.num_frames` = {given} must be 1 + a multiple of `{path}.frame_step` = {step}: the codec "
+                f"encodes the first frame separately and then {step} frames at a time. The nearest valid values are "
+                f"`{source}.num_frames={below}` and `{source}.num_frames={below + step}`."
             )
 
 
-def _clip_sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], str, str]]:
-    """What sets the size of the clips that reach the model: a node with its full key, its key, and the encoder's."""
+def _clip_sizes(
+    config: Mapping[str, Any], data: Iterable[tuple[str, Mapping[str, Any]]]
+) -> Iterator[tuple[str, Mapping[str, Any], str, str]]:
+    """Settings of the size of clips that reach the model: path, node, key, corresponding key of the encoder."""
     augment = targets((config.get("task") or {}).get("augment"), "task.augment")
-    crops = [  # and what another package may do to the size
+    crops = [  # a target of a third-party package may also change the size
         (path, node)
         for path, node in augment
-        if _value(node, "size") is not None or not _inside(node["_target_"], (OWN, "torch.nn"))
+        if _value(node, "size") is not None or not _inside(node["_target_"], ("blueberry_video", "torch.nn"))
     ]
-    data = list(targets(config.get("data"), "data"))
     images = [path for path, node in data if node["_target_"] in IMAGE_DATA]
     for path, node in data:
-        if not any(path.startswith(f"{image}.") for image in images):  # of any number of frames, one is taken
+        if not any(path.startswith(f"{image}.") for image in images):  # single frames come from clips of any length
             yield path, node, "num_frames", "num_frames"
         if crops and path.startswith("data.train"):
-            yield *crops[-1], "size", "image_size"  # the last one gives the clips their size
+            yield *crops[-1], "size", "image_size"  # the last crop determines the size
         else:
             yield path, node, "image_size", "image_size"
 
 
 def targets(node: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every mapping with a ``_target_`` in a node, with its full key."""
+    """Yields every mapping with a ``_target_`` in a node, with its full key."""
     if isinstance(node, Mapping):
         if isinstance(node.get("_target_"), str):
             yield path, node
-        # A composed config may still hold `???`: it is looked at as it stands
+        # a composed config may contain `???`, so it is not resolved
         for key, value in node.items_ex(resolve=False) if isinstance(node, DictConfig) else node.items():
             yield from targets(value, f"{path}.{key!s}")
     elif isinstance(node, list | tuple):
@@ -440,20 +447,19 @@ def targets(node: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _value(node: Mapping[str, Any], key: str) -> Any:
-    """The value of a key, else its default in the constructor, else None."""
-    if key in node:
-        return node[key]
+    """Value of a key; if it is not set, its default in the constructor; otherwise None."""
     parameter = signature(node["_target_"]).parameters.get(key)
-    return None if parameter is None or parameter.default is UNKNOWN else parameter.default
+    default = None if parameter is None or parameter.default in (UNKNOWN, Parameter.empty) else parameter.default
+    return node.get(key, default)
 
 
 def _pair(value: Any) -> Any:
-    """A square written as one number equals the pair."""
+    """Converts the size of a square, a single number, to a pair."""
     return tuple(value) if isinstance(value, list | tuple) else (value, value)
 
 
-def _divides(node: Mapping[str, Any], path: str, whole: str, part: str, consequence: str) -> None:
-    """``whole`` must be a multiple of ``part``."""
+def _check_divisible(node: Mapping[str, Any], path: str, whole: str, part: str) -> None:
+    """Checks that ``whole`` is a multiple of ``part``."""
     for total, unit in zip(_pair(_value(node, whole)), _pair(_value(node, part))):
         if not isinstance(total, int) or not isinstance(unit, int):
             return
@@ -464,7 +470,7 @@ def _divides(node: Mapping[str, Any], path: str, whole: str, part: str, conseque
             multiple = max(1, round(total / unit)) * unit
             divisor = min((d for d in range(1, total + 1) if total % d == 0), key=lambda d: abs(d - unit))
             raise ValueError(
-                f"`{path}.{whole}` = {_value(node, whole)} is not divisible by `{path}.{part}` = {_value(node, part)}: "
-                f"{total} {consequence}. The nearest legal values are `{path}.{whole}={multiple}` or "
+                f"`{path}.{whole}` = {_value(node, whole)} must be divisible by `{path}.{part}` = "
+                f"{_value(node, part)}. The nearest valid values are `{path}.{whole}={multiple}` and "
                 f"`{path}.{part}={divisor}`."
             )

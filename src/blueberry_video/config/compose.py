@@ -1,6 +1,6 @@
-"""From an experiment and its overrides to one resolved, checked config.
+"""Composition of an experiment and its overrides into a resolved and validated config.
 
-Hydra's complaints are reworded: one paragraph that names the key, its value and the fix.
+Errors of Hydra are converted to one paragraph that names the key, its value and the fix.
 """
 
 import difflib
@@ -26,37 +26,37 @@ from blueberry_video.config.signatures import signature
 
 
 def register_schema() -> None:
-    """Makes ``Config`` known to Hydra as ``root``, the first default of conf/train.yaml."""
+    """Registers ``Config`` with Hydra as ``root``, the first default of conf/train.yaml."""
     ConfigStore.instance().store(name="root", node=Config)
 
 
 def compose(file: str | Path, overrides: Sequence[str] = (), conf: Path = CONF) -> DictConfig:
-    """Composes the config file of an experiment over ``conf/`` with overrides, and returns it resolved and checked.
+    """Composes the config of an experiment with ``conf/`` and overrides, and returns it resolved and validated.
 
     Raises:
-        FileNotFoundError: there is no such experiment; the message names the nearest.
-        ValueError: anything wrong in a file or an override; one paragraph with key, value and fix.
+        FileNotFoundError: the experiment does not exist; the message names the nearest one.
+        ValueError: for an error in a file or an override; the message is one paragraph with key, value and fix.
     """
     path = Path(file).resolve()
     if not path.is_file():
         folder = path.parent
         others = sorted(other.parent.name for other in folder.parent.glob(f"*/{path.name}"))
-        nearby = did_you_mean(folder.name, others) if others else f"`make new EXP={folder.name}` makes one."
-        raise FileNotFoundError(f"there is no experiment {folder.name!r}: {_shown(path)} does not exist. {nearby}")
+        hint = did_you_mean(folder.name, others) if others else f"`make new EXP={folder.name}` creates one."
+        raise FileNotFoundError(f"there is no experiment {folder.name!r}: {_shown(path)} does not exist. {hint}")
     return _compose(path, overrides, conf, saved=False)
 
 
 def load(file: str | Path, overrides: Sequence[str] = (), fresh: DictConfig | None = None) -> DictConfig:
-    """The config that a run saved, with overrides, checked like any other.
+    """Loads the config saved by a run, applies overrides and validates the result.
 
     Args:
         file: the config.yaml of a run folder.
-        overrides: also ones that the run had already; those change nothing.
-        fresh: the experiment composed with the same overrides: what they choose from a group is taken from there,
-            since a saved config has no groups.
+        overrides: ``key=value``; overrides that the run already had change nothing.
+        fresh: the experiment composed with the same overrides, from which the chosen groups are copied, because a
+            saved config has no groups.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: as ``compose``.
     """
     path = Path(file).resolve()
@@ -78,12 +78,12 @@ def load(file: str | Path, overrides: Sequence[str] = (), fresh: DictConfig | No
 
 
 def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of every job of a sweep: all combinations of ``key=a,b`` and ``key=range(…)``.
+    """Returns the overrides of every job of a sweep: all combinations of ``key=a,b`` and ``key=range(…)``.
 
-    Globs and intervals are left to Hydra.
+    Hydra expands globs and intervals.
 
     Raises:
-        ValueError: an override cannot be read.
+        ValueError: an override cannot be parsed.
     """
     choices = []
     for override in _parse(overrides):
@@ -102,14 +102,14 @@ def _compose(file: Path, overrides: Sequence[str], conf: Path, saved: bool) -> D
         line, key = override.input_line, override.key_or_group
         if override.is_sweep_override():
             raise ValueError(
-                f"`{line}` gives several values to one run: write `{key}=[…]` if it is a list, or run every value with "
-                f'`make sweep EXP=… SWEEP="{line}"`.'
+                f"`{line}` sets several values in a single run: write `{key}=[…]` if it is a list, or run every value "
+                f'with `make sweep EXP=… SWEEP="{line}"`.'
             )
         if group := _misspelt_group(override, conf):
             raise ValueError(f"`{line}`: conf/ has no group `{key}`. Did you mean `+{group}={override.value()}`?")
         if override.is_hydra_override():
             raise ValueError(
-                f"`{line}`: a single run has no Hydra settings; `output_dir=…` says where runs are written."
+                f"`{line}`: a single run has no Hydra settings; set the folder of runs with `output_dir=…`."
             )
     _check_file(file, saved)
     try:
@@ -122,15 +122,15 @@ def _compose(file: Path, overrides: Sequence[str], conf: Path, saved: bool) -> D
 
 
 def resolve(config: DictConfig, origin: str = "the config") -> DictConfig:
-    """A composed config with every interpolation resolved and every default of the schema filled in, checked.
+    """Resolves all interpolations of a composed config, adds the defaults of the schema, and validates the result.
 
     Raises:
-        ValueError: as ``compose``; ``origin`` is the file that it names.
+        ValueError: as ``compose``; ``origin`` is the name of the file in the message.
     """
-    known = all(key in ROOT_KEYS for key in config)  # `check` tells of an unknown one better than the merge does
+    known = all(key in ROOT_KEYS for key in config)  # for an unknown key, `check` has a better message than merge
     try:
         full = OmegaConf.merge(OmegaConf.structured(Config), config) if known else config
-        if known:  # first: other values may refer to what is missing
+        if known:  # first, because other values may refer to a missing group
             check_groups(cast(DictConfig, full))
         plain = cast(dict[str, Any], OmegaConf.to_container(full, resolve=True, throw_on_missing=True))
     except MissingMandatoryValue as error:
@@ -145,7 +145,7 @@ def resolve(config: DictConfig, origin: str = "the config") -> DictConfig:
 
 
 def _hydra(file: Path, overrides: Sequence[str], conf: Path) -> DictConfig:
-    """Hydra's composition. Files beside the experiment's own come before those of `conf/`."""
+    """Composes with Hydra. Files in the experiment's folder take precedence over those of ``conf/``."""
     register_schema()
     searchpath = "hydra.searchpath=['file://{}']".format(str(conf).replace("'", "\\'"))
     with initialize_config_dir(str(file.parent), version_base="1.3"):
@@ -159,20 +159,22 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
             [override] = OverridesParser.create().parse_overrides([line])
         except HydraException as error:
             raise ValueError(
-                f"`{line}` cannot be read: write `key=value` without spaces around `=`; close every quote and bracket, "
-                "and quote a value that holds spaces, commas, colons, `=`, brackets or quotes: `key='a b'`."
+                f"`{line}` cannot be parsed: write `key=value` without spaces around `=`; close quotes and brackets; "
+                "quote a value that contains spaces, commas, colons, `=`, brackets or quotes: `key='a b'`."
             ) from error
         key = override.get_key_element()
         if not override.key_or_group:
-            raise ValueError(f"`{line}` names no key: write `key=value`.")
+            raise ValueError(f"`{line}` has no key: write `key=value`.")
         if line.endswith("=") and not override.is_delete():
-            raise ValueError(f"`{line}` has no value: write `{key}=…`; `{key}=null` is none, `{key}=''` an empty text.")
+            raise ValueError(
+                f"`{line}` has no value: write `{key}=…`; `{key}=null` is None, `{key}=''` an empty string."
+            )
         parsed.append(override)
     return parsed
 
 
 def _check_file(file: Path, saved: bool) -> None:
-    """The file can be read, and an experiment's own values come last."""
+    """Checks that the file is valid YAML, and that the defaults of an experiment contain ``train`` and ``_self_``."""
     try:
         content = OmegaConf.load(file)
     except yaml.YAMLError as error:
@@ -185,42 +187,41 @@ def _check_file(file: Path, saved: bool) -> None:
     if not isinstance(defaults, ListConfig) or "train" not in defaults or "_self_" not in defaults:
         raise ValueError(
             f"`defaults` in {_shown(file)} must be a list that begins with `- train` and ends with `- _self_`: without "
-            "the first the config is incomplete, without the last the values of conf/ win over the experiment's. See "
-            "experiments/template/config.yaml."
+            "the first, the config is incomplete; without the last, the values of conf/ override those of the "
+            "experiment. See experiments/template/config.yaml."
         )
 
 
-# ---- Hydra's complaints, reworded ------------------------------------------------------------------------------------
+# ---- messages for errors of Hydra ------------------------------------------------------------------------------------
 
 
 def _explain(error: Exception, file: Path, overrides: Sequence[Override], conf: Path, saved: bool) -> str:
-    """One paragraph about a failed composition."""
+    """Message for a failed composition, in one paragraph."""
     if isinstance(error, MissingConfigException):
         return _explain_choice(error, file, overrides, conf)
     groups = [override for override in overrides if _is_group(override, file, conf)]
     if groups and saved:
         line, key = groups[0].input_line, groups[0].key_or_group
-        return f"`{line}`: a saved config has no groups left to choose from. Set single keys: `{key}.<key>=<value>`."
+        return f"`{line}`: a saved config has no groups. Set single keys: `{key}.<key>=<value>`."
     try:
         base = _hydra(file, [override.input_line or "" for override in groups], conf)
-    except (HydraException, OmegaConfBaseException) as deeper:  # the mistake is in a file or in the choice of a group
+    except (HydraException, OmegaConfBaseException) as deeper:  # the error is in a file or in the choice of a group
         return _explain_file(deeper, file, groups, conf)
     for override in overrides:
-        said = None if override in groups else _explain_override(override, base)
-        if said:
-            return said
+        if override not in groups and (message := _explain_override(override, base)):
+            return message
     return _explain_value(error, overrides)
 
 
 def _explain_choice(error: MissingConfigException, file: Path, overrides: Sequence[Override], conf: Path) -> str:
-    """A choice that is no file of conf/."""
+    """Message for a choice that is not a file of conf/."""
     missing = str(error.missing_cfg_file)
-    asked = ((override.key_or_group, str(override.value())) for override in overrides)
-    named = (missing.partition("/")[0], missing.partition("/")[2])
-    group, choice = next((pair for pair in asked if missing.endswith("/".join(pair))), named)
+    chosen = ((override.key_or_group, str(override.value())) for override in overrides)
+    default = (missing.partition("/")[0], missing.partition("/")[2])
+    group, choice = next((pair for pair in chosen if missing.endswith("/".join(pair))), default)
     if not choice:
         known = did_you_mean(group, (path.stem for path in conf.glob("*.yaml")))
-        return f"`{group}` in the `defaults` of {_shown(file)} is no file of conf/. {known}"
+        return f"`{group}` in the `defaults` of {_shown(file)} is not a file of conf/. {known}"
     choices = _choices(group, file, conf)
     if not choices:
         return f"`{group}={choice}`: conf/ has no group `{group}`. {did_you_mean(group, _groups(conf))}"
@@ -230,7 +231,7 @@ def _explain_choice(error: MissingConfigException, file: Path, overrides: Sequen
 
 
 def _explain_override(override: Override, base: DictConfig) -> str | None:
-    """What is wrong with one override of a config that composes without it; None where nothing is."""
+    """Message for an invalid override of a config that composes without it; None if the override is valid."""
     line, full = override.input_line, override.key_or_group
     parts = full.split(".")
     value = None if override.is_delete() else override.value()
@@ -249,9 +250,9 @@ def _explain_override(override: Override, base: DictConfig) -> str | None:
         if override.is_delete():
             return f"`{line}`: the config has no key `{full}` to delete. {did_you_mean(part, options)}"
         if parts[0] == "expected" and parts[1:]:
-            return f"`{line}`: `expected` does not name `{parts[1]}` yet, so it has to be added: write `+{line}`."
+            return f"`{line}`: `expected` has no key `{parts[1]}` yet: write `+{line}` to add it."
         if part in options:
-            return f"`{line}`: `{'.'.join(parts[: depth + 1])}` is a right key that no file sets yet: write `+{line}`."
+            return f"`{line}`: no file sets `{'.'.join(parts[: depth + 1])}`: write `+{line}` to add it."
         if not isinstance(node, DictConfig):
             return f"`{line}`: `{path}` = {short(node)} is a value and has no key `{part}`."
         rest = "".join(f".{later}" for later in parts[depth + 1 :])
@@ -262,7 +263,7 @@ def _explain_override(override: Override, base: DictConfig) -> str | None:
 
 
 def _options(node: Any, path: str) -> list[str]:
-    """Keys that may stand at a place: those that do, and the parameters of its target."""
+    """Valid keys of a node: the keys that it has and the parameters of its target."""
     if not path:
         return list(ROOT_KEYS)
     if not isinstance(node, DictConfig):
@@ -272,29 +273,31 @@ def _options(node: Any, path: str) -> list[str]:
 
 
 def _explain_file(error: Exception, file: Path, groups: Sequence[Override], conf: Path) -> str:
-    """A mistake in a YAML file (a root key, a type, a default), or a group that no default names."""
+    """Message for an error in a YAML file (root key, type, default), or for a group that is not in the defaults."""
     cause = _omegaconf_cause(error)
     if cause is not None and cause.full_key:
-        place = f"in {_shown(file)}, or in a file of conf/ that it names"
+        source = f"in {_shown(file)}, or in a file of conf/ that it includes"
         root = str(cause.full_key).partition(".")[0]
         if root not in ROOT_KEYS:
-            return f"`{root}` {place}, is not a root key. {did_you_mean(root, ROOT_KEYS)}"
-        return f"`{cause.full_key}` {place}, is wrong: {_first_line(cause)}."
+            return f"`{root}` {source}, is not a root key. {did_you_mean(root, ROOT_KEYS)}"
+        return f"`{cause.full_key}` {source}, is invalid: {_first_line(cause)}."
     for override in groups:
         line, key = override.input_line or "", override.get_key_element()
         if override.is_add() and ("Multiple values" in str(error) or "more than once" in str(error)):
-            return f"`{line}`: the config chooses its `{key[1:]}` already: write it without the plus, `{line[1:]}`."
+            return f"`{line}`: the config already has a `{key[1:]}`: write it without the plus, `{line[1:]}`."
         if meant := re.search(r"Did you mean to override ([^\s?]+)", str(error)):
-            return f"`{line}`: the config has that group as `{meant[1]}`: write `{meant[1]}={override.value()}`."
+            return (
+                f"`{line}`: this group has the name `{meant[1]}` in the config: write `{meant[1]}={override.value()}`."
+            )
         if not key.startswith("+") and f"'{key}'" in str(error):
-            return f"`{line}`: no default names the group `{override.key_or_group}`, so it has to be added: `+{line}`."
+            return f"`{line}`: the group `{override.key_or_group}` is not in the defaults: write `+{line}` to add it."
     words = [word for word in re.findall(r"'([^']+)'", str(error)) if word != file.stem and word not in _groups(conf)]
     hint = did_you_mean(words[0], _groups(conf)) if words else ""
     return f"the `defaults` of {_shown(file)} cannot be composed: {_first_line(error)}. {hint}".strip()
 
 
 def _explain_value(error: Exception, overrides: Sequence[Override]) -> str:
-    """A value that the schema refuses, such as ``seed=abc``."""
+    """Message for a value that the schema rejects, e.g. ``seed=abc``."""
     cause = _omegaconf_cause(error)
     if cause is None:
         return f"the overrides cannot be applied: {_first_line(error)}."
@@ -303,18 +306,18 @@ def _explain_value(error: Exception, overrides: Sequence[Override]) -> str:
     if isinstance(cause, ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
         parent, _, word = key.rpartition(".")
         if parent.partition(".")[0] == "expected" and line != key:
-            return f"`{line}`: `expected` does not name `{word}` yet, so it has to be added: write `'+{line}'`."
-        said = fix(word, _options(cause.parent_node, parent), None, parent, cause.parent_node)
-        return f"`{line}`: the config has no key `{key}`. {said}"
-    return f"`{line}` is refused: {_first_line(cause)}."
+            return f"`{line}`: `expected` has no key `{word}` yet: write `'+{line}'` to add it."
+        hint = fix(word, _options(cause.parent_node, parent), None, parent, cause.parent_node)
+        return f"`{line}`: the config has no key `{key}`. {hint}"
+    return f"`{line}` is invalid: {_first_line(cause)}."
 
 
 def _explain_yaml(error: yaml.YAMLError, file: Path | None = None) -> str:
     mark = getattr(error, "problem_mark", None)
     name = _shown(file) if file else str(getattr(mark, "name", "a YAML file"))
-    place = f", line {mark.line + 1}, column {mark.column + 1}," if mark else ""
+    position = f", line {mark.line + 1}, column {mark.column + 1}," if mark else ""
     problem = getattr(error, "problem", None) or _first_line(error)
-    return f"{name}{place} is not valid YAML: {problem}. Look for a colon, quote, bracket or indentation there."
+    return f"{name}{position} is not valid YAML: {problem}. Check colons, quotes, brackets and indentation there."
 
 
 def _is_group(override: Override, file: Path, conf: Path) -> bool:
@@ -324,7 +327,7 @@ def _is_group(override: Override, file: Path, conf: Path) -> bool:
 
 
 def _misspelt_group(override: Override, conf: Path) -> str | None:
-    """The group that a key means which is nearly the name of one, and of one that is no root key, such as ``debug``."""
+    """Group with a name similar to the key, if it is not a root key: ``debug`` for ``debgu``."""
     key = override.key_or_group
     if "." in key or not isinstance(override.value(), str) or key in (*ROOT_KEYS, *_groups(conf)):
         return None
@@ -333,7 +336,7 @@ def _misspelt_group(override: Override, conf: Path) -> str | None:
 
 
 def _choices(group: str, file: Path, conf: Path) -> list[str]:
-    """Choices of a group, such as ``vit/tiny``."""
+    """Choices of a group, e.g. ``vit/tiny``."""
     folders = (conf / group, file.parent / group)
     return sorted(
         {str(path.relative_to(folder).with_suffix("")) for folder in folders for path in folder.rglob("*.yaml")}
@@ -356,6 +359,6 @@ def _first_line(error: BaseException) -> str:
 
 
 def _shown(file: Path) -> str:
-    """A path as the user would type it."""
+    """Path relative to the working directory if it is inside it."""
     here = Path.cwd()
     return str(file.relative_to(here) if file.is_relative_to(here) else file)

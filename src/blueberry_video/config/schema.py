@@ -1,4 +1,4 @@
-"""The root of every config."""
+"""Schema of the root keys of a config."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,27 +9,27 @@ from omegaconf import MISSING
 CONF = Path(__file__).resolve().parents[3] / "conf"
 
 NODES = ("model", "task", "data", "optimizer", "schedule", "trainer", "logger", "callbacks")
-"""Root keys whose content is instantiated: their keys are the parameters of what ``_target_`` names."""
+"""Root keys that are instantiated: their keys are the parameters of the class or function in ``_target_``."""
 
 
 @dataclass
 class Config:
-    """Every root key.
+    """All root keys.
 
     Attributes:
-        name: of the experiment; runs go to ``<output_dir>/<name>/<time>/``.
-        seed: of every random number of the run: weights, sample order, augmentation, masks.
-        model, task, data, optimizer, schedule, trainer: what ``train.py`` builds and passes to one another.
-        logger: a logger beside the run folder's own metrics.csv; empty: metrics.csv alone.
-        callbacks: name → callback, in the order in which they act; null: switched off.
-        expected: metric → ``at_least`` or ``at_most`` → value: the verdicts at the end of the run.
-        enforce_expected: exit with an error where an expected value is missed (``make gate``).
-        optimized_metric: the metric that ``train`` returns to a sweep; null: none.
-        allow_targets: packages, modules or full names that ``_target_`` may name besides ``checks.ALLOWED``.
-        init_from: a run folder, a checkpoint or published weights that the model's encoder starts from.
-        resume: ``last`` or the name of a run of this experiment, to continue in its own folder.
+        name: name of the experiment; runs are written to ``<output_dir>/<name>/<time>/``.
+        seed: seed of all random numbers of the run: weights, sample order, augmentation, masks.
+        model, task, data, optimizer, schedule, trainer: components that ``train.py`` instantiates.
+        logger: logger in addition to metrics.csv in the run folder; empty: metrics.csv only.
+        callbacks: name → callback, in the order of execution; null: disabled.
+        expected: metric → ``at_least`` or ``at_most`` → value; checked at the end of the run.
+        enforce_expected: exit with an error if an expected value is missed (``make gate``).
+        optimized_metric: metric that ``train`` returns to a sweep; null: none.
+        allow_targets: packages, modules or full names that ``_target_`` may name in addition to ``checks.ALLOWED``.
+        init_from: run folder, checkpoint or published weights that initialize the encoder of the model.
+        resume: ``last`` or the name of a run of this experiment, to continue in its folder.
         check: dry run instead of training (``make check``).
-        output_dir: where runs are written.
+        output_dir: folder of all runs.
     """
 
     name: str = MISSING

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blueberry_video.models.world_model import WorldModel
+from blueberry_video.models.jepa.world_model import WorldModel
 
 Energy = Callable[[Tensor], Tensor]  # action sequences (B, N, H, A) -> how bad each is, (B, N)
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
-from blueberry_video.nn.encoder import Encoder
+from blueberry_video.models.encoder import Encoder
+from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
 from blueberry_video.nn.patches import normalize_patches, patchify, unpatchify
 
 

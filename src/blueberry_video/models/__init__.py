@@ -1,1 +1,1 @@
-"""One file per architecture: a pure ``nn.Module`` and the conversion of its published checkpoints."""
+"""Models: one folder per family, and the backbones and heads that several families share."""

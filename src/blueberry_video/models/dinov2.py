@@ -20,12 +20,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from blueberry_video.nn import weight_files
+from blueberry_video.models.encoder import Encoder
 from blueberry_video.nn.attention import Attention
-from blueberry_video.nn.blocks import DropPath, Mlp
+from blueberry_video.nn.blocks import DropPath
 from blueberry_video.nn.embeddings import TubeletEmbed
-from blueberry_video.nn.encoder import Encoder
-from blueberry_video.nn.frames import KeptTokens
+from blueberry_video.nn.feed_forward import Mlp
+from blueberry_video.nn.kept_tokens import KeptTokens
+from blueberry_video.weights import files as weight_files
+from blueberry_video.weights.load import load_strictly
 
 
 class DINOv2(Encoder):
@@ -33,7 +35,7 @@ class DINOv2(Encoder):
     those of the patches. T may be any number from 1, H and W any multiples of ``patch_size``.
 
     Args:
-        image_size, num_frames, patch_size, embed_dim, in_channels: see :class:`~blueberry_video.nn.encoder.Encoder`.
+        image_size, num_frames, patch_size, embed_dim, in_channels: see :class:`.encoder.Encoder`.
         depth: number of blocks.
         num_heads: attention heads.
         mlp_ratio: hidden over outer width of the MLPs; a gated one has two thirds of it, rounded up to a multiple of 8.
@@ -51,7 +53,7 @@ class DINOv2(Encoder):
     Raises:
         ValueError: for sizes that the patches or heads do not divide, no table or a negative number of registers; in
             ``forward`` for a video of other channels, without frames, or not of whole patches, or for a ``keep`` that
-            :class:`~blueberry_video.nn.frames.KeptTokens` refuses.
+            :class:`~blueberry_video.nn.kept_tokens.KeptTokens` refuses.
     """
 
     no_weight_decay = ("cls_token", "pos_embed", "register_tokens")
@@ -94,7 +96,7 @@ class DINOv2(Encoder):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6) if final_norm else nn.Identity()
         self.init_weights()
         if weights is not None:
-            self.load_state_dict(published_weights(weight_files.read_weights(weights), weights))
+            self.load_published(weights)
 
     def init_weights(self) -> None:
         """Matrices and positions normal with a deviation of 0.02, cut off; class and register tokens nearly 0; biases
@@ -192,6 +194,9 @@ class DINOv2(Encoder):
         else:
             image = F.interpolate(image, size=(h, w), mode="bicubic", antialias=self.antialias)
         return rearrange(image, "1 d h w -> (h w) d").to(table.dtype)
+
+    def convert_published(self, state: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+        return published_weights(state, source)
 
 
 class DINOv2Block(nn.Module):
@@ -356,14 +361,13 @@ def from_published(
     Positions are stretched as the code does that the file was written for.
 
     Args:
-        path: see :func:`~blueberry_video.nn.weight_files.read_weights`.
+        path: see :func:`~blueberry_video.weights.files.read_weights`.
         image_size, num_frames: of the clips; no weight tells them, and any others are taken, too.
         num_heads: no weight tells this either; by default heads have 64 channels, as published ones.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it holds no DINOv2, or one too narrow for heads of 64 channels without ``num_heads``.
-        RuntimeError: if a weight is missing, left over, or of another shape: each is named.
     """
     state = weight_files.read_weights(path)
     weights = published_weights(state, path)
@@ -388,5 +392,5 @@ def from_published(
         interpolate_offset=0.0 if is_huggingface(state) else None,
         final_norm="norm.weight" in weights,
     )
-    model.load_state_dict(weights)
+    load_strictly(model, weights, path)
     return model

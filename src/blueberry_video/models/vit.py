@@ -10,16 +10,18 @@ is no class token. Parameter names are those of the original code.
 import math
 import re
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from blueberry_video.models.encoder import Encoder
 from blueberry_video.nn.blocks import Block, init_trunc_normal
 from blueberry_video.nn.embeddings import TubeletEmbed
-from blueberry_video.nn.encoder import Encoder
 from blueberry_video.nn.positions import resize_table, sincos_3d_table, sinusoid_table
 from blueberry_video.nn.rope import RotaryPositions
-from blueberry_video.nn.weight_files import JEPA_FILE, num_blocks, read_weights
+from blueberry_video.weights.files import JEPA_FILE, num_blocks
+from blueberry_video.weights.load import load_strictly
 
 
 class VisionTransformer(Encoder):
@@ -28,7 +30,7 @@ class VisionTransformer(Encoder):
 
     Args:
         image_size, num_frames, patch_size, tubelet_size, embed_dim, in_channels: see
-            :class:`~blueberry_video.nn.encoder.Encoder`.
+            :class:`~blueberry_video.models.encoder.Encoder`.
         depth: number of blocks.
         num_heads: attention heads.
         mlp_ratio: hidden over outer width of the MLPs.
@@ -36,7 +38,7 @@ class VisionTransformer(Encoder):
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
         final_norm: LayerNorm after the last block. Published fine-tuned models have none: their classifier normalises
             the mean of the tokens.
-        images: take single frames (B, C, 1, H, W), too; see :class:`~blueberry_video.nn.encoder.Encoder`.
+        images: take single frames (B, C, 1, H, W), too; see :class:`~blueberry_video.models.encoder.Encoder`.
         positions: ``"sinusoid"`` over the token index (VideoMAE); ``"sincos_3d"`` (V-JEPA), stretched over clips of
             another length or size; ``"rope_3d"`` (V-JEPA 2), which such clips need nothing for.
         rope_quirk: turn as the published weights of V-JEPA 2 do, see :mod:`blueberry_video.nn.rope`.
@@ -122,6 +124,54 @@ class VisionTransformer(Encoder):
         built = self.grid(self.video_size)
         length = built[0] if grid[0] == 1 and self.images else grid[0]
         return resize_table(self.positions, built, (length, *grid[1:]))[: math.prod(grid)]
+
+    def convert_published(self, state: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+        return encoder_weights(state, source)
+
+    @classmethod
+    def from_weights(
+        cls,
+        weights: dict[str, Tensor],
+        source: str | Path,
+        num_frames: int = 16,
+        image_size: int = 224,
+        num_heads: int | None = None,
+        images: bool = False,
+        positions: str = "sinusoid",
+        rope_quirk: bool = False,
+    ) -> Self:
+        """Builds an encoder of the size of a state dict and loads it strictly.
+
+        Args:
+            weights: as :func:`encoder_weights` returns them.
+            source: origin of the weights, for error messages.
+            num_frames, image_size: size of the clips; positions are computed, so no tensor determines them.
+            num_heads: defaults to that of the published model of this width; no tensor determines it.
+            images: also accept single frames, as OmniMAE does.
+            positions, rope_quirk: see :class:`VisionTransformer`.
+
+        Raises:
+            ValueError: a tensor is missing, unexpected or of another shape.
+        """
+        embed_dim, in_channels, tubelet_size, patch_size = weights["patch_embed.proj.weight"].shape[:4]
+        encoder = cls(
+            image_size=image_size,
+            num_frames=num_frames,
+            patch_size=patch_size,
+            tubelet_size=tubelet_size,
+            embed_dim=embed_dim,
+            depth=num_blocks(weights, "blocks"),
+            num_heads=num_heads or embed_dim // head_width(embed_dim),
+            mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
+            in_channels=in_channels,
+            qkv_bias=qkv_bias(weights, "blocks.0"),
+            final_norm="norm.weight" in weights,
+            images=images,
+            positions=positions,
+            rope_quirk=rope_quirk,
+        )
+        load_strictly(encoder, weights, source)
+        return encoder
 
 
 def init_weights(module: nn.Module) -> None:
@@ -283,28 +333,22 @@ def check_positions(state: dict[str, Tensor], name: str) -> None:
         )
 
 
-def own_names(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder in a checkpoint of this package, of whatever architecture, if it is that of ``own``; else {}."""
-    inner = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
-    return inner if {name for name in own if not name.startswith("norm.")} <= inner.keys() else {}
-
-
-def encoder_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def encoder_weights(state: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
     """The encoder in a published state dict of any layout, under the names of :class:`VisionTransformer`.
 
     Raises:
         ValueError: if there is no VideoMAE or OmniMAE encoder in it, or one with other positions.
     """
     if any("embeddings.patch_embeddings.proj." in name for name in state):
-        raise ValueError(f"these weights are an encoder and a predictor, {JEPA_FILE}")
+        raise ValueError(f"{source} holds an encoder and a predictor, {JEPA_FILE}")
     if any("embeddings.patch_embeddings" in name for name in state):
         return convert_huggingface(state)
     is_omnimae = any(name.startswith("trunk.") for name in state)
     converted = convert_omnimae(state) if is_omnimae else convert_original(state)
     if "patch_embed.proj.weight" not in converted:
-        some = ", ".join(list(state)[:3])
         raise ValueError(
-            f"there is no VideoMAE encoder among these weights ({some}, …): expected patch_embed.proj.weight."
+            f"{source} holds no VideoMAE encoder: patch_embed.proj.weight is missing among names such as "
+            f"{', '.join(list(state)[:3])}."
         )
     return converted
 
@@ -317,74 +361,3 @@ def head_width(width: int) -> int:
 def qkv_bias(state: dict[str, Tensor], block: str) -> str:
     """Which projections of a block, such as ``blocks.0``, have a bias: as :class:`VisionTransformer` names it."""
     return "qv" if f"{block}.attn.q_bias" in state else "qkv" if f"{block}.attn.qkv.bias" in state else "none"
-
-
-def build_from_weights(
-    weights: dict[str, Tensor],
-    num_frames: int = 16,
-    image_size: int = 224,
-    num_heads: int | None = None,
-    images: bool = False,
-    positions: str = "sinusoid",
-    rope_quirk: bool = False,
-) -> VisionTransformer:
-    """A :class:`VisionTransformer` of the size the weights have, loaded strictly.
-
-    Args:
-        weights: as :func:`encoder_weights` gives them.
-        num_frames, image_size: of the clips; no weight tells them, as positions are computed.
-        num_heads: no weight tells this either; by default what the published models have.
-        images: take single frames, too, as OmniMAE.
-        positions, rope_quirk: see :class:`VisionTransformer`.
-
-    Raises:
-        RuntimeError: if a weight is missing, left over, or of another shape: each is named.
-    """
-    embed_dim, in_channels, tubelet_size, patch_size = weights["patch_embed.proj.weight"].shape[:4]
-    encoder = VisionTransformer(
-        image_size=image_size,
-        num_frames=num_frames,
-        patch_size=patch_size,
-        tubelet_size=tubelet_size,
-        embed_dim=embed_dim,
-        depth=num_blocks(weights, "blocks"),
-        num_heads=num_heads or embed_dim // head_width(embed_dim),
-        mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
-        in_channels=in_channels,
-        qkv_bias=qkv_bias(weights, "blocks.0"),
-        final_norm="norm.weight" in weights,
-        images=images,
-        positions=positions,
-        rope_quirk=rope_quirk,
-    )
-    encoder.load_state_dict(weights)
-    return encoder
-
-
-def load_encoder(encoder: nn.Module, path: str | Path) -> str:
-    """Puts the encoder of a published file, or of an own run's checkpoint, into ``encoder``.
-
-    Strict, but for one thing: a final norm that only one side has is left as it is, since fine-tuning takes the
-    encoder of a pre-trained model without it.
-
-    Returns:
-        One sentence on what was loaded.
-
-    Raises:
-        ValueError: if weights are missing, left over, or of other shapes; the message names them.
-    """
-    state, own = read_weights(path), encoder.state_dict()
-    weights = own_names(state, own) or encoder_weights(state)
-    norm = {name for name in weights.keys() ^ own.keys() if name.startswith("norm.")}
-    missing, extra = own.keys() - weights.keys() - norm, weights.keys() - own.keys() - norm
-    shapes = {name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape}
-    if missing or extra or shapes:
-        parts = (("missing", missing), ("left over", extra), ("of another shape", shapes))
-        found = "; ".join(f"{len(names)} {what}, such as {min(names)}" for what, names in parts if names)
-        raise ValueError(
-            f"the weights in {path} do not fit model.encoder: {found}. Choose the model variant the file was made "
-            "with, or another init_from."
-        )
-    encoder.load_state_dict({name: weights.get(name, value) for name, value in own.items()})
-    note = f" (the final norm was left out: {', '.join(sorted(norm))})" if norm else ""
-    return f"loaded {len(own)} encoder tensors from {path}{note}"

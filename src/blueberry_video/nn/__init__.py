@@ -1,1 +1,1 @@
-"""Layers shared by several models."""
+"""Layers that two or more model families share."""

@@ -8,20 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from blueberry_video.nn.attention import Attention
+from blueberry_video.nn.feed_forward import Mlp
 from blueberry_video.nn.rope import Rotation
-
-
-class Mlp(nn.Module):
-    """Linear, GELU, Linear: (..., D) -> (..., D) through ``hidden_dim``."""
-
-    def __init__(self, dim: int, hidden_dim: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
 
 
 class DropPath(nn.Module):

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from blueberry_video.nn.blocks import Block, Mlp
+from blueberry_video.nn.blocks import Block
+from blueberry_video.nn.feed_forward import Mlp
 
 
 class AttentivePool(nn.Module):
@@ -116,60 +117,3 @@ class ClassificationHead(nn.Module):
         pooled = self.pool(tokens) if self.pool is not None else tokens.mean(dim=1)
         pooled = self.dropout(self.fc_norm(pooled))
         return {name: linear(pooled) for name, linear in self.linear.items()}
-
-
-class FrameHead(nn.Module):
-    """Scores the classes of every frame: the mean of its tokens, LayerNorm, one linear layer a label. (B, T, S, D) ->
-    {label: (B, T, classes)}.
-
-    Args:
-        dim: width of the tokens.
-        num_classes: number of classes of each label, such as ``{"phase": 5}``.
-
-    Raises:
-        ValueError: if there is no label; in ``forward`` for tokens that are not four-dimensional.
-    """
-
-    def __init__(self, dim: int, num_classes: dict[str, int]):
-        super().__init__()
-        if not num_classes:
-            raise ValueError("num_classes is empty: name at least one label with its number of classes: {phase: 5}.")
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.linear = nn.ModuleDict({name: nn.Linear(dim, count) for name, count in num_classes.items()})
-
-    def forward(self, features: Tensor) -> dict[str, Tensor]:
-        if features.ndim != 4:
-            raise ValueError(
-                f"the features have shape {tuple(features.shape)} but must be (B, T, S, D), frame by frame: of a "
-                "Spool, give `features(video).features[:, 1:-1]`."
-            )
-        frames = self.norm(features.mean(dim=2))
-        return {name: linear(frames) for name, linear in self.linear.items()}
-
-
-class AnticipationHead(nn.Module):
-    """Scores what comes next, such as verb, noun and action: the probe of V-JEPA 2 on EPIC-KITCHENS-100 (arXiv
-    2506.09985). (B, N, D) -> {label: (B, classes)}.
-
-    Each label has a query of its own in one attentive pooling, and one linear layer. The tokens are those of the
-    encoder on what has been seen and, behind them, what the predictor expects of the future.
-
-    Args:
-        dim: width of the tokens.
-        num_classes: number of classes of each label, such as ``{"verb": 97, "noun": 300, "action": 3806}``.
-        num_heads, depth: of the :class:`AttentivePool`.
-
-    Raises:
-        ValueError: if there is no label, or ``num_heads`` does not divide ``dim``.
-    """
-
-    def __init__(self, dim: int, num_classes: dict[str, int], num_heads: int = 16, depth: int = 4):
-        super().__init__()
-        if not num_classes:
-            raise ValueError("num_classes is empty: name at least one label with its number of classes: {verb: 97}.")
-        self.pool = AttentivePool(dim, num_heads, depth=depth, num_queries=len(num_classes))
-        self.linear = nn.ModuleDict({name: nn.Linear(dim, count) for name, count in num_classes.items()})
-
-    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
-        answers = self.pool.ask(tokens)  # (B, labels, D)
-        return {name: linear(answers[:, i]) for i, (name, linear) in enumerate(self.linear.items())}

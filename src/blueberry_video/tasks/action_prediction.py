@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from blueberry_video.models.world_model import CONDITIONS, WorldModel
+from blueberry_video.models.jepa.world_model import CONDITIONS, WorldModel
 from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD, Task
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from blueberry_video.evaluation.metrics import accuracy, mean_class_recall, recalled_by_class, shuffle_frames
-from blueberry_video.models.anticipator import Anticipator, load_weights
-from blueberry_video.models.jepa import read_weights
+from blueberry_video.models.jepa.anticipator import Anticipator, load_weights
+from blueberry_video.models.jepa.model import read_weights
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.nn.patches import gather_tokens
 from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD, Task

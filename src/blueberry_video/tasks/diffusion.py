@@ -14,18 +14,18 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from blueberry_video.diffusion import conditioning
+from blueberry_video.diffusion.generation import conditioned, generate
+from blueberry_video.diffusion.guidance import Guidance
+from blueberry_video.diffusion.image_noise import ImageNoise
+from blueberry_video.diffusion.objectives import Objective
+from blueberry_video.diffusion.samplers import Sampler
+from blueberry_video.diffusion.text_to_video import TextToVideo
+from blueberry_video.diffusion.timesteps import TimeSampler
 from blueberry_video.evaluation.denoising import denoising_losses
-from blueberry_video.inference import conditions
-from blueberry_video.inference.diffusion_samplers import Sampler
-from blueberry_video.inference.guidance import Guidance
-from blueberry_video.inference.image_to_video import ImageNoise
-from blueberry_video.inference.published import load_weights
-from blueberry_video.inference.text_to_video import conditioned, generate
-from blueberry_video.models.text_to_video import TextToVideo
-from blueberry_video.models.word_text import WordText
-from blueberry_video.nn.objectives import Objective, standard_normal
-from blueberry_video.nn.text import TextTokens
-from blueberry_video.nn.timesteps import TimeSampler
+from blueberry_video.models.text_encoder.base import TextTokens
+from blueberry_video.models.text_encoder.words import WordText
+from blueberry_video.nn.noise import standard_normal
 from blueberry_video.tasks.base import Task
 
 
@@ -45,7 +45,7 @@ class Diffusion(Task):
         caption_dropout: share of the clips that are trained without their caption, for guidance.
         image_noise: put on the first frame that an image-to-video network is given in training, not in validation.
         image_dropout: share of the training clips that it is not given; validation has all, but with 1, which trains
-            HunyuanVideo-1.5 on text alone. ``None``: :func:`~blueberry_video.inference.conditions.published_dropout`.
+            HunyuanVideo-1.5 on text alone. ``None``: as published.
         frame_times: every frame has a time of its own: Diffusion Forcing.
         prompts: captions of the clips that :meth:`media` shows; ``None`` for those of the first validation clips.
         num_pictures: the largest number of clips it shows.
@@ -89,8 +89,8 @@ class Diffusion(Task):
             repeats=repeats,
             image_repeats=image_repeats,
         )
-        image_dropout = conditions.published_dropout(model) if image_dropout is None else image_dropout
-        conditions.check_settings(model, caption_dropout, image_dropout, times if frame_times else None)
+        image_dropout = model.shape.image_dropout if image_dropout is None else image_dropout
+        conditioning.check_settings(model, caption_dropout, image_dropout, times if frame_times else None)
         self.objective, self.times, self.sampler, self.guidance = objective, times, sampler, guidance
         self.caption_dropout, self.image_dropout, self.image_noise = caption_dropout, image_dropout, image_noise
         self.frame_times = frame_times
@@ -102,12 +102,12 @@ class Diffusion(Task):
         self.model.prepare()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(text := self.model.text, WordText):
-            text.learn(conditions.captions_of(data.train))
+            text.learn(conditioning.captions_of(data.train))
         clip = data.val[0]
-        self._latent_size = conditions.latent_size(data, clip, self.model)
-        if conditions.takes_image(self.model, self.image_dropout):
-            conditions.check_image(self.model, self._latent_size[0], clip, self.image_noise)
-        self._spare_captions = conditions.different_captions(data.val)
+        self._latent_size = conditioning.latent_size(data, clip, self.model)
+        if conditioning.takes_image(self.model, self.image_dropout):
+            conditioning.check_image(self.model, self._latent_size[0], clip, self.image_noise)
+        self._spare_captions = conditioning.different_captions(data.val)
         if stage == "fit" and self.model.lora is not None and self.model.lora.base is not None:
             rank_zero_only(print)(self.load_weights(self.model.lora.base))  # before init_from: adapters of another run
         super().setup(stage)
@@ -129,9 +129,9 @@ class Diffusion(Task):
         train = stage == "train"
         generator = None if train else torch.Generator().manual_seed(seed)  # validation is always the same
         noise_on_image = self.image_noise if train else None
-        clean, image = conditions.latents_of(self.model, batch, generator, noise_on_image, self.image_dropout)
-        shown = conditions.shown_images(image, self.image_dropout) if train else None
-        text, given = conditions.text_of(self.model, batch), conditions.given_frames(self.model, image)
+        clean, image = conditioning.latents_of(self.model, batch, generator, noise_on_image, self.image_dropout)
+        shown = conditioning.shown_images(image, self.image_dropout) if train else None
+        text, given = conditioning.text_of(self.model, batch), conditioning.given_frames(self.model, image)
 
         def ask(noisy: Tensor, t: Tensor, told: TextTokens) -> Tensor:
             return conditioned(self.model, told, self.objective, image, self.guidance.embedded, shown)(noisy, t)
@@ -140,10 +140,10 @@ class Diffusion(Task):
             return ask(F.pad(noisy, (0, 0, 0, 0, given, 0)), t, told)[:, :, given:]
 
         if generator is not None:  # frames that are given are neither noised nor judged
-            others = conditions.of_others(self.model, batch, text, self._spare_captions)
+            others = conditioning.of_others(self.model, batch, text, self._spare_captions)
             return denoising_losses(ask_rest, self.objective, clean[:, :, given:], text, others, generator)
         t, noise = self._times_of(clean), standard_normal(clean.shape, None, clean.device)
-        text = conditions.without_some(self.model, text, self.caption_dropout)
+        text = conditioning.without_some(self.model, text, self.caption_dropout)
         output = ask(self.objective.noisy(clean, noise, t), t, text).float()
         error = output - self.objective.target(clean, noise, t)
         return {"loss": error[:, :, given:].square().mean()}
@@ -170,10 +170,10 @@ class Diffusion(Task):
         if model.text is None or model.codec is None:
             return made
         prompts = (self.prompts or batch["caption"])[: self.num_pictures]
-        if conditions.image_condition(model) in (None, "optional"):
+        if model.shape.image_condition in (None, "optional"):
             made["samples"] = self.generate(prompts, torch.Generator().manual_seed(0))
-        if conditions.takes_image(model, self.image_dropout):
-            images = conditions.first_frames(model, batch, torch.Generator().manual_seed(0))[: len(prompts)]
+        if conditioning.takes_image(model, self.image_dropout):
+            images = conditioning.first_frames(model, batch, torch.Generator().manual_seed(0))[: len(prompts)]
             generator = torch.Generator().manual_seed(0)
             made["samples_from_image"] = self.generate(prompts[: len(images)], generator, images)
         return {name: self.panels([(video.float() + 1) / 2]) for name, video in made.items()}
@@ -186,7 +186,7 @@ class Diffusion(Task):
         return math.prod(-(-n // patch) for n, patch in zip(size, self.model.shape.patch_size)) * self._times(batch)
 
     def load_weights(self, path: str | Path) -> str:
-        return load_weights(self.model, path)
+        return self.model.load_published(path)
 
     def _times_of(self, clean: Tensor) -> Tensor:
         t, h, w = (size // patch for size, patch in zip(clean.shape[2:], self.model.shape.patch_size))

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from blueberry_video.evaluation.metrics import accuracy
 from blueberry_video.evaluation.trivial import majority_share
-from blueberry_video.models.frame_classifier import FrameClassifier
+from blueberry_video.models.classifier import FrameClassifier
 from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD, Task
 
 

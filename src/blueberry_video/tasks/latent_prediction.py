@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from blueberry_video.evaluation.trivial import trivial_latent_losses
-from blueberry_video.inference.latents import latent_pictures
+from blueberry_video.inference.embedding_pictures import latent_pictures
 from blueberry_video.masking import Masks
-from blueberry_video.models.jepa import JEPA
-from blueberry_video.models.vit import load_encoder
-from blueberry_video.nn.latent_losses import context_weight, latent_loss, sigreg
-from blueberry_video.nn.levels import normalize_levels
+from blueberry_video.models.encoder import Encoder
+from blueberry_video.models.jepa.losses import context_weight, latent_loss, sigreg
+from blueberry_video.models.jepa.model import JEPA
+from blueberry_video.models.jepa.multi_level import normalize_levels
 from blueberry_video.nn.patches import gather_tokens
-from blueberry_video.nn.weight_files import read_weights
 from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD, Task
+from blueberry_video.weights.files import read_weights
 
 
 class LatentPrediction(Task):
@@ -46,8 +46,8 @@ class LatentPrediction(Task):
         weight_decay: ``(step, total_steps) ->`` value above 0, in place of the optimiser's, where that is not 0.
         teacher_from: file of the target encoder's weights, published or of an own run.
         visible_weight: of the loss on visible tokens; 0.5 in V-JEPA 2.1, which counts those near hidden ones more: see
-            :func:`~blueberry_video.nn.latent_losses.context_weight`.
-        sigreg_weight: share of :func:`~blueberry_video.nn.latent_losses.sigreg` in the loss, in [0, 1).
+            :func:`~blueberry_video.models.jepa.losses.context_weight`.
+        sigreg_weight: share of :func:`~blueberry_video.models.jepa.losses.sigreg` in the loss, in [0, 1).
         sigreg_directions: projections a step that it looks at.
         clip_after: share of the run without ``trainer.gradient_clip_val``: V-JEPA clips after its warm-up.
         num_pictures: clips shown in :meth:`media`.
@@ -115,7 +115,7 @@ class LatentPrediction(Task):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if self.teacher_from is not None and stage == "fit":
-            said = load_encoder(cast(nn.Module, self.model.target_encoder), self.teacher_from)
+            said = cast(Encoder, self.model.target_encoder).load_published(self.teacher_from)
             rank_zero_only(print)(f"target encoder: {said}")
 
     def load_weights(self, path: str | Path) -> str:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from blueberry_video.evaluation.trivial import trivial_patch_losses
 from blueberry_video.inference.reconstruction import hide, reconstruct
 from blueberry_video.masking import Masks
-from blueberry_video.models.masked_autoencoder import MaskedAutoencoder, decoder_flops
+from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder, decoder_flops
 from blueberry_video.nn.patches import gather_tokens, normalize_patches, patchify, token_mse
 from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD, Task
 

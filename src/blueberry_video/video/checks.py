@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 
-def check_choice(key: str, value: object, choices: Iterable[str]) -> None:
+def check_choice(key: str, value: str, choices: Iterable[str]) -> None:
     """Raises ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{key}={value!r} does not exist: choose from {', '.join(choices)}.")

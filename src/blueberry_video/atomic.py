@@ -1,0 +1,74 @@
+"""Atomic writing of files and folders.
+
+Content is written under a temporary name next to the destination, ``.<name>.tmp``, and renamed when it is complete. So
+the destination holds either its old or its new content, also after a kill. An exception removes the temporary file; one
+that a kill has left is overwritten by the next write.
+"""
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, unique: bool = False, sync_folder: bool = True) -> Iterator[BinaryIO]:
+    """Opens a temporary file for writing; on exit syncs it to disk and renames it to ``path``.
+
+    Args:
+        path: the destination, in an existing folder; an existing file is replaced.
+        unique: adds a random part to the temporary name, for destinations that several writers may write at once.
+        sync_folder: also syncs the folder, so that the rename survives a power failure.
+
+    Raises:
+        OSError: the disk is full, or the folder is not writable.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp" if unique else f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if sync_folder:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file atomically, see :func:`atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file atomically, see :func:`atomic_file`."""
+    write_bytes(path, text.encode())
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Creates an empty temporary folder to fill; on exit renames it to ``path``. Its files are not synced to disk.
+
+    Args:
+        path: the destination, which must not exist or be an empty folder. Its parents are created.
+
+    Raises:
+        OSError: the destination is a file or a folder that is not empty.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a writer that was killed
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,45 @@
+"""Embeddings of clips as pictures."""
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from blueberry_video.inference.reconstruction import hide
+from blueberry_video.models.jepa.model import JEPA
+
+
+@torch.no_grad()
+def latent_pictures(
+    model: JEPA, video: Tensor, inputs: Tensor, latents: Tensor, keep: Tensor, target: Tensor
+) -> list[Tensor]:
+    """Clips, what the encoder sees of them, the embeddings to predict, and those with the predictions put in.
+
+    Args:
+        model: predicts.
+        video: (B, C, T, H, W) in [0, 1].
+        inputs: the same video, normalised as the encoder wants it.
+        latents: (B, N, D), the embeddings to predict, of all tokens.
+        keep: (B, N_visible) indices of the visible tokens.
+        target: (B, N_target) indices of the predicted ones.
+
+    Returns:
+        Four videos (B, 3, T, H, W) in [0, 1]. Both of embeddings have the same colours: red, green and blue are the
+        first three principal components of ``latents`` over clips and places, of which three standard deviations to
+        either side fill the range. Each token is a block of the size of its patch.
+    """
+    encoder = model.encoder
+    predicted = model(inputs, keep, target).to(latents.dtype)
+    filled = latents.scatter(1, target.unsqueeze(-1).expand_as(predicted), predicted)
+    tokens = latents.flatten(0, 1).float()
+    mean = tokens.mean(dim=0)
+    _, values, directions = torch.linalg.svd(tokens - mean, full_matrices=False)
+    scale = (values[:3] / len(tokens) ** 0.5).clamp_min(1e-6)
+    (t, h, w), (pt, ph, pw) = encoder.grid(video.shape), encoder.patch_size
+    pt = min(pt, video.shape[2])  # a single frame
+
+    def coloured(embeddings: Tensor) -> Tensor:
+        parts = (embeddings.float() - mean) @ directions[:3].T / scale  # (B, N, 3), of unit variance over latents
+        pattern = "b (t h w) c -> b c (t pt) (h ph) (w pw)"
+        return repeat((parts / 6 + 0.5).clamp(0, 1), pattern, t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+
+    return [video, hide(encoder, video, keep), coloured(latents), coloured(filled)]

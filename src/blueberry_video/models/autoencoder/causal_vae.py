@@ -1,0 +1,232 @@
+"""A small causal 3-D variational autoencoder, trained on the spot: latents for those who download nothing.
+
+As in the video autoencoders of CogVideoX (arXiv 2408.06072) and HunyuanVideo (arXiv 2412.03603), the first frame is
+coded alone and later ones in groups, and a convolution sees a frame and those before it. Unlike there nothing is
+normalised over frames, so that causality is exact: no frame changes the latents of earlier ones. Norms are over the
+channels of a place (as in Wan's, arXiv 2503.20314): norms over a picture would take away how bright a plain one is.
+
+Letters: B clips, T frames, H W rows and columns (of whatever level), C channels. Inside, frames lie in the batch:
+(B T, C, H, W), where 2-D layers are fast.
+"""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from blueberry_video.models.autoencoder.base import Codec
+from blueberry_video.weights.files import read_weights
+from blueberry_video.weights.load import load_strictly
+
+_TAPS = 3  # frames that a convolution sees: its own and two before
+
+
+class CausalVideoVAE(Codec):
+    """Videos (B, 3, T, H, W) in [-1, 1] to moments (B, 2C, t, h, w) and back.
+
+    Args:
+        channels: C.
+        dims: width at each level of resolution, the finest first. Each level after the first halves rows and columns.
+        patch_size: pixels, in rows and columns, that the first convolution takes together: a stride at no cost.
+        time_stride: frames that a latent stands for: 1, 2, 4, …; halved at the last levels.
+        depth: residual blocks a level, on each side.
+        weights: a checkpoint of the task ``autoencoding`` to begin with; None for random weights.
+
+    Attributes:
+        latent_mean, latent_std: (C,) of the latents that training has met, by which :meth:`normalize` works.
+
+    Raises:
+        ValueError: a time stride that the levels cannot make; weights that do not fit.
+    """
+
+    first_frame_alone = True
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(
+        self,
+        channels: int = 8,
+        dims: Sequence[int] = (16, 32, 64),
+        patch_size: int = 2,
+        time_stride: int = 4,
+        depth: int = 1,
+        weights: str | Path | None = None,
+    ):
+        levels = len(dims) - 1
+        if time_stride not in (legal := [2**n for n in range(levels + 1)]):
+            raise ValueError(
+                f"time_stride={time_stride} cannot be made by the {levels} halvings between {len(dims)} dims: use one "
+                f"of {', '.join(map(str, legal))}, or add a level."
+            )
+        super().__init__(channels, (time_stride, patch_size * 2**levels, patch_size * 2**levels))
+        self.patch_size = patch_size
+        halves_time = [2 ** (levels - level) <= time_stride for level in range(levels)]
+        pixels = 3 * patch_size**2
+        down: list[nn.Module] = [CausalConv(pixels, dims[0])]
+        for (dim, wider), time in zip(itertools.pairwise(dims), halves_time):
+            down += [*(ResidualBlock(dim) for _ in range(depth)), Downsample(dim, wider, time)]
+        up: list[nn.Module] = [CausalConv(channels, dims[-1])]
+        for (dim, wider), time in reversed(list(zip(itertools.pairwise(dims), halves_time))):
+            up += [*(ResidualBlock(wider) for _ in range(depth)), Upsample(wider, dim, time)]
+        self.encoder = nn.ModuleList([*down, *(ResidualBlock(dims[-1]) for _ in range(depth))])
+        self.decoder = nn.ModuleList([*up, *(ResidualBlock(dims[0]) for _ in range(depth))])
+        self.to_moments = nn.Conv2d(dims[-1], 2 * channels, 1)
+        self.to_pixels = nn.Conv2d(dims[0], pixels, 1)
+        self.register_buffer("latent_mean", torch.zeros(channels))
+        self.register_buffer("latent_std", torch.ones(channels))
+        self.init_weights()
+        if weights is not None:
+            self.load_published(weights)
+
+    def init_weights(self) -> None:
+        """Every layer begins with outputs as large as its inputs: PyTorch's own would shrink a clip layer by layer
+        until the noise of its latents, which begins with a deviation of e^-2, drowned it. What a residual block adds is
+        zero at first."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                seen = 1 if isinstance(module, nn.ConvTranspose2d) else module.weight[0, 0].numel()
+                nn.init.normal_(module.weight, std=(module.in_channels * seen) ** -0.5)
+                nn.init.zeros_(cast(Tensor, module.bias))
+        nn.init.constant_(cast(Tensor, self.to_moments.bias)[self.channels :], -4.0)
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                for parameter in module.time.parameters():
+                    nn.init.zeros_(parameter)
+
+    def encode(self, video: Tensor) -> Tensor:
+        self.check(*video.shape[2:])
+        p, num_frames = self.patch_size, video.shape[2]
+        x = rearrange(video, "b c t (h p) (w q) -> (b t) (c p q) h w", p=p, q=p)
+        for layer in self.encoder:
+            x, num_frames = layer(x, num_frames)
+        return rearrange(self.to_moments(x), "(b t) c h w -> b c t h w", t=num_frames)
+
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, t, h, w) of the codec's own scale -> video (B, 3, T, H, W), not held within [-1, 1]."""
+        p, num_frames = self.patch_size, latents.shape[2]
+        x = rearrange(latents, "b c t h w -> (b t) c h w")
+        for layer in self.decoder:
+            x, num_frames = layer(x, num_frames)
+        return rearrange(self.to_pixels(x), "(b t) (c p q) h w -> b c t (h p) (w q)", t=num_frames, p=p, q=p)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.reconstruct(latents * _by_channel(self.latent_std) + _by_channel(self.latent_mean)).clamp(-1, 1)
+
+    def normalize(self, latents: Tensor) -> Tensor:
+        return (latents - _by_channel(self.latent_mean)) / _by_channel(self.latent_std)
+
+    @torch.no_grad()
+    def track(self, latents: Tensor, momentum: float = 0.01) -> None:
+        """Moves ``latent_mean`` and ``latent_std`` towards those of ``latents`` (B, C, t, h, w)."""
+        mean = latents.float().mean(dim=(0, 2, 3, 4))
+        square = latents.float().square().mean(dim=(0, 2, 3, 4))
+        mixed = (self.latent_std.square() + self.latent_mean.square()).lerp(square, momentum)
+        self.latent_mean.lerp_(mean, momentum)
+        self.latent_std.copy_((mixed - self.latent_mean.square()).clamp(min=1e-6).sqrt())
+
+    def load_published(self, source: str | Path) -> str:
+        """Loads a checkpoint of this package strictly.
+
+        Returns:
+            A sentence on what was loaded.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: tensors are missing, unexpected or of another shape.
+        """
+        state = read_weights(source)
+        fix = "Give a checkpoint of the task autoencoding, and the model settings that it was trained with."
+        load_strictly(self, state, source, fix)
+        return f"loaded {len(state)} tensors from {source}"
+
+
+class ChannelNorm(nn.Module):
+    """Every place divided by the root mean square of its channels, then scaled: (B, C, H, W)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.no_weight_decay = ("weight",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-6) * self.weight[:, None, None]
+
+
+class CausalConv(nn.Module):
+    """A convolution of 3 frames, of which the last is the frame itself: (B T, C, H, W) -> (B T', D, H, W).
+
+    Before the first frame comes the first frame again. The frames that a convolution sees lie side by side in the
+    channels: one 2-D convolution, many times faster than a 3-D one on the CPU.
+
+    Args:
+        in_channels, out_channels: C and D.
+        kernel_size: rows and columns it sees, an odd number.
+        time_stride: 2 keeps every second frame, from the first on.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, time_stride: int = 1):
+        super().__init__()
+        self.time_stride = time_stride
+        self.taps = nn.Conv2d(_TAPS * in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+
+    def forward(self, x: Tensor, num_frames: int) -> tuple[Tensor, int]:
+        clips = x.unflatten(0, (-1, num_frames))  # (B, T, C, H, W)
+        padded = torch.cat([clips[:, :1]] * (_TAPS - 1) + [clips], dim=1)
+        taps = [padded[:, tap : tap + num_frames : self.time_stride] for tap in range(_TAPS)]
+        seen = torch.cat(taps, dim=2)  # (B, T', 3C, H, W)
+        return self.taps(seen.flatten(0, 1)), seen.shape[1]
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, added to the input: the first over space, the second over time."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm1, self.norm2 = ChannelNorm(dim), ChannelNorm(dim)
+        self.space = nn.Conv2d(dim, dim, 3, padding=1)
+        self.time = CausalConv(dim, dim, kernel_size=1)
+
+    def forward(self, x: Tensor, num_frames: int) -> tuple[Tensor, int]:
+        inner = self.space(F.silu(self.norm1(x)))
+        added, _ = self.time(F.silu(self.norm2(inner)), num_frames)
+        return x + added, num_frames
+
+
+class Downsample(nn.Module):
+    """Half the rows and columns, and with ``time`` every second frame, from the first on; (B T, C, …) -> D channels."""
+
+    def __init__(self, dim: int, out_dim: int, time: bool):
+        super().__init__()
+        self.space = nn.Conv2d(dim, out_dim, 2, stride=2)
+        self.time = CausalConv(out_dim, out_dim, kernel_size=1, time_stride=2) if time else None
+
+    def forward(self, x: Tensor, num_frames: int) -> tuple[Tensor, int]:
+        x = self.space(x)
+        return (x, num_frames) if self.time is None else self.time(x, num_frames)
+
+
+class Upsample(nn.Module):
+    """Twice the rows and columns, and with ``time`` two frames for each but the first: the reverse of
+    :class:`Downsample`."""
+
+    def __init__(self, dim: int, out_dim: int, time: bool):
+        super().__init__()
+        self.time = CausalConv(dim, 2 * dim, kernel_size=1) if time else None
+        self.space = nn.ConvTranspose2d(dim, out_dim, 2, stride=2)
+
+    def forward(self, x: Tensor, num_frames: int) -> tuple[Tensor, int]:
+        if self.time is not None:
+            pairs, _ = self.time(x, num_frames)
+            frames = rearrange(pairs, "(b t) (two c) h w -> b (t two) c h w", t=num_frames, two=2)
+            x = frames[:, 1:].flatten(0, 1)  # the first frame is alone
+            num_frames = 2 * num_frames - 1
+        return self.space(x), num_frames
+
+
+def _by_channel(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1, 1)

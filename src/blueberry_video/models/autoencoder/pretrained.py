@@ -1,0 +1,81 @@
+"""Published video autoencoders as codecs: CogVideoX's, HunyuanVideo's and HunyuanVideo-1.5's, run by diffusers.
+
+They take and give (B, C, T, H, W), and know one number by which their latents are scaled for the network.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from blueberry_video.models.autoencoder.base import Codec, sample
+from blueberry_video.weights.optional import import_extra, load_part
+
+FRAME_STEPS = {"AutoencoderKLCogVideoX": 8, "AutoencoderKLHunyuanVideo": 4, "AutoencoderKLHunyuanVideo15": 4}
+
+
+class PretrainedVAE(Codec):
+    """A frozen autoencoder of a diffusers folder.
+
+    Args:
+        path: a local folder or hub id, such as ``THUDM/CogVideoX-2b``.
+        subfolder: where in it the autoencoder lies; None for the folder itself.
+        frame_step: see :class:`.base.Codec`; by default that of the class: 8 of CogVideoX, whose
+            version 1.5 wants 16, and 4 of HunyuanVideo.
+        dtype: of weights and latents. float16 overflows in all of them.
+        tiling: encode and decode in overlapping tiles: less memory, not quite the same latents.
+
+    Attributes:
+        scale: by which latents are multiplied for the network.
+
+    Raises:
+        ImportError: diffusers is not installed.
+        FileNotFoundError: there is no autoencoder at that place.
+        ValueError: it is of another class, or one that shifts its latents.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        subfolder: str | None = "vae",
+        frame_step: int | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        tiling: bool = False,
+    ):
+        diffusers = import_extra("diffusers")
+        vae = load_part(diffusers.AutoModel, path, subfolder, "autoencoder", torch_dtype=getattr(torch, dtype))
+        kind, known = type(vae).__name__, vae.config
+        if kind not in FRAME_STEPS:
+            raise ValueError(f"{path} holds a {kind}, not a video autoencoder: choose one of {', '.join(FRAME_STEPS)}.")
+        if known.get("shift_factor") or known.get("latents_mean"):
+            raise ValueError(
+                f"the {kind} in {path} shifts its latents, which this codec does not: use a published one."
+            )
+        space = int(known.get("spatial_compression_ratio") or 2 ** (len(known.block_out_channels) - 1))
+        time = int(known.temporal_compression_ratio)
+        super().__init__(known.latent_channels, (time, space, space), frame_step or FRAME_STEPS[kind])
+        self.scale, self.tiling = float(known.scaling_factor), tiling
+        self.image_scale = 1 / self.scale if known.get("invert_scale_latents") else self.scale
+        self.vae = vae.requires_grad_(False).eval()
+        if tiling:
+            self.vae.enable_tiling()
+
+    def train(self, mode: bool = True) -> "PretrainedVAE":
+        """Stays in evaluation mode: it is frozen."""
+        return super().train(False)
+
+    def encode(self, video: Tensor) -> Tensor:
+        self.check(*video.shape[2:])
+        with torch.no_grad():
+            return self.vae.encode(video.to(self.vae.dtype)).latent_dist.parameters
+
+    def decode(self, latents: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.vae.decode(latents.to(self.vae.dtype) / self.scale).sample.clamp(-1, 1)
+
+    def normalize(self, latents: Tensor) -> Tensor:
+        return latents * self.scale
+
+    def image_latents(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """As :meth:`latents`; but CogVideoX-1.5-I2V was trained on images **divided** by the scale."""
+        return sample(moments, generator) * self.image_scale

@@ -1,0 +1,133 @@
+"""Conversion of CogVideoX weights and settings: SAT (SwissArmyTransformer; github.com/THUDM/CogVideo) to diffusers,
+whose names this package uses.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blueberry_video.weights.files import num_blocks
+
+FAMILY = "CogVideoX"
+
+SAT = (  # the beginnings of names in the original files, and what they become; blocks and norms of heads apart
+    ("time_embed.0.", "time_embedding.linear_1."),
+    ("time_embed.2.", "time_embedding.linear_2."),
+    ("ofs_embed.0.", "ofs_embedding.linear_1."),
+    ("ofs_embed.2.", "ofs_embedding.linear_2."),
+    ("mixins.patch_embed.", "patch_embed."),
+    ("mixins.pos_embed.pos_embedding", "patch_embed.pos_embedding"),
+    ("mixins.final_layer.norm_final.", "norm_out.norm."),
+    ("mixins.final_layer.adaLN_modulation.1.", "norm_out.linear."),
+    ("mixins.final_layer.linear.", "proj_out."),
+    ("transformer.final_layernorm.", "norm_final."),
+)
+SAT_BLOCK = {  # names within a block
+    "input_layernorm": "norm1.norm",
+    "post_attention_layernorm": "norm2.norm",
+    "attention.dense": "attn1.to_out.0",
+    "mlp.dense_h_to_4h": "ff.net.0.proj",
+    "mlp.dense_4h_to_h": "ff.net.2",
+}
+# Computed tables, and embeddings of SAT's language models that CogVideoX never uses.
+SAT_UNUSED = re.compile(r"mixins\.pos_embed\.freqs_|transformer\.(word|position)_embeddings\.|.*embed_tokens")
+
+
+def convert_sat(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of an original file, ``mp_rank_00_model_states.pt``, under the names of
+    :class:`~blueberry_video.models.cogvideox.CogVideoX`.
+
+    The modulation of a block, twelve parts, is that of attention and MLP of the video, then of the text; query, key and
+    value are one matrix. Unknown names stay, for a strict load to report.
+
+    Args:
+        state: tensors by name, with or without ``model.diffusion_model.`` in front.
+    """
+    converted: dict[str, Tensor] = {}
+    for name, value in state.items():
+        name = re.sub(r"^(model\.)?(diffusion_model\.)?", "", name)
+        if SAT_UNUSED.match(name):
+            continue
+        if match := re.fullmatch(r"mixins\.adaln_layer\.adaLN_modulations\.(\d+)\.1\.(\w+)", name):
+            block, kind = match.groups()
+            video1, video2, text1, text2 = value.chunk(4)
+            converted[f"transformer_blocks.{block}.norm1.linear.{kind}"] = torch.cat([video1, text1])
+            converted[f"transformer_blocks.{block}.norm2.linear.{kind}"] = torch.cat([video2, text2])
+        elif match := re.fullmatch(r"mixins\.adaln_layer\.(query|key)_layernorm_list\.(\d+)\.(\w+)", name):
+            part, block, kind = match.groups()
+            converted[f"transformer_blocks.{block}.attn1.norm_{part[0]}.{kind}"] = value
+        elif match := re.fullmatch(r"transformer\.layers\.(\d+)\.(.+)\.(\w+)", name):
+            block, inner, kind = match.groups()
+            if inner == "attention.query_key_value":
+                for part, matrix in zip("qkv", value.chunk(3), strict=True):
+                    converted[f"transformer_blocks.{block}.attn1.to_{part}.{kind}"] = matrix
+            else:
+                converted[f"transformer_blocks.{block}.{SAT_BLOCK.get(inner, inner)}.{kind}"] = value
+        else:
+            ours = next((new + name.removeprefix(old) for old, new in SAT if name.startswith(old)), name)
+            converted[ours] = value
+    return converted
+
+
+PUBLISHED_SETTINGS = {  # entries of diffusers' config that are the same for all published models
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "dropout": 0.0,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "norm_elementwise_affine": True,
+    "norm_eps": 1e-5,
+    "temporal_compression_ratio": 4,
+    "temporal_interpolation_scale": 1.0,
+    "timestep_activation_fn": "silu",
+}
+
+
+def settings_of_weights(state: dict[str, Tensor], source: str | Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments of ``CogVideoX`` that follow from the shapes of a state dict.
+
+    The shape of a linear patch embedding determines only the number of pixels of a patch: the patch size is taken from
+    ``config``, or is that of CogVideoX 1.5. Without a config, positions are rotary in 1.5 and in models wider than 2B.
+
+    Raises:
+        ValueError: a tensor is missing.
+    """
+    try:
+        patches, dim = state["patch_embed.proj.weight"], len(state["patch_embed.proj.bias"])
+        head_dim = len(state["transformer_blocks.0.attn1.norm_q.weight"])
+        time_dim, out_pixels = len(state["time_embedding.linear_2.bias"]), len(state["proj_out.bias"])
+    except KeyError as error:
+        raise ValueError(f"{source} lacks {error}: it is damaged, or not the whole transformer.") from error
+    tubelet, patch = (
+        (1, patches.shape[2]) if patches.ndim == 4 else (config.get("patch_size_t", 2), config.get("patch_size", 2))
+    )
+    rotary = config.get("use_rotary_positional_embeddings", tubelet > 1 or dim > 1920)
+    return {
+        "num_heads": dim // head_dim,
+        "head_dim": head_dim,
+        "depth": num_blocks(state, "transformer_blocks"),
+        "in_channels": patches.shape[1] if patches.ndim == 4 else patches.shape[1] // (tubelet * patch**2),
+        "out_channels": out_pixels // (tubelet * patch**2),
+        "text_dim": state["patch_embed.text_proj.weight"].shape[1],
+        "time_dim": time_dim,
+        "patch_size": patch,
+        "tubelet_size": tubelet,
+        "offset": "ofs_embedding.linear_1.weight" in state,
+        "positions": "rope_and_table" if "patch_embed.pos_embedding" in state else "rope" if rotary else "sincos",
+    }
+
+
+def settings_of_config(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments of ``CogVideoX`` that no tensor shape determines: from ``config``, or as published."""
+    native, frames = (60, 49) if state["patch_embed.proj.weight"].ndim == 4 else (300, 81)
+    return {
+        "text_len": config.get("max_text_seq_length", 226),
+        "num_frames": (config.get("sample_frames", frames) - 1) // 4 + 1,
+        "height": config.get("sample_height", native),
+        "width": config.get("sample_width", 90 if native == 60 else native),
+        "spatial_scale": config.get("spatial_interpolation_scale", 1.875),
+        "causal_chunk": config.get("causal_chunk", 0),
+    }

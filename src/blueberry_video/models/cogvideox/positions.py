@@ -1,0 +1,130 @@
+"""Positions of CogVideoX (arXiv 2408.06072): 2B's sines and cosines, added to the tokens of the video; where the rotary
+ones of 5B and 1.5 lie on the picture; 5B-I2V's table over text and video, added beside them.
+"""
+
+import torch
+from torch import Tensor
+
+from blueberry_video.nn.rope import Rotation, axes_rotation
+
+Grid = tuple[int, int, int]  # along (t, h, w)
+POSITIONS = ("sincos", "rope", "rope_and_table")
+
+
+class ExpertPositions:
+    """Where the tokens of a clip are; see :class:`~blueberry_video.models.cogvideox.CogVideoX` for the arguments.
+
+    Args:
+        kind: one of ``POSITIONS``.
+        num_heads, head_dim: of the attention.
+        patch_size: (t, h, w); more than one frame goes with ``"rope"``, which is then not stretched.
+        latent_size: latent frames, rows and columns in training.
+        spatial_scale: by which rows and columns are divided, of ``"sincos"``.
+
+    Raises:
+        ValueError: for sizes that do not fit each other, or an unknown kind.
+    """
+
+    def __init__(
+        self, kind: str, num_heads: int, head_dim: int, patch_size: Grid, latent_size: Grid, spatial_scale: float
+    ):
+        if kind not in POSITIONS:
+            raise ValueError(f"positions={kind!r} is unknown: choose one of {', '.join(POSITIONS)}.")
+        if (num_heads * head_dim if kind == "sincos" else head_dim) % 16:
+            raise ValueError(
+                f"num_heads={num_heads} of head_dim={head_dim} do not fit positions={kind!r}: time, rows and columns "
+                "share 2, 3 and 3 eighths of the channels, in pairs. Make head_dim a multiple of 16."
+            )
+        if patch_size[0] > 1 and kind != "rope":
+            raise ValueError(f"tubelet_size={patch_size[0]} goes with positions='rope' alone, not with {kind!r}.")
+        if latent_size[1] % patch_size[1] or latent_size[2] % patch_size[2]:
+            raise ValueError(
+                f"height={latent_size[1]} and width={latent_size[2]} are no whole number of patches of patch_size="
+                f"{patch_size[1]}: choose multiples of {patch_size[1]}."
+            )
+        self.kind, self.dim, self.head_dim = kind, num_heads * head_dim, head_dim
+        self.patch_size, self.latent_size, self.spatial_scale = patch_size, latent_size, spatial_scale
+
+    def check(self, size: Grid, first_frame: int) -> None:
+        """There are positions for latents of ``size`` (T, H, W) whose first frame is the clip's ``first_frame``.
+
+        Raises:
+            ValueError: if not; the message names the nearest size, or the argument to change.
+        """
+        patches = list(zip(size, self.patch_size, strict=True))
+        if any(n < 1 or n % patch for n, patch in patches):
+            nearest = tuple(max(1, round(n / patch)) * patch for n, patch in patches)
+            raise ValueError(
+                f"latents of T, H, W = {size} are no whole number of patches of {self.patch_size}: the nearest are "
+                f"{nearest}."
+            )
+        num_frames, height, width = self.latent_size
+        if self.patch_size[0] > 1 and (size[1] > height or size[2] > width):
+            raise ValueError(
+                f"latents of {size[1]} x {size[2]} are larger than the model's height={height} and width={width}: "
+                "enlarge these, no weight depends on them."
+            )
+        if self.kind == "rope_and_table" and (size[1:] != (height, width) or first_frame + size[0] > num_frames):
+            raise ValueError(
+                f"latents of {first_frame + size[0]} x {size[1]} x {size[2]} have no places in the model's table: give "
+                f"exactly height={height} and width={width}, and at most num_frames={num_frames}."
+            )
+
+    def joint_table(self, text_len: int) -> Tensor:
+        """What a table over [text, video] (1, L + N, D) begins with: nothing, then sines and cosines."""
+        video = sincos_positions(self._native(), self.dim, self.spatial_scale)
+        return torch.cat([video.new_zeros(text_len, self.dim), video])[None]
+
+    def rotation(self, grid: Grid, first: int, text_len: int, device: torch.device) -> Rotation | None:
+        """Of [text, video] (L + N, 1, head_dim), for queries and keys (B, L + N, heads, head_dim)."""
+        if self.kind == "sincos":
+            return None
+        t, h, w = grid
+        rows, columns = torch.arange(h, device=device).float(), torch.arange(w, device=device).float()
+        if self.patch_size[0] == 1:
+            rows, columns = stretched_grid((h, w), self._native()[1:], device)
+        time = torch.arange(first, first + t, device=device).float()
+        places = torch.cat([rows.new_zeros(text_len, 3), torch.cartesian_prod(time, rows, columns)])
+        eighth = self.head_dim // 8
+        turn = axes_rotation(places, (2 * eighth, 3 * eighth, 3 * eighth))
+        return Rotation(turn.cos[:, None], turn.sin[:, None])
+
+    def _native(self) -> Grid:
+        t, h, w = (size // patch for size, patch in zip(self.latent_size, self.patch_size, strict=True))
+        return t, h, w
+
+
+def sincos_positions(grid: Grid, dim: int, spatial_scale: float, first: int = 0) -> Tensor:
+    """2B's fixed positions (t * h * w, dim), float32, in raster order.
+
+    The first quarter of the channels tells the time, three eighths the column, the last three the row, each with the
+    sines of all frequencies before the cosines. Rows and columns are divided by ``spatial_scale``; the time begins at
+    ``first``.
+    """
+    t, h, w = grid
+
+    def waves(places: Tensor, channels: int) -> Tensor:
+        frequency = 10000 ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+        angle = places.double()[:, None] * frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+
+    time = waves(torch.arange(first, first + t), dim // 4)[:, None, None]
+    row = waves(torch.arange(h, dtype=torch.float64) / spatial_scale, dim // 8 * 3)[None, :, None]
+    column = waves(torch.arange(w, dtype=torch.float64) / spatial_scale, dim // 8 * 3)[None, None]
+    return torch.cat([part.expand(t, h, w, -1) for part in (time, column, row)], dim=-1).flatten(0, 2)
+
+
+def stretched_grid(size: tuple[int, int], native: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Places of 5B's rows (h,) and columns (w,), in patches of the native grid: the published ones.
+
+    The grid is scaled to fit into the native one and centred in it; but its last place is (h - 1) / h of the way from 0
+    to the end of the scaled grid, not from its beginning.
+    """
+    (h, w), (height, width) = size, native
+    if h / w > height / width:
+        scaled_height, scaled_width = height, round(height / h * w)
+    else:
+        scaled_height, scaled_width = round(width / w * h), width
+    top, left = round((height - scaled_height) / 2), round((width - scaled_width) / 2)
+    rows = torch.linspace(top, (top + scaled_height) * (h - 1) / h, h, dtype=torch.float32, device=device)
+    return rows, torch.linspace(left, (left + scaled_width) * (w - 1) / w, w, dtype=torch.float32, device=device)

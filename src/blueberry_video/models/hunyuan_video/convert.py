@@ -1,0 +1,121 @@
+"""Conversion of HunyuanVideo and HunyuanVideo-1.5 weights: Tencent's layout to that of diffusers, whose names this
+package uses.
+
+Besides names, three things differ: query, key and value are one matrix (in 1.5 only in the refiner); the first matrix
+of a single-stream block also holds the first MLP matrix; the shift and scale halves of the last modulation are swapped.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+from blueberry_video.weights.files import num_blocks
+
+# (pattern, what it becomes), each applied to the name in turn.
+RENAMES = (
+    (r"^(model\.)?diffusion_model\.", ""),
+    (r"^img_in\.", "x_embedder."),
+    (r"^vector_in\.in_layer\.", "time_text_embed.text_embedder.linear_1."),
+    (r"^vector_in\.out_layer\.", "time_text_embed.text_embedder.linear_2."),
+    (r"^guidance_in\.", "time_text_embed.guidance_embedder."),
+    (r"^txt_in\.input_embedder\.", "context_embedder.proj_in."),
+    (r"^txt_in\.t_embedder\.", "context_embedder.time_text_embed.timestep_embedder."),
+    (r"^txt_in\.c_embedder\.", "context_embedder.time_text_embed.text_embedder."),
+    (r"^txt_in\.individual_token_refiner\.blocks\.", "context_embedder.token_refiner.refiner_blocks."),
+    (r"(refiner_blocks\.\d+)\.self_attn_qkv\.", r"\1.attn.qkv."),
+    (r"(refiner_blocks\.\d+)\.self_attn_proj\.", r"\1.attn.to_out.0."),
+    (r"(refiner_blocks\.\d+)\.mlp\.", r"\1.ff."),
+    (r"(refiner_blocks\.\d+)\.adaLN_modulation\.1\.", r"\1.norm_out.linear."),
+    (r"^byt5_in\.layernorm\.", "context_embedder_2.norm."),
+    (r"^byt5_in\.fc(\d)\.", r"context_embedder_2.linear_\1."),
+    (r"^vision_in\.proj\.0\.", "image_embedder.norm_in."),
+    (r"^vision_in\.proj\.1\.", "image_embedder.linear_1."),
+    (r"^vision_in\.proj\.3\.", "image_embedder.linear_2."),
+    (r"^vision_in\.proj\.4\.", "image_embedder.norm_out."),
+    (r"^cond_type_embedding\.", "cond_type_embed."),
+    (r"^double_blocks\.", "transformer_blocks."),
+    (r"^single_blocks\.", "single_transformer_blocks."),
+    (r"\.img_mod\.linear\.", ".norm1.linear."),
+    (r"\.txt_mod\.linear\.", ".norm1_context.linear."),
+    (r"\.img_attn_qkv\.", ".attn.qkv."),
+    (r"\.txt_attn_qkv\.", ".attn.added_qkv."),
+    (r"\.img_attn_([qkv])\.", r".attn.to_\1."),
+    (r"\.txt_attn_([qkv])\.", r".attn.add_\1_proj."),
+    (r"\.img_attn_([qk])_norm\.", r".attn.norm_\1."),
+    (r"\.txt_attn_([qk])_norm\.", r".attn.norm_added_\1."),
+    (r"\.img_attn_proj\.", ".attn.to_out.0."),
+    (r"\.txt_attn_proj\.", ".attn.to_add_out."),
+    (r"\.img_mlp\.", ".ff."),
+    (r"\.txt_mlp\.", ".ff_context."),
+    (r"\.([qk])_norm\.", r".attn.norm_\1."),
+    (r"\.modulation\.linear\.", ".norm.linear."),
+    (r"\.linear2\.", ".proj_out."),
+    (r"\.fc1\.", ".net.0.proj."),
+    (r"\.fc2\.", ".net.2."),
+    (r"\.mlp\.0\.", ".linear_1."),
+    (r"\.mlp\.2\.", ".linear_2."),
+    (r"^final_layer\.linear\.", "proj_out."),
+    (r"^final_layer\.adaLN_modulation\.1\.", "norm_out.linear."),
+)
+TIMES = {  # of the first version, and of 1.5
+    False: ((r"^time_in\.", "time_text_embed.timestep_embedder."),),
+    True: ((r"^time_in\.", "time_embed.timestep_embedder."), (r"^time_r_in\.", "time_embed.timestep_embedder_r.")),
+}
+SPLITS = {  # a matrix whose rows belong to several of ours
+    ".attn.qkv.": (".attn.to_q.", ".attn.to_k.", ".attn.to_v."),
+    ".attn.added_qkv.": (".attn.add_q_proj.", ".attn.add_k_proj.", ".attn.add_v_proj."),
+    ".linear1.": (".attn.to_q.", ".attn.to_k.", ".attn.to_v.", ".proj_mlp."),
+}
+
+
+def convert_tencent(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict in Tencent's layout, of either version, in diffusers'.
+
+    Names that are not known stay as they are, for a strict load to report.
+    """
+    is_15 = any(name.endswith("byt5_in.fc1.weight") for name in state)
+    renames = (*RENAMES, *TIMES[is_15])
+    converted = {}
+    for name, value in state.items():
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        if name.startswith("norm_out.linear."):
+            shift, scale = value.chunk(2)
+            value = torch.cat([scale, shift])
+        fused = next((key for key in SPLITS if key in name), None)
+        if fused is None:
+            converted[name] = value
+            continue
+        dim = len(value) // 3 if fused != ".linear1." else _width(state)
+        rows = value.split([dim, dim, dim, *([len(value) - 3 * dim] if fused == ".linear1." else [])])
+        for part, matrix in zip(SPLITS[fused], rows, strict=True):
+            converted[name.replace(fused, part)] = matrix
+    return converted
+
+
+def _width(state: dict[str, Tensor]) -> int:
+    return next(len(value) for name, value in state.items() if name.endswith("img_in.proj.bias"))
+
+
+def settings_of_weights(state: dict[str, Tensor], config: dict) -> dict:
+    """Constructor arguments that HunyuanVideo and HunyuanVideo-1.5 share, for a state dict under diffusers' names.
+
+    Sizes follow from the tensor shapes; settings that no shape determines come from ``config``, or are as published.
+    """
+    dim, in_channels, *patch_size = state["x_embedder.proj.weight"].shape
+    head_dim = len(state["transformer_blocks.0.attn.norm_q.weight"])
+    return {
+        "in_channels": in_channels,
+        "out_channels": len(state["proj_out.bias"]) // (patch_size[0] * patch_size[1] * patch_size[2]),
+        "patch_size": tuple(patch_size),
+        "num_heads": dim // head_dim,
+        "head_dim": head_dim,
+        "depth": num_blocks(state, "transformer_blocks"),
+        "refiner_depth": num_blocks(state, "context_embedder.token_refiner.refiner_blocks"),
+        "mlp_ratio": len(state["transformer_blocks.0.ff.net.0.proj.bias"]) / dim,
+        "text_dim": state["context_embedder.proj_in.weight"].shape[1],
+        "rope_axes": tuple(config.get("rope_axes_dim", (head_dim // 8, 7 * head_dim // 16, 7 * head_dim // 16))),
+        "rope_theta": config.get("rope_theta", 256.0),
+        "causal_chunk": config.get("causal_chunk", 0),
+    }

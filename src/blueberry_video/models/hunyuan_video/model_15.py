@@ -1,0 +1,274 @@
+"""HunyuanVideo-1.5 (Tencent; weights in its layout and in diffusers').
+
+Unusual about it, beside HunyuanVideo: it has blocks of two streams only, and no pooled text; the text stream takes
+tokens of three encoders side by side, each marked by an embedding of its kind: a language model's, refined; ByT5's, of
+the letters to be drawn; of image-to-video an image encoder's. One network does text- and image-to-video: beside the
+noisy latents it always sees the clean first frame, or zeros, and a channel that says which.
+
+Letters: B clips, C latent channels, T latent frames, H W latent rows and columns, L text tokens, D width.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blueberry_video.models.hunyuan_video.token_refiner import SINUSOID
+from blueberry_video.models.hunyuan_video.transformer import DualStreamTransformer, check_text, init_weights, padding_of
+from blueberry_video.nn.joint_attention import KeyValueCache
+from blueberry_video.nn.timestep_embedding import TimestepMLP, sinusoidal
+from blueberry_video.weights.diffusers_folder import write_folder
+
+LETTERS_HIDDEN = 2048  # width inside the projection of ByT5's tokens
+TEXT, LETTERS, IMAGE = range(3)  # rows of the embedding of kinds
+
+
+class LettersProjection(nn.Module):
+    """ByT5's tokens (B, L, letters_dim) -> (B, L, D)."""
+
+    def __init__(self, letters_dim: int, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(letters_dim)
+        self.linear_1 = nn.Linear(letters_dim, LETTERS_HIDDEN)
+        self.linear_2 = nn.Linear(LETTERS_HIDDEN, LETTERS_HIDDEN)
+        self.linear_3 = nn.Linear(LETTERS_HIDDEN, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_3(F.gelu(self.linear_2(F.gelu(self.linear_1(self.norm(x))))))
+
+
+class ImageProjection(nn.Module):
+    """An image encoder's tokens (B, L, image_dim) -> (B, L, D)."""
+
+    def __init__(self, image_dim: int, dim: int):
+        super().__init__()
+        self.norm_in = nn.LayerNorm(image_dim)
+        self.linear_1 = nn.Linear(image_dim, image_dim)
+        self.linear_2 = nn.Linear(image_dim, dim)
+        self.norm_out = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm_out(self.linear_2(F.gelu(self.linear_1(self.norm_in(x)))))
+
+
+class HunyuanVideo15(DualStreamTransformer):
+    """Latents (B, 2 C + 1, T, H, W) at a time in [0, 1000], and text, -> (B, C, T, H, W).
+
+    Args:
+        in_channels: 2 C + 1: noisy latents, the clean first frame or zeros, and the channel that marks it.
+        out_channels: C.
+        patch_size: latent frames, rows and columns a token, (t, h, w).
+        num_heads, head_dim: of the attention; the width D is their product.
+        depth: blocks, all of two streams.
+        refiner_depth: blocks of the text's refiner.
+        mlp_ratio: hidden over outer width of the MLPs.
+        text_dim: width of the language model's tokens.
+        letters_dim: width of ByT5's tokens.
+        image_dim: width of the image encoder's tokens.
+        meanflow: takes the end of a step as a second time, as the super-resolution models do.
+        rope_axes, rope_theta, causal_chunk, checkpointing: see
+            :class:`~blueberry_video.models.hunyuan_video.transformer.DualStreamTransformer`.
+        zero_init: modulation and output begin at 0, see :func:`.transformer.init_weights`.
+
+    Raises:
+        ValueError: for settings that do not fit together; in ``forward`` for inputs that do not.
+    """
+
+    family = "HunyuanVideo-1.5"
+    diffusers_class = "HunyuanVideo15Transformer3DModel"
+    pooled_dim = 0
+    embedded_guidance = False
+    image_condition = "optional"
+
+    def __init__(
+        self,
+        in_channels: int = 65,
+        out_channels: int = 32,
+        patch_size: tuple[int, int, int] = (1, 1, 1),
+        num_heads: int = 16,
+        head_dim: int = 128,
+        depth: int = 54,
+        refiner_depth: int = 2,
+        mlp_ratio: float = 4.0,
+        text_dim: int = 3584,
+        letters_dim: int = 1472,
+        image_dim: int = 1152,
+        meanflow: bool = False,
+        rope_axes: tuple[int, int, int] = (16, 56, 56),
+        rope_theta: float = 256.0,
+        causal_chunk: int = 0,
+        zero_init: bool = True,
+        checkpointing: bool = False,
+    ):
+        super().__init__(
+            in_channels,
+            out_channels,
+            patch_size,
+            num_heads,
+            head_dim,
+            depth,
+            0,
+            refiner_depth,
+            mlp_ratio,
+            text_dim,
+            rope_axes,
+            rope_theta,
+            causal_chunk,
+            checkpointing,
+        )
+        if in_channels != 2 * out_channels + 1:
+            raise ValueError(
+                f"in_channels={in_channels} with out_channels={out_channels} must be {2 * out_channels + 1}: noisy "
+                "latents, latents of the first frame, and the channel that marks it."
+            )
+        dim = num_heads * head_dim
+        self.letters_dim, self.image_dim, self.meanflow = letters_dim, image_dim, meanflow
+        self.image_embedder = ImageProjection(image_dim, dim)
+        self.context_embedder_2 = LettersProjection(letters_dim, dim)
+        self.time_embed = nn.ModuleDict({"timestep_embedder": TimestepMLP(SINUSOID, dim, dim)})
+        if meanflow:
+            self.time_embed["timestep_embedder_r"] = TimestepMLP(SINUSOID, dim, dim)
+        self.cond_type_embed = nn.Embedding(3, dim)
+        init_weights(self, zero_init)
+
+    @property
+    def image_dropout(self) -> float:
+        """Share of training clips without image conditioning: 0.7 in published training (``i2v_prob`` 0.3 in its
+        train.py), 1 for a causal model, which continues from frames instead of an image."""
+        return 1.0 if self.causal_chunk else 0.7
+
+    def forward(
+        self,
+        latents: Tensor,
+        time: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        pooled: Tensor | None = None,
+        guidance: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        first_frame: int = 0,
+        letters: Tensor | None = None,
+        letters_mask: Tensor | None = None,
+        image: Tensor | None = None,
+        end_time: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            latents: (B, 2 C + 1, T, H, W), see :func:`~blueberry_video.diffusion.conditioning.concat_image`.
+            time: float in [0, 1000], (B,) or (B, T): a time a frame.
+            text: (B, L, text_dim).
+            text_mask: bool (B, L), false at padding.
+            pooled, guidance: ``None``; other families take them.
+            cache, first_frame: see :class:`~blueberry_video.models.hunyuan_video.HunyuanVideo`.
+            letters: ByT5's tokens (B, L', letters_dim); ``None``: nothing is to be written in the video.
+            letters_mask: bool (B, L'), false at padding.
+            image: tokens (B, L'', image_dim) of the first frame; ``None``: text-to-video.
+            end_time: of the shape of ``time``; with ``meanflow`` only.
+        """
+        self.check(latents, time, text, text_mask, cache, first_frame)
+        if pooled is not None or guidance is not None:
+            raise ValueError("HunyuanVideo-1.5 takes neither pooled text nor a guidance scale: pass None for both.")
+        if (end_time is not None) != self.meanflow or (end_time is not None and end_time.shape != time.shape):
+            raise ValueError(
+                f"end_time has the shape {None if end_time is None else tuple(end_time.shape)}: with "
+                f"meanflow={self.meanflow} it must be {tuple(time.shape) if self.meanflow else None}."
+            )
+        dtype = self.proj_out.weight.dtype
+        clip_time = time if time.ndim == 1 else torch.zeros_like(time[:, 0])
+        streams = self._streams(text, text_mask, letters, letters_mask, image)
+        text_mask = padding_of(_all_masks([(tokens, mask) for _, tokens, mask in streams]))
+        embedded = None
+        if not first_frame:
+            embedded = torch.cat([self._embed(*stream, clip_time) for stream in streams], dim=1)
+        condition = self._of_time(time.reshape(len(time), -1), end_time)
+        text_condition = None
+        if time.ndim == 2:
+            text_condition = self._of_time(clip_time[:, None], clip_time if self.meanflow else None)
+        return self.run(
+            latents.to(dtype),
+            embedded,
+            sum(tokens.shape[1] for _, tokens, _ in streams),
+            text_mask,
+            condition,
+            text_condition,
+            condition,
+            cache,
+            first_frame,
+        )
+
+    def _streams(
+        self,
+        text: Tensor,
+        text_mask: Tensor | None,
+        letters: Tensor | None,
+        letters_mask: Tensor | None,
+        image: Tensor | None,
+    ) -> list[tuple[int, Tensor, Tensor | None]]:
+        """Kind, tokens and mask of every encoder that there are tokens of."""
+        streams = [(TEXT, text, text_mask)]
+        if letters is not None:
+            check_text("letters", letters, "letters_mask", letters_mask, len(text), "letters_dim", self.letters_dim)
+            streams.append((LETTERS, letters, letters_mask))
+        if image is not None:
+            check_text("image", image, "image_mask", None, len(text), "image_dim", self.image_dim)
+            streams.append((IMAGE, image, None))
+        return streams
+
+    def _embed(self, kind: int, tokens: Tensor, mask: Tensor | None, time: Tensor) -> Tensor:
+        tokens = tokens.to(self.proj_out.weight.dtype)
+        if kind == TEXT:
+            embedded = self.context_embedder(tokens, time, padding_of(mask))
+        else:
+            embedded = (self.context_embedder_2 if kind == LETTERS else self.image_embedder)(tokens)
+        return embedded + self.cond_type_embed.weight[kind]
+
+    def _of_time(self, time: Tensor, end_time: Tensor | None) -> Tensor:
+        """(B, K) -> (B, K, D)."""
+        embedded = self.time_embed["timestep_embedder"](sinusoidal(time, SINUSOID))
+        if end_time is None:
+            return embedded
+        end = sinusoidal(end_time.reshape(time.shape), SINUSOID)
+        return embedded + self.time_embed["timestep_embedder_r"](end)
+
+    # ---- published weights ----
+
+    @classmethod
+    def settings_of(cls, state: dict[str, Tensor], config: dict | None = None) -> dict[str, Any]:
+        return super().settings_of(state, config) | {
+            "letters_dim": len(state["context_embedder_2.norm.weight"]),
+            "image_dim": len(state["image_embedder.norm_in.weight"]),
+            "meanflow": "time_embed.timestep_embedder_r.linear_1.weight" in state,
+        }
+
+    def save_published(self, folder: str | Path, task: str = "t2v", target_size: int = 640) -> None:
+        """Writes a folder that diffusers' ``HunyuanVideo15Transformer3DModel.from_pretrained`` loads.
+
+        Args:
+            folder: must not exist, or be empty.
+            task: ``"t2v"`` or ``"i2v"``, which diffusers' pipelines read.
+            target_size: shorter side of the videos of their pipelines in pixels: 640 (480p) or 960 (720p).
+
+        Raises:
+            FileExistsError: the folder exists and is not empty.
+            ValueError: diffusers has no such model.
+        """
+        write_folder(folder, self.config() | {"task_type": task, "target_size": target_size}, self.state_dict())
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {
+            "text_embed_2_dim": self.letters_dim,
+            "image_embed_dim": self.image_dim,
+            "target_size": 640,
+            "task_type": "t2v",
+            "use_meanflow": self.meanflow,
+        }
+
+
+def _all_masks(parts: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
+    """The masks of tokens side by side, or ``None`` if there are none."""
+    if all(mask is None for _, mask in parts):
+        return None
+    ones = [tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask for tokens, mask in parts]
+    return torch.cat(ones, dim=1)

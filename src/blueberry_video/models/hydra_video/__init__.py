@@ -1,0 +1,5 @@
+"""Hydra Video: state-space video backbone, bidirectional within frames and causal across frames."""
+
+from blueberry_video.models.hydra_video.model import HydraVideo
+
+__all__ = ["HydraVideo"]

@@ -1,0 +1,126 @@
+"""Model folders in the layout of diffusers and transformers: ``config.json`` next to safetensors files.
+
+Reading and writing need neither library, so training and sampling do not import them.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from blueberry_video.atomic import atomic_folder
+from blueberry_video.weights.files import read_weights, resolve
+
+CONFIG = "config.json"
+WEIGHTS = ("diffusion_pytorch_model", "model")  # file names of diffusers and of transformers
+MAX_SHARD_BYTES = 5_000_000_000
+
+# A tensor name that occurs in one architecture only -> that architecture. The first match counts.
+FAMILIES = {
+    "patch_embed.text_proj.weight": "CogVideoX",
+    "mixins.patch_embed.text_proj.weight": "CogVideoX in SAT's layout",
+    "byt5_in.fc1.weight": "HunyuanVideo-1.5 in Tencent's layout",
+    "context_embedder_2.linear_1.weight": "HunyuanVideo-1.5",
+    "clean_x_embedder.proj.weight": "HunyuanVideo FramePack",
+    "double_blocks.0.img_attn_qkv.weight": "HunyuanVideo in Tencent's layout",
+    "context_embedder.proj_in.weight": "HunyuanVideo",
+    "condition_embedder.time_proj.weight": "Wan",
+    "encoder.conv_in.conv.weight": "a video VAE",
+    "encoder.conv_in.weight": "an image VAE",
+}
+
+
+def family(state: dict[str, Tensor]) -> str:
+    """Architecture of a state dict, recognized by its tensor names."""
+    bare = {re.sub(r"^(model\.)?(diffusion_model\.)?", "", name) for name in state}
+    for name, architecture in FAMILIES.items():
+        if name in bare:
+            return architecture
+    return f"an unknown architecture ({', '.join(sorted(state)[:3])}, …)"
+
+
+def read_published(
+    source: str | Path, expected: str, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> tuple[dict, dict[str, Tensor]]:
+    """Config and state dict of published weights, under the names of diffusers.
+
+    Args:
+        source: a folder (see :func:`read_folder`), a weight file (see
+            :func:`~blueberry_video.weights.files.read_weights`), or a hub id.
+        expected: the required architecture, see :func:`family`.
+        convert: converts a state dict in the original layout to that of diffusers.
+
+    Returns:
+        The config, empty for a file, and the state dict.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or of another architecture; the message names it.
+    """
+    path = resolve(source)
+    config, state = read_folder(path) if path.is_dir() else ({}, read_weights(path))
+    found = family(state)
+    if found != expected and not found.startswith(f"{expected} in "):
+        raise ValueError(f"{source} holds {found}, not {expected}: choose the model for these weights.")
+    return config, state if found == expected else convert(state)
+
+
+def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """Config and state dict of a model folder, or of its subfolder ``transformer``.
+
+    Raises:
+        FileNotFoundError: the folder, its config or a shard named in the index is missing.
+        ValueError: a file is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file() and (folder / "transformer" / CONFIG).is_file():
+        folder = folder / "transformer"
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} holds no {CONFIG}: give a model folder as diffusers saves it.")
+    stem = next((name for name in WEIGHTS if list(folder.glob(f"{name}*.safetensors*"))), WEIGHTS[0])
+    index = folder / f"{stem}.safetensors.index.json"
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{folder}: its {CONFIG} or index is damaged ({error}): download the folder again.") from error
+    names = sorted(shards) or [f"{stem}.safetensors"]
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: download the missing files.")
+    state: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            state |= load_file(folder / name)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name} is damaged and cannot be read: download it again.") from error
+    return config, state
+
+
+def write_folder(
+    folder: str | Path, config: dict, state: dict[str, Tensor], max_shard_size: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes a model folder that :func:`read_folder`, and ``from_pretrained`` of diffusers, read.
+
+    The folder appears under its name once it is complete.
+
+    Args:
+        folder: must not exist, or be empty.
+        config: settings of the model, with its class as ``_class_name``.
+        state: tensors by name.
+        max_shard_size: largest size of a safetensors file in bytes.
+
+    Raises:
+        FileExistsError: the folder is a file, or not empty.
+    """
+    folder = Path(folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder: choose another folder.")
+    with atomic_folder(folder) as partial:
+        (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        pattern = f"{WEIGHTS[0]}{{suffix}}.safetensors"
+        save_torch_state_dict(state, partial, filename_pattern=pattern, max_shard_size=max_shard_size)

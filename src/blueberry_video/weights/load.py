@@ -1,0 +1,62 @@
+"""Strict loading of state dicts into modules, and comparison of model settings."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def mismatches(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> str:
+    """Differences between two state dicts in names and shapes, as text; empty if there are none.
+
+    Args:
+        own: the state dict of the module.
+        loaded: the state dict to load into it.
+    """
+    shapes = {name for name in own.keys() & loaded.keys() if own[name].shape != loaded[name].shape}
+    found = []
+    for names, kind in ((own.keys() - loaded.keys(), "missing"), (loaded.keys() - own.keys(), "unexpected")):
+        if names:
+            found.append(f"{len(names)} {kind}, such as {min(names)}")
+    if shapes:
+        name = min(shapes)
+        sizes = f"{tuple(loaded[name].shape)} instead of {tuple(own[name].shape)}"
+        found.append(f"{len(shapes)} of another shape, such as {name} {sizes}")
+    return "; ".join(found)
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str | Path, fix: str = "") -> None:
+    """Loads a state dict whose names and shapes must be exactly those of the module.
+
+    Values are converted to the dtype and device of the module. A module on the meta device takes the tensors
+    themselves, in their own dtype.
+
+    Args:
+        module: the module to load into.
+        state: tensors by name.
+        source: origin of the weights, for the error message.
+        fix: a sentence for the error message on what to change.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or of another shape; the message names one of each kind.
+    """
+    own = module.state_dict()
+    if found := mismatches(own, state):
+        raise ValueError(f"the weights in {source} do not fit {type(module).__name__}: {found}. {fix}".rstrip())
+    if not any(value.is_meta for value in own.values()):
+        module.load_state_dict(state)
+        return
+    trainable = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    module.load_state_dict(state, assign=True)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(trainable[name])
+
+
+def different_settings(loaded: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """Settings of ``loaded`` that have another value in ``own``, as ``key=theirs (here ours)``; empty if all agree.
+
+    Keys that only one of the two has are not compared.
+    """
+    shared = [key for key in loaded if key in own and loaded[key] != own[key]]
+    return ", ".join(f"{key}={loaded[key]} (here {own[key]})" for key in shared)

@@ -1,0 +1,41 @@
+"""Reading weight files: errors, safety and the number of blocks."""
+
+import re
+
+import pytest
+import torch
+
+from blueberry_video.weights import files as weight_files
+
+
+def test_files_without_weights_raise(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.pth"):
+        weight_files.read_weights(tmp_path / "none.pth")
+    for content in (b"", b"no weights at all", b"PK\x03\x04 a truncated archive"):
+        for name in ("broken.pth", "broken.safetensors"):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(ValueError, match=re.escape(name)):
+                weight_files.read_weights(tmp_path / name)
+    torch.save({"epoch": 3, "model": {}}, tmp_path / "empty.pth")
+    with pytest.raises(ValueError, match=r"(?s)empty\.pth.*'model'.*'module'.*'state_dict'"):
+        weight_files.read_weights(tmp_path / "empty.pth")
+
+
+class Planted:
+    """Object that calls ``print`` when it is unpickled, as a malicious file would run code."""
+
+    def __reduce__(self):
+        return print, ("not printed",)
+
+
+def test_file_that_would_run_code_raises(tmp_path, capsys):
+    torch.save({"model": {"a": torch.ones(1)}, "args": Planted()}, tmp_path / "planted.pth")
+    with pytest.raises(ValueError, match=r"(?s)planted\.pth.*code"):
+        weight_files.read_weights(tmp_path / "planted.pth")
+    assert not capsys.readouterr().out
+
+
+def test_num_blocks_is_the_last_index_plus_one():
+    state = {f"blocks.{index}.weight": torch.ones(1) for index in range(11)} | {"blocks_of_another.40.w": torch.ones(1)}
+    assert weight_files.num_blocks(state, "blocks") == 11
+    assert weight_files.num_blocks(state, "decoder") == 0
