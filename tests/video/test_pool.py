@@ -106,8 +106,18 @@ def run(orders, workers: int = 1, timeout: float | None = 20, memory: int | None
     return list(run_in_processes(act, orders, workers=workers, timeout=timeout, memory_bytes=limit, **options))
 
 
+EARLIER: set[int] = set()  # processes of earlier tests, such as the resource tracker of multiprocessing
+
+
+@pytest.fixture(autouse=True)
+def earlier_processes():
+    EARLIER.clear()
+    EARLIER.update(children())
+
+
 def children() -> set[int]:
-    return {child.pid for child in psutil.Process().children(recursive=True)}
+    """PIDs of the processes that were started since the test began."""
+    return {child.pid for child in psutil.Process().children(recursive=True)} - EARLIER
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 10.0) -> None:
