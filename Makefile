@@ -9,7 +9,7 @@ PYTHON := .venv/bin/python
 STAMP := .venv/.installed
 EXPERIMENTS := $(patsubst experiments/%/config.yaml,%,$(wildcard experiments/*/config.yaml))
 
-# What is typed on the command line reaches Python through the environment: no shell and no make reads its quotes and `$`.
+# Values from the command line are passed through the environment: neither make nor the shell expands quotes and `$`.
 EXP ?=
 override export EXP := $(value EXP)
 ARGS ?=
@@ -34,17 +34,17 @@ train = $(PYTHON) -m blueberry_video.train --config-dir "experiments/$$EXP"
 
 ##@ Start
 .PHONY: help setup doctor
-help: ## this list
+help: ## list the commands
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo '  EXP=name      an experiment: $(EXPERIMENTS)'
 	@echo '  ARGS="…"      overrides, such as ARGS="model.encoder.depth=8 trainer.max_steps=500" or ARGS="+debug=fast"'
-	@echo '  RESUME=last   train the newest run on, in its own folder; or a name of outputs/<EXP>/'
+	@echo '  RESUME=last   continue the newest run in its folder; or the name of a run in outputs/<EXP>/'
 	@echo '  SWEEP="…"     every combination, such as SWEEP="model.encoder.depth=2,4 seed=1,2,3"'
 
 setup: $(STAMP) ## install the tested versions into .venv/
 
-doctor: $(STAMP) ## versions, devices, FFmpeg, wandb, Slurm, disk: what is here, what to do about the rest
+doctor: $(STAMP) ## check versions, devices, FFmpeg, wandb, Slurm and disk, with a fix for each problem
 	@$(PYTHON) -m blueberry_video.launch.doctor
 
 ##@ Experiments
@@ -55,22 +55,22 @@ new: $(STAMP) ## EXP=name: copy experiments/template/
 check: $(STAMP) ## EXP=name: dry run: config, data, a few steps, save, reload, disk, memory, logger
 	@$(experiment)$(train) --args="$$ARGS" check=true
 
-train: $(STAMP) ## EXP=name: train, then print what was learned; ARGS=, RESUME=
+train: $(STAMP) ## EXP=name: train, then print a summary; ARGS=, RESUME=
 	@$(experiment)$(train) --args="$$ARGS" $${RESUME:+"resume=$$RESUME"}
 
-sweep: $(STAMP) ## EXP=name SWEEP="key=a,b": a run for every combination
+sweep: $(STAMP) ## EXP=name SWEEP="key=a,b": run every combination
 	@$(experiment)$(if $(strip $(SWEEP)),,$(error SWEEP is missing: `make sweep EXP=$(EXP) SWEEP="seed=1,2,3"`))$(train) --multirun --args="$$ARGS" --args="$$SWEEP"
 
-gate: $(STAMP) ## EXP=name: train, and fail where an expected value is missed
+gate: $(STAMP) ## EXP=name: train, and fail if an expected value is missed
 	@$(experiment)$(train) --args="$$ARGS" enforce_expected=true
 
-report: $(STAMP) ## EXP=name: write report.html of its newest run again
+report: $(STAMP) ## EXP=name: write report.html of the newest run again
 	@$(experiment)$(PYTHON) -m blueberry_video.experiment.report "outputs/$$EXP"
 
-latents: $(STAMP) ## EXP=name [OUT=folder] [DTYPE=bfloat16]: encode its clips and captions once, for training to read
+latents: $(STAMP) ## EXP=name [OUT=folder] [DTYPE=bfloat16]: encode clips and captions once, for training to read
 	@$(experiment)$(PYTHON) -m blueberry_video.precompute --config-dir "experiments/$$EXP" --args="$$ARGS" --out="$$OUT" --dtype="$$DTYPE"
 
-export: $(STAMP) ## EXP=name OUT=folder [DTYPE=bfloat16]: the transformer of its newest run, as diffusers loads it; ARGS=--merge
+export: $(STAMP) ## EXP=name OUT=folder [DTYPE=bfloat16]: export the transformer of the newest run for diffusers; ARGS=--merge
 	@$(experiment)$(if $(strip $(OUT)),,$(error OUT is missing: `make export EXP=$(EXP) OUT=<folder>`))$(PYTHON) -m blueberry_video.export "outputs/$$EXP" --out "$$OUT" --dtype "$$DTYPE" $(ARGS)
 
 data: $(STAMP) ## write a folder of mp4 files; ARGS="source=world out=data/world train=1000"
@@ -78,42 +78,42 @@ data: $(STAMP) ## write a folder of mp4 files; ARGS="source=world out=data/world
 
 ##@ Video
 .PHONY: process decode-bench
-process: $(STAMP) ## VIDEO=file [MODEL=name] [OUT=folder] [ARGS="fps=1 format=numpy"]: what a model gets of a video
+process: $(STAMP) ## VIDEO=file [MODEL=name] [OUT=folder] [ARGS="fps=1 format=numpy"]: convert a video to the input of a model
 	@set -f; $(if $(strip $(VIDEO)),,$(error VIDEO is missing: `make process VIDEO=clip.mp4 MODEL=qwen2.5-vl OUT=folder`))$(PYTHON) -m blueberry_video.video.command "$$VIDEO" --model "$$MODEL" $${OUT:+--out "$$OUT"} $$ARGS
 
-decode-bench: $(STAMP) ## the fastest decoder and number of threads on this machine; ARGS=folder for videos of your own
+decode-bench: $(STAMP) ## find the fastest decoder and number of threads on this machine; ARGS=folder of videos to use
 	@set -f; $(PYTHON) benchmarks/decode.py $$ARGS
 
 ##@ Development
 .PHONY: test test-gpu lint bench bench-gpu fuzz-video clean
-test: $(STAMP) ## every test, without network, on two processes; ARGS= goes to pytest
+test: $(STAMP) ## run all tests, without network, in two processes; ARGS= for pytest
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 $(ARGS)
 
-test-gpu: $(STAMP) ## the tests that need a CUDA device, with their tables; ARGS= goes to pytest
+test-gpu: $(STAMP) ## run the tests that need a CUDA device, and print their tables; ARGS= for pytest
 	@$(PYTHON) -m pytest -m gpu -rP $(ARGS)
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(STAMP) ## run ruff and mypy
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy src
 
-bench: $(STAMP) ## side by side with peers, in one run each
+bench: $(STAMP) ## compare with peers, each pair in one run
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(PYTHON) "$$file"; done
 
-bench-gpu: $(STAMP) ## the scan's kernels on a CUDA device, beside mamba-ssm where it is installed; writes benchmarks/results/
+bench-gpu: $(STAMP) ## compare the scan kernels with mamba-ssm, if installed, on a CUDA device; writes benchmarks/results/
 	@set -f; $(PYTHON) benchmarks/video_scan_gpu.py $$ARGS
 
-fuzz-video: $(STAMP) ## N=10000: damaged videos through the pipeline, in processes; prints the count of each outcome
+fuzz-video: $(STAMP) ## N=10000: process damaged videos in subprocesses, and count the outcomes
 	@set -f; $(PYTHON) tests/video/fuzz_video.py --runs "$$N" $$ARGS
 
-clean: ## remove caches; runs, data and .venv/ stay
+clean: ## remove caches; keeps runs, data and .venv/
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find src tests experiments benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 	@for kept in outputs data .venv; do if [ -d $$kept ]; then echo "kept: $$kept/, $$(du -sh $$kept | cut -f1)"; fi; done
 
 # ---- the environment -------------------------------------------------------------------------------------------------
 
-# A Debian without python3-venv has no ensurepip; where it has a pip of its own, that one fills .venv/.
+# Debian without python3-venv has no ensurepip; the system's pip, if there is one, then installs into .venv/.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON3) must be Python 3.11 or newer: install python3.11, or name one: make PYTHON3=/path/to/python3.11 …" >&2; exit 1; }
 	@echo "setting up .venv/ with the versions of constraints.txt; the first time takes minutes"
@@ -121,9 +121,9 @@ $(STAMP): pyproject.toml constraints.txt
 	  if $(PYTHON3) -c 'import ensurepip' 2>/dev/null; then $(PYTHON3) -m venv .venv; \
 	  elif $(PYTHON3) -m pip --version >/dev/null 2>&1; then \
 	    $(PYTHON3) -m venv --without-pip .venv && $(PYTHON3) -m pip --python $(PYTHON) install -qq pip; \
-	  else echo "$(PYTHON3) cannot make a virtual environment: apt-get install python3-venv, then run this again" >&2; exit 1; fi; \
+	  else echo "$(PYTHON3) cannot create a virtual environment: apt-get install python3-venv, then run this again" >&2; exit 1; fi; \
 	fi
 	@$(PYTHON) -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' \
-	  || { echo "the installation failed: pip says why above. Behind a proxy or a mirror set pip's index; for the smaller CPU build of PyTorch, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" >&2; exit 1; }
+	  || { echo "the installation failed: see the output of pip above. Behind a proxy or a mirror set pip's index; for the smaller CPU build of PyTorch, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" >&2; exit 1; }
 	@touch $@
 	@echo "ready: $$($(PYTHON) -c 'from importlib.metadata import version as v; print("torch", v("torch"), "· lightning", v("lightning"))')"

@@ -1,19 +1,19 @@
-"""What every test runs under: one thread, a fixed seed, NaN in uninitialised memory, nothing online."""
+"""Environment of all tests: one thread, fixed seeds, NaN in uninitialized memory, offline."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(1)  # the tests share the machine with each other (pytest -n)
+torch.set_num_threads(1)  # tests run in parallel (pytest -n)
 
 
 @pytest.fixture(autouse=True)
-def quiet_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No network, no key, no folder of the user: a test that needs one of them sets it itself."""
+def isolated_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Disables network access, API keys and user folders; a test that needs one sets it."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     for variable in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
@@ -23,17 +23,32 @@ def quiet_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def same_random_numbers() -> None:
-    """A test's random numbers depend on the test alone, not on those that ran before it."""
+def fixed_seeds() -> None:
+    """Seeds all generators, so that a test does not depend on the tests that ran before it."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
-def nan_in_uninitialised_memory() -> Iterator[None]:
-    """``torch.empty`` gives NaN: whoever reads what nobody wrote is found out."""
+def nan_in_uninitialized_memory() -> Iterator[None]:
+    """Fills ``torch.empty`` with NaN, to detect reads of uninitialized memory."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Callable:
+    """Returns ``trainer(*callbacks, **options)``, which builds a quiet CPU trainer of 2 steps without checkpoints."""
+
+    def build(*callbacks, **options):
+        import lightning  # slow, and not required by most tests
+
+        names = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        defaults = {**dict.fromkeys((*names, "use_distributed_sampler"), False), "max_steps": 2, "accelerator": "cpu"}
+        defaults |= {"default_root_dir": tmp_path, "callbacks": list(callbacks)}
+        return lightning.Trainer(**{**defaults, **options})
+
+    return build

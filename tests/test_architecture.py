@@ -9,11 +9,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "blueberry_video"
-MAX_LINES = {"train.py": 100, "precompute.py": 150}  # other files: 500, tasks: 200
+MAX_LINES = {"train.py": 150, "export.py": 150, "precompute.py": 150}  # entry points; other files: 600, tasks: 200
 ANYTHING = None
 
 # room -> rooms it may import; `models.encoder` is one part of a room, `models` the whole room
 MAY_IMPORT: dict[str, set[str] | None] = {
+    "atomic": set(),  # any room may import it
     "config": set(),
     "optim": set(),
     "masking": set(),
@@ -73,7 +74,13 @@ def permission(importer: str, name: str) -> str | None:
     room, (top, *rest) = importer.split(".")[1:], name.split(".")
     if top == "experiments":
         return None
-    if top != PACKAGE or not room or not rest or rest == ["__version__"] or MAY_IMPORT.get(room[0]) is ANYTHING:
+    if (
+        top != PACKAGE
+        or not room
+        or not rest
+        or rest[0] in ("__version__", "atomic")
+        or MAY_IMPORT.get(room[0]) is ANYTHING
+    ):
         return ""
     if rest[0] == room[0]:
         shared = SHARED_IN_ROOM.get(room[0])
@@ -217,6 +224,7 @@ def test_a_planted_import_is_found(tmp_path: Path, file: str, line: str):
         ("diffusion/encoding.py", "from blueberry_video.models.autoencoder.base import sample"),
         ("train.py", "import blueberry_video.experiment.report"),
         ("nn/blocks.py", "import torch\nfrom blueberry_video import __version__\nfrom .attention import Attention"),
+        ("video/cache.py", "from blueberry_video.atomic import atomic_file"),
     ],
 )
 def test_an_allowed_import_passes(tmp_path: Path, file: str, line: str):
@@ -229,7 +237,7 @@ def test_an_allowed_import_passes(tmp_path: Path, file: str, line: str):
 def test_no_room_is_too_full():
     package = ROOT / "src" / PACKAGE
     limits = {
-        file: MAX_LINES.get(file.name, 200 if file.parent.name == "tasks" else 500) for file in package.rglob("*.py")
+        file: MAX_LINES.get(file.name, 200 if file.parent.name == "tasks" else 600) for file in package.rglob("*.py")
     }
     lines = {file: len(file.read_text().splitlines()) for file in limits}
     assert {str(file.relative_to(package)): lines[file] for file in limits if lines[file] > limits[file]} == {}

@@ -1,5 +1,6 @@
 import json
 import random
+import re
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Clips(Dataset):
-    """Sixteen-value clips; clip 3 of batch 4 is not a number if ``broken``."""
+    """Clips of 16 values; clip 3 of batch 4 is NaN if ``broken``."""
 
     def __init__(self, broken: bool = False) -> None:
         self.broken = broken
@@ -78,7 +79,7 @@ def fit(folder: Path, *callbacks: Callback, task: Tiny | None = None, broken: bo
     return task
 
 
-def test_step_seed_makes_steps_independent_of_what_was_drawn_before(tmp_path: Path) -> None:
+def test_step_seed_makes_steps_independent_of_earlier_random_numbers(tmp_path: Path) -> None:
     plain, validated, other_seed = Tiny(), Tiny(), Tiny()
     fit(tmp_path, StepSeed(5), task=plain, limit_val_batches=0)
     fit(tmp_path, StepSeed(5), task=validated, val_check_interval=2, num_sanity_val_steps=1)
@@ -88,13 +89,13 @@ def test_step_seed_makes_steps_independent_of_what_was_drawn_before(tmp_path: Pa
     assert len(set(numbers)) == len(numbers) == 3 * 2 * 2 * BATCHES
 
 
-def test_negative_seed_is_refused() -> None:
+def test_negative_seed_raises() -> None:
     with pytest.raises(ValueError, match="seed=-1"):
         StepSeed(-1)
 
 
 class Weights(Callback):
-    """Records the trained weight after every step and the one that validation sees."""
+    """Records the trained weight after every step and the weight used in validation."""
 
     def __init__(self) -> None:
         self.trained: list[Tensor] = []
@@ -108,7 +109,7 @@ class Weights(Callback):
 
 
 @pytest.mark.parametrize("warmup", [True, False])
-def test_ema_is_the_average_and_what_is_evaluated(tmp_path: Path, warmup: bool) -> None:
+def test_ema_is_the_average_and_is_used_in_validation(tmp_path: Path, warmup: bool) -> None:
     weights = Weights()
     task = fit(tmp_path, EMA(0.8, warmup), weights, max_epochs=1)
     average = weights.trained[0]
@@ -120,7 +121,7 @@ def test_ema_is_the_average_and_what_is_evaluated(tmp_path: Path, warmup: bool) 
     assert not torch.allclose(average, weights.trained[-1])
 
 
-def test_ema_of_16_bit_weights_keeps_32() -> None:
+def test_ema_of_16_bit_weights_has_32_bits() -> None:
     averaged, weights = [torch.zeros(3)], [torch.ones(3, dtype=torch.bfloat16)]
     ema = EMA(0.999, warmup=False)
     for step in range(100):
@@ -129,8 +130,8 @@ def test_ema_of_16_bit_weights_keeps_32() -> None:
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
-def test_ema_refuses_a_decay_that_averages_nothing(decay: float) -> None:
-    with pytest.raises(ValueError, match=r"ema\.decay"):
+def test_ema_decay_outside_its_range_raises(decay: float) -> None:
+    with pytest.raises(ValueError, match=rf"ema\.decay={decay}"):
         EMA(decay)
 
 
@@ -145,11 +146,11 @@ class SlowValidation(Callback):
         time.sleep(0.05)
 
 
-def test_throughput_counts_neither_warm_up_nor_validation(tmp_path: Path) -> None:
+def test_throughput_excludes_warmup_and_validation(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
     fit(tmp_path, Throughput(warmup_steps=2), SlowValidation(), val_check_interval=1, logger=logger, max_epochs=1)
     rows = [row for row in metrics(tmp_path) if row["throughput/clips_per_s"]]
-    # Every step is followed by a validation of 0.3 s, after which its clock starts anew: 4 clips in far less.
+    # Every step is followed by a validation of 0.3 s, after which the clock restarts: a step takes much less.
     assert [int(row["step"]) for row in rows] == [2, 3, 4, 5]
     for row in rows:
         clips_per_s, tokens_per_s = float(row["throughput/clips_per_s"]), float(row["throughput/tokens_per_s"])
@@ -158,12 +159,12 @@ def test_throughput_counts_neither_warm_up_nor_validation(tmp_path: Path) -> Non
         assert "throughput/mfu" not in row
 
 
-def test_mfu_is_the_share_of_the_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mfu_is_the_fraction_of_the_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(callbacks, "peak_flops", lambda device, precision: 1e6)
     logger = CSVLogger(tmp_path, name="", version="")
     fit(tmp_path, Throughput(), logger=logger)
     row = next(row for row in metrics(tmp_path) if row["throughput/mfu"])
-    # A 16 x 2 matrix, forward and for its gradient: 2 * 2 * 16 * 2 operations a clip.
+    # A 16 x 2 matrix, forward and weight gradient: 2 * 2 * 16 * 2 FLOPs per clip.
     assert float(row["throughput/mfu"]) == pytest.approx(float(row["throughput/clips_per_s"]) * 128 / 1e6)
 
 
@@ -183,9 +184,9 @@ def test_peak_of_known_devices(monkeypatch: pytest.MonkeyPatch, name: str, preci
     assert callbacks.peak_flops(torch.device("cpu"), precision) is None
 
 
-def test_nan_guard_stops_before_the_weights_and_names_the_clips(tmp_path: Path) -> None:
+def test_nan_guard_stops_before_the_update_and_names_the_clips(tmp_path: Path) -> None:
     task = Tiny()
-    with pytest.raises(FloatingPointError, match=r"step 4: the loss is nan on the clips clip 16, .*clip 19;"):
+    with pytest.raises(FloatingPointError, match=r"step 4: .*loss.* nan .*clip 16, .*clip 19\b"):
         fit(tmp_path, NaNGuard(), task=task, broken=True)
     assert torch.isfinite(task.layer.weight).all()
     record = json.loads((tmp_path / "nan_batch.json").read_text())
@@ -201,13 +202,11 @@ class BadGradient(Tiny):
         return loss
 
 
-def test_nan_guard_looks_at_the_gradients_too(tmp_path: Path) -> None:
+def test_nan_guard_checks_the_gradients(tmp_path: Path) -> None:
     task = BadGradient()
-    with pytest.raises(
-        FloatingPointError, match=r"step 2: the gradient norm is (inf|nan) on the clips clip 8"
-    ) as stopped:
+    message = r"step 2: .*gradient.* (inf|nan) .*clip 8\b.* trainer\.gradient_clip_val.* optimizer\.lr"
+    with pytest.raises(FloatingPointError, match=message):
         fit(tmp_path, NaNGuard(), task=task)
-    assert "Set or lower trainer.gradient_clip_val, lower optimizer.lr, " in str(stopped.value)  # it may be off
     assert torch.isfinite(task.layer.bias).all()
     assert json.loads((tmp_path / "nan_batch.json").read_text())["parameters"] == ["layer.bias"]
 
@@ -218,7 +217,7 @@ def test_nan_guard_logs_the_norm_before_clipping(tmp_path: Path) -> None:
     assert all(float(row["train/grad_norm"]) > 0.01 for row in metrics(tmp_path) if row["train/grad_norm"])
 
 
-def test_media_are_made_on_time_and_at_the_end(tmp_path: Path) -> None:
+def test_media_are_saved_at_intervals_and_at_the_end(tmp_path: Path) -> None:
     task = fit(tmp_path, Media(every_n_steps=4, min_side=24), val_check_interval=3, max_epochs=2)
     assert sorted(path.name for path in (tmp_path / "media").glob("*.gif")) == [
         "two_noise_00000003.gif",
@@ -226,12 +225,12 @@ def test_media_are_made_on_time_and_at_the_end(tmp_path: Path) -> None:
         "two_noise_00000012.gif",
     ]
     first, *others = [path.read_bytes() for path in sorted((tmp_path / "media").glob("*.png"))]
-    assert others == [first, first], "masks differ from picture to picture"
+    assert others == [first, first], "masks differ between media"
     assert task.training
 
 
 class ImagesAndClips(Dataset):
-    """Batches of 4: single frames and clips by turns, (C, T, H, W) each."""
+    """Alternating batches of 4 single frames and 4 clips, (C, T, H, W) each."""
 
     def __len__(self) -> int:
         return 4 * BATCHES
@@ -240,7 +239,7 @@ class ImagesAndClips(Dataset):
         return {"video": torch.full((3, 2 if index // 4 % 2 else 1, 8, 8), float(index))}
 
 
-class Shows(Tiny):
+class ShowsClips(Tiny):
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         pass
 
@@ -248,7 +247,7 @@ class Shows(Tiny):
         return {"clips": batch["video"][0].transpose(0, 1).byte()}
 
 
-def test_media_show_the_first_single_frames_and_the_first_clips(tmp_path: Path) -> None:
+def test_media_of_the_first_single_frames_and_the_first_clips(tmp_path: Path) -> None:
     trainer = lightning.Trainer(
         max_epochs=3,
         accelerator="cpu",
@@ -259,13 +258,13 @@ def test_media_show_the_first_single_frames_and_the_first_clips(tmp_path: Path) 
         enable_model_summary=False,
         logger=False,
     )
-    trainer.fit(Shows(), DataLoader(Clips(), 4), DataLoader(ImagesAndClips(), 4))
-    shown = {path.stem: Image.open(path) for path in (tmp_path / "media").glob("*.gif")}
-    assert sorted(shown) == [f"clips{kind}_{step:08d}" for kind in ("", "_image") for step in (BATCHES, 3 * BATCHES)]
-    assert {name: getattr(picture, "n_frames", 1) for name, picture in shown.items() if "_image" in name} == {
+    trainer.fit(ShowsClips(), DataLoader(Clips(), 4), DataLoader(ImagesAndClips(), 4))
+    saved = {path.stem: Image.open(path) for path in (tmp_path / "media").glob("*.gif")}
+    assert sorted(saved) == [f"clips{kind}_{step:08d}" for kind in ("", "_image") for step in (BATCHES, 3 * BATCHES)]
+    assert {name: getattr(picture, "n_frames", 1) for name, picture in saved.items() if "_image" in name} == {
         f"clips_image_{step:08d}": 1 for step in (BATCHES, 3 * BATCHES)
     }
-    first_of = {name: picture.convert("RGB").getpixel((0, 0))[0] for name, picture in shown.items()}
+    first_of = {name: picture.convert("RGB").getpixel((0, 0))[0] for name, picture in saved.items()}
     assert set(first_of.values()) == {0, 4}
     assert all(value == (0 if "_image" in name else 4) for name, value in first_of.items())
 
@@ -282,12 +281,12 @@ def test_enlarge_repeats_pixels() -> None:
 @pytest.mark.parametrize(
     "video", [torch.zeros(2, 3, 8, 8), torch.zeros(3, 8, 8).byte(), torch.zeros(2, 8, 8, 3).byte()]
 )
-def test_other_pictures_are_refused(video: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"task\.media gave"):
+def test_invalid_media_raise(video: Tensor) -> None:
+    with pytest.raises(ValueError, match=rf"task\.media .*{re.escape(str(tuple(video.shape)))}.*uint8"):
         enlarge(video, 8)
 
 
-def test_contact_sheet_shows_first_and_last_frame() -> None:
+def test_contact_sheet_has_first_and_last_frame() -> None:
     video = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1).expand(-1, -1, 10, 10)
     sheet = contact_sheet(video, max_frames=4, max_width=30)
     assert sheet.size == (24, 24)

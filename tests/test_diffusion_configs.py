@@ -75,7 +75,7 @@ def test_memory_is_printed_and_checked_before_a_model_is_built(monkeypatch, caps
     assert shards == 8
     assert parts["weights"] == pytest.approx(4 * 12.811e9, rel=1e-4)
     assert parts["AdamW"] == 2 * parts["gradients"] == 2 * parts["weights"]
-    assert "8 shards" in memory.said(parts, shards)
+    assert "8 shards" in memory.describe(parts, shards)
     monkeypatch.setattr(memory, "available_memory", lambda: 10 * 2**30)
     with pytest.raises(ValueError, match=r"\d GiB\b.*\b10\.0 GiB.*`trainer=fsdp`"):
         memory.announce(config)

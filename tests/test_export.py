@@ -1,6 +1,7 @@
-"""From a run's folder to a folder of diffusers and back: the same outputs, written whole or not at all."""
+"""Export: a run as a diffusers folder and back, with equal outputs, written completely or not at all."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,6 @@ from omegaconf import OmegaConf
 from blueberry_video import export
 from blueberry_video.config import compose
 from blueberry_video.diffusion.lora import LoRA
-from blueberry_video.diffusion.published import export as write
-from blueberry_video.models.jepa.anticipator import load_weights
 from blueberry_video.diffusion.text_to_video import TextToVideo
 from blueberry_video.experiment.checkpoint import AtomicCheckpointIO, weights_file
 from blueberry_video.models.cogvideox.model import CogVideoX
@@ -39,7 +38,7 @@ def output(transformer: torch.nn.Module) -> torch.Tensor:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A finished run, as far as the export looks at it."""
+    """Folder of a finished run with the files that the export reads."""
     folder = tmp_path / "outputs" / "tiny" / "2026-01-01"
     (folder / "checkpoints").mkdir(parents=True)
     node = {"_target_": "blueberry_video.models.cogvideox.CogVideoX", **SIZES, "zero_init": False}
@@ -58,7 +57,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_an_exported_run_has_the_averaged_weights_and_gives_the_same_in_diffusers(run: Path, tmp_path: Path):
+def test_exported_run_has_the_ema_weights_and_equal_outputs_in_diffusers(run: Path, tmp_path: Path):
     diffusers = pytest.importorskip("diffusers")
     written = export.run(run.parent, tmp_path / "published")
     assert written == [tmp_path / "published" / "transformer"]
@@ -68,110 +67,109 @@ def test_an_exported_run_has_the_averaged_weights_and_gives_the_same_in_diffuser
     noise = torch.Generator().manual_seed(1)
     latents, text = torch.randn(1, 4, 2, 8, 8, generator=noise), torch.randn(1, 8, 8, generator=noise)
     with torch.no_grad():
-        said = theirs(latents.transpose(1, 2), text, torch.tensor([300]))[0].transpose(1, 2)
-    torch.testing.assert_close(said, output(expected), rtol=1e-5, atol=1e-5)
+        result = theirs(latents.transpose(1, 2), text, torch.tensor([300]))[0].transpose(1, 2)
+    torch.testing.assert_close(result, output(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_training_goes_on_from_an_exported_folder_and_from_a_run(run: Path, tmp_path: Path):
+def test_weights_load_from_an_exported_folder_and_from_a_run(run: Path, tmp_path: Path):
     export.run(run, tmp_path / "published")
     for source in (tmp_path / "published", run):
         fresh = model(num_heads=2)
         with torch.no_grad():
             next(fresh.transformer.parameters()).zero_()
-        load_weights(fresh, weights_file(source))
+        fresh.load_published(weights_file(source))
         expected = model().transformer
         expected.load_state_dict({name: value + 0.01 for name, value in expected.state_dict().items()})
         torch.testing.assert_close(output(fresh.transformer), output(expected))
 
 
-def test_a_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def killed(*_: object) -> None:
-        (tmp_path / ".transformer.tmp").mkdir(parents=True)
+def test_interrupted_export_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def killed(*_: object, **__: object) -> None:
+        (tmp_path / ".transformer.tmp").mkdir(parents=True, exist_ok=True)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("blueberry_video.models.cogvideox.save_published", killed)
+        patch.setattr("blueberry_video.weights.diffusers_folder.save_torch_state_dict", killed)
         with pytest.raises(KeyboardInterrupt):
-            write(model(), tmp_path)
+            model().save_published(tmp_path)
     assert not (tmp_path / "transformer").exists()
-    write(model(), tmp_path)
+    model().save_published(tmp_path)
     assert (tmp_path / "transformer" / "config.json").is_file()
     assert not (tmp_path / ".transformer.tmp").exists()
-    with pytest.raises(FileExistsError, match="choose another folder"):
-        write(model(), tmp_path)
+    with pytest.raises(FileExistsError, match=r"/transformer\b"):
+        model().save_published(tmp_path)
 
 
-def test_what_was_loaded_is_said_also_what_its_weights_were_trained_with(tmp_path: Path):
-    write(model(), tmp_path / "cog")
-    assert load_weights(model(), tmp_path / "cog").startswith("loaded CogVideoX of 1 blocks, 32 wide from ")
+def test_load_message_names_the_variant_and_the_image_condition(tmp_path: Path):
+    model().save_published(tmp_path / "cog")
+    assert re.search(r"CogVideoX\b.*\b1\b.*\b32\b.*/cog", model().load_published(tmp_path / "cog"))
     sizes = {"in_channels": 3, "out_channels": 3, "num_heads": 1, "head_dim": 16, "depth": 1, "single_depth": 1}
     sizes |= {"refiner_depth": 1, "text_dim": 6, "pooled_dim": 6, "rope_axes": (4, 6, 6)}
     trained, fresh = (
         TextToVideo(HunyuanVideo(**sizes, image_condition=kind), WordText(6, pooled_dim=6), None)
         for kind in ("token_replace", None)
     )
-    write(trained, tmp_path / "hunyuan")
-    said = load_weights(fresh, tmp_path / "hunyuan")
-    assert said.endswith(", trained with image_condition_type=token_replace (here None)")
+    trained.save_published(tmp_path / "hunyuan")
+    assert re.search(r"image_condition=token_replace\b.*None", fresh.load_published(tmp_path / "hunyuan"))
 
 
-def test_adapters_are_written_alone_or_merged(tmp_path: Path):
+def test_adapters_are_written_separately_or_merged(tmp_path: Path):
     adapted = model(LoRA(rank=2, targets=TARGETS))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    assert write(adapted, tmp_path / "alone") == [tmp_path / "alone" / "pytorch_lora_weights.safetensors"]
-    with pytest.raises(FileExistsError, match="choose another folder"):
-        write(adapted, tmp_path / "alone")
+    assert adapted.save_published(tmp_path / "alone") == [tmp_path / "alone" / "pytorch_lora_weights.safetensors"]
+    with pytest.raises(FileExistsError, match=r"/pytorch_lora_weights\.safetensors\b"):
+        adapted.save_published(tmp_path / "alone")
     fresh = model(LoRA(rank=2, targets=TARGETS))
-    load_weights(fresh, tmp_path / "alone" / "pytorch_lora_weights.safetensors")
+    fresh.load_published(tmp_path / "alone" / "pytorch_lora_weights.safetensors")
     torch.testing.assert_close(output(fresh.transformer), output(adapted.transformer))
-    write(adapted, tmp_path / "merged", merge=True)
-    plainly = model()
-    load_weights(plainly, tmp_path / "merged")
-    torch.testing.assert_close(output(plainly.transformer), output(adapted.transformer), rtol=1e-4, atol=1e-4)
+    adapted.save_published(tmp_path / "merged", merge=True)
+    merged = model()
+    merged.load_published(tmp_path / "merged")
+    torch.testing.assert_close(output(merged.transformer), output(adapted.transformer), rtol=1e-4, atol=1e-4)
 
 
-def test_adapters_begin_with_the_published_weights(tmp_path: Path):
+def test_adapters_start_from_published_weights(tmp_path: Path):
     other = model()
     with torch.no_grad():
         for parameter in other.transformer.parameters():
             parameter.add_(0.02)
-    write(other, tmp_path)
+    other.save_published(tmp_path)
     adapted = model(LoRA(base=str(tmp_path), rank=2, targets=TARGETS))
-    load_weights(adapted, adapted.lora.base)
+    adapted.load_published(adapted.lora.base)
     torch.testing.assert_close(output(adapted.transformer), output(other.transformer))
 
 
-def test_weights_of_another_variant_are_named(tmp_path: Path):
-    write(model(), tmp_path)
+def test_weights_of_a_different_variant_raise(tmp_path: Path):
+    model().save_published(tmp_path)
     with pytest.raises(ValueError, match="in_channels=4"):
-        load_weights(model(in_channels=8), tmp_path)
+        model(in_channels=8).load_published(tmp_path)
 
 
-def test_a_run_of_another_kind_is_refused(run: Path, tmp_path: Path):
+def test_export_of_another_model_raises(run: Path, tmp_path: Path):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["model"] = {"_target_": "blueberry_video.models.autoencoder.causal_vae.CausalVideoVAE"}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(ValueError, match="CausalVideoVAE: only diffusion transformers"):
+    with pytest.raises(ValueError, match=rf"{run.name} .*CausalVideoVAE"):
         export.run(run, tmp_path / "out")
 
 
-def test_where_nothing_can_be_written_or_read_is_said_in_a_sentence(run: Path, tmp_path: Path):
+def test_output_file_and_missing_run_raise(run: Path, tmp_path: Path):
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(FileExistsError, match=r"is to be a folder, and .*/file is a file"):
+        with pytest.raises(FileExistsError, match=rf"--out={out} .*/file is a file"):
             export.run(run, out)
-    with pytest.raises(FileNotFoundError, match=r"no run \(.*`make train EXP=<experiment>` makes one"):
+    with pytest.raises(FileNotFoundError, match=r"/nowhere .*`make train EXP=<experiment>`"):
         export.run(tmp_path / "nowhere", tmp_path / "out")
 
 
-def test_half_precision_is_refused_for_families_that_overflow_in_it(run: Path, tmp_path: Path):
-    export.run(run, tmp_path / "sincos", dtype="float16")  # as CogVideoX-2B was published
+def test_float16_raises_for_models_that_overflow(run: Path, tmp_path: Path):
+    export.run(run, tmp_path / "sincos", dtype="float16")  # CogVideoX-2B is published in float16
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["model"]["transformer"]["positions"] = "rope"
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(ValueError, match=r"CogVideoX was trained in bfloat16.*DTYPE=bfloat16"):
+    with pytest.raises(ValueError, match=r"dtype=float16 .*CogVideoX.*DTYPE=bfloat16"):
         export.run(run, tmp_path / "rope", dtype="float16")
     assert export.run(run, tmp_path / "rope", dtype="bfloat16") == [tmp_path / "rope" / "transformer"]

@@ -1,4 +1,4 @@
-"""Parameter groups where FSDP has made vectors of all parameters, on two processes."""
+"""Parameter groups under FSDP, which flattens parameters, on two processes."""
 
 import functools
 import os
@@ -22,12 +22,12 @@ def tiny() -> nn.Module:
 
 
 def numbers(module: nn.Module, decayed: set[str] | None) -> dict[tuple[float, bool], float]:
-    """Rate and whether there is decay -> how many numbers that group has, over all processes."""
+    """Returns (learning-rate scale, has weight decay) -> number of elements of the group over all processes."""
     found = torch.zeros(8)
     keys = []
-    for place, group in enumerate(parameter_groups(module, 0.5, decayed)):
+    for index, group in enumerate(parameter_groups(module, 0.5, decayed)):
         keys.append((group["lr_scale"], "weight_decay" not in group))
-        found[place] = sum(parameter.numel() for parameter in group["params"])
+        found[index] = sum(parameter.numel() for parameter in group["params"])
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(found)
     return dict(zip(keys, found.tolist()))
@@ -50,7 +50,7 @@ def shard(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_what_decays_is_the_same_in_shards(tmp_path: Path):
+def test_groups_of_sharded_parameters_equal_the_unsharded_ones(tmp_path: Path):
     expected = numbers(tiny(), None)
     assert len(expected) == 8
     torch.multiprocessing.spawn(shard, (str(tmp_path),), nprocs=2)

@@ -1,5 +1,6 @@
-"""From an experiment's config to shards of latents and text."""
+"""Precompute: latents and text embeddings of an experiment as shards."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from blueberry_video.precompute import run, write_latents
 
 
 class FrozenText(WordText):
-    """Tokens that are stored."""
+    """Frozen text encoder: its embeddings are stored."""
 
     frozen = True
 
@@ -31,7 +32,7 @@ def frozen_text(data: Sprites) -> FrozenText:
     return text
 
 
-def test_moments_and_text_are_those_of_the_modules(tmp_path: Path):
+def test_stored_moments_and_text_equal_the_outputs_of_the_modules(tmp_path: Path):
     data = sprites()
     text = frozen_text(data)
     write_latents(data, Pixels(), text, tmp_path, shard_size=2)
@@ -60,7 +61,7 @@ def test_moments_and_text_are_those_of_the_modules(tmp_path: Path):
 
 
 class Smearing(Pixels):
-    """Its first latent knows of all frames, as published autoencoders' do."""
+    """Codec where the first latent depends on all frames, as in published autoencoders."""
 
     first_frame_alone = False
 
@@ -69,7 +70,7 @@ class Smearing(Pixels):
 
 
 @pytest.mark.parametrize("kind", ["latent_concat", "token_replace", None])
-def test_a_network_that_takes_an_image_gets_the_first_frame_encoded_alone(tmp_path: Path, kind: str | None):
+def test_image_conditioning_stores_the_first_frame_encoded_separately(tmp_path: Path, kind: str | None):
     with torch.device("meta"):
         network = HunyuanVideo(
             in_channels=7 if kind == "latent_concat" else 3,
@@ -95,7 +96,7 @@ def test_a_network_that_takes_an_image_gets_the_first_frame_encoded_alone(tmp_pa
         assert not torch.equal(stored["image_moments"], stored["moments"][:, :1])
 
 
-def test_of_a_text_encoder_that_is_trained_captions_alone_are_stored(tmp_path: Path):
+def test_only_captions_are_stored_for_a_trainable_text_encoder(tmp_path: Path):
     write_latents(sprites(), Pixels(), WordText(6), tmp_path, dtype="bfloat16")
     clips = LatentClips(tmp_path)
     assert clips[0].keys() == {"moments", "id", "caption", "labels", "fps"}
@@ -103,20 +104,20 @@ def test_of_a_text_encoder_that_is_trained_captions_alone_are_stored(tmp_path: P
     assert clips.made_of["text"] is None
 
 
-def test_other_weights_do_not_continue_a_folder(tmp_path: Path):
+def test_folder_of_other_weights_or_data_raises(tmp_path: Path):
     data = sprites()
     text = frozen_text(data)
     write_latents(data, Pixels(), text, tmp_path)
     with torch.no_grad():
         text.position[0, 0] += 1
-    with pytest.raises(ValueError, match=r"something else: text was FrozenText/\w+ and is FrozenText/"):
+    with pytest.raises(ValueError, match=r"text\b.*FrozenText/\w+ .*FrozenText/"):
         write_latents(data, Pixels(), text, tmp_path)
-    with pytest.raises(ValueError, match="data was sprites"):
+    with pytest.raises(ValueError, match=r"\bdata\b.*sprites"):
         write_latents(sprites(image_size=24), Pixels(), None, tmp_path)
 
 
 class Overflowing(Codec):
-    """Means that are NaN, as published autoencoders give in float16."""
+    """Codec with NaN means, as in published autoencoders in float16."""
 
     def __init__(self):
         super().__init__(3, (1, 1, 1))
@@ -128,9 +129,9 @@ class Overflowing(Codec):
         return latents
 
 
-def test_bad_clips_are_named(tmp_path: Path):
+def test_invalid_clips_raise(tmp_path: Path):
     clip = sprites()[0]
-    with pytest.raises(ValueError, match=f"the clip '{clip['id']}' has no caption"):
+    with pytest.raises(ValueError, match=f"{re.escape(clip['id'])}.*caption"):
         encode({**clip, "caption": ""}, Pixels(), None, torch.float32)
 
     class Halves(Pixels):
@@ -138,15 +139,15 @@ def test_bad_clips_are_named(tmp_path: Path):
             super().__init__()
             self.stride, self.frame_step = (2, 2, 2), 2
 
-    with pytest.raises(ValueError, match=f"the clip '{clip['id']}' does not fit: num_frames=2 .* use 1 or 3"):
+    with pytest.raises(ValueError, match=rf"{re.escape(clip['id'])}.*num_frames=2\b.*\b1\b.*\b3\b"):
         encode({**clip, "video": clip["video"][:2]}, Halves(), None, torch.float32)
-    with pytest.raises(ValueError, match=r"height=16 is no multiple of 6, .* times the patch of the network \(3\)"):
+    with pytest.raises(ValueError, match=r"height=16\b.*\b6\b.*\b3\b"):
         encode({**clip, "video": clip["video"][:1]}, Halves(), None, torch.float32, (3, 3))
-    with pytest.raises(ValueError, match=f"moments of the clip '{clip['id']}' is NaN"):
+    with pytest.raises(ValueError, match=f"moments .*{re.escape(clip['id'])}.*NaN"):
         write_latents(sprites(), Overflowing(), None, tmp_path)
     varying = sprites()
     varying.varies_by_epoch = True
-    with pytest.raises(ValueError, match="other frames in each epoch"):
+    with pytest.raises(ValueError, match=r"Sprites.*epoch"):
         write_latents(varying, Pixels(), None, tmp_path / "other")
 
 
@@ -157,7 +158,7 @@ def config(model: dict) -> OmegaConf:
     return OmegaConf.create({"name": "tiny", "seed": 0, "model": model, "data": {**module, **splits}})
 
 
-def test_an_experiment_is_encoded_split_by_split(tmp_path: Path):
+def test_every_split_of_an_experiment_is_encoded(tmp_path: Path):
     codec = {"_target_": "blueberry_video.models.autoencoder.base.Pixels", "_partial_": True}
     text = {"_partial_": True, "_target_": "blueberry_video.models.text_encoder.words.WordText", "text_dim": 4}
     transformer = {"_target_": "blueberry_video.models.cogvideox.CogVideoX", "in_channels": 3, "out_channels": 3}
@@ -169,11 +170,11 @@ def test_an_experiment_is_encoded_split_by_split(tmp_path: Path):
     assert LatentClips(tmp_path / "train")[0]["id"] != LatentClips(tmp_path / "val")[0]["id"]
 
 
-def test_an_experiment_without_codec_or_with_latents_already_is_refused(tmp_path: Path):
+def test_experiment_without_codec_or_with_stored_latents_raises(tmp_path: Path):
     for model in ({"_target_": "somewhere.Classifier"}, {"_target_": "somewhere.TextToVideo", "codec": None}):
-        with pytest.raises(ValueError, match="has no codec"):
+        with pytest.raises(ValueError, match=f"model={re.escape(model['_target_'])} .*codec"):
             run(config(model), tmp_path)
     stored = config({"codec": {"_target_": "blueberry_video.models.autoencoder.base.Pixels"}})
     stored.data.train = {"_target_": "blueberry_video.data.latents.LatentClips", "folder": "nowhere"}
-    with pytest.raises(ValueError, match="the data of tiny are stored latents: name the clips"):
+    with pytest.raises(ValueError, match=r"name=tiny .*LatentClips.*data=captioned_videos"):
         run(stored, tmp_path)

@@ -1,8 +1,7 @@
-"""Callbacks that every task shares; their arguments are the keys of a config's ``callbacks`` group.
+"""Callbacks for all tasks; their arguments are the keys of the ``callbacks`` group of a config.
 
-They write under ``trainer.default_root_dir``, which is the run folder. List ``ema`` before what looks at the model at
-the end of training (media, probes): callbacks run in their order, and ``ema`` puts the averaged weights into the model
-there.
+They write to ``trainer.default_root_dir``, the run folder. List ``ema`` before callbacks that use the model at the end
+of training (media, probes): callbacks run in order, and ``ema`` then copies the averaged weights into the model.
 """
 
 import json
@@ -23,8 +22,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-# Dense 16-bit products, from NVIDIA's data sheets; the first name that is part of the device's counts. Lightning's own
-# table has the doubled, sparse rate for the H200, and does not find it by the name that the H200 reports.
+from blueberry_video.atomic import write_text
+
+# Dense 16-bit FLOP/s from NVIDIA's data sheets; the first key contained in the device name applies. Lightning's table
+# has the doubled, sparse rate for the H200, and does not match the name that the H200 reports.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -37,24 +38,24 @@ PEAK_FLOPS = {
 
 
 class StepSeed(Callback):
-    """Makes the randomness of a training step a pure function of (seed, rank, epoch, batch).
+    """Seeds every training step with a pure function of (seed, rank, epoch, batch).
 
-    Masks, dropout and augmentation come out the same however a step was reached: resumed from a checkpoint, or after
-    another number of validations, probes and pictures. So no generator's state has to be saved, nor put back at the
-    right moment, which Lightning, drawing random numbers of its own between restoring a checkpoint and the first
-    batch, does not offer. It holds for what is drawn in ``training_step`` and after it, not for
-    ``on_after_batch_transfer``, which runs before any hook of the batch.
+    Masks, dropout and augmentation are the same however a step is reached: resumed from a checkpoint, or after a
+    different number of validations, probes and media. So the state of the generators need not be saved and restored,
+    which is not exact from a callback: Lightning draws random numbers between restoring a checkpoint and the first
+    batch. The seed covers ``training_step`` and later hooks, not ``on_after_batch_transfer``, which runs before any
+    hook of the batch.
 
     Args:
-        seed: the run's seed, 0 or more.
+        seed: the seed of the run, at least 0.
 
     Raises:
-        ValueError: for a negative seed.
+        ValueError: if the seed is negative.
     """
 
     def __init__(self, seed: int) -> None:
         if seed < 0:
-            raise ValueError(f"step_seed.seed={seed} is negative: use 0 or more.")
+            raise ValueError(f"step_seed.seed={seed} must be at least 0.")
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -66,31 +67,31 @@ class StepSeed(Callback):
 
 
 class EMA(WeightAveraging):
-    """Keeps an exponential moving average of the weights; validation, pictures, probes and the finished model use it.
+    """Exponential moving average of the weights, used by validation, media, probes and the final model.
 
-    Lightning's ``WeightAveraging`` with the decay warmed up, as short runs need, and with the parameters alone
-    averaged: buffers are copied. A checkpoint's ``state_dict`` holds the averaged weights, ``current_model_state`` the
-    trained ones.
+    Lightning's ``WeightAveraging`` with a warmup of the decay, for short runs. Only parameters are averaged; buffers
+    are copied. In a checkpoint, ``state_dict`` contains the averaged weights and ``current_model_state`` the trained
+    ones.
 
     Args:
-        decay: weight of the old average at each step, below 1.
-        warmup: use ``min(decay, (1 + n) / (10 + n))`` at the n-th update, so that the random initialisation is soon
-            forgotten.
+        decay: weight of the previous average at each step, below 1.
+        warmup: use ``min(decay, (1 + n) / (10 + n))`` at the n-th update, so that the weight of the random
+            initialization decays fast.
 
     Raises:
-        ValueError: for a decay outside [0, 1).
+        ValueError: if the decay is outside [0, 1).
     """
 
     def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"ema.decay={decay} is not in [0, 1): 0.999 averages over about the last 1000 steps.")
+            raise ValueError(f"ema.decay={decay} must be in [0, 1): 0.999 averages over about the last 1000 steps.")
         super().__init__(use_buffers=False, multi_avg_fn=self._average)
         self.decay = decay
         self.warmup = warmup
 
     @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Frozen weights are not averaged: the copy, made before they were loaded, takes them as they are."""
+        """Copies frozen weights to the average, which is created before they are loaded."""
         assert self._average_model is not None
         for averaged, current in zip(self._average_model.module.parameters(), pl_module.parameters()):
             if not current.requires_grad:
@@ -100,21 +101,20 @@ class EMA(WeightAveraging):
     def _average(self, averaged: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
         n = int(updates)
         decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
-        # the copy has 32 bits also where training has 16: steps of 0.001 would be lost in those
+        # the average has 32 bits also if training has 16, in which updates of 0.001 would round to zero
         wide = [value.to(average.dtype) for average, value in zip(averaged, current, strict=True)]
         torch._foreach_lerp_(averaged, wide, 1 - decay)
 
 
 class Throughput(Callback):
-    """Logs ``throughput/clips_per_s``, ``tokens_per_s`` and, on a GPU whose peak is known, ``mfu``, over all devices.
+    """Logs ``throughput/clips_per_s``, ``tokens_per_s`` and, on a GPU with known peak, ``mfu``, over all devices.
 
-    Time spent on validation does not count; waiting for data and saving checkpoints do. MFU is the share of the
-    device's peak arithmetic rate that the forward and backward passes need, counted once in a warm-up step; recomputed
-    activations count too.
+    The time of validation is excluded; waiting for data and saving checkpoints are included. MFU is the fraction of the
+    device's peak FLOP/s used by the forward and backward passes. Their FLOPs, including recomputed activations, are
+    counted once in a warmup step.
 
     Args:
-        warmup_steps: batches at the start (and after each resume) that are not counted: compilation, caches,
-            allocation.
+        warmup_steps: batches to skip at the start and after each resume (compilation, caches, allocation).
     """
 
     def __init__(self, warmup_steps: int = 5) -> None:
@@ -167,7 +167,7 @@ class Throughput(Callback):
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """A device's peak rate of dense 16-bit matrix products in FLOP/s; ``None`` where device or precision is another."""
+    """Returns the peak FLOP/s of dense 16-bit matrix products; ``None`` for other devices or precisions."""
     if device.type != "cuda" or not precision.startswith(("bf16", "16")):
         return None
     name = torch.cuda.get_device_name(device)
@@ -175,24 +175,24 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 class Progress(TQDMProgressBar):
-    """How far a run is: a bar in a terminal; in a file, a pipe or a cluster's log a line now and then.
+    """Progress bar in a terminal; lines of text if stderr is a file, a pipe or the log of a cluster job.
 
     Args:
-        refresh_rate: batches between two looks of the bar.
-        seconds: between two lines.
+        refresh_rate: batches between two updates of the bar.
+        seconds: seconds between two lines.
     """
 
     def __init__(self, refresh_rate: int = 10, seconds: float = 10.0) -> None:
         self.lines = not sys.stderr.isatty()
         super().__init__(refresh_rate=0 if self.lines else refresh_rate)
         self.seconds = seconds
-        self._told = time.perf_counter()
+        self._printed = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *arguments)
         last = trainer.global_step == trainer.max_steps
-        if self.lines and trainer.is_global_zero and (last or time.perf_counter() - self._told >= self.seconds):
-            self._told = time.perf_counter()
+        if self.lines and trainer.is_global_zero and (last or time.perf_counter() - self._printed >= self.seconds):
+            self._printed = time.perf_counter()
             end = f" of {trainer.max_steps}" if trainer.max_steps > 0 else f", epoch {trainer.current_epoch}"
             shown = ", ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, pl_module).items())
             print(f"step {trainer.global_step}{end}: {shown}", flush=True)
@@ -206,19 +206,19 @@ class Progress(TQDMProgressBar):
 class NaNGuard(Callback):
     """Stops the run before a non-finite loss or gradient reaches the weights, and writes ``nan_batch.json``.
 
-    It also logs ``train/grad_norm``, before clipping. Under fp16 the gradients are not checked: there the loss scaler
-    skips steps whose gradients overflow, on purpose.
+    Also logs ``train/grad_norm``, before clipping. With fp16, gradients are not checked: the loss scaler skips steps
+    with overflowing gradients.
 
     Args:
-        every_n_steps: optimiser steps between two checks; a check waits for the device.
+        every_n_steps: optimizer steps between two checks; a check synchronizes with the device.
 
     Raises:
-        FloatingPointError: while training, naming the step and the clips of the batch.
+        FloatingPointError: in training; names the step and the clips of the batch.
     """
 
     def __init__(self, every_n_steps: int = 1) -> None:
         if every_n_steps < 1:
-            raise ValueError(f"nan_guard.every_n_steps={every_n_steps} must be 1 or more.")
+            raise ValueError(f"nan_guard.every_n_steps={every_n_steps} must be at least 1.")
         self.every_n_steps = every_n_steps
         self._batch: dict[str, Any] = {}
         self._batch_idx = 0
@@ -252,40 +252,38 @@ class NaNGuard(Callback):
             "parameters": parameters,
         }
         path = Path(trainer.default_root_dir) / "nan_batch.json"
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-        temporary.replace(path)
+        write_text(path, json.dumps(record, indent=2) + "\n")
         clips = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         raise FloatingPointError(
-            f"step {trainer.global_step}: {what} on the clips {clips or 'without ids'}; {path} "
-            "has all. The weights are those of the step before. Set or lower trainer.gradient_clip_val, lower "
-            "optimizer.lr, lengthen the warm-up, use bf16 or 32-bit precision, or look at these clips."
+            f"step {trainer.global_step}: {what} for the clips {clips or 'without ids'}; all are listed in {path}. The "
+            "weights are those of the previous step. Set or lower trainer.gradient_clip_val, lower optimizer.lr, "
+            "lengthen the warmup, use bf16 or 32-bit precision, or check these clips."
         )
 
 
 class Media(Callback):
-    """Saves what ``task.media`` shows of the first validation batch: ``media/<name>_<step>.gif`` and a sheet, ``.png``;
-    where validation has single frames too, also of their first batch: ``<name>_image``.
+    """Saves the videos of ``task.media`` for the first validation batch, as GIF and PNG contact sheet.
 
-    Pictures are made in a validation once ``every_n_steps`` steps have passed since the last ones, and when training
-    ends. They go to wandb too.
+    Writes ``media/<name>_<step>.gif`` and ``.png``, and logs the GIF to wandb. If validation also has batches of single
+    frames, the first of them is saved as ``<name>_image``. Media are saved in the first validation that is at least
+    ``every_n_steps`` steps after the previous media, and at the end of training.
 
     Args:
-        every_n_steps: optimiser steps between two sets of pictures.
-        fps: frames a second of the GIFs.
-        min_side: a smaller video is enlarged by a whole factor, pixel for pixel, until its shorter side has so many
-            pixels.
+        every_n_steps: optimizer steps between two sets of media.
+        fps: frames per second of the GIFs.
+        min_side: smaller videos are enlarged by an integer factor, by repeating pixels, until the shorter side has at
+            least this number of pixels.
     """
 
     def __init__(self, every_n_steps: int = 1000, fps: float = 8.0, min_side: int = 256) -> None:
         if every_n_steps < 1 or fps <= 0 or min_side < 1:
             raise ValueError(
-                f"media.every_n_steps={every_n_steps}, media.fps={fps}, media.min_side={min_side}: all must be above 0."
+                f"media.every_n_steps={every_n_steps}, media.fps={fps}, media.min_side={min_side} must be positive."
             )
         self.every_n_steps = every_n_steps
         self.fps = fps
         self.min_side = min_side
-        self._batches: dict[str, Any] = {}  # by what is added to the name
+        self._batches: dict[str, Any] = {}  # by suffix of the name
         self._made_step: int | None = None
 
     def on_validation_batch_end(
@@ -306,7 +304,7 @@ class Media(Callback):
             return
         self._batches[kind] = batch
         made, now = self._made_step, trainer.global_step
-        if made is None or made == now or now - made >= self.every_n_steps:  # made now: those of the other kind
+        if made is None or made == now or now - made >= self.every_n_steps:  # equal: the other kind, same step
             self._make(trainer, pl_module, kind)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -320,7 +318,7 @@ class Media(Callback):
         was_training = pl_module.training
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(0)  # the same masks in every picture of a run
+            torch.manual_seed(0)  # the same masks in all media of a run
             videos = pl_module.eval().media(self._batches[kind])  # type: ignore[operator]
         pl_module.train(was_training)
         folder = Path(trainer.default_root_dir) / "media"
@@ -336,27 +334,27 @@ class Media(Callback):
 
 
 def enlarge(video: Tensor, min_side: int) -> Tensor:
-    """uint8 (T, C, H, W) -> each pixel repeated until the shorter side has at least ``min_side`` pixels.
+    """Enlarges uint8 (T, C, H, W) by repeating pixels until the shorter side has at least ``min_side`` pixels.
 
     Raises:
-        ValueError: if ``video`` has another type or shape.
+        ValueError: if ``video`` has a different dtype or shape.
     """
     if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[1] not in (1, 3):
         raise ValueError(
-            f"task.media gave {video.dtype} {tuple(video.shape)}: give uint8 (T, C, H, W), C = 1 or 3, from 0 to 255."
+            f"task.media returned {video.dtype} {tuple(video.shape)}: return uint8 (T, C, H, W) with C = 1 or 3."
         )
     factor = -(-min_side // min(video.shape[2:]))
     return video.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
 
 
 def save_gif(video: Tensor, path: Path, fps: float) -> None:
-    """Writes uint8 (T, C, H, W) as a GIF that loops for ever."""
+    """Writes uint8 (T, C, H, W) as a looping GIF."""
     first, *rest = _images(video)
     first.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
 
 
 def contact_sheet(video: Tensor, max_frames: int = 8, max_width: int = 1600) -> Image.Image:
-    """Up to ``max_frames`` frames of uint8 (T, C, H, W), evenly spaced, in rows of about ``max_width`` pixels."""
+    """Returns up to ``max_frames`` evenly spaced frames of uint8 (T, C, H, W), in rows of about ``max_width`` px."""
     count = min(max_frames, len(video))
     frames = _images(video[torch.linspace(0, len(video) - 1, count).round().long()])
     gap, (width, height) = 4, frames[0].size

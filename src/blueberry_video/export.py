@@ -1,8 +1,10 @@
-"""An entry point: writes the diffusion transformer of a finished run as a folder that diffusers loads.
+"""Export entry point: writes the diffusion transformer of a run as a folder for diffusers' ``from_pretrained``.
 
-python -m blueberry_video.export outputs/<name>[/<run>] --out folder writes <folder>/transformer/, of the averaged
-weights where the run has them; of a run with adapters (model.lora) pytorch_lora_weights.safetensors, or, with --merge,
-the whole transformer. Training goes on from such a folder with init_from=<folder>.
+    python -m blueberry_video.export outputs/<name>[/<run>] --out <folder> [--dtype bfloat16] [--merge]
+
+Writes <folder>/transformer/, with the EMA weights if the run has them. For a run with adapters (model.lora), writes
+pytorch_lora_weights.safetensors, or, with --merge, the transformer with the adapters merged. Training continues from
+the folder with init_from=<folder>.
 """
 
 import argparse
@@ -10,16 +12,15 @@ import sys
 from pathlib import Path
 
 from blueberry_video.launch import command_line
-
-DTYPES = ("float32", "bfloat16", "float16")
+from blueberry_video.launch.command_line import DTYPES
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m blueberry_video.export", allow_abbrev=False)
-    parser.add_argument("run", help="a run folder, or that of an experiment: its newest run")
+    parser.add_argument("run", help="a run folder, or the folder of an experiment: its newest run")
     parser.add_argument("--out", required=True, help="folder to write to")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="in which weights are stored")
-    parser.add_argument("--merge", action="store_true", help="add what adapters learned to the transformer's weights")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the written weights")
+    parser.add_argument("--merge", action="store_true", help="merge the adapters into the transformer")
     known = parser.parse_args(sys.argv[1:])
     command_line.quiet_libraries()
     for path in run(Path(known.run), Path(known.out), known.dtype, known.merge):
@@ -27,21 +28,21 @@ def main() -> None:
 
 
 def run(source: Path, out: Path, dtype: str = "float32", merge: bool = False) -> list[Path]:
-    """Writes what a run has learned.
+    """Writes the trained weights of a run.
 
     Args:
         source: a run folder, or the folder of an experiment's runs.
         out: folder to write to.
         dtype: one of ``DTYPES``.
-        merge: whether adapters are added to the transformer.
+        merge: whether to merge adapters into the transformer.
 
     Returns:
-        What was written.
+        The written folder or file.
 
     Raises:
-        FileNotFoundError: there is no run, or it has no checkpoint.
-        FileExistsError: the folder holds a transformer already, or is a file.
-        ValueError: the run trained no text-to-video model, or one that float16 does not hold.
+        FileNotFoundError: if there is no run, or it has no checkpoint.
+        FileExistsError: if the folder already contains a transformer, or is a file.
+        ValueError: if the model is not a text-to-video model, or overflows in float16.
     """
     import torch
     from hydra.utils import instantiate
@@ -52,21 +53,25 @@ def run(source: Path, out: Path, dtype: str = "float32", merge: bool = False) ->
     from blueberry_video.experiment.checkpoint import weights_file
     from blueberry_video.experiment.run_folder import RunFolder
 
-    if (there := next(path for path in (out, *out.parents) if path.exists())).is_file():
-        raise FileExistsError(f"{out} is to be a folder, and {there} is a file: choose another name.")
+    if (existing := next(path for path in (out, *out.parents) if path.exists())).is_file():
+        raise FileExistsError(f"--out={out} must be a folder, but {existing} is a file: choose another folder.")
     try:
         folder = RunFolder.open(source).path
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error} `make train EXP=<experiment>` makes one.") from error
+        raise FileNotFoundError(f"{error} `make train EXP=<experiment>` creates one.") from error
     model = instantiate(load(folder / "config.yaml").model)
     if not isinstance(model, TextToVideo):
         raise ValueError(f"{folder} trained a {type(model).__name__}: only diffusion transformers are exported.")
+    overflowing = {name.rpartition(".")[2] for name in HALF_OVERFLOWS}
     places = getattr(model.transformer, "places", None)
-    name = f"{type(model.transformer).__module__}.{type(model.transformer).__qualname__}"
-    if dtype == "float16" and name in HALF_OVERFLOWS and (places is None or places.kind != "sincos"):
+    if (
+        dtype == "float16"
+        and type(model.transformer).__name__ in overflowing
+        and (places is None or places.kind != "sincos")
+    ):
         raise ValueError(
-            f"dtype=float16: {type(model.transformer).__name__} was trained in bfloat16, and overflows in float16, "
-            "which gives black or NaN videos: write DTYPE=bfloat16."
+            f"dtype=float16 overflows in {type(model.transformer).__name__}, which was trained in bfloat16, and gives "
+            "black or NaN videos: use DTYPE=bfloat16."
         )
     if model.lora is not None and model.lora.base is not None:
         model.load_published(model.lora.base)

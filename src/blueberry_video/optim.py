@@ -1,8 +1,8 @@
-"""Parameter groups and schedules, as pure functions.
+"""Parameter groups and schedules as pure functions.
 
-A learning-rate schedule is ``schedule(step, total_steps, …) -> multiplier`` of the optimiser's learning rate, in [0,
-1]; ``step`` counts optimiser steps from 0. Warm-up is a share of the run, so that a recipe stretches with the budget.
-``ramp`` and ``cosine_ramp`` give values of their own, such as a momentum or a weight decay.
+A learning-rate schedule is ``schedule(step, total_steps, …) -> multiplier`` of the optimizer's learning rate, in [0,
+1]; ``step`` counts optimizer steps from 0. Warm-up is a share of the run, so that a schedule scales with its length.
+``ramp`` and ``cosine_ramp`` return absolute values, such as a momentum or a weight decay.
 """
 
 import math
@@ -11,11 +11,11 @@ from collections.abc import Collection
 
 from torch import nn
 
-WRAPPER = "_fsdp_wrapped_module."  # what FSDP puts into the names of parameters
+WRAPPER = "_fsdp_wrapped_module."  # inserted into parameter names by FSDP
 
 
 def decayed_names(module: nn.Module) -> set[str]:
-    """Names of the parameters that get weight decay: matrices, without what a module lists in ``no_weight_decay``."""
+    """Returns the names of parameters with weight decay: matrices not listed in a module's ``no_weight_decay``."""
     exempt = {
         f"{prefix}.{name}" if prefix else name
         for prefix, child in module.named_modules()
@@ -25,29 +25,29 @@ def decayed_names(module: nn.Module) -> set[str]:
 
 
 def parameter_groups(module: nn.Module, layer_decay: float = 1.0, decayed: Collection[str] | None = None) -> list[dict]:
-    """Groups for an optimiser: matrices get its weight decay; biases, norms, and what a module lists in
-    ``no_weight_decay`` none.
+    """Returns optimizer groups: weight decay applies to matrices, not to biases, norms and ``no_weight_decay``.
 
-    With ``layer_decay`` each layer of the encoder has two groups of its own, and its learning rate falls towards the
-    input, as in the fine-tuning of BEiT (arXiv 2106.08254) and VideoMAE. What the encoder registers before its blocks
-    (patch embedding, positions) is layer 0, block i layer i + 1, all else (norm, head) layer depth + 1. The optimiser
-    does not look at ``lr_scale``: whoever makes it multiplies each group's rate by it, once.
+    With ``layer_decay`` below 1 each layer of the encoder has two separate groups, and its learning rate decreases
+    towards the input, as in the fine-tuning of BEiT (arXiv 2106.08254) and VideoMAE. Parameters that the encoder
+    registers before its blocks (patch embedding, positions) are layer 0, block i is layer i + 1, all other parameters
+    (norm, head) are layer depth + 1. Optimizers ignore ``lr_scale``: the caller multiplies each group's learning rate
+    by it, once.
 
     Args:
         module: contains the encoder as ``encoder`` and its blocks as ``encoder.blocks``, at any depth.
-        layer_decay: in (0, 1]; layer l gets ``lr_scale = layer_decay ** (depth + 1 - l)``. At 1 there are two groups.
-        decayed: what :func:`decayed_names` gave before FSDP made vectors of all parameters; by default what it gives.
+        layer_decay: in (0, 1]; layer l has ``lr_scale = layer_decay ** (depth + 1 - l)``. At 1 there are two groups.
+        decayed: output of :func:`decayed_names` from before FSDP flattened the parameters; defaults to its output now.
 
     Returns:
-        Groups with ``params``, ``lr_scale`` and, where it is to be 0, ``weight_decay``; the head's come first.
-        Parameters that need no gradient are left out.
+        Groups with ``params``, ``lr_scale`` and, without weight decay, ``weight_decay`` 0; those of the head are
+        first. Frozen parameters are left out.
 
     Raises:
-        ValueError: for a decay outside (0, 1], or one below 1 where there are no ``encoder.blocks``.
+        ValueError: for a ``layer_decay`` outside (0, 1], or below 1 where there are no ``encoder.blocks``.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(
-            f"task.layer_decay={layer_decay} is outside (0, 1]: 1 is none, VideoMAE-B fine-tunes with 0.75."
+            f"task.layer_decay={layer_decay} must be in (0, 1]: use 1 for none; VideoMAE-B fine-tunes with 0.75."
         )
     decayed = decayed_names(module) if decayed is None else decayed
     scales = _layer_scales(module, layer_decay) if layer_decay < 1 else {}
@@ -66,18 +66,18 @@ def parameter_groups(module: nn.Module, layer_decay: float = 1.0, decayed: Colle
 
 
 def _layer_scales(module: nn.Module, layer_decay: float) -> dict[str, float]:
-    """Name -> factor on the learning rate, of the parameters of ``encoder`` up to its last block."""
+    """Returns parameter name -> learning-rate factor, for the parameters of ``encoder`` up to its last block."""
     names = [name.replace(WRAPPER, "") for name, _ in module.named_parameters()]
     blocks = {name: found for name in names if (found := re.search(r"(?:^|\.)encoder\.blocks\.(\d+)\.", name))}
     if not blocks:
         raise ValueError(
-            f"task.layer_decay={layer_decay} needs to know the encoder's layers, and {type(module).__name__} has no "
+            f"task.layer_decay={layer_decay} requires the encoder's layers, but {type(module).__name__} has no "
             "parameters named encoder.blocks.<number>: set task.layer_decay=1, or keep the encoder's layers in a "
             "ModuleList `blocks`."
         )
     depth = 1 + max(int(found[1]) for found in blocks.values())
     first = names.index(next(iter(blocks)))
-    stem = next(iter(blocks)).split("blocks.")[0]  # such as "model.encoder."
+    stem = next(iter(blocks)).split("blocks.")[0]  # for example "model.encoder."
     layers = {name: 0 for name in names[:first] if name.startswith(stem)}
     layers |= {name: int(found[1]) + 1 for name, found in blocks.items()}
     return {name: layer_decay ** (depth + 1 - layer) for name, layer in layers.items()}
@@ -92,10 +92,10 @@ def constant(step: int, total_steps: int, warmup: float = 0.0, start: float = 0.
 def warmup_cosine(
     step: int, total_steps: int, warmup: float = 0.05, final: float = 0.0, start: float = 0.0, stretch: float = 1.0
 ) -> float:
-    """Linear warm-up from ``start`` over ``warmup`` (a share of the run), then half a cosine from 1 to ``final``.
+    """Linear warm-up from ``start`` over ``warmup`` (a share of the run), then cosine decay from 1 to ``final``.
 
-    With ``stretch`` above 1 the cosine is as long as if the run were longer by this factor, and is cut off where the
-    run ends: V-JEPA (arXiv 2404.08471) stops at 1 / 1.25 of it.
+    With ``stretch`` above 1 the cosine has the length of a run that is longer by this factor, and is truncated at the
+    end of the run: V-JEPA (arXiv 2404.08471) stops at 1 / 1.25 of it.
     """
     rise = _warmup(step, total_steps, warmup, start)
     if rise is not None:
@@ -104,7 +104,7 @@ def warmup_cosine(
 
 
 def warmup_linear(step: int, total_steps: int, warmup: float = 0.05, final: float = 0.0, start: float = 0.0) -> float:
-    """Linear warm-up from ``start`` over ``warmup`` (a share of the run), then a straight line from 1 to ``final``."""
+    """Linear warm-up from ``start`` over ``warmup`` (a share of the run), then linear decay from 1 to ``final``."""
     rise = _warmup(step, total_steps, warmup, start)
     return rise if rise is not None else 1 + (final - 1) * _progress(step, total_steps, warmup)
 
@@ -112,19 +112,20 @@ def warmup_linear(step: int, total_steps: int, warmup: float = 0.05, final: floa
 def warmup_stable_decay(
     step: int, total_steps: int, warmup: float = 0.05, decay: float = 0.2, final: float = 0.0, start: float = 0.0
 ) -> float:
-    """Linear warm-up from ``start`` over ``warmup``, 1, then straight down to ``final`` over the last ``decay`` (shares
-    of a run).
+    """Linear warm-up from ``start`` over ``warmup``, then 1, then linear decay to ``final`` over the last ``decay``.
+
+    ``warmup`` and ``decay`` are shares of the run.
     """
     rise = _warmup(step, total_steps, warmup, start)
     if not 0 <= decay <= 1 - warmup:
         raise ValueError(
-            f"schedule.decay={decay} and warmup={warmup} are shares of one run: their sum must be at most 1."
+            f"schedule.decay={decay} must be at most 1 - schedule.warmup={warmup}: both are shares of the run."
         )
     return rise if rise is not None else 1 + (final - 1) * _progress(step, total_steps, 1 - decay)
 
 
 def ramp(step: int, total_steps: int, start: float, end: float, stretch: float = 1.0) -> float:
-    """A straight line from ``start`` at the first step to ``end``, which a run ``stretch`` times as long would reach.
+    """Linear from ``start`` at the first step to ``end``, which a run ``stretch`` times as long would reach.
 
     V-JEPA's (arXiv 2404.08471) momentum: 0.998 to 1, stretched by 1.25. V-JEPA 2's (arXiv 2506.09985) stays at 0.99925.
     """
@@ -132,35 +133,34 @@ def ramp(step: int, total_steps: int, start: float, end: float, stretch: float =
 
 
 def cosine_ramp(step: int, total_steps: int, start: float, end: float, stretch: float = 1.0) -> float:
-    """As :func:`ramp`, on half a cosine. V-JEPA's weight decay: 0.04 to 0.4, stretched by 1.25."""
+    """Like :func:`ramp`, along half a cosine. V-JEPA's weight decay: 0.04 to 0.4, stretched by 1.25."""
     return start + (end - start) * (1 - _fall(_progress(step, _stretched(total_steps, stretch), 0.0), 0.0))
 
 
 def _warmup(step: int, total_steps: int, warmup: float, start: float) -> float | None:
-    """The multiplier while warming up, ``None`` after. The first step already learns: it is 1 / n of the way up."""
+    """Returns the multiplier during warm-up, ``None`` after it. The first of n steps is 1 / n of the way up, not 0."""
     for key, value in (("warmup", warmup), ("start", start)):
         if not 0 <= value <= 1:
-            what = "a share of the run" if key == "warmup" else "a share of the learning rate"
-            raise ValueError(f"schedule.{key}={value} is not {what}: use a number in [0, 1], such as 0.05.")
+            raise ValueError(f"schedule.{key}={value} must be in [0, 1]: use a share, such as 0.05.")
     steps = round(warmup * total_steps)
     return start + (1 - start) * (step + 1) / steps if step < steps else None
 
 
 def _progress(step: int, total_steps: int, begin: float) -> float:
-    """0 until the share ``begin`` of the run has passed, 1 at its last step."""
+    """Linear progress: 0 until the share ``begin`` of the run, 1 at its last step."""
     first, last = round(begin * total_steps), total_steps - 1
     return min(max((step - first) / max(last - first, 1), 0.0), 1.0)
 
 
 def _fall(progress: float, final: float) -> float:
-    """Half a cosine from 1 to ``final``."""
+    """Cosine decay from 1 to ``final``."""
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _stretched(total_steps: int, stretch: float) -> int:
-    """Steps of the run that a schedule is made for."""
+    """Returns the number of steps over which a stretched schedule is defined."""
     if stretch < 1:
         raise ValueError(
-            f"stretch={stretch} would end a schedule before the run: use 1, or V-JEPA's 1.25 to stop the run first."
+            f"stretch={stretch} must be at least 1: use 1, or 1.25 (V-JEPA) to end the run before the schedule."
         )
     return round(stretch * total_steps)

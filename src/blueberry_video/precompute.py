@@ -1,8 +1,9 @@
-"""An entry point: encodes an experiment's clips and captions once, so that its training only reads them.
+"""Precompute entry point: encodes the clips and captions of an experiment once, for training to read.
 
-python -m blueberry_video.precompute --config-dir experiments/<name> [--out folder] [key=value …] writes
-<out>/{train,val,test}/ with the codec (and the text encoder, unless it is trained) of the experiment's model. Killed at
-any moment, the same command goes on where it stopped, and the files come out the same to the byte.
+    python -m blueberry_video.precompute --config-dir experiments/<name> [--out <folder>] [key=value …]
+
+Writes <out>/{train,val,test}/ with the codec and the frozen text encoder, if any, of the experiment's model. After a
+kill, the same command continues, and the files are identical byte for byte.
 """
 
 import argparse
@@ -16,21 +17,20 @@ from omegaconf import DictConfig
 
 from blueberry_video.config.checks import targets
 from blueberry_video.launch import command_line
+from blueberry_video.launch.command_line import DTYPES
 
-if TYPE_CHECKING:  # torch is imported once the config is known to be right
+if TYPE_CHECKING:  # torch is imported after the config is checked
     from blueberry_video.data.clip_cache import KeyedClips
     from blueberry_video.diffusion.text_to_video import Transformer
     from blueberry_video.models.autoencoder.base import Codec
     from blueberry_video.models.text_encoder.base import TextEncoder
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m blueberry_video.precompute", allow_abbrev=False, add_help=False)
-    parser.add_argument("--out", default="", help="folder to write to; data/latents/<name> unless given")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="in which latents and text are stored")
-    parser.add_argument("--shard-size", type=int, default=64, help="clips a file")
+    parser.add_argument("--out", default="", help="folder to write to; defaults to data/latents/<name>")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the stored latents and text embeddings")
+    parser.add_argument("--shard-size", type=int, default=64, help="clips per file")
     known, rest = parser.parse_known_args(sys.argv[1:])
     command = command_line.parse(rest)
     config = command.config()
@@ -42,13 +42,13 @@ def main() -> None:
 
 
 def run(config: DictConfig, out: Path, dtype: str = "float32", shard_size: int = 64) -> list[str]:
-    """Writes the latents of every split that the experiment's data has.
+    """Writes the latents of every split of the experiment's data.
 
     Returns:
-        The overrides with which the experiment is trained on them.
+        The overrides for training the experiment on the latents.
 
     Raises:
-        ValueError: the model has no codec, or the data are latents already; what :func:`write_latents` raises.
+        ValueError: if the model has no codec, or the data are stored latents; see also :func:`write_latents`.
     """
     import torch
     from hydra.utils import instantiate
@@ -58,21 +58,21 @@ def run(config: DictConfig, out: Path, dtype: str = "float32", shard_size: int =
 
     if not config.model.get("codec"):
         raise ValueError(
-            f"`model` = {config.model.get('_target_')} has no codec, so there are no latents to compute: choose an "
-            "experiment whose model has one, such as those of model=text_to_video/…."
+            f"model={config.model.get('_target_')} has no codec (model.codec) to encode latents with: use an "
+            "experiment with one, such as those with model=text_to_video/…."
         )
     if any(node["_target_"].endswith(".LatentClips") for _, node in targets(config.data, "data")):
         raise ValueError(
-            f"the data of {config.name} are stored latents: name the clips that they are to be made of, such as "
+            f"the data of name={config.name} are stored latents (LatentClips): choose the clips to encode, as in "
             'ARGS="data=captioned_videos data.train.root=data/my_videos".'
         )
     seed_everything(config.seed, workers=True, verbose=False)
-    data = instantiate(config.data)  # first: what is wrong with it is told before large weights are read
+    data = instantiate(config.data)  # first: its errors are raised before large weights are read
     data.list_skipped_in(str(out / "skipped.csv"))
     with torch.device("meta"):
         network = instantiate(config.model.transformer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    now = {"_partial_": False}  # a model may want them built later
+    now = {"_partial_": False}  # a config may build them later, in the model
     codec = instantiate(config.model.codec, **now).to(device).eval()
     text = instantiate(config.model.text, **now).to(device).eval() if config.model.get("text") else None
     for split in ("train", "val", "test"):
@@ -92,22 +92,22 @@ def write_latents(
     num_workers: int = 0,
     network: "Transformer | None" = None,
 ) -> None:
-    """Encodes a dataset, clip by clip, into the shards that ``folder`` lacks.
+    """Encodes a dataset, clip by clip, and writes the shards missing in ``folder``.
 
     Args:
-        dataset: of clips with captions; must have a ``cache_key``.
-        codec, text: on their device, in evaluation mode; of a text encoder that is trained (or None) nothing is
-            stored but the captions.
-        folder: of this dataset alone; :class:`~blueberry_video.data.latents.LatentClips` reads it.
+        dataset: clips with captions; must have a ``cache_key``.
+        codec, text: on their device, in evaluation mode. For a trainable text encoder, or None, only the captions are
+            stored.
+        folder: folder of this dataset; :class:`~blueberry_video.data.latents.LatentClips` reads it.
         dtype: one of ``DTYPES``.
-        shard_size: clips a file.
-        num_workers: processes that read clips.
-        network: the latents are for: its patches must divide them, and one that takes an image gets its latents, too.
+        shard_size: clips per file.
+        num_workers: number of processes that read clips.
+        network: the transformer to train: its patch size must divide the latents, and with an image condition the
+            latents of the first frame are stored too.
 
     Raises:
-        ValueError: a clip without caption, of a size that codec or network cannot take, or with latents that are NaN;
-            before anything is encoded: a bucket of such a size; a folder made of something else; a dataset that cannot
-            be stored.
+        ValueError: if a clip has no caption, an unsupported size, or NaN latents; before encoding, if a bucket has an
+            unsupported size, the folder was written with other settings, or the dataset cannot be stored.
     """
     import torch
     from torch.utils.data import DataLoader, Dataset, Subset

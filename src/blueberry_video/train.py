@@ -1,7 +1,10 @@
-"""The entry point: compose a config, build what it names, pass the parts to each other in the open, fit.
+"""Training entry point: composes a config, builds data, model, task and trainer, and fits.
 
-python -m blueberry_video.train --config-dir experiments/<name>, or <run folder>/config.yaml to repeat a run; then
-key=value …; resume=last (or a run's name) trains it on in its own folder; --multirun key=a,b runs every combination.
+    python -m blueberry_video.train --config-dir experiments/<name> [key=value …]
+    python -m blueberry_video.train outputs/<name>/<run>/config.yaml [key=value …]
+
+The second form repeats a run. ``resume=last`` (or the name of a run) continues a run in its folder; ``--multirun
+key=a,b`` runs every combination.
 """
 
 import sys
@@ -14,7 +17,7 @@ from omegaconf import DictConfig
 from blueberry_video import config as configs
 from blueberry_video.launch import check, command_line, memory, processes
 
-if TYPE_CHECKING:  # torch and lightning are imported once the config is known to be right
+if TYPE_CHECKING:  # torch and lightning are imported after the config is checked
     from blueberry_video.experiment.run_folder import RunFolder
 
 
@@ -33,7 +36,7 @@ def sweep(config: DictConfig) -> float | None:
 
 
 def run(config: DictConfig, overrides: list[str] | None = None) -> float | None:
-    """One run, from its folder to its report. Returns the metric that a sweep optimises."""
+    """Executes one run, from creating its folder to writing its report; returns ``optimized_metric``."""
     from blueberry_video.experiment import gate, report, summary
     from blueberry_video.experiment.run_folder import RunFolder
 
@@ -42,7 +45,7 @@ def run(config: DictConfig, overrides: list[str] | None = None) -> float | None:
         check.dry_run(config, RunFolder.create, build)
         return None
     memory.announce(config)
-    if shared := processes.shared_folder():  # one rank of several
+    if shared := processes.shared_folder():  # a rank of a multi-process run
         folder = RunFolder.open(shared)
         folder.resumed = config.resume is not None
     elif config.resume:
@@ -56,7 +59,7 @@ def run(config: DictConfig, overrides: list[str] | None = None) -> float | None:
             processes.start(config, folder.path, number)
         else:
             fit(config, folder)
-    if shared:  # the process that started the ranks does the rest
+    if shared:  # the process that started the ranks writes the report
         return None
     report.write_report(folder)
     print(f"\n{summary.summary(folder)}")
@@ -66,33 +69,39 @@ def run(config: DictConfig, overrides: list[str] | None = None) -> float | None:
 
 
 def fit(config: DictConfig, folder: "RunFolder") -> None:
-    """Trains, measures the final weights on the validation set and, where the data has one, the test set."""
+    """Trains, then evaluates the final weights on the validation set and, if there is one, the test set."""
     data, _, task, trainer = build(config, folder)
     trainer.fit(task, datamodule=data, ckpt_path=folder.checkpoint(), weights_only=False)
-    metrics = dict(trainer.callback_metrics)  # evaluating starts them anew
-    for evaluate in (trainer.validate, trainer.test) if data.test is not None else (trainer.validate,):
-        evaluate(task, datamodule=data, verbose=False)
+    metrics = dict(trainer.callback_metrics)  # validate and test clear them
+    trainer.validate(task, datamodule=data, verbose=False)
+    metrics |= trainer.callback_metrics
+    if data.test is not None:
+        trainer.test(task, datamodule=data, verbose=False)
         metrics |= trainer.callback_metrics
     folder.finish(metrics)
 
 
 def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:
-    """Everything the config names, seeded: DataModule, model, task, Trainer."""
+    """Seeds and builds DataModule, model, task and Trainer from a config."""
     from lightning import seed_everything
 
     from blueberry_video.experiment.checkpoint import weights_file
     from blueberry_video.experiment.loggers import MetricsCSV
 
     seed_everything(config.seed, workers=True, verbose=False)
-    data, model, optimizer, schedule = map(instantiate, (config.data, config.model, config.optimizer, config.schedule))
+    data, model = instantiate(config.data), instantiate(config.model)
+    optimizer, schedule = instantiate(config.optimizer), instantiate(config.schedule)
     data.list_skipped_in(str(folder.path / "skipped.csv"))
     task = instantiate(config.task, _partial_=True)(model=model, optimizer=optimizer, schedule=schedule)
     if config.init_from and folder.checkpoint() is None:
         task.init_from = weights_file(config.init_from)
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback]
-    logger = [MetricsCSV(folder), *([instantiate(config.logger, run=folder)] if config.logger else [])]
-    trainer = instantiate(config.trainer, _partial_=True)
-    return data, model, task, trainer(callbacks=callbacks, logger=logger, default_root_dir=folder.path)
+    loggers: list[Any] = [MetricsCSV(folder)]
+    if config.logger:
+        loggers.append(instantiate(config.logger, run=folder))
+    create_trainer = instantiate(config.trainer, _partial_=True)
+    trainer = create_trainer(callbacks=callbacks, logger=loggers, default_root_dir=folder.path)
+    return data, model, task, trainer
 
 
 if __name__ == "__main__":

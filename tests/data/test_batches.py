@@ -1,4 +1,4 @@
-"""Batches of mixtures: one part each, in the shares asked for, the same from any place and on any number of ranks."""
+"""Batch samplers of mixtures: one part per batch, the shares, resuming and ranks."""
 
 from collections import Counter
 
@@ -7,20 +7,22 @@ import torch
 
 from blueberry_video.data.batches import (
     MixedEvaluationBatches,
-    MixedTrainBatches,
     TrainBatches,
+    WeightedTrainBatches,
     apportion,
-    at_epoch,
     collate,
 )
+from blueberry_video.data.clips import at_epoch
 from blueberry_video.data.world import World
 
 SIZES = {"image": 100, "clip": 37, "few": 9}
-STARTS = {"image": 0, "clip": 100, "few": 137}
 
 
-def mixed(shares=(0.5, 0.3, 0.2), batch_size: int = 4, seed: int = 0, **ranks) -> MixedTrainBatches:
-    return MixedTrainBatches(SIZES, shares, batch_size, seed, **ranks)
+SHARES = {"image": 0.5, "clip": 0.3, "few": 0.2}
+
+
+def mixed(batch_size: int = 4, seed: int = 0, **ranks) -> WeightedTrainBatches:
+    return WeightedTrainBatches(SIZES, SHARES, batch_size, seed, **ranks)
 
 
 def epoch_of(batches: TrainBatches, epoch: int) -> list[list[int]]:
@@ -32,9 +34,9 @@ def part_of(index: int) -> str:
     return "image" if index < 100 else "clip" if index < 137 else "few"
 
 
-def test_every_batch_is_of_one_part_and_the_shares_hold_in_every_epoch():
+def test_batches_are_from_one_part_and_follow_the_shares():
     batches = mixed()
-    assert len(batches) == 25 + 9 + 2  # one walk through every part
+    assert len(batches) == 25 + 9 + 2  # one pass over every part
     orders = set()
     for epoch in range(20):
         shown = epoch_of(batches, epoch)
@@ -45,27 +47,27 @@ def test_every_batch_is_of_one_part_and_the_shares_hold_in_every_epoch():
     assert len(orders) == 20
 
 
-def test_a_small_part_is_walked_through_again_and_a_large_one_covered_over_the_epochs():
+def test_small_parts_repeat_and_large_parts_are_covered_over_epochs():
     batches = mixed()
     large: set[int] = set()
     for epoch in range(12):
         shown = [i for batch in epoch_of(batches, epoch) for i in batch]
         images, few = [i for i in shown if i < 100], [i for i in shown if i >= 137]
-        assert len(set(images)) == len(images) == 72  # the beginning of a walk repeats nothing
-        walks = [few[k : k + 8] for k in range(0, 28, 8)]  # two batches a walk, of 9 clips
-        assert all(len(set(walk)) == len(walk) for walk in walks)
-        assert walks[0] != walks[1] != walks[2]
+        assert len(set(images)) == len(images) == 72  # the beginning of a pass has no repetitions
+        passes = [few[k : k + 8] for k in range(0, 28, 8)]  # two batches per pass over 9 clips
+        assert all(len(set(clips)) == len(clips) for clips in passes)
+        assert passes[0] != passes[1] != passes[2]
         assert set(few) <= set(range(137, 146))
         large |= set(images)
     assert large == set(range(100))
 
 
-def test_shares_by_size_show_every_full_batch_of_every_part_once():
-    batches = MixedTrainBatches({"a": 40, "b": 20}, [2 / 3, 1 / 3], 4, seed=1)
+def test_shares_proportional_to_size_show_every_part_once():
+    batches = WeightedTrainBatches({"a": 40, "b": 20}, {"a": 2 / 3, "b": 1 / 3}, 4, seed=1)
     assert sorted(i for batch in epoch_of(batches, 0) for i in batch) == list(range(60))
 
 
-def test_the_order_depends_on_seed_and_epoch_alone():
+def test_order_depends_only_on_seed_and_epoch():
     assert epoch_of(mixed(), 3) == epoch_of(mixed(), 3)
     assert epoch_of(mixed(), 3) != epoch_of(mixed(), 4)
     assert epoch_of(mixed(), 3) != epoch_of(mixed(seed=1), 3)
@@ -74,7 +76,7 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert epoch_of(batches, 0) == epoch_of(mixed(), 0)
 
 
-def test_two_ranks_share_every_global_batch_and_seek_to_the_same_place():
+def test_two_ranks_share_global_batches_and_resume_at_the_same_position():
     whole = epoch_of(mixed(batch_size=4), 2)
     ranks = [mixed(batch_size=2, rank=rank, world_size=2) for rank in range(2)]
     for batches in ranks:
@@ -85,7 +87,7 @@ def test_two_ranks_share_every_global_batch_and_seek_to_the_same_place():
     assert [a + b for a, b in zip(*(epoch_of(batches, 3) for batches in ranks))] == epoch_of(mixed(), 3)
 
 
-def test_last_batches_are_kept_where_asked_for():
+def test_drop_last_false_keeps_the_last_batches():
     ranks = [mixed(batch_size=2, rank=rank, world_size=2, drop_last=False) for rank in range(2)]
     assert len(ranks[0]) == 25 + 10 + 3
     first, second = (epoch_of(batches, 0) for batches in ranks)
@@ -93,8 +95,8 @@ def test_last_batches_are_kept_where_asked_for():
     assert {1, 2} == {len(batch) for batch in first}
     assert all(part_of(a[0]) == part_of(b[0]) for a, b in zip(first, second))
     few = {i for batch in first + second for i in batch if i >= 137}
-    assert few == set(range(137, 146))  # three batches a walk, and eight are shown
-    tiny = MixedTrainBatches({"a": 2, "b": 50}, [0.5, 0.5], 8, seed=0, drop_last=False)
+    assert few == set(range(137, 146))  # three batches per pass, and eight are shown
+    tiny = WeightedTrainBatches({"a": 2, "b": 50}, {"a": 0.5, "b": 0.5}, 8, seed=0, drop_last=False)
     assert {i for batch in epoch_of(tiny, 0) for i in batch if i < 2} == {0, 1}
 
 
@@ -109,24 +111,26 @@ def test_last_batches_are_kept_where_asked_for():
         (36, [0.5, 0.3, 0.2], [18, 11, 7]),
     ],
 )
-def test_apportioning(total: int, shares: list[float], counts: list[int]):
+def test_apportion(total: int, shares: list[float], counts: list[int]):
     assert apportion(total, shares) == counts
 
 
-def test_a_part_smaller_than_a_batch_is_refused_by_name():
+def test_part_smaller_than_a_batch_raises():
     with pytest.raises(
-        ValueError, match=r"Part 'few' .* has 9 clips, fewer than one batch of 10 .*5 on 2 ranks.*lower"
+        ValueError, match=r"'few'.*\b9\b.*\b10\b.*\b5\b.*\b2 ranks.*data\.batch_size.*data\.drop_last=false"
     ):
         mixed(batch_size=5, world_size=2)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_shows_every_item_once_and_never_mixes(world_size: int):
-    ranks = [list(MixedEvaluationBatches([20, 5, 11], 4, rank, world_size)) for rank in range(world_size)]
+def test_evaluation_shows_every_item_once_in_batches_from_one_part(world_size: int):
+    sizes = {"a": 20, "b": 5, "c": 11}
+    batch_sizes = dict.fromkeys(sizes, 4)
+    ranks = [list(MixedEvaluationBatches(sizes, batch_sizes, rank, world_size)) for rank in range(world_size)]
     shown = [i for batches in ranks for batch in batches for i in batch]
     assert sorted(shown) == list(range(36))
     assert len({len(batches) for batches in ranks}) == 1
-    assert len(ranks[0]) == len(MixedEvaluationBatches([20, 5, 11], 4, 0, world_size))
+    assert len(ranks[0]) == len(MixedEvaluationBatches(sizes, batch_sizes, 0, world_size))
 
     def part(index: int) -> int:
         return (index >= 20) + (index >= 25)
@@ -137,16 +141,14 @@ def test_evaluation_shows_every_item_once_and_never_mixes(world_size: int):
     assert [part(batch[0]) for batch in ranks[0][:3]] == [0, 1, 2]
 
 
-def test_a_batch_of_different_shapes_names_both_and_the_fix():
+def test_batch_of_different_shapes_raises():
     image = {"video": torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "id": "one.jpg"}
     clip = {"video": torch.zeros(4, 3, 8, 8, dtype=torch.uint8), "id": "two.mp4"}
-    with pytest.raises(
-        ValueError, match=r"\(1, 3, 8, 8\) of one\.jpg and \(4, 3, 8, 8\) of two\.mp4 .* parts of a Mixture"
-    ):
+    with pytest.raises(ValueError, match=r"video.*\(1, 3, 8, 8\) of one\.jpg.*\(4, 3, 8, 8\) of two\.mp4.*Mixture"):
         collate([image, image, clip])
     assert collate([clip, clip])["video"].shape == (2, 4, 3, 8, 8)
 
 
-def test_a_dataset_whose_sample_knows_no_epoch_is_read_by_index():
+def test_sample_without_an_epoch_argument_is_not_called():
     world = World("val", 2, num_frames=2, image_size=8, camera="rig4", supersample=1)
-    assert at_epoch(world, 1, epoch=3)["video"].shape == (2, 3, 8, 8)  # sample() would give four views
+    assert at_epoch(world, 1, epoch=3)["video"].shape == (2, 3, 8, 8)  # sample() would return four views

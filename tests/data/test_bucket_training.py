@@ -1,6 +1,7 @@
-"""Videos of several sizes, from their folder to a trained network: by themselves, and through stored latents."""
+"""Training on videos of several sizes, from the video files and from stored latents."""
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ BUCKETS += ["data.train.token_budget=440", "data.val.token_budget=440"]
 
 @pytest.fixture(autouse=True)
 def videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three to train on and two to validate on of each size, with captions."""
+    """Three training and two validation videos of each size, with captions."""
     monkeypatch.chdir(tmp_path)
     Path("several/videos").mkdir(parents=True)
     rows = []
@@ -41,7 +42,7 @@ def videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """Runs a command in this process; returns what it prints."""
+    """Runs a command in this process and returns its stdout."""
 
     def run(main, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["command", *arguments])
@@ -56,53 +57,53 @@ def newest_run() -> dict:
 
 
 def sample_size() -> tuple[int, int]:
-    """Rows and columns of one sample in the last picture, from a sheet of frames beside each other."""
+    """Height and width of the last sheet of samples."""
     gif = max(Path("outputs/cogvideox").glob("*/media/samples_*.gif"))
     with Image.open(gif) as picture:
         return picture.height, picture.width
 
 
-def test_stored_or_not_they_are_trained_on_alike(call):
-    said = call(train.main, *EXPERIMENT, *BUCKETS, *RUN)
-    assert "training: 9x16x24: 3 clips, 2 a batch; 9x24x16: 3 clips, 2 a batch; 5x16x24: 3 clips, 3 a batch" in said
-    assert "validation: 9x16x24: 2 clips, 2 a batch; 9x24x16: 2 clips" in said
+def test_training_on_videos_and_on_stored_latents_is_the_same(call):
+    output = call(train.main, *EXPERIMENT, *BUCKETS, *RUN)
+    assert re.search(r"training: 9x16x24: 3 .*\b2; 9x24x16: 3 .*\b2; 5x16x24: 3 .*\b3\n", output)
+    assert re.search(r"validation: 9x16x24: 2 .*\b2; 9x24x16: 2 ", output)
     of_videos = newest_run()
     height, width = sample_size()
     rows = 2  # the first validation batch is of the first bucket
-    assert height / (rows * (16 + 1)) == width / (24 + 1), "samples are as large as the first bucket of validation"
+    assert height / (rows * (16 + 1)) == width / (24 + 1), (
+        "samples must have the size of the first bucket of validation"
+    )
 
-    said = call(precompute.main, *EXPERIMENT, *BUCKETS, "--out", "latents", "--shard-size", "4")
+    output = call(precompute.main, *EXPERIMENT, *BUCKETS, "--out", "latents", "--shard-size", "4")
     shapes = {split: LatentClips(f"latents/{split}").shapes for split in ("train", "val")}
     assert shapes["train"] == [(6, 9, 16, 24)] * 3 + [(6, 9, 24, 16)] * 3 + [(6, 5, 16, 24)] * 3
     assert len(shapes["val"]) == 6
-    told = shlex.split(shlex.split(said.rpartition("ARGS=")[2])[0])  # the command that it says to train with
-    assert told[:2] == ["data=latent_buckets", "data.train.patch_size=[1,4,4]"]
-    assert told[-len(SMALL) :] == SMALL
+    printed = shlex.split(shlex.split(output.rpartition("ARGS=")[2])[0])  # overrides of the printed training command
+    assert printed[:2] == ["data=latent_buckets", "data.train.patch_size=[1,4,4]"]
+    assert printed[-len(SMALL) :] == SMALL
 
-    call(train.main, *EXPERIMENT[:2], *told, *RUN)
+    call(train.main, *EXPERIMENT[:2], *printed, *RUN)
     stored = newest_run()
     assert stored["run"] != of_videos["run"]
     assert stored["metrics"]["val/loss"] == pytest.approx(of_videos["metrics"]["val/loss"], rel=1e-5)
     assert stored["metrics"]["train/loss"] == pytest.approx(of_videos["metrics"]["train/loss"], rel=1e-5)
 
 
-def test_the_dry_run_takes_them(call):
-    said = call(train.main, *EXPERIMENT, *BUCKETS, *RUN, "check=true")
-    assert "9 training and 6 validation clips, video (2, 9, 3, 16, 24)" in said
-    assert "nothing stops this run" in said
+def test_dry_run(call):
+    output = call(train.main, *EXPERIMENT, *BUCKETS, *RUN, "check=true")
+    assert re.search(r"\b9 training and 6 validation clips, video \(2, 9, 3, 16, 24\)", output)
 
 
-def test_a_bucket_that_does_not_fit_is_named_before_anything_is_encoded(call):
+def test_bucket_that_the_patch_size_does_not_divide_raises_before_encoding(call):
     patch = ["model.transformer.patch_size=24", "model.transformer.height=24", "model.transformer.width=24"]
-    with pytest.raises(ValueError, match=r"the bucket 9x16x24 does not fit: height=16 is no multiple of 24, .* patch"):
+    with pytest.raises(ValueError, match=r"9x16x24.*height=16\b.*\b24\b"):
         call(precompute.main, *EXPERIMENT, *BUCKETS, *patch, "--out", "latents")
     assert not Path("latents/train").exists()
 
 
-def test_a_bucket_that_the_network_has_no_positions_for_is_named_before_training(call):
+def test_bucket_outside_the_position_table_raises_before_training(call):
     table = ["model.transformer.positions=rope_and_table", "model.transformer.num_frames=9"]
     table += ["model.transformer.width=24", "model.transformer.text_len=8"]
-    message = "the bucket 9x24x16 does not fit the model: latents of 9 x 24 x 16 have no places in the model's table"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"9x24x16.*\b9 x 24 x 16\b"):
         call(train.main, *EXPERIMENT, *BUCKETS, *RUN, *table)
     assert not list(Path("outputs/cogvideox").glob("*/checkpoints/*"))

@@ -1,4 +1,4 @@
-"""Folders of pictures in both layouts: whole, mislabelled, broken."""
+"""Image folders in both layouts, with invalid rows and broken files."""
 
 import csv
 import json
@@ -14,15 +14,15 @@ from blueberry_video.data.clip_cache import CachedClips
 from blueberry_video.data.image_folder import ImageFolder
 
 
-def picture(path: Path, colour: tuple[int, int, int] = (200, 30, 60), size: tuple[int, int] = (24, 16), **how) -> Path:
-    """A plain picture of ``size`` (width, height)."""
+def picture(path: Path, colour: tuple[int, int, int] = (200, 30, 60), size: tuple[int, int] = (24, 16)) -> Path:
+    """Writes an image of one colour with ``size`` (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path, **how)
+    Image.new("RGB", size, colour).save(path)
     return path
 
 
 def listed(root: Path, count: int = 4, rows: list[dict] | None = None) -> Path:
-    """Pictures of red 40 · k with a row each."""
+    """Writes images of red 40 · k and their metadata."""
     for k in range(count):
         picture(root / "images" / f"{k}.png", (40 * k, 0, 0))
     made = [{"file_name": f"images/{k}.png", "caption": f"picture {k}", "label": "ba"[k % 2]} for k in range(count)]
@@ -31,7 +31,7 @@ def listed(root: Path, count: int = 4, rows: list[dict] | None = None) -> Path:
 
 
 def by_class(root: Path, splits: dict[str, dict[str, int]]) -> Path:
-    """<root>/<split>/<class>/<number>.jpg."""
+    """Writes <root>/<split>/<class>/<number>.jpg."""
     for split, classes in splits.items():
         for name, count in classes.items():
             for k in range(count):
@@ -50,12 +50,12 @@ def test_an_image_is_a_clip_of_one_frame(tmp_path: Path):
     assert images.classes == {"label": ("a", "b")}
     assert images.reversal_pairs == {}
     assert next(iter(DataLoader(images, batch_size=4)))["labels"]["label"].tolist() == [1, 0, 1, 0]
-    with pytest.raises(IndexError, match="outside this dataset of 4 images"):
+    with pytest.raises(IndexError, match=r"index 4\b.*\b4 "):
         images[4]
 
 
 @pytest.mark.parametrize("form", ["csv", "image", "none"])
-def test_other_forms_of_metadata(tmp_path: Path, form: str):
+def test_metadata_formats(tmp_path: Path, form: str):
     listed(tmp_path, 2)
     (tmp_path / "metadata.jsonl").unlink()
     picture(tmp_path / "images" / "more" / "2.JPEG")
@@ -74,7 +74,7 @@ def test_other_forms_of_metadata(tmp_path: Path, form: str):
 
 def test_class_folders_with_and_without_split(tmp_path: Path):
     by_class(tmp_path, {"train": {"cat": 2, "ant": 1}, "val": {"cat": 1, "bee": 1}})
-    (tmp_path / "notes" / "drafts").mkdir(parents=True)  # no class: it holds no picture
+    (tmp_path / "notes" / "drafts").mkdir(parents=True)  # not a class: no images
     train, val = (ImageFolder(tmp_path, 8, split=split) for split in ("train", "val"))
     assert train.classes == val.classes == {"class": ("ant", "bee", "cat")}  # over all splits
     assert [train[i]["id"] for i in range(3)] == ["ant/0.jpg", "cat/0.jpg", "cat/1.jpg"]
@@ -84,20 +84,20 @@ def test_class_folders_with_and_without_split(tmp_path: Path):
     assert bare.classes == {"class": ("ant", "cat")}
     assert ImageFolder(tmp_path, 8, split="val", classes={"class": ["cat", "bee", "ant"]})[0]["labels"] == {"class": 1}
     (tmp_path / "classes.json").write_text('{"classes": {"class": ["cat", "ant"]}}')
-    with pytest.raises(ValueError, match="label class has the classes 'bee', which are not among cat, ant"):
+    with pytest.raises(ValueError, match=r"label class\b.*'bee'.*\bcat, ant\b"):
         ImageFolder(tmp_path, 8, split="val")
 
 
-def test_classes_with_numbers_are_in_order_of_value(tmp_path: Path):
+def test_numeric_classes_are_sorted_by_value(tmp_path: Path):
     by_class(tmp_path, {"train": {"10": 1, "9": 1}})
     assert ImageFolder(tmp_path, 8, split="train").classes == {"class": ("9", "10")}
 
 
-def test_pictures_are_upright_rgb_whatever_the_file_says(tmp_path: Path):
+def test_images_are_rotated_and_converted_to_rgb(tmp_path: Path):
     half = np.zeros((16, 32, 3), np.uint8)
     half[:, 16:] = 255  # white on the right
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise
+    exif[0x0112] = 6  # rotated by 90 degrees clockwise
     (tmp_path / "images").mkdir()
     Image.fromarray(half).save(tmp_path / "images" / "turned.jpg", exif=exif, quality=100)
     Image.new("L", (8, 8), 77).save(tmp_path / "images" / "grey.png")
@@ -112,37 +112,37 @@ def test_pictures_are_upright_rgb_whatever_the_file_says(tmp_path: Path):
     assert red[0, 0].min() > 200 > 60 > red[0, 1:].max()
 
 
-def test_resizing_is_that_of_videos(tmp_path: Path):
+def test_crop_and_stretch(tmp_path: Path):
     stripes = np.zeros((32, 64, 3), np.uint8)
-    stripes[:, 16:48] = 255  # the centre square is white
+    stripes[:, 16:48] = 255  # the center square is white
     (tmp_path / "images").mkdir()
     Image.fromarray(stripes).save(tmp_path / "images" / "a.png")
-    assert ImageFolder(tmp_path, 16, metadata="none")[0]["video"].min() > 200  # as of a video
+    assert ImageFolder(tmp_path, 16, metadata="none")[0]["video"].min() > 200
     stretched = ImageFolder(tmp_path, (16, 32), metadata="none", resize="stretch")[0]["video"]
     assert stretched.shape == (1, 3, 16, 32)
     assert stretched[..., 0].max() < 20 < 230 < stretched[..., 15].min()
 
 
-def test_broken_files_are_replaced_listed_and_counted(tmp_path: Path):
+def test_broken_files_are_replaced_and_listed(tmp_path: Path):
     listed(tmp_path, 5)
     (tmp_path / "images" / "1.png").write_bytes(b"no picture")
     whole = (tmp_path / "images" / "3.png").read_bytes()
-    (tmp_path / "images" / "3.png").write_bytes(whole[: len(whole) // 2])  # cut off
+    (tmp_path / "images" / "3.png").write_bytes(whole[: len(whole) // 2])  # truncated
     listing = tmp_path / "run" / "skipped.csv"
     images = ImageFolder(tmp_path, 8, max_broken_share=0.4, skipped_file=str(listing))
-    for _ in range(2):  # the second time they are known
+    for _ in range(2):  # the second time they are in skipped
         assert [images[i]["id"] for i in range(5)] == ["0.png", "2.png", "2.png", "4.png", "4.png"]
     with listing.open() as file:
         assert [row["file"] for row in csv.DictReader(file)] == ["1.png", "3.png"]
-    with pytest.raises(RuntimeError, match=r"1 of 5 image files in .* are broken, more than max_broken_share=0\.1"):
+    with pytest.raises(RuntimeError, match=r"\b1 of 5\b.*max_broken_share=0\.1"):
         ImageFolder(tmp_path, 8, max_broken_share=0.1)[1]
     for k in range(5):
         (tmp_path / "images" / f"{k}.png").write_bytes(b"")
-    with pytest.raises(RuntimeError, match="All 5 image files"):
+    with pytest.raises(RuntimeError, match=r"\b5 image files"):
         ImageFolder(tmp_path, 8, max_broken_share=1.0)[0]
 
 
-def test_images_can_be_cached_and_the_key_follows_the_files(tmp_path: Path):
+def test_cache_key_depends_on_settings_and_files(tmp_path: Path):
     images = ImageFolder(listed(tmp_path), 8)
     cached = CachedClips(images, tmp_path / "cache")
     assert torch.equal(cached[2]["video"], images[2]["video"])
@@ -151,48 +151,48 @@ def test_images_can_be_cached_and_the_key_follows_the_files(tmp_path: Path):
     assert len(keys | {ImageFolder(tmp_path, 8).cache_key}) == 4
 
 
-def test_folder_errors_name_the_path_and_the_fix(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"holds no images/, and .* no folder of a class with image files"):
+def test_missing_folders_and_files_raise(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"\bimages/.*\.bmp, \.jpeg, \.jpg.*split\b"):
         ImageFolder(tmp_path, 8)
-    with pytest.raises(FileNotFoundError, match=r"There is no folder .*images: set root"):
+    with pytest.raises(FileNotFoundError, match=r"/images\b.*\broot\b"):
         ImageFolder(tmp_path, 8, metadata="metadata.csv")
     by_class(tmp_path, {"train": {"cat": 1}})
-    with pytest.raises(FileNotFoundError, match=r"name as split the folder between root and the classes \(train\)"):
+    with pytest.raises(FileNotFoundError, match=r"split\b.*\(train\)"):
         ImageFolder(tmp_path, 8)  # split forgotten
-    with pytest.raises(FileNotFoundError, match=r"and .*/test no folder of a class"):
+    with pytest.raises(FileNotFoundError, match=r"/test\b.*split\b"):
         ImageFolder(tmp_path, 8, split="test")
     (tmp_path / "images").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"holds no image file \(\.bmp, \.jpeg, \.jpg.*put images there"):
+    with pytest.raises(FileNotFoundError, match=r"/images\b.*\.bmp, \.jpeg, \.jpg.*root\b"):
         ImageFolder(tmp_path, 8)
     picture(tmp_path / "images" / "a.png")
-    with pytest.raises(FileNotFoundError, match=r"write one row for each image .*images without labels"):
+    with pytest.raises(FileNotFoundError, match=r"metadata\.jsonl.*metadata\.json.*metadata\.csv.*metadata=none"):
         ImageFolder(tmp_path, 8)
 
 
 @pytest.mark.parametrize(
-    ("rows", "error", "message"),
+    ("rows", "error", "expected"),
     [
-        ([{"file_name": "0.png"}], ValueError, r"images holds '1\.png', but .* has no row for it"),
-        ([{"image": f"{k}.png"} for k in range(3)], FileNotFoundError, r"names '2\.png', but .* holds no such image"),
-        ([{"video": "0.png"}], ValueError, "has only the keys 'video': give the file under file_name"),
-        ([{"file_name": "../0.png"}], ValueError, "may lie outside the folder: write it relative to images/"),
+        ([{"file_name": "0.png"}], ValueError, r"'1\.png'.*metadata\.jsonl"),
+        ([{"image": f"{k}.png"} for k in range(3)], FileNotFoundError, r"metadata\.jsonl.*'2\.png'.*/images\b"),
+        ([{"video": "0.png"}], ValueError, r"line 1\b.*'video'.*file_name"),
+        ([{"file_name": "../0.png"}], ValueError, r"line 1\b.*file_name='\.\./0\.png'.*images/"),
     ],
 )
-def test_faulty_rows_are_named(tmp_path: Path, rows: list, error: type[Exception], message: str):
+def test_invalid_rows_raise(tmp_path: Path, rows: list, error: type[Exception], expected: str):
     listed(tmp_path, 2, rows)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=expected):
         ImageFolder(tmp_path, 8)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "expected"),
     [
-        ({"image_size": 0}, "image_size=0 is no size"),
-        ({"resize": "pad"}, "resize='pad' is neither"),
-        ({"max_broken_share": 2}, "max_broken_share=2 is outside"),
-        ({"split": "val"}, "split='val' selects no row"),
+        ({"image_size": 0}, "image_size=0 "),
+        ({"resize": "pad"}, r"resize='pad' .*'crop'.*'stretch'"),
+        ({"max_broken_share": 2}, r"max_broken_share=2 .*0 to 1"),
+        ({"split": "val"}, "split='val' "),
     ],
 )
-def test_arguments_out_of_range(tmp_path: Path, arguments: dict, message: str):
-    with pytest.raises(ValueError, match=message):
+def test_invalid_arguments_raise(tmp_path: Path, arguments: dict, expected: str):
+    with pytest.raises(ValueError, match=expected):
         ImageFolder(listed(tmp_path), **{"image_size": 8, **arguments})

@@ -1,4 +1,4 @@
-"""Folders as users have them: whole, mislabelled, broken."""
+"""Tests of video folders: complete, mislabeled and broken."""
 
 import csv
 import json
@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader
 from blueberry_video.data.media_folder import _append_skipped
 from blueberry_video.data.video_folder import VideoFolder
 from blueberry_video.data.write import write_video
-from blueberry_video.video.decode import decode
+from blueberry_video.video.clip import load_clip
 
 REAL = os.environ.get("BLUEBERRY_TEST_VIDEOS")
 
 
 def make(root: Path, files: int = 4, frames: int = 12, rows: list[dict] | None = None, height: int = 32) -> Path:
-    """Videos whose frame t of file k has the grey 10 · k + 8 · t, and a row for each."""
+    """Videos with gray level 10 · k + 8 · t in frame t of file k, and a metadata row for each."""
     (root / "videos").mkdir(parents=True)
     for k in range(files):
         levels = 10 * k + 8 * np.arange(frames)
@@ -38,7 +38,7 @@ def frame_numbers(clip: dict, file: int = 0) -> list[int]:
     return [round((frame.float().mean().item() - 10 * file) / 8) for frame in clip["video"]]
 
 
-def test_a_clip_has_what_the_contract_says(tmp_path: Path):
+def test_clip_matches_the_contract(tmp_path: Path):
     clips = VideoFolder(make(tmp_path), num_frames=4)
     clip = clips[1]
     assert (len(clips), clip["id"], clip["caption"], clip["labels"]) == (4, "1.mp4", "clip 1", {"motion": 0})
@@ -52,7 +52,7 @@ def test_a_clip_has_what_the_contract_says(tmp_path: Path):
 
 
 @pytest.mark.parametrize("form", ["json", "csv", "filename", "bare"])
-def test_other_forms_of_metadata(tmp_path: Path, form: str):
+def test_metadata_formats(tmp_path: Path, form: str):
     make(tmp_path, files=3)
     (tmp_path / "metadata.jsonl").unlink()
     rows = [
@@ -76,7 +76,7 @@ def test_other_forms_of_metadata(tmp_path: Path, form: str):
     assert clips[1]["caption"] == "c1"
 
 
-def test_classes_and_pairs_may_be_given(tmp_path: Path):
+def test_classes_and_reversal_pairs_can_be_set(tmp_path: Path):
     make(tmp_path)
     assert VideoFolder(tmp_path, 4, classes={"motion": ["b", "a"]})[0]["labels"] == {"motion": 0}
     (tmp_path / "classes.json").write_text(
@@ -86,25 +86,25 @@ def test_classes_and_pairs_may_be_given(tmp_path: Path):
     assert clips.classes == {"motion": ("c", "b", "a")}
     assert clips.reversal_pairs == {"motion": ((1, 2),)}
     assert clips[0]["labels"] == {"motion": 1}
-    with pytest.raises(ValueError, match=r"label motion has the classes 'b', which are not among a, c"):
+    with pytest.raises(ValueError, match=r"motion\b.*'b'.*\ba, c\b"):
         VideoFolder(tmp_path, 4, classes={"motion": ["a", "c"]})
     (tmp_path / "classes.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"classes\.json is not"):
+    with pytest.raises(ValueError, match=r"classes\.json"):
         VideoFolder(tmp_path, 4)
 
 
-def test_splits_share_their_classes(tmp_path: Path):
+def test_splits_share_classes(tmp_path: Path):
     rows = [{"file_name": f"{k}.mp4", "label": "xyz"[k], "split": "val" if k == 2 else "train"} for k in range(3)]
     make(tmp_path, files=3, rows=rows)
     train, val = VideoFolder(tmp_path, 4, split="train"), VideoFolder(tmp_path, 4, split="val")
     assert (len(train), len(val)) == (2, 1)
     assert val[0]["labels"] == {"label": 2}
     assert train.classes == val.classes == {"label": ("x", "y", "z")}
-    with pytest.raises(ValueError, match=r"split='test' selects no row.*has only the splits train, val"):
+    with pytest.raises(ValueError, match=r"split='test'.*train, val"):
         VideoFolder(tmp_path, 4, split="test")
 
 
-def test_random_windows_depend_on_seed_epoch_and_file_only(tmp_path: Path):
+def test_random_windows_depend_only_on_seed_epoch_and_file(tmp_path: Path):
     clips = VideoFolder(make(tmp_path), num_frames=3, sampler="random", stride=2)
     shown = {epoch: tuple(frame_numbers(clips.sample(1, epoch), file=1)) for epoch in range(12)}
     assert {window[2] - window[0] for window in shown.values()} == {4}
@@ -128,7 +128,7 @@ def test_fixed_fps_and_multi_clip(tmp_path: Path):
 
 
 def thirds(root: Path, height: int, width: int, frames: int = 8) -> Path:
-    """One video whose long side is cut into a black, a grey and a white third, each frame 2 levels brighter."""
+    """Video with a black, a gray and a white third along its longer side, 2 levels brighter in each frame."""
     (root / "videos").mkdir(parents=True)
     across = np.repeat([0, 100, 200], max(height, width) // 3)
     picture = np.broadcast_to(across[None, :] if width > height else across[:, None], (height, width))
@@ -139,7 +139,7 @@ def thirds(root: Path, height: int, width: int, frames: int = 8) -> Path:
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 96), (96, 32)])
-def test_three_crops_along_the_long_side(tmp_path: Path, height: int, width: int):
+def test_three_crops_along_the_longer_side(tmp_path: Path, height: int, width: int):
     how = {"sampler": "multi_clip", "metadata": "none", "image_size": 16}
     clips = VideoFolder(thirds(tmp_path, height, width), 2, num_clips=2, num_crops=3, **how)
     items = [clips[i] for i in range(len(clips))]
@@ -156,24 +156,24 @@ def test_three_crops_along_the_long_side(tmp_path: Path, height: int, width: int
     assert clips.cache_key != centre.cache_key
 
 
-def test_crops_of_one_window_share_a_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_crops_of_one_window_share_one_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     make(tmp_path, files=2)
     decoded = []
 
     def counting(path: Path, *arguments):
         decoded.append(path.name)
-        return decode(path, *arguments)
+        return load_clip(path, *arguments)
 
-    monkeypatch.setattr("blueberry_video.data.video_folder.decode", counting)
+    monkeypatch.setattr("blueberry_video.data.video_folder.load_clip", counting)
     clips = VideoFolder(tmp_path, 4, sampler="multi_clip", num_clips=2, num_crops=3, image_size=16)
     in_order = [clips[i] for i in range(len(clips))]
     assert decoded == ["0.mp4"] * 2 + ["1.mp4"] * 2
-    for i in (7, 0, 11, 4):  # any other order gives the same
+    for i in (7, 0, 11, 4):  # independent of the order
         assert torch.equal(clips[i]["video"], in_order[i]["video"])
         assert clips[i]["fps"] == in_order[i]["fps"]
 
 
-def test_a_broken_file_among_crops_is_replaced(tmp_path: Path):
+def test_broken_file_is_replaced_with_crops(tmp_path: Path):
     make(tmp_path, files=3)
     break_file(tmp_path, 0)
     how = {"sampler": "multi_clip", "num_crops": 3, "image_size": 16}
@@ -187,18 +187,18 @@ def test_resizing(tmp_path: Path):
     assert VideoFolder(tmp_path, 2, image_size=(20, 60))[0]["video"].shape == (2, 3, 20, 60)
     assert VideoFolder(tmp_path, 2, image_size=(64, 8), resize="stretch")[0]["video"].shape == (2, 3, 64, 8)
     stripes = np.zeros((2, 32, 64, 3), np.uint8)
-    stripes[:, :, 16:48] = 255  # the centre square is white
+    stripes[:, :, 16:48] = 255  # the center square is white
     write_video(tmp_path / "videos" / "0.mp4", stripes, fps=10)
     assert VideoFolder(tmp_path, 2, image_size=16)[0]["video"].min() > 200
     assert VideoFolder(tmp_path, 2, image_size=16, resize="stretch")[0]["video"].min() < 50
 
 
-def test_too_few_frames_stop_the_run_and_are_no_damage(tmp_path: Path):
+def test_too_few_frames_raise_and_are_not_listed_as_broken(tmp_path: Path):
     make(tmp_path)
     clips = VideoFolder(tmp_path, num_frames=16)
     with pytest.raises(
         ValueError,
-        match=r"0\.mp4: num_frames=16 with stride=1 needs a video of 16 frames.* has 12: .*data\.train\.pad=true",
+        match=r"0\.mp4: num_frames=16 with stride=1 .*\b12\b.*data\.train\.pad=true",
     ):
         clips[0]
     assert not clips.skipped
@@ -208,22 +208,20 @@ def test_too_few_frames_stop_the_run_and_are_no_damage(tmp_path: Path):
 
 
 def test_folder_errors_name_the_path_and_the_fix(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"no folder .*videos: set root"):
+    with pytest.raises(FileNotFoundError, match=r"videos\b.*\broot\b"):
         VideoFolder(tmp_path, 4)
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "notes.txt").write_text("none yet")
-    with pytest.raises(FileNotFoundError, match=r"holds no video file \(.*\.mp4.*put videos there"):
+    with pytest.raises(FileNotFoundError, match=r"videos\b.*\.mp4"):
         VideoFolder(tmp_path, 4)
     write_video(tmp_path / "videos" / "a.mp4", np.zeros((4, 16, 16, 3), np.uint8), fps=10)
-    with pytest.raises(
-        FileNotFoundError, match=r"holds no metadata\.jsonl or metadata\.json or metadata\.csv: .*metadata=none"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"metadata\.jsonl.*metadata\.json.*metadata\.csv.*metadata=none"):
         VideoFolder(tmp_path, 4)
-    with pytest.raises(FileNotFoundError, match=r"holds no other\.csv"):
+    with pytest.raises(FileNotFoundError, match=r"other\.csv"):
         VideoFolder(tmp_path, 4, metadata="other.csv")
     for name in ("metadata.json", "metadata.csv"):
         (tmp_path / name).write_text("[]")
-    with pytest.raises(ValueError, match=r"holds metadata\.json and metadata\.csv: set metadata"):
+    with pytest.raises(ValueError, match=r"metadata\.json and metadata\.csv"):
         VideoFolder(tmp_path, 4)
 
 
@@ -233,24 +231,24 @@ ROW = {"file_name": "0.mp4", "caption": "a", "labels": {"motion": "a"}}
 @pytest.mark.parametrize(
     ("rows", "error", "message"),
     [
-        ([ROW], ValueError, r"holds '1\.mp4', but .*metadata\.jsonl has no row for it: add a row"),
+        ([ROW], ValueError, r"'1\.mp4'.*metadata\.jsonl"),
         (
             [ROW, {**ROW, "file_name": "1.mp4"}, {**ROW, "file_name": "videos/x.mp4"}],
             FileNotFoundError,
-            r"names 'x\.mp4'",
+            r"'x\.mp4'",
         ),
-        ([ROW, ROW], ValueError, r"line 2 names '0\.mp4' a second time"),
-        ([ROW, {"caption": "a"}], ValueError, r"line 2 has only the keys 'caption': give the file under file_name"),
-        ([ROW, {**ROW, "file_name": "../1.mp4"}], ValueError, r"file_name='\.\./1\.mp4', which may lie outside"),
-        ([ROW, {**ROW, "file_name": "/etc/1.mp4"}], ValueError, "may lie outside"),
-        ([ROW, {**ROW, "file_name": "1.mp4", "caption": ""}], ValueError, r"has captions, but none for '1\.mp4'"),
-        ([ROW, {**ROW, "file_name": "1.mp4", "labels": {}}], ValueError, r"no value of it for '1\.mp4'"),
-        ([ROW, {**ROW, "file_name": "1.mp4", "labels": "a"}], ValueError, r"labels='a' of 1\.mp4 is no object"),
-        ([ROW, {**ROW, "file_name": "1.mp4", "labels": {"motion": 0.5}}], ValueError, "motion=0.5 of 1.mp4 is neither"),
-        ([ROW, 3], ValueError, "line 2 is 3, not an object"),
+        ([ROW, ROW], ValueError, r"line 2\b.*'0\.mp4'"),
+        ([ROW, {"caption": "a"}], ValueError, r"line 2\b.*'caption'.*file_name"),
+        ([ROW, {**ROW, "file_name": "../1.mp4"}], ValueError, r"file_name='\.\./1\.mp4'"),
+        ([ROW, {**ROW, "file_name": "/etc/1.mp4"}], ValueError, "file_name='/etc/1.mp4'"),
+        ([ROW, {**ROW, "file_name": "1.mp4", "caption": ""}], ValueError, r"caption.*'1\.mp4'"),
+        ([ROW, {**ROW, "file_name": "1.mp4", "labels": {}}], ValueError, r"motion\b.*'1\.mp4'"),
+        ([ROW, {**ROW, "file_name": "1.mp4", "labels": "a"}], ValueError, r"labels='a' of 1\.mp4"),
+        ([ROW, {**ROW, "file_name": "1.mp4", "labels": {"motion": 0.5}}], ValueError, r"motion=0\.5 of 1\.mp4"),
+        ([ROW, 3], ValueError, r"line 2\b.*\b3\b"),
     ],
 )
-def test_faulty_rows_are_named(tmp_path: Path, rows: list, error: type[Exception], message: str):
+def test_invalid_rows_raise(tmp_path: Path, rows: list, error: type[Exception], message: str):
     make(tmp_path, files=2, rows=rows)
     with pytest.raises(error, match=message):
         VideoFolder(tmp_path, 4)
@@ -259,37 +257,37 @@ def test_faulty_rows_are_named(tmp_path: Path, rows: list, error: type[Exception
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sampler": "uniformly"}, "sampler='uniformly' does not exist: choose from uniform, random"),
-        ({"resize": "pad"}, "resize='pad' is neither"),
-        ({"sampler": "fixed_fps"}, "sampler=fixed_fps needs fps"),
-        ({"fps": 4}, "no other sampler uses it"),
+        ({"sampler": "uniformly"}, "sampler='uniformly' .*uniform, random"),
+        ({"resize": "pad"}, "resize='pad'"),
+        ({"sampler": "fixed_fps"}, "fps=None with sampler='fixed_fps'"),
+        ({"fps": 4}, "fps=4 with sampler='uniform'"),
         ({"stride": 2}, "stride=2 with sampler='uniform'"),
         ({"num_clips": 3}, "num_clips=3 with sampler='uniform'"),
-        ({"num_crops": 2}, "num_crops=2 is neither 1"),
-        ({"num_crops": 3, "image_size": 16}, "num_crops=3 with sampler='uniform'.* set sampler=multi_clip"),
-        ({"num_crops": 3, "sampler": "multi_clip"}, "image_size=None and resize='crop': .* an image_size"),
+        ({"num_crops": 2}, "num_crops=2 .*1 .*3"),
+        ({"num_crops": 3, "image_size": 16}, "num_crops=3 with sampler='uniform'.*sampler=multi_clip"),
+        ({"num_crops": 3, "sampler": "multi_clip"}, "num_crops=3 .*image_size=None and resize='crop'"),
         (
             {"num_crops": 3, "sampler": "multi_clip", "image_size": 16, "resize": "stretch"},
-            "resize='stretch': .*resize=crop",
+            "num_crops=3 .*resize='stretch'.*resize=crop",
         ),
         ({"metadata": "none", "split": "train"}, "split='train' with metadata='none'"),
-        ({"image_size": 0}, "image_size=0 is no size in pixels: write"),
-        ({"image_size": -1}, "image_size=-1 is no size in pixels: write"),
-        ({"image_size": [32, 0]}, r"image_size=\[32, 0\] is no size in pixels: write"),
-        ({"max_broken_share": 1.5}, "max_broken_share=1.5 is outside 0 to 1"),
-        ({"max_broken_share": -0.1}, "max_broken_share=-0.1 is outside 0 to 1"),
+        ({"image_size": 0}, "image_size=0 "),
+        ({"image_size": -1}, "image_size=-1 "),
+        ({"image_size": [32, 0]}, r"image_size=\[32, 0\] "),
+        ({"max_broken_share": 1.5}, r"max_broken_share=1\.5 .*0 to 1"),
+        ({"max_broken_share": -0.1}, r"max_broken_share=-0\.1 .*0 to 1"),
     ],
 )
-def test_arguments_that_contradict_each_other(tmp_path: Path, arguments: dict, message: str):
+def test_invalid_arguments_raise(tmp_path: Path, arguments: dict, message: str):
     with pytest.raises(ValueError, match=message):
         VideoFolder(make(tmp_path), 4, **arguments)
 
 
-def test_metadata_in_another_encoding_is_named(tmp_path: Path):
+def test_metadata_not_in_utf8_raises(tmp_path: Path):
     make(tmp_path, files=1)
     row = '{"file_name": "0.mp4", "caption": "caf\u00e9"}'
     (tmp_path / "metadata.jsonl").write_bytes(row.encode("latin1"))
-    with pytest.raises(ValueError, match=r"metadata\.jsonl is not UTF-8 text .*: save it as UTF-8"):
+    with pytest.raises(ValueError, match=r"metadata\.jsonl.*UTF-8"):
         VideoFolder(tmp_path, 4)
 
 
@@ -303,16 +301,16 @@ def test_a_broken_file_is_replaced_listed_and_counted(tmp_path: Path):
     break_file(tmp_path, 3)
     listing = tmp_path / "run" / "skipped.csv"
     clips = VideoFolder(tmp_path, 4, max_broken_share=0.4, skipped_file=str(listing))
-    for loaded in (clips, clips):  # the second time it is known
+    for loaded in (clips, clips):  # the second pass reads the list
         assert [loaded[i]["id"] for i in range(6)] == ["0.mp4", "1.mp4", "4.mp4", "4.mp4", "4.mp4", "5.mp4"]
     with listing.open() as file:
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == ["2.mp4", "3.mp4"]
-    assert "is no video" in rows[0]["reason"]
+    assert "2.mp4" in rows[0]["reason"]
     assert set(clips.skipped) == {"2.mp4", "3.mp4"}
 
 
-def test_workers_share_the_list(tmp_path: Path):
+def test_workers_share_the_skipped_file(tmp_path: Path):
     make(tmp_path, files=12)
     for number in (1, 5, 6, 10):
         break_file(tmp_path, number)
@@ -324,7 +322,7 @@ def test_workers_share_the_list(tmp_path: Path):
     with listing.open() as file:
         assert sorted(row["file"] for row in csv.DictReader(file)) == ["1.mp4", "10.mp4", "5.mp4", "6.mp4"]
     strict = VideoFolder(tmp_path, 4, max_broken_share=0.3, skipped_file=str(listing))
-    with pytest.raises(RuntimeError, match="4 of 12"):  # one met here, the others known from the list
+    with pytest.raises(RuntimeError, match="4 of 12"):  # one found here, the others read from the list
         strict[1]
 
 
@@ -334,7 +332,7 @@ def _list_many(path: Path, start) -> None:
         _append_skipped(path, Path("root"), f"{number}.mp4", "damaged")
 
 
-def test_processes_that_list_at_once_list_each_file_once(tmp_path: Path):
+def test_concurrent_processes_list_each_file_once(tmp_path: Path):
     context = multiprocessing.get_context("fork")
     start = context.Barrier(4)
     processes = [context.Process(target=_list_many, args=(tmp_path / "s.csv", start)) for _ in range(4)]
@@ -346,22 +344,20 @@ def test_processes_that_list_at_once_list_each_file_once(tmp_path: Path):
         assert [row["file"] for row in csv.DictReader(file)] == [f"{number}.mp4" for number in range(60)]
 
 
-def test_too_many_broken_files_stop_the_run(tmp_path: Path):
+def test_too_many_broken_files_raise(tmp_path: Path):
     make(tmp_path, files=4)
     break_file(tmp_path, 1)
     break_file(tmp_path, 2)
-    message = (
-        r"2 of 4 video files in .* are broken, more than max_broken_share=0\.25: .*1\.mp4.*2\.mp4.* or raise max_broken"
-    )
+    message = r"2 of 4 video files .*max_broken_share=0\.25.*1\.mp4.*2\.mp4"
     with pytest.raises(RuntimeError, match=message):
         [clip["id"] for clip in DataLoader(VideoFolder(tmp_path, 4, max_broken_share=0.25), batch_size=None)]
     for number in (0, 3):
         break_file(tmp_path, number)
-    with pytest.raises(RuntimeError, match="All 4 video files"):
+    with pytest.raises(RuntimeError, match="4 video files"):
         VideoFolder(tmp_path, 4, max_broken_share=1.0)[0]
 
 
-def test_the_cache_key_changes_with_whatever_changes_a_clip(tmp_path: Path):
+def test_cache_key_depends_on_everything_that_determines_a_clip(tmp_path: Path):
     make(tmp_path)
     keys = [VideoFolder(tmp_path, 4).cache_key, VideoFolder(tmp_path, 5).cache_key]
     keys += [VideoFolder(tmp_path, 4, image_size=16).cache_key, VideoFolder(tmp_path, 4, backends=["pyav"]).cache_key]
@@ -379,4 +375,4 @@ def test_real_files_of_many_formats(tmp_path: Path):
     clips = VideoFolder(tmp_path, 8, image_size=64, metadata="none", max_broken_share=0)
     batch = next(iter(DataLoader(clips, batch_size=len(clips), num_workers=1)))
     assert batch["video"].shape == (7, 8, 3, 64, 64)
-    assert (batch["video"].float().flatten(1).std(1) > 5).all()  # pictures, not blanks
+    assert (batch["video"].float().flatten(1).std(1) > 5).all()  # not blank frames

@@ -1,4 +1,4 @@
-"""A folder of real mp4 files that says what the clips say."""
+"""Writer of mp4 folders: round trip, atomicity, and the command line."""
 
 import json
 import multiprocessing
@@ -19,7 +19,7 @@ def sources(train: int = 40, val: int = 5, **settings) -> dict[str, Sprites]:
     }
 
 
-def test_what_is_read_back_is_what_was_written(tmp_path: Path):
+def test_round_trip(tmp_path: Path):
     written = sources()
     make = FolderWriter(written)
     for split in ("train", "val"):
@@ -31,11 +31,11 @@ def test_what_is_read_back_is_what_was_written(tmp_path: Path):
             read, drawn = clips[i], written[split][i]
             assert (read["caption"], read["labels"], read["fps"]) == (drawn["caption"], drawn["labels"], drawn["fps"])
             difference = (read["video"].float() - drawn["video"].float()).abs()
-            assert difference.mean() < 3  # of 255: colour is stored at half resolution
+            assert difference.mean() < 3  # of 255: chroma is stored at half resolution
             assert difference.mean() < 0.5 * (drawn["video"].float() - drawn["video"].float().mean()).abs().mean()
 
 
-def test_asked_again_it_does_nothing_and_asked_for_other_clips_it_refuses(tmp_path: Path, capfd):
+def test_existing_folder_is_kept_and_different_settings_raise(tmp_path: Path, capfd):
     out = tmp_path / "d"
     FolderWriter(sources())(out)
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
@@ -48,12 +48,12 @@ def test_asked_again_it_does_nothing_and_asked_for_other_clips_it_refuses(tmp_pa
         FolderWriter(sources(distractors=1)),
         FolderWriter(sources(), crf=30),
     ):
-        with pytest.raises(FileExistsError, match=r"holds another data set \((splits|crf): .*Choose another out"):
+        with pytest.raises(FileExistsError, match=r"\bout=.*\b(splits|crf) is .* and would be "):
             other(out)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == stamps
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="was not written by this tool"):
+    with pytest.raises(FileExistsError, match=r"\bout=.*/mine\b.*manifest\.json"):
         FolderWriter(sources())(tmp_path / "mine")
     (tmp_path / "empty").mkdir()
     FolderWriter(sources(4, 1))(tmp_path / "empty")
@@ -67,7 +67,7 @@ class Failing(Sprites):
         return super().__getitem__(index)
 
 
-def test_an_interrupted_write_leaves_no_folder_and_is_begun_again(tmp_path: Path):
+def test_interrupted_writing_leaves_no_folder(tmp_path: Path):
     with pytest.raises(OSError, match="the disk is full"):
         FolderWriter({"train": Failing("train", 40)}, num_workers=0)(tmp_path / "d")
     assert not (tmp_path / "d").exists()
@@ -76,7 +76,7 @@ def test_an_interrupted_write_leaves_no_folder_and_is_begun_again(tmp_path: Path
     assert not list(tmp_path.glob("*partial*"))
 
 
-def test_several_processes_write_it_once(tmp_path: Path):
+def test_concurrent_processes_write_once(tmp_path: Path):
     context = multiprocessing.get_context("fork")
     writer = FolderWriter(sources(), num_workers=0)
     processes = [context.Process(target=writer, args=(tmp_path / "d",)) for _ in range(3)]
@@ -88,7 +88,7 @@ def test_several_processes_write_it_once(tmp_path: Path):
     assert len(VideoFolder(tmp_path / "d", 16)) == 45
 
 
-def test_one_process_or_two_write_the_same(tmp_path: Path):
+def test_result_does_not_depend_on_num_workers(tmp_path: Path):
     for workers in (0, 2):
         FolderWriter(sources(), num_workers=workers)(tmp_path / str(workers))
     files = [
@@ -98,7 +98,7 @@ def test_one_process_or_two_write_the_same(tmp_path: Path):
     assert all((tmp_path / "0" / name).read_bytes() == (tmp_path / "2" / name).read_bytes() for name in files[0])
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "d"
     main(
         [
@@ -120,7 +120,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert VideoFolder(out, 8, split="val")[0]["video"].shape == (8, 3, 24, 24)
 
 
-def test_the_world_is_a_source_too(tmp_path: Path):
+def test_command_with_the_world(tmp_path: Path):
     main(
         ["source=world", f"out={tmp_path / 'd'}", "train=2", "val=0", "image_size=32", "num_frames=4", "supersample=1"]
     )
@@ -130,41 +130,41 @@ def test_the_world_is_a_source_too(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "expected"),
     [
-        (["sprites"], "'sprites' is not key=value"),
-        (["source=spirtes"], "source='spirtes' does not exist: choose from sprites, world"),
-        (["imagesize=32"], "imagesize=32 does not exist: choose from .*image_size"),
-        (["train=many"], "train='many' is not a number of clips"),
-        (["crf=60"], "crf=60 is outside 0"),
-        (["crf=abc"], "crf=abc is no whole number: write for example crf=8"),
-        (["crf=8.5"], "crf=8.5 is no whole number"),
-        (["num_workers=true"], "num_workers=true is no whole number"),
-        (["drift=far"], r"drift=far is no number: write for example drift=0\.0"),
-        (["image_size=33"], "image_size=33 is odd.*image_size=34"),
-        (["preset=3"], "preset='3' is no speed of x264: choose from ultrafast"),
+        (["sprites"], "'sprites' .*key=value"),
+        (["source=spirtes"], "source='spirtes' .*sprites, world"),
+        (["imagesize=32"], r"imagesize=32\b.*\bimage_size\b"),
+        (["train=many"], r"train='many' .*\btrain=1000\b"),
+        (["crf=60"], r"crf=60\b.*\b0\b.*\b51\b"),
+        (["crf=abc"], r"crf=abc\b.*integer.*\bcrf=8\b"),
+        (["crf=8.5"], r"crf=8\.5\b.*integer"),
+        (["num_workers=true"], r"num_workers=true\b.*integer"),
+        (["drift=far"], r"drift=far\b.*number.*\bdrift=0\.0"),
+        (["image_size=33"], r"image_size=33\b.*image_size=34\b"),
+        (["preset=3"], r"preset='3' .*\bultrafast\b"),
         (["source=world", "camera=3"], "camera='3'"),
-        (["sources=3"], "sources=3 does not exist"),
-        (["train=0", "val=0"], "sources is empty"),
+        (["sources=3"], r"sources=3\b.*\bsource\b"),
+        (["train=0", "val=0"], r"\bsources\b"),
     ],
 )
-def test_a_faulty_command_is_refused(tmp_path: Path, arguments: list[str], message: str):
-    with pytest.raises(SystemExit, match=message):
+def test_invalid_command_exits(tmp_path: Path, arguments: list[str], expected: str):
+    with pytest.raises(SystemExit, match=expected):
         main([f"out={tmp_path / 'd'}", *arguments])
     assert not (tmp_path / "d").exists()
 
 
-def test_the_command_leaves_another_folder_as_it_is(tmp_path: Path):
+def test_command_does_not_change_other_folders(tmp_path: Path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(SystemExit, match=r"was not written by this tool: nothing was changed\. Choose another out"):
+    with pytest.raises(SystemExit, match=r"\bout=.*manifest\.json"):
         main([f"out={tmp_path}", "train=2", "val=0"])
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_values_out_of_range(tmp_path: Path):
-    with pytest.raises(ValueError, match="crf=60 is outside 0"):
+def test_invalid_values_raise(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"crf=60\b.*\b0\b.*\b51\b"):
         FolderWriter(sources(), crf=60)
-    with pytest.raises(ValueError, match="sources is empty"):
+    with pytest.raises(ValueError, match=r"\bsources\b"):
         FolderWriter({})
-    with pytest.raises(ValueError, match=r"Frames of 15x16 pixels cannot be written to a\.mp4: .* 16x16"):
+    with pytest.raises(ValueError, match=r"\b15x16\b.*a\.mp4.*image_size.*\b16x16\b"):
         write_video(tmp_path / "a.mp4", np.zeros((2, 15, 16, 3), np.uint8), fps=8)

@@ -14,10 +14,8 @@ from blueberry_video.diffusion.conditioning import (
     different_captions,
     encoded_images,
     first_frames,
-    image_condition,
     latents_of,
     of_others,
-    published_dropout,
     shown_images,
     takes_image,
     whole_patches,
@@ -104,7 +102,7 @@ def test_with_first_frame_follows_the_conditioning_of_each_family():
     given = with_first_frame(replaced, NOISY, IMAGE)
     assert torch.equal(given[:, :, :1], IMAGE)
     assert torch.equal(given[:, :, 1:], NOISY[:, :, 1:])
-    assert image_condition(cogvideox()) is None
+    assert cogvideox().shape.image_condition is None
 
 
 @pytest.mark.parametrize(("changes", "image"), [({}, IMAGE), ({"in_channels": 6}, None)])
@@ -135,7 +133,7 @@ def test_image_is_the_first_frame_of_a_batch():
 @pytest.mark.parametrize("how", FAMILIES)
 def test_dropped_image_and_its_mask_are_zeros(how: str):
     network = FAMILIES[how]()
-    assert image_condition(network) == how
+    assert network.shape.image_condition == how
     given = with_first_frame(network, NOISY, IMAGE, torch.tensor([True, False]))
     assert torch.equal(given[:1], with_first_frame(network, NOISY[:1], IMAGE[:1]))
     if how == "token_replace":
@@ -150,15 +148,15 @@ def test_dropped_image_and_its_mask_are_zeros(how: str):
 
 @pytest.mark.parametrize(("how", "share"), {"channels": 0.05, "latent_concat": 0, "token_replace": 0}.items())
 def test_published_dropout_of_images(how: str, share: float):
-    assert published_dropout(FAMILIES[how]()) == share
+    assert FAMILIES[how]().shape.image_dropout == share
     assert takes_image(FAMILIES[how](), 1.0)
 
 
 def test_optional_image_is_used_only_with_dropout_below_one_and_several_frames():
     network, clips = hunyuan15(), {"video": torch.rand(2, 3, 4, 8, 8), "id": ["a", "b"]}
-    assert published_dropout(network) == 0.7
-    assert published_dropout(hunyuan15(causal_chunk=2)) == 1
-    assert published_dropout(cogvideox()) == 0
+    assert network.shape.image_dropout == 0.7
+    assert hunyuan15(causal_chunk=2).shape.image_dropout == 1
+    assert cogvideox().shape.image_dropout == 0
     assert latents_of(network, clips, None, dropout=0.7)[1] is not None
     assert latents_of(network, clips, None, dropout=1)[1] is None
     still = {**clips, "video": clips["video"][:, :, :1]}
@@ -210,8 +208,8 @@ def test_networks_and_clips_incompatible_with_an_image_raise(network, frames: in
 
 
 def test_channels_that_match_no_image_conditioning_raise():
-    with pytest.raises(ValueError, match=r"in_channels=5\b.*out_channels=3\b.*\b3\b.*\b6\b.*\b7\b"):
-        image_condition(cogvideox(in_channels=5))
+    with pytest.raises(ValueError, match=r"in_channels=5\b.*out_channels=3\b.*\b3\b.*\b6\b"):
+        cogvideox(in_channels=5)
 
 
 def test_first_frames_come_from_pixels_or_from_stored_latents():

@@ -11,7 +11,7 @@ from torch import nn
 from blueberry_video.diffusion.lora import LoRA, load_adapters, plain, save_adapters
 from blueberry_video.diffusion.text_to_video import TextToVideo
 from blueberry_video.models.autoencoder.base import Codec, Pixels
-from blueberry_video.models.cogvideox.model import CogVideoX, save_published
+from blueberry_video.models.cogvideox.model import CogVideoX
 from blueberry_video.models.hunyuan_video.model import HunyuanVideo
 from blueberry_video.models.text_encoder.base import TextEncoder, TextTokens
 from blueberry_video.models.text_encoder.words import WordText
@@ -246,7 +246,7 @@ def test_diffusers_loads_the_adapters_and_their_scale(tmp_path: Path):
     model = TextToVideo(cogvideox(**sizes), text, None, LoRA(rank=2, alpha=6.0, targets=LAYERS))
     train(model)
     with plain(model.transformer) as transformer:
-        save_published(transformer, tmp_path / "base")
+        transformer.save_published(tmp_path / "base")
     file = save_adapters(model.transformer, model.lora, tmp_path / "lora")
     theirs = diffusers.CogVideoXTransformer3DModel.from_pretrained(tmp_path / "base")
     theirs.load_lora_adapter(str(file), prefix="transformer")

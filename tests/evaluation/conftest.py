@@ -6,7 +6,7 @@ from blueberry_video.models.vit import VisionTransformer
 
 
 class Ramps(Dataset):
-    """Clips that brighten (motion 0) or darken (motion 1), each the other backwards; any frame tells the ``level``."""
+    """Clips that brighten (motion 0) or darken (motion 1), reversals of each other; each frame shows the ``level``."""
 
     classes = {"motion": ("up", "down"), "level": ("dark", "light")}  # noqa: RUF012
     reversal_pairs = {"motion": ((0, 1),)}  # noqa: RUF012

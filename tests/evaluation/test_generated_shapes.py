@@ -1,4 +1,4 @@
-"""The callback that judges generated clips: right on perfect clips, at chance on others."""
+"""GeneratedShapes callback on perfect, constant and noise generators."""
 
 from types import SimpleNamespace
 
@@ -14,21 +14,21 @@ CLIPS = {
 }
 
 
-def test_a_perfect_generator_gets_everything_and_loses_its_direction_when_shuffled():
-    asked = []
+def test_a_perfect_generator_scores_one_and_shuffled_frames_lose_the_direction():
+    prompts = []
 
     def generate(captions, generator):
-        asked.extend(captions)
+        prompts.extend(captions)
         return torch.stack([CLIPS[caption] for caption in captions])
 
     found = GeneratedShapes(clips=72, batch_size=30).measure(SimpleNamespace(generate=generate))
     assert (found["colour"], found["shape"], found["direction"]) == (1, 1, 1)
     assert found["direction_shuffled"] < 0.45
     assert (found["colour_trivial"], found["shape_trivial"], found["direction_trivial"]) == (1 / 3, 1 / 3, 1 / 4)
-    assert sorted(asked) == sorted([*CLIPS] * 2)
+    assert sorted(prompts) == sorted([*CLIPS] * 2)
 
 
-def test_a_generator_that_ignores_its_captions_is_at_chance():
+def test_a_generator_that_ignores_its_captions_is_at_chance_level():
     same = next(iter(CLIPS.values()))
     found = GeneratedShapes(36, 36).measure(
         SimpleNamespace(generate=lambda captions, _: same.expand(len(captions), -1, -1, -1, -1))
@@ -36,7 +36,7 @@ def test_a_generator_that_ignores_its_captions_is_at_chance():
     assert (found["colour"], found["shape"], found["direction"]) == pytest.approx((1 / 3, 1 / 3, 1 / 4))
 
 
-def test_noise_shows_neither_shape_nor_direction():
+def test_noise_scores_below_chance_level():
     noise = lambda captions, generator: torch.randn(len(captions), 3, 8, 16, 16, generator=generator)  # noqa: E731
     found = GeneratedShapes(36, 36).measure(SimpleNamespace(generate=noise))
     assert found["shape"] <= 1 / 3
@@ -44,6 +44,6 @@ def test_noise_shows_neither_shape_nor_direction():
 
 
 @pytest.mark.parametrize("clips", [0, 35, 40])
-def test_every_caption_comes_equally_often(clips: int):
-    with pytest.raises(ValueError, match="multiple of 36"):
+def test_clips_that_are_no_multiple_of_the_captions_raise(clips: int):
+    with pytest.raises(ValueError, match=rf"callbacks\.sampling\.clips={clips}\b.*\b36\b"):
         GeneratedShapes(clips)

@@ -1,4 +1,4 @@
-"""Accuracies, of single clips and of videos in several views, and the shuffle control."""
+"""Accuracy, multi-view accuracy, class recall and frame shuffling."""
 
 import multiprocessing
 
@@ -18,7 +18,7 @@ from blueberry_video.evaluation.metrics import (
 )
 
 
-def test_accuracy_is_a_share():
+def test_accuracy():
     logits = torch.tensor([[0.1, 0.9, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 5.0], [1.0, 0.0, 0.0]])
     assert accuracy(logits, torch.tensor([1, 0, 2, 2])).item() == 0.75
 
@@ -39,24 +39,24 @@ def test_within_pairs_equals_loops(seed, count):
     assert sorted(correct.tolist()) == sorted(bool(x) for x in expected)
 
 
-def test_other_classes_do_not_count_within_a_pair():
+def test_within_pair_ignores_classes_outside_the_pair():
     logits = torch.tensor([[1.0, 0.0, 99.0], [1.0, 0.0, 99.0]])
     assert within_pair_correct(logits, torch.tensor([0, 1]), ((0, 1),)).tolist() == [True, False]
     assert accuracy(logits, torch.tensor([0, 1])).item() == 0
 
 
-def test_clips_of_no_pair_give_an_empty_result():
+def test_without_clips_of_a_pair_the_result_is_empty():
     assert within_pair_correct(torch.randn(3, 4), torch.tensor([3, 3, 2]), ((0, 1),)).shape == (0,)
 
 
-def test_a_model_blind_to_order_gets_half():
-    """The same logits for a clip and its reversal: one of the two is right, always."""
+def test_a_model_that_ignores_frame_order_is_at_chance_level():
+    """Equal logits for a clip and its reversal are correct for exactly one of the two."""
     logits = torch.randn(50, 4).repeat(2, 1)
     labels = torch.cat([torch.zeros(50), torch.ones(50)]).long()
     assert within_pair_correct(logits, labels, ((0, 1),)).float().mean().item() == 0.5
 
 
-def test_shuffled_clips_hold_the_same_frames_in_an_order_of_their_own():
+def test_shuffling_permutes_the_frames_of_each_clip_independently():
     video = torch.arange(4 * 3 * 8 * 2 * 2.0).view(4, 3, 8, 2, 2)
     shuffled = shuffle_frames(video, torch.Generator().manual_seed(0))
     orders = []
@@ -76,7 +76,7 @@ def test_every_order_is_equally_likely():
     assert counts.min() > 880  # 1000 expected, standard deviation 29
 
 
-def test_shuffling_with_a_generator_leaves_the_global_one_as_it_was():
+def test_shuffling_with_a_generator_does_not_change_the_global_one():
     torch.manual_seed(0)
     before = torch.get_rng_state()
     video = torch.randn(2, 3, 8, 2, 2, generator=torch.Generator().manual_seed(1))
@@ -102,7 +102,7 @@ def views(videos: int = 7, per_video: int = 6, classes: int = 4) -> tuple[list[s
 
 
 def by_hand(ids: list[str], logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of videos whose mean softmax, over views that count once each, is largest at the label."""
+    """Share of videos with the largest mean softmax at the label, where each view counts once."""
     right = []
     for video in sorted({view.split("#")[0] for view in ids}):
         rows = {view: row for row, view in enumerate(ids) if view.startswith(f"{video}#")}.values()
@@ -125,10 +125,10 @@ def test_views_of_a_video_are_averaged():
     assert found["action"] == pytest.approx(by_hand(ids, logits, labels))
     assert found["again"] == pytest.approx(by_hand(ids, -logits, labels))
     assert 0 < found["action"] < 1
-    assert scores.accuracies() == {}  # begun anew
+    assert scores.accuracies() == {}  # reset
 
 
-def test_a_view_that_comes_twice_counts_once():
+def test_a_repeated_view_counts_once():
     logits = torch.tensor([[0.0, 1.0], [3.0, 0.0], [0.0, 2.0]])
     ids, labels = ["a#0.0", "a#0.1", "a#1.0"], torch.tensor([1, 1, 1])
     assert by_hand(ids, logits, labels) == 1
@@ -139,13 +139,13 @@ def test_a_view_that_comes_twice_counts_once():
 
 
 @pytest.mark.parametrize("clip", ["video.mp4", "no#view", "#0.1", "a#1.x"])
-def test_clips_that_are_no_views_are_passed_over(clip):
+def test_clips_without_a_view_id_are_ignored(clip):
     scores = ViewScores()
     scores.add([clip], {"x": torch.randn(1, 2)}, {"x": torch.tensor([0])})
     assert scores.accuracies() == {}
 
 
-def test_views_without_crops_are_views():
+def test_views_without_crop_numbers():
     scores = ViewScores()
     logits = torch.tensor([[0.0, 1.0], [3.0, 0.0]])
     scores.add(["a#0", "a#11"], {"x": logits}, {"x": torch.tensor([0, 0])})
@@ -153,7 +153,7 @@ def test_views_without_crops_are_views():
 
 
 def gathered(rank: int, rendezvous: str, results) -> None:
-    """One of two processes: every other view, and the first one twice, as a sampler that fills up deals them out."""
+    """One of two processes: alternate views, the first one repeated as by a sampler that pads."""
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     ids, logits, labels = views()
     rows = [*range(rank, len(ids), 2), *([0] if rank else [])]
@@ -176,7 +176,7 @@ def test_views_of_all_processes_are_averaged_together(tmp_path):
     assert [results.get()["action"] for _ in range(2)] == [expected, expected]
 
 
-def test_mean_class_recall_counts_classes_alike_and_leaves_out_those_that_do_not_occur():
+def test_mean_class_recall_weights_classes_equally_and_ignores_absent_ones():
     logits = torch.tensor([[3.0, 2, 1, 0], [3, 2, 1, 0], [3, 2, 1, 0], [0, 1, 2, 3]])
     labels = torch.tensor([0, 2, 0, 1])
     at_1, at_2, at_3 = (recalled_by_class(logits, labels, k) for k in (1, 2, 3))
@@ -186,6 +186,6 @@ def test_mean_class_recall_counts_classes_alike_and_leaves_out_those_that_do_not
     assert [mean_class_recall(counts).item() for counts in (at_1, at_3)] == pytest.approx([1 / 3, 1])
     parts = [recalled_by_class(logits[rows], labels[rows], 1) for rows in (slice(0, 1), slice(1, 4))]
     assert torch.equal(sum(parts), at_1)
-    assert recalled_by_class(logits, labels, 9)[0].tolist() == [2, 1, 1, 0]  # more than there are classes
-    with pytest.raises(ValueError, match=r"labels go from 0 to 4, but .* classes 0 to 3: set model\.num_classes"):
+    assert recalled_by_class(logits, labels, 9)[0].tolist() == [2, 1, 1, 0]  # k exceeds the number of classes
+    with pytest.raises(ValueError, match=r"(?s)0 to 4\b.*0 to 3\b.*model\.num_classes"):
         recalled_by_class(logits, torch.tensor([0, 4, 1, 1]))

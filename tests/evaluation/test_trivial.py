@@ -1,4 +1,4 @@
-"""Trivial predictors against loops."""
+"""Baselines against naive loops."""
 
 import itertools
 
@@ -19,12 +19,12 @@ from blueberry_video.masking import DualMasking, RandomMasking, TubeMasking
 @pytest.mark.parametrize(
     "masking", [TubeMasking(0.75), RandomMasking(0.9), RandomMasking(0.3), DualMasking(RandomMasking(0.75))]
 )
-@pytest.mark.parametrize("grid", [(2, 2, 4), (4, 4, 6)])  # 16 and 96 places: torch computes distances in two ways
+@pytest.mark.parametrize("grid", [(2, 2, 4), (4, 4, 6)])  # 16 and 96 positions: torch.cdist has two algorithms
 def test_losses_equal_loops(masking, grid):
     generator = torch.Generator().manual_seed(0)
     keep, target, scored = masking(2, grid, generator)
     patches = torch.randn(2, grid[0] * grid[1] * grid[2], 5, generator=generator)
-    places = list(itertools.product(*(range(n) for n in grid)))
+    index = list(itertools.product(*(range(n) for n in grid)))
     sums, count = {"zero": 0.0, "mean": 0.0, "nearest": 0.0}, 0
     for b in range(2):
         visible = keep[b].tolist()
@@ -32,7 +32,7 @@ def test_losses_equal_loops(masking, grid):
         for n, hidden in enumerate(target[b].tolist()):
             if scored is not None and not scored[b, n]:
                 continue
-            distances = [sum((p - q) ** 2 for p, q in zip(places[hidden], places[n], strict=True)) for n in visible]
+            distances = [sum((p - q) ** 2 for p, q in zip(index[hidden], index[n], strict=True)) for n in visible]
             nearest = patches[b, visible[distances.index(min(distances))]]  # the first of several
             for name, prediction in (("zero", torch.zeros(5)), ("mean", mean), ("nearest", nearest)):
                 sums[name] += (prediction - patches[b, hidden]).square().sum().item()
@@ -43,8 +43,8 @@ def test_losses_equal_loops(masking, grid):
     )
 
 
-def test_predicting_zero_gets_the_variance():
-    """About 1 where patches are normalised: the number a loss curve must be read against."""
+def test_the_loss_of_zero_is_the_variance():
+    """It is about 1 for normalized patches, the reference value of a loss curve."""
     patches = torch.randn(2, 8, 3000)
     patches = (patches - patches.mean(2, keepdim=True)) / patches.std(2, keepdim=True)
     keep, target, _ = TubeMasking(0.5)(2, (2, 2, 2))
@@ -58,25 +58,25 @@ def test_majority_share():
     assert majority_share(torch.tensor([5])) == 1.0
 
 
-def test_losses_of_embeddings_equal_loops():
+def test_latent_losses_equal_loops():
     latents, grid = torch.randn(3, 8, 4), (2, 2, 2)
     keep, target, _ = RandomMasking(0.5)(3, grid, torch.Generator().manual_seed(0))
     sums = {"mean": 0.0, "place": 0.0, "clip": 0.0}
     for b in range(3):
-        for place in target[b].tolist():
+        for token in target[b].tolist():
             predictions = {
                 "mean": sum(latents[c, n] for c in range(3) for n in range(8)) / 24,
-                "place": sum(latents[c, place] for c in range(3)) / 3,
+                "place": sum(latents[c, token] for c in range(3)) / 3,
                 "clip": sum(latents[b, n] for n in keep[b].tolist()) / 4,
             }
             for name, prediction in predictions.items():
-                sums[name] += (latents[b, place] - prediction).abs().mean().item() / 12
+                sums[name] += (latents[b, token] - prediction).abs().mean().item() / 12
     losses = {name: value.item() for name, value in trivial_latent_losses(latents, keep, target).items()}
     assert losses == pytest.approx(sums, rel=1e-5)
 
 
-def test_denoising_losses_of_a_flow_are_the_known_ones():
-    """2,304 moving shapes: pixels of ±1 and noise of variance 1 make 2; their mean leaves a variance of 0.16."""
+def test_denoising_losses_of_a_flow_have_known_values():
+    """2,304 moving shapes: pixels of ±1 plus noise of variance 1 is 2; the variance around the mean is 0.16."""
     dataset = MovingShapes("train")
     clean = torch.stack([dataset[i]["video"] for i in range(len(dataset))]).transpose(1, 2) / 127.5 - 1
     losses = trivial_denoising_losses(FlowMatching(), clean, torch.randn_like(clean), torch.rand(len(clean)))

@@ -12,7 +12,7 @@ from blueberry_video.experiment.run_folder import RunFolder
 
 
 class FakeRun:
-    """Stands for a wandb run; the real one is used in tests/test_resume.py."""
+    """Mock of a wandb run; tests/test_resume.py uses a real one."""
 
     step = 0
 
@@ -48,7 +48,7 @@ def fake(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> FakeRun:
     return fake
 
 
-def test_csv_merges_metrics_without_a_step_into_the_newest_row(run: RunFolder) -> None:
+def test_csv_writes_metrics_without_a_step_to_the_newest_row(run: RunFolder) -> None:
     logger = MetricsCSV(run)
     logger.log_metrics({"train/loss": 0.5}, step=3)
     logger.log_metrics({"probe/motion": 0.25})
@@ -56,16 +56,16 @@ def test_csv_merges_metrics_without_a_step_into_the_newest_row(run: RunFolder) -
     assert (logger.save_dir, logger.name, logger.version) == (str(run.path), "idea", run.name)
 
 
-def test_wandb_run_is_named_and_grouped(run: RunFolder, fake: FakeRun) -> None:
+def test_wandb_run_has_name_and_group(run: RunFolder, fake: FakeRun) -> None:
     Wandb(run, project="p", tags=["a"], mode="offline").log_metrics({"a": 1}, step=0)
-    wanted = {"project": "p", "group": "idea", "name": run.name, "id": run.record["wandb"]["id"], "mode": "offline"}
-    assert {key: fake.arguments[key] for key in wanted} == wanted
+    expected = {"project": "p", "group": "idea", "name": run.name, "id": run.record["wandb"]["id"], "mode": "offline"}
+    assert {key: fake.arguments[key] for key in expected} == expected
     assert fake.arguments["config"] == {"name": "idea", "seed": 1, "depth": 4}
     assert Path(fake.arguments["dir"]) == run.path
     assert run.record["wandb"]["folder"] == "wandb/offline-run-1"
 
 
-def test_wandb_gets_one_row_a_step(run: RunFolder, fake: FakeRun) -> None:
+def test_wandb_receives_one_row_per_step(run: RunFolder, fake: FakeRun) -> None:
     logger = Wandb(run, mode="offline")
     logger.log_metrics({"a": 1}, step=0)
     logger.log_metrics({"b": 2}, step=0)
@@ -89,11 +89,11 @@ def test_failed_run_ends_as_failed_in_wandb(run: RunFolder, fake: FakeRun) -> No
     assert fake.exit_code == 1
 
 
-def test_resumed_wandb_gets_what_it_lost_and_nothing_twice(
+def test_resumed_wandb_run_receives_lost_steps_and_no_step_twice(
     run: RunFolder, fake: FakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = MetricsCSV(run)
-    for step in range(6):  # the checkpoint was saved after step 5; wandb wrote its rows up to step 2 before the kill
+    for step in range(6):  # the checkpoint is of step 5; wandb wrote rows up to step 2 before the kill
         table.log_metrics({"a": step}, step=step)
     monkeypatch.setattr(loggers, "last_wandb_step", lambda folder: 2)
     run.resumed = True
@@ -110,7 +110,7 @@ def test_resumed_wandb_gets_what_it_lost_and_nothing_twice(
     ]
 
 
-def test_replayed_steps_are_not_sent_again(run: RunFolder, fake: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_steps_are_not_sent_again(run: RunFolder, fake: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loggers, "last_wandb_step", lambda folder: 7)
     run.resumed = True
     table, logger = MetricsCSV(run), Wandb(run, mode="offline")
@@ -121,7 +121,7 @@ def test_replayed_steps_are_not_sent_again(run: RunFolder, fake: FakeRun, monkey
     assert [step for step, _ in fake.rows] == [8, 9]
 
 
-def test_unreachable_server_means_offline(run: RunFolder, fake: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_server_is_logged_offline(run: RunFolder, fake: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     online = wandb.init
 
     def init(**arguments: Any) -> FakeRun:
@@ -134,12 +134,12 @@ def test_unreachable_server_means_offline(run: RunFolder, fake: FakeRun, monkeyp
     assert fake.arguments["mode"] == run.record["wandb"]["mode"] == "offline"
 
 
-def test_mode_follows_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mode_depends_on_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    wandb.teardown()  # so that the next question reads the environment anew
+    wandb.teardown()  # so that the next call reads the environment again
     assert wandb_mode() == "offline"
     (tmp_path / "netrc").write_text(f"machine wandb.example.org login user password {'k' * 40}\n")
     assert wandb_mode() == "online"
@@ -153,5 +153,5 @@ def test_mode_follows_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     wandb.teardown()
 
 
-def test_no_wandb_files_mean_no_step(tmp_path: Path) -> None:
+def test_last_step_without_wandb_files_is_minus_one(tmp_path: Path) -> None:
     assert last_wandb_step(tmp_path) == -1

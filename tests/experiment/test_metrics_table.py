@@ -20,7 +20,7 @@ def test_metrics_of_a_step_share_a_row(path: Path) -> None:
     assert path.read_text() == "step,train/loss,val/loss,epoch\n0,0.5,0.25,0\n1,0.1,8,\n"
 
 
-def test_every_write_is_on_the_disk(path: Path) -> None:
+def test_every_write_is_readable_at_once(path: Path) -> None:
     table = MetricsTable(path)
     for step in range(5):
         table.write({"a": step}, step)
@@ -38,14 +38,14 @@ def test_numbers_keep_all_digits(path: Path) -> None:
     assert row["c"] == 1e300
 
 
-def test_step_before_the_newest_is_refused(path: Path) -> None:
+def test_step_before_the_newest_raises(path: Path) -> None:
     table = MetricsTable(path)
     table.write({"a": 1}, 3)
-    with pytest.raises(ValueError, match=r"step 2 \(a\) came after those of step 3"):
+    with pytest.raises(ValueError, match=r"step=2 .*\ba\b.* 3\b"):
         table.write({"a": 1}, 2)
 
 
-def test_carries_on_where_a_kill_left_half_a_line(path: Path) -> None:
+def test_incomplete_last_line_is_dropped(path: Path) -> None:
     table = MetricsTable(path)
     table.write({"a": 1, "b": 1}, 0)
     table.write({"a": 2, "b": 2}, 1)
@@ -67,5 +67,5 @@ def test_rows_after_a_step_are_dropped(path: Path) -> None:
     assert read_curves(path)["a"] == [(0, 0), (1, 1), (2, 2), (3, 30), (4, 40)]
 
 
-def test_no_file_has_no_curves(path: Path) -> None:
+def test_missing_file_has_no_curves(path: Path) -> None:
     assert read_curves(path) == {}

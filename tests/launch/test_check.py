@@ -1,5 +1,6 @@
-"""The dry run: what it finds, and that a wrong run does not pass it."""
+"""Dry run: findings, and failures for runs that would fail."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -19,27 +20,26 @@ def dry_run(tmp_path: Path, *overrides: str) -> None:
     check.dry_run(compose(TEMPLATE, [*TINY, f"output_dir={tmp_path}", *overrides]), RunFolder.create, train.build)
 
 
-def test_a_good_run_passes_and_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_valid_run_passes_and_leaves_no_files(tmp_path: Path, capsys: pytest.CaptureFixture):
     dry_run(tmp_path)
-    said = capsys.readouterr().out
-    assert "nothing stops this run" in said
-    assert "FAIL" not in said
-    assert "note  gradients" not in said
+    output = capsys.readouterr().out
+    assert "FAIL" not in output
+    assert "note  gradients" not in output
     for finding in ("config", "model", "callbacks", "data", "step", "checkpoint", "disk", "memory", "logger", "time"):
-        assert f"  ok    {finding}" in said
-    assert "16 training and 4 validation clips, video (4, 16, 3, 32, 32) torch.uint8" in said
+        assert f"  ok    {finding}" in output
+    assert "16 training and 4 validation clips, video (4, 16, 3, 32, 32) torch.uint8" in output
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_fails(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(check.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 10}))
+def test_full_disk_fails(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(check.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 10}))
     with pytest.raises(SystemExit) as ended:
         dry_run(tmp_path)
     assert ended.value.code == 1
     assert "FAIL  disk" in capsys.readouterr().out
 
 
-def test_a_diverging_run_fails(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_diverging_run_fails(tmp_path: Path, capsys: pytest.CaptureFixture):
     with pytest.raises((SystemExit, FloatingPointError)):
         dry_run(tmp_path, "optimizer.lr=1e30", "trainer.gradient_clip_val=null", "schedule=constant")
 
@@ -56,7 +56,7 @@ def test_wandb_online_without_a_key_fails(tmp_path: Path, capsys: pytest.Capture
     assert findings.failed == 1
 
 
-def test_an_unused_parameter_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+def test_unused_parameter_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     def build_with_spare(config, folder):
         data, model, task, trainer = train.build(config, folder)
         model.spare = torch.nn.Parameter(torch.zeros(1))
@@ -64,10 +64,10 @@ def test_an_unused_parameter_is_noted(tmp_path: Path, capsys: pytest.CaptureFixt
 
     config = compose(TEMPLATE, [*TINY, f"output_dir={tmp_path}"])
     check.dry_run(config, RunFolder.create, build_with_spare)
-    assert "note  gradients  1 parameters get none, such as model.spare" in capsys.readouterr().out
+    assert re.search(r"note  gradients  1 .*model\.spare", capsys.readouterr().out)
 
 
-def test_memory_disk_and_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_available_memory_existing_parent_and_wandb_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     free = machine.available_memory()
     assert free is None or free > 0
     assert machine.existing_parent(tmp_path / "not" / "yet") == tmp_path
@@ -80,7 +80,7 @@ def test_memory_disk_and_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert machine.wandb_key() == "WANDB_API_KEY"
 
 
-def test_the_short_run_changes_limits_alone():
+def test_short_run_changes_only_limits():
     config = compose(TEMPLATE)
     before = OmegaConf.to_container(config)
     short = check._short_run(config)

@@ -1,4 +1,4 @@
-"""What a command line asks for, and what an error says to the one who typed it."""
+"""Command line: parsing, and error messages without tracebacks."""
 
 import re
 import subprocess
@@ -16,19 +16,19 @@ from blueberry_video.data.sprites import Sprites
 from blueberry_video.launch.command_line import Command, paragraph, parse, quiet_libraries
 
 
-def test_an_experiment_with_overrides():
+def test_experiment_with_overrides():
     command = parse(["--config-dir", "experiments/x", "seed=1", "--args", "name='two words' +a.b=[1,2]", "~c"])
     assert command == Command(
         Path("experiments/x/config.yaml"), False, ["seed=1", "~c", "name=two words", "+a.b=[1,2]"], False
     )
 
 
-def test_the_config_of_a_run():
+def test_config_of_a_run():
     command = parse(["outputs/x/run/config.yaml", "seed=1"])
     assert command == Command(Path("outputs/x/run/config.yaml"), True, ["seed=1"], False)
 
 
-def test_a_sweep_becomes_hydra_arguments_once_every_job_is_right(tmp_path: Path):
+def test_sweep_becomes_hydra_arguments_if_every_job_is_valid(tmp_path: Path):
     file = tmp_path / "x" / "config.yaml"
     file.parent.mkdir()
     file.write_text(
@@ -38,72 +38,71 @@ def test_a_sweep_becomes_hydra_arguments_once_every_job_is_right(tmp_path: Path)
     arguments = ["--config-dir", str(file.parent), "--multirun", "seed=1,2"]
     expected = ["--multirun", "--config-dir", str(file.parent), "--config-name", "config", "seed=1,2"]
     assert parse(arguments).for_hydra() == expected
-    with pytest.raises(ValueError, match="num_heads=4"):  # the second job is the wrong one
+    with pytest.raises(ValueError, match="num_heads=4"):  # the second job is invalid
         parse([*arguments, "model.encoder.num_heads=3,5"]).for_hydra()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        (["--config-dir", "x", "--args", "name='a"], "close every quote"),
-        ([], "nothing says what to train"),
-        (["seed=1"], "nothing says what to train"),
-        (["outputs/run/config.yaml", "--multirun"], "nothing says what to train"),
+        (["--config-dir", "x", "--args", "name='a"], r"ARGS=`name='a`.*quote"),
+        ([], r"\[\].*--config-dir"),
+        (["seed=1"], r"\['seed=1'\].*--config-dir"),
+        (["outputs/run/config.yaml", "--multirun"], r"'--multirun'\].*--config-dir"),
     ],
 )
-def test_a_wrong_command_line_is_refused(arguments: list[str], said: str):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_command_line_raises(arguments: list[str], message: str):
+    with pytest.raises(ValueError, match=message):
         parse(arguments)
 
 
 def error_of(function) -> Exception:
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - which one is what the tests below are about
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - the tests below check which one
         function()
     return caught.value
 
 
-def test_an_error_of_this_package_is_a_paragraph():
+def test_error_of_this_package_has_a_paragraph():
     assert "split" in str(paragraph(error_of(lambda: Sprites("trian", 4))))
 
 
-def test_an_error_from_elsewhere_is_not():
+def test_error_of_other_code_has_none():
     assert paragraph(error_of(lambda: torch.zeros(2) @ torch.zeros(3))) is None
     assert paragraph(error_of(lambda: 1 / 0)) is None
 
 
-def test_hydra_is_seen_through():
+def test_error_in_a_constructor_is_unwrapped():
     target = {"_target_": "blueberry_video.data.sprites.Sprites", "split": "trian", "size": 4}
     error = error_of(lambda: instantiate({"data": {"train": target}}))
-    assert str(paragraph(error)).startswith("`data.train` cannot be built: ")
-    assert "trian" in str(paragraph(error))
+    assert re.match(r"`data\.train` .*trian", str(paragraph(error)))
     library = error_of(
         lambda: instantiate({"model": {"_target_": "torch.nn.Linear", "in_features": -1, "out_features": 1}})
     )
-    assert str(paragraph(library)).startswith("`model` cannot be built: RuntimeError")
+    assert re.match("`model` .*RuntimeError", str(paragraph(library)))
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
-        ({"precision": 17}, "`trainer` cannot be built: .*17"),
-        ({"accelerator": "gpu"}, "`trainer` cannot be built: .*`trainer=cpu` needs no GPU"),
-        ({"accelerator": "cuda"}, "`trainer` cannot be built: .*`trainer=cpu` needs no GPU"),
-        ({"gradient_clip_val": 1.0, "gradient_clip_algorithm": "x"}, "`trainer` cannot be built: "),
+        ({"precision": 17}, "`trainer` .*17"),
+        ({"accelerator": "gpu"}, "`trainer` .*`trainer=cpu`"),
+        ({"accelerator": "cuda"}, "`trainer` .*`trainer=cpu`"),
+        ({"gradient_clip_val": 1.0, "gradient_clip_algorithm": "x"}, "`trainer` "),
     ],
 )
-def test_values_that_the_trainer_refuses_are_a_paragraph(values: dict, words: str, monkeypatch: pytest.MonkeyPatch):
+def test_invalid_trainer_argument_has_a_paragraph(values: dict, message: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr("lightning.fabric.accelerators.cuda.num_cuda_devices", lambda: 0)
     trainer = instantiate({"_target_": "lightning.Trainer", "_partial_": True, "logger": False, **values})
-    assert re.match(words, str(paragraph(error_of(trainer))), re.DOTALL)
+    assert re.match(message, str(paragraph(error_of(trainer))), re.DOTALL)
 
 
-def test_a_bug_in_a_trainer_keeps_its_traceback(tmp_path: Path):
+def test_other_errors_of_a_trainer_have_none(tmp_path: Path):
     trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
     assert paragraph(error_of(lambda: trainer.fit(3))) is None
 
 
-def test_a_short_epoch_is_nothing_to_warn_of():
+def test_warning_about_a_short_epoch_is_suppressed():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         quiet_libraries()
@@ -115,7 +114,7 @@ def test_a_short_epoch_is_nothing_to_warn_of():
 
 
 class Broken(torch.utils.data.Dataset):
-    """Item 0 fails in this package's code, item 1 in its own."""
+    """Dataset where item 0 raises in this package's code and item 1 in the test's."""
 
     def __len__(self) -> int:
         return 2
@@ -125,14 +124,15 @@ class Broken(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize(("index", "ours"), [(0, True), (1, False)])
-def test_a_worker_of_a_data_loader_is_seen_through(index: int, ours: bool):
+def test_error_in_a_worker_of_a_data_loader_is_unwrapped(index: int, ours: bool):
     loader = DataLoader(Broken(), num_workers=1, sampler=[index])
-    said = paragraph(error_of(lambda: list(loader)))
-    assert (said is not None and said.startswith("nothing says what to train")) == ours
+    message = paragraph(error_of(lambda: list(loader)))
+    assert (message is not None and "--config-dir" in message) == ours
 
 
-def test_a_process_ends_with_the_paragraph_and_code_1():
+def test_process_ends_with_the_paragraph_and_code_1():
     command = [sys.executable, "-m", "blueberry_video.train", "--config-dir", "experiments/nowhere"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr.strip().startswith("Error: there is no experiment 'nowhere'")
+    assert re.match("Error: .*nowhere", result.stderr.strip())
+    assert "Traceback" not in result.stderr

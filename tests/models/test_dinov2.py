@@ -200,7 +200,7 @@ def test_missing_weight_raises_with_its_name(tmp_path):
     state = dinov2.to_original(tiny().state_dict())
     del state["blocks.1.ls2.gamma"]
     torch.save(state, tmp_path / "wrong.pth")
-    with pytest.raises(RuntimeError, match=r"(?si)missing.*blocks\.1\.ls2\.gamma"):
+    with pytest.raises(ValueError, match=r"(?si)missing.*blocks\.1\.ls2\.gamma"):
         dinov2.from_published(tmp_path / "wrong.pth", num_heads=2)
     torch.save({name: value for name, value in state.items() if "ls1" not in name}, tmp_path / "wrong.pth")
     with pytest.raises(ValueError, match=r"(?s)wrong\.pth.*DINOv2.*blocks\.0\.ls1\.gamma"):

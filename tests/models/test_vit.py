@@ -173,7 +173,9 @@ def test_published_number_of_heads_follows_from_the_width():
 
 def test_build_from_weights_infers_the_size():
     source = tiny(embed_dim=47, num_heads=1, mlp_ratio=61 / 47, depth=3, image_size=24, in_channels=2, final_norm=False)
-    copy = vit.build_from_weights(source.state_dict(), num_frames=4, image_size=24, num_heads=1).eval()
+    copy = vit.VisionTransformer.from_weights(
+        source.state_dict(), "source", num_frames=4, image_size=24, num_heads=1
+    ).eval()
     video = torch.randn(1, 2, 4, 24, 24)
     assert torch.equal(copy(video), source(video))
 
@@ -188,15 +190,15 @@ def test_load_encoder_raises_with_the_first_mismatched_weight(tmp_path):
     for name, weights in wrong.items():
         torch.save(weights, tmp_path / "wrong.pth")
         with pytest.raises(ValueError, match=rf"(?s)wrong\.pth.*\b1\b.*{re.escape(name)}"):
-            vit.load_encoder(tiny(), tmp_path / "wrong.pth")
+            tiny().load_published(tmp_path / "wrong.pth")
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"VideoMAE.*fc\.weight.*patch_embed\.proj\.weight"):
-        vit.load_encoder(tiny(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth.*patch_embed\.proj\.weight.*fc\.weight"):
+        tiny().load_published(tmp_path / "other.pth")
 
 
 def test_final_norm_without_a_counterpart_is_ignored_and_reported(tmp_path):
     source, target = tiny(), tiny(final_norm=False)
     torch.save(source.state_dict(), tmp_path / "normed.pth")
-    assert "norm.bias, norm.weight" in vit.load_encoder(target, tmp_path / "normed.pth")
+    assert "norm.bias, norm.weight" in target.load_published(tmp_path / "normed.pth")
     assert torch.equal(target.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
-    assert "norm.bias" not in vit.load_encoder(tiny(), tmp_path / "normed.pth")
+    assert "norm.bias" not in tiny().load_published(tmp_path / "normed.pth")

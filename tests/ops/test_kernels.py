@@ -1,4 +1,4 @@
-"""The Triton kernels under Triton's interpreter, against the dense definition in float64; no GPU, tiny shapes."""
+"""Triton kernels under the interpreter, compared with the dense reference in float64; no GPU, small shapes."""
 
 import os
 import re
@@ -11,28 +11,29 @@ import torch
 from torch import Tensor
 
 from blueberry_video.ops import reference
+from blueberry_video.ops.inputs import ScanInputs
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by triton when it is imported, so set for the process
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read when triton is imported, so set for the process
 if INTERPRETED:
     from blueberry_video.ops import kernels
 
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="test_under_the_interpreter runs it, in a process of its own")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what lies outside a tile and is dropped
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_under_the_interpreter, in a separate process")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from numpy, for masked values outside a tile
 
-LEGS = ("dt_f", "a_f", "B_f", "C_f", "dt_b", "a_b", "B_b", "C_b")
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}  # of the largest value; float16 itself has 5e-4
+PARAMETERS = ("dt_f", "a_f", "B_f", "C_f", "dt_b", "a_b", "B_b", "C_b")
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}  # relative to the largest value; float16 rounds by 5e-4
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is in it")
+@pytest.mark.skipif(INTERPRETED, reason="runs in the interpreter already")
 def test_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
     run = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert int(re.search(r"(\d+) passed", run.stdout).group(1)) > 20, run.stdout  # the rest of this file
+    assert int(re.search(r"(\d+) passed", run.stdout).group(1)) > 20, run.stdout  # the other tests of this file
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Case:
     states: int = 16
     ragged: bool = False
     causal: bool = False
-    carried: bool = True  # h0, and g0 where there is a backward leg
+    carried: bool = True  # h0, and g0 if there is a backward direction
     diagonal: bool = True
     chunk: int | None = None
     dtype: torch.dtype = torch.float32
@@ -68,7 +69,7 @@ class Case:
         made["h0"] = normal(batch, *state) if self.carried else None
         made["g0"] = normal(batch, frames, *state) if self.carried else None
         if self.causal:
-            made |= dict.fromkeys((*LEGS[4:], "g0"))
+            made |= dict.fromkeys((*PARAMETERS[4:], "g0"))
         return made
 
     @property
@@ -81,13 +82,9 @@ class Case:
         }
 
     def expected(self, inputs: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
-        """The definition takes A, which here is a / dt: of every token its own."""
-        x, dt_f, a_f, B_f, C_f, dt_b, a_b, B_b, C_b, D, h0, g0 = inputs.values()
-        lengths = torch.tensor(self.lengths)
-        if dt_b is None:
-            return reference.ssd(x, dt_f, a_f / dt_f, B_f, C_f, D, lengths, h0)
-        A_f, A_b = a_f / dt_f, a_b / dt_b
-        return reference.video_ssd(x, dt_f, dt_b, A_f, A_b, B_f, C_f, B_b, C_b, D, lengths, h0, g0)
+        """y and the frame states of the dense reference."""
+        layout = self.layout | {"lengths": torch.tensor(self.lengths)}
+        return reference.scan(ScanInputs(**inputs, **layout))
 
 
 def double(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
@@ -102,11 +99,11 @@ def close(actual: Tensor, expected: Tensor, tolerance: float, name: str) -> None
 def check(
     case: Case, inputs: dict[str, Tensor | None], dy: Tensor | None = None, tolerance: float | None = None
 ) -> None:
-    """Outputs, states and all gradients."""
+    """Compares outputs, states and all gradients with the reference."""
     tolerance = TOLERANCE[case.dtype] if tolerance is None else tolerance
     exact = double(inputs)
     y, states = case.expected(exact)
-    actual_y, actual_states = kernels.forward(**inputs, **case.layout)
+    actual_y, actual_states = kernels.forward(ScanInputs(**inputs, **case.layout))
     assert actual_y.dtype == case.dtype
     assert actual_states.dtype == torch.float32
     close(actual_y, y, tolerance, "y")
@@ -117,9 +114,9 @@ def check(
     dstates = torch.randn(states.shape, generator=generator)
     present = {name: value for name, value in exact.items() if value is not None}
     expected = torch.autograd.grad((y * dy).sum() + (states * dstates).sum(), present.values())
-    gradients = kernels.backward(dy, dstates, actual_states, **inputs, **case.layout)
-    assert [gradient is None for gradient in gradients] == [value is None for value in inputs.values()]
-    actual = dict(zip(inputs, gradients, strict=True))
+    gradients = kernels.backward(dy, dstates, actual_states, ScanInputs(**inputs, **case.layout))
+    actual = {name: getattr(gradients, name) for name in inputs}
+    assert [gradient is None for gradient in actual.values()] == [value is None for value in inputs.values()]
     for name, gradient in zip(present, expected, strict=True):
         assert actual[name].dtype == inputs[name].dtype
         close(actual[name], gradient, tolerance, name)
@@ -155,7 +152,7 @@ def test_values_and_gradients(case: Case):
 
 
 @interpreted
-def test_shares_of_a_group(monkeypatch: pytest.MonkeyPatch):
+def test_splits_of_a_group(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "programs_wanted", lambda x: 4)
     case = Case(((6,),), heads=4)
     check(case, case.inputs())
@@ -165,18 +162,18 @@ def test_shares_of_a_group(monkeypatch: pytest.MonkeyPatch):
 def test_strides():
     case = Case(((5, 5),), groups=2)
     inputs = case.inputs()
-    inputs["x"] = torch.cat([inputs["x"], inputs["x"]], 3)[..., : case.channels]  # as split off a projection
+    inputs["x"] = torch.cat([inputs["x"], inputs["x"]], 3)[..., : case.channels]  # a slice, as of a projection
     check(case, inputs)
     inputs["x"] = inputs["x"].transpose(2, 3).contiguous().transpose(2, 3)
     inputs["B_f"] = inputs["B_f"].transpose(1, 2).contiguous().transpose(1, 2)
     inputs["dt_b"] = inputs["dt_b"].transpose(0, 2).contiguous().transpose(0, 2)
     inputs["D"] = torch.randn(2).expand(1, 10, 2)
-    check(case, inputs, dy=torch.ones(()).expand(1, 10, 2, 16))  # what .sum().backward() gives
+    check(case, inputs, dy=torch.ones(()).expand(1, 10, 2, 16))  # the gradient of .sum()
 
 
 @interpreted
 def test_strong_decays_between_weak_ones():
-    """Where many tokens forget all, sums of log-decays are large; the others, and those not there, must not feel it."""
+    """Large cumulative log-decays of some tokens leave other tokens, and masked ones, unaffected."""
     case = Case(((64, 60),), heads=1, ragged=True)
     inputs = case.inputs()
     for leg in ("f", "b"):
@@ -185,7 +182,7 @@ def test_strong_decays_between_weak_ones():
 
 
 @interpreted
-def test_growth_where_dt_is_negative():
+def test_negative_dt_grows_the_state():
     case = Case(((20, 20),), heads=1, chunk=16)
     inputs = case.inputs()
     for name in ("dt_f", "a_f", "dt_b", "a_b"):
@@ -194,8 +191,8 @@ def test_growth_where_dt_is_negative():
 
 
 @interpreted
-def test_tokens_that_write_nothing():
-    """dt = 0: no decay and no write; also gradients of dt are there."""
+def test_zero_dt():
+    """No decay and no write; gradients of dt are still correct."""
     case = Case(((6, 6),), heads=1, carried=False)
     inputs = case.inputs()
     for leg in ("f", "b"):
@@ -206,11 +203,11 @@ def test_tokens_that_write_nothing():
 
 @interpreted
 @pytest.mark.parametrize("name", ["dt_f", "a_f", "dt_b", "a_b", "x"])
-def test_nan_goes_on_but_not_back_in_time(name: str):
+def test_nan_propagates_forward_in_time_only(name: str):
     case = Case(((4, 4, 4),), heads=1, carried=False, diagonal=False)
     inputs = case.inputs()
     inputs[name][:, 5] = torch.nan
-    y, states = kernels.forward(**inputs, **case.layout)
+    y, states = kernels.forward(ScanInputs(**inputs, **case.layout))
     assert y[:, :4].isfinite().all()
     assert y[:, 4:8].isnan().any()
     assert states[:, 0].isfinite().all()
@@ -220,45 +217,45 @@ def test_nan_goes_on_but_not_back_in_time(name: str):
 
 
 @interpreted
-def test_float16_beyond_its_range_inside():
-    """C_i · B_j is 90,000; the output is not."""
+def test_float16_intermediate_overflow():
+    """C_i · B_j is 90,000, beyond float16; the output is in range."""
     case = Case(((2,),), heads=1, carried=False, diagonal=False, dtype=torch.float16)
     inputs = case.inputs()
     for name in ("B_f", "C_f", "B_b", "C_b"):
         inputs[name] = torch.full_like(inputs[name], 75.0)
     for name in ("dt_f", "dt_b"):
         inputs[name] = torch.full_like(inputs[name], 1e-3)
-    y, _ = kernels.forward(**inputs, **case.layout)
+    y, _ = kernels.forward(ScanInputs(**inputs, **case.layout))
     expected, _ = case.expected(double(inputs))
     close(y, expected, TOLERANCE[torch.float16], "y")
     inputs["x"] = torch.full_like(inputs["x"], 60000.0)
-    y, _ = kernels.forward(**inputs, **case.layout)
-    assert (y == torch.inf).all()  # 5.4e6 has no other float16
+    y, _ = kernels.forward(ScanInputs(**inputs, **case.layout))
+    assert (y == torch.inf).all()  # 5.4e6 overflows float16
 
 
 @interpreted
-def test_lengths_that_do_not_add_up():
-    """What is left out is NaN; what is beyond the last token is not read."""
+def test_lengths_that_do_not_sum_to_L():
+    """Tokens that are left out are NaN; positions after the last token are not read."""
     case = Case(((4, 4),), heads=1, ragged=True)
     inputs = case.inputs()
-    y, _ = kernels.forward(**inputs, lengths=torch.tensor([[4, 2]]), segment_len=4)
+    y, _ = kernels.forward(ScanInputs(**inputs, lengths=torch.tensor([[4, 2]]), segment_len=4))
     assert y[:, :6].isfinite().all()
     assert y[:, 6:].isnan().all()
 
     longer = Case(((4, 16),), heads=1, ragged=True).inputs()
     tokens = {name: None if value is None else value[:, :8] for name, value in longer.items()}
-    inputs |= {name: tokens[name] for name in ("x", *LEGS, "D")}
-    y, states = kernels.forward(**inputs, lengths=torch.tensor([[4, 12]]), segment_len=16)
+    inputs |= {name: tokens[name] for name in ("x", *PARAMETERS, "D")}
+    y, states = kernels.forward(ScanInputs(**inputs, lengths=torch.tensor([[4, 12]]), segment_len=16))
     expected, expected_states = case.expected(double(inputs))
     close(y, expected, TOLERANCE[torch.float32], "y")
     close(states, expected_states, TOLERANCE[torch.float32], "states")
 
 
 @interpreted
-def test_twice_the_same():
+def test_deterministic():
     case = Case(((20, 20),), heads=2, chunk=16)
     inputs = case.inputs()
-    y, states = kernels.forward(**inputs, **case.layout)
-    again = kernels.forward(**inputs, **case.layout)
+    y, states = kernels.forward(ScanInputs(**inputs, **case.layout))
+    again = kernels.forward(ScanInputs(**inputs, **case.layout))
     assert torch.equal(y, again[0])
     assert torch.equal(states, again[1])

@@ -1,7 +1,6 @@
-"""The calls of the Triton kernels, compiled for GPUs that are not there; run as a script it prints a table.
+"""Triton kernels compiled for absent GPUs; run as a script, it prints a table of their resources.
 
-The calls are those that a GPU would get: arguments, types and what Triton derives from their values. Only the launch is
-left out.
+Kernels are called as on a GPU, with the same arguments, types and specializations; only the launch is skipped.
 """
 
 import os
@@ -25,15 +24,16 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import Autotuner, JITFunction, driver  # noqa: E402
 
 from blueberry_video.ops import kernels  # noqa: E402
+from blueberry_video.ops.inputs import ScanInputs  # noqa: E402
 
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program can have: A100, H100 and H200
-FORWARD = ("decay_sums", "walk", "products", "outputs")
-BACKWARD = ("walk", "pair_gradients", "input_gradients", "shared_gradients", "decay_gradients")
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # maximum bytes per program: A100; H100 and H200
+FORWARD = ("chunk_cumsum", "state_passing", "pair_products", "chunk_scan")
+BACKWARD = ("state_passing", "pair_gradients", "input_gradients", "shared_gradients", "decay_gradients")
 BENCHMARK = {"batch": 1, "frames": 2, "tokens": 196, "heads": 24, "groups": 1, "channels": 64, "states": 128}
 
 
 class AbsentGPU:
-    """What Triton asks a driver when it compiles."""
+    """Stub of the driver that Triton queries at compile time."""
 
     def __init__(self, capability: int):
         self.capability = capability
@@ -42,7 +42,7 @@ class AbsentGPU:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return self.capability  # Triton keeps what it compiled by device
+        return self.capability  # Triton caches compiled kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -50,7 +50,7 @@ class AbsentGPU:
 
 @contextmanager
 def compiling(capability: int) -> Iterator[list[Any]]:
-    """Calls of kernels are compiled, each with its first configuration, into the list, and not launched."""
+    """Compiles kernel calls into the returned list, with the first configuration, instead of launching them."""
     compiled: list[Any] = []
     run = JITFunction.run
 
@@ -64,7 +64,7 @@ def compiling(capability: int) -> Iterator[list[Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", compile_only)
         patch.setattr(Autotuner, "run", first)
-        patch.setattr(driver, "_active", AbsentGPU(capability))  # set_active cannot be undone where there is no GPU
+        patch.setattr(driver, "_active", AbsentGPU(capability))  # set_active cannot be undone without a GPU
         yield compiled
 
 
@@ -81,28 +81,29 @@ def inputs(
     ragged: bool = False,
     carried: bool = False,
     diagonal: bool = True,
-) -> list[Any]:
-    """Of ``kernels.forward``; their values are of no account."""
+    chunk: int | None = None,
+) -> ScanInputs:
+    """Uninitialized inputs: only shapes and dtypes matter."""
     length = frames * tokens
     x = torch.empty(batch, length, heads, channels, dtype=dtype)
     numbers = [torch.empty(batch, length, heads) for _ in range(2)]
     shared = [torch.empty(batch, length, groups, states, dtype=dtype) for _ in range(2)]
-    behind: list[Tensor | None] = [None] * 4 if causal else [*numbers, *shared]
+    backward: list[Tensor | None] = [None] * 4 if causal else [*numbers, *shared]
     D = torch.empty(batch, length, heads) if diagonal else None
     lengths = torch.full((batch, frames), tokens) if ragged else None
     h0 = torch.empty(batch, heads, channels, states) if carried else None
     g0 = torch.empty(batch, frames, heads, channels, states) if carried and not causal else None
-    return [x, *numbers, *shared, *behind, D, lengths, tokens, h0, g0]
+    return ScanInputs(x, *numbers, *shared, *backward, D, lengths, tokens, h0, g0, chunk)
 
 
 def resources(compiled: Any) -> dict[str, Any]:
-    """Registers of a thread, and bytes of its stack, where these kernels put only what the registers cannot hold."""
+    """Registers per thread, bytes of stack, which these kernels use for spilled registers only, and shared memory."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    used = {name: int(re.search(rf"{name}:(\d+)", said.stdout + said.stderr)[1]) for name in ("REG", "STACK")}
+        listing = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    used = {name: int(re.search(rf"{name}:(\d+)", listing.stdout + listing.stderr)[1]) for name in ("REG", "STACK")}
     return {
         "kernel": compiled.metadata.name,
         "warps": compiled.metadata.num_warps,
@@ -113,16 +114,16 @@ def resources(compiled: Any) -> dict[str, Any]:
 
 
 def table(capability: int, dtype: torch.dtype, backward: bool, block: int | None = None) -> list[dict[str, Any]]:
-    """The resources of each kernel at the sizes of the benchmark, forward or else backward."""
+    """Prints and returns the resources of each kernel of the forward or backward pass at the benchmark's sizes."""
     given = inputs(**BENCHMARK, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch, compiling(capability) as compiled:
         if block is not None:
             patch.setitem(kernels.BLOCK, "bf16", block)
         if backward:
-            x, states = given[0], torch.empty(1, 2, 24, 64, 128)
-            kernels.backward(x, states, states, *given)
+            states = torch.empty(1, 2, 24, 64, 128)
+            kernels.backward(given.x, states, states, given)
         else:
-            kernels.forward(*given)
+            kernels.forward(given)
     rows = [resources(each) for each in compiled]
     for row in rows:
         numbers = "".join(f"{row[name]:>10,}" for name in ("warps", "registers", "spilled", "shared"))
@@ -141,7 +142,7 @@ def test_forward_fits_registers_and_shared_memory(capability: int, dtype: torch.
 
 
 @pytest.mark.slow
-def test_forward_on_hopper_fits_with_its_larger_blocks():
+def test_forward_fits_hopper_with_larger_blocks():
     rows = table(90, torch.bfloat16, backward=False, block=kernels.HOPPER_BLOCK)
     assert [row for row in rows if row["spilled"]] == []
     assert max(row["shared"] for row in rows) <= SHARED_MEMORY[90]
@@ -156,9 +157,9 @@ def test_backward_fits_shared_memory(capability: int, dtype: torch.dtype):
     assert max(row["shared"] for row in rows) <= SHARED_MEMORY[capability]
 
 
-CALLS: dict[str, dict[str, Any]] = {  # small, so that each kernel takes a second
+CALLS: dict[str, dict[str, Any]] = {  # small: a second per kernel
     "everything": {"batch": 2, "frames": 3, "tokens": 20, "heads": 4, "groups": 2, "carried": True, "chunk": 16},
-    "ones": {"batch": 1, "frames": 1, "tokens": 1, "heads": 1, "groups": 1},  # of which Triton makes constants
+    "ones": {"batch": 1, "frames": 1, "tokens": 1, "heads": 1, "groups": 1},  # Triton specializes on 1
     "causal": {
         "batch": 1,
         "frames": 2,
@@ -176,23 +177,22 @@ CALLS: dict[str, dict[str, Any]] = {  # small, so that each kernel takes a secon
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 def test_every_call_compiles(call: dict[str, Any]):
-    """The interpreter does not look at types; the compiler does."""
+    """The compiler checks types; the interpreter does not."""
     call = {"channels": 16, "states": 16, **call}
-    chunk = call.pop("chunk", None)
     given = inputs(**call)
     with compiling(90) as compiled:
-        y, states = kernels.forward(*given, chunk=chunk)
-        kernels.backward(y, states, states, *given, chunk=chunk)
+        y, states = kernels.forward(given)
+        kernels.backward(y, states, states, given)
     assert {each.metadata.name for each in compiled} == {*FORWARD, *BACKWARD}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_the_widest_heads_fit_shared_memory(capability: int):
+def test_widest_heads_fit_shared_memory(capability: int):
     given = inputs(1, 1, 300, 1, 1, 128, 256)
     with compiling(capability) as compiled:
-        y, states = kernels.forward(*given)
-        kernels.backward(y, states, states, *given)
+        y, states = kernels.forward(given)
+        kernels.backward(y, states, states, given)
     assert max(each.metadata.shared for each in compiled) <= SHARED_MEMORY[capability]
 
 

@@ -1,4 +1,4 @@
-"""``backend="mamba_ssm"`` against the definition: that package's own Triton kernels, interpreted on the CPU."""
+"""``backend="mamba_ssm"`` compared with the chunked backend; its Triton kernels are interpreted on the CPU."""
 
 import importlib.util
 import os
@@ -13,13 +13,13 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(
-    PathFinder.find_spec("mamba_ssm") is None, reason="mamba_ssm is not installed: benchmarks/video_scan.py says how"
+    PathFinder.find_spec("mamba_ssm") is None, reason="mamba_ssm is not installed: see benchmarks/video_scan.py"
 )
 
 
-@pytest.mark.skipif(INTERPRETED, reason="runs inside it")
+@pytest.mark.skipif(INTERPRETED, reason="runs in the interpreter already")
 def test_in_the_interpreter():
-    """Triton reads the variable when it is imported, so this takes a process of its own."""
+    """Runs this file in a separate process, because Triton reads TRITON_INTERPRET when it is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
     ran = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-3000:]
@@ -27,7 +27,7 @@ def test_in_the_interpreter():
 
 @pytest.fixture
 def mamba_ssm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package without its ``__init__``, which loads compiled CUDA; one configuration a kernel, and no device."""
+    """Imports the package without its ``__init__``, which loads CUDA extensions; one configuration per kernel."""
     spec = PathFinder.find_spec("mamba_ssm")
     assert spec is not None
     sys.modules.setdefault("mamba_ssm", importlib.util.module_from_spec(spec))
@@ -45,7 +45,7 @@ def mamba_ssm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 before triton is imported")
 @pytest.mark.usefixtures("mamba_ssm")
-def test_both_scans_equal_their_definition():
+def test_both_scans_equal_the_torch_backend():
     from blueberry_video.ops import ssd, video_ssd
 
     torch.manual_seed(0)
@@ -63,5 +63,5 @@ def test_both_scans_equal_their_definition():
     )
     for found, expected in zip(*pair, strict=True):
         assert (found - expected).norm() <= 1e-4 * expected.norm()
-    with pytest.raises(ValueError, match="last state only"):
+    with pytest.raises(ValueError, match=r"segment_len=16\b.*backend='mamba_ssm'"):
         ssd(x, dt_f, A_f, B_f, C_f, D, segment_len=S, return_frame_states=True, backend="mamba_ssm")

@@ -1,6 +1,5 @@
-"""Action prediction: the losses against their definitions, what is measured beside them, and clips that do not fit."""
+"""Action prediction: losses against their definitions, logged metrics, and invalid clips."""
 
-import lightning
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,12 +36,6 @@ def clips(split: str = "train", size: int = 8, **changes) -> World:
     return World(split, size, **{**options, **changes})
 
 
-def trainer(tmp_path, **changes) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    options = {"max_steps": 2, "accelerator": "cpu", "enable_model_summary": False, "use_distributed_sampler": False}
-    return lightning.Trainer(**quiet, **{**options, "default_root_dir": tmp_path, **changes})
-
-
 def batch(count: int = 3, **changes) -> dict:
     given = {
         "video": torch.rand(count, 3, FRAMES, 16, 16),
@@ -53,7 +46,7 @@ def batch(count: int = 3, **changes) -> dict:
 
 
 def test_losses_equal_their_definition():
-    """Teacher forcing on every frame; a rollout of two steps that feeds its first prediction."""
+    """Teacher forcing on every frame, and a rollout of two steps on its own first prediction."""
     module, given = task(), batch()
     values = module.shared_step(given, "val")
     model, actions = module.model, F.one_hot(given["actions"], 5).float()
@@ -81,8 +74,8 @@ def test_losses_equal_their_definition():
     assert values["loss_one_step_trivial"].item() == pytest.approx(repeated.item(), rel=1e-4)
 
 
-def test_the_loss_of_a_rollout_reaches_its_first_step():
-    """Only the second step is scored here, and still the first action has a gradient through the first prediction."""
+def test_the_rollout_loss_has_a_gradient_through_its_first_step():
+    """Only the second step is in the loss; the first action has a gradient through the first prediction."""
     model, given = world_model(), batch()
     latents = model.encode_frames(given["video"])
     actions = F.one_hot(given["actions"], 5).float().requires_grad_()
@@ -91,8 +84,8 @@ def test_the_loss_of_a_rollout_reaches_its_first_step():
     assert actions.grad[:, 0].abs().sum() > 0
 
 
-def test_training_logs_what_it_is_compared_with(tmp_path):
-    fit, module = trainer(tmp_path), task()
+def test_training_logs_metrics_and_baselines_and_trains_the_predictor_only(trainer):
+    fit, module = trainer(), task()
     before = {name: value.clone() for name, value in module.model.state_dict().items()}
     fit.fit(module, datamodule=DataModule(clips(), clips("val"), batch_size=4))
     logged = fit.logged_metrics | fit.callback_metrics
@@ -104,12 +97,12 @@ def test_training_logs_what_it_is_compared_with(tmp_path):
     )
     for name, value in module.model.state_dict().items():
         assert torch.equal(value, before[name]) == name.startswith("encoder."), name
-    optimised = {id(parameter) for group in fit.optimizers[0].param_groups for parameter in group["params"]}
-    assert optimised == {id(parameter) for parameter in module.model.predictor.parameters()}
+    optimized = {id(parameter) for group in fit.optimizers[0].param_groups for parameter in group["params"]}
+    assert optimized == {id(parameter) for parameter in module.model.predictor.parameters()}
 
 
-def test_it_learns_where_actions_lead():
-    """On frames that an action brightens or darkens: better than copying, and worse with the actions exchanged."""
+def test_predictions_depend_on_the_actions():
+    """Each action brightens or darkens the frames: better than copying, and worse with swapped actions."""
     torch.manual_seed(0)
     actions = torch.randint(0, 2, (24, FRAMES - 1))
     level = F.pad((2 * actions - 1).cumsum(dim=1), (1, 0)) * 0.3 + 0.5
@@ -124,13 +117,13 @@ def test_it_learns_where_actions_lead():
         optimizer.step()
     with torch.no_grad():
         values = module.shared_step(given, "val")
-        exchanged = module.shared_step({**given, "actions": 1 - actions}, "val")
+        swapped = module.shared_step({**given, "actions": 1 - actions}, "val")
     assert values["rollout"] < 0.5 * values["rollout_trivial"]
-    assert exchanged["rollout"] > values["rollout_trivial"]
+    assert swapped["rollout"] > values["rollout_trivial"]
 
 
 class Patches(Encoder):
-    """An encoder of another kind: each patch projected, and nothing else."""
+    """Encoder that only projects patches."""
 
     def __init__(self):
         super().__init__(16, FRAMES, 8, 2, embed_dim=12, images=True)
@@ -141,28 +134,28 @@ class Patches(Encoder):
         return tokens if keep is None else gather_tokens(tokens, keep)
 
 
-def test_it_takes_any_encoder_of_single_frames(tmp_path):
-    fit, frozen = trainer(tmp_path), Patches()
+def test_any_frozen_encoder_of_single_frames_works(trainer):
+    fit, frozen = trainer(), Patches()
     before = frozen.project.weight.clone()
     fit.fit(task(WorldModel(frozen, 5, 2, 24, 1, 2)), datamodule=DataModule(clips(), clips("val"), batch_size=4))
     assert fit.callback_metrics["val/loss"].isfinite()
     assert torch.equal(frozen.project.weight, before)
 
 
-def test_init_from_loads_the_encoder(tmp_path, capsys):
+def test_init_from_loads_the_encoder(tmp_path, capsys, trainer):
     other = world_model(seed=7).encoder.state_dict()
     torch.save(other, tmp_path / "encoder.pt")
     module = task()
     module.init_from = tmp_path / "encoder.pt"
-    trainer(tmp_path).fit(module, datamodule=DataModule(clips(), clips("val"), batch_size=4))
-    assert "loaded" in capsys.readouterr().out
+    trainer().fit(module, datamodule=DataModule(clips(), clips("val"), batch_size=4))
+    assert str(tmp_path / "encoder.pt") in capsys.readouterr().out
     assert all(torch.equal(value, other[name]) for name, value in module.model.encoder.state_dict().items())
 
 
-def test_it_acts_in_the_procedural_world_at_the_end(tmp_path):
+def test_closed_loop_runs_at_the_end_of_training(trainer):
     planner = CrossEntropyPlanner(Discrete(5), samples=10, elites=2, iterations=1)
     loop = ClosedLoop(Simulator(16, supersample=1), planner, episodes=2, max_steps=2, random_tries=1)
-    fit = trainer(tmp_path, callbacks=[loop])
+    fit = trainer(loop)
     fit.fit(task(), datamodule=DataModule(clips(), clips("val"), batch_size=4))
     assert 0 <= fit.callback_metrics["closed_loop/success"] <= 1
     assert {"closed_loop/success_trivial", "closed_loop/distance"} <= fit.callback_metrics.keys()
@@ -181,40 +174,40 @@ def test_actions_as_vectors():
 
 
 @pytest.mark.parametrize(
-    ("actions", "text"),
+    ("actions", "pattern"),
     [
-        (torch.tensor([[0, 5]]), r"run from 0 to 5 .*model\.action_dim=5 takes the integers 0 to 4"),
-        (torch.tensor([[-1, 0]]), "run from -1 to 0"),
-        (torch.tensor([[0.5, 0.0]]), "run from 0 to 0 .torch.float32."),
-        (torch.zeros(1, 2, 7), r"shape \(1, 2, 7\), but model\.action_dim=5 takes"),
+        (torch.tensor([[0, 5]]), r"(?s)(?=.*\b0\b)(?=.*\b4\b)(?=.*model\.action_dim=5)"),
+        (torch.tensor([[-1, 0]]), r"(?s)(?=.*-1\b)(?=.*model\.action_dim=5)"),
+        (torch.tensor([[0.5, 0.0]]), r"(?s)(?=.*torch\.float32)(?=.*model\.action_dim=5)"),
+        (torch.zeros(1, 2, 7), r"(?s)(?=.*\(1, 2, 7\))(?=.*model\.action_dim=5)"),
     ],
 )
-def test_actions_of_another_width_are_refused(actions, text):
-    with pytest.raises(ValueError, match=text):
+def test_actions_that_do_not_match_action_dim_raise(actions, pattern):
+    with pytest.raises(ValueError, match=pattern):
         action_vectors(actions, 5)
 
 
 @pytest.mark.parametrize(
-    ("changes", "text"),
+    ("changes", "pattern"),
     [
-        ({"actions": None}, "the clips have no actions: action_prediction needs clips of an agent"),
-        ({"actions": None, "states": None}, "no actions and no states"),
-        ({"video": torch.rand(3, 3, 4, 16, 16)}, "have 4 frames, too few to predict 4 after the first"),
-        ({"states": torch.zeros(3, FRAMES, 3)}, r"states have the shape \(3, 5, 3\) but must have \(3, 5, 2\)"),
+        ({"actions": None}, r"(?s)^(?!.*states)(?=.*actions)(?=.*data=world_agent)"),
+        ({"actions": None, "states": None}, r"(?s)(?=.*actions)(?=.*states)(?=.*data=world_agent)"),
+        ({"video": torch.rand(3, 3, 4, 16, 16)}, r"(?s)(?=.*\b4\b)(?=.*num_frames=5)(?=.*task\.val_rollout_steps)"),
+        ({"states": torch.zeros(3, FRAMES, 3)}, r"(?s)(?=.*states)(?=.*\(3, 5, 3\))(?=.*\(3, 5, 2\))"),
     ],
 )
-def test_clips_that_do_not_fit_are_refused(changes, text):
-    with pytest.raises(ValueError, match=text):
+def test_clips_that_do_not_fit_raise(changes, pattern):
+    with pytest.raises(ValueError, match=pattern):
         task().shared_step(batch(**changes), "train")
 
 
-def test_clips_without_an_agent_are_refused_when_training(tmp_path):
+def test_training_on_clips_without_an_agent_raises(trainer):
     data = DataModule(Sprites("train", 8, FRAMES, 16), Sprites("val", 8, FRAMES, 16), batch_size=4)
-    with pytest.raises(ValueError, match="the clips have no actions and no states"):
-        trainer(tmp_path).fit(task(), datamodule=data)
+    with pytest.raises(ValueError, match=r"(?s)(?=.*actions)(?=.*states)(?=.*data=world_agent)"):
+        trainer().fit(task(), datamodule=data)
 
 
 @pytest.mark.parametrize("key", ["rollout_steps", "val_rollout_steps"])
-def test_rollouts_of_no_step_are_refused(key):
-    with pytest.raises(ValueError, match=rf"task\.{key}=0 must be at least 1"):
+def test_rollouts_of_zero_steps_raise(key):
+    with pytest.raises(ValueError, match=rf"task\.{key}=0\b"):
         task(**{key: 0})

@@ -1,8 +1,7 @@
-"""Anticipation through a trainer: which frames are seen, what is logged, and its numbers against the formulas."""
+"""Anticipation task: observed frames, logged metrics, and values against the formulas."""
 
 from functools import partial
 
-import lightning
 import pytest
 import torch
 from torch import Tensor
@@ -36,13 +35,7 @@ def data(val: int = 11) -> DataModule:
     return DataModule(Sprites("train", 8, **options), Sprites("val", val, **options), batch_size=4)
 
 
-def trainer(tmp_path, **changes) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    options = {"max_steps": 2, "accelerator": "cpu", "enable_model_summary": False, "use_distributed_sampler": False}
-    return lightning.Trainer(**quiet, **{**options, "default_root_dir": tmp_path, **changes})
-
-
-def test_the_focal_loss_is_its_formula():
+def test_focal_loss_equals_its_formula():
     logits, labels = torch.randn(3, 4, dtype=torch.float64), torch.tensor([2, 0, 3])
     total = 0.0
     for row, label in zip(logits, labels, strict=True):
@@ -57,28 +50,28 @@ def test_the_focal_loss_is_its_formula():
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
-def test_the_focal_loss_of_the_sure_has_finite_gradients(gamma):
-    for sure in (1000.0, -1000.0, 40.0):
-        logits = torch.tensor([[sure, -sure]], requires_grad=True)
+def test_focal_loss_of_confident_logits_has_finite_gradients(gamma):
+    for logit in (1000.0, -1000.0, 40.0):
+        logits = torch.tensor([[logit, -logit]], requires_grad=True)
         focal_loss(logits, torch.tensor([0]), gamma=gamma).backward()
         assert logits.grad.isfinite().all()
 
 
-def test_it_sees_the_frames_that_end_the_gap_before_the_end_and_is_told_how_many_tubelets_that_is():
-    module, told = task(), []
-    module.model.register_forward_hook(lambda model, given, out: told.append(given))
+def test_the_model_receives_the_frames_before_the_gap_and_the_gap_in_tubelets():
+    module, inputs_of = task(), []
+    module.model.register_forward_hook(lambda model, given, out: inputs_of.append(given))
     video = torch.arange(8.0).view(1, 1, 8, 1, 1).expand(3, 3, 8, 16, 16)
     seen = module.before(video, torch.tensor([0, 1, 4]))
     assert [row[0, :, 0, 0].tolist() for row in seen] == [[4, 5, 6, 7], [3, 4, 5, 6], [0, 1, 2, 3]]
     module._gaps = lambda *of: torch.tensor([0, 3, 4])
     labels = {name: torch.zeros(3, dtype=torch.long) for name in CLASSES}
     module.shared_step({"video": video, "labels": labels}, "train")
-    inputs, skip = told[0]
+    inputs, skip = inputs_of[0]
     assert skip.tolist() == [0, 1, 2]
     torch.testing.assert_close(inputs, module.normalize(module.before(video, torch.tensor([0, 3, 4]))))
 
 
-def test_gaps_are_drawn_anew_for_each_clip_in_training_and_fixed_in_validation():
+def test_gaps_are_random_per_clip_in_training_and_fixed_in_validation():
     module = task()
     drawn = module._gaps(1000, "train")
     assert sorted(drawn.unique().tolist()) == [1, 2, 3, 4]
@@ -86,8 +79,8 @@ def test_gaps_are_drawn_anew_for_each_clip_in_training_and_fixed_in_validation()
 
 
 @pytest.mark.parametrize("freeze", [True, False])
-def test_training_logs_what_it_documents_and_moves_what_is_not_frozen(tmp_path, freeze):
-    module, fit = task(freeze), trainer(tmp_path)
+def test_training_logs_documented_metrics_and_updates_trainable_weights(freeze, trainer):
+    module, fit = task(freeze), trainer()
     before = {name: parameter.detach().clone() for name, parameter in module.model.named_parameters()}
     fit.fit(module, datamodule=data())
     names = {"loss", "motion_shuffled"}
@@ -98,12 +91,12 @@ def test_training_logs_what_it_documents_and_moves_what_is_not_frozen(tmp_path, 
     logged = fit.logged_metrics.keys() | fit.callback_metrics.keys()
     assert logged == {f"val/{name}" for name in names} | {f"train/{name}" for name in train}
     for name, parameter in module.model.named_parameters():
-        used = name != "predictor.mask_tokens"  # of which it takes one
+        used = name != "predictor.mask_tokens"  # only one of them is used
         assert torch.equal(parameter, before[name]) == (freeze and not name.startswith("head.")) or not used, name
 
 
-class LooksAtOnePixel(Anticipator):
-    """Logits that come from the last frame seen, whatever the weights."""
+class LastFrameLogits(Anticipator):
+    """Logits read from the pixels of the last observed frame, independent of the weights."""
 
     def __init__(self):
         super().__init__(encoder(), CLASSES, **PREDICTOR, num_heads=2, pool_depth=1, freeze=False)
@@ -113,10 +106,10 @@ class LooksAtOnePixel(Anticipator):
         return {name: colours[:, :: 768 // count][:, :count] for name, count in CLASSES.items()}
 
 
-def test_validation_numbers_are_those_of_all_clips_at_once(tmp_path):
+def test_validation_metrics_equal_those_of_all_clips_in_one_batch(trainer):
     module, clips = task(), data()
-    module.model, module.untrained = LooksAtOnePixel(), None
-    fit = trainer(tmp_path)
+    module.model, module.untrained = LastFrameLogits(), None
+    fit = trainer()
     fit.validate(module, clips, verbose=False)
     samples = [clips.val[i] for i in range(11)]
     video = torch.stack([clip["video"] for clip in samples]).transpose(1, 2).float() / 255
@@ -137,40 +130,40 @@ def test_validation_numbers_are_those_of_all_clips_at_once(tmp_path):
     assert logged["val/loss"] == pytest.approx(sum(losses).item(), rel=1e-5)
 
 
-def test_it_starts_from_the_target_encoder_or_the_encoder_of_a_run(tmp_path):
+def test_weights_load_from_the_target_encoder_or_the_encoder_of_a_run(tmp_path):
     trained = JEPA(encoder(), **PREDICTOR)
     trained.encoder.norm.weight.data.fill_(2.0)
     torch.save({"state_dict": {f"model.{k}": v for k, v in trained.state_dict().items()}}, tmp_path / "run.ckpt")
     for which, scale in (("target_encoder", 1.0), ("encoder", 2.0)):
         module = task(weights_of=which)
-        assert f"its {which!r}" in module.load_weights(tmp_path / "run.ckpt")
+        assert repr(which) in module.load_weights(tmp_path / "run.ckpt")
         assert module.model.encoder.norm.weight.unique().tolist() == [scale]
         assert module.untrained.encoder.norm.weight.unique().tolist() == [1.0]
 
 
-def test_pictures_show_the_clip_and_what_is_seen():
+def test_media_shows_the_clip_and_the_observed_frames():
     batch = {"video": torch.rand(3, 3, 8, 16, 16)}
     assert task().media(batch)["clips"].shape == (8, 3, 3 * 17, 2 * 17)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "pattern"),
     [
-        ({"seen": 3}, r"task\.seen=3 frames are no whole tubelets of 2"),
-        ({"gap": (4, 1)}, r"task\.gap=\[4, 1\] is the fewest and the most"),
-        ({"val_gap": -1}, r"task\.val_gap=-1 frames: whole numbers, 0 or more"),
-        ({"gap": (1, 2.5)}, r"task\.gap=\[1, 2\.5\] .* whole numbers"),
-        ({"val_gap": 2.0}, r"task\.val_gap=2\.0 frames: whole numbers"),
-        ({"recall_at": 0}, r"task\.recall_at=0 must be 1 or more"),
-        ({"gap": (0, 5)}, r"too short for task\.seen=4 and gaps of up to 5: set model\.encoder\.num_frames=10"),
+        ({"seen": 3}, r"task\.seen=3\b"),
+        ({"gap": (4, 1)}, r"task\.gap=\[4, 1\]"),
+        ({"val_gap": -1}, r"task\.val_gap=-1\b"),
+        ({"gap": (1, 2.5)}, r"task\.gap=\[1, 2\.5\]"),
+        ({"val_gap": 2.0}, r"task\.val_gap=2\.0\b"),
+        ({"recall_at": 0}, r"task\.recall_at=0\b"),
+        ({"gap": (0, 5)}, r"(?s)(?=.*task\.seen=4\b)(?=.*\b5\b)(?=.*model\.encoder\.num_frames=10\b)"),
     ],
 )
-def test_bad_arguments_are_refused(changes, said):
-    with pytest.raises(ValueError, match=said):
+def test_arguments_out_of_range_raise(changes, pattern):
+    with pytest.raises(ValueError, match=pattern):
         task(**changes)
 
 
 @pytest.mark.parametrize("positions", ["sinusoid", "sincos_3d"])
-def test_positions_of_whole_clips_are_refused(positions):
-    with pytest.raises(ValueError, match=rf"model\.encoder\.positions={positions} .*positions=rope_3d"):
+def test_absolute_positions_raise(positions):
+    with pytest.raises(ValueError, match=rf"(?s)model\.encoder\.positions={positions}\b.*positions=rope_3d"):
         task(positions=positions)

@@ -1,4 +1,4 @@
-"""The diffusion task through a trainer: what it trains on, logs and refuses, and that a run repeats."""
+"""Diffusion task: loss, logged metrics, errors and reproducibility."""
 
 import math
 from pathlib import Path
@@ -50,27 +50,18 @@ def data(val: int = 12) -> DataModule:
     return DataModule(MovingShapes("train", 1), MovingShapes("val", 1, val), batch_size=12)
 
 
-def trainer(tmp_path: Path, **changes) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    options = {"max_steps": 2, "accelerator": "cpu", "enable_model_summary": False, "use_distributed_sampler": False}
-    return lightning.Trainer(**quiet, **{**options, "default_root_dir": tmp_path, **changes})
-
-
 def batch(size: int = 4) -> dict:
     clips = [MovingShapes("train", 1)[index] for index in range(size)]
     video = torch.stack([clip["video"] for clip in clips]).transpose(1, 2).contiguous().float() / 255
     return {"video": video, "id": [clip["id"] for clip in clips], "caption": [clip["caption"] for clip in clips]}
 
 
-def test_training_moves_every_weight_and_logs_what_it_documents(tmp_path: Path):
-    module, fit = (
-        task(objective=VPrediction()),
-        trainer(tmp_path, max_steps=6, callbacks=[EMA(), GeneratedShapes(36, 36)]),
-    )
+def test_training_updates_every_weight_and_logs_documented_metrics(trainer):
+    module, fit = task(objective=VPrediction()), trainer(EMA(), GeneratedShapes(36, 36), max_steps=6)
     before = {name: value.detach().clone() for name, value in module.named_parameters()}
     fit.fit(module, datamodule=data())
-    still = [name for name, value in module.named_parameters() if torch.equal(value, before[name])]
-    assert still == []
+    unchanged = [name for name, value in module.named_parameters() if torch.equal(value, before[name])]
+    assert unchanged == []
     logged = fit.callback_metrics.keys()
     bins = [f"t{i:02d}_{i + 10:02d}" for i in range(0, 100, 10)]
     kinds = ["", *(f"_{name}" for name in bins), "_t95", "_shuffled", "_t95_shuffled", "_trivial", "_t95_trivial"]
@@ -78,52 +69,52 @@ def test_training_moves_every_weight_and_logs_what_it_documents(tmp_path: Path):
     sampling = {"colour", "shape", "direction", "colour_trivial", "direction_trivial", "direction_shuffled"}
     assert {f"sampling/{name}" for name in sampling} <= logged
     assert "train/loss" in fit.logged_metrics.keys() | logged
-    assert module.model.text.vocabulary, "the words of the training captions"
+    assert module.model.text.vocabulary, "built from the training captions"
 
 
-def test_the_training_loss_is_the_plain_error_of_the_target(tmp_path: Path):
-    """The model has zero output, so the loss is the mean square of the target, and of no weighted or wrong one."""
+def test_the_training_loss_is_the_mean_squared_error_of_the_target(trainer):
+    """The model has zero output, so the loss is the unweighted mean square of the target."""
     module = task(caption_dropout=0.0)
-    module.trainer = trainer(tmp_path)
+    module.trainer = trainer()
     module.model.text.learn(batch()["caption"])
     torch.manual_seed(3)
     loss = module.shared_step(batch(), "train")["loss"]
     torch.manual_seed(3)
     clean = batch()["video"] * 2 - 1
-    torch.randn_like(clean), torch.rand(4)  # the draw of the latents, of width 0, and the times
+    torch.randn_like(clean), torch.rand(4)  # latent sampling (std 0) and times
     noise = torch.randn_like(clean)
     torch.testing.assert_close(loss, (noise - clean).square().mean())
 
 
-def test_validation_is_the_same_in_every_epoch_and_whatever_ran_before(tmp_path: Path):
+def test_validation_is_independent_of_the_global_generator(trainer):
     module, clips = task(), data()
     module.model.text.learn(["a red green blue square disc triangle moves left right up down"])
     found = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        fit = trainer(tmp_path)
+        fit = trainer()
         fit.validate(module, clips, verbose=False)
         found.append({name: value.item() for name, value in fit.callback_metrics.items()})
     assert found[0] == found[1]
-    assert math.isclose(found[0]["val/loss"], 2.0, rel_tol=0.1)  # of an output of zero, §: noise 1, pixels 1
+    assert math.isclose(found[0]["val/loss"], 2.0, rel_tol=0.1)  # zero output: noise 1 + pixels 1
     assert found[0]["val/loss"] == found[0]["val/loss_shuffled"]
     assert 1.0 < found[0]["val/loss_trivial"] < 1.25
 
 
-def test_frames_have_times_of_their_own_where_asked(tmp_path: Path):
+def test_frames_have_separate_times_with_frame_times(trainer):
     module = task(model(causal_chunk=2), frame_times=True)
-    module.trainer = trainer(tmp_path)
+    module.trainer = trainer()
     assert module._times_of(torch.zeros(4, 3, 8, 16, 16)).shape == (4, 8)
     assert task()._latent_size is None
-    with pytest.raises(ValueError, match=r"frame_times=true"):
+    with pytest.raises(ValueError, match=r"task\.frame_times=true"):
         task(model(causal_chunk=2))
 
 
-def test_the_frames_of_a_patch_have_the_same_time(tmp_path: Path):
-    """Of an odd number of frames, which are filled up."""
+def test_frames_of_one_patch_share_a_time(trainer):
+    """Also with an odd number of frames, which is padded."""
     network = model(tubelet_size=2, causal_chunk=4, num_frames=8)
     module = task(network, frame_times=True)
-    module.trainer = trainer(tmp_path)
+    module.trainer = trainer()
     times = module._times_of(torch.zeros(4, 3, 8, 16, 16))
     assert times.shape == (4, 8)
     assert torch.equal(times[:, ::2], times[:, 1::2])
@@ -135,14 +126,14 @@ def test_the_frames_of_a_patch_have_the_same_time(tmp_path: Path):
     assert module.generate(batch()["caption"]).shape == (4, 3, 7, 16, 16)
 
 
-def test_times_of_frames_are_not_spread_evenly():
-    with pytest.raises(ValueError, match=r"stratified=true .*frame_times=true .*: set one of them to false"):
+def test_stratified_frame_times_raise():
+    with pytest.raises(ValueError, match=r"(?s)(?=.*task\.times\.stratified=true)(?=.*task\.frame_times=true)"):
         task(frame_times=True, times=UniformTimes(stratified=True))
     task(times=UniformTimes(stratified=True))
 
 
-def test_a_causal_network_is_trained_validated_and_sampled(tmp_path: Path):
-    module, fit = task(model(causal_chunk=2), frame_times=True), trainer(tmp_path, max_steps=3)
+def test_a_causal_network_trains_validates_and_samples(trainer):
+    module, fit = task(model(causal_chunk=2), frame_times=True), trainer(max_steps=3)
     fit.fit(module, datamodule=data())
     made = module.generate(["a red disc moves up"], torch.Generator().manual_seed(0))
     assert made.shape == (1, 3, 8, 16, 16)
@@ -150,8 +141,8 @@ def test_a_causal_network_is_trained_validated_and_sampled(tmp_path: Path):
     assert math.isfinite(fit.callback_metrics["val/loss"])
 
 
-def test_the_same_prompts_and_seeds_give_the_same_pictures(tmp_path: Path):
-    module, fit = task(prompts=["a red disc moves up", "a blue square moves left"]), trainer(tmp_path, max_steps=1)
+def test_samples_in_media_are_deterministic(trainer):
+    module, fit = task(prompts=["a red disc moves up", "a blue square moves left"]), trainer(max_steps=1)
     fit.fit(module, datamodule=data())
     first = module.media(batch())
     torch.rand(5)
@@ -161,15 +152,15 @@ def test_the_same_prompts_and_seeds_give_the_same_pictures(tmp_path: Path):
     assert torch.equal(first["samples"], again["samples"])
     assert module.tokens_per_clip(batch()) == 8 * 2 * 2
     smaller = {**batch(), "video": batch()["video"][:, :, :4, :8]}
-    assert module.tokens_per_clip(smaller) == 4 * 1 * 2, "of the batch, not of the validation clips"
+    assert module.tokens_per_clip(smaller) == 4 * 1 * 2, "size of the batch, not of the validation clips"
 
 
-def test_training_goes_on_after_pictures_that_failed(tmp_path: Path):
+def test_generate_restores_the_training_mode_also_after_an_error(tmp_path: Path):
     module = task()
     module._latent_size = (8, 16, 16)
     module.model.text.learn(["a red disc"])
     module.train()
-    with pytest.raises(ValueError, match="'yellow'"):
+    with pytest.raises(ValueError, match=r"'yellow'"):
         module.generate(["a yellow disc"])
     assert module.model.training
     module.model.eval()
@@ -178,8 +169,8 @@ def test_training_goes_on_after_pictures_that_failed(tmp_path: Path):
 
 
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_validation_start", "on_test_start"])
-def test_the_frozen_codec_goes_to_the_device_of_the_run_under_any_strategy(tmp_path: Path, monkeypatch, hook: str):
-    module, fit = task(model(CausalVideoVAE(3, (4, 8), time_stride=1))), trainer(tmp_path)
+def test_the_frozen_codec_is_moved_to_the_device_under_any_strategy(monkeypatch, hook: str, trainer):
+    module, fit = task(model(CausalVideoVAE(3, (4, 8), time_stride=1))), trainer()
     module.trainer = fit
     monkeypatch.setattr(fit.strategy, "_accelerator", None)
     monkeypatch.setattr(type(fit.strategy), "root_device", torch.device("meta"))
@@ -189,23 +180,23 @@ def test_the_frozen_codec_goes_to_the_device_of_the_run_under_any_strategy(tmp_p
 
 
 class Captioned(MovingShapes):
-    """Says of its clips what one asks it to."""
+    """Dataset with the given captions."""
 
     def __init__(self, captions: list[str]):
         super().__init__("val", 1, len(captions))
-        self.said = captions
+        self.texts = captions
 
     def __getitem__(self, index: int) -> dict:
-        return {**super().__getitem__(index), "caption": self.said[index]}
+        return {**super().__getitem__(index), "caption": self.texts[index]}
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_shuffled_captions_are_never_a_clips_own(tmp_path: Path, size: int):
-    """A network that is wrong by what it is told: 1 of "red", 2 of "blue"."""
+def test_shuffled_captions_differ_from_the_caption_of_the_clip(size: int, trainer):
+    """The output error of the network depends on the caption: 1 for "red", 2 for "blue"."""
     network = model(vocabulary=["blue", "red"])
-    told = torch.zeros_like(network.text.embed.weight)
-    told[2:4] = torch.tensor([[2.0], [1.0]])
-    network.text.embed.weight.data = told
+    embedding = torch.zeros_like(network.text.embed.weight)
+    embedding[2:4] = torch.tensor([[2.0], [1.0]])
+    network.text.embed.weight.data = embedding
     network.text.position.data.zero_()
     network.forward = lambda latents, time, text, *_: (
         torch.zeros_like(latents) + 1000 * text.tokens.sum(dim=1)[:, 0].view(-1, 1, 1, 1, 1)
@@ -214,11 +205,11 @@ def test_shuffled_captions_are_never_a_clips_own(tmp_path: Path, size: int):
     for captions in (["red", "red", "blue", "red"], ["red"] * 4):
         clips, fit = (
             DataModule(MovingShapes("train", 1), Captioned(captions), size, val_batch_size=size),
-            trainer(tmp_path),
+            trainer(),
         )
         fit.validate(task(network), clips, verbose=False)
         losses.append({name: value.item() for name, value in fit.callback_metrics.items()})
-    expected = (3 * 1 + 4) / 4, (3 * 4 + 1) / 4  # of its own captions, and of the others'
+    expected = (3 * 1 + 4) / 4, (3 * 4 + 1) / 4  # own captions, shuffled captions
     assert losses[0]["val/loss"] == pytest.approx(expected[0] * 1e6, rel=0.01)
     assert losses[0]["val/loss_shuffled"] == pytest.approx(expected[1] * 1e6, rel=0.01)
     assert losses[0]["val/loss_t95_shuffled"] == pytest.approx(expected[1] * 1e6, rel=0.01)
@@ -226,7 +217,7 @@ def test_shuffled_captions_are_never_a_clips_own(tmp_path: Path, size: int):
     assert not [name for name in losses[1] if "shuffled" in name]
 
 
-def test_captions_are_dropped_as_often_as_asked_and_become_the_unconditional_text():
+def test_caption_dropout_has_the_given_share_and_uses_the_unconditional_text():
     network = model()
     many = {**batch(36), "caption": batch(36)["caption"]}
     network.text.learn(many["caption"])
@@ -241,7 +232,7 @@ def test_captions_are_dropped_as_often_as_asked_and_become_the_unconditional_tex
     assert torch.equal(some.tokens[~dropped], text.tokens[~dropped])
 
 
-def test_stored_latents_train_as_pixels_do(tmp_path: Path):
+def test_training_on_stored_latents_equals_training_on_pixels(tmp_path: Path, trainer):
     network = model()
     for split in ("train", "val"):
         clips = MovingShapes(split, 1, 36 if split == "train" else 12)
@@ -249,7 +240,7 @@ def test_stored_latents_train_as_pixels_do(tmp_path: Path):
     stored = DataModule(LatentClips(tmp_path / "train"), LatentClips(tmp_path / "val"), 12)
     losses = []
     for clips in (data(), stored):
-        module, fit = task(model()), trainer(tmp_path, max_steps=3)
+        module, fit = task(model()), trainer(max_steps=3)
         lightning.seed_everything(0, verbose=False)
         fit.fit(module, datamodule=clips)
         losses.append(fit.callback_metrics["val/loss"].item())
@@ -260,10 +251,10 @@ def test_stored_latents_train_as_pixels_do(tmp_path: Path):
 
 
 def test_a_missing_caption_names_the_clip():
-    silent = {**batch(), "caption": ["a red disc moves up", "", "a", "a"]}
-    with pytest.raises(ValueError, match=f"{silent['id'][1]} have no caption"):
-        text_of(model(), silent)
-    with pytest.raises(ValueError, match="have no caption"):
+    uncaptioned = {**batch(), "caption": ["a red disc moves up", "", "a", "a"]}
+    with pytest.raises(ValueError, match=rf"(?s)(?=.*{uncaptioned['id'][1]})(?=.*caption)"):
+        text_of(model(), uncaptioned)
+    with pytest.raises(ValueError, match=r"caption.*metadata"):
         text_of(model(), {key: value for key, value in batch().items() if key != "caption"})
 
 
@@ -273,12 +264,12 @@ def test_latents_that_are_nan_name_the_clip(stored: bool):
     broken["video"][2, 0, 3, 4, 5] = torch.nan
     if stored:
         broken["moments"] = Pixels().encode(broken["video"])
-    with pytest.raises(ValueError, match=rf"clips {broken['id'][2]} are NaN"):
+    with pytest.raises(ValueError, match=rf"(?s)(?=.*{broken['id'][2]})(?=.*NaN)"):
         latents_of(model(), broken, None)
 
 
 class Blocks(Codec):
-    """A codec with a step in time and space."""
+    """Codec with strides 4 in time and 2 in space."""
 
     def __init__(self) -> None:
         super().__init__(channels=3, stride=(4, 2, 2))
@@ -290,26 +281,26 @@ class Blocks(Codec):
         return latents
 
 
-def test_an_illegal_number_of_frames_is_refused_before_the_first_step(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"num_frames=8 is not 1 \+ a multiple of 4.*use 9 or 5"):
-        trainer(tmp_path).fit(task(model(Blocks())), datamodule=data())
+def test_an_invalid_number_of_frames_raises_before_the_first_step(trainer):
+    with pytest.raises(ValueError, match=r"(?s)num_frames=8\b(?=.*\b9\b)(?=.*\b5\b)"):
+        trainer().fit(task(model(Blocks())), datamodule=data())
 
 
-def test_latents_of_another_codec_are_refused(tmp_path: Path):
+def test_latents_of_a_different_codec_raise(tmp_path: Path, trainer):
     for split in ("train", "val"):
         write_latents(MovingShapes(split, 1, 12), Pixels(), None, tmp_path / split, shard_size=12)
     stored = DataModule(LatentClips(tmp_path / "train"), LatentClips(tmp_path / "val"), 4)
-    with pytest.raises(ValueError, match=r"what Pixels/\w+ made, and model.codec is Blocks/"):
-        trainer(tmp_path).fit(task(model(Blocks())), datamodule=stored)
+    with pytest.raises(ValueError, match=r"(?s)(?=.*Pixels/)(?=.*model\.codec\b)(?=.*Blocks/)"):
+        trainer().fit(task(model(Blocks())), datamodule=stored)
 
 
-def test_a_word_that_training_never_showed_is_named(tmp_path: Path):
+def test_an_unknown_word_in_a_caption_raises(tmp_path: Path):
     module = task()
     module.model.text.learn(["a red disc moves up"])
-    with pytest.raises(ValueError, match=r"'yellow'.*not among"):
+    with pytest.raises(ValueError, match=r"(?s)'yellow'.*vocabulary"):
         text_of(module.model, {"id": ["one"], "caption": ["a yellow disc moves up"]})
 
 
-def test_a_share_out_of_range():
-    with pytest.raises(ValueError, match=r"caption_dropout=1.5"):
+def test_caption_dropout_out_of_range_raises():
+    with pytest.raises(ValueError, match=r"task\.caption_dropout=1\.5"):
         task(caption_dropout=1.5)

@@ -1,4 +1,4 @@
-"""Image-to-video training: what the network is shown of the first frame in training, validation and pictures."""
+"""Image-to-video training: conditioning on the first frame in training, validation and media."""
 
 from pathlib import Path
 
@@ -29,31 +29,32 @@ WORDS = ["a", "red", "green", "blue", "square", "disc", "triangle", "moves", "le
 
 
 class Recorder(nn.Module):
-    """Keeps what it is given; says the exact flow of the one clip that it knows, but nonsense of its first frame."""
+    """Network that records its inputs and predicts the exact flow of ``clip``, except in the first frame."""
 
     out_channels, text_dim, pooled_dim, patch_size = 3, 8, 0, (1, 4, 4)
     embedded_guidance, causal_chunk = False, 0
 
-    def __init__(self, image_condition: str, knows: Tensor | None = None):
+    def __init__(self, image_condition: str, clip: Tensor | None = None):
         super().__init__()
-        self.image_condition, self.in_channels, self.knows = image_condition, CHANNELS[image_condition], knows
+        self.image_condition, self.in_channels, self.clip = image_condition, CHANNELS[image_condition], clip
+        self.image_dropout = {"channels": 0.05, "optional": 0.7}.get(image_condition, 0.0)
         self.weight = nn.Parameter(torch.zeros(1))
         self.seen: list[Tensor] = []
 
     def check_size(self, size: tuple[int, int, int]) -> None:
-        """Takes any."""
+        """Accepts any size."""
 
     def forward(self, latents, time, text, mask, pooled, guidance, cache, first_frame):
         self.seen.append(latents.detach())
-        if self.knows is None:
+        if self.clip is None:
             return latents[:, :3] * self.weight
-        flow = (latents[:, :3] - self.knows) / (time / 1000).view(-1, 1, 1, 1, 1)
+        flow = (latents[:, :3] - self.clip) / (time / 1000).view(-1, 1, 1, 1, 1)
         flow[:, :, 0] = 100.0
         return flow + self.weight
 
 
-def recording(how: str, knows: Tensor | None = None, **changes) -> tuple[Diffusion, Recorder]:
-    recorder = Recorder(how, knows)
+def recording(kind: str, clip: Tensor | None = None, **changes) -> tuple[Diffusion, Recorder]:
+    recorder = Recorder(kind, clip)
     return task(TextToVideo(recorder, WordText(8, 8, WORDS), Pixels()), **changes), recorder
 
 
@@ -74,12 +75,6 @@ def task(network: TextToVideo, **changes) -> Diffusion:
     return module
 
 
-def trainer(tmp_path: Path, **changes) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    options = {"max_steps": 2, "enable_model_summary": False, "use_distributed_sampler": False}
-    return lightning.Trainer(**quiet, **{**options, "default_root_dir": tmp_path, **changes})
-
-
 def data() -> DataModule:
     return DataModule(MovingShapes("train", 1, 12), MovingShapes("val", 1, 12), batch_size=12)
 
@@ -90,54 +85,53 @@ def batch(size: int = 4) -> dict:
     return {"video": video, "id": [clip["id"] for clip in clips], "caption": [clip["caption"] for clip in clips]}
 
 
-def image_of(how: str, latents: Tensor) -> Tensor:
-    """The first frame (B, 3, H, W) that a network was told."""
-    return (latents if how == "token_replace" else latents[:, 3:6])[:, :, 0]
+def image_of(kind: str, latents: Tensor) -> Tensor:
+    """Returns the first frame (B, 3, H, W) that a network was conditioned on."""
+    return (latents if kind == "token_replace" else latents[:, 3:6])[:, :, 0]
 
 
-@pytest.mark.parametrize("how", CHANNELS)
-def test_training_shows_noisy_images_and_withholds_some_and_validation_neither(how: str):
-    module, recorder = recording(how, image_noise=ImageNoise(), image_dropout=0.5)
+@pytest.mark.parametrize("kind", CHANNELS)
+def test_image_noise_and_dropout_are_applied_in_training_only(kind: str):
+    module, recorder = recording(kind, image_noise=ImageNoise(), image_dropout=0.5)
     clips = batch(36)
     clean = clips["video"][:, :, 0] * 2 - 1
     torch.manual_seed(0)
     module.shared_step(clips, "train")
-    told = image_of(how, recorder.seen.pop())
-    withheld = (told == 0).flatten(1).all(dim=1)
-    assert 8 <= int(withheld.sum()) <= 28, "some, within one batch"
-    noise = (told - clean)[~withheld].flatten(1).std(dim=1)
+    images = image_of(kind, recorder.seen.pop())
+    dropped = (images == 0).flatten(1).all(dim=1)
+    assert 8 <= int(dropped.sum()) <= 28, "some, within one batch"
+    noise = (images - clean)[~dropped].flatten(1).std(dim=1)
     assert ((noise > 0.005) & (noise < 0.4)).all()
-    assert noise.std() > 0.005, "of every clip its own"
+    assert noise.std() > 0.005, "independent for each clip"
     for stage in ("val", "test"):
         module.shared_step(clips, stage)
-        assert all(torch.equal(image_of(how, latents), clean) for latents in recorder.seen)
+        assert all(torch.equal(image_of(kind, latents), clean) for latents in recorder.seen)
 
 
-def test_the_mark_of_an_image_is_withheld_with_it():
+def test_the_mask_channel_is_dropped_with_the_image():
     module, recorder = recording("optional", image_dropout=0.5)
     torch.manual_seed(0)
     module.shared_step(batch(36), "train")
     seen = recorder.seen.pop()
-    withheld = (image_of("optional", seen) == 0).flatten(1).all(dim=1)
+    dropped = (image_of("optional", seen) == 0).flatten(1).all(dim=1)
     marks = seen[:, 6].flatten(2)
-    assert (marks[~withheld, 0] == 1).all()
+    assert (marks[~dropped, 0] == 1).all()
     assert not marks[:, 1:].any()
-    assert not marks[withheld].any()
-    assert 0 < int(withheld.sum()) < 36
+    assert not marks[dropped].any()
+    assert 0 < int(dropped.sum()) < 36
 
 
-@pytest.mark.parametrize(("dropout", "told"), [(None, True), (1.0, False)])
-def test_a_network_that_can_do_without_is_shown_images_unless_told_not_to(dropout: float | None, told: bool):
+@pytest.mark.parametrize(("dropout", "conditioned"), [(None, True), (1.0, False)])
+def test_an_optional_image_is_used_unless_dropout_is_one(dropout: float | None, conditioned: bool):
     module, recorder = recording("optional", image_dropout=dropout)
     torch.manual_seed(0)
     for stage in ("train", "val"):
         module.shared_step(batch(36), stage)
-        assert all(bool(latents[:, 3:].any()) == told for latents in recorder.seen)
+        assert all(bool(latents[:, 3:].any()) == conditioned for latents in recorder.seen)
         recorder.seen.clear()
 
 
-def test_a_run_that_needs_no_image_draws_what_it_always_drew():
-    """Neither noise nor dropout costs a random number where they do nothing."""
+def test_image_settings_draw_no_random_numbers_without_an_image():
     losses = []
     for changes in ({}, {"image_noise": ImageNoise(), "image_dropout": 0.5}):
         recorder = Recorder("optional")
@@ -148,36 +142,36 @@ def test_a_run_that_needs_no_image_draws_what_it_always_drew():
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("how", ["token_replace", "channels"])
-def test_a_frame_that_is_given_counts_neither_in_training_nor_in_validation(how: str):
-    """The network is exact but for the first frame, where ``token_replace`` makes nothing that is used."""
+@pytest.mark.parametrize("kind", ["token_replace", "channels"])
+def test_only_token_replace_excludes_the_first_frame_from_losses(kind: str):
+    """The network is exact except in the first frame."""
     clips = batch(1)
-    module, _ = recording(how, clips["video"] * 2 - 1, caption_dropout=0.0, image_dropout=0.0)
+    module, _ = recording(kind, clips["video"] * 2 - 1, caption_dropout=0.0, image_dropout=0.0)
     torch.manual_seed(0)
     values = [module.shared_step(clips, "train")["loss"]]
     held_out = module.shared_step(clips, "val")
     values += [held_out[name] for name in held_out if "trivial" not in name]
     assert len(values) > 10
     for value in values:
-        assert (value < 1e-6) == (how == "token_replace")
+        assert (value < 1e-6) == (kind == "token_replace")
 
 
-def test_held_out_losses_of_image_to_video_repeat(tmp_path: Path):
+def test_validation_losses_of_image_to_video_are_deterministic(trainer):
     module, found = task(cogvideox(), image_noise=ImageNoise()), []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        fit = trainer(tmp_path)
+        fit = trainer()
         fit.validate(module, data(), verbose=False)
         found.append({name: value.item() for name, value in fit.callback_metrics.items()})
     assert found[0] == found[1]
     assert found[0]["val/loss"] > 0
 
 
-def test_image_to_video_is_trained_and_shown(tmp_path: Path):
+def test_image_to_video_trains_and_writes_media(tmp_path: Path, trainer):
     module = task(cogvideox(), image_noise=ImageNoise(), num_pictures=3)
     assert module.image_dropout == 0.05
     before = {name: value.detach().clone() for name, value in module.named_parameters()}
-    trainer(tmp_path, max_steps=4, callbacks=[Media()]).fit(module, datamodule=data())
+    trainer(Media(), max_steps=4).fit(module, datamodule=data())
     assert [name for name, value in module.named_parameters() if torch.equal(value, before[name])] == []
     assert list((tmp_path / "media").glob("samples_from_image_*.gif"))
     shown = module.media(batch())
@@ -185,20 +179,20 @@ def test_image_to_video_is_trained_and_shown(tmp_path: Path):
     assert shown["samples_from_image"].shape == (8, 3, 3 * 17, 17)
     torch.rand(5)
     assert torch.equal(shown["samples_from_image"], module.media(batch())["samples_from_image"])
-    others = {**batch(), "video": batch()["video"].flip(0)}
-    assert not torch.equal(shown["samples_from_image"], module.media(others)["samples_from_image"])
+    flipped = {**batch(), "video": batch()["video"].flip(0)}
+    assert not torch.equal(shown["samples_from_image"], module.media(flipped)["samples_from_image"])
 
 
-def test_pictures_begin_as_the_clips_of_the_batch():
+def test_samples_in_media_start_with_the_first_frames_of_the_batch():
     module, _ = recording("token_replace", prompts=["a red disc moves up"] * 9)
     module._latent_size = (8, 16, 16)
     shown = module.media(batch(2))["samples_from_image"]
-    assert shown.shape == (8, 3, 2 * 17, 17), "a clip has one image"
+    assert shown.shape == (8, 3, 2 * 17, 17), "one image per clip"
     first = shown[0].unflatten(1, (2, 17))[:, :, :16, :16].transpose(0, 1).float() / 255
     torch.testing.assert_close(first, batch(2)["video"][:, :, 0])
 
 
-def test_a_network_that_can_do_without_is_shown_both_ways():
+def test_media_of_an_optional_image_has_both_modes():
     module, recorder = recording("optional")
     module._latent_size = (8, 16, 16)
     assert list(module.media(batch())) == ["samples", "samples_from_image"]
@@ -215,14 +209,14 @@ def stored(folder: Path, codec: Codec | None = None) -> DataModule:
     return DataModule(LatentClips(folder / "train"), LatentClips(folder / "val"), 4)
 
 
-def test_noise_on_images_of_stored_latents_is_refused_when_a_run_begins(tmp_path: Path):
+def test_image_noise_on_stored_latents_raises_before_training(tmp_path: Path, trainer):
     clips = stored(tmp_path)
     module, recorder = recording("channels", image_noise=ImageNoise())
-    with pytest.raises(ValueError, match=r"task.image_noise=null, or train on the clips themselves"):
-        trainer(tmp_path).fit(module, datamodule=clips)
+    with pytest.raises(ValueError, match=r"(?s)(?=.*task\.image_noise=null)(?=.*data=latents)"):
+        trainer().fit(module, datamodule=clips)
     assert recorder.seen == []
     module, recorder = recording("channels", num_pictures=2)
-    trainer(tmp_path, max_steps=1).fit(module, datamodule=clips)
+    trainer(max_steps=1).fit(module, datamodule=clips)
     assert recorder.seen
     moments = torch.stack([clips.val[index]["moments"] for index in range(2)])
     shown = module.media({"video": moments, "moments": moments, "id": ["a", "b"], "caption": ["a disc"] * 2})
@@ -230,27 +224,27 @@ def test_noise_on_images_of_stored_latents_is_refused_when_a_run_begins(tmp_path
 
 
 class Spanning(Pixels):
-    """As if its norms spanned the frames of a clip."""
+    """Codec with norms over all frames of a clip."""
 
     first_frame_alone = False
 
 
 class WithImages(LatentClips):
-    """Stored latents with those of the first frame alone."""
+    """Stored latents with the latents of the first frame encoded separately."""
 
     def __getitem__(self, index: int) -> dict:
         return {**super().__getitem__(index), "image_moments": torch.full((6, 1, 16, 16), -0.5)}
 
 
-def test_stored_latents_without_those_of_the_image_are_refused_when_a_run_begins(tmp_path: Path):
+def test_stored_latents_without_image_moments_raise_before_training(tmp_path: Path, trainer):
     stored(tmp_path, Spanning())
     recorder = Recorder("channels")
     module = task(TextToVideo(recorder, WordText(8, 8, WORDS), Spanning()), image_dropout=0.0, num_pictures=2)
-    for clips, refused in ((LatentClips, True), (WithImages, False)):
+    for clips, raises in ((LatentClips, True), (WithImages, False)):
         data = DataModule(clips(tmp_path / "train"), clips(tmp_path / "val"), 4)
-        fit = trainer(tmp_path, max_steps=1)
-        if refused:
-            with pytest.raises(ValueError, match=r"no `image_moments`.*`make latents EXP=…`"):
+        fit = trainer(max_steps=1)
+        if raises:
+            with pytest.raises(ValueError, match=r"(?s)image_moments\b.*make latents"):
                 fit.fit(module, datamodule=data)
             assert recorder.seen == []
         else:
@@ -260,6 +254,6 @@ def test_stored_latents_without_those_of_the_image_are_refused_when_a_run_begins
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5])
-def test_a_share_of_images_out_of_range(share: float):
-    with pytest.raises(ValueError, match=rf"task.image_dropout={share} is a share"):
+def test_image_dropout_out_of_range_raises(share: float):
+    with pytest.raises(ValueError, match=rf"task\.image_dropout={share}"):
         recording("channels", image_dropout=share)

@@ -1,9 +1,8 @@
-"""Fine-tuning with adapters through a trainer: what is trained and saved, beside an average of the weights, and that a
-resumed run goes on from the same frozen weights."""
+"""Fine-tuning with LoRA adapters: trained and saved weights, EMA and resuming."""
 
+from collections.abc import Callable
 from pathlib import Path
 
-import lightning
 import pytest
 import torch
 
@@ -13,7 +12,6 @@ from blueberry_video.data.moving_shapes import MovingShapes
 from blueberry_video.diffusion.guidance import NoGuidance
 from blueberry_video.diffusion.lora import LoRA
 from blueberry_video.diffusion.objectives import FlowMatching
-from blueberry_video.diffusion.published import export
 from blueberry_video.diffusion.samplers import DDIM
 from blueberry_video.diffusion.text_to_video import TextToVideo
 from blueberry_video.diffusion.timesteps import UniformTimes
@@ -34,28 +32,28 @@ def network(seed: int, lora: LoRA | None = None) -> TextToVideo:
 
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
-    export(network(7), tmp_path / "base")
+    network(7).save_published(tmp_path / "base")
     return tmp_path / "base"
 
 
-def fit(published: Path, folder: Path, steps: int, resume: Path | None = None) -> tuple[TextToVideo, EMA, Path]:
-    model = network(steps, LoRA(base=str(published), rank=2, targets=["to_q", "to_v"]))
-    optimizer = lambda groups: torch.optim.AdamW(groups, lr=0.01)  # noqa: E731
-    task = Diffusion(model, optimizer, constant, FlowMatching(), UniformTimes(), DDIM(2), NoGuidance())
-    ema = EMA(decay=0.5, warmup=False)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 1}
-    trainer = lightning.Trainer(
-        max_steps=steps, accelerator="cpu", default_root_dir=folder, callbacks=[StepSeed(0), ema],
-        enable_model_summary=False, use_distributed_sampler=False, **quiet,
-    )  # fmt: skip
-    clips = DataModule(MovingShapes("train", 1, 12), MovingShapes("val", 1, 12), 4)
-    trainer.fit(task, datamodule=clips, ckpt_path=resume, weights_only=False)
-    trainer.save_checkpoint(folder / f"{steps}.ckpt")
-    return model, ema, folder / f"{steps}.ckpt"
+@pytest.fixture
+def fit(published: Path, tmp_path: Path, trainer) -> Callable[..., tuple[TextToVideo, EMA, Path]]:
+    def run(steps: int, resume: Path | None = None) -> tuple[TextToVideo, EMA, Path]:
+        model = network(steps, LoRA(base=str(published), rank=2, targets=["to_q", "to_v"]))
+        optimizer = lambda groups: torch.optim.AdamW(groups, lr=0.01)  # noqa: E731
+        task = Diffusion(model, optimizer, constant, FlowMatching(), UniformTimes(), DDIM(2), NoGuidance())
+        ema = EMA(decay=0.5, warmup=False)
+        fitted = trainer(StepSeed(0), ema, max_steps=steps, limit_val_batches=1)
+        clips = DataModule(MovingShapes("train", 1, 12), MovingShapes("val", 1, 12), 4)
+        fitted.fit(task, datamodule=clips, ckpt_path=resume, weights_only=False)
+        fitted.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return model, ema, tmp_path / f"{steps}.ckpt"
+
+    return run
 
 
-def test_adapters_alone_are_trained_and_saved(published: Path, tmp_path: Path):
-    model, _, file = fit(published, tmp_path, 2)
+def test_only_adapters_are_trained_and_saved(fit):
+    model, _, file = fit(2)
     state = torch.load(file, weights_only=False)["state_dict"]
     names = {name for name in state if name.startswith("model.transformer.")}
     assert names
@@ -67,9 +65,9 @@ def test_adapters_alone_are_trained_and_saved(published: Path, tmp_path: Path):
     assert any(value.abs().sum() > 0 for name, value in state.items() if ".lora_B." in name)
 
 
-def test_a_resumed_run_has_the_same_frozen_weights_also_in_the_average(published: Path, tmp_path: Path):
-    _, _, file = fit(published, tmp_path, 2)
-    model, ema, _ = fit(published, tmp_path, 4, resume=file)
+def test_frozen_weights_are_unchanged_in_a_resumed_run_and_its_ema(fit):
+    _, _, file = fit(2)
+    model, ema, _ = fit(4, resume=file)
     expected = network(7).transformer.state_dict()
     for twin in (model.transformer, ema._average_model.module.model.transformer):
         for name, value in twin.named_parameters():

@@ -1,6 +1,5 @@
-"""Distillation: the loss against its formula, and a teacher that only answers."""
+"""Distillation: loss against its formula, and a frozen teacher."""
 
-import lightning
 import pytest
 import torch
 
@@ -22,7 +21,7 @@ def classifier(width: int, seed: int, **changes) -> VideoClassifier:
 
 @pytest.fixture
 def weights(tmp_path):
-    """A trained teacher's file: other weights than those the teacher is made with."""
+    """File of a trained teacher, with weights that differ from the teacher's initial ones."""
     torch.save({"model": {f"model.{n}": v for n, v in classifier(24, 7).state_dict().items()}}, tmp_path / "teacher.pt")
     return tmp_path / "teacher.pt"
 
@@ -38,12 +37,6 @@ def data() -> DataModule:
     return DataModule(Sprites("train", 8, **options), Sprites("val", 8, **options), batch_size=4)
 
 
-def trainer(tmp_path, **changes) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    options = {"max_steps": 2, "accelerator": "cpu", "enable_model_summary": False, "use_distributed_sampler": False}
-    return lightning.Trainer(**quiet, **{**options, "default_root_dir": tmp_path, **changes})
-
-
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_loss_equals_loops(temperature):
     student = {"a": torch.randn(3, 4), "b": torch.randn(3, 2)}
@@ -57,18 +50,18 @@ def test_loss_equals_loops(temperature):
     assert distillation_loss(student, student, temperature).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_gradients_keep_their_size_as_the_temperature_rises():
-    """The square of the temperature is there for this."""
-    teacher, sizes = {"a": torch.randn(8, 6)}, []
+def test_gradient_norm_is_independent_of_the_temperature():
+    """This is the purpose of the factor temperature²."""
+    teacher, norms = {"a": torch.randn(8, 6)}, []
     for temperature in (10.0, 100.0):
         logits = torch.zeros(8, 6, requires_grad=True)
         distillation_loss({"a": logits}, teacher, temperature).backward()
-        sizes.append(logits.grad.norm().item())
-    assert sizes[0] == pytest.approx(sizes[1], rel=0.1)
+        norms.append(logits.grad.norm().item())
+    assert norms[0] == pytest.approx(norms[1], rel=0.1)
 
 
-def test_training_logs_both_losses_and_the_teacher(tmp_path, weights, capsys):
-    fit, module = trainer(tmp_path), task(weights, hard_weight=0.5, temperature=2.0)
+def test_training_logs_both_losses_and_the_accuracy_of_the_teacher(weights, capsys, trainer):
+    fit, module = trainer(), task(weights, hard_weight=0.5, temperature=2.0)
     fit.fit(module, datamodule=data())
     logged = fit.logged_metrics | fit.callback_metrics
     names = {"loss", "loss_soft", "loss_hard", "motion", "shape"}
@@ -78,11 +71,11 @@ def test_training_logs_both_losses_and_the_teacher(tmp_path, weights, capsys):
     for stage in ("train", "val"):
         soft, hard = logged[f"{stage}/loss_soft"], logged[f"{stage}/loss_hard"]
         assert logged[f"{stage}/loss"].item() == pytest.approx((soft + 0.5 * hard).item(), rel=1e-5)
-    assert capsys.readouterr().out.count("teacher: loaded ") == 1
+    assert capsys.readouterr().out.count(str(weights)) == 1
 
 
-def test_the_teacher_answers_from_its_file_and_stays_as_it_is(tmp_path, weights):
-    fit, module = trainer(tmp_path, max_steps=4), task(weights)
+def test_the_teacher_is_loaded_from_its_file_and_frozen(weights, trainer):
+    fit, module = trainer(max_steps=4), task(weights)
     student = {name: value.clone() for name, value in module.model.state_dict().items()}
     fit.fit(module, datamodule=data())
     expected = classifier(24, 7).state_dict()
@@ -100,29 +93,29 @@ def test_the_teacher_answers_from_its_file_and_stays_as_it_is(tmp_path, weights)
     assert fit.callback_metrics["val/motion_teacher"].item() == pytest.approx(sum(right) / 8)
 
 
-def test_the_teacher_is_in_no_checkpoint_and_no_optimiser(tmp_path, weights):
-    fit, module = trainer(tmp_path), task(weights)
+def test_the_teacher_is_in_no_checkpoint_and_no_optimizer(tmp_path, weights, trainer):
+    fit, module = trainer(), task(weights)
     fit.fit(module, datamodule=data())
     fit.save_checkpoint(tmp_path / "run.ckpt")
     state = torch.load(tmp_path / "run.ckpt", weights_only=False)["state_dict"]
     assert all(name.startswith("model.") for name in state)
     assert len(state) == len(module.model.state_dict())
-    optimised = {id(p) for group in fit.optimizers[0].param_groups for p in group["params"]}
-    assert optimised == {id(parameter) for parameter in module.model.parameters()}
+    optimized = {id(p) for group in fit.optimizers[0].param_groups for p in group["params"]}
+    assert optimized == {id(parameter) for parameter in module.model.parameters()}
 
 
-def test_both_see_the_same_augmented_and_mixed_clips(tmp_path, weights):
+def test_student_and_teacher_receive_the_same_augmented_and_mixed_clips(weights, trainer):
     module, seen = task(weights, augment=RandomErasing(1.0), mixing=Mixing(), repeats=2), {"model": [], "teacher": []}
     for name, videos in seen.items():
         part = getattr(module, name)
         part.register_forward_pre_hook(lambda _, inputs, videos=videos: videos.append(inputs[0]))
-    trainer(tmp_path, limit_val_batches=0).fit(module, datamodule=data())
+    trainer(limit_val_batches=0).fit(module, datamodule=data())
     assert [len(video) for video in seen["model"]] == [8, 8]
     assert all(torch.equal(a, b) for a, b in zip(seen["model"], seen["teacher"], strict=True))
 
 
-def test_a_student_comes_to_agree_with_its_teacher():
-    """On two clips, by heart: the soft loss is what leads it there."""
+def test_a_student_converges_to_its_teacher():
+    """Overfits the soft loss on two clips."""
     module = task(None, temperature=2.0)
     batch = {
         "video": torch.rand(2, 3, 4, 16, 16),
@@ -142,30 +135,25 @@ def test_a_student_comes_to_agree_with_its_teacher():
     )
 
 
-def test_a_missing_or_unfit_file_is_refused_when_training_begins(tmp_path, weights):
-    with pytest.raises(FileNotFoundError, match=r"there are no weights at .*nowhere\.pt"):
-        trainer(tmp_path).fit(task(tmp_path / "nowhere.pt"), datamodule=data())
+def test_a_missing_or_incompatible_file_raises_before_training(tmp_path, weights, trainer):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pt"):
+        trainer().fit(task(tmp_path / "nowhere.pt"), datamodule=data())
     encoder = {f"encoder.{name}": value for name, value in classifier(24, 7).encoder.state_dict().items()}
     torch.save(encoder, tmp_path / "pretrained.pt")
-    with pytest.raises(
-        ValueError, match=r"does not hold the whole of this classifier: 6 weights.*such as head\.fc_norm"
-    ):
-        trainer(tmp_path).fit(task(tmp_path / "pretrained.pt"), datamodule=data())
-    with pytest.raises(ValueError, match="does not hold the whole of this classifier"):
-        trainer(tmp_path).fit(task(weights, teacher=classifier(16, 1)), datamodule=data())
+    with pytest.raises(ValueError, match=r"(?s)pretrained\.pt.*\b6\b.*head\.fc_norm"):
+        trainer().fit(task(tmp_path / "pretrained.pt"), datamodule=data())
+    with pytest.raises(ValueError, match=r"(?s)teacher\.pt.*\bnum_classes\b"):
+        trainer().fit(task(weights, teacher=classifier(16, 1)), datamodule=data())
 
 
 @pytest.mark.parametrize(
-    ("changes", "text"),
+    ("changes", "pattern"),
     [
-        ({"temperature": 0.0}, r"task\.temperature=0\.0 must be above 0"),
-        ({"hard_weight": -1.0}, r"task\.hard_weight=-1\.0 at least 0"),
-        (
-            {"teacher": classifier(24, 1, num_classes={"motion": 7})},
-            r"the teacher classifies \{'motion': 7\} and the stud",
-        ),
+        ({"temperature": 0.0}, r"task\.temperature=0\.0\b"),
+        ({"hard_weight": -1.0}, r"task\.hard_weight=-1\.0\b"),
+        ({"teacher": classifier(24, 1, num_classes={"motion": 7})}, r"(?s)\{'motion': 7\}.*task\.teacher\.num_classes"),
     ],
 )
-def test_bad_arguments_are_refused(changes, text):
-    with pytest.raises(ValueError, match=text):
+def test_arguments_out_of_range_raise(changes, pattern):
+    with pytest.raises(ValueError, match=pattern):
         task("weights.pt", **changes)

@@ -1,4 +1,4 @@
-"""Latent prediction through a trainer: what it logs, what moves, and that its numbers are those of the formulas."""
+"""Latent prediction: logged metrics, updated weights, EMA target, and values against the formulas."""
 
 import copy
 from functools import partial
@@ -38,7 +38,7 @@ def model(wrap=lambda vit: vit, **changes) -> JEPA:
 
 
 def dense(**changes) -> LatentPrediction:
-    """With a loss on visible tokens."""
+    """Task with a loss on visible tokens."""
     return task(model(predictor_context=True), visible_weight=0.5, **changes)
 
 
@@ -48,8 +48,8 @@ def task(network: JEPA | None = None, **changes) -> LatentPrediction:
     return LatentPrediction(**{**options, **changes})
 
 
-def alone(**changes) -> LatentPrediction:
-    """Without a target encoder."""
+def without_target(**changes) -> LatentPrediction:
+    """Task without a target encoder."""
     return task(model(ema=False), momentum=None, **changes)
 
 
@@ -58,34 +58,27 @@ def data(batch_size: int = 4, val: int = 6) -> DataModule:
     return DataModule(Sprites("train", 8, **options), Sprites("val", val, **options), batch_size=batch_size)
 
 
-def trainer(tmp_path, *callbacks, **changes) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    options = {"max_steps": 2, "accelerator": "cpu", "enable_model_summary": False, "use_distributed_sampler": False}
-    options |= {"default_root_dir": tmp_path, "callbacks": list(callbacks)}
-    return lightning.Trainer(**quiet, **{**options, **changes})
-
-
 def batch(size: int = 3) -> dict:
     clips = Sprites("val", size, num_frames=4, image_size=16, background="texture")
     return {"video": torch.stack([clips[i]["video"] for i in range(size)]).transpose(1, 2).float() / 255}
 
 
 class EachStep(Callback):
-    """Keeps what ``look`` gives after every optimiser step."""
+    """Callback that records ``read(task)`` after every training batch."""
 
-    def __init__(self, look):
-        self.look, self.seen = look, []
+    def __init__(self, read):
+        self.read, self.values = read, []
 
     def on_train_batch_end(self, trainer, pl_module, *arguments) -> None:
-        self.seen.append(self.look(pl_module))
+        self.values.append(self.read(pl_module))
 
 
 def weights(module: torch.nn.Module) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in module.parameters()]
 
 
-def test_training_logs_what_it_documents_and_moves_every_weight(tmp_path):
-    module, fit = dense(sigreg_weight=0.1), trainer(tmp_path, max_steps=3)
+def test_training_logs_documented_metrics_and_updates_every_weight(trainer):
+    module, fit = dense(sigreg_weight=0.1), trainer(max_steps=3)
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     fit.fit(module, datamodule=data())
     logged = fit.logged_metrics.keys() | fit.callback_metrics.keys()
@@ -98,11 +91,11 @@ def test_training_logs_what_it_documents_and_moves_every_weight(tmp_path):
         assert not torch.equal(parameter, before[name]), name
 
 
-def test_validation_numbers_are_those_of_the_formulas(tmp_path):
+def test_validation_metrics_equal_the_formulas(trainer):
     module, clips = dense().eval(), data(batch_size=6, val=6)
     for parameter in module.model.target_encoder.parameters():
-        parameter.data.add_(0.1 * torch.randn_like(parameter))  # not the encoder any more
-    fit = trainer(tmp_path)
+        parameter.data.add_(0.1 * torch.randn_like(parameter))  # differs from the encoder
+    fit = trainer()
     fit.validate(module, clips, verbose=False)
     [raw] = clips.val_dataloader()
     video = raw["video"].transpose(1, 2).float() / 255
@@ -129,8 +122,8 @@ def test_validation_numbers_are_those_of_the_formulas(tmp_path):
     assert logged["val/loss_share"] == pytest.approx(losses["prediction"] / trivial, rel=1e-5)
 
 
-def test_the_loss_is_the_mean_over_tokens_then_over_masks():
-    """Masks with 4 and 6 hidden tokens count alike, though the tokens do not."""
+def test_the_loss_averages_over_tokens_and_then_over_masks():
+    """Masks with 4 and 6 hidden tokens have equal weight."""
     module, clips = task(), batch()
     whole = module.shared_step(clips, "val")["loss"]
     single = []
@@ -143,57 +136,57 @@ def test_the_loss_is_the_mean_over_tokens_then_over_masks():
     assert single[0] != single[1]
 
 
-def test_no_gradient_reaches_the_target_encoder_and_it_is_not_optimised(tmp_path):
-    module, fit = task(momentum=partial(ramp, start=1.0, end=1.0)), trainer(tmp_path)
+def test_the_target_encoder_has_no_gradient_and_is_not_optimized(trainer):
+    module, fit = task(momentum=partial(ramp, start=1.0, end=1.0)), trainer()
     before = weights(module.model.target_encoder)
     fit.fit(module, datamodule=data())
     assert all(map(torch.equal, before, module.model.target_encoder.parameters()))
     assert all(parameter.grad is None for parameter in module.model.target_encoder.parameters())
-    optimised = {id(parameter) for group in fit.optimizers[0].param_groups for parameter in group["params"]}
-    assert not optimised & {id(parameter) for parameter in module.model.target_encoder.parameters()}
+    optimized = {id(parameter) for group in fit.optimizers[0].param_groups for parameter in group["params"]}
+    assert not optimized & {id(parameter) for parameter in module.model.target_encoder.parameters()}
 
 
-def test_the_target_follows_after_every_optimiser_step_with_the_momentum_of_that_step(tmp_path):
-    """With accumulation there are half as many optimiser steps as batches."""
+def test_the_target_is_updated_after_every_optimizer_step_with_its_momentum(trainer):
+    """With gradient accumulation there is one optimizer step per two batches."""
     momentum = partial(ramp, start=0.5, end=0.9, stretch=1.25)
-    looks = EachStep(lambda t: (weights(t.model.encoder), weights(t.model.target_encoder)))
+    steps = EachStep(lambda t: (weights(t.model.encoder), weights(t.model.target_encoder)))
     module = task(momentum=momentum)
     start = weights(module.model.target_encoder)
-    trainer(tmp_path, looks, max_steps=4, accumulate_grad_batches=2).fit(module, datamodule=data(batch_size=2))
-    assert len(looks.seen) == 8
+    trainer(steps, max_steps=4, accumulate_grad_batches=2).fit(module, datamodule=data(batch_size=2))
+    assert len(steps.values) == 8
     expected = start
     for step in range(4):
-        online, unchanged = looks.seen[2 * step + 1][0], looks.seen[2 * step][1]
+        online, unchanged = steps.values[2 * step + 1][0], steps.values[2 * step][1]
         for got, wanted in zip(unchanged, expected, strict=True):
             torch.testing.assert_close(got, wanted)
         m = momentum(step, 4)
         expected = [m * old + (1 - m) * new for old, new in zip(expected, online, strict=True)]
-        for got, wanted in zip(looks.seen[2 * step + 1][1], expected, strict=True):
+        for got, wanted in zip(steps.values[2 * step + 1][1], expected, strict=True):
             torch.testing.assert_close(got, wanted)
 
 
-def test_weight_decay_follows_its_schedule_where_there_is_one(tmp_path):
+def test_weight_decay_follows_its_schedule(trainer):
     schedule = partial(cosine_ramp, start=0.04, end=0.4, stretch=1.25)
-    looks = EachStep(lambda t: [group["weight_decay"] for group in t.trainer.optimizers[0].param_groups])
-    trainer(tmp_path, looks, max_steps=4).fit(task(weight_decay=schedule), datamodule=data())
-    assert looks.seen == [[schedule(step, 4), 0.0] for step in range(4)]
-    assert 0.04 == looks.seen[0][0] < looks.seen[3][0] < 0.4
+    steps = EachStep(lambda t: [group["weight_decay"] for group in t.trainer.optimizers[0].param_groups])
+    trainer(steps, max_steps=4).fit(task(weight_decay=schedule), datamodule=data())
+    assert steps.values == [[schedule(step, 4), 0.0] for step in range(4)]
+    assert 0.04 == steps.values[0][0] < steps.values[3][0] < 0.4
 
 
-def test_gradients_are_clipped_after_the_warm_up_alone(tmp_path):
+def test_gradients_are_clipped_only_after_the_warm_up(trainer):
     def norm(module: LatentPrediction) -> float:
         gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
         return torch.nn.utils.get_total_norm(gradients).item()
 
-    looks = EachStep(norm)
-    fit = trainer(tmp_path, looks, max_steps=4, gradient_clip_val=1e-3)
+    steps = EachStep(norm)
+    fit = trainer(steps, max_steps=4, gradient_clip_val=1e-3)
     fit.fit(task(clip_after=0.5), datamodule=data())
-    assert min(looks.seen[:2]) > 1e-2
-    assert max(looks.seen[2:]) < 1.1e-3
+    assert min(steps.values[:2]) > 1e-2
+    assert max(steps.values[2:]) < 1.1e-3
 
 
-def test_without_a_target_encoder_gradients_flow_through_the_targets():
-    module, clips = alone(), batch()
+def test_without_a_target_encoder_gradients_reach_the_targets():
+    module, clips = without_target(), batch()
     both = torch.autograd.grad(module.shared_step(clips, "val")["loss"], list(module.model.encoder.parameters()))
     with torch.no_grad():
         latents = module.latents(clips["video"])
@@ -202,18 +195,18 @@ def test_without_a_target_encoder_gradients_flow_through_the_targets():
     assert not torch.allclose(both[0], stopped[0])
 
 
-def test_sigreg_is_taken_over_the_clips_of_each_place():
-    module, clips = alone(sigreg_weight=0.25, sigreg_directions=8), batch()
+def test_sigreg_is_computed_over_the_clips_at_each_position():
+    module, clips = without_target(sigreg_weight=0.25, sigreg_directions=8), batch()
     values = module.shared_step(clips, "val")
     directions = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
     latents = module.latents(clips["video"])
-    expected = torch.stack([sigreg(latents[:, place], directions) for place in range(8)]).mean()
+    expected = torch.stack([sigreg(latents[:, n], directions) for n in range(8)]).mean()
     torch.testing.assert_close(values["loss_sigreg"], expected)
     torch.testing.assert_close(values["loss"], 0.75 * values["loss_prediction"] + 0.25 * expected)
 
 
 @pytest.mark.parametrize("ema", [True, False])
-def test_deep_supervision_normalises_every_level_by_itself(ema, tmp_path):
+def test_deep_supervision_normalizes_every_level_separately(ema, trainer):
     module = task(model(lambda vit: MultiLevelEncoder(copy.deepcopy(vit), 2), ema=ema), momentum=FIXED if ema else None)
     for encoder in filter(None, (module.model.encoder, module.model.target_encoder)):
         for scale, norm in enumerate(encoder.norms):
@@ -224,29 +217,29 @@ def test_deep_supervision_normalises_every_level_by_itself(ema, tmp_path):
     for level in latents.split(24, dim=-1):
         torch.testing.assert_close(level.mean(-1), torch.zeros(3, 8), atol=1e-5, rtol=0)
         torch.testing.assert_close(level.square().mean(-1), torch.ones(3, 8), atol=1e-3, rtol=0)
-    trainer(tmp_path).fit(module, datamodule=data())
+    trainer().fit(module, datamodule=data())
 
 
-def test_a_teacher_stays_what_its_file_says(tmp_path, capsys):
+def test_a_teacher_is_loaded_from_its_file_and_frozen(tmp_path, capsys, trainer):
     teacher = encoder(embed_dim=36, positions="sinusoid")
     torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
     network = model(ema=False, teacher=encoder(embed_dim=36, positions="sinusoid"))
     module = task(network, momentum=None, teacher_from=tmp_path / "teacher.pt")
-    trainer(tmp_path).fit(module, datamodule=data())
+    trainer().fit(module, datamodule=data())
     for name, value in teacher.state_dict().items():
         assert torch.equal(network.target_encoder.state_dict()[name], value), name
     assert module.latents(batch()["video"]).shape == (3, 8, 36)
-    assert "target encoder: loaded " in capsys.readouterr().out
+    assert str(tmp_path / "teacher.pt") in capsys.readouterr().out
 
 
-def test_a_run_starts_from_a_whole_model_or_from_an_encoder(tmp_path):
-    """On longer clips: with rotary positions no weight depends on the length."""
-    first, fit = task(), trainer(tmp_path)
+def test_weights_load_from_a_whole_model_or_from_an_encoder(tmp_path, trainer):
+    """Also for longer clips, since with rotary positions no weight depends on the length."""
+    first, fit = task(), trainer()
     fit.fit(first, datamodule=data())
     fit.save_checkpoint(tmp_path / "run.ckpt")
     longer = JEPA(encoder(num_frames=8), predictor_dim=12, predictor_depth=1, predictor_num_heads=2)
     second = task(longer)
-    assert "predictor and target encoder included" in second.load_weights(tmp_path / "run.ckpt")
+    assert str(tmp_path / "run.ckpt") in second.load_weights(tmp_path / "run.ckpt")
     for name, value in first.model.state_dict().items():
         assert torch.equal(longer.state_dict()[name], value), name
     torch.save(first.model.encoder.state_dict(), tmp_path / "encoder.pt")
@@ -257,7 +250,7 @@ def test_a_run_starts_from_a_whole_model_or_from_an_encoder(tmp_path):
         assert torch.equal(third.model.target_encoder.state_dict()[name], value), name
 
 
-def test_a_resumed_run_has_the_same_target_encoder(tmp_path):
+def test_a_resumed_run_is_bit_identical(tmp_path, trainer):
     def save(module: LatentPrediction) -> None:
         if module.trainer.global_step == 3:
             module.trainer.save_checkpoint(tmp_path / "half.ckpt")
@@ -266,7 +259,7 @@ def test_a_resumed_run_has_the_same_target_encoder(tmp_path):
         lightning.seed_everything(seed, verbose=False)
         options = {"momentum": partial(ramp, start=0.5, end=1), "weight_decay": partial(cosine_ramp, start=0.1, end=1)}
         module = task(**options, sigreg_weight=0.1)
-        run = trainer(tmp_path, StepSeed(0), *callbacks, max_steps=6, limit_val_batches=0)
+        run = trainer(StepSeed(0), *callbacks, max_steps=6, limit_val_batches=0)
         run.fit(module, datamodule=data(), ckpt_path=checkpoint)
         return module.state_dict()
 
@@ -286,11 +279,11 @@ def test_training_masks_change_and_validation_masks_do_not():
     assert module.shared_step(clips, "val")["loss"] == first
 
 
-def test_it_learns_a_batch_by_heart():
-    """Against a target that stays: below half of what the best trivial predictor gets."""
+def test_training_overfits_a_batch():
+    """Against a fixed target, the loss falls below half of the best baseline."""
     torch.manual_seed(0)
     module, clips = task(maskings=[RandomMasking(0.5)]), batch()
-    torch.nn.init.normal_(module.model.target_encoder.patch_embed.proj.weight, std=0.1)  # embeddings that differ
+    torch.nn.init.normal_(module.model.target_encoder.patch_embed.proj.weight, std=0.1)  # distinct embeddings
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(150):
         optimizer.zero_grad()
@@ -300,7 +293,7 @@ def test_it_learns_a_batch_by_heart():
     assert values["loss"] < 0.5 * min(value for name, value in values.items() if "trivial" in name)
 
 
-def test_pictures_show_clips_masks_targets_and_predictions():
+def test_media_shows_clips_masks_targets_and_predictions():
     picture = task(num_pictures=2).eval().media(batch(3))["latents"]
     assert picture.dtype == torch.uint8
     assert picture.shape == (4, 3, 2 * 17, 4 * 17)
@@ -308,37 +301,34 @@ def test_pictures_show_clips_masks_targets_and_predictions():
 
 
 @pytest.mark.parametrize(
-    ("changes", "text"),
+    ("changes", "pattern"),
     [
-        ({"maskings": []}, r"task\.maskings is empty"),
-        ({"sigreg_weight": 1.0}, r"task\.sigreg_weight=1\.0 must be in \[0, 1\)"),
-        ({"visible_weight": 0.5}, r"visible_weight=0\.5 needs model\.predictor_context"),
-        ({"model": model(predictor_context=True)}, r"visible_weight=0\.0 needs model\.predictor_context, 0 forbids it"),
-        ({"visible_weight": -0.5}, r"task\.visible_weight=-0\.5 at least 0"),
-        ({"clip_after": 2.0}, r"task\.clip_after=2\.0 in \[0, 1\]"),
-        (
-            {"momentum": partial(ramp, start=0.998, end=1.5)},
-            r"task\.momentum comes to 1\.5: it is a weight in \[0, 1\]",
-        ),
-        ({"momentum": None}, r"model\.ema=true, model\.teacher is not given, task\.momentum=None"),
-        ({"teacher_from": "x.pt"}, r"told one way.*task\.teacher_from=x\.pt"),
-        ({"model": model(ema=False)}, r"model\.ema=false, model\.teacher is not given, task\.momentum=func"),
+        ({"maskings": []}, r"task\.maskings\b"),
+        ({"sigreg_weight": 1.0}, r"task\.sigreg_weight=1\.0\b"),
+        ({"visible_weight": 0.5}, r"(?s)task\.visible_weight=0\.5\b.*model\.predictor_context"),
+        ({"model": model(predictor_context=True)}, r"(?s)task\.visible_weight=0\.0\b.*model\.predictor_context"),
+        ({"visible_weight": -0.5}, r"(?s)task\.sigreg_weight.*task\.visible_weight=-0\.5\b"),
+        ({"clip_after": 2.0}, r"task\.clip_after=2\.0\b"),
+        ({"momentum": partial(ramp, start=0.998, end=1.5)}, r"(?s)task\.momentum\b.*\b1\.5\b"),
+        ({"momentum": None}, r"(?s)model\.ema=true\b.*task\.momentum=None"),
+        ({"teacher_from": "x.pt"}, r"(?s)model\.ema=true\b.*task\.teacher_from=x\.pt"),
+        ({"model": model(ema=False)}, r"(?s)model\.ema=false\b.*task\.momentum=func"),
         (
             {"model": model(ema=False, teacher=encoder()), "momentum": None},
-            r"model\.teacher is given.*teacher_from=None",
+            r"(?s)model\.ema=false\b.*model\.teacher\b.*task\.teacher_from=None",
         ),
     ],
 )
-def test_bad_arguments_are_refused(changes, text):
-    with pytest.raises(ValueError, match=text):
+def test_invalid_arguments_raise(changes, pattern):
+    with pytest.raises(ValueError, match=pattern):
         task(changes.pop("model", None), **changes)
 
 
-def test_masks_that_leave_nothing_to_see_are_refused():
-    with pytest.raises(ValueError, match="leaves no context"):
+def test_masks_without_context_raise():
+    with pytest.raises(ValueError, match=r"(?s)num_blocks=1\b.*spatial_scale=1\.0\b"):
         task(maskings=[MultiBlockMasking(1, 1.0)]).shared_step(batch(), "train")
 
 
-def test_more_maskings_than_mask_tokens_are_refused():
-    with pytest.raises(ValueError, match=r"mask_index=2, but there are mask tokens for 2"):
+def test_more_maskings_than_mask_tokens_raise():
+    with pytest.raises(ValueError, match=r"mask_index=2\b"):
         task(maskings=[RandomMasking(0.5)] * 3).shared_step(batch(), "train")

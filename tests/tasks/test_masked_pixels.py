@@ -1,6 +1,5 @@
-"""The masked-pixel task through a trainer: what it logs, and that its numbers are those of the formulas."""
+"""Masked-pixel task: logged metrics, and values against the formulas."""
 
-import lightning
 import pytest
 import torch
 
@@ -11,7 +10,7 @@ from blueberry_video.evaluation.trivial import trivial_patch_losses
 from blueberry_video.masking import ByModality, DualMasking, RandomMasking, TubeMasking
 from blueberry_video.models.masked_autoencoder import model as masked_autoencoder
 from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder, decoder_flops
-from blueberry_video.models.vit import VisionTransformer, load_encoder
+from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import warmup_cosine
 from blueberry_video.tasks.masked_pixels import MaskedPixels, masked_pixel_loss, patch_targets
 
@@ -34,19 +33,13 @@ def data(batch_size: int = 4, val: int = 6) -> DataModule:
     return DataModule(Sprites("train", 8, **options), Sprites("val", val, **options), batch_size=batch_size)
 
 
-def trainer(tmp_path, **changes) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    options = {"max_steps": 2, "accelerator": "cpu", "enable_model_summary": False, "use_distributed_sampler": False}
-    return lightning.Trainer(**quiet, **{**options, "default_root_dir": tmp_path, **changes})
-
-
 def batch(size: int = 3) -> dict:
     clips = Sprites("val", size, num_frames=4, image_size=16, background="texture")
     return {"video": torch.stack([clips[i]["video"] for i in range(size)]).transpose(1, 2).float() / 255}
 
 
-def test_training_logs_what_it_documents_and_moves_every_weight(tmp_path):
-    module, fit = task(augment=MultiScaleCrop(16)), trainer(tmp_path, max_steps=3)
+def test_training_logs_documented_metrics_and_updates_every_weight(trainer):
+    module, fit = task(augment=MultiScaleCrop(16)), trainer(max_steps=3)
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     fit.fit(module, datamodule=data())
     logged = fit.logged_metrics.keys() | fit.callback_metrics.keys()
@@ -57,10 +50,10 @@ def test_training_logs_what_it_documents_and_moves_every_weight(tmp_path):
 
 
 @pytest.mark.parametrize("masking", [TubeMasking(0.5), DualMasking(TubeMasking(0.5))])
-def test_validation_numbers_are_those_of_the_formulas(masking, tmp_path):
-    """Over batches of unequal size: every clip counts once."""
+def test_validation_metrics_equal_the_formulas(masking, trainer):
+    """Every clip has equal weight, also in batches of different sizes."""
     module, clips = task(masking=masking).eval(), data(batch_size=4, val=5)
-    fit = trainer(tmp_path)
+    fit = trainer()
     fit.validate(module, clips, verbose=False)
     sums = {"zero": 0.0, "mean": 0.0, "nearest": 0.0, "loss": 0.0}
     sizes = []
@@ -84,7 +77,7 @@ def test_validation_numbers_are_those_of_the_formulas(masking, tmp_path):
     assert logged["val/loss_share"] == pytest.approx(sums["loss"] / best, rel=1e-5)
 
 
-def test_tokens_that_are_not_scored_do_not_influence_the_loss():
+def test_unscored_tokens_do_not_affect_the_loss():
     video, masks = batch(2)["video"], DualMasking(TubeMasking(0.5))(2, GRID, torch.Generator().manual_seed(0))
     predicted = torch.randn(2, 4, 384, requires_grad=True)
     loss = masked_pixel_loss(predicted, video, masks.target, PATCH, masks.scored)
@@ -102,10 +95,10 @@ def test_tokens_that_are_not_scored_do_not_influence_the_loss():
     assert masked_pixel_loss(other, changed, masks.target, PATCH, masks.scored) == loss
 
 
-def test_pictures_and_clips_are_measured_apart(tmp_path):
-    """Batches of both through one set of weights; those of pictures have a suffix."""
+def test_images_and_clips_have_separate_metrics(trainer):
+    """The metrics of images have a suffix."""
     masking = ByModality(image=RandomMasking(0.5), clip=RandomMasking(0.75))
-    module, fit = task(images=True, masking=masking, eps_under_root=True), trainer(tmp_path)
+    module, fit = task(images=True, masking=masking, eps_under_root=True), trainer()
     generator = torch.Generator().manual_seed(0)
     batches = [
         {"video": torch.randint(256, (size, frames, 3, 16, 16), generator=generator, dtype=torch.uint8)}
@@ -129,16 +122,16 @@ def test_pictures_and_clips_are_measured_apart(tmp_path):
     assert list(module.shared_step({"video": torch.rand(2, 3, 1, 16, 16)}, "train")) == ["loss"]
 
 
-def test_a_run_says_what_its_decoder_computes_and_what_the_full_one_would(tmp_path):
+def test_flops_of_the_decoder_and_of_the_full_decoder_are_logged(trainer):
     for masking, targets in ((TubeMasking(0.5), 4), (DualMasking(TubeMasking(0.5), 0.75), 2)):
-        module, fit = task(masking=masking), trainer(tmp_path)
+        module, fit = task(masking=masking), trainer()
         fit.validate(module, data(), verbose=False)
         logged = {name: value.item() for name, value in fit.callback_metrics.items()}
         assert logged["val/decoder_mflops"] == pytest.approx(decoder_flops(module.model, 4, targets) / 1e6)
         assert logged["val/decoder_mflops_full"] == pytest.approx(decoder_flops(module.model, 4, 4) / 1e6)
 
 
-def test_the_loss_of_a_picture_is_that_of_the_still_it_stands_for():
+def test_the_loss_of_an_image_is_that_of_a_static_clip():
     module = task(images=True, masking=RandomMasking(0.5))
     picture = batch(2)["video"][:, :, :1]
     values = module.shared_step({"video": picture}, "val")
@@ -149,24 +142,24 @@ def test_the_loss_of_a_picture_is_that_of_the_still_it_stands_for():
     assert module.media({"video": picture})["reconstruction"].shape == (1, 3, 2 * 17, 3 * 17)
 
 
-def test_where_all_clips_have_one_frame_nothing_has_a_suffix():
+def test_metrics_of_a_single_frame_encoder_have_no_suffix():
     network = MaskedAutoencoder(VisionTransformer(16, 1, 8, 1, 16, 1, 2), 12, 1, 2)
     module = MaskedPixels(network, torch.optim.SGD, warmup_cosine, RandomMasking(0.5))
     assert "loss" in module.shared_step({"video": torch.rand(2, 3, 1, 16, 16)}, "val")
 
 
-def test_pictures_are_refused_by_an_encoder_of_clips():
-    with pytest.raises(ValueError, match=r"single frames need model\.encoder\.images=true"):
+def test_images_raise_with_an_encoder_of_clips():
+    with pytest.raises(ValueError, match=r"model\.encoder\.images=true"):
         task().shared_step({"video": torch.rand(2, 3, 1, 16, 16)}, "train")
 
 
-def test_the_way_targets_are_normalised_is_chosen():
-    """At a contrast of 0.0002 the 1e-6 under the root is most of the divisor."""
+def test_eps_under_root_changes_the_normalization_of_targets():
+    """At a contrast of 0.0002, the 1e-6 under the root dominates the divisor."""
     faint = {"video": 0.5 + 0.002 * batch(2)["video"]}
-    beside, under = (task(eps_under_root=choice).shared_step(faint, "val") for choice in (False, True))
-    assert 0.9 < beside["loss_trivial_zero"] < 1
+    outside, under = (task(eps_under_root=choice).shared_step(faint, "val") for choice in (False, True))
+    assert 0.9 < outside["loss_trivial_zero"] < 1
     assert under["loss_trivial_zero"] < 0.1
-    assert under["loss"] != beside["loss"]
+    assert under["loss"] != outside["loss"]
 
 
 def test_training_masks_change_and_validation_masks_do_not():
@@ -179,20 +172,20 @@ def test_training_masks_change_and_validation_masks_do_not():
     assert module.shared_step(clips, "val")["loss"] == first
 
 
-def test_it_learns_a_batch_by_heart():
-    """Far below what the best trivial predictor gets: gradients flow where the loss says."""
+def test_training_overfits_a_batch():
+    """The loss falls far below the best baseline."""
     torch.manual_seed(0)
     module, clips = task(), batch(2)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     for _ in range(150):
         optimizer.zero_grad()
-        values = module.shared_step(clips, "val")  # always the same masks
+        values = module.shared_step(clips, "val")  # fixed masks
         values["loss"].backward()
         optimizer.step()
     assert values["loss"] < 0.3 * min(value for name, value in values.items() if "trivial" in name)
 
 
-def test_pictures_show_clip_hidden_and_filled():
+def test_media_shows_the_clip_its_masked_and_its_reconstructed_form():
     module, clips = task(num_pictures=2).eval(), batch(3)
     picture = module.media(clips)["reconstruction"]
     assert picture.dtype == torch.uint8
@@ -208,13 +201,13 @@ def test_pictures_show_clip_hidden_and_filled():
     assert torch.equal(filled[visible], seen[visible])
 
 
-def test_a_runs_own_checkpoint_gives_the_model_and_the_encoder_back(tmp_path):
-    module, fit = task(), trainer(tmp_path)
+def test_model_and_encoder_load_from_the_checkpoint_of_a_run(tmp_path, trainer):
+    module, fit = task(), trainer()
     fit.fit(module, datamodule=data())
     fit.save_checkpoint(tmp_path / "own.ckpt")
     again = masked_autoencoder.from_published(tmp_path / "own.ckpt", 4, 16, num_heads=2, decoder_num_heads=2)
     for name, value in module.model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     encoder = model().encoder
-    load_encoder(encoder, tmp_path / "own.ckpt")
+    encoder.load_published(tmp_path / "own.ckpt")
     assert torch.equal(encoder.blocks[0].attn.qkv.weight, module.model.encoder.blocks[0].attn.qkv.weight)

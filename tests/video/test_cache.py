@@ -1,8 +1,9 @@
-"""The caches of processed videos: bounds, order, damage, several processes."""
+"""Caches of processed videos: size limits, eviction order, damage, several processes."""
 
 import contextlib
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,18 +25,18 @@ def value_of(found: tuple[dict[str, torch.Tensor], str] | None) -> int | None:
 
 
 def aged(cache: DiskCache, *keys: str) -> None:
-    """Gives the files of ``keys`` ascending times in the past."""
-    for place, key in enumerate(keys):
-        os.utime(cache.path(key), (1000 + place, 1000 + place))
+    """Sets ascending modification times in the past on the files of ``keys``."""
+    for i, key in enumerate(keys):
+        os.utime(cache.path(key), (1000 + i, 1000 + i))
 
 
 # keys
 
 
-def test_a_key_changes_with_content_settings_and_versions_alone():
+def test_a_key_depends_on_content_settings_and_versions():
     settings = {"fps": 2.0, "size": [224, 224], "model": {"name": "a"}}
     key = cache_key("c0", settings, {"av": "18.1"})
-    others = [
+    different = [
         cache_key("c1", settings, {"av": "18.1"}),
         cache_key("c0", {**settings, "fps": 1.0}, {"av": "18.1"}),
         cache_key("c0", {**settings, "model": {"name": "b"}}, {"av": "18.1"}),
@@ -43,13 +44,13 @@ def test_a_key_changes_with_content_settings_and_versions_alone():
         cache_key("c0", settings, {"av": "18.2"}),
         cache_key("c0", settings, {"av": "18.1", "torch": "2"}),
     ]
-    assert len({key, *others}) == 7
+    assert len({key, *different}) == 7
     assert key == cache_key("c0", dict(reversed(settings.items())), {"av": "18.1"})
     assert len(key) == 64
 
 
-def test_settings_that_are_not_json_are_refused():
-    with pytest.raises(TypeError, match="cannot be part of a cache key"):
+def test_settings_that_are_not_json_raise():
+    with pytest.raises(TypeError, match=r"settings .*JSON.*object"):
         cache_key("c", {"hook": object()}, {})
 
 
@@ -57,22 +58,22 @@ def test_settings_that_are_not_json_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "expected"),
     [
         ({"cache_memory_bytes": -1}, "cache_memory_bytes=-1"),
         ({"cache_disk_bytes": 0}, "cache_disk_bytes=0"),
-        ({"cache_folder": ""}, "names no folder"),
+        ({"cache_folder": ""}, 'cache_folder=""'),
     ],
 )
-def test_wrong_options_are_refused(wrong: dict, said: str):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_options_raise(wrong: dict, expected: str):
+    with pytest.raises(ValueError, match=expected):
         CacheOptions(**wrong)
 
 
 # memory
 
 
-def test_memory_is_bounded_and_the_least_recently_used_goes():
+def test_memory_evicts_the_least_recently_used():
     cache = MemoryCache(350)
     for number in range(3):
         cache.put(str(number), entry(number), "")
@@ -82,15 +83,15 @@ def test_memory_is_bounded_and_the_least_recently_used_goes():
     assert (len(cache), cache.used_bytes) == (3, 300)
     cache.put("0", entry(9, 50), "m" * 10)
     assert (value_of(cache.get("0")), cache.used_bytes) == (9, 260)
-    cache.put("2", entry(0, 1000), "")  # larger than everything: not kept, and what it replaces is gone
+    cache.put("2", entry(0, 1000), "")  # larger than max_bytes: not stored, and the old entry is removed
     assert (cache.get("2"), cache.used_bytes) == (None, 160)
 
 
-def test_callers_cannot_change_an_entry():
+def test_entries_are_copies():
     cache = MemoryCache(1000)
-    given = entry(1)
-    cache.put("a", given, "")
-    given["frames"][:] = 2
+    tensors = entry(1)
+    cache.put("a", tensors, "")
+    tensors["frames"][:] = 2
     found = cache.get("a")
     assert value_of(found) == 1
     found[0]["frames"][:] = 3
@@ -101,13 +102,13 @@ def test_callers_cannot_change_an_entry():
 # disk
 
 
-def test_every_kind_of_tensor_comes_back(tmp_path: Path):
+def test_disk_round_trip(tmp_path: Path):
     tensors = {
         "uint8": torch.arange(24, dtype=torch.uint8).reshape(2, 3, 4),
-        "turned": torch.arange(6.0).reshape(2, 3).T,
+        "transposed": torch.arange(6.0).reshape(2, 3).T,
         "half": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
         "scalar": torch.tensor(7.0, dtype=torch.float64),
-        "nothing": torch.zeros(0, 3),
+        "empty": torch.zeros(0, 3),
         "mask": torch.tensor([True, False]),
     }
     tensors["shared"] = tensors["uint8"][1]
@@ -123,15 +124,15 @@ def test_every_kind_of_tensor_comes_back(tmp_path: Path):
     assert safetensors.torch.load_file(cache.path('key "crc32":"00000000"')).keys() == tensors.keys()
 
 
-def test_any_flipped_byte_and_any_cut_is_a_miss(tmp_path: Path):
+def test_a_flipped_bit_or_a_truncated_file_is_a_miss(tmp_path: Path):
     cache = DiskCache(tmp_path)
     cache.put("a", entry(5, 40), "text")
     whole = cache.path("a").read_bytes()
-    for place in range(len(whole)):
+    for position in range(len(whole)):
         damaged = bytearray(whole)
-        damaged[place] ^= 1 << (place % 8)
+        damaged[position] ^= 1 << (position % 8)
         cache.path("a").write_bytes(damaged)
-        assert cache.get("a") is None, f"byte {place} was flipped"
+        assert cache.get("a") is None, f"byte {position}"
         assert not cache.path("a").exists()
     for length in (0, 4, 60, len(whole) - 1):
         cache.path("a").write_bytes(whole[:length])
@@ -140,14 +141,14 @@ def test_any_flipped_byte_and_any_cut_is_a_miss(tmp_path: Path):
     assert value_of(cache.get("a")) == 5
 
 
-def test_a_file_under_the_name_of_another_key_is_a_miss(tmp_path: Path):
+def test_a_file_with_a_different_key_is_a_miss(tmp_path: Path):
     cache = DiskCache(tmp_path)
     cache.put("a", entry(5), "")
     cache.path("a").rename(cache.path("b"))
     assert cache.get("b") is None
 
 
-def test_disk_is_bounded_and_the_least_recently_used_goes(tmp_path: Path):
+def test_disk_evicts_the_least_recently_used(tmp_path: Path):
     size = DiskCache(tmp_path / "one")
     size.put("0", entry(0), "")
     cache = DiskCache(tmp_path / "all", max_bytes=int(3.5 * size.path("0").stat().st_size))
@@ -163,28 +164,30 @@ def test_disk_is_bounded_and_the_least_recently_used_goes(tmp_path: Path):
     assert [value_of(cache.get(key)) for key in "0123"] == [0, None, 2, 3]
     assert fresh.exists()
     assert not abandoned.exists()
-    cache.put("2", entry(0, 10_000), "")  # larger than everything: not kept, and what it replaces is gone
+    cache.put("2", entry(0, 10_000), "")  # larger than max_bytes: not stored, and the old entry is removed
     assert [value_of(cache.get(key)) for key in "0123"] == [0, None, None, 3]
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_raises_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(cache_module.os, "fsync", full)
     cache = Cache(CacheOptions(cache_memory_bytes=1000, cache_folder=str(tmp_path)))
-    with pytest.raises(OSError, match="the disk is full") as raised:
+    with pytest.raises(
+        OSError, match=rf"cache_folder={re.escape(str(tmp_path))} .*disk is full.*cache_disk_bytes"
+    ) as raised:
         cache.put("a", entry(1), "")
     assert raised.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
     assert value_of(cache.get("a")) == 1  # from memory
 
 
-def test_a_folder_that_cannot_be_is_told_and_reading_it_is_a_miss(tmp_path: Path):
+def test_an_invalid_folder_raises_on_put_and_is_a_miss_on_get(tmp_path: Path):
     (tmp_path / "file").write_text("")
     cache = DiskCache(tmp_path / "file" / "folder")
     assert cache.get("a") is None
-    with pytest.raises(OSError, match="choose another folder"):
+    with pytest.raises(OSError, match=r"cache_folder=.*file/folder "):
         cache.put("a", entry(1), "")
 
 
@@ -206,7 +209,7 @@ def writer(folder: Path, rounds: int) -> subprocess.Popen:
     return started
 
 
-def test_processes_share_a_folder_without_torn_files(tmp_path: Path):
+def test_processes_share_a_folder_without_partial_files(tmp_path: Path):
     cache = DiskCache(tmp_path)
     writers = [writer(tmp_path, 60) for _ in range(2)]
     read = 0
@@ -233,7 +236,7 @@ DiskCache(sys.argv[1]).put("a", {"frames": torch.zeros(1000)}, "")
 """
 
 
-def test_a_writer_killed_while_it_writes_leaves_the_entry_before(tmp_path: Path):
+def test_a_killed_writer_leaves_the_previous_entry(tmp_path: Path):
     cache = DiskCache(tmp_path)
     cache.put("a", entry(1), "")
     process = subprocess.Popen([sys.executable, "-c", STUCK_WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -250,7 +253,7 @@ def test_a_writer_killed_while_it_writes_leaves_the_entry_before(tmp_path: Path)
 # two levels
 
 
-def test_memory_comes_first_and_takes_in_what_the_disk_had(tmp_path: Path):
+def test_entries_found_on_disk_are_stored_in_memory(tmp_path: Path):
     options = CacheOptions(cache_memory_bytes=1000, cache_folder=str(tmp_path))
     Cache(options).put("a", entry(4), "text")
     cache = Cache(options)
@@ -262,7 +265,7 @@ def test_memory_comes_first_and_takes_in_what_the_disk_had(tmp_path: Path):
     assert Cache(options).get("a") is None
 
 
-def test_without_folder_and_memory_nothing_is_kept(tmp_path: Path):
+def test_a_disabled_cache_stores_nothing(tmp_path: Path):
     cache = Cache(CacheOptions(cache_memory_bytes=0))
     cache.put("a", entry(4), "text")
     assert cache.get("a") is None

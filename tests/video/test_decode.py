@@ -1,6 +1,7 @@
-"""Frames, counts and times of video files, from every backend that works here."""
+"""Frames, frame counts and timestamps of video files, from every backend that works on this machine."""
 
 import os
+import re
 import struct
 import sys
 from fractions import Fraction
@@ -24,7 +25,7 @@ REAL = os.environ.get("BLUEBERRY_TEST_VIDEOS")
 
 
 def picture(level: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """Grey at ``level``, with a white top left corner, so that number and orientation of a frame can be read off."""
+    """Gray frame at ``level`` with a white top left corner, which identifies the frame and its orientation."""
     frame = np.full((height, width, 3), level, np.uint8)
     frame[: height // 4, : width // 4] = 255
     return frame
@@ -39,7 +40,7 @@ def write(
     keyint: int = 12,
     **options: str,
 ) -> Path:
-    """A frame for each level at 1 / 30 s, or at ``pts`` thirtieths of a second."""
+    """Writes a video with one frame per level, at 30 fps or at ``pts`` thirtieths of a second."""
     with av.open(str(path), "w", format=container, options=options) as output:
         stream = output.add_stream(codec, rate=30)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -54,8 +55,8 @@ def write(
     return path
 
 
-def turn(path: Path, a: int, b: int, c: int, d: int) -> None:
-    """Writes a display matrix into an mp4 file: a player shows pixel (x, y) at (ax + cy, bx + dy)."""
+def set_display_matrix(path: Path, a: int, b: int, c: int, d: int) -> None:
+    """Sets the display matrix of an mp4 file: pixel (x, y) is displayed at (ax + cy, bx + dy)."""
     content = path.read_bytes()
     matrix = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
     start = content.index(b"tkhd") + 4 + 40  # the matrix follows version, times, id, duration, layer and volume
@@ -66,7 +67,7 @@ LEVELS = [20 + 4 * i for i in range(40)]
 
 
 def levels(pixels: torch.Tensor) -> list[int]:
-    """The grey of the lower right quarter of each frame."""
+    """Gray level of the lower right quarter of each frame."""
     return [round(frame[:, 24:, 32:].float().mean().item()) for frame in pixels]
 
 
@@ -74,19 +75,19 @@ def close(found: list[int], expected: list[int], within: int = 2) -> bool:
     return len(found) == len(expected) and all(abs(a - b) <= within for a, b in zip(found, expected))
 
 
-def test_pyav_works_and_a_failing_backend_says_why():
+def test_pyav_works_and_a_failing_backend_has_a_reason():
     assert "pyav" in WORKING
     for name in set(READERS) - set(WORKING):
         reason = backend_failure(name)
         assert reason
         assert len(reason) < 210
-    with pytest.raises(ValueError, match="names 'opencv', which does not exist: choose from pyav, torchcodec"):
+    with pytest.raises(ValueError, match=r"backends .*'opencv'.*pyav, torchcodec"):
         backend_failure("opencv")
-    with pytest.raises(ValueError, match="names 'opencv'"):
+    with pytest.raises(ValueError, match=r"backends .*'opencv'.*pyav, torchcodec"):
         DecodeOptions(backends=("pyav", "opencv"))
 
 
-def test_probe_counts_and_times(tmp_path: Path):
+def test_probe_returns_frame_count_and_timestamps(tmp_path: Path):
     info = probe(write(tmp_path / "a.mp4", LEVELS))
     assert (info.num_frames, info.height, info.width) == (40, 48, 64)
     assert info.fps == pytest.approx(30)
@@ -95,7 +96,7 @@ def test_probe_counts_and_times(tmp_path: Path):
 
 @pytest.mark.parametrize("backend", WORKING)
 @pytest.mark.parametrize("indices", [list(range(40)), [39, 0, 7, 7, 20], [25], [11, 12, 13], [5, 38]])
-def test_frames_are_those_asked_for(tmp_path: Path, backend: str, indices: list[int]):
+def test_requested_frames_are_returned(tmp_path: Path, backend: str, indices: list[int]):
     frames = decode(write(tmp_path / "a.mp4", LEVELS), indices, DecodeOptions(backends=(backend,), salvage=False))
     assert frames.backend == backend
     assert frames.pixels.dtype == torch.uint8
@@ -112,13 +113,13 @@ def test_other_containers(tmp_path: Path, backend: str, name: str, codec: str):
     assert close(levels(frames.pixels), [210, 50, 120], within=4)
 
 
-def test_a_backend_that_shows_other_frames_is_passed_over(tmp_path: Path):
-    path = write(tmp_path / "a.ts", [20 + 10 * i for i in range(20)])  # torchcodec 0.13 begins twelve frames late here
+def test_a_backend_with_wrong_frames_is_skipped(tmp_path: Path):
+    path = write(tmp_path / "a.ts", [20 + 10 * i for i in range(20)])  # torchcodec 0.13 starts twelve frames late
     assert close(levels(decode(path, [19, 3, 10]).pixels), [210, 50, 120], within=4)
 
 
 @pytest.mark.parametrize("backend", WORKING)
-def test_times_are_true_where_the_rate_varies(tmp_path: Path, backend: str):
+def test_timestamps_with_variable_frame_rate(tmp_path: Path, backend: str):
     pts = [0, 1, 2, 3, 10, 20, 40, 70]
     path = write(tmp_path / "a.mp4", LEVELS[:8], pts)
     frames = decode(path, [7, 4, 1], DecodeOptions(backends=(backend,), salvage=False))
@@ -133,84 +134,84 @@ def test_raw_stream_without_timestamps(tmp_path: Path):
     assert close(levels(decode(path, [9, 2]).pixels), [LEVELS[9], LEVELS[2]])
 
 
-@pytest.mark.parametrize("backend", [name for name in WORKING if name != "decord"])  # which says that it cannot
+@pytest.mark.parametrize("backend", [name for name in WORKING if name != "decord"])  # which raises
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 def test_rotation_is_applied(tmp_path: Path, backend: str, degrees: int):
     path = write(tmp_path / "a.mp4", LEVELS[:3])
     plain = decode(path, [1], DecodeOptions(backends=(backend,), salvage=False)).pixels
-    cosine, sine = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]  # clockwise, as a player shows it
-    turn(path, cosine, sine, -sine, cosine)
-    turned = decode(path, [1], DecodeOptions(backends=(backend,), salvage=False)).pixels
-    assert torch.equal(turned, torch.rot90(plain, k=-degrees // 90, dims=(2, 3)))
-    assert (probe(path).height, probe(path).width) == turned.shape[2:]
+    cosine, sine = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]  # clockwise on display
+    set_display_matrix(path, cosine, sine, -sine, cosine)
+    rotated = decode(path, [1], DecodeOptions(backends=(backend,), salvage=False)).pixels
+    assert torch.equal(rotated, torch.rot90(plain, k=-degrees // 90, dims=(2, 3)))
+    assert (probe(path).height, probe(path).width) == rotated.shape[2:]
 
 
-def test_the_function_that_chooses_sees_the_file(tmp_path: Path):
+def test_the_choose_function_receives_the_video_info(tmp_path: Path):
     frames = decode(write(tmp_path / "a.mp4", LEVELS), lambda info: [info.num_frames - 1])
     assert close(levels(frames.pixels), [LEVELS[-1]])
 
 
-def test_an_index_outside_the_file_is_refused(tmp_path: Path):
+def test_an_index_outside_the_file_raises(tmp_path: Path):
     path = write(tmp_path / "a.mp4", LEVELS[:5])
     for indices in ([5], [-1], []):
-        with pytest.raises(IndexError, match="frames 0 to 4"):
+        with pytest.raises(IndexError, match=re.escape(str(indices)) + r".*a\.mp4.*0 to 4"):
             decode(path, indices)
 
 
 @pytest.mark.parametrize("content", [b"", b"no video at all", b"\x00" * 4096])
-def test_a_broken_file_names_itself(tmp_path: Path, content: bytes):
+def test_a_broken_file_raises_with_its_name(tmp_path: Path, content: bytes):
     path = tmp_path / "broken.mp4"
     path.write_bytes(content)
     with pytest.raises(BrokenVideoError, match=r"broken\.mp4"):
         decode(path, [0])
 
 
-def test_a_truncated_file_is_broken_or_salvaged(tmp_path: Path):
+def test_a_truncated_file_raises_or_is_salvaged(tmp_path: Path):
     path = write(tmp_path / "a.mp4", LEVELS, movflags="faststart")
     whole = path.read_bytes()
     start = whole.index(b"mdat")
     path.write_bytes(whole[: start + (len(whole) - start) // 2])
-    with pytest.raises(BrokenVideoError, match=r"cut short: its header lists 40 frames, but it holds \d"):
+    with pytest.raises(BrokenVideoError, match=r"a\.mp4 .*\b40 frames.* \d.*salvage=true"):
         decode(path, [0], STRICT)
     frames = decode(path, range(40), DecodeOptions(max_missing_share=1.0))
-    there = ~(frames.missing | frames.suspect)
-    assert 0 < int(there.sum()) < 40
-    assert close(levels(frames.pixels[there]), [LEVELS[round(time * 30)] for time in frames.timestamps[there].tolist()])
+    good = ~(frames.missing | frames.suspect)
+    assert 0 < int(good.sum()) < 40
+    assert close(levels(frames.pixels[good]), [LEVELS[round(time * 30)] for time in frames.timestamps[good].tolist()])
 
 
-def test_damage_names_every_backend_or_leaves_a_mask(tmp_path: Path):
+def test_damage_raises_or_is_salvaged_with_a_mask(tmp_path: Path):
     path = write(tmp_path / "a.mp4", LEVELS, movflags="faststart")
     whole = path.read_bytes()
     start = whole.index(b"mdat")
     middle = start + (len(whole) - start) // 2
     path.write_bytes(whole[:middle] + bytes(len(whole) - middle))
-    with pytest.raises(BrokenVideoError, match=r"No backend could decode .*pyav: .+salvage=true"):
+    with pytest.raises(BrokenVideoError, match=r"a\.mp4 .*pyav: .+salvage=true"):
         decode(path, range(40), STRICT)
     frames = decode(path, [39, 0, 20], DecodeOptions(max_missing_share=1.0))
     assert frames.missing.tolist() == [True, False, frames.missing[2].item()]
     assert close(levels(frames.pixels[1:2]), LEVELS[:1])
-    assert frames.failures.keys() == {"pyav"}  # the others would show concealed pictures, and say nothing
+    assert frames.failures.keys() == {"pyav"}  # other backends return concealed frames without an error
 
 
-def test_the_next_backend_takes_over_where_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_decoding_falls_back_to_the_next_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = write(tmp_path / "a.mp4", LEVELS)
 
-    def fails_at_the_tenth(video, wanted, device):
+    def fails_at_frame_ten(video, wanted, device):
         for number, picture in enumerate(backends.read_pyav(video, wanted)):
             if number == 10:
-                raise RuntimeError("cannot today")
+                raise RuntimeError("test failure")
             yield picture
 
-    monkeypatch.setitem(READERS, "torchcodec", fails_at_the_tenth)
+    monkeypatch.setitem(READERS, "torchcodec", fails_at_frame_ten)
     monkeypatch.setattr("blueberry_video.video.decode.backend_failure", lambda name: None)
     frames = decode(path, range(40), DecodeOptions(backends=("torchcodec", "pyav")))
-    assert (frames.backend, frames.failures) == ("pyav", {"torchcodec": "cannot today"})
+    assert (frames.backend, frames.failures) == ("pyav", {"torchcodec": "test failure"})
     assert close(levels(frames.pixels), LEVELS)
-    with pytest.raises(BrokenVideoError, match="torchcodec: cannot today"):
+    with pytest.raises(BrokenVideoError, match="torchcodec: test failure"):
         decode(path, range(40), DecodeOptions(backends=("torchcodec",), salvage=False))
 
 
-def test_old_torchvision_is_used_where_it_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_old_torchvision_is_used_if_it_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def read_video(name: str, pts_unit: str, output_format: str):
         with av.open(name) as container:
             pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
@@ -228,7 +229,7 @@ def test_old_torchvision_is_used_where_it_exists(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("chunk_frames", [1, 7, 40, 100])
-def test_chunks_are_the_whole(tmp_path: Path, chunk_frames: int):
+def test_chunks_equal_decoding_at_once(tmp_path: Path, chunk_frames: int):
     path = write(tmp_path / "a.mp4", LEVELS)
     whole = decode(path, range(1, 40, 2))
     with open_video(path) as video:
@@ -240,10 +241,10 @@ def test_chunks_are_the_whole(tmp_path: Path, chunk_frames: int):
 
 
 @pytest.mark.parametrize(("name", "codec"), [("a.mp4", "libx264"), ("a.mkv", "mpeg4"), ("a.mpg", "mpeg2video")])
-def test_frames_that_nobody_refers_to_are_skipped_without_changing_others(
+def test_skipping_non_reference_frames_changes_no_requested_frame(
     tmp_path: Path, name: str, codec: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """Pictures with noise, so that a wrong reference shows; most of them B-frames."""
+    """Uses noise, so that a wrong reference changes pixels, and mostly B-frames."""
     rng = np.random.default_rng(0)
     path = tmp_path / name
     with av.open(str(path), "w") as output:
@@ -262,15 +263,15 @@ def test_frames_that_nobody_refers_to_are_skipped_without_changing_others(
 
 
 @pytest.mark.parametrize("matrix", [(-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)])
-def test_mirrored_pictures_are_shown_as_a_player_does(tmp_path: Path, matrix: tuple[int, int, int, int]):
+def test_mirroring_is_applied(tmp_path: Path, matrix: tuple[int, int, int, int]):
     a, b, c, d = matrix
     path = write(tmp_path / "a.mp4", LEVELS[:3])
     plain = decode(path, [1]).pixels
-    turn(path, a, b, c, d)
+    set_display_matrix(path, a, b, c, d)
     height, width = plain.shape[2:]
     expected = torch.empty(1, 3, *((height, width) if a else (width, height)), dtype=torch.uint8)
     for y in range(height):
-        for x in range(width):  # x' = ax + cy, y' = bx + dy, moved into the picture
+        for x in range(width):  # x' = ax + cy, y' = bx + dy, modulo the size
             to_x, to_y = a * x + c * y, b * x + d * y
             expected[..., to_y % expected.shape[2], to_x % expected.shape[3]] = plain[..., y, x]
     found = decode(path, [1], DecodeOptions(backends=("pyav",))).pixels
@@ -278,8 +279,8 @@ def test_mirrored_pictures_are_shown_as_a_player_does(tmp_path: Path, matrix: tu
     assert torch.equal(shifted, expected)
 
 
-def test_a_file_is_opened_again_under_the_same_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = write(tmp_path / "a.h264", LEVELS[:10], container="h264")  # cannot seek: read again from its start
+def test_a_file_is_reopened_with_the_same_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write(tmp_path / "a.h264", LEVELS[:10], container="h264")  # not seekable: reopened
     seen = []
 
     def opened(*arguments, options, **rest):
@@ -293,8 +294,8 @@ def test_a_file_is_opened_again_under_the_same_limits(tmp_path: Path, monkeypatc
     assert seen[0]["protocol_whitelist"] == "file"
 
 
-def test_missing_file():
-    with pytest.raises(FileNotFoundError, match=r"no file at .*nowhere\.mp4"):
+def test_a_missing_file_raises():
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.mp4"):
         decode("nowhere.mp4", [0])
 
 
@@ -302,25 +303,27 @@ def test_missing_file():
     "text",
     ["#EXTM3U\n{0}\n", "\ufeff  #extm3u\n{0}\n", "ffconcat version 1.0\nfile {0}\n", "<?xml version='1.0'?><MPD/>"],
 )
-def test_playlists_are_refused_whatever_their_name(tmp_path: Path, text: str):
+def test_playlists_are_refused_under_any_name(tmp_path: Path, text: str):
     write(tmp_path / "secret.mp4", LEVELS[:5])
     path = tmp_path / "list.mp4"
     path.write_text(text.format("secret.mp4"), encoding="utf-8")
-    with pytest.raises(RefusedSourceError, match="is a playlist or other text"):
+    with pytest.raises(RefusedSourceError, match=r"list\.mp4 .*playlist"):
         decode(path, [0])
 
 
 @pytest.mark.parametrize("prefix", ["concat:", "file:", "cache:", "subfile,,start,0,end,0,,:"])
-def test_protocol_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str):
+def test_protocol_strings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str):
     path = write(tmp_path / "a.mp4", LEVELS[:5])
-    with pytest.raises(RefusedSourceError, match="protocol"):
+    with pytest.raises(
+        RefusedSourceError, match=f"'{prefix[: prefix.index(',') + 1] if ',' in prefix else prefix}'.*protocol"
+    ):
         probe(f"{prefix}{path}")
     path.rename(tmp_path / f"{prefix}a.mp4")
     monkeypatch.chdir(tmp_path)
-    assert probe(f"./{prefix}a.mp4").num_frames == 5  # a file of this very name
+    assert probe(f"./{prefix}a.mp4").num_frames == 5  # a file with this name
 
 
-@pytest.mark.skipif(REAL is None, reason="BLUEBERRY_TEST_VIDEOS names no folder of real clips")
+@pytest.mark.skipif(REAL is None, reason="BLUEBERRY_TEST_VIDEOS is not set to a folder of real clips")
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -333,7 +336,7 @@ def test_protocol_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("action.avi", (164, 25.0, 240, 320)),
     ],
 )
-def test_real_files_equal_their_frames_decoded_one_after_another(name: str, expected: tuple):
+def test_real_files_equal_sequential_decoding(name: str, expected: tuple):
     path = Path(REAL or "", name)
     info = probe(path)
     assert (info.num_frames, info.height, info.width) == (expected[0], *expected[2:])
@@ -345,7 +348,7 @@ def test_real_files_equal_their_frames_decoded_one_after_another(name: str, expe
             if i in wanted:
                 reference[i] = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
     frames = decode(path, wanted, DecodeOptions(backends=("pyav",)))
-    if "10bits" not in name:  # whose colours a bare swscale call rounds otherwise
+    if "10bits" not in name:  # a direct swscale call rounds 10-bit colors differently
         assert torch.equal(frames.pixels, torch.stack([reference[i] for i in wanted]))
-    if "torchcodec" in WORKING and name != "action.avi":  # whose packets carry no true timestamps
+    if "torchcodec" in WORKING and name != "action.avi":  # its packets have no true timestamps
         assert torch.equal(frames.pixels, decode(path, wanted, DecodeOptions(backends=("torchcodec",))).pixels)

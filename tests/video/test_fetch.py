@@ -1,7 +1,8 @@
-"""Downloads against a server on loopback that counts what reaches it, and the first bytes of files."""
+"""Downloads from a loopback server that counts connections, and container detection from the first bytes."""
 
 import io
 import ipaddress
+import re
 import socket
 import ssl
 import threading
@@ -17,8 +18,8 @@ from blueberry_video.video.fetch import fetch, is_public, parse_networks, public
 from blueberry_video.video.sniff import sniff
 
 LOOPBACK = ("127.0.0.1/32",)
-BODY = bytes(range(256)) * 3000  # several pieces of what is read at a time
-# A key of these tests alone: a certificate for videos.test, good until 2126.
+BODY = bytes(range(256)) * 3000  # longer than one read
+# Key for these tests only, with a certificate for videos.test that is valid until 2126.
 CERTIFICATE = """-----BEGIN PRIVATE KEY-----
 MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgssZrmuEqGDqLGC3w
 f/XOba+BE8VapdmkamfO6GKIu9ChRANCAASsCEwcrK2dJaYwIXqHibNb8G/L07Qo
@@ -39,7 +40,7 @@ zj0EAwIDSQAwRgIhAKMuzeYWIcLBOmZ2ooYNrAz6H8j4Z/hTzi0hXdyYGGDjAiEA
 
 
 class Server:
-    """Accepts on 127.0.0.1; ``answer(connection, path)`` speaks for each request. ``connections`` counts them all."""
+    """Server on 127.0.0.1 that calls ``answer(connection, path)`` for each request and counts ``connections``."""
 
     def __init__(self, answer: Callable[[socket.socket, str], None], context: ssl.SSLContext | None = None):
         self.answer, self.context = answer, context
@@ -69,7 +70,7 @@ class Server:
                 self.requests.append(request.decode("latin-1"))
                 self.answer(connection, request.split(b" ")[1].decode("latin-1"))
         except OSError:
-            connection.close()  # the client has left, which is what many of these tests are about
+            connection.close()  # the client closed the connection, as many tests expect
 
     def close(self) -> None:
         self.listener.shutdown(socket.SHUT_RDWR)
@@ -82,8 +83,8 @@ def serve() -> Iterator[Callable[..., Server]]:
     servers: list[Server] = []
 
     def start(answer: Callable[[socket.socket, str], None] | bytes, context: ssl.SSLContext | None = None) -> Server:
-        said = answer
-        servers.append(Server((lambda c, _: c.sendall(said)) if isinstance(said, bytes) else said, context))
+        content = answer
+        servers.append(Server((lambda c, _: c.sendall(content)) if isinstance(content, bytes) else content, context))
         return servers[-1]
 
     yield start
@@ -104,21 +105,21 @@ def get(url: str, max_bytes: int = 10**7, timeout: float = 5.0, networks: tuple[
 
 
 def names(monkeypatch: pytest.MonkeyPatch, answers: dict[str, list[str]]) -> list[str]:
-    """Host names as these tests have them; each resolution of one takes its next address, and is written down."""
-    asked: list[str] = []
+    """Replaces name resolution: each look-up of a host returns its next address. Returns the list of look-ups."""
+    resolved: list[str] = []
     real = socket.getaddrinfo
 
     def look_up(host, port, *args, **kwargs):
-        asked.append(host)
+        resolved.append(host)
         address = answers[host].pop(0) if host in answers else host
         return [found for one in address.split() for found in real(one, port, *args, **kwargs)]
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    return asked
+    return resolved
 
 
-def test_a_good_address_gives_the_same_bytes(serve, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # the environment's proxies are not for these requests
+def test_a_public_url_is_downloaded(serve, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # proxies of the environment are ignored
     server = serve(response())
     assert get(f"http://127.0.0.1:{server.port}/a/clip.mp4?key=1&x=ü#part") == BODY
     [request] = server.requests
@@ -128,7 +129,7 @@ def test_a_good_address_gives_the_same_bytes(serve, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("length", [None, "chunked"])
-def test_a_body_without_a_length_ends_where_it_ends(serve, length: str | None):
+def test_a_body_without_content_length_is_complete(serve, length: str | None):
     if length:
         chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (BODY[:700000], BODY[700000:]))
         server = serve(response(chunks + b"0\r\n\r\n", Content_Length="", Transfer_Encoding="chunked"))
@@ -137,17 +138,17 @@ def test_a_body_without_a_length_ends_where_it_ends(serve, length: str | None):
     assert get(f"http://127.0.0.1:{server.port}/") == BODY
 
 
-def test_redirects_are_followed_and_each_name_is_looked_up_once(serve, monkeypatch: pytest.MonkeyPatch):
-    asked = names(monkeypatch, {"a.test": ["127.0.0.1"] * 2, "b.test": ["127.0.0.1"]})
+def test_redirects_are_followed_and_each_name_is_resolved_once(serve, monkeypatch: pytest.MonkeyPatch):
+    resolved = names(monkeypatch, {"a.test": ["127.0.0.1"] * 2, "b.test": ["127.0.0.1"]})
     steps = {"/0": "/1", "/1": "http://b.test:{port}/2"}
 
     def answer(connection: socket.socket, path: str) -> None:
-        onward = steps.get(path, "").format(port=server.port)
-        connection.sendall(response(b"", "302 Found", Location=onward) if onward else response())
+        target = steps.get(path, "").format(port=server.port)
+        connection.sendall(response(b"", "302 Found", Location=target) if target else response())
 
     server = serve(answer)
     assert get(f"http://a.test:{server.port}/0") == BODY
-    assert asked == ["a.test", "a.test", "b.test"]
+    assert resolved == ["a.test", "a.test", "b.test"]
 
 
 @pytest.mark.parametrize(
@@ -187,16 +188,16 @@ def test_redirects_are_followed_and_each_name_is_looked_up_once(serve, monkeypat
         "[ff0e::1]",
     ],
 )
-def test_no_address_but_a_public_one_is_called(serve, monkeypatch: pytest.MonkeyPatch, host: str):
+def test_private_addresses_are_refused(serve, monkeypatch: pytest.MonkeyPatch, host: str):
     server = serve(response())
     opened: list[object] = []
     monkeypatch.setattr(fetching, "_connected", lambda *arguments: opened.append(arguments))
-    with pytest.raises(RefusedSourceError, match=r"no public address.*allowed_networks"):
+    with pytest.raises(RefusedSourceError, match=rf"//{re.escape(host)}:{server.port}/.*allowed_networks"):
         get(f"http://{host}:{server.port}/", networks=())
     assert (server.connections, opened) == (0, [])
 
 
-def test_public_addresses_are_public():
+def test_is_public():
     for address in ("8.8.8.8", "1.1.1.1", "93.184.216.34", "2606:4700:4700::1111", "2a00:1450:4001:81b::200e"):
         assert is_public(address)
     for block in fetching._SPECIAL:
@@ -204,7 +205,7 @@ def test_public_addresses_are_public():
     assert not any(is_public(str(ipaddress.IPv6Address(1 << shift))) for shift in range(125))
 
 
-def test_one_private_address_among_public_ones_refuses_them_all(serve, monkeypatch: pytest.MonkeyPatch):
+def test_one_private_address_among_public_ones_refuses_all(serve, monkeypatch: pytest.MonkeyPatch):
     server = serve(response())
     names(monkeypatch, {"mixed.test": ["8.8.8.8 127.0.0.1"]})
     with pytest.raises(RefusedSourceError, match=r"127\.0\.0\.1"):
@@ -212,11 +213,11 @@ def test_one_private_address_among_public_ones_refuses_them_all(serve, monkeypat
     assert server.connections == 0
 
 
-def test_an_answer_that_changes_is_never_asked_for_again(serve, monkeypatch: pytest.MonkeyPatch):
+def test_a_host_name_is_resolved_once_per_request(serve, monkeypatch: pytest.MonkeyPatch):
     server = serve(response())
-    asked = names(monkeypatch, {"rebind.test": ["127.0.0.1", "127.0.0.2"]})
+    resolved = names(monkeypatch, {"rebind.test": ["127.0.0.1", "127.0.0.2"]})
     assert get(f"http://rebind.test:{server.port}/") == BODY
-    assert asked == ["rebind.test"]
+    assert resolved == ["rebind.test"]
     assert server.connections == 1
     with pytest.raises(RefusedSourceError, match=r"127\.0\.0\.2"):
         get(f"http://rebind.test:{server.port}/")
@@ -236,16 +237,16 @@ def test_an_answer_that_changes_is_never_asked_for_again(serve, monkeypatch: pyt
         "/a b",
     ],
 )
-def test_a_redirect_is_checked_like_an_address(serve, target: str):
+def test_a_redirect_is_checked_like_a_url(serve, target: str):
     server = serve(lambda c, _: c.sendall(response(b"", "302 Found", Location=target.format(port=server.port))))
     with pytest.raises(RefusedSourceError):
         get(f"http://127.0.0.1:{server.port}/start")
     assert server.connections == 1
 
 
-def test_a_redirect_loop_ends(serve):
+def test_a_redirect_loop_raises(serve):
     server = serve(response(b"", "301 Moved", Location="/again"))
-    with pytest.raises(FetchError, match="after 5 redirects"):
+    with pytest.raises(FetchError, match=r"/again.*\b5 redirects"):
         get(f"http://127.0.0.1:{server.port}/")
     assert server.connections == 6
 
@@ -290,17 +291,17 @@ def test_a_redirect_loop_ends(serve):
         "file:///etc/passwd",
     ],
 )
-def test_what_parsers_read_differently_is_refused_before_a_name_is_looked_up(serve, monkeypatch, url: str):
+def test_ambiguous_urls_are_refused_before_name_resolution(serve, monkeypatch, url: str):
     server = serve(response())
-    asked = names(monkeypatch, {})
+    resolved = names(monkeypatch, {})
     with pytest.raises(RefusedSourceError) as refusal:
         get(url.format(port=server.port))
     assert "secret" not in str(refusal.value)
     assert ("before '@'" in str(refusal.value)) == ("@127.0.0.1:{port}/" in url and not set("\\?#") & set(url))
-    assert (asked, server.connections) == ([], 0)
+    assert (resolved, server.connections) == ([], 0)
 
 
-def test_messages_show_no_query(serve):
+def test_messages_omit_the_query(serve):
     server = serve(response(status="403 Forbidden"))
     address = f"http://127.0.0.1:{server.port}/clip.mp4"
     with pytest.raises(FetchError, match="status 403") as failure:
@@ -332,45 +333,45 @@ def drip(connection: socket.socket, start: bytes, piece: bytes) -> None:
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"X: x\r\n"),
     ],
 )
-def test_a_server_that_drips_gains_nothing(serve, start: bytes, piece: bytes):
+def test_a_slow_response_ends_at_the_deadline(serve, start: bytes, piece: bytes):
     server = serve(lambda c, _: drip(c, start, piece))
     began = time.monotonic()
-    with pytest.raises(FetchError, match=r"fetch_timeout=0\.4|more than 100 headers"):
+    with pytest.raises(FetchError, match=r"fetch_timeout=0\.4|100 headers"):
         get(f"http://127.0.0.1:{server.port}/", timeout=0.4)
     assert 0.3 < time.monotonic() - began < 1.2
 
 
-def test_the_deadline_spans_redirects(serve):
+def test_the_deadline_includes_redirects(serve):
     def answer(connection: socket.socket, _: str) -> None:
         time.sleep(0.2)
         connection.sendall(response(b"", "302 Found", Location="/"))
 
     server = serve(answer)
-    with pytest.raises(FetchError, match="fetch_timeout"):
+    with pytest.raises(FetchError, match=r"fetch_timeout=0\.5"):
         get(f"http://127.0.0.1:{server.port}/", timeout=0.5)
     assert server.connections == 3
 
 
-def test_the_deadline_spans_the_look_up_of_a_name(monkeypatch: pytest.MonkeyPatch):
+def test_the_deadline_includes_name_resolution(monkeypatch: pytest.MonkeyPatch):
     done = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: done.wait(5))
     began = time.monotonic()
-    with pytest.raises(FetchError, match="fetch_timeout"):
+    with pytest.raises(FetchError, match=r"slow\.test.*fetch_timeout=0\.2"):
         get("http://slow.test/", timeout=0.2)
     done.set()
     assert time.monotonic() - began < 1
 
 
-def test_endless_headers_end(serve):
+def test_endless_headers_raise(serve):
     server = serve(lambda c, _: [c.sendall(b"HTTP/1.1 200 OK\r\n"), *iter(lambda: c.sendall(b"X: " + b"x" * 60000), 1)])
-    with pytest.raises(FetchError, match="more than"):
+    with pytest.raises(FetchError, match=r"127\.0\.0\.1.*\(.*header"):
         get(f"http://127.0.0.1:{server.port}/")
 
 
-def test_a_length_over_the_limit_is_refused_without_reading(serve):
+def test_a_content_length_above_max_bytes_is_refused_without_reading(serve):
     server = serve(response(b"x" * 1000, Content_Length=str(10 * 10**9)))
     into = io.BytesIO()
-    with pytest.raises(LimitError, match="10000000000 bytes, more than max_bytes=5000"):
+    with pytest.raises(LimitError, match=r"10000000000 .*max_bytes=5000\b"):
         fetch(f"http://127.0.0.1:{server.port}/", into, 5000, 5.0, LOOPBACK)
     assert into.getvalue() == b""
 
@@ -385,7 +386,7 @@ def test_a_length_over_the_limit_is_refused_without_reading(serve):
         (b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n", b"x" * 65536),
     ],
 )
-def test_an_endless_body_stops_at_the_limit(serve, start: bytes, piece: bytes):
+def test_an_endless_body_is_read_up_to_max_bytes(serve, start: bytes, piece: bytes):
     server = serve(lambda c, _: [c.sendall(start), *iter(lambda: c.sendall(piece), 1)])
     into = io.BytesIO()
     with pytest.raises((LimitError, FetchError)):
@@ -393,10 +394,10 @@ def test_an_endless_body_stops_at_the_limit(serve, start: bytes, piece: bytes):
     assert len(into.getvalue()) <= 1_000_000
 
 
-def test_the_limit_itself_is_allowed(serve):
+def test_a_body_of_exactly_max_bytes_is_allowed(serve):
     server = serve(response())
     assert get(f"http://127.0.0.1:{server.port}/", max_bytes=len(BODY)) == BODY
-    with pytest.raises(LimitError):
+    with pytest.raises(LimitError, match=f"max_bytes={len(BODY) - 1}"):
         get(f"http://127.0.0.1:{server.port}/", max_bytes=len(BODY) - 1)
 
 
@@ -410,7 +411,7 @@ def test_the_limit_itself_is_allowed(serve):
 )
 def test_a_compressed_body_is_refused(serve, headers: dict[str, str]):
     server = serve(response(**headers))
-    with pytest.raises(RefusedSourceError, match="compressed"):
+    with pytest.raises(RefusedSourceError, match=r"(gzip|br).*identity"):
         get(f"http://127.0.0.1:{server.port}/")
 
 
@@ -427,19 +428,19 @@ def test_a_compressed_body_is_refused(serve, headers: dict[str, str]):
         response(b"", "302 Found"),
     ],
 )
-def test_what_is_no_whole_file_is_an_error(serve, answer: bytes):
+def test_incomplete_responses_raise(serve, answer: bytes):
     server = serve(answer)
     with pytest.raises(FetchError):
         get(f"http://127.0.0.1:{server.port}/")
 
 
-def test_a_server_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch):
+def test_an_unreachable_server_raises(monkeypatch: pytest.MonkeyPatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    with pytest.raises(FetchError, match="could not be fetched"):
+    with pytest.raises(FetchError, match=rf"127\.0\.0\.1:{port}/ could not be fetched"):
         get(f"http://127.0.0.1:{port}/")
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: (_ for _ in ()).throw(socket.gaierror("unknown")))
-    with pytest.raises(FetchError, match="does not resolve"):
+    with pytest.raises(FetchError, match=r"nowhere\.test/.*resolve.*unknown"):
         get("http://nowhere.test/")
 
 
@@ -459,7 +460,7 @@ def secure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
     return context
 
 
-def test_tls_checks_the_name_and_not_the_address(serve, secure: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch):
+def test_tls_verifies_the_host_name(serve, secure: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch):
     server = serve(response(), secure)
     names(monkeypatch, {"videos.test": ["127.0.0.1"], "other.test": ["127.0.0.1"]})
     assert get(f"https://videos.test:{server.port}/") == BODY
@@ -474,30 +475,32 @@ def test_tls_checks_the_name_and_not_the_address(serve, secure: ssl.SSLContext, 
     assert len(server.requests) == 1
 
 
-def test_tls_is_never_left_by_a_redirect(serve, secure: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch):
+def test_a_redirect_from_https_to_http_is_refused(serve, secure: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch):
     plain = serve(response())
     server = serve(response(b"", "302 Found", Location=f"http://127.0.0.1:{plain.port}/"), secure)
     names(monkeypatch, {"videos.test": ["127.0.0.1"]})
-    with pytest.raises(RefusedSourceError, match="from https to http"):
+    with pytest.raises(
+        RefusedSourceError, match=rf"https://videos\.test:{server.port}/.*http://127\.0\.0\.1:{plain.port}/"
+    ):
         get(f"https://videos.test:{server.port}/")
     assert plain.connections == 0
 
 
-def test_a_slow_handshake_is_bounded(serve, monkeypatch: pytest.MonkeyPatch):
-    server = serve(lambda *_: time.sleep(1))  # speaks no TLS: it waits for a blank line
+def test_the_deadline_includes_the_tls_handshake(serve, monkeypatch: pytest.MonkeyPatch):
+    server = serve(lambda *_: time.sleep(1))  # plain HTTP: waits for an empty line
     names(monkeypatch, {"videos.test": ["127.0.0.1"]})
     began = time.monotonic()
-    with pytest.raises(FetchError, match="fetch_timeout"):
+    with pytest.raises(FetchError, match=r"fetch_timeout=0\.3"):
         get(f"https://videos.test:{server.port}/", timeout=0.3)
     assert time.monotonic() - began < 1
 
 
-def test_a_network_must_be_one():
+def test_invalid_networks_raise():
     assert [str(network) for network in parse_networks(("10.0.0.0/8", "fd00::/8"))] == ["10.0.0.0/8", "fd00::/8"]
     for block in ("10.0.0.1/8", "intranet", ""):
-        with pytest.raises(ValueError, match="allowed_networks="):
+        with pytest.raises(ValueError, match=rf"allowed_networks=\('{block}',\)"):
             parse_networks((block,))
-    with pytest.raises(ValueError, match="allowed_networks="):
+    with pytest.raises(ValueError, match=r"allowed_networks=.*everything"):
         get("http://8.8.8.8/", networks=("everything",))
 
 
@@ -524,7 +527,7 @@ MP4 = b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(64)
         (b"\xff\xfb\x90\x00" + bytes(413) + b"\xff\xfb\x90\x00", "mp3"),
     ],
 )
-def test_a_container_is_known_by_its_first_bytes(tmp_path: Path, content: bytes, container: str):
+def test_the_container_is_detected_from_the_first_bytes(tmp_path: Path, content: bytes, container: str):
     path = tmp_path / "file"
     path.write_bytes(content)
     assert sniff(path, "it") == container
@@ -551,35 +554,35 @@ def test_a_container_is_known_by_its_first_bytes(tmp_path: Path, content: bytes,
         b"ID3\x04\0\0\x10\0\0\x05helloffconcat version 1.0\nfile x".replace(b"\x10\0\0\x05", b"\0\0\0\x05"),
     ],
 )
-def test_what_names_other_files_is_refused(tmp_path: Path, content: bytes):
+def test_playlists_are_refused(tmp_path: Path, content: bytes):
     path = tmp_path / "renamed.mp4"
     path.write_bytes(content)
-    with pytest.raises(RefusedSourceError, match="the clip is a playlist"):
+    with pytest.raises(RefusedSourceError, match=r"the clip .*playlist"):
         sniff(path, "the clip")
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
-        (b"", "is empty"),
-        (b"hello, this is no video\n", "no video but text"),
-        ("ünïcode".encode(), "no video but text"),
-        ("text".encode("utf-16"), "no video but text"),
-        (b"<!DOCTYPE html><html>", "a web page"),
-        (b"PK\x03\x04" + bytes(30), "an archive"),
-        (b"\x1f\x8b\x08" + bytes(30), "an archive"),
-        (b"name" + bytes(253) + b"ustar\0" + bytes(100), "an archive"),
-        (b"RIFF\0\0\0\0WAVEfmt ", "sound without pictures"),
-        (bytes(range(1, 200)), "no known video file"),
-        (bytes(1000), "no known video file"),
-        (b"ID3\x04\0\0\0\0\0\0" + MP4, "no known video file"),
-        (b"ID3\x04\0\0\0\0\0\0" * 1000, "no known video file"),
-        (b"ID3\x04\0\0\x7f\x7f\x7f\x7f", "is empty"),
-        (b"\xff\xfb\x90\x00" + bytes(3000), "no known video file"),
+        (b"", "empty"),
+        (b"hello, this is no video\n", "but text"),
+        ("ünïcode".encode(), "but text"),
+        ("text".encode("utf-16"), "but text"),
+        (b"<!DOCTYPE html><html>", "web page"),
+        (b"PK\x03\x04" + bytes(30), "archive"),
+        (b"\x1f\x8b\x08" + bytes(30), "archive"),
+        (b"name" + bytes(253) + b"ustar\0" + bytes(100), "archive"),
+        (b"RIFF\0\0\0\0WAVEfmt ", "audio"),
+        (bytes(range(1, 200)), "unknown container"),
+        (bytes(1000), "unknown container"),
+        (b"ID3\x04\0\0\0\0\0\0" + MP4, "unknown container"),
+        (b"ID3\x04\0\0\0\0\0\0" * 1000, "unknown container"),
+        (b"ID3\x04\0\0\x7f\x7f\x7f\x7f", "empty"),
+        (b"\xff\xfb\x90\x00" + bytes(3000), "unknown container"),
     ],
 )
-def test_what_is_no_video_is_called_what_it_is(tmp_path: Path, content: bytes, said: str):
+def test_the_message_names_the_type_of_a_file_that_is_no_video(tmp_path: Path, content: bytes, expected: str):
     path = tmp_path / "clip.mp4"
     path.write_bytes(content)
-    with pytest.raises(BrokenVideoError, match=f"clip.*{said}"):
+    with pytest.raises(BrokenVideoError, match=f"clip.*{expected}"):
         sniff(path, "clip")

@@ -338,16 +338,16 @@ def test_a_function_of_the_main_script_needs_a_guard_and_is_told_so(tmp_path: Pa
     script.write_text(GUARDLESS.format(guard="if True:"))
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=30)
     assert done.returncode == 1
-    assert "put that call under `if __name__ == '__main__':`" in done.stderr
+    assert "`if __name__ == '__main__':`" in done.stderr
 
 
 def test_what_a_worker_cannot_import_is_refused():
     options: dict = {"workers": 1, "timeout": 1, "memory_bytes": None}
-    with pytest.raises(TypeError, match="define it with `def` at the top of a module"):
+    with pytest.raises(TypeError, match=r"function=.*lambda"):
         run_in_processes(lambda item: item, [1], **options)
     outcomes = list(run_in_processes(act, [lambda: 0, None], **options))
     assert isinstance(outcomes[0].error, TypeError)  # and the rest goes on
-    assert "item 0 (function) cannot be sent" in str(outcomes[0].error)
+    assert "item 0 (function) cannot be pickled" in str(outcomes[0].error)
     assert [outcome.index for outcome in outcomes] == [0, 1]
     [outcome] = run_in_processes(partial(pow, 2), [10], **options)
     assert outcome.value == 1024
@@ -377,5 +377,5 @@ def test_the_time_of_importing_the_function_is_not_the_first_items(tmp_path: Pat
 
 @pytest.mark.parametrize("wrong", [{"workers": 0}, {"timeout": 0}, {"memory": -1}])
 def test_limits_must_be_positive(wrong: dict):
-    with pytest.raises(ValueError, match="lets nothing run"):
+    with pytest.raises(ValueError, match="above 0"):
         run([], **wrong)

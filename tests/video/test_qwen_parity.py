@@ -117,7 +117,7 @@ def test_qwen_indices_of_a_count(qwen, num_frames):
 def test_qwen_refuses_a_count_above_the_frames_and_so_do_we(qwen):
     with pytest.raises(ValueError, match="nframes should in interval"):
         indices_of(qwen, {"nframes": 32}, 30, 30.0)
-    with pytest.raises(ValueError, match=r"num_frames=32 .* of 30 frames .*: lower num_frames, or set pad_frames=true"):
+    with pytest.raises(ValueError, match=r"num_frames=32 .*30 frames .*pad_frames=true"):
         choose(np.arange(30) / 30, SamplingOptions(num_frames=32))
 
 
@@ -194,7 +194,7 @@ def test_qwen_refuses_what_we_refuse(qwen):
     for height, width in ((10, 2001), (2001, 10)):
         with pytest.raises(ValueError, match="absolute aspect ratio"):
             qwen.smart_resize(height, width, 28)
-        with pytest.raises(ValueError, match=r"aspect of 200\.1, above max_aspect=200"):
+        with pytest.raises(ValueError, match=r"2001.*200\.1, above max_aspect=200"):
             smart_resize(height, width, 28, 3136, 602_112)
     assert qwen.smart_resize(10, 2000, 28, 3136, 602_112) == smart_resize(10, 2000, 28, 3136, 602_112)
 

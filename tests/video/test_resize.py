@@ -231,10 +231,10 @@ def test_a_gpu_gives_the_same_frames(resample):
         ({"pixel_budget": "clip"}, r"pixel_budget='clip' does not exist"),
         ({"size_factor": 0}, r"size_factor=0 is out of range: use at least 1"),
         ({"max_pixels": -3}, r"max_pixels=-3 is out of range"),
-        ({"resized_height": 280}, r"resized_height=280 and resized_width=None: an explicit size needs both"),
-        ({"rule": "crop"}, r"rule='crop' needs image_size"),
-        ({"rule": "fill"}, r"rule='fill' needs max_pixels"),
-        ({"rule": "crop", "image_size": (1, 2, 3)}, r"image_size=\(1, 2, 3\) is no size in pixels"),
+        ({"resized_height": 280}, r"resized_height=280 and resized_width=None"),
+        ({"rule": "crop"}, r"rule='crop' .*image_size"),
+        ({"rule": "fill"}, r"rule='fill' .*max_pixels"),
+        ({"rule": "crop", "image_size": (1, 2, 3)}, r"image_size=\(1, 2, 3\)"),
     ],
 )
 def test_wrong_options_are_refused(wrong, message):
@@ -243,11 +243,11 @@ def test_wrong_options_are_refused(wrong, message):
 
 
 def test_wrong_videos_are_refused():
-    with pytest.raises(ValueError, match=r"min_pixels=602113 is above max_pixels=602112: lower the one"):
+    with pytest.raises(ValueError, match=r"min_pixels=602113 .*max_pixels=602112"):
         video_size(720, 1280, 4, ResizeOptions(min_pixels=602_113, max_pixels=602_112))
-    with pytest.raises(ValueError, match=r"aspect of 250, above max_aspect=200"):
+    with pytest.raises(ValueError, match=r"1000x4 .*250, above max_aspect=200"):
         video_size(4, 1000, 4, ResizeOptions())
-    with pytest.raises(ValueError, match=r"A video of 0 frames of 30x20 pixels"):
+    with pytest.raises(ValueError, match=r"num_frames=0 of 30x20"):
         video_size(20, 30, 0, ResizeOptions())
     with pytest.raises(ValueError, match=r"max_pixels=100 is less than one square of size_factor=48"):
         fill(20, 30, 48, 100)

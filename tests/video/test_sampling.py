@@ -1,4 +1,4 @@
-"""Which frames make a clip."""
+"""Tests of frame sampling: fixed-length clips and videos of any length."""
 
 import numpy as np
 import pytest
@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 
 from blueberry_video.video.errors import VideoError
 from blueberry_video.video.sampling import (
+    ClipSampling,
     SamplingOptions,
     by_scores,
     candidate_frames,
     change_scores,
     choose,
+    choose_clip,
     every_interval,
     fixed_fps,
     frame_rate,
@@ -44,19 +46,19 @@ def test_windows_are_spread_evenly():
     assert windows(4, 4, num_clips=2) == [[0, 1, 2, 3]] * 2
 
 
-def test_fixed_fps_follows_the_clock_where_the_rate_varies():
+def test_fixed_fps_uses_timestamps_at_a_variable_frame_rate():
     timestamps = [0.0, 0.1, 0.2, 0.3, 1.3, 2.3, 3.3]  # 10 fps, then 1 fps
     assert fixed_fps(timestamps, 4, fps=1 / 1.1) == [0, 3, 4, 6]  # at 0, 1.1, 2.2 and 3.3 s
     assert fixed_fps(timestamps, 7, fps=2) == [1, 3, 3, 4, 4, 5, 5]  # 0.15 s to 3.15 s: the middle of the video
 
 
-def test_fixed_fps_of_a_steady_video_is_a_stride():
-    for late in (0.0, 3600.0):  # streams may begin at any time
+def test_fixed_fps_at_a_constant_frame_rate_is_a_stride():
+    for late in (0.0, 3600.0):  # streams may start at any time
         timestamps = [late + i / 30 for i in range(31)]
         assert fixed_fps(timestamps, 11, fps=10) == list(range(0, 31, 3))
 
 
-def test_fixed_fps_draws_its_start():
+def test_fixed_fps_draws_the_start_from_rng():
     timestamps = [i / 10 for i in range(100)]
     starts = {fixed_fps(timestamps, 4, fps=5, rng=np.random.default_rng(seed))[0] for seed in range(50)}
     assert len(starts) > 20
@@ -64,7 +66,7 @@ def test_fixed_fps_draws_its_start():
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 5), st.integers(1, 4), st.integers(0, 99))
-def test_indices_lie_in_the_video_in_order(total: int, num_frames: int, stride: int, num_clips: int, seed: int):
+def test_clip_indices_are_sorted_and_in_range(total: int, num_frames: int, stride: int, num_clips: int, seed: int):
     rng = np.random.default_rng(seed)
     clips = [uniform(total, num_frames, pad=True), random_window(total, num_frames, rng, stride, pad=True)]
     clips += windows(total, num_frames, num_clips, stride, pad=True)
@@ -73,29 +75,46 @@ def test_indices_lie_in_the_video_in_order(total: int, num_frames: int, stride: 
     assert all(0 <= i < total for clip in clips for i in clip)
 
 
-def test_too_short_a_video_is_refused_unless_padded():
+def test_choose_clip_selects_the_sampler():
+    times = every(10, 31)
+    assert choose_clip(times, ClipSampling("uniform", 4)) == uniform(31, 4)
+    assert choose_clip(times, ClipSampling("fixed_fps", 4, fps=5)) == fixed_fps(times.tolist(), 4, 5)
+    options = ClipSampling("multi_clip", 4, stride=2, num_clips=3)
+    assert [choose_clip(times, options, window=k) for k in range(3)] == windows(31, 4, 3, stride=2)
+    rng, same = np.random.default_rng(7), np.random.default_rng(7)
+    assert choose_clip(times, ClipSampling("random", 4, stride=3), rng) == random_window(31, 4, same, stride=3)
+
+
+def test_short_videos_raise_unless_padded():
     rng = np.random.default_rng(0)
-    message = r"num_frames=8 with stride=2 needs a video of 15 frames, but this one has 10: lower .* pad=true"
+    message = r"num_frames=8 with stride=2 .*\b15 frames.*\b10\b.*pad=true"
     with pytest.raises(ValueError, match=message):
         random_window(10, 8, rng, stride=2)
     with pytest.raises(ValueError, match=message):
         windows(10, 8, num_clips=3, stride=2)
-    with pytest.raises(ValueError, match="needs a video of 16 frames, but this one has 10"):
+    with pytest.raises(ValueError, match=r"num_frames=16 with stride=1 .*\b16 frames.*\b10\b.*pad=true"):
         uniform(10, 16)
-    with pytest.raises(ValueError, match=r"num_frames=16 at fps=5 last 3 s, but the video's 10 frames span 0.9 s"):
+    with pytest.raises(ValueError, match=r"num_frames=16 at fps=5 .*\b3 s.*\b10 frames.*\b0\.9 s.*pad=true"):
         fixed_fps([i / 10 for i in range(10)], 16, fps=5)
     assert random_window(4, 6, rng, pad=True) == [0, 1, 2, 3, 3, 3]
     assert windows(4, 3, num_clips=2, stride=2, pad=True) == [[0, 2, 3]] * 2
     assert fixed_fps([0.0, 0.1, 0.2], 5, fps=10, pad=True) == [0, 1, 2, 2, 2]
 
 
-@pytest.mark.parametrize("bad", [{"num_frames": 0}, {"total": 0}, {"stride": 0}])
-def test_counts_below_one_are_refused(bad: dict):
-    with pytest.raises(ValueError, match="each must be at least 1"):
-        random_window(**{"total": 5, "num_frames": 2, "rng": np.random.default_rng(0), **bad})
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_frames": 0}, "num_frames=0 with stride=1 .*5 frames"),
+        ({"total": 0}, "num_frames=2 with stride=1 .* 0 frames"),
+        ({"stride": 0}, "num_frames=2 with stride=0 .*5 frames"),
+    ],
+)
+def test_counts_below_one_raise(change: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        random_window(**{"total": 5, "num_frames": 2, "rng": np.random.default_rng(0), **change})
     with pytest.raises(ValueError, match="num_clips=0"):
         windows(5, 2, num_clips=0)
-    with pytest.raises(ValueError, match="fps=0"):
+    with pytest.raises(ValueError, match="fps=0 and num_frames=2"):
         fixed_fps([0.0, 1.0], 2, fps=0)
 
 
@@ -107,25 +126,25 @@ def every(rate: float, total: int, start: float = 0.0) -> np.ndarray:
     ("total", "rate", "count"), [(300, 30, 20), (108_000, 30, 768), (5400, 30, 360), (7, 30, 4), (240, 24, 20)]
 )
 @pytest.mark.parametrize("start", [0.0, -0.08, 3600.0])
-def test_golden_counts(total: int, rate: float, count: int, start: float):
+def test_counts_equal_reference_values(total: int, rate: float, count: int, start: float):
     chosen = choose(every(rate, total, start), SamplingOptions())
     assert len(chosen) == count
     assert (chosen[0], chosen[-1]) == (0, total - 1)
-    # containers that write times in whole milliseconds have the same rate
+    # timestamps rounded to milliseconds yield the same rate
     assert choose(every(rate, total, start).round(3), SamplingOptions()) == chosen
 
 
-def test_the_rate_is_that_of_the_header_where_times_are_rounded():
+def test_frame_rate_of_rounded_timestamps_is_exact():
     for rate in (24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 60.0):
         assert frame_rate(every(rate, 1000, 17.3)) == rate
         assert frame_rate(every(rate, 1000).round(3)) == rate
     assert frame_rate(every(7.25, 200)) == pytest.approx(7.25, rel=1e-12)
     assert frame_rate(every(0.01, 200)) == pytest.approx(0.01, rel=1e-12)
-    with pytest.raises(VideoError, match=r"3 frames all have the time 2\.0 s"):
+    with pytest.raises(VideoError, match=r"\b3 frames.*\b2\.0 s"):
         frame_rate(np.full(3, 2.0))
 
 
-def test_one_frame_is_repeated_up_to_the_factor():
+def test_last_frame_repeats_up_to_frame_factor():
     assert choose(np.array([5.0]), SamplingOptions()) == [0, 0]
     assert choose(np.array([5.0]), SamplingOptions(frame_factor=1)) == [0]
     assert choose(np.array([5.0]), SamplingOptions(num_frames=2)) == [0, 0]
@@ -144,21 +163,21 @@ def test_spacings():
     assert spread(5, 14, 4, "steps") == [5, 7, 10, 12]
 
 
-def test_ranges_are_told_by_true_timestamps():
+def test_time_ranges_use_timestamps():
     times = np.array([10.0, 10.1, 10.2, 10.3, 11.3, 12.3, 13.3])  # 10 fps, then 1 fps
     assert time_range(times) == (0, 6)
-    assert time_range(times, 0.1, 1.3) == (1, 4)  # the very times of frames: rounding loses none
+    assert time_range(times, 0.1, 1.3) == (1, 4)  # exact timestamps: rounding drops no frame
     assert time_range(times, 0.11, 1.29) == (2, 3)
     assert time_range(times, 3.3) == (6, 6)
     options = SamplingOptions(sampling="all", video_start=0.15, video_end=2.5, frame_factor=1)
     assert choose(times, options) == [2, 3, 4, 5]
-    with pytest.raises(ValueError, match=r"No frame lies between video_start=0.35 and video_end=1.2: .* 0 to 3.3 s"):
+    with pytest.raises(ValueError, match=r"video_start=0\.35 and video_end=1\.2 .*0 to 3\.3 s"):
         time_range(times, 0.35, 1.2)
-    with pytest.raises(ValueError, match="No frame lies between video_start=5"):
+    with pytest.raises(ValueError, match="video_start=5"):
         choose(times, SamplingOptions(video_start=5.0))
 
 
-def test_counts_come_from_the_range():
+def test_counts_depend_on_the_time_range():
     options = SamplingOptions(video_start=2.0, video_end=5.999)
     chosen = choose(every(30, 3000), options)
     assert len(chosen) == 8  # 4 s, not 100
@@ -166,15 +185,15 @@ def test_counts_come_from_the_range():
     assert choose(every(30, 3000), SamplingOptions(video_start=2.0, video_end=2.0)) == [60, 60]
 
 
-def test_sampling_by_time_follows_the_clock():
+def test_by_time_spaces_frames_evenly_in_time():
     times = np.concatenate([np.arange(60) / 30, 2 + np.arange(10) / 5])  # 2 s at 30 fps, then 2 s at 5 fps
     by_index = choose(times, SamplingOptions(fps=2.0))
     by_time = choose(times, SamplingOptions(fps=2.0, by_time=True))
     assert len(by_index) == len(by_time) == 6
-    assert sum(i >= 60 for i in by_index) == 1  # half the time, but a seventh of the frames
+    assert sum(i >= 60 for i in by_index) == 1  # half of the duration, a seventh of the frames
     assert np.abs(times[by_time] - np.linspace(times[0], times[-1], len(by_time))).max() <= 0.1
     assert choose(times, SamplingOptions(num_frames=4, by_time=True)) == [0, 38, 63, 69]
-    # counts of a range: by the average rate of the video, or by the seconds that the range lasts
+    # the count of a range follows the average rate of the video, or with by_time the duration of the range
     late = {"fps": 2.5, "video_start": 2.0, "min_frames": 2}
     assert choose(times, SamplingOptions(**late)) == [60, 69]
     assert choose(times, SamplingOptions(**late, by_time=True)) == [60, 63, 66, 69]
@@ -182,7 +201,7 @@ def test_sampling_by_time_follows_the_clock():
 
 @given(st.integers(2, 400), st.sampled_from([7.3, 24.0, 29.97, 60.0]), st.integers(2, 20))
 @settings(max_examples=40, deadline=None)
-def test_at_a_steady_rate_time_and_index_agree(total: int, rate: float, half: int):
+def test_by_time_equals_by_index_at_a_constant_rate(total: int, rate: float, half: int):
     count = min(2 * half, total // 2 * 2)
     by_index = choose(every(rate, total, 9.0), SamplingOptions(num_frames=count))
     by_time = choose(every(rate, total, 9.0), SamplingOptions(num_frames=count, by_time=True))
@@ -190,7 +209,7 @@ def test_at_a_steady_rate_time_and_index_agree(total: int, rate: float, half: in
     assert [i for i, half in zip(by_index, halves) if not half] == [i for i, half in zip(by_time, halves) if not half]
 
 
-def test_one_frame_every_interval():
+def test_duration_takes_one_frame_per_interval():
     chosen = choose(every(30, 30 * 40), SamplingOptions(sampling="duration"))
     assert len(chosen) == 10
     assert (chosen[0], chosen[-1]) == (0, 1199)
@@ -200,7 +219,7 @@ def test_one_frame_every_interval():
     assert every_interval(np.array([0.0, 1.0, 2.0, 9.0, 10.0]), 2.5, min_frames=1) == [0, 2, 3, 4]
 
 
-def test_keyframes_come_first():
+def test_keyframes_are_taken_first():
     options = SamplingOptions(sampling="keyframes", num_frames=4)
     assert choose(every(30, 100), options, keyframes=[0, 10, 20, 30, 40, 50, 60]) == [0, 20, 40, 60]
     assert choose(every(30, 101), options, keyframes=[0]) == [0, 25, 50, 100]
@@ -217,7 +236,7 @@ def test_keyframes_come_first():
 
 @given(st.sets(st.integers(20, 79)), st.integers(1, 70))
 @settings(max_examples=60, deadline=None)
-def test_keyframes_are_all_taken_or_thinned(keyframes: set[int], count: int):
+def test_keyframes_are_complete_or_thinned(keyframes: set[int], count: int):
     chosen = prefer_keyframes(sorted(keyframes), 20, 79, count)
     assert len(chosen) == min(count, 60)
     assert chosen == sorted(set(chosen))
@@ -225,13 +244,13 @@ def test_keyframes_are_all_taken_or_thinned(keyframes: set[int], count: int):
     assert all(20 <= i <= 79 for i in chosen)
 
 
-def test_scores_draw_frames():
+def test_by_scores_takes_more_frames_at_high_scores():
     scores = torch.zeros(101)
-    scores[50] = 1.0  # a cut
+    scores[50] = 1.0  # scene cut
     chosen = by_scores(scores, range(101), 9, uniform_share=0.5)
     assert chosen[0] == 0
     assert chosen[-1] == 100
-    assert {49, 50} <= set(chosen)  # both sides of it
+    assert {49, 50} <= set(chosen)  # both sides of the cut
     assert sum(45 <= i <= 55 for i in chosen) >= 4
     assert sum(45 <= i <= 55 for i in by_scores(scores, range(101), 9, uniform_share=1.0)) == 1  # evenly
     assert by_scores(torch.zeros(101), range(0, 1010, 10), 5) == [0, 250, 500, 750, 1000]
@@ -240,7 +259,7 @@ def test_scores_draw_frames():
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=60), st.floats(0, 1), st.integers(0, 59), st.integers(1, 5))
 @settings(max_examples=80, deadline=None)
-def test_frames_by_scores_ascend_and_cover_both_ends(scores: list[float], share: float, fewer: int, step: int):
+def test_by_scores_is_sorted_and_includes_both_ends(scores: list[float], share: float, fewer: int, step: int):
     candidates = range(3, 3 + step * len(scores), step)
     count = max(1, len(scores) - fewer)
     chosen = by_scores(scores, candidates, count, share)
@@ -252,14 +271,14 @@ def test_frames_by_scores_ascend_and_cover_both_ends(scores: list[float], share:
     assert by_scores(torch.tensor(scores, dtype=torch.float64), candidates, count, share) == chosen
 
 
-def test_adaptive_sampling_looks_where_the_picture_changes():
+def test_adaptive_sampling_takes_more_frames_where_the_content_changes():
     options = SamplingOptions(sampling="adaptive", num_frames=8, candidates_per_frame=8)
     times = every(10, 640)
     candidates = candidate_frames(times, options)
     assert len(candidates) == 64
     assert (candidates[0], candidates[-1]) == (0, 639)
     frames = torch.full((64, 3, 9, 16), 90, dtype=torch.uint8)
-    for i in range(40, 48):  # eight cuts in an eighth of the time
+    for i in range(40, 48):  # eight cuts in an eighth of the duration
         frames[i:] = 30 + 20 * (i - 40)
     chosen = choose(times, options, scores=change_scores(frames))
     assert len(chosen) == 8
@@ -267,25 +286,25 @@ def test_adaptive_sampling_looks_where_the_picture_changes():
     assert choose(times, options, scores=change_scores(frames)) == chosen
     with pytest.raises(ValueError, match=r"scores of shape \(3,\) for 64 candidate frames"):
         choose(times, options, scores=[1.0, 2.0, 3.0])
-    with pytest.raises(ValueError, match="sampling='adaptive' needs scores"):
+    with pytest.raises(ValueError, match="sampling='adaptive' requires scores"):
         choose(times, options)
-    with pytest.raises(ValueError, match="sampling='fps' takes no scores"):
+    with pytest.raises(ValueError, match="sampling='fps' ignores scores"):
         choose(times, SamplingOptions(), scores=[1.0])
     for bad in ([1.0, -1.0], [1.0, float("nan")]):
-        with pytest.raises(ValueError, match="one finite number of at least 0 for each"):
+        with pytest.raises(ValueError, match=r"scores of shape \(2,\) for 2 candidate frames"):
             by_scores(bad, [0, 1], 1)
 
 
-def test_change_scores_measure_brightness_and_colour():
+def test_change_scores_measure_luma_and_chroma():
     frames = torch.zeros(4, 3, 6, 8, dtype=torch.uint8)
     frames[1] = 255  # black to white
     frames[2] = frames[3] = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None]
     scores = change_scores(frames)
     assert scores[0] == 0
-    assert scores[1] == pytest.approx(1 / 3, abs=1e-5)  # luma alone
+    assert scores[1] == pytest.approx(1 / 3, abs=1e-5)  # luma only
     assert scores[2] == pytest.approx((0.701 + 0.168736 + 0.5) / 3, abs=1e-5)
     assert scores[3] == 0
-    with pytest.raises(ValueError, match=r"use uint8 \(N, 3, h, w\)"):
+    with pytest.raises(ValueError, match=r"torch\.float32 .*\(4, 3, 6, 8\).*uint8 \(N, 3, h, w\)"):
         change_scores(frames.float())
 
 
@@ -293,15 +312,15 @@ def test_explicit_indices():
     assert choose(every(30, 10), SamplingOptions(indices=[3, 1, 9])) == [3, 1, 9, 9]
     assert choose(every(30, 10), SamplingOptions(indices=(3, 3), frame_factor=1)) == [3, 3]
     for wrong in ((0, 10), (-1, 2)):
-        with pytest.raises(ValueError, match=r"name the frames \[(10|-1)\], .* has the frames 0 to 9"):
+        with pytest.raises(ValueError, match=r"indices=.*\[(10|-1)\].* 0 to 9"):
             choose(every(30, 10), SamplingOptions(indices=wrong))
-    with pytest.raises(ValueError, match=r"name the frames \[0\], .* has the frames 3 to 9"):
+    with pytest.raises(ValueError, match=r"indices=\[0, 5\] .*\[0\].* 3 to 9"):
         choose(every(10, 10), SamplingOptions(indices=(0, 5), video_start=0.3))
 
 
-def test_all_frames_are_bounded():
+def test_all_frames_are_limited_by_max_frames():
     assert choose(every(30, 5), SamplingOptions(sampling="all")) == [0, 1, 2, 3, 4, 4]
-    with pytest.raises(ValueError, match=r"sampling='all' would take 1000 frames, above max_frames=768"):
+    with pytest.raises(ValueError, match=r"sampling='all' .*\b1000 frames.*max_frames=768"):
         choose(every(30, 1000), SamplingOptions(sampling="all"))
 
 
@@ -315,7 +334,7 @@ def test_all_frames_are_bounded():
     st.sampled_from(["fps", "duration", "keyframes", "adaptive"]),
 )
 @settings(max_examples=150, deadline=None)
-def test_counts_stay_in_their_limits_and_frames_in_order(
+def test_counts_respect_limits_and_frames_are_sorted(
     total: int, rate: float, fps: float, least: int, most: int, factor: int, strategy: str
 ):
     options = SamplingOptions(
@@ -340,29 +359,29 @@ def test_counts_stay_in_their_limits_and_frames_in_order(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"sampling": "random"}, r"sampling='random' does not exist: choose from fps, uniform"),
-        ({"spacing": "even"}, r"spacing='even' does not exist: choose from inclusive"),
-        ({"fps": 1.0, "num_frames": 8}, r"fps=1.0 and num_frames=8 contradict each other: give one of"),
-        ({"num_frames": 8, "indices": [1]}, r"num_frames=8 and indices=\(1,\) contradict"),
-        ({"sampling": "uniform"}, r"sampling='uniform' needs num_frames"),
-        ({"sampling": "duration", "fps": 1.0}, r"sampling='duration' does not use fps=1.0"),
-        ({"fps": 0.0}, r"fps=0.0 is out of range: use a number above 0"),
-        ({"fps": float("nan")}, r"fps=nan is out of range"),
-        ({"base_interval": -1.0}, r"base_interval=-1.0 is out of range"),
-        ({"num_frames": 1}, r"num_frames=1 is out of range: use at least 2"),
-        ({"max_frames": 1}, r"max_frames=1 is out of range: use at least 2"),
-        ({"min_frames": 0}, r"min_frames=0 is out of range"),
-        ({"uniform_share": 1.5}, r"uniform_share=1.5 is outside 0 to 1"),
-        ({"video_start": 3.0, "video_end": 2.0}, r"video_start=3.0 and video_end=2.0 are no range"),
-        ({"video_start": -1.0}, r"video_start=-1.0 and video_end=None are no range"),
+        ({"sampling": "random"}, r"sampling='random' .*fps, uniform"),
+        ({"spacing": "even"}, r"spacing='even' .*inclusive"),
+        ({"fps": 1.0, "num_frames": 8}, r"fps=1\.0 and num_frames=8 "),
+        ({"num_frames": 8, "indices": [1]}, r"num_frames=8 and indices=\(1,\)"),
+        ({"sampling": "uniform"}, r"sampling='uniform' .*num_frames"),
+        ({"sampling": "duration", "fps": 1.0}, r"sampling='duration' .*fps=1\.0"),
+        ({"fps": 0.0}, r"fps=0\.0 .*above 0"),
+        ({"fps": float("nan")}, r"fps=nan .*above 0"),
+        ({"base_interval": -1.0}, r"base_interval=-1\.0 .*above 0"),
+        ({"num_frames": 1}, r"num_frames=1 .*at least 2"),
+        ({"max_frames": 1}, r"max_frames=1 .*at least 2"),
+        ({"min_frames": 0}, r"min_frames=0 .*at least 1"),
+        ({"uniform_share": 1.5}, r"uniform_share=1\.5 .*0 to 1"),
+        ({"video_start": 3.0, "video_end": 2.0}, r"video_start=3\.0 and video_end=2\.0"),
+        ({"video_start": -1.0}, r"video_start=-1\.0 and video_end=None"),
     ],
 )
-def test_wrong_options_are_refused(wrong: dict, message: str):
+def test_invalid_options_raise(wrong: dict, message: str):
     with pytest.raises(ValueError, match=message):
         SamplingOptions(**wrong)
 
 
 @pytest.mark.parametrize("times", [[], [0.0, 2.0, 1.0], [0.0, float("nan")], [[0.0, 1.0]]])
-def test_broken_timestamps_are_a_fault_of_the_video(times: list):
-    with pytest.raises(VideoError, match="no ascending finite seconds: re-encode"):
+def test_invalid_timestamps_raise_video_error(times: list):
+    with pytest.raises(VideoError, match=r"timestamps of .*finite seconds"):
         choose(np.array(times), SamplingOptions())

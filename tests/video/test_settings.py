@@ -1,4 +1,4 @@
-"""Every file of conf/video loads and counts what is published of its model; whatever is wrong is refused by name."""
+"""Tests of settings: the files of conf/video, overrides, HuggingFace configs, and errors that name the key."""
 
 import json
 from dataclasses import dataclass, field, fields
@@ -54,20 +54,20 @@ def tokens_of(settings: VideoSettings, num_frames: int, height: int, width: int)
 # ---- conf/video ------------------------------------------------------------------------------------------------------
 
 
-def test_the_models_there_are():
+def test_models_in_conf():
     assert models() == sorted(
         {"qwen2.5-vl", "qwen3-vl", "llava-next-video", "llava-onevision", "internvl", "gemma"}
         | {"gpt-4v", "gpt-4o", "gemini"}
     )
 
 
-def test_every_name_is_unique_over_all_sections():
+def test_field_names_are_unique_over_all_sections():
     names = [part.name for kind in SECTIONS.values() for part in fields(kind)]
     assert sorted(names) == sorted(set(names))
-    assert not set(names) & set(SECTIONS) - {"format", "sampling"}  # a section's main choice may carry its name
+    assert not set(names) & set(SECTIONS) - {"format", "sampling"}  # the main field of a section may have its name
 
 
-def test_general_lists_every_setting_with_its_default():
+def test_general_lists_all_settings_with_their_defaults():
     general = OmegaConf.to_container(OmegaConf.load(CONF / "general.yaml"))
     assert {section: list(settings) for section, settings in general.items()} == {
         section: [part.name for part in fields(kind)] for section, kind in SECTIONS.items()
@@ -76,7 +76,7 @@ def test_general_lists_every_setting_with_its_default():
 
 
 @pytest.mark.parametrize("model", models())
-def test_a_file_is_what_hydra_can_compose(model: str):
+def test_files_compose_with_hydra(model: str):
     content = OmegaConf.to_container(OmegaConf.load(CONF / f"{model}.yaml"))
     assert content.pop("defaults") == ["general", "_self_"]
     assert set(content) <= set(SECTIONS)
@@ -99,12 +99,12 @@ def test_a_file_is_what_hydra_can_compose(model: str):
         ("gemini", 60, 720, 1280, 60 * 258),
     ],
 )
-def test_published_numbers(model: str, num_frames: int, height: int, width: int, tokens: int):
+def test_token_counts_equal_published_numbers(model: str, num_frames: int, height: int, width: int, tokens: int):
     assert tokens_of(load_settings(model), num_frames, height, width) == tokens
 
 
 @pytest.mark.parametrize("model", models())
-def test_the_models_own_number_of_frames_fits_its_context(model: str):
+def test_default_number_of_frames_fits_the_context(model: str):
     settings = load_settings(model)
     num_frames = settings.sampling.num_frames or settings.sampling.max_frames
     size = video_size(1080, 1920, num_frames, settings.resize)
@@ -118,7 +118,7 @@ def test_the_models_own_number_of_frames_fits_its_context(model: str):
 
 
 @pytest.mark.parametrize("model", models())
-def test_frames_of_any_shape_are_whole_tokens(model: str):
+def test_frames_of_any_shape_resize_to_whole_tokens(model: str):
     settings = load_settings(model)
     for height, width in [(240, 320), (1280, 720), (97, 1313), (3000, 200)]:
         assert tokens_of(settings, 2, height, width) > 0
@@ -133,7 +133,7 @@ def test_low_detail_and_low_resolution():
 # ---- overrides -------------------------------------------------------------------------------------------------------
 
 
-def test_an_override_finds_its_section():
+def test_override_is_assigned_to_its_section():
     settings = load_settings("qwen2.5-vl", {"fps": 1, "max_frames": 32, "mean": [0, 0.5, 1], "backends": ["pyav"]})
     assert (settings.sampling.fps, settings.sampling.max_frames) == (1.0, 32)
     assert isinstance(settings.sampling.fps, float)
@@ -142,7 +142,7 @@ def test_an_override_finds_its_section():
     assert settings.tokens == load_settings("qwen2.5-vl").tokens
 
 
-def test_an_override_wins_over_what_it_excludes():
+def test_override_replaces_excluded_values():
     assert load_settings("qwen2.5-vl", {"num_frames": 8}).sampling.fps is None
     sampling = load_settings("llava-next-video", {"fps": 0.5}).sampling
     assert (sampling.sampling, sampling.fps, sampling.num_frames) == ("fps", 0.5, None)
@@ -152,21 +152,21 @@ def test_an_override_wins_over_what_it_excludes():
     raw = load_settings("qwen2.5-vl", {"dtype": "uint8"}).format
     assert (raw.rescale, raw.mean, raw.std) == (False, None, None)
     assert load_settings("qwen2.5-vl", {"dtype": "float16"}).format.mean == CLIP
-    with pytest.raises(ValueError, match=r"fps=1.0 and num_frames=8 contradict"):
+    with pytest.raises(ValueError, match=r"fps=1\.0 and num_frames=8 "):
         load_settings("qwen2.5-vl", {"fps": 1.0, "num_frames": 8})
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("fsp", r"`fsp` is no setting. Did you mean `fps` \(section `sampling`\)\?"),
-        ("max_frame", r"Did you mean `max_frames` \(section `sampling`\)"),
-        ("patchsize", r"Did you mean `patch_size` \(section `tokens`\)"),
-        ("resize", r"`resize` is no setting but a section"),
-        ("zzzzzzzz", r"`zzzzzzzz` is no setting. There are: allowed_networks, backends, "),
+        ("fsp", r"`fsp` .*`fps` \(section `sampling`\)"),
+        ("max_frame", r"`max_frame` .*`max_frames` \(section `sampling`\)"),
+        ("patchsize", r"`patchsize` .*`patch_size` \(section `tokens`\)"),
+        ("resize", r"`resize` .*\bsection\b"),
+        ("zzzzzzzz", r"`zzzzzzzz` .*allowed_networks, backends, "),
     ],
 )
-def test_unknown_overrides_are_refused(name: str, message: str):
+def test_unknown_overrides_raise(name: str, message: str):
     with pytest.raises(ValueError, match=message):
         load_settings("qwen2.5-vl", {name: 1})
 
@@ -174,28 +174,28 @@ def test_unknown_overrides_are_refused(name: str, message: str):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("width", "3", "width='3' is of type str, but must be a whole number"),
-        ("width", 3.0, "of type float, but must be a whole number"),
-        ("width", True, "of type bool, but must be a whole number"),
-        ("width", None, "of type NoneType"),
-        ("scale", "1.0", "must be a number or null"),
-        ("scale", True, "of type bool, but must be a number or null"),
-        ("label", 1, "must be text"),
-        ("deep", 1, "must be true or false"),
-        ("sizes", 3, "must be a list of a whole number"),
-        ("sizes", [1, "2"], "must be a list of a whole number"),
-        ("pair", [1, 2, 3], "must be a list of 2 times a whole number"),
-        ("weights", {"a": "b"}, "must be a mapping to a number"),
-        ("weights", [1], "must be a mapping to a number"),
-        ("either", [1], "must be a whole number or a number or text or null"),
+        ("width", "3", r"width='3' .*\bstr\b.*integer"),
+        ("width", 3.0, r"width=3.0 .*\bfloat\b.*integer"),
+        ("width", True, r"width=True .*\bbool\b.*integer"),
+        ("width", None, r"width=None .*\bNoneType\b"),
+        ("scale", "1.0", "scale='1.0' .*number or null"),
+        ("scale", True, r"scale=True .*\bbool\b.*number or null"),
+        ("label", 1, "label=1 .*string"),
+        ("deep", 1, "deep=1 .*true or false"),
+        ("sizes", 3, "sizes=3 .*list.*integer"),
+        ("sizes", [1, "2"], r"sizes=\[1, '2'\] .*list.*integer"),
+        ("pair", [1, 2, 3], r"pair=\[1, 2, 3\] .*\b2\b.*integer"),
+        ("weights", {"a": "b"}, "weights={'a': 'b'} .*mapping.*number"),
+        ("weights", [1], r"weights=\[1\] .*mapping.*number"),
+        ("either", [1], r"either=\[1\] .*integer or a number or a string or null"),
     ],
 )
-def test_wrong_types_are_refused(name: str, value: object, message: str):
+def test_wrong_types_raise(name: str, value: object, message: str):
     with pytest.raises(ValueError, match=message):
         load(**{name: value})
 
 
-def test_right_types_are_converted():
+def test_compatible_types_are_converted():
     shelf = load(scale=2, sizes=[4, 5, 6], pair=[7, 8], weights={"a": 1}, deep=True, either=3)
     assert shelf == Shelf(3, 2.0, "a", (4, 5, 6), (7, 8), {"a": 1.0}, True, 3)
     assert isinstance(shelf.scale, float)
@@ -204,22 +204,22 @@ def test_right_types_are_converted():
     assert load(scale=None).scale is None
 
 
-def test_what_a_section_refuses_comes_through():
+def test_errors_of_a_section_are_raised():
     with pytest.raises(ValueError, match="patch_size=0"):
         load_settings("qwen2.5-vl", {"patch_size": 0})
 
 
-def test_sections_that_contradict_each_other_are_refused():
-    with pytest.raises(ValueError, match=r"size_factor=28 .*patch_size=16 .*set size_factor=32"):
+def test_contradicting_sections_raise():
+    with pytest.raises(ValueError, match=r"size_factor=28 .*patch_size=16 .*size_factor=32"):
         load_settings("qwen2.5-vl", {"patch_size": 16})
-    with pytest.raises(ValueError, match="set tile_detail=low too"):
+    with pytest.raises(ValueError, match=r"detail=low .*tile_detail=high.*tile_detail=low"):
         load_settings("gpt-4o", {"detail": "low"})
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_new_model_is_a_new_file(tmp_path: Path):
+def test_new_model_is_a_new_file(tmp_path: Path):
     (tmp_path / "general.yaml").write_text("shelf: {width: 4, label: general}\n")
     (tmp_path / "mine-1.5.yaml").write_text("defaults: [general, _self_]\nshelf: {width: 5}\ntokens:\n")
     assert models(tmp_path) == ["mine-1.5"]
@@ -227,7 +227,7 @@ def test_a_new_model_is_a_new_file(tmp_path: Path):
     assert room.shelf == Shelf(width=5, label="general", deep=True)
 
 
-def test_a_file_elsewhere_lies_over_the_general_settings(tmp_path: Path):
+def test_file_outside_conf_overrides_the_general_settings(tmp_path: Path):
     file = tmp_path / "mine.yaml"
     file.write_text("sampling: {fps: 3}\n")
     for model in (file, str(file)):
@@ -238,34 +238,34 @@ def test_a_file_elsewhere_lies_over_the_general_settings(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("samplng: {fps: 1.0}", r"mine.yaml: `samplng` is none of the sections source, .*Did you mean `sampling`"),
-        ("fps: 1.0", r"mine.yaml: `fps` belongs under `sampling:`"),
-        ("sampling: {fsp: 1.0}", r"mine.yaml: `fsp` is no setting of section `sampling`. Did you mean `fps`"),
-        ("tokens: {fps: 1.0}", r"mine.yaml: `fps` is no setting of section `tokens`; it belongs to section `sampling`"),
-        ("sampling: {max_frames: '8'}", r"mine.yaml: sampling.max_frames='8' is of type str"),
-        ("sampling: {max_frames: 1e3}", r"mine.yaml: sampling.max_frames=1000.0 is of type float"),
-        ("sampling: 3", r"mine.yaml: section `sampling` must be a mapping"),
-        ("defaults: [qwen2.5-vl, _self_]", r"mine.yaml has defaults: .*write defaults: \[general, _self_\]"),
-        ("- 1", r"mine.yaml must be a YAML mapping"),
-        ("a: [", r"mine.yaml is not valid YAML"),
-        ("tokens: {count: tiles}\ntokens: {mark: none}", r"mine.yaml is not valid YAML: .*duplicate key"),
+        ("samplng: {fps: 1.0}", r"mine.yaml: `samplng` .*source, .*`sampling`"),
+        ("fps: 1.0", r"mine.yaml: `fps` .*`sampling:`"),
+        ("sampling: {fsp: 1.0}", r"mine.yaml: `fsp` .*section `sampling`.*`fps`"),
+        ("tokens: {fps: 1.0}", r"mine.yaml: `fps` .*section `tokens`.*section `sampling`"),
+        ("sampling: {max_frames: '8'}", r"mine.yaml: sampling.max_frames='8' .*\bstr\b"),
+        ("sampling: {max_frames: 1e3}", r"mine.yaml: sampling.max_frames=1000.0 .*\bfloat\b"),
+        ("sampling: 3", r"mine.yaml: section `sampling` .*mapping.*\b3\b"),
+        ("defaults: [qwen2.5-vl, _self_]", r"mine.yaml .*qwen2.5-vl.*defaults: \[general, _self_\]"),
+        ("- 1", r"mine.yaml .*mapping of sections"),
+        ("a: [", r"mine.yaml .*YAML"),
+        ("tokens: {count: tiles}\ntokens: {mark: none}", r"mine.yaml .*YAML: .*duplicate key"),
     ],
 )
-def test_wrong_files_are_refused(tmp_path: Path, text: str, message: str):
+def test_invalid_files_raise(tmp_path: Path, text: str, message: str):
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_settings(file)
 
 
-def test_unknown_models_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"'qwen2-vl' is none of gemini, .*Did you mean 'qwen2.5-vl'\?"):
+def test_unknown_models_raise(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"model='qwen2-vl' .*gemini, .*'qwen2.5-vl'"):
         load_settings("qwen2-vl")
-    with pytest.raises(FileNotFoundError, match=r"no model settings file .*nowhere.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"model='nowhere.yaml' .*gemini"):
         load_settings("nowhere.yaml")
-    with pytest.raises(FileNotFoundError, match=r"no model settings file .*qwen2-vl"):
+    with pytest.raises(FileNotFoundError, match=r"model=.*qwen2-vl' .*gemini"):
         load_settings(tmp_path / "qwen2-vl")
-    with pytest.raises(FileNotFoundError, match=r"give the path of a YAML file"):
+    with pytest.raises(FileNotFoundError, match=r"model='qwen2.5-vl' .*missing .*YAML"):
         load_settings("qwen2.5-vl", conf=tmp_path / "missing")
 
 
@@ -301,7 +301,7 @@ QWEN3 = {  # as saved with Qwen3-VL
 }
 
 
-def test_qwen2_5_vl_from_its_image_processor(tmp_path: Path):
+def test_qwen2_5_vl_from_image_processor(tmp_path: Path):
     for model in (saved(tmp_path, QWEN), tmp_path / "preprocessor_config.json"):
         settings = load_settings(model, {"fps": 1.0})
         assert (settings.resize.min_pixels, settings.resize.max_pixels) == (3136, 12845056)
@@ -314,7 +314,7 @@ def test_qwen2_5_vl_from_its_image_processor(tmp_path: Path):
         assert (settings.sampling.fps, settings.sampling.spacing) == (1.0, "arange")
 
 
-def test_the_files_of_videos_go_before_those_of_images(tmp_path: Path):
+def test_video_processor_files_take_precedence(tmp_path: Path):
     saved(tmp_path, QWEN | {"patch_size": 7})
     saved(tmp_path, {"image_processor": {"size": 1}, "processor_class": "Qwen2_5_VLProcessor"}, "processor_config.json")
     assert profile_from_huggingface(tmp_path)["tokens"]["patch_size"] == 7
@@ -325,7 +325,7 @@ def test_the_files_of_videos_go_before_those_of_images(tmp_path: Path):
     assert profile_from_huggingface(tmp_path)["tokens"]["patch_size"] == 16
 
 
-def test_qwen3_vl_counts_pixels_of_the_whole_video(tmp_path: Path):
+def test_qwen3_vl_budget_applies_to_the_whole_video(tmp_path: Path):
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
     settings = load_settings(saved(tmp_path, QWEN3, "video_preprocessor_config.json"))
@@ -335,7 +335,7 @@ def test_qwen3_vl_counts_pixels_of_the_whole_video(tmp_path: Path):
         assert video_size(height, width, num_frames, settings.resize) == theirs
 
 
-def test_what_transformers_itself_saves(tmp_path: Path):
+def test_processors_saved_by_transformers(tmp_path: Path):
     from transformers.models.llava_next_video.video_processing_llava_next_video import LlavaNextVideoVideoProcessor
     from transformers.models.llava_onevision.video_processing_llava_onevision import LlavaOnevisionVideoProcessor
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
@@ -378,7 +378,7 @@ def test_llava_onevision_internvl_and_gemma(tmp_path: Path):
     assert tokens_of(settings, 1, 500, 500) == 121
 
 
-def test_the_language_model_beside_the_processor(tmp_path: Path):
+def test_language_model_config_in_the_same_folder(tmp_path: Path):
     saved(tmp_path, QWEN)
     sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
     Qwen2_5_VLConfig(text_config=sizes | {"max_position_embeddings": 5000}).save_pretrained(tmp_path)
@@ -394,39 +394,42 @@ def test_the_language_model_beside_the_processor(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"image_processor_type": "CLIPImageProcessor"}, r"is of CLIPImageProcessor: .*Qwen2VL, .*Gemma4"),
-        ({"size": 3}, r"is of no named class: understood are"),
-        (QWEN | {"resample": 1}, r"resample=1 is none of 2 \(bilinear\) and 3"),
+        (
+            {"image_processor_type": "CLIPImageProcessor"},
+            r"preprocessor_config.json .*CLIPImageProcessor.*Qwen2VL, .*Gemma4",
+        ),
+        ({"size": 3}, r"preprocessor_config.json .*processor class.*Qwen2VL"),
+        (QWEN | {"resample": 1}, r"resample=1 .*2 \(bilinear\).*3"),
         (QWEN | {"rescale_factor": 0.5}, r"rescale_factor=0.5"),
-        (QWEN | {"patch_size": "14"}, r"preprocessor_config.json: patch_size='14' is of type str"),
-        (QWEN | {"rescale_factor": "1/255"}, r"rescale_factor='1/255' is of type str"),
-        (QWEN | {"size": 448, "max_pixels": None}, r"size=448 is no mapping of shortest_edge and longest_edge"),
-        ({"processor_class": "LlavaNextVideoProcessor", "size": {"shortest_edge": 224}}, r"of any aspect"),
+        (QWEN | {"patch_size": "14"}, r"preprocessor_config.json: patch_size='14' .*\bstr\b"),
+        (QWEN | {"rescale_factor": "1/255"}, r"rescale_factor='1/255' .*\bstr\b"),
+        (QWEN | {"size": 448, "max_pixels": None}, r"size=448 .*shortest_edge and longest_edge"),
+        ({"processor_class": "LlavaNextVideoProcessor", "size": {"shortest_edge": 224}}, r"size=.*224.*crop_size"),
         (
             {"processor_class": "LlavaNextVideoProcessor", "size": {"shortest_edge": 256}, "crop_size": 224},
-            r"scales to another size than crop_size=224",
+            r"size=.*256.*crop_size=224",
         ),
-        ([1], r"must be a JSON object"),
+        ([1], r"preprocessor_config.json .*JSON object"),
     ],
 )
-def test_processors_that_are_not_understood(tmp_path: Path, content: Any, message: str):
+def test_unsupported_processors_raise(tmp_path: Path, content: Any, message: str):
     with pytest.raises(ValueError, match=message):
         load_settings(saved(tmp_path, content))
 
 
-def test_no_processor_there(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"has none of video_preprocessor_config.json, processor_config.json"):
+def test_missing_or_invalid_processor_raises(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"video_preprocessor_config.json, processor_config.json"):
         load_settings(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match=r"preprocessor_config.json .*JSON"):
         load_settings(tmp_path)
 
 
-def test_a_file_that_holds_no_settings(tmp_path: Path):
+def test_file_without_settings_raises(tmp_path: Path):
     (tmp_path / "model.safetensors").write_bytes(b"\x00\xff")
-    with pytest.raises(ValueError, match=r"model.safetensors holds no settings: give a YAML file"):
+    with pytest.raises(ValueError, match=r"model.safetensors' .*YAML"):
         load_settings(tmp_path / "model.safetensors")
 
 
-def test_a_processor_that_does_not_resize(tmp_path: Path):
+def test_processor_without_resizing(tmp_path: Path):
     assert load_settings(saved(tmp_path, QWEN | {"do_resize": False})).resize.rule == "none"

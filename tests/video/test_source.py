@@ -1,4 +1,4 @@
-"""Everything a user may hand in becomes one object, or one clear refusal that opened nothing else."""
+"""Every supported input becomes a Source, and every refused input opens no other file."""
 
 import base64
 import contextlib
@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import io
 import os
+import re
 import socket
 import struct
 import sys
@@ -54,7 +55,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def picture(level: int, size: tuple[int, int] = (6, 4)) -> Image.Image:
-    """(width, height) ``size``; grey with a red top left pixel."""
+    """Gray image of (width, height) ``size`` with a red top left pixel."""
     image = Image.new("RGB", size, (level, level, level))
     image.putpixel((0, 0), (255, 0, 0))
     return image
@@ -62,7 +63,7 @@ def picture(level: int, size: tuple[int, int] = (6, 4)) -> Image.Image:
 
 @pytest.fixture(autouse=True)
 def private_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where temporary files go; none may be left behind by any test here."""
+    """Folder for temporary files. Checks that every test leaves it empty."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -76,7 +77,7 @@ _hooked = False
 
 @contextlib.contextmanager
 def files_opened() -> Iterator[list[str]]:
-    """What Python opens inside the block."""
+    """Names of the files that Python opens inside the block."""
     global _opened, _hooked
 
     def hook(event: str, arguments: tuple) -> None:
@@ -95,7 +96,7 @@ def files_opened() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def accesses(path: Path) -> Iterator[list[int]]:
-    """How often a file was opened inside the block, by FFmpeg too; the number is there when the block ends."""
+    """List with one item for each time that the file was opened inside the block, also by FFmpeg. Filled at its end."""
     libc = ctypes.CDLL(None, use_errno=True)
     watch = libc.inotify_init1(os.O_NONBLOCK)
     assert watch >= 0
@@ -110,7 +111,7 @@ def accesses(path: Path) -> Iterator[list[int]]:
 
 
 class Web:
-    """Files by path over http on loopback; ``requests`` counts."""
+    """HTTP server on loopback that serves ``files`` by path and counts ``requests``."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -141,10 +142,10 @@ def web() -> Iterator[Web]:
     served.server.server_close()
 
 
-# ---- encoded video, however it comes
+# ---- encoded video
 
 
-def test_a_local_file_is_itself(video: Path, tmp_path: Path):
+def test_a_local_file_is_used_in_place(video: Path, tmp_path: Path):
     link = tmp_path / "link.mp4"
     link.symlink_to(video)
     for value in (str(video), video, link):
@@ -154,12 +155,12 @@ def test_a_local_file_is_itself(video: Path, tmp_path: Path):
     assert video.exists()
 
 
-def test_the_same_bytes_arrive_whatever_the_way(video: Path, web: Web, private_folder: Path):
+def test_every_input_type_yields_the_same_bytes(video: Path, web: Web, private_folder: Path):
     content = video.read_bytes()
     text = base64.b64encode(content).decode()
     web.files["/clip.mp4"] = content
     wrapped = "\n".join(text[i : i + 76] for i in range(0, len(text), 76)) + "\r\n"
-    ways = {
+    values_of_kind = {
         "bytes": [
             content,
             bytearray(content),
@@ -178,7 +179,7 @@ def test_the_same_bytes_arrive_whatever_the_way(video: Path, web: Web, private_f
         "url": [f"{web.address}/clip.mp4?key=secret", f"HTTP{web.address[4:]}/clip.mp4"],
         "file": [{"path": str(video), "bytes": None}, {"path": str(video)}],
     }
-    for kind, values in ways.items():
+    for kind, values in values_of_kind.items():
         for value in values:
             with open_source(value, LOOPBACK) as source:
                 assert (source.kind, source.container) == (kind, "mov")
@@ -193,21 +194,21 @@ def test_the_same_bytes_arrive_whatever_the_way(video: Path, web: Web, private_f
     assert web.requests == 2
 
 
-def test_a_stream_is_read_from_where_it_stands(video: Path):
+def test_a_stream_is_read_from_its_position(video: Path):
     with video.open("rb") as stream, open_source(stream) as source:
         assert source.content_hash() == hashlib.sha256(video.read_bytes()).hexdigest()
-    with pytest.raises(TypeError, match="binary mode"):
+    with pytest.raises(TypeError, match=r"returns str.*binary"):
         open_source(io.StringIO("text"))
 
 
-def test_a_source_that_is_forgotten_leaves_no_file(video: Path, private_folder: Path):
+def test_a_garbage_collected_source_deletes_its_file(video: Path, private_folder: Path):
     source = open_source(video.read_bytes())
     assert len(list(private_folder.iterdir())) == 1
     del source
     assert list(private_folder.iterdir()) == []
 
 
-def test_a_forked_worker_deletes_nothing(video: Path):
+def test_closing_in_a_forked_worker_keeps_the_file(video: Path):
     source = open_source(video.read_bytes())
     child = os.fork()
     if child == 0:
@@ -246,7 +247,7 @@ def test_a_forked_worker_deletes_nothing(video: Path):
         ("a.mjpeg", "mjpeg", "mjpeg"),
     ],
 )
-def test_every_kind_of_container_is_let_through(tmp_path: Path, name: str, codec: str, container: str):
+def test_every_container_is_accepted(tmp_path: Path, name: str, codec: str, container: str):
     path = tmp_path / name
     forced = {".m4v": "m4v", ".y4m": "yuv4mpegpipe", ".m2v": "mpeg2video"}.get(path.suffix)
     try:
@@ -257,7 +258,7 @@ def test_every_kind_of_container_is_let_through(tmp_path: Path, name: str, codec
         assert (source.container, source.path) == (container, path)
 
 
-# ---- what is refused, and opens nothing
+# ---- refused sources
 
 
 @pytest.mark.parametrize(
@@ -289,7 +290,7 @@ def test_every_kind_of_container_is_let_through(tmp_path: Path, name: str, codec
         "http://me@{host}/clip.mp4",
     ],
 )
-def test_protocol_strings_open_nothing_and_call_nobody(video: Path, web: Web, text: str):
+def test_refused_strings_open_no_file_and_send_no_request(video: Path, web: Web, text: str):
     value = text.format(canary=video, host=web.address.removeprefix("http://"))
     for form in (value, [value], {"path": value, "bytes": None}):
         with files_opened() as opened, pytest.raises(VideoError):
@@ -301,22 +302,24 @@ def test_protocol_strings_open_nothing_and_call_nobody(video: Path, web: Web, te
     assert web.requests == 0
 
 
-def test_special_files_are_refused_unopened(tmp_path: Path):
+def test_special_files_are_refused_without_opening_them(tmp_path: Path):
     pipe, plug = tmp_path / "pipe.mp4", tmp_path / "socket.mp4"
     os.mkfifo(pipe)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(os.path.relpath(plug))
         for special in (pipe, plug, Path("/dev/zero"), Path("/dev/stdin").parent):
             with files_opened() as opened, pytest.raises(RefusedSourceError):
-                open_source(special)  # opening a pipe would wait for ever
+                open_source(special)  # opening a pipe would block
             with pytest.raises(RefusedSourceError):
                 open_source([special])
             assert str(pipe) not in opened
 
 
-def test_a_missing_file_is_missing(tmp_path: Path):
-    for value in (tmp_path / "none.mp4", "none.mp4", "a" * 40, "a.b" * 100, {"path": "none.mp4", "bytes": None}):
-        with pytest.raises(FileNotFoundError, match="There is no file"):
+def test_a_missing_file_raises(tmp_path: Path):
+    values = [tmp_path / "none.mp4", "none.mp4", "a" * 40, "a.b" * 100, {"path": "none.mp4", "bytes": None}]
+    for value in values:
+        name = Path(value["path"] if isinstance(value, dict) else value).name[:40]
+        with pytest.raises(FileNotFoundError, match=re.escape(name)):
             open_source(value)
 
 
@@ -331,7 +334,7 @@ def test_a_missing_file_is_missing(tmp_path: Path):
         "v=0\r\nc=IN IP4 127.0.0.1\r\nm=video 5004 RTP/AVP 96\r\n",
     ],
 )
-def test_a_playlist_under_any_name_leads_nowhere(tmp_path: Path, video: Path, web: Web, playlist: str):
+def test_a_playlist_is_refused_under_any_name(tmp_path: Path, video: Path, web: Web, playlist: str):
     for target in (str(video), f"{web.address}/clip.ts"):
         content = playlist.format(target=target).encode()
         web.files["/list.mp4"] = content
@@ -344,24 +347,24 @@ def test_a_playlist_under_any_name_leads_nowhere(tmp_path: Path, video: Path, we
             f"data:video/mp4;base64,{base64.b64encode(content).decode()}",
             f"{web.address}/list.mp4",
         ]
-        asked = web.requests
+        requests = web.requests
         for value in values:
-            with accesses(video) as opened, pytest.raises(RefusedSourceError, match="is a playlist"):
+            with accesses(video) as opened, pytest.raises(RefusedSourceError, match="playlist"):
                 open_source(value, LOOPBACK)
             assert opened == []
-        assert web.requests == asked + 1  # the list itself
+        assert web.requests == requests + 1  # the playlist itself
 
 
-def test_a_name_that_ffmpeg_reads_as_a_sequence_is_refused(tmp_path: Path, video: Path):
+def test_an_image_sequence_name_is_refused(tmp_path: Path, video: Path):
     for number in range(2):
         picture(90).save(tmp_path / f"frame{number}.jpg")
     trap = tmp_path / "frame%d.jpg"
     trap.write_bytes(video.read_bytes())
     canary = tmp_path / "frame1.jpg"
-    with accesses(canary) as opened, av.open(str(trap)) as container:  # this is what the refusal is for
+    with accesses(canary) as opened, av.open(str(trap)) as container:  # FFmpeg opens the other file
         list(container.decode(video=0))
     assert opened
-    with accesses(canary) as opened, pytest.raises(RefusedSourceError, match="pattern"):
+    with accesses(canary) as opened, pytest.raises(RefusedSourceError, match=r"frame%d\.jpg.*pattern.*rename"):
         open_source(trap)
     assert opened == []
     harmless = tmp_path / "50%20done.mp4"
@@ -370,7 +373,7 @@ def test_a_name_that_ffmpeg_reads_as_a_sequence_is_refused(tmp_path: Path, video
 
 
 def with_outside_reference(content: bytes, name: str) -> bytes:
-    """An mp4 file whose ``dref`` says that its frames lie in another file, as an alias record with a relative path."""
+    """Rewrites the ``dref`` of an mp4 file to an alias record with the relative path of an external file."""
     path = name.encode() + b"\0" * (len(name) % 2)
     alias = bytes(10) + b"\0" + bytes(27) + bytes(12) + b"\0" + bytes(63) + bytes(16)
     alias += struct.pack(">hh", 1, 1) + bytes(16) + struct.pack(">hh", 2, len(name)) + path + struct.pack(">hh", -1, 0)
@@ -391,7 +394,7 @@ def with_outside_reference(content: bytes, name: str) -> bytes:
     return rebuilt(content)
 
 
-def test_an_outside_reference_of_an_mp4_is_not_followed(tmp_path: Path, video: Path):
+def test_an_external_reference_in_an_mp4_is_ignored(tmp_path: Path, video: Path):
     canary = tmp_path / "canary.mp4"
     canary.write_bytes(video.read_bytes())
     path = tmp_path / "refers.mp4"
@@ -403,7 +406,7 @@ def test_an_outside_reference_of_an_mp4_is_not_followed(tmp_path: Path, video: P
                 packet.decode()
 
     with accesses(canary) as opened:
-        read(enable_drefs="1")  # or the file would be no test
+        read(enable_drefs="1")  # checks that the reference works
     assert opened
     with accesses(canary) as opened, open_source(path) as source:
         assert source.container == "mov"
@@ -421,15 +424,15 @@ def test_what_is_no_video_is_broken(tmp_path: Path, content: bytes):
 
 
 @pytest.mark.parametrize("value", [None, 3, {"frames": []}, {}, {"path": None, "bytes": None}, object(), {1, 2}])
-def test_what_no_video_can_be_is_a_type_error(value: object):
-    with pytest.raises(TypeError, match="A video cannot be"):
+def test_unsupported_types_raise_a_type_error(value: object):
+    with pytest.raises(TypeError, match=rf"\b{type(value).__name__}\b.*'path'"):
         open_source(value)
 
 
 # ---- limits
 
 
-def test_bytes_are_limited_however_they_come(video: Path, web: Web):
+def test_max_bytes_applies_to_every_input_type(video: Path, web: Web):
     content = video.read_bytes()
     web.files["/clip.mp4"] = content
     text = base64.b64encode(content).decode()
@@ -437,34 +440,34 @@ def test_bytes_are_limited_however_they_come(video: Path, web: Web):
     values.append(f"{web.address}/clip.mp4")
     for value in values:
         over = SourceOptions(max_bytes=len(content) - 1, allowed_networks=("127.0.0.1/32",))
-        with pytest.raises(LimitError, match="max_bytes="):
+        with pytest.raises(LimitError, match=rf"max_bytes={len(content) - 1}\b"):
             open_source(value, over)
         if isinstance(value, io.BytesIO):
             value.seek(0)
         open_source(value, SourceOptions(max_bytes=len(content), allowed_networks=("127.0.0.1/32",))).close()
 
 
-def test_an_endless_stream_stops_at_the_limit():
+def test_an_endless_stream_is_read_up_to_max_bytes():
     class Endless(io.RawIOBase):
-        given = 0
+        num_read = 0
 
         def read(self, size: int = -1) -> bytes:
-            self.given += size
+            self.num_read += size
             return bytes(size)
 
     stream = Endless()
-    with pytest.raises(LimitError):
+    with pytest.raises(LimitError, match="max_bytes=3000000"):
         open_source(stream, SourceOptions(max_bytes=3_000_000))
-    assert stream.given < 5_000_000
+    assert stream.num_read < 5_000_000
 
 
-def test_base64_over_the_limit_is_not_decoded():
+def test_base64_above_max_bytes_is_not_decoded():
     text = "AAAA" * 2_000_000
     uri = "data:video/mp4;base64," + text
     tracemalloc.start()
     try:
         for value in (text, uri):
-            with pytest.raises(LimitError, match="6000000 bytes"):
+            with pytest.raises(LimitError, match=r"6000000 .*max_bytes=1000000"):
                 open_source(value, SourceOptions(max_bytes=1_000_000))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -472,7 +475,7 @@ def test_base64_over_the_limit_is_not_decoded():
     assert peak < 200_000
 
 
-def test_base64_is_decoded_in_pieces(video: Path):
+def test_base64_is_decoded_in_chunks(video: Path):
     text = base64.b64encode(video.read_bytes() + bytes(20_000_000)).decode()
     tracemalloc.start()
     try:
@@ -483,27 +486,27 @@ def test_base64_is_decoded_in_pieces(video: Path):
     assert peak < 10_000_000
 
 
-def test_malformed_base64_is_refused(video: Path):
+def test_invalid_base64_raises(video: Path):
     text = base64.b64encode(video.read_bytes()).decode().rstrip("=")
     text = text[: len(text) // 4 * 4]
     for wrong in (text[:-1], text + "=", text[:100] + "===" + text[101:], text[:200] + "!" + text[201:], text + "é==="):
-        with pytest.raises(BrokenVideoError, match="malformed"):
+        with pytest.raises(BrokenVideoError, match=rf"base64 text \({len(wrong)} characters\)"):
             open_source("data:video/mp4;base64," + wrong)
-    with pytest.raises(BrokenVideoError, match="malformed"):
-        open_source("QUJD" * 262143 + "QUI=" + "QUJD")  # padding that ends a piece, then more
+    with pytest.raises(BrokenVideoError, match=r"base64 text \(1048580 characters\).*padding"):
+        open_source("QUJD" * 262143 + "QUI=" + "QUJD")  # padding at the end of a chunk, then more
 
 
-def test_options_say_what_is_wrong():
+def test_invalid_options_raise():
     assert SourceOptions(allowed_networks=["10.0.0.0/8"]).allowed_networks == ("10.0.0.0/8",)  # type: ignore[arg-type]
     for key in ("max_bytes", "max_duration", "max_frame_pixels", "max_decoded_pixels", "fetch_timeout", "frames_fps"):
         for value in (0, -1, float("nan")):
             with pytest.raises(ValueError, match=f"{key}={value}"):
                 SourceOptions(**{key: value})
-    with pytest.raises(ValueError, match="allowed_networks"):
+    with pytest.raises(ValueError, match=r"allowed_networks=.*intranet"):
         SourceOptions(allowed_networks=("intranet",))
 
 
-def test_a_failed_download_leaves_nothing(web: Web):
+def test_a_failed_download_leaves_no_file(web: Web):
     web.files["/clip.mp4"] = b"#EXTM3U\n"
     with pytest.raises(RefusedSourceError):
         open_source(f"{web.address}/clip.mp4", LOOPBACK)
@@ -515,11 +518,11 @@ def test_a_failed_download_leaves_nothing(web: Web):
 # ---- frames
 
 
-def numbers(frames: torch.Tensor) -> list[int]:
+def gray_levels(frames: torch.Tensor) -> list[int]:
     return frames[:, 0, -1, -1].tolist()
 
 
-def test_a_folder_of_images_is_read_in_natural_order(tmp_path: Path):
+def test_a_folder_of_images_has_natural_order(tmp_path: Path):
     folder = tmp_path / "frames"
     folder.mkdir()
     for number in (1, 2, 10):
@@ -532,10 +535,10 @@ def test_a_folder_of_images_is_read_in_natural_order(tmp_path: Path):
         assert (len(frames), frames.size, frames.timestamps) == (3, (4, 6), (0.0, 0.25, 0.5))
         pixels = frames.read([2, 0, 1, 0])
         assert (pixels.dtype, tuple(pixels.shape)) == (torch.uint8, (4, 3, 4, 6))
-        assert numbers(pixels) == [10, 1, 2, 1]
+        assert gray_levels(pixels) == [10, 1, 2, 1]
         assert pixels[0, :, 0, 0].tolist() == [255, 0, 0]
         for wrong in ([3], [-1], []):
-            with pytest.raises(IndexError):
+            with pytest.raises(IndexError, match=re.escape(str(wrong)) + ".*0 to 2"):
                 frames.read(wrong)
     (folder / "notes.txt").write_text("")
     with pytest.raises(RefusedSourceError, match=r"notes\.txt"):
@@ -546,19 +549,19 @@ def test_a_folder_of_images_is_read_in_natural_order(tmp_path: Path):
         open_source(empty)
 
 
-def test_image_files_are_opened_when_they_are_read(tmp_path: Path):
+def test_image_files_are_opened_lazily(tmp_path: Path):
     paths = [tmp_path / f"{i}.bmp" for i in range(3)]
     for i, path in enumerate(paths):
         picture(i).save(path)
     frames = open_source([str(path) for path in paths]).frames
     assert frames is not None
     with files_opened() as opened:
-        assert numbers(frames.read([1])) == [1]
+        assert gray_levels(frames.read([1])) == [1]
     assert str(paths[1]) in opened
     assert not {str(paths[0]), str(paths[2])} & set(opened)
 
 
-def test_orientation_is_applied(tmp_path: Path):
+def test_exif_orientation_is_applied(tmp_path: Path):
     upright = np.arange(24, dtype=np.uint8).reshape(4, 6) * 9
     turned = {2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T}
     turned |= {6: np.rot90(upright), 7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1)}
@@ -574,7 +577,7 @@ def test_orientation_is_applied(tmp_path: Path):
             assert torch.equal(frames.read([0])[0, 0], torch.from_numpy(upright)), (orientation, suffix)
 
 
-def test_every_mode_of_a_picture_becomes_rgb(tmp_path: Path):
+def test_every_image_mode_is_converted_to_rgb(tmp_path: Path):
     deep = np.array([[0, 257 * 100, 65535]], np.uint16)
     cases = {
         "I;16": (Image.fromarray(deep), [0, 100, 255]),
@@ -590,12 +593,12 @@ def test_every_mode_of_a_picture_becomes_rgb(tmp_path: Path):
             frames = open_source(value).frames
             assert frames is not None
             assert frames.read([0])[0].tolist() == [[values]] * 3
-    with pytest.raises(BrokenVideoError, match="no known range"):
+    with pytest.raises(BrokenVideoError, match="mode=F"):
         open_source(Image.fromarray(np.zeros((2, 2), np.float32))).frames.read([0])  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "tif"])
-def test_a_still_image_is_one_frame_however_it_comes(tmp_path: Path, suffix: str):
+def test_a_still_image_is_one_frame_for_every_input_type(tmp_path: Path, suffix: str):
     path = tmp_path / f"x.{suffix}"
     picture(50).save(path)
     for value in (path, path.read_bytes(), io.BytesIO(path.read_bytes())):
@@ -607,7 +610,7 @@ def test_a_still_image_is_one_frame_however_it_comes(tmp_path: Path, suffix: str
 
 
 @pytest.mark.parametrize("suffix", ["webp", "png"])
-def test_an_animation_keeps_its_times(tmp_path: Path, suffix: str):
+def test_an_animation_keeps_its_timestamps(tmp_path: Path, suffix: str):
     path = tmp_path / f"x.{suffix}"
     images = [picture(level) for level in (10, 90, 200)]
     images[0].save(path, save_all=True, append_images=images[1:], duration=[100, 300, 50], lossless=True)
@@ -615,19 +618,19 @@ def test_an_animation_keeps_its_times(tmp_path: Path, suffix: str):
         frames = source.frames
         assert frames is not None
         assert frames.timestamps == pytest.approx((0, 0.1, 0.4))
-        assert numbers(frames.read([2, 0, 2, 1])) == [200, 10, 200, 90]
-        assert numbers(frames.read([1])) == [90]
-    with pytest.raises(LimitError, match="3 frames"):
+        assert gray_levels(frames.read([2, 0, 2, 1])) == [200, 10, 200, 90]
+        assert gray_levels(frames.read([1])) == [90]
+    with pytest.raises(LimitError, match=r"3 frames.*max_decoded_pixels=71"):
         open_source(path, SourceOptions(max_decoded_pixels=3 * 24 - 1))
 
 
-def test_a_picture_beside_an_animation_is_no_frame_of_it(tmp_path: Path):
+def test_the_default_image_of_an_animation_is_no_frame(tmp_path: Path):
     path = tmp_path / "x.png"
     images = [picture(level) for level in (10, 90, 200)]
     images[0].save(path, save_all=True, append_images=images[1:], duration=100, default_image=True)
     frames = open_source(path).frames
     assert frames is not None
-    assert numbers(frames.read([0, 1])) == [90, 200]
+    assert gray_levels(frames.read([0, 1])) == [90, 200]
     assert frames.timestamps == pytest.approx((0, 0.1))
 
 
@@ -635,7 +638,7 @@ def arrays() -> torch.Tensor:
     return torch.randint(0, 256, (5, 3, 8, 10), dtype=torch.uint8)
 
 
-def test_arrays_and_tensors_of_every_layout():
+def test_arrays_and_tensors_in_every_layout():
     frames = arrays()
     last = frames.permute(0, 2, 3, 1)
     same = [
@@ -661,15 +664,15 @@ def test_arrays_and_tensors_of_every_layout():
             assert (source.kind, len(source.frames), source.frames.size) == ("frames", 5, (8, 10))
             assert source.frames.timestamps is None
             assert torch.equal(source.frames.read([4, 1]), frames[[4, 1]])
-    grey = open_source(frames[:, :1]).frames
-    assert grey is not None
-    assert torch.equal(grey.read(range(5)), frames[:, :1].expand(-1, 3, -1, -1))
+    gray = open_source(frames[:, :1]).frames
+    assert gray is not None
+    assert torch.equal(gray.read(range(5)), frames[:, :1].expand(-1, 3, -1, -1))
     half = open_source((frames.float() / 255).to(torch.bfloat16)).frames
     assert half is not None
     assert (half.read([0]).int() - frames[:1].int()).abs().max() <= 1
 
 
-def test_what_is_read_is_a_copy():
+def test_read_returns_a_copy():
     frames = arrays()
     source = open_source(frames).frames
     assert source is not None
@@ -678,7 +681,7 @@ def test_what_is_read_is_a_copy():
     assert frames.any()
 
 
-def test_channels_are_first_where_both_readings_fit():
+def test_channels_are_first_if_both_layouts_match():
     frames = torch.randint(0, 256, (3, 3, 7, 3), dtype=torch.uint8)
     found = open_source(frames).frames
     assert found is not None
@@ -687,75 +690,76 @@ def test_channels_are_first_where_both_readings_fit():
 
 
 @pytest.mark.parametrize(
-    ("frames", "said"),
+    ("frames", "expected"),
     [
-        (torch.zeros(2, 5, 8, 9), "shape"),
-        (torch.zeros(3, 8, 8), "shape"),
-        (torch.zeros(1, 2, 3, 8, 8), "shape"),
-        (torch.zeros(0, 3, 8, 8), "holds no frame"),
-        (torch.zeros(2, 3, 0, 8), "0 x 8"),
-        ([], "holds no frame"),
-        (torch.full((2, 3, 8, 8), 255.0), r"255\.0"),
-        (torch.full((2, 3, 8, 8), -0.1), "give uint8"),
+        (torch.zeros(2, 5, 8, 9), r"Frame 0 .*\(5, 8, 9\)"),
+        (torch.zeros(3, 8, 8), r"\(3, 8, 8\)"),
+        (torch.zeros(1, 2, 3, 8, 8), r"\(1, 2, 3, 8, 8\)"),
+        (torch.zeros(0, 3, 8, 8), "Tensor of 0 frames"),
+        (torch.zeros(2, 3, 0, 8), "Frame 0 .*0 x 8.*max_frame_pixels="),
+        ([], "list of 0 frames"),
+        (torch.full((2, 3, 8, 8), 255.0), r"Frame 0 .*float32.*255\.0"),
+        (torch.full((2, 3, 8, 8), -0.1), r"Frame 0 .*float32.*-0\.1"),
         (torch.full((2, 3, 8, 8), float("nan")), "nan"),
         (np.full((2, 3, 8, 8), np.inf), "inf"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.int64), "int64"),
         (np.zeros((2, 3, 8, 8), bool), "bool"),
-        ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], "same size"),
-        ([np.zeros((3, 8, 8), np.uint8), np.zeros((8, 8, 3), np.uint8)], "one layout"),
-        ([picture(1), picture(2, (5, 4))], "same size"),
+        ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], "Frame 1 .*8 x 9.*8 x 8"),
+        ([np.zeros((3, 8, 8), np.uint8), np.zeros((8, 8, 3), np.uint8)], r"Frame 1 .*\(8, 8, 3\).*\(3, 8, 8\)"),
+        ([picture(1), picture(2, (5, 4))], "Frame 1 .*4 x 5.*4 x 6"),
     ],
 )
-def test_frames_that_are_no_video_say_why(frames: object, said: str):
-    with pytest.raises(VideoError, match=said):
+def test_invalid_frames_raise(frames: object, expected: str):
+    with pytest.raises(VideoError, match=expected):
         open_source(frames)
 
 
-def test_image_files_of_different_sizes_are_one_clear_error(tmp_path: Path):
+def test_image_files_of_different_sizes_raise(tmp_path: Path):
     picture(1).save(tmp_path / "1.png")
     picture(2, (4, 6)).save(tmp_path / "2.png")
-    with pytest.raises(BrokenVideoError, match=r"6 x 4 \(height x width\), frame 0 is 4 x 6"):
-        open_source(tmp_path / "1.png") and open_source([tmp_path / "1.png", tmp_path / "2.png"])
+    with pytest.raises(BrokenVideoError, match=r"Frame 1 .*6 x 4 .*frame 0 .*4 x 6"):
+        open_source([tmp_path / "1.png", tmp_path / "2.png"])
 
 
-def test_mixed_frames_are_a_type_error(tmp_path: Path):
+def test_mixed_or_unsupported_frames_raise_a_type_error(tmp_path: Path):
     picture(1).save(tmp_path / "1.png")
     one = np.zeros((3, 4, 6), np.uint8)
     for mixed in ([one, picture(1)], [tmp_path / "1.png", picture(1)], [one, torch.zeros(3, 4, 6)], [1, 2], [b"x"]):
-        with pytest.raises(TypeError, match="mixes types"):
+        names = ", ".join(sorted({type(frame).__name__ for frame in mixed}))
+        with pytest.raises(TypeError, match=rf"list of {len(mixed)} frames .*\({names}\)"):
             open_source(mixed)
 
 
-def test_a_bomb_of_an_image_is_refused_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_decompression_bomb_is_refused_from_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "bomb.png"
     Image.new("1", (9000, 9000)).save(path)
     assert path.stat().st_size < 20_000
     decoded: list[object] = []
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: decoded.append(image))
     for value in (path, [path], path.read_bytes()):
-        with pytest.raises(LimitError, match="max_frame_pixels="):
+        with pytest.raises(LimitError, match=r"9000 x 9000.*max_frame_pixels=35651584"):
             open_source(value)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(LimitError, match="Pillow"):
+    with pytest.raises(LimitError, match=r"bomb\.png.*Pillow"):
         open_source(path)
     with pytest.raises(LimitError, match="max_frame_pixels=63"):
         open_source(torch.zeros(1, 3, 8, 8), SourceOptions(max_frame_pixels=63))
     assert decoded == []
 
 
-def test_only_known_image_formats_are_tried(tmp_path: Path):
+def test_unknown_and_truncated_images_raise(tmp_path: Path):
     (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
-    with pytest.raises(BrokenVideoError, match="cannot be read as an image"):
+    with pytest.raises(BrokenVideoError, match=r"x\.png cannot be read as an image"):
         open_source([tmp_path / "x.png"])
     picture(1, (60, 40)).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:90])
     frames = open_source(tmp_path / "cut.png").frames
     assert frames is not None
-    with pytest.raises(BrokenVideoError, match="cannot be read as an image"):
+    with pytest.raises(BrokenVideoError, match=r"cut\.png cannot be read as an image"):
         frames.read([0])
 
 
-def test_hashes_tell_contents_apart(tmp_path: Path):
+def test_content_hashes_differ_for_different_contents(tmp_path: Path):
     frames = arrays()
     other = frames.clone()
     other[4, 2, 7, 9] ^= 1

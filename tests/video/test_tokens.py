@@ -208,11 +208,11 @@ def test_a_video_that_fits_is_counted():
 
 def test_a_video_that_is_too_long_is_refused_with_what_fits():
     options = replace(QWEN, context_length=3000, reserved_tokens=1000)
-    with pytest.raises(LimitError, match=r"560x1008 .* 7200 tokens.* leaves 2000: .*max_frames=4.*280x532"):
+    with pytest.raises(LimitError, match=r"560x1008 .* 7200 tokens.*2000.*max_frames=4.*280x532"):
         validate(20, 560, 1008, options)
-    with pytest.raises(LimitError, match=r"leaves 100: take at most 2 frames"):
+    with pytest.raises(LimitError, match=r"100.*2 frames"):
         validate(3, 8, 8, TokenOptions(count="per_frame", tokens_per_frame=60, context_length=100, reserved_tokens=0))
-    with pytest.raises(LimitError, match="takes no such video"):
+    with pytest.raises(LimitError, match="context_length=100"):
         validate(3, 8, 8, TokenOptions(count="per_frame", tokens_per_frame=101, context_length=100, reserved_tokens=0))
 
 
@@ -256,13 +256,13 @@ def test_the_recommended_batch_fits_and_one_more_does_not(memory: int, precision
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"count": "pixels"}, "count='pixels' is not one of patches, per_frame, tiles"),
+        ({"count": "pixels"}, "count='pixels'.*patches, per_frame, tiles"),
         ({"mark": "frame"}, "mark='frame'"),
         ({"tile_detail": "auto"}, "tile_detail='auto'"),
-        ({"patch_size": 0}, "patch_size=0 must be at least 1"),
-        ({"num_layers": 0}, "num_layers=0 must be at least 1"),
-        ({"tokens_per_mark": -1}, "tokens_per_mark=-1 must not be negative"),
-        ({"context_length": 1024}, "reserved_tokens=1024 leaves nothing of context_length=1024"),
+        ({"patch_size": 0}, "patch_size=0 .*at least 1"),
+        ({"num_layers": 0}, "num_layers=0 .*at least 1"),
+        ({"tokens_per_mark": -1}, "tokens_per_mark=-1 .*at least 0"),
+        ({"context_length": 1024}, "reserved_tokens=1024 .*context_length=1024"),
     ],
 )
 def test_bad_options_are_refused(change: dict, message: str):
@@ -273,9 +273,9 @@ def test_bad_options_are_refused(change: dict, message: str):
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="at least 1"):
         count_tokens(0, 28, 28, QWEN)
-    with pytest.raises(ValueError, match=r"561x1008 .*=14 .*=2 = 28 pixels: resize to 560x1008.*size_factor=28"):
+    with pytest.raises(ValueError, match=r"561x1008 .*=14 .*=2 = 28.*560x1008.*size_factor=28"):
         count_tokens(2, 561, 1008, QWEN)
-    with pytest.raises(ValueError, match="3 timestamps were given for num_frames=2"):
+    with pytest.raises(ValueError, match=r"3 timestamps .*num_frames=2"):
         count_tokens(2, 32, 32, replace(QWEN3, mark="seconds"), timestamps=[0.0, 1.0, 2.0])
     with pytest.raises(ValueError, match="precision='fp8'"):
         recommend_batch_size(1, 2, 28, 28, SMALL, precision="fp8")

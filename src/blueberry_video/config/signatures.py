@@ -178,7 +178,7 @@ def _member(owner: _Definition, name: str, depth: int = 0) -> _Definition | None
         return next((found for found in inherited if found), None)
     file, submodule = _file(owner.module), f"{owner.module}.{name}"
     bound = _bindings(file) if file else {}
-    node, origin = bound.get(name, (None, name))
+    node, origin = bound.get(name, (None, name))  # type: ignore[assignment]
     source = _Definition(_absolute(owner.module, node)) if isinstance(node, ast.ImportFrom) else owner
     imports_submodule = isinstance(node, ast.ImportFrom) and source == owner and _file(submodule)  # from . import name
     match None if imports_submodule else node:

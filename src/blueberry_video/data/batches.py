@@ -1,34 +1,34 @@
-"""Which clips make which batch: orders that are pure functions of (seed, epoch), and so can be sought in."""
+"""Batch samplers. The order is a pure function of (seed, epoch), so that a run can resume at any batch."""
 
-import inspect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset, default_collate
 
-from blueberry_video.data.clip_cache import Clips
+from blueberry_video.data.clips import Clips, at_epoch
 
 
 class TrainBatches:
-    """Batches of (epoch, index) of one rank; endless epochs, each begun anew by ``iter``.
+    """Batch sampler of one rank for training: batches of (epoch, index); each ``iter`` is one epoch.
 
     Args:
-        size: clips in the dataset.
-        batch_size: clips of one rank's batch.
-        seed: with the epoch determines the order.
-        rank, world_size: global batch b is the b-th run of batch_size · world_size clips of the order; a rank takes
-            its slice.
-        drop_last: whether the clips that do not fill a global batch are left out.
+        size: number of clips in the dataset.
+        batch_size: clips per batch and rank.
+        seed: seed of the order, together with the epoch.
+        rank, world_size: global batch b is the b-th block of batch_size · world_size clips of the order, divided among
+            the ranks.
+        drop_last: drop the clips that do not fill a global batch.
 
     Attributes:
-        epoch: shown by the next ``iter``; set by ``set_epoch``.
-        running_epoch: shown by the last ``iter``; None before the first.
-        resume_at: (epoch, batches): in this epoch alone, begin after so many batches. ``len`` remains the whole
-            epoch's.
+        epoch: epoch of the next ``iter``; set by ``set_epoch``.
+        running_epoch: epoch of the last ``iter``; None before the first.
+        resume_at: (epoch, batches): in this epoch only, skip that number of batches. ``len`` remains that of the whole
+            epoch.
 
     Raises:
-        ValueError: there is not one batch.
+        ValueError: the dataset is smaller than one global batch.
     """
 
     def __init__(
@@ -47,12 +47,17 @@ class TrainBatches:
         self.resume_at = (0, 0)
 
     def __len__(self) -> int:
-        return _count(self.size, self.global_batch, self.drop_last)
+        return self.size // self.global_batch if self.drop_last else -(-self.size // self.global_batch)
 
     @property
     def sampler(self) -> "TrainBatches":
-        """Itself: Lightning calls ``set_epoch`` on a batch sampler's ``sampler``."""
+        """The object itself: Lightning calls ``set_epoch`` on the ``sampler`` of a batch sampler."""
         return self
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """Everything that determines the global batches of an epoch, for the checkpoint."""
+        return {"clips": self.size, "global_batch": self.global_batch, "seed": self.seed}
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -61,97 +66,149 @@ class TrainBatches:
         epoch = self.running_epoch = self.epoch
         first = self.resume_at[1] if self.resume_at[0] == epoch else 0
         for clips in itertools.islice(self.global_batches(epoch), first, None):
-            clips = np.resize(
-                clips, -(-len(clips) // self.world_size) * self.world_size
-            )  # repeats clips of a last batch
+            # the last batch repeats clips until it divides among the ranks
+            clips = np.resize(clips, -(-len(clips) // self.world_size) * self.world_size)
             yield [(epoch, int(i)) for i in np.array_split(clips, self.world_size)[self.rank]]
 
     def global_batches(self, epoch: int) -> Iterator[np.ndarray]:
-        """Indices of the batches of all ranks together."""
-        return self._walk(self.size, [self.seed, epoch])
+        """Indices of each batch of all ranks together."""
+        return self.one_pass([self.seed, epoch])
 
-    def _walk(self, size: int, entropy: list[int]) -> Iterator[np.ndarray]:
-        """Once through the numbers 0 to ``size`` - 1 in a random order, batch by batch."""
-        order = np.random.default_rng(entropy).permutation(size)
-        for batch in range(_count(size, self.global_batch, self.drop_last)):
+    def one_pass(self, entropy: list[int]) -> Iterator[np.ndarray]:
+        """Global batches of one pass over the clips, in the random order of this seed sequence."""
+        order = np.random.default_rng(entropy).permutation(self.size)
+        for batch in range(len(self)):
             yield order[batch * self.global_batch : (batch + 1) * self.global_batch]
 
 
 class MixedTrainBatches(TrainBatches):
-    """Batches of a mixture, each drawn from one part, the same part on every rank.
+    """Batch sampler over several parts: each batch is from one part, the same on every rank.
 
-    One walk through a part makes the batches that ``TrainBatches`` makes of it. An epoch has as many batches as one
-    walk through every part together; ``apportion`` divides them by the shares. A part of which fewer are wanted shows
-    the beginning of its walk, another one in every epoch; one of which more are wanted is walked through again, in
-    another order. The parts take turns in a random order.
+    An epoch is one pass over every part. The parts alternate in random order.
 
     Args:
-        sizes: clips of each part; indices count through the parts one after the other.
-        shares: of the batches, in the order of the parts, adding up to 1.
-        batch_size, seed, rank, world_size, drop_last: as for ``TrainBatches``.
+        sizes: part -> number of clips; indices run through the parts one after the other.
+        batch_sizes: part -> clips per batch and rank.
+        seed, rank, world_size, drop_last: see ``TrainBatches``.
 
     Raises:
-        ValueError: a part does not make one batch.
+        ValueError: a part is smaller than one global batch.
     """
 
     def __init__(
         self,
-        sizes: dict[str, int],
-        shares: Sequence[float],
+        sizes: Mapping[str, int],
+        batch_sizes: Mapping[str, int],
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+    ):
+        super().__init__(sum(sizes.values()), 1, seed, rank, world_size, drop_last)
+        for name, size in sizes.items():
+            if drop_last and size < batch_sizes[name] * world_size:
+                raise ValueError(
+                    f"Part {name!r} of the training set has {size} clips, fewer than one batch of "
+                    f"{batch_sizes[name] * world_size} ({batch_sizes[name]} on each of {world_size} ranks), and all "
+                    "clips of a batch are from one part: lower data.batch_size (token_budget of buckets), add clips to "
+                    "the part, remove it, or set data.drop_last=false."
+                )
+        self.sizes, self.batch_sizes = dict(sizes), dict(batch_sizes)
+        self.parts = [
+            TrainBatches(size, batch_sizes[name], seed, 0, world_size, drop_last) for name, size in sizes.items()
+        ]
+        self.counts = [len(part) for part in self.parts]  # batches of each part in an epoch
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def order(self) -> dict[str, Any]:
+        return {
+            "clips": self.size,
+            "seed": self.seed,
+            "part_sizes": self.sizes,
+            "batch_sizes": self.batch_sizes,
+            "world_size": self.world_size,
+            "drop_last": self.drop_last,
+        }
+
+    def global_batches(self, epoch: int) -> Iterator[np.ndarray]:
+        starts = list(itertools.accumulate(self.sizes.values(), initial=0))
+        batches = [self.part_batches(number, epoch) for number in range(len(self.parts))]
+        turns = np.repeat(np.arange(len(batches)), self.counts)
+        for number in np.random.default_rng([self.seed, epoch]).permutation(turns):
+            yield starts[number] + next(batches[number])
+
+    def part_batches(self, number: int, epoch: int) -> Iterator[np.ndarray]:
+        """Global batches of one part, as indices into the part."""
+        return self.parts[number].global_batches(epoch)
+
+
+class WeightedTrainBatches(MixedTrainBatches):
+    """Batch sampler over several parts, each with a given share of the batches.
+
+    An epoch has as many batches as one pass over every part together; ``apportion`` divides them by the shares. A part
+    with fewer batches than one pass shows the beginning of the pass, in a new order each epoch; a part with more is
+    passed over again, in another order.
+
+    Args:
+        sizes: part -> number of clips.
+        shares: part -> share of the batches; the shares add up to 1.
+        batch_size: clips per batch and rank.
+        seed, rank, world_size, drop_last: see ``TrainBatches``.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        shares: Mapping[str, float],
         batch_size: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = True,
     ):
-        self.sizes = list(sizes.values())
-        super().__init__(sum(self.sizes), batch_size, seed, rank, world_size, drop_last)
-        for name, size in sizes.items():
-            if drop_last and size < self.global_batch:
-                raise ValueError(
-                    f"Part {name!r} of the training mixture has {size} clips, fewer than one batch of "
-                    f"{self.global_batch} (data.batch_size={batch_size} on {world_size} ranks), and no batch mixes "
-                    "parts: lower data.batch_size, add clips to the part, or set data.drop_last=false."
-                )
-        walks = sum(_count(size, self.global_batch, drop_last) for size in self.sizes)
-        self.quotas = apportion(walks, shares)
+        super().__init__(sizes, dict.fromkeys(sizes, batch_size), seed, rank, world_size, drop_last)
+        self.global_batch = batch_size * world_size
+        self.shares = dict(shares)
+        self.counts = apportion(sum(self.counts), [shares[name] for name in sizes])
 
-    def __len__(self) -> int:
-        return sum(self.quotas)
+    @property
+    def order(self) -> dict[str, Any]:
+        own = {"part_sizes": self.sizes, "shares": self.shares, "drop_last": self.drop_last}
+        return {"clips": self.size, "global_batch": self.global_batch, "seed": self.seed, **own}
 
-    def global_batches(self, epoch: int) -> Iterator[np.ndarray]:
-        parts = [self._part(part, epoch) for part in range(len(self.sizes))]
-        turns = np.repeat(np.arange(len(parts)), self.quotas)
-        return (next(parts[part]) for part in np.random.default_rng([self.seed, epoch]).permutation(turns))
-
-    def _part(self, part: int, epoch: int) -> Iterator[np.ndarray]:
-        """Batches of one part without end."""
-        start = sum(self.sizes[:part])
-        for walk in itertools.count():  # parts count from 1: numpy seeds [s, e] and [s, e, 0, 0] alike
-            entropy = [self.seed, epoch, 1 + part, walk]
-            yield from (start + clips for clips in self._walk(self.sizes[part], entropy))
+    def part_batches(self, number: int, epoch: int) -> Iterator[np.ndarray]:
+        # parts count from 1, because numpy seeds [s, e] and [s, e, 0, 0] alike
+        seeds = ([self.seed, epoch, 1 + number, repeat] for repeat in itertools.count())
+        return itertools.chain.from_iterable(map(self.parts[number].one_pass, seeds))
 
 
 def apportion(total: int, shares: Sequence[float]) -> list[int]:
-    """How many of ``total`` go to each share: rounded down, and what is left one each to the largest fractions; but
-    nothing below 1, even if the sum grows by it. ``shares`` add up to 1."""
+    """Divides ``total`` by ``shares``, which add up to 1: the largest-remainder method, but at least 1 for each share,
+    even if the sum exceeds ``total``."""
     ideal = total * np.asarray(shares)
     counts = np.floor(ideal).astype(int)
-    most_is_lost = np.argsort(counts - ideal, kind="stable")
-    counts[most_is_lost[: total - counts.sum()]] += 1
+    largest_remainders = np.argsort(counts - ideal, kind="stable")
+    counts[largest_remainders[: total - counts.sum()]] += 1
     return [max(1, int(count)) for count in counts]
 
 
 class EvaluationBatches:
-    """Every clip once, in order; equally many batches, of at most ``batch_size`` clips, on every rank.
+    """Batch sampler of one rank for validation and test: every clip once, in order, in batches of nearly equal size.
+
+    Every rank has the same number of batches, each of at most ``batch_size`` clips.
 
     Raises:
-        ValueError: fewer clips than ranks.
+        ValueError: there are fewer clips than ranks.
     """
 
     def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1):
         if size < world_size:
-            raise ValueError(f"An evaluation set of {size} clips cannot be shared by {world_size} ranks: add clips.")
+            raise ValueError(
+                f"An evaluation set of {size} clips cannot be divided among {world_size} ranks: add clips."
+            )
         self.size, self.rank, self.world_size = size, rank, world_size
         self.count = -(-size // (batch_size * world_size))
 
@@ -164,19 +221,21 @@ class EvaluationBatches:
 
 
 class MixedEvaluationBatches:
-    """Every clip of every part once; the parts take turns batch by batch, so that few batches show all of them.
+    """Batch sampler for validation over several parts: every clip once. The parts alternate batch by batch, so that
+    the first few batches show all parts.
 
     Args:
-        sizes: clips of each part; indices count through the parts one after the other.
-        batch_size, rank, world_size: as for ``EvaluationBatches``.
+        sizes: part -> number of clips; indices run through the parts one after the other.
+        batch_sizes: part -> largest batch of one rank.
+        rank, world_size: see ``EvaluationBatches``.
 
     Raises:
         ValueError: a part has fewer clips than there are ranks.
     """
 
-    def __init__(self, sizes: Sequence[int], batch_size: int, rank: int = 0, world_size: int = 1):
-        self.starts = [0, *itertools.accumulate(sizes)][:-1]
-        self.parts = [EvaluationBatches(size, batch_size, rank, world_size) for size in sizes]
+    def __init__(self, sizes: Mapping[str, int], batch_sizes: Mapping[str, int], rank: int = 0, world_size: int = 1):
+        self.starts = list(itertools.accumulate(sizes.values(), initial=0))
+        self.parts = [EvaluationBatches(size, batch_sizes[name], rank, world_size) for name, size in sizes.items()]
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
@@ -186,17 +245,9 @@ class MixedEvaluationBatches:
             yield from ([start + i for i in batch] for start, batch in zip(self.starts, turn) if batch)
 
 
-def at_epoch(dataset: Clips, index: int, epoch: int) -> dict:
-    """Clip ``index`` as ``epoch`` shows it: through ``sample(index, epoch)``, where the dataset has that."""
-    sample = getattr(dataset, "sample", None)
-    if sample is None or "epoch" not in inspect.signature(sample).parameters:  # World.sample gives all its views
-        return dataset[index]
-    return sample(index, epoch)
-
-
 class ByEpoch(Dataset):
-    """Reads clip (epoch, index). The epoch comes with the index, because a worker that lives on never hears of a new
-    epoch."""
+    """Dataset indexed by (epoch, index). The epoch is part of the index because persistent workers are not notified of
+    a new epoch."""
 
     def __init__(self, dataset: Clips):
         self.dataset = dataset
@@ -210,7 +261,7 @@ class ByEpoch(Dataset):
 
 
 def collate(clips: list[dict]) -> dict:
-    """PyTorch's batch of clips.
+    """Collates clips with PyTorch's ``default_collate``.
 
     Raises:
         ValueError: videos or latents of different shapes; the message names two of them.
@@ -219,16 +270,11 @@ def collate(clips: list[dict]) -> dict:
     key, axes = ("video", "(T, C, H, W)") if "video" in first else ("moments", "(2C, t, h, w)")
     for clip in clips[1:]:
         if clip[key].shape != first[key].shape:
-            one, other = (f"{tuple(item[key].shape)} of {item.get('id', 'a clip')}" for item in (first, clip))
+            a, b = (f"{tuple(item[key].shape)} of {item.get('id', 'a clip')}" for item in (first, clip))
             raise ValueError(
-                f"A batch holds {key} of different shapes: {one} and {other} {axes}. "
-                "Images and clips, or any two datasets that differ, go into the parts of a Mixture "
-                "(data.train._target_: blueberry_video.data.mixture.Mixture), whose batches come from one part each; "
+                f"A batch contains {key} of different shapes {axes}: {a} and {b}. Make datasets of different shapes, "
+                "such as images and clips, parts of a Mixture (data.train._target_: "
+                "blueberry_video.data.mixture.Mixture), which draws each batch from one part; "
                 "for files of different sizes set image_size and num_frames, or use VideoBuckets or LatentBuckets."
             )
     return default_collate(clips)
-
-
-def _count(size: int, global_batch: int, drop_last: bool) -> int:
-    """Batches that one walk through ``size`` clips makes."""
-    return size // global_batch if drop_last else -(-size // global_batch)

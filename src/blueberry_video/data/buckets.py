@@ -1,21 +1,19 @@
-"""Clips of several sizes in one training: each batch holds clips of one size, as many as fit a budget of tokens.
+"""Datasets of clips of several sizes: each batch contains clips of one size, as many as fit a budget of tokens.
 
-A bucket is a size (frames, height, width). What a step costs goes by its tokens, not by its clips, so a batch of a
-bucket has ``token_budget`` // (tokens of its size) clips (as in Open-Sora, arXiv 2412.20404).
+A bucket is a size (frames, height, width). The cost of a step depends on its number of tokens rather than of clips, so
+the batch size of a bucket is ``token_budget`` // (tokens per clip), as in Open-Sora (arXiv 2412.20404).
 """
 
 import copy
-import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from torch.utils.data import Subset
 
-from blueberry_video.data.batches import EvaluationBatches, MixedEvaluationBatches, TrainBatches
-from blueberry_video.data.clip_cache import Clips
+from blueberry_video.data.batches import MixedEvaluationBatches, MixedTrainBatches
+from blueberry_video.data.clips import Clips
 from blueberry_video.data.latents import LatentClips
 from blueberry_video.data.metadata import Row
 from blueberry_video.data.mixture import Mixture
@@ -25,22 +23,22 @@ from blueberry_video.video.errors import VideoError
 
 
 class Buckets(Mixture):
-    """A mixture whose parts are buckets, all shown once an epoch, each with a batch size of its own.
+    """Mixture of buckets. Every clip appears once an epoch, and every bucket has its batch size.
 
     Args:
         parts: name -> map-style dataset of clips of one size.
-        sizes: name -> (frames, height, width) of its clips: pixels, or latents where these are stored.
-        tokens: name -> tokens of one clip.
-        token_budget: most tokens of one rank's batch.
+        sizes: name -> (frames, height, width) of the clips, in pixels, or in latents if these are stored.
+        tokens: name -> tokens per clip.
+        token_budget: maximum number of tokens in a batch of one rank.
 
     Attributes:
-        sizes: as given, of the buckets that have clips. Clip 0 is of the first: a text-to-video model shows samples in
-            the size of the first bucket of the validation clips.
-        token_budget: as given.
-        batch_sizes: name -> clips of one rank's batch.
+        sizes: as passed, for the buckets that have clips. Clip 0 is in the first bucket: a text-to-video model samples
+            at the size of the first bucket of the validation clips.
+        token_budget: as passed.
+        batch_sizes: name -> clips per batch and rank.
 
     Raises:
-        ValueError: a bucket of which not one clip fits the budget; what ``Mixture`` raises.
+        ValueError: a clip of some bucket exceeds the budget; errors of ``Mixture``.
     """
 
     def __init__(
@@ -56,40 +54,50 @@ class Buckets(Mixture):
         for name in self.parts:
             if tokens[name] > token_budget:
                 raise ValueError(
-                    f"token_budget={token_budget} is below the {tokens[name]} tokens of one clip of the bucket {name}: "
-                    f"raise it to {tokens[name]} or more, or remove the bucket."
+                    f"token_budget={token_budget} must be at least {tokens[name]}, the tokens of one clip of the "
+                    f"bucket {name}: raise it, or remove the bucket."
                 )
         self.batch_sizes = {name: token_budget // tokens[name] for name in self.parts}
 
     @property
     def cache_key(self) -> str:
-        """Everything a clip depends on but its index; only where every bucket has a key."""
+        """Everything that a clip depends on except its index; requires that every bucket has a key."""
         return f"buckets-1/{json.dumps({name: part.cache_key for name, part in self.parts.items()})}"  # type: ignore[attr-defined]
 
     def describe(self) -> str:
-        """Such as ``49x480x720: 120 clips, 2 a batch; 17x480x720: 31 clips, 5 a batch``, in the order of the clips."""
+        """Returns a line like ``49x480x720: 120 clips in batches of 2; 17x480x720: 31 clips in batches of 5``."""
         return "; ".join(
-            f"{name}: {size} clips, {self.batch_sizes[name]} a batch" for name, size in self.part_sizes.items()
+            f"{name}: {size} clips in batches of {self.batch_sizes[name]}" for name, size in self.part_sizes.items()
         )
+
+    def train_batches(
+        self, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, drop_last: bool = True
+    ) -> MixedTrainBatches:
+        """Batch sampler for training: one pass over every bucket per epoch; ignores ``batch_size``."""
+        return MixedTrainBatches(self.part_sizes, self.batch_sizes, seed, rank, world_size, drop_last)
+
+    def evaluation_batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> MixedEvaluationBatches:
+        """Batch sampler for validation, the buckets alternating; ignores ``batch_size``."""
+        return MixedEvaluationBatches(self.part_sizes, self.batch_sizes, rank, world_size)
 
 
 class VideoBuckets(Buckets):
-    """The videos of a folder, each in the bucket that shows most of it.
+    """Videos of a folder, each in the bucket that shows most of it.
 
-    A video goes where it needs no enlarging and has enough frames; of these buckets to the one whose aspect ratio is
-    nearest, and among equals to the one with most pixels.
+    Of the buckets for which a video has enough frames and needs no upscaling, the one with the nearest aspect ratio is
+    chosen; of equal ones, the one with the most pixels.
 
     Args:
-        dataset: a folder of videos; its own ``num_frames`` and ``image_size`` count for nothing.
-        shapes: the buckets: (frames, height, width) each. Clips come in their order.
-        token_size: pixels (frames, rows, columns) of one token: the stride of the codec times the patch of the
-            network. The first frame of a codec stands alone: 1 + 4 k frames make 1 + k tokens at 4.
-        token_budget: most tokens of one rank's batch.
-        captions: refuse videos without a caption.
-        leave_out_small: whether videos that fit no bucket are left out; else they are refused.
+        dataset: folder of videos; its ``num_frames`` and ``image_size`` are ignored.
+        shapes: (frames, height, width) of each bucket, in the order of the clips.
+        token_size: pixels (frames, rows, columns) per token: the stride of the codec times the patch size of the
+            network. A codec encodes the first frame separately: 1 + 4 k frames make 1 + k tokens at a stride of 4.
+        token_budget: maximum number of tokens in a batch of one rank.
+        captions: raise for videos without a caption.
+        leave_out_small: drop videos that fit no bucket; otherwise they raise.
 
     Raises:
-        ValueError: no or impossible shapes, a file without caption or without a bucket, each by name.
+        ValueError: no shapes or invalid ones; a file without a caption or a bucket. The message names it.
     """
 
     def __init__(
@@ -102,17 +110,15 @@ class VideoBuckets(Buckets):
         leave_out_small: bool = False,
     ):
         if not shapes:
-            raise ValueError(
-                "shapes is empty: list at least one bucket, such as [49, 480, 720] (frames, height, width)."
-            )
+            raise ValueError("shapes is empty: list at least one bucket (frames, height, width), as in [49, 480, 720].")
         wanted = {bucket_name(shape): shape for shape in (_three("shapes", shape) for shape in shapes)}
         token_size = _three("token_size", token_size)
         if dataset.sampler == "multi_clip":
-            raise ValueError("sampler=multi_clip has no buckets: use uniform, random or fixed_fps.")
-        if captions and (silent := [row.name for row in dataset.rows if not row.caption]):
+            raise ValueError("sampler=multi_clip cannot be used with buckets: use uniform, random or fixed_fps.")
+        if captions and (missing := [row.name for row in dataset.rows if not row.caption]):
             raise ValueError(
-                f"{len(silent)} of {len(dataset.rows)} videos in {dataset.root} have no caption, such as "
-                f"{silent[0]!r}: add captions to the metadata, or set captions=false for a model without text."
+                f"{len(missing)} of {len(dataset.rows)} videos in {dataset.root} have no caption, the first of them "
+                f"{missing[0]!r}: add captions to the metadata, or set captions=false for a model without text."
             )
         rows: dict[str, list[Row]] = {name: [] for name in wanted}
         for row in dataset.rows:
@@ -126,49 +132,38 @@ class VideoBuckets(Buckets):
                 rows[bucket_name(shape)].append(row)
             elif not leave_out_small:
                 raise ValueError(
-                    f"the video {row.name!r} ({info.num_frames} frames of {info.height} x {info.width}) fits none of "
-                    f"the buckets {', '.join(wanted)}: add a smaller one, or set "
-                    "leave_out_small=true."
+                    f"the video {row.name!r} ({info.num_frames} frames of {info.height} x {info.width}) is too small "
+                    f"for every bucket of shapes ({', '.join(wanted)}): add a smaller one, or set leave_out_small=true."
                 )
         if not any(rows.values()):
             raise ValueError(
-                f"none of the {len(dataset.rows)} videos in {dataset.root} fits one of the buckets "
-                f"{', '.join(wanted)}: add smaller ones."
+                f"all {len(dataset.rows)} videos in {dataset.root} are too small for every bucket of shapes "
+                f"({', '.join(wanted)}): add smaller ones."
             )
-        parts = {name: _cut(dataset, wanted[name], found) for name, found in rows.items() if found}
+        parts = {name: _restricted(dataset, wanted[name], found) for name, found in rows.items() if found}
         tokens = {name: num_tokens(shape, token_size) for name, shape in wanted.items()}
         super().__init__(parts, wanted, tokens, token_budget)
-        self._folders = [dataset, *parts.values()]
-
-    @property
-    def skipped_file(self) -> str | None:
-        """Where files that are skipped are listed, also those that were found broken before it was named."""
-        return self._folders[0].skipped_file
-
-    @skipped_file.setter
-    def skipped_file(self, path: str | None) -> None:
-        for folder in self._folders:
-            folder.skipped_file = path
-        for name, reason in dict(self._folders[0].skipped).items():
-            self._folders[0].skip(name, reason)
+        self._folders = list(parts.values())
+        self.sources = [dataset, *self._folders]
 
     def captions(self) -> Iterator[str]:
-        """Of every clip, in order; reads no video."""
-        return (row.caption or "" for folder in self._folders[1:] for row in folder.rows)
+        """Yields the caption of every clip, in order, without reading videos."""
+        return (row.caption or "" for folder in self._folders for row in folder.rows)
 
 
 class LatentBuckets(Buckets):
-    """Stored latents, a bucket for each size that they have.
+    """Stored latents, with a bucket for each size that occurs.
 
-    Buckets come in the order in which they begin in ``dataset``: of what was encoded from ``VideoBuckets``, in theirs.
+    The buckets are in order of first occurrence in ``dataset``; for latents of ``VideoBuckets`` this is the order of
+    the latter.
 
     Args:
-        dataset: what ``make latents`` wrote.
-        patch_size: (t, h, w) latents that the network makes one token of.
-        token_budget: most tokens of one rank's batch.
+        dataset: the output of ``make latents``.
+        patch_size: (t, h, w) latents per token of the network.
+        token_budget: maximum number of tokens in a batch of one rank.
 
     Attributes:
-        made_of, folder: of ``dataset``.
+        made_of, folder: those of ``dataset``.
 
     Raises:
         ValueError: see ``Buckets``.
@@ -177,12 +172,12 @@ class LatentBuckets(Buckets):
     def __init__(self, dataset: LatentClips, patch_size: Sequence[int], token_budget: int):
         patch_size = _three("patch_size", patch_size)
         sizes: dict[str, tuple[int, int, int]] = {}
-        places: dict[str, list[int]] = {}
+        indices: dict[str, list[int]] = {}
         for index, (_, frames, height, width) in enumerate(dataset.shapes):
             shape = (frames, height, width)
             sizes[bucket_name(shape)] = shape
-            places.setdefault(bucket_name(shape), []).append(index)
-        parts = {name: Subset(dataset, found) for name, found in places.items()}
+            indices.setdefault(bucket_name(shape), []).append(index)
+        parts = {name: Subset(dataset, found) for name, found in indices.items()}
         tokens = {
             name: math.prod(math.ceil(size / patch) for size, patch in zip(shape, patch_size))
             for name, shape in sizes.items()
@@ -193,73 +188,14 @@ class LatentBuckets(Buckets):
         self._clips = dataset
 
     def captions(self) -> Iterator[str]:
-        """Of every clip, in the order of ``dataset``; reads no latents."""
+        """Yields the caption of every clip, in the order of ``dataset``, without reading latents."""
         return self._clips.captions()
-
-
-class BucketTrainBatches(TrainBatches):
-    """Batches of buckets, each of one bucket, the same one on every rank; every clip at most once an epoch.
-
-    Args:
-        sizes: name -> clips of each bucket; indices count through the buckets one after the other.
-        batch_sizes: clips of one rank's batch, in the same order.
-        seed: with the epoch determines the order, of the clips and of the buckets.
-        rank, world_size, drop_last: as for ``TrainBatches``.
-
-    Raises:
-        ValueError: a bucket does not make one batch.
-    """
-
-    def __init__(
-        self,
-        sizes: Mapping[str, int],
-        batch_sizes: Sequence[int],
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        drop_last: bool = True,
-    ):
-        super().__init__(sum(sizes.values()), 1, seed, rank, world_size, drop_last)
-        for (name, size), batch_size in zip(sizes.items(), batch_sizes):
-            if drop_last and size < batch_size * world_size:
-                raise ValueError(
-                    f"The bucket {name} has {size} clips, fewer than one batch of {batch_size * world_size} "
-                    f"({batch_size} fit the token budget, on {world_size} ranks): lower token_budget, remove the "
-                    "bucket so that its clips go to another, or set data.drop_last=false."
-                )
-        self.walks = [
-            TrainBatches(size, batch_size, seed, 0, world_size, drop_last)
-            for size, batch_size in zip(sizes.values(), batch_sizes)
-        ]
-        self.starts = [0, *itertools.accumulate(sizes.values())][:-1]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.walks))
-
-    def global_batches(self, epoch: int) -> Iterator[np.ndarray]:
-        walks = [walk.global_batches(epoch) for walk in self.walks]
-        turns = np.repeat(np.arange(len(walks)), [len(walk) for walk in self.walks])
-        for bucket in np.random.default_rng([self.seed, epoch]).permutation(turns):
-            yield self.starts[bucket] + next(walks[bucket])
-
-
-class BucketEvaluationBatches(MixedEvaluationBatches):
-    """Every clip of every bucket once, in batches of at most ``batch_sizes`` clips; the buckets take turns.
-
-    Args:
-        sizes, batch_sizes: clips, and clips of one rank's batch, of each bucket.
-        rank, world_size: as for ``EvaluationBatches``.
-    """
-
-    def __init__(self, sizes: Sequence[int], batch_sizes: Sequence[int], rank: int = 0, world_size: int = 1):
-        self.starts = [0, *itertools.accumulate(sizes)][:-1]
-        self.parts = [EvaluationBatches(size, batch, rank, world_size) for size, batch in zip(sizes, batch_sizes)]
 
 
 def nearest_shape(
     num_frames: float, height: int, width: int, shapes: Sequence[tuple[int, int, int]]
 ) -> tuple[int, int, int] | None:
-    """The bucket (frames, height, width) of a video, by the rule of :class:`VideoBuckets`; None where it fits none."""
+    """Returns the bucket (frames, height, width) of a video by the rule of :class:`VideoBuckets`; None if none fits."""
     fitting = [(t, h, w) for t, h, w in shapes if t <= num_frames and h <= height and w <= width]
     if not fitting:
         return None
@@ -268,7 +204,8 @@ def nearest_shape(
 
 
 def num_tokens(shape: Sequence[int], token_size: Sequence[int]) -> int:
-    """Tokens of a clip (frames, height, width) in pixels; a codec's first frame stands alone."""
+    """Returns the number of tokens of a clip (frames, height, width) in pixels; a codec encodes the first frame
+    separately."""
     (frames, *picture), (time, *patch) = shape, token_size
     return (math.ceil((frames - 1) / time) + 1) * math.prod(
         math.ceil(size / step) for size, step in zip(picture, patch)
@@ -276,20 +213,20 @@ def num_tokens(shape: Sequence[int], token_size: Sequence[int]) -> int:
 
 
 def bucket_name(shape: Sequence[int]) -> str:
-    """Such as ``49x480x720``."""
+    """Returns the name of a bucket, as in ``49x480x720``."""
     return "x".join(map(str, shape))
 
 
 def reading(
     folder: Path, encoded: Mapping[str, Clips], patch_size: Sequence[int], batch_sizes: Mapping[str, int]
 ) -> list[str]:
-    """The overrides with which a config reads the latents in ``folder``/{train,val}: its ``data`` is ``latents``, or
-    ``latent_buckets`` where their sizes differ.
+    """Returns the config overrides that read the latents in ``folder``/{train,val}: ``data=latents``, or
+    ``data=latent_buckets`` if their sizes differ.
 
     Args:
-        encoded: split -> what the latents were made of; buckets keep their budgets.
-        patch_size: (t, h, w) latents that the network makes one token of.
-        batch_sizes: key of ``data`` -> its value, which count where there are no buckets.
+        encoded: split -> dataset from which the latents were computed; buckets keep their token budgets.
+        patch_size: (t, h, w) latents per token of the network.
+        batch_sizes: key of ``data`` -> value, used without buckets.
     """
     stored = {split: LatentClips(folder / split) for split in encoded}
     if all(len(set(clips.shapes)) == 1 for clips in stored.values()):
@@ -306,15 +243,15 @@ def reading(
 def _three(key: str, values: Sequence[int]) -> tuple[int, int, int]:
     if len(values) != 3 or min(values) < 1:
         raise ValueError(
-            f"{key} has {list(values)}, which is no (frames, height, width): write three numbers of at least 1, such "
-            "as [49, 480, 720] for clips and [4, 16, 16] or [1, 2, 2] for tokens."
+            f"{key}: {list(values)} must be (frames, height, width), three numbers of at least 1: write [49, 480, 720] "
+            "for clips, or [4, 16, 16] or [1, 2, 2] for tokens."
         )
     frames, height, width = map(int, values)
     return frames, height, width
 
 
 def _available(dataset: VideoFolder, info: VideoInfo) -> float:
-    """How many frames a clip of this video may have, as the dataset samples them."""
+    """Returns the maximum number of frames in a clip of this video, with the sampling of the dataset."""
     if dataset.pad:
         return math.inf
     if dataset.sampler == "random":
@@ -325,8 +262,8 @@ def _available(dataset: VideoFolder, info: VideoInfo) -> float:
     return info.num_frames
 
 
-def _cut(dataset: VideoFolder, shape: tuple[int, int, int], rows: list[Row]) -> VideoFolder:
-    """The same folder, with these files alone, cut to this size."""
+def _restricted(dataset: VideoFolder, shape: tuple[int, int, int], rows: list[Row]) -> VideoFolder:
+    """Returns the same folder with only these files, resized to this shape."""
     part = copy.copy(dataset)
     part.num_frames, part.image_size, part.rows = shape[0], shape[1:], rows
     return part

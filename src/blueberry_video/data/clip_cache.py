@@ -1,9 +1,9 @@
-"""Clips rendered or decoded once, then read from disk.
+"""Cache of clips on disk: each clip is rendered or decoded once.
 
-Shards of consecutive clips, each one file: an 8-byte magic, the lengths of what follows, a CRC of it, a JSON table of
-the clips (dtype, shape and place of every array, all other values) and the arrays. A shard appears under its name only
-when it is complete (``atomic.write_whole``), one process builds it while others wait at its lock, and a file that
-is torn or damaged fails its CRC and is built again. Reading maps the file into memory and copies one clip out of it.
+A shard holds consecutive clips in one file: an 8-byte magic number, the lengths of the table and the arrays, a CRC of
+both, a JSON table of the clips (dtype, shape and offset of every array, and all other values) and the arrays. Shards
+are written atomically (``atomic.write_bytes``), by one process while others wait for its lock. A truncated or damaged
+file fails its CRC and is built again. Reading maps the file into memory and copies one clip.
 """
 
 import contextlib
@@ -15,55 +15,39 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from blueberry_video.data.atomic import write_whole
+from blueberry_video.atomic import write_bytes
+from blueberry_video.data.clips import KeyedClips, Wrapper, check_index
 from blueberry_video.data.progress import Progress
 
 MAGIC = b"BBCLIPS1"
 _HEADER = struct.Struct("<8sQQI")  # magic, bytes of the table, bytes of the arrays, crc32 of both
-_MAX_OPEN = 512  # mapped shards a process: each holds a file descriptor
+_MAX_OPEN = 512  # mapped shards per process: each uses a file descriptor
 
 
-class Clips(Protocol):
-    """A map-style dataset of clips."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> dict: ...
-
-
-class KeyedClips(Clips, Protocol):
-    """A dataset whose clips depend on nothing but ``cache_key`` and the index."""
-
-    @property
-    def cache_key(self) -> str: ...
-
-
-class CachedClips(Dataset):
-    """A map-style dataset whose clips are computed once and kept in ``folder``.
+class CachedClips(Wrapper):
+    """Map-style dataset that computes the clips of another dataset once and stores them in ``folder``.
 
     Args:
-        dataset: ``dataset[i]`` must depend on nothing but its ``cache_key`` (str) and ``i``; an item is a dict of
-            tensors, numbers, strings and dicts of these.
-        folder: holds one sub-folder for each cache key; a dataset with other settings never reads another's clips.
-        shard_size: clips a file. A clip that is asked for first costs the time of its whole shard: call ``prepare``
-            before.
+        dataset: ``dataset[i]`` must depend only on its ``cache_key`` (str) and ``i``; an item is a dict of tensors,
+            numbers, strings and dicts of these.
+        folder: gets one sub-folder per cache key, so that datasets with different settings never share clips.
+        shard_size: clips per file. The first access to a clip computes its whole shard: call ``prepare`` before.
 
     Raises:
-        ValueError: the dataset has no ``cache_key``, or shows other frames in each epoch.
+        ValueError: the dataset has no ``cache_key``, or its clips differ between epochs.
     """
 
     def __init__(self, dataset: KeyedClips, folder: str | Path, shard_size: int = 128):
         check_storable(dataset)
         if shard_size < 1:
-            raise ValueError(f"shard_size={shard_size} holds no clip: use at least 1.")
-        self.dataset = dataset
+            raise ValueError(f"shard_size={shard_size} must be at least 1.")
+        self.dataset, self.sources = dataset, [dataset]
         self.shard_size = shard_size
         self.classes: dict[str, tuple[str, ...]] = getattr(dataset, "classes", {})
         self.reversal_pairs: dict[str, tuple[tuple[int, int], ...]] = getattr(dataset, "reversal_pairs", {})
@@ -75,47 +59,37 @@ class CachedClips(Dataset):
         """The key of the wrapped dataset."""
         return self.dataset.cache_key
 
-    @property
-    def skipped_file(self) -> str | None:
-        """Where the wrapped dataset lists files that it skips."""
-        return getattr(self.dataset, "skipped_file", None)
-
-    @skipped_file.setter
-    def skipped_file(self, path: str | None) -> None:
-        if hasattr(self.dataset, "skipped_file"):
-            self.dataset.skipped_file = path
-
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside this dataset of {len(self)} clips.")
-        number, place = divmod(index, self.shard_size)
+        check_index(index, len(self))
+        number, position = divmod(index, self.shard_size)
         shard = self._shards.get(number)
         if shard is None:
             shard = self._open(number)
             if len(self._shards) >= _MAX_OPEN:
                 self._shards.pop(next(iter(self._shards)))
             self._shards[number] = shard
-        return shard.clip(place)
+        return shard.clip(position)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_shards": {}}  # maps do not travel between processes
+        return {**self.__dict__, "_shards": {}}  # memory maps cannot be pickled
 
     def prepare(self, num_workers: int = 0) -> None:
-        """Builds the shards that are missing, in ``num_workers`` processes (0: in this one), and prints how it goes."""
+        """Builds the missing shards in ``num_workers`` processes (0: in this one) and prints the progress."""
         missing = [k for k in range(-(-len(self) // self.shard_size)) if not self._path(k).exists()]
         if not missing:
             return
         progress = Progress("clip cache", sum(len(self._indices(k)) for k in missing))
         workers = min(num_workers, len(missing))
-        own = torch.Generator()  # the global one must not tell whether a cache was there
+        own = torch.Generator()  # the global one must not depend on whether a cache exists
         for number in DataLoader(_Builder(self, missing), batch_size=None, num_workers=workers, generator=own):
             progress.add(len(self._indices(number)))
 
     def _path(self, number: int) -> Path:
-        """The last shard's name tells its length, so that a dataset that has grown does not read it as a full one."""
+        """File of a shard. The name contains the number of clips, so that a partial last shard is not read as a full
+        one after the dataset has grown."""
         return self.folder / f"{number:06d}-{len(self._indices(number))}.clips"
 
     def _indices(self, number: int) -> range:
@@ -128,9 +102,9 @@ class CachedClips(Dataset):
             shard = _load(self._path(number))
             if shard is None:
                 raise OSError(
-                    f"The clip cache file {self._path(number)} was damaged as soon as it was written: check the disk."
+                    f"The clip cache file {self._path(number)} cannot be read back after writing: check the disk."
                 )
-        for name, reason in shard.skipped.items():  # a finished cache must still say what is missing from it
+        for name, reason in shard.skipped.items():  # files that were skipped when the cache was built
             if name not in self.dataset.skipped:  # type: ignore[attr-defined]
                 self.dataset.skip(name, reason)  # type: ignore[attr-defined]
         return shard
@@ -144,29 +118,29 @@ class CachedClips(Dataset):
             if _load(path) is not None:
                 return  # another process was faster
             clips = [self.dataset[i] for i in self._indices(number)]
-            write_whole(path, _pack(clips, getattr(self.dataset, "skipped", {})))
+            write_bytes(path, _pack(clips, getattr(self.dataset, "skipped", {})))
 
 
 def check_storable(dataset: object) -> None:
-    """Whether the clips of a dataset may be kept on disk.
+    """Checks that the clips of a dataset can be stored.
 
     Raises:
-        ValueError: it has no ``cache_key``, or shows other frames in each epoch.
+        ValueError: it has no ``cache_key``, or its clips differ between epochs.
     """
     if not isinstance(getattr(dataset, "cache_key", None), str):
         raise ValueError(
-            f"{type(dataset).__name__} has no cache_key, so a cache could not tell its clips from those of other "
-            "settings: give it one that names everything a clip depends on, or use it without a cache."
+            f"{type(dataset).__name__} has no cache_key, which a cache needs to recognize its clips: give it one that "
+            "names everything that a clip depends on, or use it without a cache."
         )
     if getattr(dataset, "varies_by_epoch", False):
         raise ValueError(
-            f"{type(dataset).__name__} shows other frames in each epoch (sampler=random), which a cache would freeze: "
-            "choose sampler=uniform, or use it without a cache."
+            f"{type(dataset).__name__} has varies_by_epoch=True and shows other frames in each epoch (sampler=random "
+            "or frame=random): choose sampler=uniform or frame=middle, or use it without a cache."
         )
 
 
 class _Builder(Dataset):
-    """Item k builds the k-th of the missing shards: so that a DataLoader's processes build them."""
+    """Dataset in which item k builds the k-th missing shard, so that DataLoader workers build them in parallel."""
 
     def __init__(self, clips: CachedClips, missing: list[int]):
         self._clips, self._missing = clips, missing
@@ -180,14 +154,14 @@ class _Builder(Dataset):
 
 
 class _Shard:
-    """A mapped file, whose CRC has been checked."""
+    """Memory-mapped file with a valid CRC."""
 
     def __init__(self, data: mmap.mmap, table: dict, start: int):
         self._data, self._clips, self._start = data, table["clips"], start
         self.skipped: dict[str, str] = table["skipped"]
 
-    def clip(self, place: int) -> dict:
-        return self._restore(self._clips[place])
+    def clip(self, position: int) -> dict:
+        return self._restore(self._clips[position])
 
     def _restore(self, value: dict) -> dict:
         return {key: self._value(item) for key, item in value.items()}
@@ -214,8 +188,8 @@ def _pack(clips: list[dict], skipped: dict[str, str]) -> bytes:
             return value
         array = np.ascontiguousarray(value.numpy()).reshape(tuple(value.shape))
         arrays.append(array)
-        place, offset = offset, offset + array.nbytes
-        return {"array": [array.dtype.str, list(array.shape), place]}
+        start, offset = offset, offset + array.nbytes
+        return {"array": [array.dtype.str, list(array.shape), start]}
 
     table = {"clips": [described(clip)["dict"] for clip in clips], "skipped": skipped}
     text = json.dumps(table).encode()
@@ -224,7 +198,7 @@ def _pack(clips: list[dict], skipped: dict[str, str]) -> bytes:
 
 
 def _load(path: Path) -> _Shard | None:
-    """The shard, or None where there is no file or not a whole one."""
+    """Returns the shard, or None if the file is missing, truncated or damaged."""
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         if os.fstat(file.fileno()).st_size < _HEADER.size:
             return None

@@ -1,55 +1,46 @@
-"""The LightningDataModule: the loaders of a run, and where a resumed run goes on.
+"""LightningDataModule of a run: dataloaders and the position from which a run resumes.
 
-The order of an epoch is a pure function of (seed, epoch), cut into global batches and these into one slice for each
-rank (``batches.py``); so the same position means the same clips whatever the number of workers or ranks. A resumed run
-seeks to its position instead of replaying batches.
+The order of an epoch is a pure function of (seed, epoch), cut into global batches, which are divided among the ranks
+(``batches.py``). The same position therefore means the same clips for any number of workers or ranks, and a resumed run
+seeks to it instead of replaying batches.
 
-The position travels in the DataModule's own state. Lightning would also keep a loader's state, but loads it only where
-it judges the run to be in mid-epoch, and drops it where something has asked for the loader before the checkpoint was
-read.
+The position is part of the DataModule's state. Lightning could also store the state of a dataloader, but it loads it
+only in mid-epoch, and drops it if the dataloader was created before the checkpoint was read.
 """
 
 import os
 from collections.abc import Iterator
-from typing import Any, cast
+from functools import partial
+from typing import cast
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
-from blueberry_video.data.batches import (
-    ByEpoch,
-    EvaluationBatches,
-    MixedEvaluationBatches,
-    MixedTrainBatches,
-    TrainBatches,
-    collate,
-)
-from blueberry_video.data.buckets import BucketEvaluationBatches, Buckets, BucketTrainBatches
-from blueberry_video.data.clip_cache import Clips
-from blueberry_video.data.mixture import Mixture
+from blueberry_video.data.batches import ByEpoch, EvaluationBatches, TrainBatches, collate
+from blueberry_video.data.clips import Clips
 
 
 class DataModule(LightningDataModule):
-    """Serves batches of clips; use with ``Trainer(use_distributed_sampler=False)``.
+    """Dataloaders for training, validation and test; use with ``Trainer(use_distributed_sampler=False)``.
 
     Args:
-        train, val, test: map-style datasets of clips. A dataset with a method ``sample(index, epoch)`` is read through
-            it. Of a ``Mixture`` every batch comes from one part, of ``Buckets`` with a size of its own.
-        batch_size: clips a step on each rank; counts for nothing where the data are ``Buckets``.
-        num_workers: loading processes on each rank; 0 loads in the training process.
-        seed: of the order of the training clips.
-        val_batch_size: largest batch in validation and test; None means ``batch_size``.
-        drop_last: leave out the clips of an epoch that do not fill a global batch. Otherwise the last batch is
-            smaller, and repeats up to (world size - 1) clips so that it divides among the ranks.
+        train, val, test: map-style datasets of clips. Optional methods of a dataset (see ``Clips``) define its batches
+            and the clips of each epoch.
+        batch_size: clips per step and rank; ignored by ``Buckets``, which have a batch size per bucket.
+        num_workers: loader processes per rank; 0 loads in the training process.
+        seed: seed of the order of the training clips.
+        val_batch_size: largest batch in validation and test; None: ``batch_size``.
+        drop_last: drop the clips of an epoch that do not fill a global batch. Otherwise the last batch is smaller, and
+            repeats up to (world size - 1) clips so that it divides among the ranks.
 
-    Validation and test show every clip exactly once, in order, in batches of nearly equal size, equally many on each
-    rank; the parts of a mixture take turns.
+    Validation and test show every clip exactly once, in order, in batches of nearly equal size and the same number on
+    every rank. The parts of a mixture alternate.
 
     Raises:
         ValueError: a value out of range; when loading: a dataset or a part smaller than a global batch, videos of
-            different shapes in a batch, or a position that belongs to another batch size, seed or dataset.
+            different shapes in a batch, or a position for another batch size, seed or dataset.
     """
 
     def __init__(
@@ -70,7 +61,7 @@ class DataModule(LightningDataModule):
             ("val_batch_size", val_batch_size if val_batch_size is not None else batch_size, 1),
         ):
             if value < least:
-                raise ValueError(f"data.{key}={value} is too small: use at least {least}.")
+                raise ValueError(f"data.{key}={value} must be at least {least}.")
         self.train, self.val, self.test = train, val, test
         self.batch_size, self.num_workers, self.seed, self.drop_last = batch_size, num_workers, seed, drop_last
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
@@ -79,42 +70,35 @@ class DataModule(LightningDataModule):
 
     @property
     def classes(self) -> dict[str, tuple[str, ...]]:
-        """Label -> class names, of the training set."""
+        """Label -> class names in the training set."""
         return getattr(self.train, "classes", {})
 
     @property
     def reversal_pairs(self) -> dict[str, tuple[tuple[int, int], ...]]:
-        """Label -> pairs of classes that are each other played backwards, of the training set."""
+        """Label -> pairs of classes that are time reversals of each other, in the training set."""
         return getattr(self.train, "reversal_pairs", {})
 
     def list_skipped_in(self, path: str) -> None:
-        """Names the csv in which datasets that skip broken files list them."""
+        """Sets the CSV file in which datasets list skipped broken files."""
         for dataset in filter(None, (self.train, self.val, self.test)):
             if hasattr(dataset, "skipped_file"):
                 dataset.skipped_file = path
 
     def prepare_data(self) -> None:
-        """Fills the clip caches, in one process on each machine."""
+        """Fills the clip caches; runs in one process on each machine."""
         for dataset in filter(None, (self.train, self.val, self.test)):
             if hasattr(dataset, "prepare"):
                 dataset.prepare(num_workers=len(os.sched_getaffinity(0)))
 
     def setup(self, stage: str) -> None:
-        """Tells, before a training, how the clips fall into buckets."""
+        """Prints how the clips are divided into buckets, before training."""
         self._resume_at = (0, 0)  # Lightning calls this before it loads a checkpoint
         for split, dataset in (("training", self.train), ("validation", self.val)) if stage == "fit" else ():
-            if isinstance(dataset, Buckets):
+            if hasattr(dataset, "describe"):
                 rank_zero_only(print)(f"{split}: {dataset.describe()}")
 
     def train_dataloader(self) -> DataLoader:
-        how = (self.seed, self._rank, self._world_size, self.drop_last)
-        if isinstance(self.train, Buckets):
-            self._sampler = BucketTrainBatches(self.train.part_sizes, list(self.train.batch_sizes.values()), *how)
-        elif isinstance(self.train, Mixture):
-            shares = list(self.train.shares.values())
-            self._sampler = MixedTrainBatches(self.train.part_sizes, shares, self.batch_size, *how)
-        else:
-            self._sampler = TrainBatches(len(self.train), self.batch_size, *how)
+        self._sampler = self._train_batches()
         self._sampler.resume_at = self._resume_at
         return _LazyLoader(
             ByEpoch(self.train),
@@ -123,7 +107,7 @@ class DataModule(LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=collate,
-            generator=torch.Generator(),  # else each epoch draws from the global one, and a resumed run once more
+            generator=torch.Generator(),  # else every epoch draws from the global one, and a resumed run once more
         )
 
     def val_dataloader(self) -> DataLoader:
@@ -131,65 +115,45 @@ class DataModule(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         if self.test is None:
-            raise ValueError(
-                "data.test is not set, so there is nothing to test on: give the DataModule a test dataset."
-            )
+            raise ValueError("data.test is not set: give the DataModule a test dataset, or do not run the test loop.")
         return self._evaluation(self.test)
 
     def state_dict(self) -> dict:
-        """The position: epoch and batches done in it, with what the batches depend on."""
+        """Position (epoch and finished batches in it) and everything that determines the batches."""
         if self._sampler is None or self.trainer is None:
             return {}
-        epoch, done = self._resume_at  # holds while this run has read nothing
+        epoch, done = self._resume_at  # until this run has read a batch
         if self._sampler.running_epoch is not None:
             epoch = self._sampler.running_epoch
             done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
         if done >= self.trainer.num_training_batches:
             epoch, done = epoch + 1, 0
-        return {"epoch": epoch, "batches": done, **self._order()}
+        return {"epoch": epoch, "batches": done, **self._sampler.order}
 
     def load_state_dict(self, state_dict: dict) -> None:
+        order = self._train_batches().order if state_dict["batches"] else {}
         changed = [
-            f"{key} was {state_dict.get(key)} and is {now}"
-            for key, now in self._order().items()
-            if state_dict.get(key) != now
+            f"{key} was {state_dict.get(key)} and is {now}" for key, now in order.items() if state_dict.get(key) != now
         ]
-        if changed and state_dict["batches"]:
+        if changed:
             raise ValueError(
-                f"The checkpoint was written {state_dict['batches']} batches into epoch {state_dict['epoch']}, and "
-                f"since then {' and '.join(changed)}: the position would mean other clips. Restore the setting "
-                "(batch_size times world size must stay the same), or start from these weights as a new run."
+                f"The checkpoint was saved after {state_dict['batches']} batches of epoch {state_dict['epoch']}, and "
+                f"since then {' and '.join(changed)}, so the position refers to other clips: restore the setting "
+                "(batch_size times world size must stay the same), or start a new run from these weights."
             )
         self._resume_at = (state_dict["epoch"], state_dict["batches"])
         if self._sampler is not None:
             self._sampler.resume_at = self._resume_at
 
-    def _order(self) -> dict[str, Any]:
-        order = {
-            "clips": len(self.train),
-            "global_batch": self.batch_size * self._world_size,
-            "seed": self.seed,
-        }
-        if isinstance(self.train, Buckets):
-            buckets = {"part_sizes": self.train.part_sizes, "batch_sizes": self.train.batch_sizes}
-            return {**order, **buckets, "world_size": self._world_size, "drop_last": self.drop_last}
-        if not isinstance(self.train, Mixture):
-            return order
-        return {**order, "part_sizes": self.train.part_sizes, "shares": self.train.shares, "drop_last": self.drop_last}
+    def _train_batches(self) -> TrainBatches:
+        make = getattr(self.train, "train_batches", partial(TrainBatches, len(self.train)))
+        return make(self.batch_size, self.seed, self._rank, self._world_size, self.drop_last)
 
     def _evaluation(self, dataset: Clips) -> DataLoader:
-        how = (self.val_batch_size, self._rank, self._world_size)
-        batches: EvaluationBatches | MixedEvaluationBatches
-        if isinstance(dataset, Buckets):
-            batch_sizes = list(dataset.batch_sizes.values())
-            batches = BucketEvaluationBatches(list(dataset.part_sizes.values()), batch_sizes, *how[1:])
-        elif isinstance(dataset, Mixture):
-            batches = MixedEvaluationBatches(list(dataset.part_sizes.values()), *how)
-        else:
-            batches = EvaluationBatches(len(dataset), *how)
+        make = getattr(dataset, "evaluation_batches", partial(EvaluationBatches, len(dataset)))
         return DataLoader(
             cast(Dataset, dataset),
-            batch_sampler=batches,
+            batch_sampler=make(self.val_batch_size, self._rank, self._world_size),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -207,14 +171,15 @@ class DataModule(LightningDataModule):
 
 
 class _LazyLoader(DataLoader):
-    """Begins to load when the first batch is asked for: Lightning calls ``iter`` before it has told the epoch."""
+    """DataLoader that starts loading at the first ``next``: Lightning calls ``iter`` before ``set_epoch``."""
 
     def __iter__(self) -> Iterator:  # type: ignore[override]
         yield from super().__iter__()
 
     def state_dict(self) -> dict:
-        """Empty: the DataModule keeps the position. Lightning warns that a loader without this cannot resume."""
+        """Empty, because the DataModule stores the position. Without this method Lightning warns that the loader cannot
+        resume."""
         return {}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Reads nothing, as ``state_dict`` wrote nothing."""
+        """Does nothing, because ``state_dict`` is empty."""

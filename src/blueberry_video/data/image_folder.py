@@ -1,9 +1,9 @@
-"""Images from a folder of pictures, in one of two layouts:
+"""Dataset of image files, in one of two layouts:
 
-    <root>/images/**.jpg                     any of JPEG, PNG, WebP, BMP and TIFF; sub-folders allowed
-    <root>/metadata.{jsonl,json,csv}         one row a file, see ``read_metadata``
+    <root>/images/**.jpg                     JPEG, PNG, WebP, BMP or TIFF; sub-folders allowed
+    <root>/metadata.{jsonl,json,csv}         one row per file, see ``read_metadata``
 
-    <root>/<split>/<class>/*.jpg             ImageNet's, or without split; gives the label ``class``
+    <root>/<split>/<class>/*.jpg             layout of ImageNet, also without split; sets the label ``class``
 
 and optionally <root>/classes.json: {"classes": {label: [names]}}.
 """
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from blueberry_video.data.clips import check_index
 from blueberry_video.data.media_folder import MediaFolder
 from blueberry_video.data.metadata import IMAGES, Row, read_class_folders, read_classes, read_metadata
 from blueberry_video.video.frame_list import Pictures
@@ -20,27 +21,27 @@ from blueberry_video.video.source_options import SourceOptions
 
 
 class ImageFolder(MediaFolder):
-    """Map-style dataset of images as clips of one frame: ``video`` uint8 (1, 3, H, W) RGB, upright as EXIF says,
-    ``id`` and, where they are known, ``caption`` and ``labels``.
+    """Map-style dataset of images as clips of one frame: ``video`` uint8 (1, 3, H, W) RGB, rotated according to EXIF,
+    ``id`` and, if known, ``caption`` and ``labels``.
 
     Args:
-        root: the folder laid out as above.
-        image_size: pixels, one number for a square or (height, width); None keeps each file's size, which must then be
-            the same within a batch.
-        split: only rows whose ``split`` says so, None serves all; or the folder between root and the classes.
-        metadata: file name below root; None finds the one there is; ``"none"`` serves ``images/`` without caption and
-            labels.
-        classes: class names of each label; else those of ``classes.json``; else the sorted values found (over all
+        root: folder with one of the layouts above.
+        image_size: pixels, one number for a square or (height, width); None keeps the size of each file, which must
+            then be the same within a batch.
+        split: keeps only rows with this ``split``, None keeps all; or the folder between root and the class folders.
+        metadata: file name below root; None finds it; ``"none"`` reads ``images/`` without captions and labels.
+        classes: class names of each label; defaults to ``classes.json``, then to the sorted values found (over all
             splits).
-        resize: ``crop`` scales until the picture covers ``image_size`` and cuts out the centre; ``stretch`` changes
-            the aspect.
-        max_broken_share: a file that is no readable image is replaced by the next good one and listed; above this
-            share of broken files the run stops.
-        skipped_file: csv in which skipped files are listed, shared by all processes of a run; may also be set later.
+        resize: ``crop`` scales the picture to cover ``image_size`` and crops the center; ``stretch`` changes the
+            aspect ratio.
+        max_broken_share: a file that is not a readable image is replaced by the next readable one and listed; above
+            this share of broken files an error is raised.
+        skipped_file: CSV file in which skipped files are listed, shared by all processes of a run; may be assigned
+            later.
 
     Raises:
         FileNotFoundError: no folder, no images in it, no metadata, or a row without its file.
-        ValueError: a file without row, a faulty row, or an argument out of range.
+        ValueError: a file without a row, an invalid row, or an argument out of range.
         RuntimeError: (when reading an image) more than ``max_broken_share`` of the files are broken.
     """
 
@@ -69,16 +70,15 @@ class ImageFolder(MediaFolder):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside this dataset of {len(self)} images.")
+        check_index(index, len(self))
         return self._first_good(index, self._read)
 
     @property
     def cache_key(self) -> str:
-        """Everything an image depends on but its index: settings, files with size and modification time, labels and
-        captions."""
+        """Everything that an image depends on except its index: settings, files with sizes and modification times,
+        labels and captions."""
         return f"image-folder-1/{json.dumps([self.image_size, self.resize])}/{self._digest()}"
 
     def _read(self, row: Row) -> dict:
         pixels = Pictures([row.path], str(row.path), SourceOptions()).read([0])
-        return {"video": self._resized(pixels), "id": row.name, **self._said(row)}
+        return {"video": self._resized(pixels), "id": row.name, **row.annotations}

@@ -1,11 +1,11 @@
-"""Latents and encoded captions, computed once (``precompute.py``), then read from disk.
+"""Latents and text embeddings on disk, computed once by ``precompute.py``.
 
-    <folder>/manifest.json           what made them, and of every finished shard its SHA-256 and the shapes in it
-    <folder>/00000.safetensors       so many consecutive clips, each tensor as <place in the shard>.<key>
+    <folder>/manifest.json           what the latents depend on; SHA-256 and latent shapes of every finished shard
+    <folder>/00000.safetensors       consecutive clips; tensor names are <position in the shard>.<key>
 
-Files are written aside, synced and renamed, a shard before the manifest names it: a run killed at any moment leaves
-whole shards, and the next one computes those that the manifest does not name. What a clip becomes depends on that clip
-alone, so they come out the same to the byte.
+Every file is written atomically, and a shard before its entry in the manifest. An interrupted run therefore leaves
+complete shards, and the next run computes those that are not in the manifest. A clip is encoded independently of all
+others, so that the files are identical to the byte.
 """
 
 import fcntl
@@ -21,30 +21,31 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from blueberry_video.data.atomic import write_whole
+from blueberry_video.atomic import write_bytes, write_text
+from blueberry_video.data.clips import check_index
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
-_MAX_OPEN = 256  # mapped shards a process: each holds a file descriptor
+_MAX_OPEN = 256  # mapped shards per process: each uses a file descriptor
 
 
 class LatentShards:
-    """Writes the shards of one dataset. Used as a context, which holds the folder's lock.
+    """Writer of the shards of one dataset; a context manager that holds the lock of the folder.
 
     Args:
-        folder: of this dataset alone.
-        made_of: what the latents depend on, such as the fingerprints of codec and text encoder and the key of the
+        folder: folder for this dataset only.
+        made_of: what the latents depend on, such as fingerprints of codec and text encoder and the cache key of the
             data: JSON values by name.
-        size: clips.
-        shard_size: clips a file.
-        classes, reversal_pairs: of the dataset, see docs/architecture.md.
+        size: number of clips.
+        shard_size: clips per file.
+        classes, reversal_pairs: those of the dataset, see docs/architecture.md.
 
     Attributes:
-        missing: numbers of the shards that are not there yet; set on entering.
+        missing: numbers of the shards to be written; set on entering.
 
     Raises:
-        ValueError: a size out of range; on entering: the folder's shards are made of something else, or another
-            process is writing them.
+        ValueError: a size out of range; on entering: the folder contains shards with a different ``made_of``, or
+            another process is writing to it.
     """
 
     missing: list[int]
@@ -59,7 +60,7 @@ class LatentShards:
         reversal_pairs: Mapping[str, Sequence[Sequence[int]]] | None = None,
     ):
         if size < 1 or shard_size < 1:
-            raise ValueError(f"size={size} and shard_size={shard_size} leave no clip to write: use at least 1.")
+            raise ValueError(f"size={size} and shard_size={shard_size} must be at least 1.")
         self.folder, self.size, self.shard_size = Path(folder), size, shard_size
         self._manifest: dict[str, Any] = {
             "format": _FORMAT,
@@ -90,31 +91,31 @@ class LatentShards:
         self._lock.close()
 
     def indices(self, number: int) -> range:
-        """The clips of a shard."""
+        """Returns the indices of the clips in a shard."""
         return range(number * self.shard_size, min((number + 1) * self.shard_size, self.size))
 
     def write(self, number: int, clips: Sequence[Mapping[str, Any]]) -> None:
         """Writes a shard.
 
         Args:
-            number: from 0.
+            number: index of the shard, from 0.
             clips: in order; ``moments`` (2C, t, h, w), other tensors, and JSON values such as ``id`` and ``caption``.
 
         Raises:
-            ValueError: not so many clips, or NaN in a tensor or an infinite mean: the message names the clip.
+            ValueError: a wrong number of clips, NaN in a tensor or an infinite mean; the message names the clip.
         """
         if len(clips) != len(self.indices(number)):
-            raise ValueError(f"shard {number} holds {len(self.indices(number))} clips, not {len(clips)}.")
+            raise ValueError(f"shard {number} has {len(clips)} clips and must have {len(self.indices(number))}.")
         tensors, texts = {}, []
-        for place, clip in enumerate(clips):
+        for position, clip in enumerate(clips):
             own = {key: value.detach().cpu().contiguous() for key, value in clip.items() if isinstance(value, Tensor)}
-            _check_finite(own, str(clip.get("id", self.indices(number)[place])))
-            tensors.update({f"{place:05d}.{key}": value for key, value in own.items()})
+            _check_finite(own, str(clip.get("id", self.indices(number)[position])))
+            tensors.update({f"{position:05d}.{key}": value for key, value in own.items()})
             texts.append({key: value for key, value in clip.items() if key not in own})
-        # one text alone: the order in which safetensors writes several changes from process to process
+        # one metadata entry: the order in which safetensors writes several differs between processes
         data = safetensors.torch.save(tensors, {"clips": json.dumps(texts)})
         name = _file_name(number)
-        write_whole(self.folder / name, data)
+        write_bytes(self.folder / name, data)
         self._manifest["shards"][name] = {
             "sha256": hashlib.sha256(data).hexdigest(),
             "shapes": [list(clip["moments"].shape) for clip in clips],
@@ -122,12 +123,12 @@ class LatentShards:
         self._write_manifest()
 
     def _resume(self) -> None:
-        for left_by_a_kill in self.folder.glob("*.tmp"):
-            left_by_a_kill.unlink()
+        for unfinished in self.folder.glob("*.tmp"):
+            unfinished.unlink()
         if (self.folder / MANIFEST).exists():
-            there = _read_manifest(self.folder)
-            _check_same(self.folder, there["made_of"], self._manifest["made_of"])
-            for name, shard in there["shards"].items():
+            found = _read_manifest(self.folder)
+            _check_same(self.folder, found["made_of"], self._manifest["made_of"])
+            for name, shard in found["shards"].items():
                 file = self.folder / name
                 if file.is_file() and _sha256(file) == shard["sha256"]:
                     self._manifest["shards"][name] = shard
@@ -137,28 +138,28 @@ class LatentShards:
 
     def _write_manifest(self) -> None:
         self._manifest["shards"] = dict(sorted(self._manifest["shards"].items()))
-        write_whole(self.folder / MANIFEST, (json.dumps(self._manifest, indent=1) + "\n").encode())
+        write_text(self.folder / MANIFEST, json.dumps(self._manifest, indent=1) + "\n")
 
 
 class LatentClips(Dataset):
-    """Map-style dataset of what ``LatentShards`` wrote: ``moments`` (2C, t, h, w) means and log-variances, for networks
-    that take an image ``image_moments`` (2C, 1, h, w), those of the first frame encoded alone, ``id``,
-    ``caption`` and, where they were there, ``labels`` and ``fps``; of a frozen text encoder also ``text_tokens``
-    (L, D), ``text_mask`` (L,) bool and ``text_pooled`` (P,).
+    """Map-style dataset of the files of ``LatentShards``.
 
-    Which sample of its distribution a clip shows is drawn anew at each step, by the task.
+    A clip has ``moments`` (2C, t, h, w), means and log-variances; for networks conditioned on an image
+    ``image_moments`` (2C, 1, h, w), those of the first frame encoded separately; ``id``, ``caption`` and, if the data
+    has them, ``labels`` and ``fps``; with a frozen text encoder also ``text_tokens`` (L, D), ``text_mask`` (L,) bool
+    and ``text_pooled`` (P,). The task samples from the distribution at each step.
 
     Args:
-        folder: with its ``manifest.json``.
+        folder: contains ``manifest.json``.
 
     Attributes:
-        made_of: what made the latents, by name: compare before training with another codec or text encoder.
+        made_of: what the latents depend on, by name; compare it before training with another codec or text encoder.
         shapes: (2C, t, h, w) of every clip.
-        classes, reversal_pairs: of the dataset that was encoded.
+        classes, reversal_pairs: those of the encoded dataset.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: shards are missing; when reading: one is damaged.
+        ValueError: shards are missing; when reading: a shard is damaged.
     """
 
     def __init__(self, folder: str | Path):
@@ -173,8 +174,8 @@ class LatentClips(Dataset):
         wanted = math.ceil(self.made_of["size"] / self.made_of["shard_size"])
         if len(self._shards) < wanted:
             raise ValueError(
-                f"{self.folder} holds {len(self._shards)} of {wanted} shards, as its writing was interrupted: run the "
-                "same `make latents EXP=…` again, which goes on where it stopped."
+                f"{self.folder} contains {len(self._shards)} of {wanted} shards, because writing was interrupted: run "
+                "the same `make latents EXP=…` again, which writes the missing ones."
             )
         self.shapes: list[tuple[int, ...]] = [
             tuple(shape) for shard in self._shards.values() for shape in shard["shapes"]
@@ -183,26 +184,25 @@ class LatentClips(Dataset):
 
     @property
     def cache_key(self) -> str:
-        """Everything an item depends on but its index."""
+        """Everything that an item depends on except its index."""
         return f"latents-{_FORMAT}/{json.dumps(self.made_of, sort_keys=True)}"
 
     def __len__(self) -> int:
         return self.made_of["size"]
 
     def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside this dataset of {len(self)} clips.")
-        number, place = divmod(index, self.made_of["shard_size"])
+        check_index(index, len(self))
+        number, position = divmod(index, self.made_of["shard_size"])
         tensors, texts = self._shard(number)
-        prefix = f"{place:05d}."
-        names = [name for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118 - no mapping
-        return {**{name.removeprefix(prefix): tensors.get_tensor(name) for name in names}, **texts[place]}
+        prefix = f"{position:05d}."
+        names = [name for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a mapping
+        return {**{name.removeprefix(prefix): tensors.get_tensor(name) for name in names}, **texts[position]}
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}}  # maps do not travel between processes
+        return {**self.__dict__, "_open": {}}  # memory maps cannot be pickled
 
     def captions(self) -> Iterator[str]:
-        """Of every clip, in order; reads no latents, but checks the shards."""
+        """Yields the caption of every clip, in order; checks the shards but reads no latents."""
         for number in range(len(self._shards)):
             yield from (text["caption"] for text in self._shard(number)[1])
 
@@ -211,8 +211,8 @@ class LatentClips(Dataset):
             path = self.folder / _file_name(number)
             if not path.is_file() or _sha256(path) != self._shards[path.name]["sha256"]:
                 raise ValueError(
-                    f"the shard {path} is missing or not as it was written: remove it, and run the same `make latents "
-                    "EXP=…` again, which makes the same one anew."
+                    f"the shard {path} is missing or damaged (SHA-256): remove it, and run the same `make latents "
+                    "EXP=…` again, which writes it again."
                 )
             tensors = safetensors.safe_open(path, framework="pt")
             if len(self._open) >= _MAX_OPEN:
@@ -225,34 +225,38 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no {path}: `make latents EXP=…` writes it, with the latents of an experiment's data beside it; "
-            "give the folder of one split, such as data/latents/<experiment>/train."
+            f"there is no {path}: write the latents with `make latents EXP=…`, and set folder to that of one split, "
+            "as in data/latents/<experiment>/train."
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): remove the folder, and make it again.") from error
+        raise ValueError(
+            f"{path} is not valid JSON ({error}): remove the folder, and run `make latents` again."
+        ) from error
     if manifest.get("format") != _FORMAT:
         raise ValueError(
-            f"{path} has the format {manifest.get('format')!r} and this version reads {_FORMAT}: make it again."
+            f"{path} has format={manifest.get('format')!r} and this version reads {_FORMAT}: run `make latents` again."
         )
     if missing := {"made_of", "classes", "reversal_pairs", "shards"} - set(manifest):
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: remove the folder, and make it again.")
+        raise ValueError(
+            f"{path} has no {', '.join(sorted(missing))}: remove the folder, and run `make latents` again."
+        )
     return manifest
 
 
-def _check_same(folder: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """What made the shards in a folder is what would make the missing ones, else a ``ValueError``."""
-    changed = [f"{key} was {there.get(key)} and is {now.get(key)}" for key in now if there.get(key) != now.get(key)]
+def _check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Checks that the shards in a folder depend on the same values as the missing ones."""
+    changed = [f"{key} was {before.get(key)} and is {now.get(key)}" for key in now if before.get(key) != now.get(key)]
     if changed:
         raise ValueError(
-            f"{folder} holds latents made of something else: {'; '.join(changed)}. Choose another folder (OUT=…), or "
+            f"{folder} contains latents with other settings: {'; '.join(changed)}. Choose another folder (OUT=…), or "
             "remove this one."
         )
 
 
 def _check_finite(tensors: Mapping[str, Tensor], name: str) -> None:
-    """No NaN anywhere; a log-variance may be -inf, nothing else infinite."""
+    """Checks that nothing is NaN or infinite; log-variances may be -inf."""
     for key, value in tensors.items():
         if not value.is_floating_point():
             continue

@@ -1,4 +1,4 @@
-"""What folders of videos and folders of images share: sizes, labels, and files that turn out to be broken."""
+"""Base of the datasets of video and image files: resizing, labels and broken files."""
 
 import csv
 import fcntl
@@ -21,15 +21,16 @@ class MediaFolder(Dataset):
 
     Args:
         root: the folder.
-        image_size: pixels, one number for a square or (height, width); None keeps each file's size.
-        resize: ``crop`` scales until the picture covers ``image_size`` and cuts out the centre; ``stretch`` changes
-            the aspect.
-        max_broken_share: a file that cannot be read is replaced by the next good one and listed; above this share of
-            broken files the run stops.
-        skipped_file: csv in which skipped files are listed, shared by all processes of a run; may also be set later.
+        image_size: pixels, one number for a square or (height, width); None keeps the size of each file.
+        resize: ``crop`` scales the picture to cover ``image_size`` and crops the center; ``stretch`` changes the
+            aspect ratio.
+        max_broken_share: a file that cannot be read is replaced by the next readable one and listed; above this share
+            of broken files an error is raised.
+        skipped_file: CSV file in which skipped files are listed, shared by all processes of a run. If it is assigned
+            later, it also receives the files that were skipped before.
 
     Attributes:
-        skipped: file name -> reason, of those that this process met or read from ``skipped_file``.
+        skipped: file name -> reason, for files found by this process or read from ``skipped_file``.
 
     Raises:
         ValueError: an argument out of range.
@@ -48,21 +49,33 @@ class MediaFolder(Dataset):
         skipped_file: str | None,
     ):
         if resize not in ("crop", "stretch"):
-            raise ValueError(f"resize={resize!r} is neither 'crop' nor 'stretch': choose one of these.")
+            raise ValueError(f"resize={resize!r} is neither 'crop' nor 'stretch': use one of these.")
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ValueError(
-                f"image_size={image_size} is no size in pixels: write one number of at least 1, [height, width], or "
-                "null for the size of the files."
+                f"image_size={image_size} must be a number of pixels of at least 1, [height, width], or null for the "
+                "size of the files."
             )
         if not 0 <= max_broken_share <= 1:
             raise ValueError(
-                f"max_broken_share={max_broken_share} is outside 0 to 1: it is a share of the files, such as 0.05."
+                f"max_broken_share={max_broken_share} is outside 0 to 1: use a share of the files, such as 0.05."
             )
         self.root = Path(root)
         self.image_size = (int(size[0]), int(size[1])) if size is not None else None
-        self.resize, self.max_broken_share, self.skipped_file = resize, max_broken_share, skipped_file
+        self.resize, self.max_broken_share = resize, max_broken_share
         self.skipped: dict[str, str] = {}
+        self.skipped_file = skipped_file
+
+    @property
+    def skipped_file(self) -> str | None:
+        """CSV file in which skipped files are listed."""
+        return self._skipped_file
+
+    @skipped_file.setter
+    def skipped_file(self, path: str | None) -> None:
+        self._skipped_file = path
+        for name, reason in dict(self.skipped).items():
+            self._list(name, reason)
 
     def skip(self, name: str, reason: str) -> None:
         """Lists a broken file.
@@ -71,8 +84,7 @@ class MediaFolder(Dataset):
             RuntimeError: more than ``max_broken_share`` of the files are broken.
         """
         self.skipped[name] = reason
-        if self.skipped_file is not None:
-            self.skipped.update(_append_skipped(Path(self.skipped_file), self.root, name, reason))
+        self._list(name, reason)
         broken = sum(row.name in self.skipped for row in self.rows)
         if broken > self.max_broken_share * len(self.rows):
             raise RuntimeError(
@@ -81,8 +93,12 @@ class MediaFolder(Dataset):
                 f"{self._examples()}. Replace or remove them (with their metadata rows), or raise max_broken_share."
             )
 
+    def _list(self, name: str, reason: str) -> None:
+        if self._skipped_file is not None:
+            self.skipped.update(_append_skipped(Path(self._skipped_file), self.root, name, reason))
+
     def _first_good(self, start: int, read: Callable[[Row], dict]) -> dict:
-        """What ``read`` makes of row ``start``, or of the first row after it that is not broken."""
+        """Returns ``read`` of row ``start``, or of the first row after it that is not broken."""
         for step in range(len(self.rows)):
             row = self.rows[(start + step) % len(self.rows)]
             if row.name in self.skipped:
@@ -96,19 +112,17 @@ class MediaFolder(Dataset):
         )
 
     def _resized(self, pixels: Tensor) -> Tensor:
-        """uint8 (T, 3, H, W) to (T, 3, *image_size)."""
+        """Resizes uint8 (T, 3, H, W) to (T, 3, *image_size)."""
         if self.image_size is not None:
             how = resizing.crop if self.resize == "crop" else resizing.resize
             pixels = how(pixels, self.image_size, resample="fast", interpolation="bilinear")
-        return pixels.contiguous()  # decoders give channels last
+        return pixels.contiguous()  # decoders return channels-last tensors
 
     def _said(self, row: Row) -> dict:
-        """Caption and labels, where the row has them."""
-        caption = {} if row.caption is None else {"caption": row.caption}
-        return {**caption, "labels": dict(row.labels)} if row.labels else caption
+        return row.annotations
 
     def _digest(self) -> str:
-        """Of all rows, and of the size and modification time of their files."""
+        """SHA-256 of all rows and of the sizes and modification times of their files."""
         digest = hashlib.sha256()
         for row in self.rows:
             stat = row.path.stat()
@@ -120,8 +134,7 @@ class MediaFolder(Dataset):
 
 
 def _append_skipped(path: Path, root: Path, name: str, reason: str) -> dict[str, str]:
-    """Adds a row unless the file is listed already; returns what is listed of this root. Safe when several workers do
-    it at once."""
+    """Appends a row unless the file is already listed, under a lock. Returns file -> reason for this root."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed

@@ -1,19 +1,19 @@
-"""The rows of a folder of videos or images: which file, said to show what.
+"""Metadata of a folder of videos or images: file name, caption, labels and split of each file.
 
-A row is an object of ``metadata.jsonl`` (one a line) or ``metadata.json`` (a list of them), or a line of
-``metadata.csv``, with
+A row is an object of ``metadata.jsonl`` (one per line) or ``metadata.json`` (a list), or a line of ``metadata.csv``,
+with
 
-- the file name, relative to the root or to its ``videos`` (or ``images``) folder, under ``file_name`` (for folders made
-  elsewhere also ``filename``, ``file``, ``path``, and ``video`` or ``image``);
+- the file name, relative to the root or to its ``videos`` (or ``images``) folder, under ``file_name`` (alternatively
+  ``filename``, ``file``, ``path``, and ``video`` or ``image``);
 - ``caption``, optional text;
-- ``labels``, an optional object {label: class}; in a csv one column ``labels.<label>`` each; ``label`` alone is short
+- ``labels``, an optional object {label: class}; in a CSV file one column ``labels.<label>`` each; ``label`` is short
   for {"label": …};
 - ``split``, optional.
 
-Other keys are left alone. A class is a name, or a number; classes are numbered in the order of ``classes.json`` or of
-the argument ``classes``, else sorted, numbers by value. A caption or a label is given by every row or by none.
+Other keys are ignored. A class is a name or a number. Class ids follow the order of ``classes.json`` or of the argument
+``classes``, otherwise the sorted order, with numbers by value. Either every row has a caption (or a label) or none.
 
-Images may also lie in a folder for each class, without metadata: ``read_class_folders``.
+Images may also be in one folder per class, without metadata: see ``read_class_folders``.
 """
 
 import csv
@@ -27,7 +27,7 @@ NAMES = ("metadata.jsonl", "metadata.json", "metadata.csv")
 
 @dataclass(frozen=True)
 class Media:
-    """What a folder holds: ``<root>/<noun>s/`` with files of these ``extensions``."""
+    """Kind of files in a folder: ``<root>/<noun>s/`` contains files with these ``extensions``."""
 
     noun: str
     extensions: frozenset[str]
@@ -38,7 +38,7 @@ class Media:
 
     @property
     def file_keys(self) -> tuple[str, ...]:
-        """Keys of a row that name the file."""
+        """Keys of a row that may contain the file name."""
         return ("file_name", "filename", "file", self.noun, "path")
 
 
@@ -50,19 +50,26 @@ IMAGES = Media("image", frozenset(_IMAGE_FILES.split(" ")))
 
 @dataclass(frozen=True)
 class Row:
-    """``name`` is the path below ``videos``, ``images`` or the split, with slashes; ``labels`` are class ids."""
+    """Metadata of one file. ``name`` is the path below ``videos``, ``images`` or the split, with slashes; ``labels``
+    are class ids."""
 
     name: str
     path: Path
     caption: str | None
     labels: dict[str, int]
 
+    @property
+    def annotations(self) -> dict:
+        """The entries ``caption`` and ``labels`` of a clip, if the row has them."""
+        caption = {} if self.caption is None else {"caption": self.caption}
+        return {**caption, "labels": dict(self.labels)} if self.labels else caption
+
 
 def read_classes(root: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[tuple[int, int], ...]]]:
-    """Class names and reversal pairs of ``classes.json``; both empty where there is none.
+    """Returns the class names and reversal pairs of ``classes.json``; both are empty without the file.
 
     Raises:
-        ValueError: the file does not have the layout above.
+        ValueError: the file has another layout.
     """
     path = root / "classes.json"
     if not path.exists():
@@ -83,24 +90,24 @@ def read_classes(root: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, tupl
 def read_metadata(
     root: Path, metadata: str | None, split: str | None, classes: dict[str, tuple[str, ...]], media: Media = VIDEOS
 ) -> tuple[list[Row], dict[str, tuple[str, ...]]]:
-    """The rows of a split, sorted by name, and the class names of every label.
+    """Returns the rows of a split, sorted by name, and the class names of every label.
 
     Args:
         root: the folder.
-        metadata: file name below root; None finds the one there is; ``"none"`` makes a bare row for every file.
-        split: keeps rows whose ``split`` equals it; None keeps all.
-        classes: known class names; labels that it lacks are numbered in sorted order.
-        media: what the folder holds.
+        metadata: file name below root; None finds it; ``"none"`` returns a row without annotations for every file.
+        split: keeps only rows with this ``split``; None keeps all.
+        classes: known class names; the classes of all other labels are numbered in sorted order.
+        media: kind of files.
 
     Raises:
-        FileNotFoundError: no folder, no files in it, no metadata, or rows whose files are missing.
-        ValueError: files without row, or a faulty row.
+        FileNotFoundError: no folder, no files in it, no metadata, or rows without their files.
+        ValueError: files without a row, or an invalid row.
     """
     files = _files(root, media)
     if metadata == "none":
         if split is not None:
             raise ValueError(
-                f"split={split!r} with metadata='none': a split is named by metadata rows. Set one of them to null."
+                f"split={split!r} with metadata='none': splits are defined by metadata rows. Set one of them to null."
             )
         return [Row(name, path, None, {}) for name, path in files.items()], {}
     source = _source(root, metadata, media)
@@ -108,7 +115,7 @@ def read_metadata(
     for where, entry in _entries(source, media):
         name = _file_name(where, entry, media)
         if name in entries:
-            raise ValueError(f"{where} names {name!r} a second time: keep one row for each file.")
+            raise ValueError(f"{where} names {name!r} a second time: keep one row per file.")
         entries[name] = entry
     _check_complete(root / media.folder, source, media, files, entries)
     captions = _captions(source, entries)
@@ -120,25 +127,26 @@ def read_metadata(
 def read_class_folders(
     root: Path, split: str | None, classes: dict[str, tuple[str, ...]], media: Media = IMAGES
 ) -> tuple[list[Row], dict[str, tuple[str, ...]]]:
-    """The rows of ``<root>/<split>/<class>/<file>`` (ImageNet's layout), sorted by name; the label is ``class``.
+    """Returns the rows of ``<root>/<split>/<class>/<file>`` (the layout of ImageNet), sorted by name, with the label
+    ``class``.
 
     Args:
         root: the folder.
-        split: its sub-folder; None where the folders of the classes lie in root itself.
-        classes: known class names; else the folders found are numbered in sorted order, over all splits.
-        media: what the folders hold.
+        split: its sub-folder; None if the class folders are in root.
+        classes: known class names; otherwise the folders are numbered in sorted order, over all splits.
+        media: kind of files.
 
     Raises:
-        FileNotFoundError: no folder of a class with files in it.
-        ValueError: a folder that is not among the known classes.
+        FileNotFoundError: no class folder with files in it.
+        ValueError: a folder is not among the known classes.
     """
     top = root if split is None else root / split
     found = [path for folder in _class_folders(top, media) for path in folder.iterdir() if _is_media(path, media)]
     if not found:
         raise FileNotFoundError(
-            f"The folder {root} holds no {media.folder}/, and {top} no folder of a class with {media.noun} files "
-            f"({', '.join(sorted(media.extensions))}) right in it: correct root, or name as split the folder between "
-            "root and the classes (train), null where there is none."
+            f"The folder {root} has no {media.folder}/, and {top} has no class folder with {media.noun} files "
+            f"({', '.join(sorted(media.extensions))}): correct root, or set split to the folder between root and the "
+            "class folders (train), null if there is none."
         )
     splits = [root] if split is None else [path for path in root.iterdir() if path.is_dir()]
     names = _in_order({folder.name for path in splits for folder in _class_folders(path, media)})
@@ -149,7 +157,7 @@ def read_class_folders(
 
 
 def _class_folders(folder: Path, media: Media) -> list[Path]:
-    """Sub-folders with a file right in them."""
+    """Returns the sub-folders that directly contain a file."""
     if not folder.is_dir():
         return []
     folders = (path for path in folder.iterdir() if path.is_dir())
@@ -165,7 +173,7 @@ def _files(root: Path, media: Media) -> dict[str, Path]:
     if not folder.is_dir():
         writes = " (`make data` writes one)" if media is VIDEOS else ""
         raise FileNotFoundError(
-            f"There is no folder {folder}: set root to a folder that holds {media.folder}/ and metadata.jsonl{writes}."
+            f"There is no folder {folder}: set root to a folder with {media.folder}/ and metadata.jsonl{writes}."
         )
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if _is_media(path, media)}
     if not files:
@@ -180,7 +188,7 @@ def _source(root: Path, metadata: str | None, media: Media) -> Path:
     found = [root / name for name in ([metadata] if metadata else NAMES) if (root / name).is_file()]
     if not found:
         raise FileNotFoundError(
-            f"The folder {root} holds no {metadata or ' or '.join(NAMES)}: write one row for each {media.noun} "
+            f"The folder {root} holds no {metadata or ' or '.join(NAMES)}: write one row per {media.noun} "
             f'({{"file_name": "{media.folder}/…", "caption": "…", "labels": {{…}}}}), or set metadata=none for '
             f"{media.folder} without labels."
         )
@@ -192,7 +200,7 @@ def _source(root: Path, metadata: str | None, media: Media) -> Path:
 
 
 def _entries(source: Path, media: Media) -> Iterable[tuple[str, dict]]:
-    """(where it stands, the row as an object)."""
+    """Returns (location for messages, row) pairs."""
     try:
         text = source.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -209,8 +217,7 @@ def _entries(source: Path, media: Media) -> Iterable[tuple[str, dict]]:
         content = _json(str(source), text)
         if not isinstance(content, list):
             raise ValueError(
-                f"{source} holds {type(content).__name__}, not a list: write a list with one object for each "
-                f"{media.noun}."
+                f"{source} holds {type(content).__name__}, not a list: write a list with one object per {media.noun}."
             )
         listed = [(f"{source} entry {i}", row) for i, row in enumerate(content)]
     for where, row in listed:
@@ -230,13 +237,15 @@ def _file_name(where: str, entry: dict, media: Media) -> str:
     given = [key for key in media.file_keys if entry.get(key)]
     if len(given) != 1 and given[:1] != ["file_name"]:
         has = (
-            f"names its file by {' and '.join(given)}" if given else f"has only the keys {', '.join(map(repr, entry))}"
+            f"has the file name under {' and '.join(given)}"
+            if given
+            else f"has only the keys {', '.join(map(repr, entry))}"
         )
         raise ValueError(f"{where} {has}: give the file under file_name.")
     path = PurePosixPath(str(entry[given[0]]))
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(
-            f"{where} has {given[0]}={str(path)!r}, which may lie outside the folder: write it relative to "
+            f"{where} has {given[0]}={str(path)!r}, which may lie outside the folder: make it relative to "
             f"{media.folder}/."
         )
     return path.relative_to(media.folder).as_posix() if path.parts[0] == media.folder else path.as_posix()
@@ -266,7 +275,7 @@ def _captions(source: Path, entries: dict[str, dict]) -> dict[str, str]:
 def _labels(source: Path, name: str, entry: dict) -> dict[str, object]:
     labels = entry.get("labels") or {}
     if not isinstance(labels, dict):
-        raise ValueError(f'{source}: labels={labels!r} of {name} is no object: write {{"label": "class"}}.')
+        raise ValueError(f'{source}: labels={labels!r} of {name} must be an object: use {{"label": "class"}}.')
     labels |= {key.removeprefix("labels."): value for key, value in entry.items() if str(key).startswith("labels.")}
     return labels | ({"label": entry["label"]} if "label" in entry else {})
 
@@ -274,7 +283,7 @@ def _labels(source: Path, name: str, entry: dict) -> dict[str, object]:
 def _number(
     source: Path, given: dict[str, dict[str, object]], known: dict[str, tuple[str, ...]]
 ) -> tuple[dict[str, dict[str, int]], dict[str, tuple[str, ...]]]:
-    """Class ids of every file, and class names of every label."""
+    """Returns the class ids of every file and the class names of every label."""
     names = {label for labels in given.values() for label in labels}
     classes = {}
     for label in sorted(names):
@@ -286,7 +295,7 @@ def _number(
         for file, value in values.items():
             if isinstance(value, bool) or not isinstance(value, str | int):
                 raise ValueError(
-                    f"{source}: label {label}={value!r} of {file} is neither a name nor a whole number: use one."
+                    f"{source}: label {label}={value!r} of {file} is neither a name nor an integer: use one of these."
                 )
         found = {str(value) for value in values.values()}
         classes[label] = known.get(label) or tuple(_in_order(found))
@@ -311,8 +320,8 @@ def _of_split(source: Path, entries: dict[str, dict], split: str | None) -> list
         return list(entries)
     kept = [name for name, entry in entries.items() if entry.get("split") == split]
     if not kept:
-        there = sorted({str(entry["split"]) for entry in entries.values() if entry.get("split")})
-        has = f"has only the splits {', '.join(there)}" if there else "has no key 'split'"
+        found = sorted({str(entry["split"]) for entry in entries.values() if entry.get("split")})
+        has = f"has only the splits {', '.join(found)}" if found else "has no key 'split'"
         raise ValueError(
             f"split={split!r} selects no row of {source}, which {has}: choose another, or split=null for all rows."
         )

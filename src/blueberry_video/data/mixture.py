@@ -1,111 +1,103 @@
-"""Several datasets trained on together, such as images and clips, whose items do not fit into one batch."""
+"""Mixture of datasets with items of different shapes, such as images and clips."""
 
 import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
 
-from torch.utils.data import Dataset
-
-from blueberry_video.data.batches import at_epoch
-from blueberry_video.data.clip_cache import Clips
+from blueberry_video.data.batches import MixedEvaluationBatches, TrainBatches, WeightedTrainBatches
+from blueberry_video.data.clips import Clips, Wrapper, at_epoch, check_index
 
 
-class Mixture(Dataset):
-    """Map-style dataset of the items of all ``parts``, one part after the other.
+class Mixture(Wrapper):
+    """Concatenation of datasets that never share a batch.
 
-    A DataModule draws every batch from one part, and so many batches from each as ``shares`` says
-    (``batches.MixedTrainBatches`` has the exact rule); in validation every item comes once, and no batch mixes parts.
+    In training the parts appear in the proportions ``shares`` (see ``WeightedTrainBatches``). In validation every item
+    appears once.
 
     Args:
         parts: name -> map-style dataset.
-        shares: name -> share of the training batches, above 0, in any unit; None goes by the sizes of the parts.
+        shares: name -> share of the training batches, above 0, in any unit; None: proportional to the sizes of the
+            parts.
 
     Attributes:
-        parts: as given.
-        part_sizes: name -> items.
-        shares: name -> share, adding up to 1.
-        classes, reversal_pairs: of all parts together.
-        varies_by_epoch: whether any part shows other items in each epoch.
+        parts: as passed.
+        part_sizes: name -> number of items.
+        shares: name -> share; they add up to 1.
+        classes, reversal_pairs: union over the parts.
+        varies_by_epoch: True if any part differs between epochs.
 
     Raises:
-        ValueError: no parts, an empty or a mixed one; shares for other parts, or not above 0; parts that disagree on
-            the classes, or the reversal pairs, of a label that both have.
+        ValueError: no parts; a part that is empty or a Mixture; shares with other names, or not above 0; parts with
+            different classes or reversal pairs for the same label.
     """
 
     def __init__(self, parts: Mapping[str, Clips], shares: Mapping[str, float] | None = None):
         if not parts:
-            raise ValueError("parts is empty, so there is nothing to mix: name at least one dataset.")
+            raise ValueError("parts is empty: name at least one dataset.")
         self.parts = dict(parts)
+        self.sources = list(self.parts.values())
         for name, part in self.parts.items():
             if isinstance(part, Mixture):
-                raise ValueError(f"parts.{name} is a Mixture itself: list its parts here, each with its share.")
+                raise ValueError(f"parts.{name} is a Mixture: list its parts here, each with its share.")
         self.part_sizes = {name: len(part) for name, part in self.parts.items()}
         if empty := [name for name, size in self.part_sizes.items() if not size]:
             raise ValueError(f"parts.{empty[0]} is empty: give it items, or remove the part.")
-        self.shares = _normalised(self.part_sizes if shares is None else shares, self.parts)
+        self.shares = _normalized(self.part_sizes if shares is None else shares, self.parts)
         self.classes: dict[str, tuple[str, ...]] = _union("classes", self.parts)
-        # a part without motion, such as images, has the label's pairs nowhere: no disagreement
+        # a part without motion, such as images, has no pairs for the label: that is no disagreement
         self.reversal_pairs: dict[str, tuple[tuple[int, int], ...]] = _union("reversal_pairs", self.parts)
-        self.varies_by_epoch = any(getattr(part, "varies_by_epoch", False) for part in self.parts.values())
+        self.varies_by_epoch = any(getattr(part, "varies_by_epoch", False) for part in self.sources)
         self._ends = list(itertools.accumulate(self.part_sizes.values()))
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> dict:
-        name, place = self.locate(index)
-        return self.parts[name][place]
+        name, item = self.locate(index)
+        return self.parts[name][item]
 
     def sample(self, index: int, epoch: int) -> dict:
-        """Item ``index`` as epoch ``epoch`` shows it."""
-        name, place = self.locate(index)
-        return at_epoch(self.parts[name], place, epoch)
+        """Item ``index`` in epoch ``epoch``."""
+        name, item = self.locate(index)
+        return at_epoch(self.parts[name], item, epoch)
 
     def locate(self, index: int) -> tuple[str, int]:
-        """(name of the part, index in it) of item ``index``.
+        """Returns (name of the part, index within the part).
 
         Raises:
             IndexError: outside 0 to len - 1.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside this mixture of {len(self)} items.")
+        check_index(index, len(self))
         number = bisect_right(self._ends, index)
         name = list(self.parts)[number]
         return name, index - self._ends[number] + self.part_sizes[name]
 
-    def prepare(self, num_workers: int = 0) -> None:
-        """Fills the clip caches of the parts."""
-        for part in self.parts.values():
-            if hasattr(part, "prepare"):
-                part.prepare(num_workers=num_workers)
+    def train_batches(
+        self, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, drop_last: bool = True
+    ) -> TrainBatches:
+        """Batch sampler for training: each batch from one part, the parts in their shares."""
+        return WeightedTrainBatches(self.part_sizes, self.shares, batch_size, seed, rank, world_size, drop_last)
 
-    @property
-    def skipped_file(self) -> str | None:
-        """Where the parts list files that they skip; None where none does."""
-        files = (getattr(part, "skipped_file", None) for part in self.parts.values())
-        return next(filter(None, files), None)
-
-    @skipped_file.setter
-    def skipped_file(self, path: str | None) -> None:
-        for part in self.parts.values():
-            if hasattr(part, "skipped_file"):
-                part.skipped_file = path
+    def evaluation_batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> MixedEvaluationBatches:
+        """Batch sampler for validation: each batch from one part, the parts alternating."""
+        return MixedEvaluationBatches(self.part_sizes, dict.fromkeys(self.parts, batch_size), rank, world_size)
 
 
-def _normalised(shares: Mapping[str, float], parts: Mapping[str, Clips]) -> dict[str, float]:
+def _normalized(shares: Mapping[str, float], parts: Mapping[str, Clips]) -> dict[str, float]:
     if shares.keys() != parts.keys():
         raise ValueError(
-            f"shares has {', '.join(shares) or 'no names'} and parts has {', '.join(parts)}: give every part its share."
+            f"shares has the names {', '.join(shares) or '(none)'} and parts has {', '.join(parts)}: give every part "
+            "one share."
         )
     for name, share in shares.items():
         if not 0 < share < math.inf:
-            raise ValueError(f"shares.{name}={share} is not above 0: give a share such as 0.5, or remove the part.")
+            raise ValueError(f"shares.{name}={share} must be above 0 and finite: use 0.5, or remove the part.")
     return {name: shares[name] / sum(shares.values()) for name in parts}
 
 
 def _union(attribute: str, parts: Mapping[str, Clips]) -> dict:
-    """Label -> value of all parts; where two parts have a label, they must agree."""
+    """Union over the parts of an attribute label -> value; parts with the same label must agree."""
     owners: dict[str, str] = {}
     union: dict = {}
     for name, part in parts.items():
@@ -113,8 +105,8 @@ def _union(attribute: str, parts: Mapping[str, Clips]) -> dict:
             first = owners.setdefault(label, name)
             if union.setdefault(label, value) != value:
                 raise ValueError(
-                    f"parts.{first} and parts.{name} disagree on the {attribute} of the label {label!r} "
-                    f"({union[label]} and {value}): the same number would mean two things. Give both the same, or the "
-                    "label another name."
+                    f"parts.{first} and parts.{name} have different {attribute} for the label {label!r} "
+                    f"({union[label]} and {value}), so class ids would be ambiguous: use the same ones in both, or "
+                    "rename the label."
                 )
     return union

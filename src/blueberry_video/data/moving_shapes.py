@@ -1,8 +1,8 @@
-"""Moving shapes: the smallest clips that ask everything of a text-to-video model, 3 shapes x 3 colours x 4 directions.
+"""Moving shapes: a minimal text-to-video dataset with 3 shapes x 3 colours x 4 directions.
 
-Everything is exact: pixels are 0 or 255, a shape moves a pixel a frame, and there are 36 x 64 = 2,304 clips in all. So
-what a perfect model can reach, with its text and without, is known in advance, and a rule tells what a generated clip
-shows (``evaluation/moving_shapes.py``).
+Everything is exact: pixels are 0 or 255, a shape moves one pixel per frame, and there are 36 x 64 = 2,304 clips. The
+lowest reachable loss, with and without text, is therefore known in advance, and a rule classifies generated clips
+(``evaluation/``).
 """
 
 from typing import ClassVar
@@ -11,75 +11,77 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from blueberry_video.data.clips import check_index
+
 SHAPES = ("square", "disc", "triangle")
 COLOURS = ("red", "green", "blue")
-DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # steps of (row, column) a frame
+DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (row, column) per frame
 NUM_FRAMES, SIZE, FPS = 8, 16, 8.0
-CENTRES = range(4, 12)  # rows and columns where a shape starts
+CENTRES = range(4, 12)  # rows and columns of the start centers
 
 _CLASSES = [(s, c, d) for s in range(len(SHAPES)) for c in range(len(COLOURS)) for d in range(len(DIRECTIONS))]
 _Y, _X = np.mgrid[:SIZE, :SIZE]
 
 
 class MovingShapes(Dataset):
-    """Clips of 8 frames of 16 x 16, black but for one shape of one colour that moves a pixel a frame.
+    """Clips of 8 frames of 16 x 16 pixels, in which one shape of one colour moves on black by one pixel per frame.
 
-    For each of the 36 classes, ``train`` draws ``starts`` of the 64 start centres, uniformly and with repetition: 1
-    gives 36 fixed clips, 64 the 2,304 that the known losses belong to (41 centres a class are different, on average).
-    ``val`` holds the centres that ``train`` did not draw, each once and as many of every class: clips that were not
-    trained on. A loss measured on ``train`` itself, with new noise, is the one to compare with the known ones.
+    For each of the 36 classes, ``train`` draws ``starts`` of the 64 start centers, uniformly with replacement: 1 gives
+    36 fixed clips; 64 gives the 2,304 clips to which the known losses refer (on average 41 distinct centers per class).
+    ``val`` contains the centers that ``train`` did not draw, each once, with the same number for every class: held-out
+    clips. The loss to compare with the known ones is that on ``train`` itself, with new noise.
 
-    Clip i is of class i mod 36, so that the first 36 k clips hold k of each; it is a pure function of the arguments.
+    Clip i is of class i mod 36, so that the first 36 k clips contain k of each class; it is a pure function of the
+    arguments.
 
     Args:
         split: ``"train"`` or ``"val"``.
-        starts: start centres a class in training, also where ``val`` is asked for.
-        size: the number of clips, where not all are wanted.
+        starts: start centers per class in training, for either split.
+        size: number of clips; None: all.
 
     A clip has ``video`` uint8 (8, 3, 16, 16), ``labels`` {shape, colour, direction}, ``caption``, ``fps`` and ``id``.
-    A shape is cut off at the border, and its centre goes on at the opposite one. There are no ``reversal_pairs``: where
-    a shape stands in a single frame says something about its direction.
+    A shape is cut off at the border, and its center wraps around. There are no ``reversal_pairs``, because the position
+    of a shape in a single frame correlates with its direction.
 
     Raises:
-        ValueError: for another split, ``starts`` below 1 or too many to hold clips out, or a size that does not exist.
+        ValueError: an unknown split, ``starts`` below 1 or too high to hold clips out, or a size out of range.
     """
 
     classes: ClassVar = {"shape": SHAPES, "colour": COLOURS, "direction": tuple(DIRECTIONS)}
 
     def __init__(self, split: str, starts: int = 64, size: int | None = None):
         if split not in ("train", "val"):
-            raise ValueError(f"split={split!r} is neither 'train' nor 'val': choose one of these.")
+            raise ValueError(f"split={split!r} must be 'train' or 'val'.")
         if starts < 1:
-            raise ValueError(f"starts={starts} start centres a class: use at least 1.")
+            raise ValueError(f"starts={starts} must be at least 1.")
         drawn = [_draw(number, starts) for number in range(len(_CLASSES))]
         if split == "train":
-            places = np.stack([trained for trained, _ in drawn])
+            starts_drawn = np.stack([train for train, _ in drawn])
         else:
-            fewest = min(len(missed) for _, missed in drawn)
-            places = np.stack([missed[:fewest] for _, missed in drawn])
-        self._places = places  # (36, clips a class): index of the start centre
-        if not places.size:
+            fewest = min(len(held_out) for _, held_out in drawn)
+            starts_drawn = np.stack([held_out[:fewest] for _, held_out in drawn])
+        self._starts = starts_drawn  # (36, clips per class): index of the start center
+        if not starts_drawn.size:
             raise ValueError(
-                f"starts={starts} start centres leave out none of the 64 of some class, so that there is nothing to "
-                "hold out: use fewer, 64 as usual."
+                f"starts={starts} covers all 64 start centers of some class, so that split='val' is empty: use fewer, "
+                "such as 64."
             )
-        if size is not None and not 1 <= size <= places.size:
-            raise ValueError(f"size={size}: {split} has between 1 and {places.size} clips with starts={starts}.")
-        self.split, self.starts, self.size = split, starts, places.size if size is None else size
+        if size is not None and not 1 <= size <= starts_drawn.size:
+            raise ValueError(f"size={size} must be 1 to {starts_drawn.size} for split={split!r} and starts={starts}.")
+        self.split, self.starts, self.size = split, starts, starts_drawn.size if size is None else size
 
     @property
     def cache_key(self) -> str:
-        """Everything a clip depends on but its index."""
+        """Everything that a clip depends on except its index."""
         return f"moving-shapes-1/{self.split}/starts={self.starts}"
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < self.size:
-            raise IndexError(f"index {index} is outside this dataset of {self.size} clips.")
+        check_index(index, self.size)
         shape, colour, direction = _CLASSES[index % len(_CLASSES)]
-        row, column = divmod(int(self._places[index % len(_CLASSES), index // len(_CLASSES)]), len(CENTRES))
+        row, column = divmod(int(self._starts[index % len(_CLASSES), index // len(_CLASSES)]), len(CENTRES))
         names = SHAPES[shape], COLOURS[colour], list(DIRECTIONS)[direction]
         start = CENTRES[row], CENTRES[column]
         video = np.zeros((NUM_FRAMES, len(COLOURS), SIZE, SIZE), dtype=np.uint8)
@@ -94,15 +96,15 @@ class MovingShapes(Dataset):
 
 
 def _draw(number: int, starts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of class ``number``: the start centres, 0 … 63, that train shows, and those that it does not, in random order."""
+    """Returns the start centers, 0 … 63, of one class: those of train, and all others in random order."""
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([number])))
-    every = rng.permutation(len(CENTRES) ** 2)
-    trained = rng.integers(len(every), size=starts)
-    return trained, every[~np.isin(every, trained)]
+    shuffled = rng.permutation(len(CENTRES) ** 2)
+    train = rng.integers(len(shuffled), size=starts)
+    return train, shuffled[~np.isin(shuffled, train)]
 
 
 def _masks(shape: str, start: tuple[int, int], step: tuple[int, int]) -> np.ndarray:
-    """Bool (T, H, W): where the shape is."""
+    """Mask of the shape, (T, H, W) bool."""
     frames = np.arange(NUM_FRAMES)[:, None, None]
     dy, dx = (axis - (first + frames * by) % SIZE for axis, first, by in zip((_Y, _X), start, step))
     if shape == "disc":

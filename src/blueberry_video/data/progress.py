@@ -1,15 +1,15 @@
-"""How far a long pass over clips has come, on stderr."""
+"""Progress of a long pass over clips, printed to stderr."""
 
 import sys
 import time
 
 
 class Progress:
-    """Prints a line every two seconds, and one at the end.
+    """Progress printer: a line every two seconds, and one at the end.
 
     Args:
-        what: the beginning of each line.
-        total: clips.
+        what: prefix of each line.
+        total: number of clips.
     """
 
     def __init__(self, what: str, total: int):
@@ -17,11 +17,11 @@ class Progress:
         self._began = self._shown = time.monotonic()
 
     def add(self, clips: int) -> None:
-        """Counts clips that are done."""
+        """Adds a number of finished clips."""
         self.done += clips
         now = time.monotonic()
         if self.done == self.total or now - self._shown > 2:
             self._shown = now
             rate = self.done / max(now - self._began, 1e-9)
-            text = f"{self.what}: {self.done:,} of {self.total:,} clips, {rate:,.1f} a second"
+            text = f"{self.what}: {self.done:,} of {self.total:,} clips, {rate:,.1f} per second"
             print(text, file=sys.stderr, flush=True)

@@ -1,10 +1,10 @@
-"""Ray casting of the procedural world: colour, depth and segmentation of every frame at once, in numpy.
+"""Ray caster of the procedural world: renders colour, depth and segmentation of all frames at once in numpy.
 
-Every ray is tested against the floor and, within the screen rectangle around its bounding sphere, against each object;
-what it meets is lit by one distant light with hard shadows. All frames of a clip share the arrays: nothing loops but
+Every ray is intersected with the floor and, within the screen rectangle around its bounding sphere, with each object.
+Hits are lit by one distant light with hard shadows. All frames of a clip share the arrays; the only loops are over
 objects.
 
-Letters: T frames, N objects, H = W image side, n = T·H·W rays; arrays of points are (3, n), one row a coordinate.
+Shapes: T frames, N objects, H = W image side, n = T·H·W rays; arrays of points are (3, n), one row per coordinate.
 """
 
 import numpy as np
@@ -15,20 +15,21 @@ SKY, FLOOR, FIRST_OBJECT = 0, 1, 2  # values of `seg`; object k is FIRST_OBJECT 
 
 FLOOR_EXTENT, FLOOR_TILE, FLOOR_GREYS = 4.0, 0.5, (0.50, 0.85)
 LIGHT = np.array([0.4, -0.5, 0.77], np.float32) / np.float32(np.linalg.norm([0.4, -0.5, 0.77]))
-AMBIENT, SHADOW = 0.35, 0.35  # share of light from everywhere; what a hard shadow leaves of the direct rest
+AMBIENT, SHADOW = 0.35, 0.35  # fraction of ambient light; factor on the direct light in a shadow
 BOUND = {"sphere": 1.0, "box": 1.5**0.5, "cylinder": 2**0.5}  # radius of the bounding sphere, in radii
-DARK_PATCH = 0.70  # the darker squares of an object's own checker
-RAYS_PER_CHUNK = 1 << 16  # frames are traced together up to this many rays, so that the arrays stay in cache
+DARK_PATCH = 0.70  # brightness of the dark squares of an object's checker pattern
+RAYS_PER_CHUNK = 1 << 16  # maximum number of rays traced together, so that the arrays stay in cache
 
 
 def render(
     scene: Scene, centres: np.ndarray, poses: np.ndarray, image_size: int, supersample: int = 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pictures of the objects at `centres` (T, N, 3) from `poses` (T, 4, 4).
+    """Renders the objects with `centres` (T, N, 3) from camera `poses` (T, 4, 4).
 
-    Returns video (T, 3, H, W) uint8, the mean of supersample² rays a pixel; depth (T, H, W) float32, metres along the
-    optical axis at the pixel's centre, 0 for sky; seg (T, H, W) uint8, likewise at the centre: SKY, FLOOR,
-    FIRST_OBJECT + k.
+    Returns:
+        video (T, 3, H, W) uint8, the mean of supersample² rays per pixel; depth (T, H, W) float32, meters along the
+        optical axis at the center of the pixel, 0 for sky; seg (T, H, W) uint8 at the center of the pixel: SKY, FLOOR,
+        or FIRST_OBJECT + k.
     """
     fine = image_size * supersample
     chunk = max(1, RAYS_PER_CHUNK // fine**2)
@@ -45,7 +46,7 @@ def render(
 
 
 def _average(image: np.ndarray, factor: int) -> np.ndarray:
-    """Mean of factor x factor blocks of (T, H, W, 3) uint8, rounded."""
+    """Returns the rounded mean over factor x factor blocks of (T, H, W, 3) uint8."""
     if factor == 1:
         return image
     total = np.full((len(image), image.shape[1] // factor, image.shape[2] // factor, 3), factor**2 // 2, np.uint16)
@@ -56,7 +57,7 @@ def _average(image: np.ndarray, factor: int) -> np.ndarray:
 
 
 class _RayCaster:
-    """All rays of a few frames, flat (n = T·H·W): what each meets first (`seg`), how deep (`depth`), and its colour."""
+    """Rays of a few frames, flattened (n = T·H·W), with the first hit (`seg`), its depth and its colour."""
 
     def __init__(self, scene: Scene, centres: np.ndarray, poses: np.ndarray, size: int) -> None:
         self.scene, self.size = scene, size
@@ -65,17 +66,17 @@ class _RayCaster:
         self.turn = poses[:, :3, :3].transpose(1, 0, 2).astype(np.float32)  # (3 world, T, 3 camera)
         self.slopes = ((2 * np.arange(size) + 1) / size - 1).astype(np.float32) * np.float32(np.tan(FOV / 2))
         self.yaw = np.stack([np.cos(scene.yaw), np.sin(scene.yaw)], axis=1).astype(np.float32)
-        # Camera z of every direction is 1, so that the ray parameter is the z-depth.
+        # The camera z of every direction is 1, so that the ray parameter is the z-depth.
         across = self.turn[..., 0, None] * self.slopes + self.turn[..., 2, None]
         down = self.turn[..., 1, None] * self.slopes
         rays = across[:, :, None, :] + down[..., None]  # (3, T, H, W)
         self.frame = np.repeat(np.arange(len(poses)), size**2)
         self.rays = rays.reshape(3, -1)
-        self._meet_floor()
+        self._intersect_floor()
         for k in range(len(scene.shapes)):
-            self._meet_object(k)
+            self._intersect_object(k)
 
-    def _meet_floor(self) -> None:
+    def _intersect_floor(self) -> None:
         size = self.size**2
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             depth = np.repeat(-self.eye[2], size) / self.rays[2]
@@ -85,7 +86,7 @@ class _RayCaster:
         self.depth = np.where(seen, depth, np.float32(np.inf))
         self.seg = seen.astype(np.uint8)  # SKY or FLOOR
 
-    def _meet_object(self, k: int) -> None:
+    def _intersect_object(self, k: int) -> None:
         index = self._rays_near(k)
         frame = self.frame[index]
         origin = self._to_local(k, self.eye - self.centres[k])[:, frame]
@@ -95,7 +96,7 @@ class _RayCaster:
         self.seg[index[hit]] = FIRST_OBJECT + k
 
     def _rays_near(self, k: int) -> np.ndarray:
-        """Indices of the rays within the screen rectangle around object k's bounding sphere."""
+        """Returns the indices of the rays in the screen rectangle around the bounding sphere of object k."""
         bound = np.float32(self.scene.radii[k] * BOUND[self.scene.shapes[k]])
         x, y, z = np.einsum("wtc,wt->ct", self.turn, self.centres[k] - self.eye)
         inside = []
@@ -111,7 +112,7 @@ class _RayCaster:
         return np.stack([cosine * x + sine * y, cosine * y - sine * x, z])
 
     def shade(self) -> np.ndarray:
-        """Colour of every ray, (n, 3) uint8."""
+        """Returns the colour of every ray, (n, 3) uint8."""
         image = np.full((len(self.seg), 3), 255, np.uint8)
         for surface in range(FLOOR, FIRST_OBJECT + len(self.scene.shapes)):
             index = np.flatnonzero(self.seg == surface)
@@ -137,7 +138,7 @@ class _RayCaster:
         return image
 
     def _facing(self, k: int, local: np.ndarray) -> np.ndarray:
-        """Cosine between light and the surface normal of object k at points in its own frame, at least 0, (n,)."""
+        """Returns the cosine of light and surface normal of object k at local points, clamped at 0, (n,)."""
         shape, radius = self.scene.shapes[k], np.float32(self.scene.radii[k])
         light = self._to_local(k, LIGHT)
         if shape == "sphere":
@@ -148,11 +149,12 @@ class _RayCaster:
             cap = np.abs(local[2]) > np.hypot(local[0], local[1])  # radius and half height are equal
             normal = np.stack([local[0] / radius, local[1] / radius, np.zeros_like(local[2])]) * ~cap
             normal[2] = np.sign(local[2]) * cap
-        x, y, z = light[:, None] * normal  # no matrix product: its rounding differs between machines
+        x, y, z = light[:, None] * normal  # not a matrix product, which rounds differently on different machines
         return np.maximum(x + y + z, np.float32(0))
 
     def _in_shadow(self, own: int, points: np.ndarray, frame: np.ndarray) -> np.ndarray:
-        """Whether another object stands between points and the light, (n,) bool: convex ones never shade themselves."""
+        """Returns True where an object other than `own` blocks the light, (n,) bool; convex objects never shade
+        themselves."""
         shadow = np.zeros(len(frame), bool)
         for k, shape in enumerate(self.scene.shapes):
             if k == own:
@@ -168,10 +170,10 @@ class _RayCaster:
 
 
 def _entry(shape: str, radius: float, origin: np.ndarray, direction: np.ndarray) -> np.ndarray:
-    """Ray parameter (n,) at which rays (3, n), in the object's own frame, enter it; inf where they miss it.
+    """Returns the ray parameter (n,) of the first hit of rays (3, n) in local coordinates; inf without a hit.
 
-    Every shape is an intersection of round and flat intervals: a sphere one ball, a cylinder a tube and a slab, a box
-    three slabs.
+    Every shape is an intersection of intervals: a sphere of one ball, a cylinder of a tube and a slab, a box of three
+    slabs.
     """
     round_axes, flat_axes = {"sphere": ([0, 1, 2], []), "cylinder": ([0, 1], [2]), "box": ([], [0, 1, 2])}[shape]
     half = np.float32(radius * HALF_HEIGHT[shape])
@@ -187,12 +189,12 @@ def _entry(shape: str, radius: float, origin: np.ndarray, direction: np.ndarray)
 def _ball(origin: np.ndarray, direction: np.ndarray, radius: np.float32) -> tuple[np.ndarray, np.ndarray]:
     square = (direction * direction).sum(0)
     middle = -(origin * direction).sum(0) / square
-    closest = origin + middle * direction  # squared here, not b² - 4ac: float32 would lose the rim
+    closest = origin + middle * direction  # more accurate than b² - 4ac, which loses the rim in float32
     half = np.sqrt(np.maximum((radius * radius - (closest * closest).sum(0)) / square, 0))
-    return middle - half, middle + half  # empty (near = far) where the ray misses
+    return middle - half, middle + half  # empty (near = far) if the ray misses
 
 
 def _slab(origin: np.ndarray, direction: np.ndarray, half: np.float32) -> tuple[np.ndarray, np.ndarray]:
     with np.errstate(divide="ignore", invalid="ignore"):
-        one, other = (-half - origin) / direction, (half - origin) / direction
-    return np.minimum(one, other), np.maximum(one, other)
+        low, high = (-half - origin) / direction, (half - origin) / direction
+    return np.minimum(low, high), np.maximum(low, high)

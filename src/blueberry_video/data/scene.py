@@ -1,12 +1,12 @@
-"""What happens in the procedural world: objects, paths, an agent's actions and cameras, before anything is drawn.
+"""Scenes of the procedural world: objects, trajectories, agent actions and cameras, without rendering.
 
-What is unusual: the eight motions come in pairs that are *exactly* each other played backwards (left/right,
-away/towards, cw/ccw), to the last bit, and a path's set of positions is the same for both classes of a pair. Moving
-cameras travel symmetrically about the pose that defines left and away, in either direction with equal chance. So one
-frame, or all frames without their order, says nothing about which class of a pair it is; only motion does.
+The eight motions come in pairs that are *exact* time reversals of each other (left/right, away/towards, cw/ccw), to the
+last bit, and a trajectory visits the same set of positions in both classes of a pair. Moving cameras travel
+symmetrically about the pose that defines left and away, in either direction with equal probability. One frame, or all
+frames without their order, therefore do not distinguish the classes of a pair; only motion does.
 
-World: z up, metres. Cameras: OpenCV (x right, y down, z forward), camera-to-world.
-Letters: T frames, N objects, V views.
+World: z up, meters. Cameras: OpenCV (x right, y down, z forward), camera-to-world.
+Shapes: T frames, N objects, V views.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ COLOURS = {
     "magenta": (0.85, 0.15, 0.80),
     "cyan": (0.10, 0.80, 0.85),
 }
-SIZES = {"small": 0.22, "large": 0.40}  # metres: the radius of the disc an object occupies on the floor
-MOTIONS = {  # class name -> what the caption says
+SIZES = {"small": 0.22, "large": 0.40}  # meters: radius of the footprint of an object
+MOTIONS = {  # class name -> phrase in the caption
     "still": "stays still",
     "left": "moves left",
     "right": "moves right",
@@ -47,22 +47,22 @@ ACTIONS = ("noop", "left", "right", "away", "towards")
 
 FOV = 0.6911  # radians, horizontal and vertical
 ARENA = 1.2  # object centres stay within |x|, |y| <= ARENA
-TRAVEL, CIRCLE, HOP = 1.6, 0.5, 0.6  # metres: way of a straight motion, radius of a turn, height of a hop
-STEP, STICKY = 0.10, 0.75  # metres an action moves; chance that the random policy repeats its last action
+TRAVEL, CIRCLE, HOP = 1.6, 0.5, 0.6  # meters: length of a straight path, radius of a circle, height of a hop
+STEP, STICKY = 0.10, 0.75  # meters per action; probability that the random policy repeats its last action
 DISTANCE, ELEVATION = (3.6, 4.4), (np.radians(20.0), np.radians(45.0))
-ORBIT, PAN = np.radians(60.0), np.radians(12.0)  # whole angle swept during a clip
+ORBIT, PAN = np.radians(60.0), np.radians(12.0)  # total angle over a clip
 TARGET = np.array([0.0, 0.0, 0.3])
-HALF_HEIGHT = {"sphere": 1.0, "box": 0.5**0.5, "cylinder": 1.0}  # in radii; a box is a cube inscribed in its disc
+HALF_HEIGHT = {"sphere": 1.0, "box": 0.5**0.5, "cylinder": 1.0}  # in radii; a box is a cube inscribed in its footprint
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything random about a clip except the agent's actions; object 0 is the one that moves.
+    """All random values of a clip except the agent's actions. Object 0 is the one that moves.
 
-    `rest` (N, 3) are the objects' centres in metres; of object 0 the middle of its path, on the floor (agent mode: the
-    start). `yaw` (N,) is their turn about z, `phase` where on its circle object 0 is halfway through the clip, both in
-    radians. `azimuth`, `elevation` (radians) and `distance` (metres) place the reference camera, in whose view `motion`
-    and actions are meant; `sweep` (+1 or -1) is the direction in which a moving camera travels.
+    `rest` (N, 3) are the centers of the objects in meters; for object 0 the middle of its path, on the floor (agent
+    mode: the start). `yaw` (N,) is the rotation about z, `phase` the angle of object 0 on its circle in the middle of
+    the clip, both in radians. `azimuth`, `elevation` (radians) and `distance` (meters) define the reference camera;
+    `motion` and actions are relative to its view. `sweep` (+1 or -1) is the direction of a moving camera.
     """
 
     seed: tuple[int, ...]
@@ -85,18 +85,18 @@ class Scene:
 
     @property
     def axes(self) -> np.ndarray:
-        """Rows: unit vectors on the floor to the right of the reference camera, and away from it, (2, 2)."""
+        """Unit vectors on the floor, (2, 2): row 0 to the right of the reference camera, row 1 away from it."""
         sine, cosine = np.sin(self.azimuth), np.cos(self.azimuth)
         return np.array([[-sine, cosine], [-cosine, -sine]])
 
 
 def generator(*seed: int) -> np.random.Generator:
-    """The stream of a seed: (split, index) draws the scene, longer seeds what else a clip needs."""
+    """Returns the random stream of a seed: (split, index) for the scene, longer seeds for everything else in a clip."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
 
 
 def draw_scene(seed: Sequence[int], mode: str, min_objects: int, max_objects: int, cameras: Sequence[str]) -> Scene:
-    """The scene of a seed. The camera kind is drawn last: worlds that differ only in `cameras` share their scenes."""
+    """Draws the scene of a seed. The camera is drawn last, so that worlds with different `cameras` share scenes."""
     rng = generator(*seed)
     count = int(rng.integers(min_objects, max_objects + 1))
     shapes, colours, sizes = (
@@ -118,35 +118,35 @@ def draw_scene(seed: Sequence[int], mode: str, min_objects: int, max_objects: in
         sweep=int(rng.choice([-1, 1])),
         camera="static",
     )
-    reach = 0.8 if mode == "agent" else ARENA - TRAVEL / 2  # a straight path fits the arena in every direction
+    reach = 0.8 if mode == "agent" else ARENA - TRAVEL / 2  # a straight path stays in the arena in every direction
     while not _place(scene, rng, reach):
         pass
     return replace(scene, camera=str(rng.choice(list(cameras))))
 
 
 def _place(scene: Scene, rng: np.random.Generator, reach: float) -> bool:
-    """Puts the objects on the floor, the others clear of each other and of object 0's whole path; False if stuck."""
+    """Draws positions that collide neither with each other nor with the path of object 0; False if none is free."""
     scene.rest[0, :2] = rng.uniform(-reach, reach, 2)
     taken = trajectory(scene, 33)[:, 0, :2]
     clearance = np.full(len(taken), scene.radii[0])
     for k in range(1, len(scene.rest)):
-        spots = rng.uniform(-ARENA, ARENA, (64, 2))
-        gaps = np.linalg.norm(spots[:, None] - taken, axis=-1) - clearance - scene.radii[k]
+        candidates = rng.uniform(-ARENA, ARENA, (64, 2))
+        gaps = np.linalg.norm(candidates[:, None] - taken, axis=-1) - clearance - scene.radii[k]
         free = np.flatnonzero(gaps.min(1) > 0.03)
         if not len(free):
             return False
-        scene.rest[k, :2] = spots[free[0]]
+        scene.rest[k, :2] = candidates[free[0]]
         taken, clearance = np.vstack([taken, scene.rest[k, :2]]), np.append(clearance, scene.radii[k])
     return True
 
 
 def centred_time(num_frames: int) -> np.ndarray:
-    """Times of the frames from -1/2 to 1/2, (T,), antisymmetric to the last bit: reversal is exact negation."""
+    """Returns the times of the frames from -1/2 to 1/2, (T,), exactly antisymmetric: reversal is negation."""
     return (2 * np.arange(num_frames) - (num_frames - 1)) / (2 * (num_frames - 1))
 
 
 def trajectory(scene: Scene, num_frames: int) -> np.ndarray:
-    """Centres of the objects in every frame under the scene's motion, (T, N, 3) metres."""
+    """Returns the centers of the objects in every frame, (T, N, 3) in meters."""
     time, (right, away) = centred_time(num_frames)[:, None], scene.axes
     centres = np.repeat(scene.rest[None], num_frames, axis=0)
     ways = {"left": -right, "right": right, "away": away, "towards": -away}
@@ -161,13 +161,16 @@ def trajectory(scene: Scene, num_frames: int) -> np.ndarray:
 
 
 def push(scene: Scene, position: np.ndarray, action: int) -> np.ndarray:
-    """Where object 0 at `position` (2,) stands after an action (an index into ACTIONS), as floor metres (2,).
+    """Returns the position (2,) in meters of object 0 after an action (an index into ACTIONS) at `position` (2,).
 
-    It moves STEP to the left, right, away or towards as the reference camera sees it, is clamped to the arena, and does
-    not move at all where it would run into another object. Raises ValueError on an unknown action.
+    The object moves by STEP to the left, right, away or towards in the view of the reference camera, is clamped to the
+    arena, and does not move if it would collide with another object.
+
+    Raises:
+        ValueError: an unknown action.
     """
     if action not in range(len(ACTIONS)):
-        raise ValueError(f"action={action!r} is not an index of {', '.join(ACTIONS)}: use 0 to {len(ACTIONS) - 1}.")
+        raise ValueError(f"action={action!r} must be 0 to {len(ACTIONS) - 1}, an index of {', '.join(ACTIONS)}.")
     right, away = scene.axes
     way = (np.zeros(2), -right, right, away, -away)[action]
     wanted = np.clip(position + STEP * way, -ARENA, ARENA)
@@ -176,7 +179,7 @@ def push(scene: Scene, position: np.ndarray, action: int) -> np.ndarray:
 
 
 def random_actions(scene: Scene, count: int) -> list[int]:
-    """Actions of the sticky random policy for a scene: each repeats the last with chance STICKY, else is uniform."""
+    """Returns the actions of a sticky random policy: repeats the last with probability STICKY, otherwise uniform."""
     rng = generator(*scene.seed, 1)
     actions: list[int] = []
     for _ in range(count):
@@ -186,7 +189,7 @@ def random_actions(scene: Scene, count: int) -> list[int]:
 
 
 def camera_poses(scene: Scene, num_frames: int) -> np.ndarray:
-    """OpenCV camera-to-world matrices of every view and frame, (V, T, 4, 4); V is 4 for rig4, else 1."""
+    """Returns the OpenCV camera-to-world matrices, (V, T, 4, 4); V is 4 for rig4, otherwise 1."""
     time = scene.sweep * centred_time(num_frames)
     if scene.camera == "dnerf":
         poses = random_poses((*scene.seed, 2), num_frames)
@@ -200,13 +203,13 @@ def camera_poses(scene: Scene, num_frames: int) -> np.ndarray:
 
 
 def random_poses(seed: Sequence[int], count: int) -> np.ndarray:
-    """Independent poses over the whole range of directions and distances, (count, 4, 4)."""
+    """Draws independent poses over the whole range of directions and distances, (count, 4, 4)."""
     rng = generator(*seed)
     return look_at(rng.uniform(0, 2 * np.pi, count), rng.uniform(*ELEVATION, count), rng.uniform(*DISTANCE, count))
 
 
 def look_at(azimuth: ArrayLike, elevation: ArrayLike, distance: ArrayLike, turn: ArrayLike = 0.0) -> np.ndarray:
-    """Camera-to-world (..., 4, 4) of cameras around TARGET, looking at it and then turned aside by `turn` radians."""
+    """Returns poses (..., 4, 4) of cameras around TARGET that look at it and are then rotated by `turn` radians."""
     azimuth, elevation, distance, turn = np.broadcast_arrays(azimuth, elevation, distance, turn)
 
     def outward(angle: np.ndarray) -> np.ndarray:
@@ -223,33 +226,33 @@ def look_at(azimuth: ArrayLike, elevation: ArrayLike, distance: ArrayLike, turn:
 
 
 def intrinsics(image_size: int) -> np.ndarray:
-    """Pinhole matrix (3, 3) in pixels."""
+    """Returns the pinhole camera matrix (3, 3) in pixels."""
     focal = 0.5 * image_size / np.tan(FOV / 2)
     return np.array([[focal, 0, image_size / 2], [0, focal, image_size / 2], [0, 0, 1]], np.float32)
 
 
 @dataclass(frozen=True)
 class State:
-    """A moment of the agent's world: the scene, and where object 0 stands, `position` (2,) floor metres."""
+    """State of the agent's world: the scene and the `position` (2,) of object 0 on the floor in meters."""
 
     scene: Scene
     position: np.ndarray
 
     @property
     def vector(self) -> np.ndarray:
-        """Object 0 as the camera sees it, metres (right, away) of the arena's centre, (2,)."""
+        """Position of object 0 in the camera's directions: meters (right, away) from the center of the arena, (2,)."""
         return self.scene.axes @ self.position
 
     @property
     def centres(self) -> np.ndarray:
-        """(N, 3) metres."""
+        """Centers of the objects, (N, 3) in meters."""
         centres = self.scene.rest.copy()
         centres[0, :2] = self.position
         return centres
 
 
 def caption(scene: Scene, mode: str = "motion") -> str:
-    """One sentence about object 0 and the camera, from a vocabulary of fewer than 40 words."""
-    deed = "follows commands" if mode == "agent" else MOTIONS[scene.motion]
+    """Returns a sentence about object 0 and the camera; the vocabulary has at most 40 words."""
+    phrase = "follows commands" if mode == "agent" else MOTIONS[scene.motion]
     subject = f"a {scene.sizes[0]} {scene.colours[0]} {scene.shapes[0]}"
-    return f"{subject} {deed} on a checkered floor while {CAMERAS[scene.camera]}"
+    return f"{subject} {phrase} on a checkered floor while {CAMERAS[scene.camera]}"

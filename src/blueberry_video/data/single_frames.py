@@ -1,34 +1,32 @@
-"""Single frames of clips as an image dataset: images from every source of videos."""
+"""Single frames of clips as an image dataset."""
 
 from typing import Literal
 
 import numpy as np
-from torch.utils.data import Dataset
 
-from blueberry_video.data.batches import at_epoch
-from blueberry_video.data.clip_cache import Clips
+from blueberry_video.data.clips import Clips, Wrapper, at_epoch
 
 
-class SingleFrames(Dataset):
-    """Map-style dataset of one frame of every clip: ``video`` uint8 (1, 3, H, W), ``id`` (the clip's, ``@`` and the
-    number of the frame) and, where the clip has them, ``caption`` and ``labels``.
+class SingleFrames(Wrapper):
+    """Map-style dataset of one frame per clip: ``video`` uint8 (1, 3, H, W), ``id`` (``<id of the clip>@<frame>``) and,
+    if the clip has them, ``caption`` and ``labels``.
 
-    Labels with reversal pairs are left out: they name a motion, and one frame does not show it.
+    Labels with reversal pairs are dropped: they name a motion, which a single frame does not show.
 
     Args:
         dataset: map-style dataset of clips.
-        frame: a number from 0, ``"middle"`` (T // 2), or ``"random"``: a pure function of (seed, epoch, index), so
-            another one in each epoch of training, and the same one in every validation.
-        seed: of the ``random`` frames.
+        frame: an index from 0, ``"middle"`` (T // 2), or ``"random"``: a pure function of (seed, epoch, index), which
+            differs between training epochs and is the same in every validation.
+        seed: seed of the ``random`` frames.
 
     Raises:
-        ValueError: another ``frame``; when reading: a clip without it.
+        ValueError: an unknown ``frame``; when reading: a clip with too few frames.
     """
 
     def __init__(self, dataset: Clips, frame: int | Literal["random", "middle"] = "random", seed: int = 0):
         if frame not in ("random", "middle") and not (isinstance(frame, int) and frame >= 0):
-            raise ValueError(f"frame={frame!r} is no frame: write a number from 0, 'middle' or 'random'.")
-        self.dataset, self.frame, self.seed = dataset, frame, seed
+            raise ValueError(f"frame={frame!r} must be an index of at least 0, 'middle' or 'random'.")
+        self.dataset, self.sources, self.frame, self.seed = dataset, [dataset], frame, seed
         motions = getattr(dataset, "reversal_pairs", {})
         known: dict[str, tuple[str, ...]] = getattr(dataset, "classes", {})
         self.classes = {label: names for label, names in known.items() if label not in motions}
@@ -38,23 +36,8 @@ class SingleFrames(Dataset):
 
     @property
     def cache_key(self) -> str:
-        """Everything an item depends on but its index and the epoch; only where the dataset of clips has a key."""
+        """Everything that an item depends on except its index and the epoch; requires that the clips have a key."""
         return f"single-frames-1/{self.frame}/{self.seed}/{self.dataset.cache_key}"  # type: ignore[attr-defined]
-
-    @property
-    def skipped_file(self) -> str | None:
-        """Where the dataset of clips lists files that it skips."""
-        return getattr(self.dataset, "skipped_file", None)
-
-    @skipped_file.setter
-    def skipped_file(self, path: str | None) -> None:
-        if hasattr(self.dataset, "skipped_file"):
-            self.dataset.skipped_file = path
-
-    def prepare(self, num_workers: int = 0) -> None:
-        """Fills the clip cache, if the clips come from one."""
-        if hasattr(self.dataset, "prepare"):
-            self.dataset.prepare(num_workers=num_workers)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -63,13 +46,13 @@ class SingleFrames(Dataset):
         return self.sample(index, epoch=0)
 
     def sample(self, index: int, epoch: int) -> dict:
-        """Item ``index`` as epoch ``epoch`` shows it."""
+        """Item ``index`` in epoch ``epoch``."""
         clip = at_epoch(self.dataset, index, epoch)
         number = self._number(len(clip["video"]), index, epoch)
         if number >= len(clip["video"]):
             raise ValueError(
-                f"frame={number} of {clip['id']!r}, which has {len(clip['video'])} frames: choose a lower one, or "
-                "'middle'."
+                f"frame={number} is outside {clip['id']!r}, which has {len(clip['video'])} frames: choose a lower "
+                "index, or 'middle'."
             )
         item = {"video": clip["video"][number : number + 1].clone(), "id": f"{clip['id']}@{number}"}
         if "caption" in clip:

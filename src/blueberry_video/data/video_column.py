@@ -1,4 +1,4 @@
-"""Videos in a column of a HuggingFace dataset, processed when their row is read.
+"""Transform for videos in a column of a HuggingFace dataset, processed when their row is read.
 
 from datasets import load_dataset
 processor = VideoProcessor(load_settings("qwen2.5-vl", {"num_frames": 16, "format": "huggingface"}))
@@ -11,33 +11,33 @@ from typing import Any
 
 
 class VideoColumn:
-    """A batch transform, as ``Dataset.with_transform`` and ``IterableDataset.map`` (batched) take it.
+    """Batch transform for ``Dataset.with_transform`` and ``IterableDataset.map`` (batched).
 
     Args:
-        column: holds paths, bytes or dicts of both, as a column of type ``Video(decode=False)`` does.
-        processor: a video → what takes its place, such as a ``VideoProcessor``.
+        column: contains paths, bytes or dicts of both, like a column of type ``Video(decode=False)``.
+        processor: function from a video to its replacement, such as a ``VideoProcessor``.
     """
 
     def __init__(self, column: str, processor: Callable[[Any], Any]):
         self.column, self.processor = column, processor
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        """Columns (name → list of values) → the same with processed videos; empty cells stay None.
+        """Processes the videos of a batch (column -> list of values); empty cells remain None.
 
         Raises:
             KeyError: there is no such column.
-            VideoError: something is wrong with a video.
+            VideoError: a video cannot be read.
         """
         if self.column not in batch:
-            raise KeyError(f"the dataset has no column {self.column!r}: choose from {', '.join(sorted(batch))}.")
+            raise KeyError(f"column={self.column!r} is not in the dataset: use one of {', '.join(sorted(batch))}.")
         videos = [None if video is None else self.processor(video) for video in batch[self.column]]
         return {**batch, self.column: videos}
 
 
 def process_column(dataset: Any, column: str, processor: Callable[[Any], Any]) -> Any:
-    """A ``datasets.Dataset`` whose videos are processed when their row is read.
+    """Returns a ``datasets.Dataset`` that processes videos when their row is read.
 
-    The column's own decoding is switched off: files and bytes go through this pipeline, with its checks.
+    The decoding of the column is disabled: files and bytes are read by this package, with its checks.
     """
     from datasets import Video  # an optional package
 

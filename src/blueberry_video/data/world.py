@@ -1,11 +1,11 @@
-"""The procedural 3-D world: small ray-cast clips with ground truth for every family (labels, depth, poses, actions).
+"""Procedural 3-D world: small ray-cast clips with ground truth for all tasks (labels, depth, poses, actions).
 
-One to three spheres, boxes and cylinders stand on a checkered floor under one light; object 0 moves, or obeys commands,
-and a camera watches (`scene.py` says how, `raycast.py` draws it). Clip i is a pure function of (split, i), drawn from
-numpy's PCG64 seeded with SeedSequence([split, i]). The scene depends neither on the image size nor on the number of
-frames, so that a preset only changes the resolution.
+One to three spheres, boxes and cylinders are on a checkered floor under one light; object 0 moves or follows actions,
+seen by one or more cameras (`scene.py` draws the scene, `raycast.py` renders it). Clip i is a pure function of (split,
+i), drawn from numpy's PCG64 seeded with SeedSequence([split, i]). The scene depends neither on the image size nor on
+the number of frames, so that presets differ only in resolution.
 
-Letters: T frames, N objects, V views, H = W image side.
+Shapes: T frames, N objects, V views, H = W image side.
 """
 
 import json
@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from blueberry_video.data.clips import check_index
 from blueberry_video.data.raycast import render
 from blueberry_video.data.scene import (
     CAMERAS,
@@ -49,7 +50,7 @@ PRESETS = {  # World("train", **PRESETS["small"])
     "small": {"num_frames": 16, "image_size": 64},
     "base": {"num_frames": 32, "image_size": 128},
     "depth": {"image_size": 126},  # a multiple of the patch of 14
-    "depth_large": {"image_size": 518},  # what Depth Anything was trained at
+    "depth_large": {"image_size": 518},  # training resolution of Depth Anything
 }
 
 
@@ -57,19 +58,19 @@ class World(Dataset):
     """Clips of the procedural world; clip `i` is a pure function of (split, i).
 
     Args:
-        split: "train", "val" or "test": three disjoint streams of random numbers.
+        split: "train", "val" or "test": three disjoint random streams.
         size: number of clips.
         num_frames: T, at least 2; at 8 frames/s.
         image_size: H = W in pixels, at least 8.
-        min_objects, max_objects: 1 to 3; every clip draws its number of objects between them.
-        camera: static, orbit, pan, dolly, dnerf (a random pose each frame) or rig4 (four static cameras, a quarter turn
-            apart), or a list of these from which each clip draws.
-        mode: "motion" (object 0 makes one of eight motions) or "agent" (it obeys a sticky random policy's actions).
-        supersample: 1 to 8; supersample² rays make a pixel's colour. depth and seg always belong to its centre.
+        min_objects, max_objects: 1 to 3; each clip draws its number of objects from this range.
+        camera: static, orbit, pan, dolly, dnerf (a random pose for each frame) or rig4 (four static cameras at 90°
+            intervals), or a list of these, from which each clip draws.
+        mode: "motion" (object 0 makes one of eight motions) or "agent" (it follows a sticky random policy).
+        supersample: 1 to 8; supersample² rays per pixel for the colour. depth and seg are those of the pixel's center.
 
-    `classes["motion"]` exists in motion mode only. `reversal_pairs` lists the motions that are each other played
-    backwards; "still" and "hop" are their own reversal and so are in no pair. Reversal holds for every camera but
-    dnerf, whose poses have no order.
+    `classes["motion"]` exists only in motion mode. `reversal_pairs` lists the motions that are time reversals of each
+    other; "still" and "hop" are their own reversals and are in no pair. Reversal holds for every camera except dnerf,
+    in which the poses have no order.
 
     Raises:
         ValueError: an argument out of range.
@@ -88,17 +89,15 @@ class World(Dataset):
         supersample: int = 2,
     ):
         if split not in SPLITS:
-            raise ValueError(f"split={split!r} is none of {', '.join(SPLITS)}: choose one of these.")
+            raise ValueError(f"split={split!r} must be one of {', '.join(SPLITS)}.")
         if mode not in MODES:
-            raise ValueError(f"mode={mode!r} is neither 'motion' nor 'agent': choose one of these.")
+            raise ValueError(f"mode={mode!r} must be 'motion' or 'agent'.")
         cameras = (camera,) if isinstance(camera, str) else tuple(camera)
         if not cameras or not set(cameras) <= set(CAMERAS):
-            raise ValueError(
-                f"camera={camera!r} is not known: choose from {', '.join(CAMERAS)}, or list several of them."
-            )
+            raise ValueError(f"camera={camera!r} must be one of {', '.join(CAMERAS)}, or a list of several.")
         for key, value, least in (("size", size, 1), ("num_frames", num_frames, 2)):
             if value < least:
-                raise ValueError(f"{key}={value} is too small for the world: use at least {least}.")
+                raise ValueError(f"{key}={value} must be at least {least}.")
         _check(image_size, min_objects, max_objects, supersample)
         self.split, self.size, self.num_frames, self.image_size = split, size, num_frames, image_size
         self.min_objects, self.max_objects, self.cameras = min_objects, max_objects, cameras
@@ -116,7 +115,7 @@ class World(Dataset):
 
     @property
     def cache_key(self) -> str:
-        """Everything a clip depends on but its index; the number grows when the same arguments give other clips."""
+        """Everything that a clip depends on except its index; the number is a version of the generator."""
         return (
             f"world-1/{self.split}/{self.num_frames}x{self.image_size}/objects={self.min_objects}-{self.max_objects}"
             f"/camera={'+'.join(self.cameras)}/{self.mode}/supersample={self.supersample}"
@@ -126,11 +125,11 @@ class World(Dataset):
         return self.size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Clip `index` (`docs/architecture.md`, Clip) through the first camera.
+        """Clip `index` (`docs/architecture.md`, Clip) from the first camera.
 
-        `seg` is 0 for sky, 1 for floor, 2 + k for object k. Agent mode adds `actions` (T-1,) int64, action t leading
-        from frame t to t + 1, and `states` (T, 2) float32: object 0, metres right and away of the arena's centre as the
-        reference camera sees it. Raises IndexError outside 0 to size - 1.
+        `seg` is 0 for sky, 1 for floor, 2 + k for object k. Agent mode adds `actions` (T-1,) int64, where action t
+        leads from frame t to t + 1, and `states` (T, 2) float32: object 0, meters right and away from the center of the
+        arena in the view of the reference camera. Raises an IndexError outside 0 to size - 1.
         """
         scene, centres, facts = self._play(index)
         poses = camera_poses(scene, self.num_frames)[0]
@@ -145,12 +144,12 @@ class World(Dataset):
         }
 
     def sample(self, index: int) -> dict[str, Any]:
-        """Clip `index` through every camera (V views), with the whole ground truth.
+        """Clip `index` from every camera (V views), with the complete ground truth.
 
-        video (V, T, 3, H, W) uint8; depth (V, T, H, W) float32; valid, likewise bool, depth > 0; seg (V, T, H, W)
-        uint8; K (V, 3, 3) and c2w (V, T, 4, 4) float32; time (T,) float32 from 0 to 1; `objects`, a dict of shape,
-        colour, size (names), yaw (N,) radians and centres (T, N, 3) metres; id, fps, labels, caption, actions, states
-        as in a clip.
+        video (V, T, 3, H, W) uint8; depth (V, T, H, W) float32; valid, the same shape, bool, depth > 0; seg
+        (V, T, H, W) uint8; K (V, 3, 3) and c2w (V, T, 4, 4) float32; time (T,) float32 from 0 to 1; `objects`, a dict
+        of shape, colour, size (names), yaw (N,) in radians and centres (T, N, 3) in meters; id, fps, labels, caption,
+        actions, states as in a clip.
         """
         scene, centres, facts = self._play(index)
         poses = camera_poses(scene, self.num_frames)
@@ -175,15 +174,14 @@ class World(Dataset):
         }
 
     def scene(self, index: int) -> Scene:
-        """What clip `index` shows. Raises IndexError outside 0 to size - 1."""
+        """Scene of clip `index`. Raises an IndexError outside 0 to size - 1."""
         index = operator.index(index)
-        if not 0 <= index < self.size:
-            raise IndexError(f"index {index} is outside this dataset of {self.size} clips.")
+        check_index(index, self.size)
         seed = (SPLITS[self.split], index)
         return draw_scene(seed, self.mode, self.min_objects, self.max_objects, self.cameras)
 
     def _play(self, index: int) -> tuple[Scene, np.ndarray, dict[str, Any]]:
-        """The scene, its objects' centres (T, N, 3), and what needs no picture: id, fps, labels, caption, the agent."""
+        """Returns the scene, object centers (T, N, 3), and a dict of id, fps, labels, caption, actions and states."""
         scene = self.scene(index)
         shown = {
             "shape": scene.shapes[0],
@@ -210,10 +208,10 @@ class World(Dataset):
 
     def export_dnerf(self, index: int, folder: str | Path) -> None:
         """Writes clip `index` as a D-NeRF scene (Pumarola et al. 2021; read by 4D-GS): transforms_{train,val,test}.json
-        and RGBA pictures, transparent where only sky is seen, so that compositing over white gives back the clip.
+        and RGBA images, transparent where a pixel shows only sky, so that compositing over white restores the clip.
 
-        train holds every view and frame of the clip; val and test the same moments from random held-out poses. Poses
-        are OpenGL camera-to-world (y up, z backwards), times run from 0 to 1.
+        train contains every view and frame of the clip; val and test the same times from random held-out poses. Poses
+        are OpenGL camera-to-world (y up, z backwards); times are from 0 to 1.
         """
         scene, centres, _ = self._play(index)
         held_out = [random_poses((*scene.seed, stream), self.num_frames)[None] for stream in (3, 4)]
@@ -223,7 +221,7 @@ class World(Dataset):
             frames: list[dict[str, Any]] = []
             for view in poses:
                 video, depth, _ = render(scene, centres, view, self.image_size, self.supersample)
-                opaque = (depth > 0) | (video < 255).any(1)  # a half-covered edge pixel may have its centre in the sky
+                opaque = (depth > 0) | (video < 255).any(1)  # the center of a partly covered edge pixel may be sky
                 rgba = np.concatenate([video, np.uint8(255) * opaque[:, None]], axis=1).transpose(0, 2, 3, 1)
                 for t, (picture, pose) in enumerate(zip(rgba, view)):
                     name = f"r_{len(frames):03d}"
@@ -241,10 +239,11 @@ class World(Dataset):
 
 
 class Simulator:
-    """The agent's world one step at a time, under a static camera, for closed-loop planning.
+    """Step-by-step simulator of the agent's world under a static camera, for closed-loop planning.
 
-    `reset((split, index))` starts where clip `index` of `World(mode="agent")` with these object counts starts (splits
-    are 0, 1, 2); the clip's actions then replay it. Assign `state` to rewind, or call `scene.push` to look ahead.
+    `reset((split, index))` returns the first state of clip `index` of `World(mode="agent")` with the same object counts
+    (splits are 0, 1, 2); the clip's actions then replay it. Assign `state` to rewind, or call `scene.push` to look
+    ahead.
 
     Raises:
         ValueError: an argument out of range; see World.
@@ -257,21 +256,21 @@ class Simulator:
         self.state: State | None = None
 
     def reset(self, seed: Sequence[int]) -> State:
-        """Draws a scene; `seed` is a few integers of at least 0."""
+        """Draws a scene from `seed`, a sequence of integers of at least 0."""
         scene = draw_scene(seed, "agent", self.min_objects, self.max_objects, ["static"])
         self.state = State(scene, scene.rest[0, :2])
         return self.state
 
     def step(self, action: int) -> State:
-        """Carries out an action (an index into ACTIONS). Raises RuntimeError before the first reset, ValueError on an
+        """Applies an action (an index into ACTIONS). Raises a RuntimeError before the first reset, a ValueError for an
         unknown action."""
         if self.state is None:
-            raise RuntimeError("The simulator has no scene yet: call reset(seed) before step(action).")
+            raise RuntimeError("The simulator has no state: call reset(seed) before step(action).")
         self.state = replace(self.state, position=push(self.state.scene, self.state.position, action))
         return self.state
 
     def render(self, state: State) -> Tensor:
-        """The picture of a state, (3, H, W) uint8."""
+        """Renders a state, (3, H, W) uint8."""
         pose = camera_poses(state.scene, 2)[0, :1]
         video, _, _ = render(state.scene, state.centres[None], pose, self.image_size, self.supersample)
         return torch.from_numpy(video[0])
@@ -279,11 +278,10 @@ class Simulator:
 
 def _check(image_size: int, min_objects: int, max_objects: int, supersample: int) -> None:
     if image_size < 8:
-        raise ValueError(f"image_size={image_size} is too small for the world: use at least 8.")
+        raise ValueError(f"image_size={image_size} must be at least 8.")
     if not 1 <= min_objects <= max_objects <= 3:
         raise ValueError(
-            f"min_objects={min_objects} and max_objects={max_objects} do not fit: use 1 to 3, the first not above the "
-            "second."
+            f"min_objects={min_objects} and max_objects={max_objects} must be 1 to 3, the first at most the second."
         )
     if not 1 <= supersample <= 8:
-        raise ValueError(f"supersample={supersample} is outside 1 to 8, the rays along each side of a pixel.")
+        raise ValueError(f"supersample={supersample} must be 1 to 8, the number of rays along each side of a pixel.")

@@ -1,1 +1,1 @@
-"""Metrics, trivial predictors, probes and few-label fine-tuning."""
+"""Metrics, baselines, probes and few-label fine-tuning."""

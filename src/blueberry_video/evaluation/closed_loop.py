@@ -1,4 +1,4 @@
-"""Acting with a world model: from a start, with a picture of the goal, until it is reached."""
+"""Closed-loop evaluation of a world model: episodes from a start state to a goal image."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -9,18 +9,20 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-GOAL_DRAWS = 1000  # before a goal is held to be out of reach
+from blueberry_video.evaluation.end_of_run import log_end_of_run
+
+GOAL_DRAWS = 1000  # draws of a goal before it counts as unreachable
 
 
 class State(Protocol):
-    """A moment of an environment; ``vector`` (K,) is what a world model is told of it."""
+    """State of an environment; ``vector`` (K,) is the state input of the world model."""
 
     @property
     def vector(self) -> np.ndarray: ...
 
 
 class Environment(Protocol):
-    """A world with discrete actions, such as :class:`blueberry_video.data.world.Simulator`."""
+    """Environment with discrete actions, such as :class:`blueberry_video.data.world.Simulator`."""
 
     state: Any
 
@@ -32,7 +34,7 @@ class Environment(Protocol):
 
 
 class Planner(Protocol):
-    """Such as :class:`blueberry_video.inference.planner.CrossEntropyPlanner`, with discrete actions."""
+    """Planner such as :class:`blueberry_video.inference.planner.CrossEntropyPlanner`, with discrete actions."""
 
     actions: Any
 
@@ -42,30 +44,32 @@ class Planner(Protocol):
 
 
 class ClosedLoop(Callback):
-    """Plays episodes at the end of a run: the planner acts until it reaches the goal or has no steps left.
+    """Runs episodes at the end of training: the planner acts until it reaches the goal or the step limit.
 
-    Logs ``<name>/success``, the share of episodes in which it was reached, ``<name>/distance``, the mean distance from
-    the goal at their end, both with ``_trivial``, what uniformly random actions get in the same episodes with as many
-    steps, and ``<name>/steps``, the mean number of steps of the successful ones (not logged where there are none).
+    Logs ``<name>/success``, the share of episodes that reach the goal, ``<name>/distance``, the mean final distance
+    from the goal, both with ``_trivial``, the values of uniformly random actions on the same episodes with the same
+    step limit, and ``<name>/steps``, the mean number of steps of the successful episodes (not logged if there are
+    none).
 
-    Episode i starts where the environment's ``reset((split, i))`` does. Its goal is where random actions lead from
-    there; the model sees it only as a picture. Distances are those of state vectors.
+    Episode i starts at ``environment.reset((split, i))``. Its goal is the state that random actions lead to from
+    there; the model receives it only as an image. Distances are Euclidean distances of state vectors.
 
     Args:
-        environment: to act in, with pictures of the size that the model's encoder takes.
-        planner: with the environment's actions, as one-hot vectors.
+        environment: environment that renders images of the size of the model's encoder.
+        planner: planner over the environment's actions, as one-hot vectors.
         name: prefix of the metrics.
-        episodes: how many.
-        goal_steps: random actions from the start to the goal; drawn anew until it is ``min_distance`` away.
-        min_distance, tolerance: at the start, and to count as reached; in the unit of the states.
-        max_steps: of an episode.
-        random_tries: how often the random policy plays each episode; its rate is the mean.
-        split: first number of the environment's seeds: 2 are the procedural world's test scenes.
-        seed: of the goals, the planner and the random policy.
+        episodes: number of episodes.
+        goal_steps: random actions from the start to the goal; drawn again until the goal is ``min_distance`` away.
+        min_distance: least distance of a goal from the start, in the unit of the states.
+        tolerance: distance at which a goal counts as reached, in the unit of the states.
+        max_steps: step limit of an episode.
+        random_tries: runs of the random policy per episode; its metrics are means over them.
+        split: first number of the environment's seeds; 2 selects the test scenes of the procedural world.
+        seed: seed of the goals, the planner and the random policy.
 
     Raises:
-        ValueError: for numbers below 1, a goal that counts as reached from the start or, at the end of training, one
-            that so few steps do not lead to.
+        ValueError: for numbers below 1, for a goal that counts as reached at the start and, at the end of training, if
+            ``goal_steps`` actions never lead ``min_distance`` away.
     """
 
     def __init__(
@@ -82,55 +86,43 @@ class ClosedLoop(Callback):
         split: int = 2,
         seed: int = 0,
     ):
-        for key, number in (
-            ("episodes", episodes),
-            ("goal_steps", goal_steps),
-            ("max_steps", max_steps),
-            ("random_tries", random_tries),
-        ):
+        counts = {"episodes": episodes, "goal_steps": goal_steps, "max_steps": max_steps, "random_tries": random_tries}
+        for key, number in counts.items():
             if number < 1:
                 raise ValueError(f"callbacks.{name}.{key}={number} must be at least 1.")
         if not 0 <= tolerance < min_distance:
             raise ValueError(
-                f"callbacks.{name}.tolerance={tolerance} and min_distance={min_distance}: every goal would be reached "
-                "before the first step, or none at all. Use 0 <= tolerance < min_distance."
+                f"callbacks.{name}.tolerance={tolerance} must be at least 0 and below callbacks.{name}.min_distance="
+                f"{min_distance}, or every goal is reached before the first step or none ever is."
             )
         self.environment, self.planner, self.name = environment, planner, name
-        self.episodes, self.goal_steps, self.max_steps, self.random_tries = (
-            episodes,
-            goal_steps,
-            max_steps,
-            random_tries,
-        )
+        self.episodes, self.goal_steps = episodes, goal_steps
+        self.max_steps, self.random_tries = max_steps, random_tries
         self.min_distance, self.tolerance, self.split, self.seed = min_distance, tolerance, split, seed
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        values = {f"{self.name}/{metric}": value for metric, value in self.measure(pl_module).items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
-        trainer.callback_metrics.update({metric: torch.tensor(value) for metric, value in values.items()})
+        if trainer.is_global_zero:
+            log_end_of_run(trainer, self.name, self.measure(pl_module))
 
     @torch.no_grad()
     def measure(self, task: Any) -> dict[str, float]:
-        """Metrics without their prefix.
+        """Returns the metrics without their prefix.
 
         Args:
-            task: has ``model``, a world model, ``normalize`` and ``device``.
+            task: task with ``model`` (a world model), ``normalize`` and ``device``.
         """
         task.model.eval()
         starts, goals = zip(*(self._episode(number) for number in range(self.episodes)))
         generator = torch.Generator().manual_seed(self.seed)
-        pictures = self._pictures(task, goals)
+        goal_images = self._images(task, goals)
 
-        def planned(states: list[State], going: list[int]) -> list[int]:
+        def plan(states: list[State], active: list[int]) -> list[int]:
             vectors = torch.tensor(np.stack([state.vector for state in states]), device=task.device).float()
-            seen = self._pictures(task, states)
-            actions = self.planner.plan(task.model, seen, vectors, pictures[going], generator)
+            images = self._images(task, states)
+            actions = self.planner.plan(task.model, images, vectors, goal_images[active], generator)
             return actions[:, 0].argmax(dim=-1).tolist()
 
-        reached, distance = self._play(starts, goals, planned)
+        reached, distance = self._play(starts, goals, plan)
         rng = np.random.default_rng((self.seed, 1))
         count = self.planner.actions.width
         tries = [
@@ -147,7 +139,7 @@ class ClosedLoop(Callback):
         }
 
     def _episode(self, number: int) -> tuple[State, State]:
-        """Start and goal."""
+        """Returns the start and the goal state of an episode."""
         rng = np.random.default_rng((self.seed, number))
         start = self.environment.reset((self.split, number))
         for _ in range(GOAL_DRAWS):
@@ -157,39 +149,40 @@ class ClosedLoop(Callback):
             if _distance(start, goal) >= self.min_distance:
                 return start, goal
         raise ValueError(
-            f"{GOAL_DRAWS} times, {self.goal_steps} random actions did not lead {self.min_distance} away from the "
-            f"start of episode {number}: raise callbacks.{self.name}.goal_steps, or lower min_distance."
+            f"callbacks.{self.name}.goal_steps={self.goal_steps} random actions did not lead min_distance="
+            f"{self.min_distance} away from the start of episode {number} in {GOAL_DRAWS} draws: raise goal_steps or "
+            "lower min_distance."
         )
 
     def _play(
         self, starts: tuple[State, ...], goals: tuple[State, ...], policy: Callable[[list[State], list[int]], list[int]]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Plays all episodes side by side.
+        """Runs all episodes in one batch.
 
         Args:
-            starts, goals: of the episodes.
-            policy: the states of the episodes that go on, and which these are -> an action for each.
+            starts, goals: states of each episode.
+            policy: maps the states and the indices of the unfinished episodes to one action each.
 
         Returns:
-            (episodes,) each: the number of steps in which the goal was reached, or -1; the distance from it at the end.
+            Two arrays (episodes,): the step at which the goal was reached, or -1; the final distance from it.
         """
         states, reached = list(starts), np.full(len(starts), -1)
         for step in range(1, self.max_steps + 1):
-            going = np.flatnonzero(reached < 0).tolist()
-            if not going:
+            active = np.flatnonzero(reached < 0).tolist()
+            if not active:
                 break
-            for number, action in zip(going, policy([states[i] for i in going], going), strict=True):
+            for number, action in zip(active, policy([states[i] for i in active], active), strict=True):
                 self.environment.state = states[number]
                 states[number] = self.environment.step(action)
                 if _distance(states[number], goals[number]) <= self.tolerance:
                     reached[number] = step
         return reached, np.array([_distance(state, goal) for state, goal in zip(states, goals, strict=True)])
 
-    def _pictures(self, task: Any, states: Sequence[State]) -> Tensor:
-        """What the model is shown of states: (B, C, H, W)."""
+    def _images(self, task: Any, states: Sequence[State]) -> Tensor:
+        """Returns the normalized images (B, C, H, W) of states."""
         video = torch.stack([self.environment.render(state) for state in states]).to(task.device)[:, :, None]
         return task.normalize(video.float().div(255))[:, :, 0]
 
 
-def _distance(one: State, other: State) -> float:
-    return float(np.linalg.norm(one.vector - other.vector))
+def _distance(a: State, b: State) -> float:
+    return float(np.linalg.norm(a.vector - b.vector))

@@ -1,9 +1,9 @@
-"""Is an encoder that predicts its own embeddings collapsing? Measures of it, and a callback that raises the alarm.
+"""Measures of representation collapse, and a callback that raises an alarm.
 
-The loss cannot tell: where every clip gets the same embedding it is perfect. Nor can one number: layer-normalised
-embeddings have a spread by construction, and collapse by all coming to lie on a line, which their rank shows. Tokens at
-different places differ, since positions do, also where an encoder no longer looks at the picture: so all is measured
-between clips, at one place at a time.
+The loss does not show a collapse: it is zero when every clip has the same embedding. No single measure does either:
+layer-normalized embeddings have a fixed spread and collapse onto a line, which only their rank shows. Tokens at
+different positions differ through their position embeddings even where the encoder ignores the video, so all measures
+compare clips at the same position.
 """
 
 import warnings
@@ -17,20 +17,19 @@ from torch import Tensor, nn
 
 
 def feature_std(latents: Tensor) -> Tensor:
-    """Standard deviation between clips, a dimension: (B, N, D) -> (D,), mean over the N places; the biased one."""
+    """Standard deviation over clips per dimension (biased), averaged over the N positions: (B, N, D) -> (D,)."""
     latents = latents.float()
     return (latents - latents.mean(dim=0)).square().mean(dim=0).sqrt().mean(dim=0)
 
 
 def effective_rank(latents: Tensor) -> Tensor:
-    """How many dimensions the differences between clips spread over: (B, N, D) -> scalar, 1 to D; 0 where there are
-    none.
+    """Effective rank of the differences between clips: (B, N, D) -> scalar, 1 to D; 0 if all clips are equal.
 
-    It is the exponential of the entropy of the singular values, as shares of their sum (Roy & Vetterli 2007), of the
-    tokens less the mean of their place.
+    Exponential of the entropy of the normalized singular values (Roy & Vetterli 2007) of the tokens minus the mean of
+    their position.
     """
     centred = (latents.double() - latents.double().mean(dim=0)).flatten(0, 1)
-    values = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0).sqrt()  # there are far more tokens than dimensions
+    values = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0).sqrt()  # D x D, as B N >> D
     total = values.sum()
     if total <= 1e-6 * latents.norm():
         return torch.zeros_like(total)
@@ -38,41 +37,43 @@ def effective_rank(latents: Tensor) -> Tensor:
 
 
 def cross_clip_cosine(latents: Tensor) -> Tensor:
-    """Mean cosine between the embeddings of two clips at the same place: (B, N, D) -> scalar; 1 where all are equal.
+    """Mean cosine similarity of two clips at the same position: (B, N, D) -> scalar; 1 if all clips are equal.
 
     Raises:
         ValueError: for a single clip.
     """
     clips = len(latents)
     if clips < 2:
-        raise ValueError("the cosine between clips needs two of them at least: use data.batch_size=2 or more.")
-    total = F.normalize(latents.float(), dim=2).sum(dim=0).square().sum(dim=1)  # (N,): over all pairs, with themselves
+        raise ValueError(
+            f"cross_clip_cosine of a batch of {clips} requires at least two clips: use data.batch_size=2 or more."
+        )
+    total = F.normalize(latents.float(), dim=2).sum(dim=0).square().sum(dim=1)  # (N,): over all pairs, i = j included
     return ((total - clips) / (clips * (clips - 1))).mean()
 
 
 def parameter_distance(online: nn.Module, target: nn.Module) -> Tensor:
-    """Euclidean distance of the weights of two equal networks, as a share of the second's length."""
-    mine, other = ([parameter.detach().float() for parameter in m.parameters()] for m in (online, target))
-    difference = torch.nn.utils.get_total_norm(torch._foreach_sub(mine, other))
-    return difference / torch.nn.utils.get_total_norm(other)
+    """Euclidean distance of the weights of two networks of one architecture, relative to the norm of the second."""
+    first, second = ([parameter.detach().float() for parameter in m.parameters()] for m in (online, target))
+    difference = torch.nn.utils.get_total_norm(torch._foreach_sub(first, second))
+    return difference / torch.nn.utils.get_total_norm(second)
 
 
 class CollapseMonitor(Callback):
-    """Watches the embeddings that a task predicts, on the training batches.
+    """Monitors the embeddings that a task predicts, on the training batches.
 
-    Logs ``collapse/target_std`` (mean over dimensions) and ``target_std_min`` (over dimensions), ``effective_rank``,
-    ``cross_clip_cosine``, ``ema_distance`` where the model has a target encoder, and ``alarm``: 1 from the moment that
-    ``patience`` looks in a row found a collapse, to the end of the run; 0 before. A collapse is a standard deviation
-    below ``min_std``, a rank below ``min_rank`` or a cosine above ``max_cosine``.
+    Logs ``collapse/target_std`` (mean over dimensions) and ``target_std_min`` (minimum), ``effective_rank``,
+    ``cross_clip_cosine``, ``ema_distance`` if the model has a target encoder, and ``alarm``: 0, and 1 for the rest of
+    the run once ``patience`` consecutive checks found a collapse. A collapse is a standard deviation below
+    ``min_std``, a rank below ``min_rank`` or a cosine above ``max_cosine``.
 
-    The task must have ``latents(video) -> (B, N, D)``, of scale 1: what it predicts.
+    The task must have ``latents(video) -> (B, N, D)``, the prediction targets, of unit scale.
 
     Args:
-        every_n_steps: optimiser steps between two looks, each a forward pass of the target encoder.
-        after_steps: steps at the start that raise no alarm: an untrained encoder's embeddings hardly differ.
-        min_std, min_rank, max_cosine: see above.
-        patience: looks in a row.
-        stop: end the run at the alarm.
+        every_n_steps: optimizer steps between two checks; each check is a forward pass of the target encoder.
+        after_steps: initial steps without alarm, since the embeddings of an untrained encoder hardly differ.
+        min_std, min_rank, max_cosine: thresholds of a collapse.
+        patience: consecutive checks before the alarm.
+        stop: stops training at the alarm.
 
     Raises:
         ValueError: for arguments out of range; when training begins, if the task has no ``latents``.
@@ -94,34 +95,34 @@ class CollapseMonitor(Callback):
             )
         self.every_n_steps, self.after_steps, self.patience, self.stop = every_n_steps, after_steps, patience, stop
         self.min_std, self.min_rank, self.max_cosine = min_std, min_rank, max_cosine
-        self._looked_at = -1
-        self._in_a_row, self.alarm = 0, False
+        self._last_step = -1
+        self._consecutive, self.alarm = 0, False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not hasattr(pl_module, "latents"):
             raise ValueError(
-                f"callbacks.collapse watches embeddings that a task predicts, and {type(pl_module).__name__} predicts "
-                "none: set callbacks.collapse=null, or choose task=latent_prediction."
+                f"callbacks.collapse requires a task that predicts embeddings, not task={type(pl_module).__name__}: "
+                "set callbacks.collapse=null, or use task=latent_prediction."
             )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step % self.every_n_steps or step == self._looked_at:
+        if step % self.every_n_steps or step == self._last_step:
             return
-        self._looked_at = step
+        self._last_step = step
         values = self._measure(trainer, pl_module, batch["video"])
         if step > self.after_steps:
-            self._judge(trainer, values)
-        shown = {f"collapse/{name}": value for name, value in values.items()}
-        pl_module.log_dict({**shown, "collapse/alarm": float(self.alarm)}, on_step=True, on_epoch=False, batch_size=1)
+            self._update_alarm(trainer, values)
+        metrics = {f"collapse/{name}": value for name, value in values.items()}
+        pl_module.log_dict({**metrics, "collapse/alarm": float(self.alarm)}, on_step=True, on_epoch=False, batch_size=1)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"in_a_row": self._in_a_row, "alarm": self.alarm}
+        return {"in_a_row": self._consecutive, "alarm": self.alarm}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._in_a_row, self.alarm = state_dict["in_a_row"], state_dict["alarm"]
+        self._consecutive, self.alarm = state_dict["in_a_row"], state_dict["alarm"]
 
     @torch.no_grad()
     def _measure(self, trainer: Trainer, pl_module: LightningModule, video: Tensor) -> dict[str, Tensor]:
@@ -138,20 +139,20 @@ class CollapseMonitor(Callback):
         model: Any = pl_module.model
         if getattr(model, "target_encoder", None) is not None:
             values["ema_distance"] = parameter_distance(model.encoder, model.target_encoder)
-        # the same on all processes: they must stop together
+        # equal on all processes, since they must stop together
         return {name: trainer.strategy.reduce(value, reduce_op="mean") for name, value in values.items()}
 
-    def _judge(self, trainer: Trainer, values: dict[str, Tensor]) -> None:
+    def _update_alarm(self, trainer: Trainer, values: dict[str, Tensor]) -> None:
         std, rank, cosine = (float(values[name]) for name in ("target_std", "effective_rank", "cross_clip_cosine"))
         collapsed = std < self.min_std or rank < self.min_rank or cosine > self.max_cosine
-        self._in_a_row = self._in_a_row + 1 if collapsed else 0
-        if self._in_a_row < self.patience or self.alarm:
+        self._consecutive = self._consecutive + 1 if collapsed else 0
+        if self._consecutive < self.patience or self.alarm:
             return
         self.alarm = True
         warnings.warn(
             f"collapse at step {trainer.global_step}: between clips the predicted embeddings have a standard deviation "
-            f"of {std:.3g} (alarm below {self.min_std}), an effective rank of {rank:.3g} (below {self.min_rank}), a "
-            f"cosine of {cosine:.4g} (above {self.max_cosine}). A falling loss means nothing now. Raise the momentum, "
+            f"of {std:.3g} (alarm below {self.min_std}), an effective rank of {rank:.3g} (below {self.min_rank}) and a "
+            f"cosine of {cosine:.4g} (above {self.max_cosine}). The loss is no longer meaningful: raise the momentum, "
             "lower optimizer.lr, or use SIGReg.",
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""Does a trained model make what its captions say? Clips of moving shapes, judged by rules at the end of a run."""
+"""Rule-based evaluation of clips generated from captions of moving shapes, at the end of a run."""
 
 import itertools
 from typing import Any
@@ -7,20 +7,22 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from blueberry_video.evaluation.moving_shapes import COLOURS, DIRECTIONS, SHAPES, accuracies, caption_labels
+from blueberry_video.evaluation.end_of_run import log_end_of_run
+from blueberry_video.evaluation.shape_metrics import COLOURS, DIRECTIONS, SHAPES, accuracies, caption_labels
 
 
 class GeneratedShapes(Callback):
-    """Samples clips of all 36 captions of moving shapes, equally many of each, and logs the share that shows what was
-    asked for: ``sampling/colour``, ``sampling/shape`` and ``sampling/direction``, each with ``_trivial``, what chance
-    gets, and ``sampling/direction_shuffled``, of the same clips with their frames in random order.
+    """Samples clips for all 36 captions of moving shapes, equally many each, and logs how many match their caption.
+
+    Logs the shares ``sampling/colour``, ``sampling/shape`` and ``sampling/direction``, each with ``_trivial`` (chance
+    level), and ``sampling/direction_shuffled``, of the same clips with shuffled frames.
 
     The task must have ``generate(captions, generator) -> (B, 3, T, H, W)`` in [-1, 1].
 
     Args:
-        clips: how many; a multiple of 36.
-        batch_size: clips that are sampled together.
-        seed: of the noise, and of the order of the frames.
+        clips: number of clips, a multiple of 36.
+        batch_size: clips sampled together.
+        seed: seed of the noise and of the frame orders.
 
     Raises:
         ValueError: for numbers out of range.
@@ -29,22 +31,18 @@ class GeneratedShapes(Callback):
     def __init__(self, clips: int = 144, batch_size: int = 72, seed: int = 0) -> None:
         if clips < 36 or clips % 36 or batch_size < 1:
             raise ValueError(
-                f"callbacks.sampling.clips={clips} and batch_size={batch_size}: use a multiple of 36 captions, such as "
-                "144, and batches of 1 or more."
+                f"callbacks.sampling.clips={clips} must be a multiple of the 36 captions, such as 144, and "
+                f"callbacks.sampling.batch_size={batch_size} at least 1."
             )
         self.clips, self.batch_size, self.seed = clips, batch_size, seed
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        values = {f"sampling/{name}": value for name, value in self.measure(pl_module).items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        if trainer.is_global_zero:
+            log_end_of_run(trainer, "sampling", self.measure(pl_module))
 
     @torch.no_grad()
     def measure(self, task: Any) -> dict[str, float]:
-        """Metrics without their prefix."""
+        """Returns the metrics without their prefix."""
         classes = itertools.product(COLOURS, SHAPES, DIRECTIONS)
         captions = [f"a {colour} {shape} moves {direction}" for colour, shape, direction in classes]
         captions *= self.clips // len(captions)

@@ -1,4 +1,4 @@
-"""Accuracies, of single clips and of videos seen as several, and the control that a claim about motion must survive."""
+"""Accuracy, multi-view accuracy and mean class recall, and frame shuffling as a control of motion."""
 
 import re
 from itertools import chain
@@ -8,78 +8,76 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-VIEW = re.compile(r".+#\d+(\.\d+)?")  # the id of one view of a video
+VIEW = re.compile(r".+#\d+(\.\d+)?")  # id of one view of a video
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share in [0, 1], a scalar, of rows of ``logits`` (N, classes) whose largest entry is that of ``labels`` (N,)."""
+    """Top-1 accuracy in [0, 1], a scalar, of ``logits`` (N, classes) against ``labels`` (N,)."""
     return (logits.argmax(dim=1) == labels).float().mean()
 
 
 def recalled_by_class(logits: Tensor, labels: Tensor, k: int = 5) -> Tensor:
-    """Clips a class whose class is among the ``k`` best-scored, and clips a class: long (2, classes), to be summed over
-    batches.
+    """Returns the number of recalled clips and of all clips per class: long (2, classes), to be summed over batches.
+
+    A clip is recalled if its class is among the ``k`` highest logits.
 
     Args:
-        logits: (N, classes), of which there may be fewer than k.
+        logits: (N, classes); ``k`` may exceed the number of classes.
         labels: (N,) long.
 
     Raises:
-        ValueError: for a label that is no class.
+        ValueError: for a label outside the classes.
     """
     classes = logits.shape[1]
     if ((labels < 0) | (labels >= classes)).any():
         raise ValueError(
-            f"labels go from {int(labels.min())} to {int(labels.max())}, but there are scores of classes 0 to "
-            f"{classes - 1}: set model.num_classes to those of the data."
+            f"labels from {int(labels.min())} to {int(labels.max())} must be in 0 to {classes - 1}, the classes of the "
+            "logits: set model.num_classes to the number of classes of the data."
         )
     found = (logits.topk(min(k, classes), dim=1).indices == labels[:, None]).any(dim=1)
     return torch.stack([labels[found].bincount(minlength=classes), labels.bincount(minlength=classes)])
 
 
 def mean_class_recall(counts: Tensor) -> Tensor:
-    """The measure of action anticipation on EPIC-KITCHENS-100 (arXiv 2006.13256), a scalar in [0, 1]: the recall of a
-    class at k, mean over the classes that occur, however often.
+    """Mean recall at k over the classes that occur, a scalar in [0, 1].
+
+    This is the metric of action anticipation on EPIC-KITCHENS-100 (arXiv 2006.13256).
 
     Args:
-        counts: (2, classes), a sum of what :func:`recalled_by_class` gives.
+        counts: (2, classes), sum of the outputs of :func:`recalled_by_class`.
     """
     recalled, clips = counts[:, counts[1] > 0]
     return (recalled / clips).mean()
 
 
 def within_pair_correct(logits: Tensor, labels: Tensor, pairs: tuple[tuple[int, int], ...]) -> Tensor:
-    """Which clips are told from their reversal: bool (M,) for the M clips whose class is in a pair; the chance of
-    each is 0.5.
+    """Returns which clips are distinguished from their reversal: bool (M,) for the M clips with a class in a pair.
 
-    Only the two logits of the clip's own pair count. Classes that are each other played backwards hold the same
-    frames, so a model that ignores the order of frames cannot do better than chance here, however well it does
-    between pairs.
+    Only the two logits of the clip's pair are compared, so chance level is 0.5. Classes that are each other played
+    backwards contain the same frames, so a model that ignores frame order cannot exceed chance level, however well it
+    separates the pairs.
 
     Args:
         logits: (N, classes).
         labels: (N,) long.
-        pairs: the pairs of classes.
+        pairs: pairs of classes that are each other played backwards.
     """
     correct = [labels.new_empty(0, dtype=torch.bool)]
     for first, second in pairs:
         rows = (labels == first) | (labels == second)
-        says_first = logits[rows, first] > logits[rows, second]
-        correct.append(says_first == (labels[rows] == first))
+        predicts_first = logits[rows, first] > logits[rows, second]
+        correct.append(predicts_first == (labels[rows] == first))
     return torch.cat(correct)
 
 
 def shuffle_frames(video: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Puts the frames of each clip (B, C, T, H, W) in a random order of its own:
-
-    the same pictures without their motion.
-    """
+    """Shuffles the frames of each clip (B, C, T, H, W) in an independent random order, which removes the motion."""
     order = torch.rand(video.shape[0], video.shape[2], generator=generator).argsort(dim=1).to(video.device)
     return video.gather(2, order[:, None, :, None, None].expand_as(video))
 
 
 class _Views(NamedTuple):
-    """Of a batch: the ids of its M views, and label -> scores (M, classes) and label -> classes (M,)."""
+    """M views of a batch: ids, and per label softmax scores (M, classes) and true classes (M,)."""
 
     ids: list[str]
     scores: dict[str, Tensor]
@@ -87,19 +85,20 @@ class _Views(NamedTuple):
 
 
 class ViewScores:
-    """Accuracies over videos that are each shown as several views (clips and crops), whose softmax scores are averaged:
-    the field's test protocol, such as 5 clips x 3 crops on Kinetics (github.com/MCG-NJU/VideoMAE).
+    """Multi-view accuracy: softmax scores are averaged over the views (clips and crops) of each video.
 
-    A view's id is its video's, ``#``, the number of its clip and, where there are several crops of it, ``.`` and that
-    of the crop: ``cooking/17.mp4#4.2``. Clips with other ids are passed over. A view that comes twice, as from samplers
-    that fill up a batch, counts once.
+    This is the usual test protocol, such as 5 clips x 3 crops on Kinetics (github.com/MCG-NJU/VideoMAE).
+
+    The id of a view is the id of its video, ``#``, the clip number and, if there are several crops, ``.`` and the crop
+    number: ``cooking/17.mp4#4.2``. Clips with other ids are ignored. A repeated view, as from samplers that pad a
+    batch, counts once.
     """
 
     def __init__(self) -> None:
         self._batches: list[_Views] = []
 
     def add(self, ids: list[str], logits: dict[str, Tensor], labels: dict[str, Tensor]) -> None:
-        """Keeps the scores of a batch: ``ids`` of its B clips, ``logits`` label -> (B, classes), ``labels`` -> (B,)."""
+        """Adds a batch: ``ids`` of its B clips, ``logits`` label -> (B, classes), ``labels`` label -> (B,)."""
         rows = [row for row, clip in enumerate(ids) if VIEW.fullmatch(clip)]
         if rows:
             scores = {name: values[rows].float().softmax(dim=1).cpu() for name, values in logits.items()}
@@ -107,9 +106,9 @@ class ViewScores:
             self._batches.append(_Views([ids[row] for row in rows], scores, truth))
 
     def accuracies(self) -> dict[str, float]:
-        """Label -> share in [0, 1] of the videos that are classified rightly, over all processes; none without views.
+        """Returns label -> accuracy in [0, 1] over the videos of all processes, or ``{}`` without views, and resets.
 
-        Every process must call it, and gets the same. Begins anew.
+        All processes must call it; each gets the same result.
         """
         batches, self._batches = self._batches, []
         if dist.is_available() and dist.is_initialized():

@@ -1,7 +1,7 @@
-"""How much a frozen encoder knows (probes), and how much it helps (fine-tuning on few labels).
+"""Supervised training of small heads: probes of a frozen encoder and fine-tuning on few labels.
 
-Each is one small supervised training on clips in memory. It draws from its own generator and leaves the encoder it is
-given as it was, so that a run comes out the same with and without it.
+Clips are held in memory. Each training uses its own generator and leaves the given encoder unchanged, so a run is
+bit-identical with and without it.
 """
 
 import copy
@@ -30,36 +30,36 @@ class LabelledClips:
 
     @classmethod
     def of(cls, dataset: Dataset, count: int, names: tuple[str, ...]) -> "LabelledClips":
-        """The first ``count`` clips of a dataset, with the labels named.
+        """Returns the first ``count`` clips of a dataset, with the labels ``names``.
 
         Raises:
-            ValueError: if the dataset is smaller than that, or its clips lack a label.
+            ValueError: if the dataset has fewer clips, or its clips lack a label.
         """
         size = len(dataset)  # type: ignore[arg-type]
         if size < count:
-            raise ValueError(f"{count} labelled clips were asked for but the dataset has {size}: ask for fewer.")
+            raise ValueError(f"count={count} labeled clips exceed the {size} clips of the dataset: use at most {size}.")
         clips = [dataset[i] for i in range(count)]
         missing = [name for name in names if name not in clips[0].get("labels", {})]
         if missing:
             known = ", ".join(clips[0].get("labels", {})) or "none"
-            raise ValueError(f"the clips have no label {missing[0]!r}: choose among their labels ({known}).")
+            raise ValueError(f"label={missing[0]!r} is not a label of the clips: use one of theirs ({known}).")
         labels = {name: torch.tensor([clip["labels"][name] for clip in clips]) for name in names}
         return cls(torch.stack([clip["video"] for clip in clips]), labels)
 
     def shuffled(self, seed: int) -> "LabelledClips":
-        """The same clips, the frames of each in a random order."""
+        """Returns the clips with the frames of each in a random order."""
         generator = torch.Generator().manual_seed(seed)
         return LabelledClips(shuffle_frames(self.video.transpose(1, 2), generator).transpose(1, 2), self.labels)
 
 
 @dataclass
 class Recipe:
-    """A small supervised training: AdamW, warm-up over the first tenth of the steps, then a cosine to 0.
+    """Training settings: AdamW with warm-up over the first tenth of the steps, then cosine decay to 0.
 
     Args:
-        steps, batch_size: budget.
-        lr, weight_decay: of AdamW.
-        seed: of initial weights and sample order.
+        steps, batch_size: number of steps and clips per step.
+        lr, weight_decay: settings of AdamW.
+        seed: seed of the initial weights and the sample order.
     """
 
     steps: int
@@ -71,7 +71,7 @@ class Recipe:
 
 @torch.no_grad()
 def encode(encoder: Encoder, video: Tensor, normalize: Normalize, batch_size: int = 64) -> Tensor:
-    """Tokens (N, tokens, D) on the CPU of clips uint8 (N, T, C, H, W), without augmentation."""
+    """Encodes clips uint8 (N, T, C, H, W) to tokens (N, tokens, D) on the CPU, without augmentation."""
     device = next(encoder.parameters()).device
     encoder.eval()
     return torch.cat([encoder(_inputs(part, normalize, device)).float().cpu() for part in video.split(batch_size)])
@@ -80,7 +80,7 @@ def encode(encoder: Encoder, video: Tensor, normalize: Normalize, batch_size: in
 def fit_probe(
     tokens: Tensor, labels: dict[str, Tensor], num_classes: dict[str, int], pooling: str, recipe: Recipe
 ) -> ClassificationHead:
-    """Trains a head on the tokens (N, tokens, D) of a frozen encoder; ``pooling``: see :class:`ClassificationHead`."""
+    """Trains a :class:`ClassificationHead` with ``pooling`` on the tokens (N, tokens, D) of a frozen encoder."""
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         head = ClassificationHead(tokens.shape[-1], num_classes, pooling)
@@ -91,7 +91,7 @@ def fit_probe(
 def fine_tune(
     encoder: Encoder, clips: LabelledClips, num_classes: dict[str, int], normalize: Normalize, recipe: Recipe
 ) -> tuple[Encoder, ClassificationHead]:
-    """Trains a copy of the encoder with a mean-pooling head, end to end. Gives the copy and the head, on the CPU."""
+    """Trains a copy of the encoder and a mean-pooling head end to end; returns the copy and the head (on the CPU)."""
     device = next(encoder.parameters()).device
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
@@ -103,7 +103,7 @@ def fine_tune(
 
 
 def _fit(model: nn.Module, inputs: Callable[[Tensor], Tensor], labels: dict[str, Tensor], recipe: Recipe) -> None:
-    """Trains ``model`` in place, from a batch of indices through ``inputs`` to logits; leaves it in evaluation mode."""
+    """Trains ``model`` in-place on ``inputs(indices)``, cross-entropy averaged over labels; leaves it in eval mode."""
     size = len(next(iter(labels.values())))
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -115,7 +115,7 @@ def _fit(model: nn.Module, inputs: Callable[[Tensor], Tensor], labels: dict[str,
     order = torch.empty(0, dtype=torch.long)
     with torch.enable_grad():
         for _ in range(recipe.steps):
-            while len(order) < recipe.batch_size:  # epochs run into each other: every clip comes equally often
+            while len(order) < recipe.batch_size:  # batches span epochs, so every clip is used equally often
                 order = torch.cat([order, torch.randperm(size, generator=generator)])
             index, order = order[: recipe.batch_size], order[recipe.batch_size :]
             logits = model(inputs(index))
@@ -131,13 +131,13 @@ def _fit(model: nn.Module, inputs: Callable[[Tensor], Tensor], labels: dict[str,
 def score(
     predict: Callable[[Tensor], dict[str, Tensor]], inputs: Tensor, labels: dict[str, Tensor], pairs: Pairs
 ) -> dict[str, float]:
-    """Accuracies of a classifier: label -> accuracy and, for labels with reversal pairs, ``<label>_within_pairs``.
+    """Returns label -> accuracy and, for labels with reversal pairs, ``<label>_within_pairs``.
 
     Args:
-        predict: a batch of ``inputs`` -> logits by label.
-        inputs: (N, …), taken 64 at a time.
-        labels: name -> (N,).
-        pairs: label -> its reversal pairs.
+        predict: maps a batch of ``inputs`` to logits by label.
+        inputs: (N, …), processed in batches of 64.
+        labels: label -> true classes (N,).
+        pairs: label -> reversal pairs.
     """
     parts = [predict(part) for part in inputs.split(64)]
     values = {}
@@ -151,5 +151,5 @@ def score(
 
 
 def _inputs(video: Tensor, normalize: Normalize, device: torch.device) -> Tensor:
-    """uint8 (N, T, C, H, W) -> what an encoder takes."""
+    """Converts clips uint8 (N, T, C, H, W) to the input (N, C, T, H, W) of an encoder."""
     return normalize(video.to(device).transpose(1, 2).float().div(255))

@@ -1,4 +1,4 @@
-"""What a predictor without parameters gets: the line below which a loss begins to mean something."""
+"""Baselines without parameters, which a trained loss or accuracy is compared with."""
 
 import torch
 from torch import Tensor
@@ -10,22 +10,22 @@ from blueberry_video.nn.patches import gather_tokens, token_mse
 def trivial_patch_losses(
     patches: Tensor, keep: Tensor, target: Tensor, grid: tuple[int, int, int], scored: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Mean squared error of three predictors of hidden, normalised patches.
+    """Mean squared error of three baselines that predict masked, normalized patches.
 
     Args:
-        patches: (B, N, K) per-patch normalised pixels, flattened.
+        patches: (B, N, K) per-patch normalized pixels, flattened.
         keep: (B, N_visible) indices of the visible patches.
-        target: (B, N_target) indices of the hidden ones.
+        target: (B, N_target) indices of the masked patches.
         grid: number of patches along (t, h, w).
-        scored: (B, N_target) bool: which of the targets count; all if ``None``.
+        scored: (B, N_target) bool, which targets count; ``None`` for all.
 
     Returns:
         Scalars by name: ``zero`` predicts 0, the mean of every patch; ``mean`` the mean of the clip's visible
             patches; ``nearest`` a copy of the nearest visible patch (Euclidean in the grid; the first of several).
     """
     truth, visible = gather_tokens(patches, target), gather_tokens(patches, keep)
-    places = torch.cartesian_prod(*(torch.arange(n, device=patches.device) for n in grid)).float()  # (N, 3)
-    nearest = torch.cdist(places[target], places[keep]).argmin(dim=2)  # (B, N_target) into keep
+    positions = torch.cartesian_prod(*(torch.arange(n, device=patches.device) for n in grid)).float()  # (N, 3)
+    nearest = torch.cdist(positions[target], positions[keep]).argmin(dim=2)  # (B, N_target) into keep
     predictions = {
         "zero": torch.zeros_like(truth),
         "mean": visible.mean(dim=1, keepdim=True).expand_as(truth),
@@ -35,16 +35,16 @@ def trivial_patch_losses(
 
 
 def trivial_latent_losses(latents: Tensor, keep: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """Mean absolute error of three predictors of hidden embeddings, which know the means of the batch.
+    """Mean absolute error of three baselines that predict masked embeddings from means of the batch.
 
     Args:
-        latents: (B, N, D), of all tokens of the clips.
-        keep: (B, N_visible) indices of the visible ones.
-        target: (B, N_target) indices of the hidden ones.
+        latents: (B, N, D), embeddings of all tokens of the clips.
+        keep: (B, N_visible) indices of the visible tokens.
+        target: (B, N_target) indices of the masked tokens.
 
     Returns:
-        Scalars by name: ``mean`` predicts the mean of all embeddings; ``place`` the mean over clips of those at the
-            same place; ``clip`` the mean of the clip's visible ones.
+        Scalars by name: ``mean`` predicts the mean of all embeddings; ``place`` the mean over clips at the same
+            position; ``clip`` the mean of the clip's visible embeddings.
     """
     predictions = {
         "mean": latents.mean(dim=(0, 1)).expand_as(latents),
@@ -56,17 +56,17 @@ def trivial_latent_losses(latents: Tensor, keep: Tensor, target: Tensor) -> dict
 
 
 def trivial_denoising_losses(objective: Objective, clean: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
-    """Mean squared error of two predictors of a diffusion objective's target that do not look at the noisy latents.
+    """Mean squared error of two baselines that predict the target of a diffusion objective without the noisy latents.
 
     Args:
-        objective: that is trained.
+        objective: training objective.
         clean, noise: (B, C, T, H, W).
-        t: (B,) or (B, T), times in [0, 1].
+        t: times (B,) or (B, T) in [0, 1].
 
     Returns:
-        Scalars by name: ``zero`` predicts 0; ``mean`` what the mean latents of the batch and no noise would give: the
-            best constant, but for the share 1 / B of the variance of the latents by which a batch knows its own mean.
-            Of a flow it is 1 plus that variance.
+        Scalars by name: ``zero`` predicts 0; ``mean`` the target of the batch's mean latents and zero noise. ``mean``
+            is the best constant, up to 1 / B of the variance of the latents, since the mean includes the clip itself.
+            For a flow it is 1 plus that variance.
     """
     truth = objective.target(clean, noise, t)
     average = clean.mean(dim=0, keepdim=True).expand_as(clean)
@@ -75,5 +75,5 @@ def trivial_denoising_losses(objective: Objective, clean: Tensor, noise: Tensor,
 
 
 def majority_share(labels: Tensor) -> float:
-    """Accuracy of always naming the most frequent class of ``labels`` (N,) long."""
+    """Accuracy of always predicting the most frequent class of ``labels``, long (N,)."""
     return labels.bincount().max().item() / len(labels)

@@ -1,1 +1,1 @@
-"""What a run leaves behind: folder, metrics, verdicts, report."""
+"""Results of a run: run folder, metrics, loggers, checkpoints, verdicts, report."""

@@ -1,4 +1,4 @@
-"""Curves of a run's metrics as SVG that takes its colours from the page around it, for light and dark alike."""
+"""Metric curves of a run as SVG; colors are CSS variables of the surrounding page, for light and dark themes."""
 
 import io
 import re
@@ -17,21 +17,21 @@ Curve = Sequence[tuple[int, float]]
 STAGES = ("train", "val", "test")
 REFERENCE_COLORS = ("#d9730d", "#b83280", "#0f8b8d", "#8a63d2", "#6b7280", "#a16207")
 MAX_POINTS = 400
-# Drawn with colours that occur nowhere else, which are then replaced by the page's own.
+# Matplotlib draws with these placeholder colors, which are then replaced by CSS variables.
 PAGE_COLORS = {"#010203": "var(--ink)", "#040506": "var(--soft)", "#070809": "var(--line)", "#0a0b0c": "var(--accent)"}
 INK, SOFT, LINE, ACCENT = PAGE_COLORS
 COLORS = {"train": SOFT, "val": ACCENT, "test": "#13795b", "": ACCENT}
 
 
 def plot_curves(curves: Mapping[str, Curve]) -> Iterator[tuple[str, str]]:
-    """Title and ``<svg>`` of each chart: ``train/x`` and ``val/x`` in one, what ``x`` is compared with as dashed lines.
+    """Yields title and ``<svg>`` of each chart: ``train/x`` and ``val/x`` share one, with references of ``x`` dashed.
 
-    Metrics with one value, measured at the end, are in the tables and have no chart.
+    Metrics with a single value, measured at the end, have no chart; they are in the tables.
 
     Args:
         curves: metric -> [(step, value)], see :func:`~blueberry_video.experiment.metrics_table.read_curves`.
     """
-    references = {name: base for name in curves if (base := _compared_with(name, curves))}
+    references = {name: base for name in curves if (base := _base_metric(name, curves))}
     groups: dict[str, list[str]] = {}
     for name in curves:
         if name not in references and name != "epoch":
@@ -49,14 +49,14 @@ def _split(name: str) -> tuple[str, str]:
     return (stage, rest) if stage in STAGES and rest else ("", name)
 
 
-def _compared_with(name: str, curves: Mapping[str, Curve]) -> str | None:
+def _base_metric(name: str, curves: Mapping[str, Curve]) -> str | None:
     """``val/loss_trivial`` and ``val/loss_trivial_mean`` -> ``val/loss``, where that was logged."""
     match = re.fullmatch(rf"(.+?)_(?:{'|'.join(REFERENCES)})(?:_.+)?", name)
     return match[1] if match and match[1] in curves else None
 
 
 def _chart(title: str, curves: Mapping[str, Curve], references: Mapping[str, float]) -> str:
-    # The salt makes the names inside the SVG differ from those of the page's other charts.
+    # The salt makes the ids inside the SVG differ from those of the other charts on the page.
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif", "font.size": 9}
     with rc_context(settings):
         figure = Figure(figsize=(4.2, 2.5), layout="constrained")
@@ -74,8 +74,8 @@ def _chart(title: str, curves: Mapping[str, Curve], references: Mapping[str, flo
         figure.savefig(text, format="svg", transparent=True)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
-    for drawn, own in PAGE_COLORS.items():
-        svg = svg.replace(drawn, own)
+    for placeholder, variable in PAGE_COLORS.items():
+        svg = svg.replace(placeholder, variable)
     return svg
 
 
@@ -84,7 +84,7 @@ def _common_prefix(name: str, curves: Mapping[str, Curve]) -> str:
 
 
 def _thinned(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-    """At most ``MAX_POINTS`` points: means over equally many neighbours."""
+    """Returns at most ``MAX_POINTS`` points: means over groups of neighboring points of equal size."""
     points = np.array([(step, value) for step, value in curve if np.isfinite(value)]).reshape(-1, 2)
     if len(points) > MAX_POINTS:
         points = np.array([part.mean(axis=0) for part in np.array_split(points, MAX_POINTS)])

@@ -1,28 +1,28 @@
-"""Whether a run keeps what its experiment's config expects.
+"""Checks that a run meets the expected values of its config.
 
 ``python -m blueberry_video.experiment.gate outputs/<experiment>[/<run>]``, by default the newest run.
 
-Exits with 1 where an expected value is missed, the run did not finish, or the experiment expects nothing.
+Exits with 1 if an expected value is missed, the run did not finish, or the config has no ``expected`` section.
 """
 
 import sys
 
 from blueberry_video.experiment.expected import Verdict
-from blueberry_video.experiment.run_folder import RunFolder
+from blueberry_video.experiment.run_folder import RunFolder, parse_run
 
 
 def gate(run: RunFolder) -> tuple[bool, str]:
-    """Whether the run passes, and why (not)."""
+    """Returns whether the run passes, and a text with the verdicts."""
     record = run.record
     title = f"{run.experiment} / {run.name}"
     if record["status"] != "finished":
-        return False, f"{title}: {record['status']}, so nothing was measured. {record['error'] or ''}".rstrip()
-    verdicts = [Verdict(**verdict) for verdict in record["expected"]]
-    if not verdicts:
         return (
             False,
-            f"{title}: its config expects nothing; add `expected: {{val/motion: {{at_least: 0.6}}}}` to it.",
+            f"{title}: status is {record['status']}, not finished. {record['error'] or ''}".rstrip(),
         )
+    verdicts = [Verdict(**verdict) for verdict in record["expected"]]
+    if not verdicts:
+        return False, f"{title}: `expected` is empty in its config: add `expected: {{val/motion: {{at_least: 0.6}}}}`."
     missed = sum(not verdict.met for verdict in verdicts)
     result = (
         f"{missed} of {len(verdicts)} expected values missed" if missed else f"all {len(verdicts)} expected values met"
@@ -32,10 +32,7 @@ def gate(run: RunFolder) -> tuple[bool, str]:
 
 def main(arguments: list[str]) -> int:
     """Prints the verdicts of the run in ``arguments[0]``; returns the exit code."""
-    if len(arguments) != 1:
-        print("usage: python -m blueberry_video.experiment.gate outputs/<experiment>[/<run>]", file=sys.stderr)
-        return 2
-    passed, text = gate(RunFolder.open(arguments[0]))
+    passed, text = gate(parse_run("blueberry_video.experiment.gate", arguments))
     print(text)
     return 0 if passed else 1
 

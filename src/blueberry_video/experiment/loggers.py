@@ -1,4 +1,4 @@
-"""Where metrics go: ``metrics.csv`` always, Weights & Biases on request; both carry on where a resumed run left off."""
+"""Loggers: ``metrics.csv`` (always used) and Weights & Biases (optional). Both continue the logs of a resumed run."""
 
 import json
 import os
@@ -20,12 +20,12 @@ from blueberry_video.experiment.run_folder import RunFolder
 
 
 class MetricsCSV(Logger):
-    """Writes the run's ``metrics.csv``, see :class:`~blueberry_video.experiment.metrics_table.MetricsTable`.
+    """Logger that writes ``metrics.csv``, see :class:`~blueberry_video.experiment.metrics_table.MetricsTable`.
 
-    On resume, ``Checkpoints`` has dropped the rows of steps that the checkpoint has not seen before the first call.
+    On resume, ``Checkpoints`` drops the rows of later steps than the checkpoint's before the first call.
 
     Args:
-        run: the folder the file lies in.
+        run: the run folder.
     """
 
     def __init__(self, run: RunFolder) -> None:
@@ -46,7 +46,7 @@ class MetricsCSV(Logger):
         return str(self._run.path)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: ``config.yaml`` holds them."""
+        """Does nothing: ``config.yaml`` contains the hyper-parameters."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -56,17 +56,17 @@ class MetricsCSV(Logger):
 
 
 class Wandb(WandbLogger):
-    """Logs to Weights & Biases: online where a key is set, else offline, for ``wandb sync`` and ``wandb leet`` to read.
+    """Weights & Biases logger: online if an API key is set, otherwise offline (for ``wandb sync`` or ``wandb leet``).
 
-    One row a step is sent, when the next step begins. A resumed run has the same id and becomes one run on the server:
-    steps that wandb already has are not sent again, and those that it lost in the crash are sent from ``metrics.csv``.
+    Sends one row per step, when the next step begins. A resumed run keeps its id, so it is a single run on the server:
+    steps that wandb already has are not sent again, and steps lost in a crash are sent from ``metrics.csv``.
 
     Args:
-        run: the folder; its experiment is the wandb group, its name the wandb name.
+        run: the run folder; the experiment's name is the wandb group, the run's name the wandb name.
         project: the wandb project.
-        entity: the wandb team or user; ``None`` is the key's default.
-        tags: labels of the run.
-        mode: ``online``, ``offline``, or ``auto``: ``WANDB_MODE`` where it is set, else online if there is a key in
+        entity: the wandb team or user; ``None`` is the default of the API key.
+        tags: tags of the run.
+        mode: ``online``, ``offline``, or ``auto``: ``WANDB_MODE`` if set, otherwise online if there is a key in
             ``WANDB_API_KEY`` or in the netrc file.
     """
 
@@ -100,7 +100,7 @@ class Wandb(WandbLogger):
 
     @property
     def experiment(self) -> Any:
-        """The wandb run; the first access starts it, or carries it on in a resumed run."""
+        """The wandb run; the first access starts it, or continues it in a resumed run."""
         starting = self._experiment is None and rank_zero_only.rank == 0  # type: ignore[attr-defined]
         if starting:
             self._sent_step = last_wandb_step(self._run.path / "wandb") if self._run.resumed else -1
@@ -108,7 +108,7 @@ class Wandb(WandbLogger):
             run = super().experiment
         except wandb.errors.CommError as error:
             rank_zero_info(
-                f"wandb cannot be reached ({error}): this run is logged offline, `wandb sync` uploads it later."
+                f"wandb is unreachable ({error}): the run is logged offline; upload it later with `wandb sync`."
             )
             self._wandb_init["mode"] = self._mode = "offline"
             run = super().experiment
@@ -118,7 +118,7 @@ class Wandb(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Adds to the row of ``step``; media objects too. ``None`` is the row that is open."""
+        """Adds metrics or media objects to the row of ``step``; ``None`` is the current row."""
         _ = self.experiment
         step = max(self._row_step, 0) if step is None else step
         if self._run.resumed and self._row_step < 0:
@@ -130,12 +130,12 @@ class Wandb(WandbLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Sends the last row. Lightning calls it after each fit and validation; the wandb run ends in :meth:`close`."""
+        """Sends the last row. Lightning calls this after each fit and validation; :meth:`close` ends the wandb run."""
         if self._experiment is not None:
             self._send()
 
     def close(self, succeeded: bool) -> None:
-        """Ends the wandb run, so that another one can begin in this process."""
+        """Ends the wandb run, so that a new one can start in this process."""
         if self._experiment is not None:
             self._send()
             self._experiment.finish(exit_code=0 if succeeded else 1)
@@ -148,13 +148,13 @@ class Wandb(WandbLogger):
                 "id": self._id,
                 "mode": self._mode,
                 "url": run.url if self._mode == "online" else None,
-                # wandb makes a folder for each process: of a resumed run, the one that holds them all shows the whole.
+                # wandb creates a folder per process; their parent shows all of a resumed run.
                 "folder": "wandb" if self._run.resumed else str(Path(run.dir).parent.relative_to(self._run.path)),
             }
         )
 
     def _send_lost(self, step: int) -> None:
-        """Before the first metrics of a resumed run: the rows up to ``step`` that wandb may have lost."""
+        """Sends the rows up to ``step`` that wandb may have lost, before the first metrics of a resumed run."""
         for earlier, row in read_steps(self._run.path / "metrics.csv").items():
             if earlier <= step:
                 self._send()
@@ -168,7 +168,7 @@ class Wandb(WandbLogger):
 
 
 def wandb_mode() -> Literal["online", "offline", "disabled"]:
-    """``WANDB_MODE`` where set, else online if wandb has a key for its server; asks no server."""
+    """Returns ``WANDB_MODE`` if set, otherwise online if there is a key for the server; makes no request."""
     mode = os.environ.get("WANDB_MODE", "")
     if mode in ("online", "offline", "disabled"):
         return mode  # type: ignore[return-value]
@@ -178,7 +178,7 @@ def wandb_mode() -> Literal["online", "offline", "disabled"]:
 
 
 def last_wandb_step(folder: Path) -> int:
-    """The newest step that wandb wrote to its files before it ended or was killed; -1 where it wrote none."""
+    """Returns the newest step in wandb's local files, also of a killed process; -1 if there is none."""
     for file in sorted(folder.glob("*run-*/*.wandb"), key=lambda file: file.stat().st_mtime, reverse=True):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(file)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)

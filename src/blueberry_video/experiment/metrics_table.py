@@ -1,21 +1,22 @@
-"""``metrics.csv``: one row a step with all its metrics, steps strictly increasing, whole after a kill at any moment."""
+"""``metrics.csv``: one row per step with all its metrics, steps strictly increasing, readable after a kill."""
 
 import csv
 import io
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from blueberry_video.atomic import write_bytes
+
 
 class MetricsTable:
-    """Appends to a ``metrics.csv``, carrying on where the file ends.
+    """Writer of a ``metrics.csv`` that appends to an existing file.
 
-    The newest row grows in place while metrics of its step arrive. A metric not seen before becomes a column, for
-    which the whole file is rewritten atomically. What a kill left of a half-written last line is dropped.
+    The newest row is rewritten in place when more metrics of its step arrive. A new metric becomes a column, for which
+    the whole file is rewritten atomically. An incomplete last line, left by a kill, is dropped.
 
     Args:
-        path: the file; it is made by the first :meth:`write`.
+        path: the file; created by the first :meth:`write`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -28,19 +29,19 @@ class MetricsTable:
 
     @property
     def last_step(self) -> int:
-        """The newest row's step; -1 while there is none."""
+        """The step of the newest row; -1 if there is none."""
         return int(self._row["step"]) if self._row else -1
 
     def write(self, metrics: Mapping[str, float], step: int) -> None:
-        """Adds metrics to the row of ``step``, which is the newest one or a new one.
+        """Adds metrics to the row of ``step``, which must be the newest or a later step.
 
         Raises:
-            ValueError: for a step before the newest row's.
+            ValueError: if ``step`` is before the newest row.
         """
         if step < self.last_step:
             raise ValueError(
-                f"metrics of step {step} ({', '.join(metrics)}) came after those of step {self.last_step} were "
-                f"written to {self.path}: log with the trainer's current step."
+                f"step={step} of the metrics {', '.join(metrics)} is before step {self.last_step}, the last one in "
+                f"{self.path}: log with trainer.global_step."
             )
         texts = {name: _text(value) for name, value in metrics.items() if name != "step"}
         if step > self.last_step:
@@ -68,12 +69,7 @@ class MetricsTable:
         for row in rows:
             self.columns += [name for name in row if name not in self.columns]
         lines = [_line(self.columns), *(_line([row.get(name, "") for name in self.columns]) for row in rows)]
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        with temporary.open("wb") as file:
-            file.write(b"".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        write_bytes(self.path, b"".join(lines))
         self._row = dict(rows[-1]) if rows else {}
         self._row_offset = sum(map(len, lines)) - (len(lines[-1]) if rows else 0)
 
@@ -82,7 +78,7 @@ class MetricsTable:
 
 
 def read_steps(path: str | Path) -> dict[int, dict[str, float]]:
-    """The rows of a ``metrics.csv``: step -> metric -> value, steps increasing; empty where there is no file."""
+    """Reads the rows of a ``metrics.csv``: step -> metric -> value, steps increasing; empty without a file."""
     rows = _read_rows(Path(path)) if Path(path).is_file() else []
     return {
         int(row["step"]): {name: float(text) for name, text in row.items() if name != "step" and text} for row in rows
@@ -90,7 +86,7 @@ def read_steps(path: str | Path) -> dict[int, dict[str, float]]:
 
 
 def read_curves(path: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """The columns of a ``metrics.csv``: metric -> [(step, value)], steps increasing; empty where there is no file."""
+    """Reads the columns of a ``metrics.csv``: metric -> [(step, value)], steps increasing; empty without a file."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for step, values in read_steps(path).items():
         for name, value in values.items():
@@ -99,7 +95,7 @@ def read_curves(path: str | Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
-    """The complete rows; a last line without its newline is what a kill left of one."""
+    """Returns the complete rows; a last line without a newline is incomplete and dropped."""
     text = path.read_text()
     complete = text[: text.rfind("\n") + 1]
     return list(csv.DictReader(io.StringIO(complete)))
@@ -112,6 +108,6 @@ def _line(fields: list[str]) -> bytes:
 
 
 def _text(value: float) -> str:
-    """All digits of a number: reading it back gives the same one."""
+    """Formats a number with all its digits, so that reading it back returns the same number."""
     number = float(value)
     return str(int(number)) if math.isfinite(number) and number == int(number) and abs(number) < 2**53 else repr(number)

@@ -1,4 +1,4 @@
-"""What produced a run: the code's commit, the versions of what it stands on, the machine."""
+"""Provenance of a run: git commit, package versions, hardware."""
 
 import hashlib
 import os
@@ -25,10 +25,10 @@ PACKAGES = (
 
 
 def git_state(folder: str | Path = ".") -> dict[str, Any]:
-    """``commit``, ``dirty`` and ``diff_hash`` of the working tree around ``folder``; ``None`` outside a git repository.
+    """Returns ``commit``, ``dirty`` and ``diff_hash`` of a git working tree; all ``None`` outside a repository.
 
-    ``diff_hash`` is the SHA-256 of the changes to tracked files and of the names and contents of the untracked ones,
-    so two dirty runs with the same hash ran the same code; it is ``None`` for a clean tree.
+    ``diff_hash`` is the SHA-256 of the diff of tracked files and of the names and contents of untracked files: two
+    dirty runs with the same hash ran the same code. It is ``None`` for a clean tree.
     """
     commit = _git(folder, "rev-parse", "HEAD")
     top = _git(folder, "rev-parse", "--show-toplevel")
@@ -47,7 +47,7 @@ def git_state(folder: str | Path = ".") -> dict[str, Any]:
 
 
 def _git(folder: str | Path, *arguments: str) -> bytes | None:
-    """What git prints, or ``None`` where git is absent or ``folder`` is in no repository with a commit."""
+    """Returns the output of a git command, or ``None`` if git is missing or the command fails."""
     try:
         result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=False)
     except FileNotFoundError:
@@ -56,7 +56,7 @@ def _git(folder: str | Path, *arguments: str) -> bytes | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages a result depends on; ``None`` where one is not installed."""
+    """Returns the versions of Python, CUDA and the packages that affect results; ``None`` if not installed."""
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
@@ -72,7 +72,7 @@ def _version(name: str) -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine: CPU model, cores this process may use, memory in GiB, names of the GPUs, host name."""
+    """Returns CPU model, number of usable cores, memory in GiB, GPU names, system and host name."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -1,7 +1,7 @@
-"""``report.html``: a run in one self-contained file, without scripts and without the network.
+"""``report.html``: report of a run in one self-contained file, without scripts or network access.
 
-``python -m blueberry_video.experiment.report outputs/<experiment>[/<run>]`` writes it again, by default the newest
-run's.
+``python -m blueberry_video.experiment.report outputs/<experiment>[/<run>]`` writes it again, by default for the newest
+run.
 """
 
 import base64
@@ -14,11 +14,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from blueberry_video.atomic import write_text
 from blueberry_video.experiment.curves import plot_curves
 from blueberry_video.experiment.expected import Verdict
 from blueberry_video.experiment.metrics_table import read_curves
-from blueberry_video.experiment.run_folder import RunFolder
-from blueberry_video.experiment.summary import REFERENCES, comparisons, duration, number, shown, skipped_files
+from blueberry_video.experiment.run_folder import RunFolder, parse_run
+from blueberry_video.experiment.summary import comparison_table, duration, number, shown, skipped_files
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1d2333; --soft: #667085; --line: #e3e6ee; --card: #ffffff; --page: #f5f6fa;
@@ -61,17 +62,17 @@ td.note { text-align: left; }
 
 
 def write_report(run: RunFolder) -> Path:
-    """Writes ``report.html`` into a run's folder, from the other files there, and returns its path."""
+    """Writes ``report.html`` to the run folder, from the other files in it, and returns its path."""
     record = run.record
     curves = read_curves(run.path / "metrics.csv")
     sections = [
         _header(run, record),
-        _section("What was learned", _comparison_table(record["metrics"])),
+        _section("Results", _comparison_table(record["metrics"])),
         _section("Expected values", _verdict_table([Verdict(**verdict) for verdict in record["expected"]])),
         _section("Pictures", _media(run.path / "media")),
         _section("Curves", _curves(curves)),
         _section("Final metrics", _final_metrics(record["metrics"])),
-        _section("How it was made", _provenance(run, record)),
+        _section("Provenance", _provenance(run, record)),
     ]
     title = html.escape(f"{run.experiment} / {run.name}")
     page = (
@@ -80,9 +81,8 @@ def write_report(run: RunFolder) -> Path:
         f"<title>{title}</title><style>{CSS}</style></head><body><main>{''.join(sections)}</main></body></html>\n"
     )
     path = run.path / "report.html"
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page)
-    return temporary.replace(path)
+    write_text(path, page)
+    return path
 
 
 def _header(run: RunFolder, record: Mapping[str, Any]) -> str:
@@ -99,7 +99,7 @@ def _header(run: RunFolder, record: Mapping[str, Any]) -> str:
 
 
 def _highlights(config: Any) -> str:
-    """What kind of run it is, in a few words: task, model, data, optimiser and their main numbers."""
+    """Returns one line with task, model, data, optimizer and their main settings."""
     found = [_short_target(config.get(key)) for key in ("task", "model", "data", "optimizer")]
     for key in ("trainer.max_steps", "data.batch_size", "optimizer.lr", "seed"):
         value = OmegaConf.select(config, key)
@@ -114,14 +114,9 @@ def _short_target(section: Any) -> str | None:
 
 
 def _comparison_table(metrics: Mapping[str, float | None]) -> str:
-    rows = comparisons(metrics)
-    columns = [key for key in REFERENCES if any(key in row.references for row in rows)]
-    body = [
-        [html.escape(row.metric), f'<td class="own">{number(row.value)}</td>']
-        + [number(row.references.get(key)) for key in columns]
-        for row in rows
-    ]
-    return _table(["metric", "this run", *(REFERENCES[key] for key in columns)], body)
+    header, *rows = comparison_table(metrics)
+    body = [[html.escape(metric), f'<td class="own">{value}</td>', *others] for metric, value, *others in rows]
+    return _table(header, body)
 
 
 def _verdict_table(verdicts: Sequence[Verdict]) -> str:
@@ -139,7 +134,7 @@ def _verdict_table(verdicts: Sequence[Verdict]) -> str:
 
 
 def _media(folder: Path) -> str:
-    """The newest video of each name with its frames, and behind a fold the first one."""
+    """Shows the newest video of each name with its frames, and the first one in a collapsed section."""
     steps: dict[str, list[tuple[int, Path]]] = {}
     for path in sorted(folder.glob("*.gif")):
         name, _, digits = path.stem.rpartition("_")
@@ -178,7 +173,7 @@ def _final_metrics(metrics: Mapping[str, float | None]) -> str:
 
 def _provenance(run: RunFolder, record: Mapping[str, Any]) -> str:
     machine = record["hardware"]
-    commit = record["commit"] or "none: not in a git repository"
+    commit = record["commit"] or "none: not a git repository"
     changes = f", with uncommitted changes (SHA-256 {record['diff_hash'][:12]})" if record["dirty"] else ""
     facts = {
         "started": record["started"],
@@ -195,7 +190,7 @@ def _provenance(run: RunFolder, record: Mapping[str, Any]) -> str:
     config = html.escape((run.path / "config.yaml").read_text())
     return (
         f'<div class="stack"><div class="card"><dl>{listed}</dl></div>'
-        f'<div class="card"><span class="soft">repeat it</span><pre>{html.escape(repeat)}</pre>'
+        f'<div class="card"><span class="soft">repeat this run</span><pre>{html.escape(repeat)}</pre>'
         f"{_fold('config.yaml', f'<pre>{config}</pre>')}"
         f"{_fold('run.json', f'<pre>{html.escape(json.dumps(record, indent=2))}</pre>')}</div></div>"
     )
@@ -214,7 +209,7 @@ def _chip(text: str, good: bool) -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are HTML; one that already is a ``<td>`` stays as it is. No rows: an empty string."""
+    """HTML table. Cells are HTML; a cell that is a ``<td>`` is used unchanged. Without rows, an empty string."""
     head = "".join(f"<th>{cell}</th>" for cell in header)
     body = "".join(
         f"<tr>{''.join(cell if cell.startswith('<td') else f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows
@@ -224,15 +219,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Writes the report of the run in ``arguments[0]`` and prints its path; returns the exit code."""
-    if len(arguments) != 1:
-        print("usage: python -m blueberry_video.experiment.report outputs/<experiment>[/<run>]", file=sys.stderr)
-        return 2
-    try:
-        run = RunFolder.open(arguments[0])
-    except FileNotFoundError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    print(shown(write_report(run)))
+    print(shown(write_report(parse_run("blueberry_video.experiment.report", arguments))))
     return 0
 
 

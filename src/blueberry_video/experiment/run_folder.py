@@ -1,14 +1,14 @@
-"""The folder of a run: its resolved config, its record, and finding it again to resume, report or judge it.
+"""Run folder: creation, record, and opening it again to resume, report or evaluate a run.
 
-``outputs/<experiment>/<run>/`` holds ``config.yaml`` (training on it repeats the run), ``run.json`` (what ran, where,
-and what came out), ``metrics.csv``, ``checkpoints/``, ``media/``, ``wandb/`` and ``report.html``. All JSON is written
-atomically.
+``outputs/<experiment>/<run>/`` contains ``config.yaml`` (resolved; training on it repeats the run), ``run.json``
+(provenance, status and results), ``metrics.csv``, ``checkpoints/``, ``media/``, ``wandb/`` and ``report.html``. All
+JSON is written atomically.
 """
 
+import argparse
 import csv
 import json
 import math
-import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -21,29 +21,30 @@ from typing import Any, Self
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from blueberry_video.atomic import write_text
 from blueberry_video.config import Config, did_you_mean
 from blueberry_video.experiment.checkpoint import checkpoint_files, checkpoint_step, latest_good_checkpoint
 from blueberry_video.experiment.expected import Verdict, judge
 from blueberry_video.experiment.provenance import git_state, hardware, versions
 
 MODE = {"resume": None, "check": False, "enforce_expected": False}
-"""Keys of a config that say what one call is to do; a later one must not inherit them."""
+"""Config keys of a single call and their defaults; they are not saved, so that a later call does not inherit them."""
 
 
 class RunFolder:
-    """A run's folder. As a context manager it records how the run ended::
+    """Folder of one run. As a context manager it records how the run ended::
 
         with RunFolder.create(config) as run:
             trainer.fit(task, data, ckpt_path=run.checkpoint())
             verdicts = run.finish(metrics)
 
-    Leaving by an exception writes ``failed`` (or ``interrupted``) to ``run.json``; a killed process leaves
-    ``running``. Only rank 0 writes.
+    An exception sets the status ``failed`` (or ``interrupted``) in ``run.json``; after a kill it stays ``running``.
+    Only rank 0 writes.
 
     Attributes:
-        path: the folder, absolute; callbacks find it as ``trainer.default_root_dir``.
-        resumed: whether the run trains on from a checkpoint.
-        on_close: called with whether the block was left without an exception, in order to end what belongs to the run.
+        path: the folder, absolute; equals ``trainer.default_root_dir``.
+        resumed: whether the run continues from a checkpoint.
+        on_close: functions called on exit with ``True`` if there was no exception, for example to close loggers.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -53,11 +54,11 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: DictConfig, root: str | Path = "outputs") -> Self:
-        """Makes ``<root>/<config.name>/<date_time>/`` with ``config.yaml`` and ``run.json``.
+        """Creates ``<root>/<config.name>/<date_time>/`` with ``config.yaml`` and ``run.json``.
 
         Args:
-            config: the composed config; ``name`` and ``seed`` are read, and ``expected`` at the end. What it says of
-                this one call (``resume``, ``check``, ``enforce_expected``) is not saved.
+            config: the composed config; ``name``, ``seed`` and, at the end, ``expected`` are read. The keys in ``MODE``
+                are saved with their defaults.
             root: folder of all runs.
 
         Raises:
@@ -66,10 +67,11 @@ class RunFolder:
         experiment = config.get("name")
         if not experiment:
             raise ValueError(
-                "the config has no `name`: give the experiment one, `name: my_idea`; its runs go to outputs/my_idea/."
+                f"name={experiment!r} is missing in the config: set it, as in `name: my_idea`; the runs are written to "
+                "outputs/my_idea/."
             )
         run = cls(_make_folder(Path(root) / experiment))
-        _write_text(run.path / "config.yaml", OmegaConf.to_yaml(_without_mode(config), resolve=True))
+        rank_zero_only(write_text)(run.path / "config.yaml", OmegaConf.to_yaml(_without_mode(config), resolve=True))
         _write_json(
             run.path / "run.json",
             {
@@ -96,10 +98,10 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """An existing run, from its folder or, its newest run, from the experiment's folder.
+        """Opens an existing run from its folder, or the newest run from the experiment's folder.
 
         Raises:
-            FileNotFoundError: if neither holds a ``run.json``.
+            FileNotFoundError: if neither contains a ``run.json``.
         """
         path = Path(path)
         if (path / "run.json").is_file():
@@ -107,25 +109,25 @@ class RunFolder:
         runs = list_runs(path)
         if not runs:
             raise FileNotFoundError(
-                f"{path} holds no run (a folder with a run.json): give outputs/<experiment>[/<run>]."
+                f"{path} contains no run (a folder with a run.json): use outputs/<experiment>[/<run>]."
             )
         return cls(runs[-1])
 
     @classmethod
     def resume(cls, experiment: str, run: str, root: str | Path = "outputs") -> Self:
-        """Opens a run in order to train it on, and records that.
+        """Opens a run to continue its training, and records this in ``run.json``.
 
-        It goes on from its newest good checkpoint. A run that was killed before its first one starts again in its
-        folder, without the rows that its ``metrics.csv`` had.
+        Training continues from the newest valid checkpoint. A run without a checkpoint starts again in its folder, and
+        its ``metrics.csv`` is removed.
 
         Args:
-            experiment: the experiment's name.
-            run: a run's name, or ``last`` for the newest run of the experiment.
+            experiment: name of the experiment.
+            run: name of the run, or ``last`` for the newest run of the experiment.
             root: folder of all runs.
 
         Raises:
-            FileNotFoundError: for an unknown run, naming those that exist; for one whose checkpoints are all bad, and
-                for a finished one that kept none. The run stays as it was.
+            FileNotFoundError: if the run does not exist, if none of its checkpoints is valid, or if it is finished and
+                has no checkpoint. The run is not changed.
         """
         found = cls(_find(Path(root) / experiment, run))
         found.resumed = True
@@ -133,13 +135,13 @@ class RunFolder:
         checkpoint = found.checkpoint()
         if checkpoint is None and record["status"] == "finished":
             raise FileNotFoundError(
-                f"resume={run}: the run {found.path} is finished and has no checkpoint to train on from. Train again "
+                f"resume={run}: the run {found.path} is finished and has no checkpoint: start a new run, "
                 "without resume."
             )
-        if record["status"] == "running":  # it was killed: the last thing it wrote tells how long it had run
-            record["wall_seconds"] += max(_last_sign_of_life(found.path) - record["session_started"], 0.0)
+        if record["status"] == "running":  # it was killed: its newest file dates the end
+            record["wall_seconds"] += max(_last_modified(found.path) - record["session_started"], 0.0)
         if checkpoint is None:
-            _remove(found.path / "metrics.csv")
+            rank_zero_only((found.path / "metrics.csv").unlink)(missing_ok=True)
         git = git_state()
         record["resumes"].append(
             {"time": _now(), "previous_status": record["status"], "commit": git["commit"], "dirty": git["dirty"]}
@@ -156,21 +158,21 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """The run's name: its folder's."""
+        """Name of the run, which is the name of its folder."""
         return self.path.name
 
     @property
     def experiment(self) -> str:
-        """The experiment's name: that of the folder above."""
+        """Name of the experiment, which is the name of the parent folder."""
         return self.path.parent.name
 
     @property
     def config(self) -> DictConfig:
-        """The run's resolved config."""
+        """The resolved config of the run."""
         config = OmegaConf.load(self.path / "config.yaml")
         if not isinstance(config, DictConfig):
             raise ValueError(
-                f"{self.path / 'config.yaml'} is not a mapping of keys: restore the file that the run wrote."
+                f"{self.path / 'config.yaml'} is not a mapping of keys: restore the file written by the run."
             )
         return config
 
@@ -184,37 +186,37 @@ class RunFolder:
         _write_json(self.path / "run.json", {**self.record, **fields})
 
     def checkpoint(self) -> Path | None:
-        """Where to train on from: a resumed run's newest good checkpoint, ``None`` for a run that starts.
+        """Returns the newest valid checkpoint of a resumed run, or ``None`` if training starts from step 0.
 
         Raises:
-            FileNotFoundError: if a resumed run has checkpoints and none can be read.
+            FileNotFoundError: if a resumed run has checkpoints and none is valid.
         """
         folder = self.path / "checkpoints"
         return latest_good_checkpoint(folder) if self.resumed and checkpoint_files(folder) else None
 
     @rank_zero_only
     def print_start(self, max_steps: int | None) -> None:
-        """Prints from where a resumed run goes on.
+        """Prints the step at which a resumed run continues.
 
         Args:
-            max_steps: the optimiser step at which it is to end; ``None`` or -1 where something else ends it.
+            max_steps: ``trainer.max_steps``; ``None`` or -1 if training is not limited by steps.
         """
         checkpoint = self.checkpoint()
         step = checkpoint_step(checkpoint) if checkpoint else 0
         end = max_steps if max_steps and max_steps > 0 else None
         if checkpoint is None:
-            start = "no checkpoint yet: from the start"
+            start = "no checkpoint: starts at step 0"
         elif end is not None and step >= end:
-            start = f"already finished at step {step}: raise trainer.max_steps to train on"
+            start = f"already finished at step {step}: raise trainer.max_steps to continue"
         else:
             start = f"from {checkpoint.name} (step {step}{f' of {end}' if end else ''})"
         print(f"resuming {self.experiment} / {self.name}: {start}", flush=True)
 
     def finish(self, metrics: Mapping[str, Any]) -> list[Verdict]:
-        """Records the final metrics and judges them by the config's ``expected:``.
+        """Records the final metrics and compares them with the ``expected:`` section of the config.
 
         Args:
-            metrics: numbers or scalar tensors by name. A resumed run keeps those it had and that are not among these.
+            metrics: numbers or scalar tensors by name. A resumed run keeps earlier metrics that are not among these.
         """
         values = {**self.record["metrics"], **{name: float(value) for name, value in metrics.items()}}
         verdicts = judge(
@@ -224,21 +226,21 @@ class RunFolder:
         return verdicts
 
     def metric(self, name: str | None) -> float | None:
-        """A final metric, as a sweep optimises it; ``None`` for no name, and for a value that is not finite.
+        """Returns a final metric, the objective of a sweep; ``None`` for no name or a value that is not finite.
 
         Raises:
-            ValueError: if the run reported no such metric, unless it is the one that nobody chose.
+            ValueError: if the run has no such metric, unless it is the default of ``optimized_metric``.
         """
         metrics = self.record["metrics"]
-        if name not in metrics and name not in (None, Config.optimized_metric):  # a run may do without validation
+        if name not in metrics and name not in (None, Config.optimized_metric):  # a run may have no validation
             raise ValueError(
-                f"`optimized_metric` = {name} is nothing that the run {self.path} reported; all else of it is "
-                f"complete. {did_you_mean(str(name), metrics)}"
+                f"optimized_metric={name} is not a metric of the run {self.path}, which is complete otherwise. "
+                f"{did_you_mean(str(name), metrics)}"
             )
         return metrics.get(name)
 
     def fail(self, error: BaseException) -> None:
-        """Records that the run ended by ``error``: ``interrupted`` for Ctrl-C and signals, else ``failed``."""
+        """Records that the run ended with ``error``: ``interrupted`` for Ctrl-C and signals, otherwise ``failed``."""
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
         self._end("interrupted" if interrupted else "failed", error=f"{type(error).__name__}: {error}")
 
@@ -261,9 +263,23 @@ class RunFolder:
 
 
 def list_runs(folder: str | Path) -> list[Path]:
-    """The runs in an experiment's folder, oldest first by the time they were started."""
+    """Returns the runs in an experiment's folder, ordered by start time, oldest first."""
     records = [(json.loads(file.read_text())["started"], file.parent) for file in Path(folder).glob("*/run.json")]
     return [path for _, path in sorted(records)]
+
+
+def parse_run(module: str, arguments: list[str]) -> RunFolder:
+    """Opens the run named on the command line of ``python -m <module> outputs/<experiment>[/<run>]``.
+
+    Raises:
+        SystemExit: for wrong arguments or a missing run; the message is printed.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}")
+    parser.add_argument("run", help="a run folder, or the folder of an experiment: its newest run")
+    try:
+        return RunFolder.open(parser.parse_args(arguments).run)
+    except FileNotFoundError as error:
+        parser.exit(1, f"Error: {error}\n")
 
 
 def _find(folder: Path, run: str) -> Path:
@@ -272,18 +288,18 @@ def _find(folder: Path, run: str) -> Path:
     if path not in runs:
         names = ", ".join(path.name for path in runs) or "none"
         raise FileNotFoundError(
-            f"resume={run}: {folder} has no such run. Runs there: {names}; `last` takes the newest."
+            f"resume={run} is not a run of {folder}: use `last` for the newest, or one of: {names}."
         )
     return path
 
 
 def _without_mode(config: DictConfig) -> DictConfig:
-    """What describes the run, without what was asked of the one call that made it."""
+    """Returns the config with the keys of a single call at their defaults."""
     return OmegaConf.merge(config, {key: value for key, value in MODE.items() if key in config})  # type: ignore[return-value]
 
 
 def _count_skipped(file: Path) -> int:
-    """Distinct files in a ``skipped.csv``; 0 where there is none."""
+    """Counts the distinct files in a ``skipped.csv``; 0 if it does not exist."""
     if not file.is_file():
         return 0
     with file.open(newline="") as lines:
@@ -291,7 +307,7 @@ def _count_skipped(file: Path) -> int:
 
 
 def _make_folder(experiment: Path) -> Path:
-    """A folder named by the time, that no other process has."""
+    """Creates a new folder named by the time; safe if several processes do so at once."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in range(1, 1000):
         path = experiment / (stamp if attempt == 1 else f"{stamp}_{attempt}")
@@ -301,11 +317,11 @@ def _make_folder(experiment: Path) -> Path:
             continue
         return path
     raise FileExistsError(
-        f"{experiment} already has 999 runs named {stamp}: start runs less often than that, or clear the folder."
+        f"{experiment} already has 999 runs named {stamp}: start fewer runs per second, or clear the folder."
     )
 
 
-def _last_sign_of_life(path: Path) -> float:
+def _last_modified(path: Path) -> float:
     return max(
         file.stat().st_mtime
         for file in (path / "run.json", path / "metrics.csv", *checkpoint_files(path / "checkpoints"))
@@ -318,30 +334,14 @@ def _now() -> str:
 
 
 @rank_zero_only
-def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
-
-
-@rank_zero_only
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    _write_text(path, json.dumps(_with_null(value), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(_with_null(value), indent=2, allow_nan=False) + "\n")
 
 
 def _with_null(value: Any) -> Any:
-    """The same with ``None`` for what is not finite, which JSON cannot hold."""
+    """Replaces non-finite numbers, which JSON cannot represent, with ``None``."""
     if isinstance(value, dict):
         return {key: _with_null(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_with_null(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@rank_zero_only
-def _write_text(path: Path, text: str) -> None:
-    """Writes the whole file or, if killed, nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -1,1 +1,1 @@
-"""Before a run: the dry run, the doctor, one or several processes."""
+"""Launching: command line, dry run, memory estimate, environment check, one or several processes."""

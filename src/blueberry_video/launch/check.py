@@ -1,7 +1,7 @@
-"""The dry run: everything a run needs, tried once in seconds, before it is started for hours.
+"""Dry run: executes every part of a run for a few steps, before the run is started.
 
-Composing and checking the config came before. What cannot work raises its own error; what would hurt later is a
-finding with its fix.
+The config has been composed and checked before. A part that fails raises its own error; a problem that would occur
+later is reported as a finding with its fix.
 """
 
 import math
@@ -19,43 +19,49 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from blueberry_video.launch import memory
-from blueberry_video.launch.machine import available_memory, existing_parent, wandb_key
-from blueberry_video.launch.memory import GIB
+from blueberry_video.launch.machine import GIB, available_memory, existing_parent, wandb_key
 
 STEPS = 4
-CHEAP_CALLBACKS = ("step_seed", "nan_guard", "throughput")  # the others are built, but too slow to run for a few steps
+CHEAP_CALLBACKS = ("step_seed", "nan_guard", "throughput")  # the others are built but not run: they are slow
 
 
 class Findings:
-    """Prints a line for each finding and counts those that would stop a run."""
+    """Printer of findings, one per line; counts the fatal ones."""
 
     def __init__(self) -> None:
         self.failed = 0
 
-    def add(self, what: str, said: str, fix: str = "", fatal: bool = True) -> None:
-        """``fix``: what to do about it, empty where all is well; ``fatal``: the run would fail."""
+    def add(self, what: str, text: str, fix: str = "", fatal: bool = True) -> None:
+        """Prints a finding.
+
+        Args:
+            what: subject of the finding.
+            text: the measured values.
+            fix: how to fix the problem; empty if there is none.
+            fatal: whether the problem would stop the run.
+        """
         mark = "ok  " if not fix else "FAIL" if fatal else "note"
-        print(f"  {mark}  {what:<10} {said}{f'. {fix}' if fix else ''}", flush=True)
+        print(f"  {mark}  {what:<10} {text}{f'. {fix}' if fix else ''}", flush=True)
         self.failed += bool(fix) and fatal
 
 
 def dry_run(
     config: DictConfig, create_folder: Callable[[DictConfig, Path], Any], build: Callable[[DictConfig, Any], Any]
 ) -> None:
-    """Builds all parts, takes a few steps and one validation batch, saves, reloads; judges disk, memory and logger.
+    """Builds all parts, runs a few steps and one validation batch, saves, reloads; checks disk, memory and logger.
 
     Args:
-        config: resolved and checked.
-        create_folder: makes a run folder (a context manager); the dry run's lies in a temporary place.
-        build: makes the parts of a run (data, model, task, trainer) from its config and folder.
+        config: the resolved and checked config.
+        create_folder: creates a run folder (a context manager) for a config in a folder, here a temporary one.
+        build: builds data, model, task and trainer from a config and its run folder.
 
     Raises:
-        SystemExit: a finding would stop the run.
+        SystemExit: if a finding would stop the run.
     """
     began = time.perf_counter()
     findings = Findings()
     print(f"dry run of {config.name}", flush=True)
-    findings.add("config", f"{len(list(_leaves(config)))} values, every key known")
+    findings.add("config", f"{len(list(_leaves(config)))} values, all keys are valid")
     if not _estimate_memory(config, findings):
         sys.exit(1)
     short = _short_run(config)
@@ -78,14 +84,14 @@ def dry_run(
         )
     print(
         f"{time.perf_counter() - began:.0f} s: "
-        + (f"{findings.failed} to mend" if findings.failed else "nothing stops this run")
+        + (f"problems to fix: {findings.failed}" if findings.failed else "no problem would stop this run")
     )
     if findings.failed:
         sys.exit(1)
 
 
 def _short_run(config: DictConfig) -> DictConfig:
-    """The same config for a few steps in one process, logging nowhere but to its temporary folder."""
+    """Returns the config limited to a few steps in one process, with logs in the temporary folder only."""
     limits = {
         "max_steps": STEPS,
         "max_epochs": -1,
@@ -112,17 +118,17 @@ def _short_run(config: DictConfig) -> DictConfig:
 def _describe_model(model: Any, findings: Findings) -> None:
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
-    fix = "" if trained else "Nothing is trained: unfreeze something (`model.freeze_encoder=false`)."
+    fix = "" if trained else "All parameters are frozen: set `model.freeze_encoder=false`."
     findings.add("model", f"{type(model).__name__}, {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained", fix)
 
 
 def _estimate_memory(config: DictConfig, findings: Findings) -> bool:
-    """Of a text-to-video model, before it is built. Gives whether it can be."""
+    """Adds the memory estimate of a text-to-video model, before it is built; returns False if memory is too small."""
     if not config.model.get("transformer"):
         return True
     parts, shards = memory.estimate(config)
     fix = memory.shortage(config, parts, shards)
-    findings.add("state", memory.said(parts, shards), fix)
+    findings.add("state", memory.describe(parts, shards), fix)
     return not fix
 
 
@@ -132,7 +138,7 @@ def _build_callbacks(config: DictConfig, findings: Findings) -> None:
 
 
 def _fit(data: Any, model: Any, task: Any, trainer: Any, findings: Findings) -> float:
-    """A few steps and a validation batch. Returns seconds a step."""
+    """Runs a few steps and a validation batch; returns seconds per step."""
     from lightning.pytorch.callbacks import LambdaCallback, Timer
 
     timer, idle = Timer(), set[str]()
@@ -143,12 +149,12 @@ def _fit(data: Any, model: Any, task: Any, trainer: Any, findings: Findings) -> 
     sizes = f"{len(data.train)} training and {len(data.val)} validation clips"
     findings.add("data", f"{sizes}, video {tuple(video.shape)} {video.dtype}")
     loss = float(trainer.callback_metrics["train/loss"])
-    fix = "" if math.isfinite(loss) else "It is not finite: lower `optimizer.lr`."
+    fix = "" if math.isfinite(loss) else "The loss is not finite: lower `optimizer.lr`."
     findings.add("step", f"train/loss {loss:.4g} after {STEPS} steps", fix)
     if idle:
-        fix = "The task does not use them, and trainer=ddp refuses them: freeze or remove them, or use "
+        fix = "The task does not use them, which raises an error with trainer=ddp: freeze or remove them, or use "
         fix += "`trainer=ddp trainer.strategy=ddp_find_unused_parameters_true`."
-        findings.add("gradients", f"{len(idle)} parameters get none, such as model.{min(idle)}", fix, fatal=False)
+        findings.add("gradients", f"{len(idle)} parameters without gradient: model.{min(idle)}, …", fix, fatal=False)
     return timer.time_elapsed("train") / STEPS
 
 
@@ -157,44 +163,42 @@ def _without_gradient(model: Any) -> set[str]:
 
 
 def _save_and_reload(trainer: Any, task: Any, fresh: Any, file: Path, findings: Findings) -> int:
-    """Writes a checkpoint and reads it into a newly built task. Returns its size in bytes."""
+    """Writes a checkpoint and loads it into a newly built task; returns its size in bytes."""
     import torch
 
     trainer.save_checkpoint(file)
     fresh.load_state_dict(torch.load(file, map_location="cpu", weights_only=False)["state_dict"])
     own = task.state_dict()
     changed = [name for name, value in fresh.state_dict().items() if not torch.equal(value, own[name].cpu())]
-    fix = f"{changed[0]} changes on the way: keep it in a parameter or a buffer." if changed else ""
+    fix = f"{changed[0]} differs after loading: store it in a parameter or a buffer." if changed else ""
     findings.add("checkpoint", f"{file.stat().st_size / 2**20:.1f} MiB, saved and reloaded", fix)
     return file.stat().st_size
 
 
 def _check_disk(config: DictConfig, size: int, findings: Findings) -> None:
     checkpoints = config.callbacks.get("checkpoints") or {}
-    needed = size * (int(checkpoints.get("keep", 2)) + 1) + GIB // 4  # one more while it is written; media and logs
-    place = existing_parent(Path(config.output_dir))
-    free = shutil.disk_usage(place).free
-    fix = "" if free > needed else "Free some space, or write elsewhere: `output_dir=…`."
-    findings.add("disk", f"{free / GIB:.1f} GiB free in {place}, a run needs about {needed / GIB:.1f}", fix)
+    needed = size * (int(checkpoints.get("keep", 2)) + 1) + GIB // 4  # one more while writing; media and logs
+    folder = existing_parent(Path(config.output_dir))
+    free = shutil.disk_usage(folder).free
+    fix = "" if free > needed else "Free some space, or use another disk: `output_dir=…`."
+    findings.add("disk", f"{free / GIB:.1f} GiB free in {folder}, a run needs about {needed / GIB:.1f}", fix)
 
 
 def _check_memory(findings: Findings) -> None:
     import torch
 
     used, free = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, available_memory()
-    fix = (
-        "Little is left: lower `data.batch_size` or `data.num_workers`." if free is not None and free < GIB // 2 else ""
-    )
+    fix = "Lower `data.batch_size` or `data.num_workers`." if free is not None and free < GIB // 2 else ""
     findings.add(
         "memory",
-        f"{used / GIB:.1f} GiB used" + (f", {free / GIB:.1f} GiB left" if free is not None else ""),
+        f"{used / GIB:.1f} GiB used" + (f", {free / GIB:.1f} GiB available" if free is not None else ""),
         fix,
         fatal=False,
     )
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         free, total = torch.cuda.mem_get_info()
         used = torch.cuda.max_memory_allocated()
-        fix = "Close to the limit: lower `data.batch_size`." if used > 0.9 * total else ""
+        fix = "Lower `data.batch_size`." if used > 0.9 * total else ""
         findings.add("GPU memory", f"{used / GIB:.1f} of {total / GIB:.1f} GiB used", fix, fatal=False)
 
 
@@ -207,14 +211,13 @@ def _check_logger(config: DictConfig, findings: Findings) -> None:
     if mode == "online" and not wandb_key():
         findings.add(
             "logger",
-            f"{name} is to be online, and there is no key",
+            f"logger.mode=online for {name}, and there is no key",
             "Run `.venv/bin/wandb login`, or use `logger.mode=offline`.",
         )
         return
     online = mode == "online" or (mode == "auto" and wandb_key())
-    findings.add(
-        "logger", f"metrics.csv and {name}, {'online' if online else 'offline (`.venv/bin/wandb login` to go online)'}"
-    )
+    where = "online" if online else "offline (online after `.venv/bin/wandb login`)"
+    findings.add("logger", f"metrics.csv and {name}, {where}")
 
 
 def _leaves(node: Any) -> Any:

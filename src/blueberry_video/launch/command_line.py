@@ -1,4 +1,4 @@
-"""What a command line asks for, and how an error is told to the one who typed it."""
+"""Command line of ``train``: parsing, and error messages without tracebacks."""
 
 import argparse
 import logging
@@ -18,18 +18,19 @@ from omegaconf import DictConfig
 from blueberry_video.config import compose, expand_sweep, load
 
 PACKAGE = Path(__file__).resolve().parents[1]
+DTYPES = ("float32", "bfloat16", "float16")  # of exported weights and stored latents
 TRAINER = ("pytorch", "trainer", "trainer.py")  # the end of the path of Lightning's file
 TRACEBACK_VARIABLE = "BLUEBERRY_TRACEBACK"
 
 
 class Command(NamedTuple):
-    """One call of ``train``.
+    """Parsed command line of ``train``.
 
     Attributes:
-        file: the config file of an experiment, or the one that a run saved.
-        saved: which of the two.
+        file: the config file of an experiment, or the one saved by a run.
+        saved: whether the file was saved by a run.
         overrides: ``key=value`` words.
-        multirun: whether every combination of ``key=a,b`` is to run.
+        multirun: whether to run every combination of ``key=a,b``.
     """
 
     file: Path
@@ -38,36 +39,36 @@ class Command(NamedTuple):
     multirun: bool
 
     def config(self) -> DictConfig:
-        """The config of a single run, resolved and checked; ``blueberry_video.config`` lists its errors."""
+        """Returns the resolved and checked config of a single run; raises the errors of ``blueberry_video.config``."""
         return (load if self.saved else compose)(self.file, self.overrides)
 
     def for_hydra(self) -> list[str]:
-        """The arguments of Hydra's own command line for a sweep, once every job of it has been checked."""
+        """Checks the config of every job of a sweep and returns the arguments for Hydra's command line."""
         for job in expand_sweep(self.overrides):
             compose(self.file, job)
         return ["--multirun", "--config-dir", str(self.file.parent), "--config-name", self.file.stem, *self.overrides]
 
 
 def parse(arguments: list[str]) -> Command:
-    """The command line of ``train``. ``--args`` holds overrides in one text, split as a shell would, without a shell.
+    """Parses the command line of ``train``. ``--args`` takes several overrides in one string, with shell quoting.
 
     Raises:
-        ValueError: nothing says what to train, or a quote in ``--args`` is left open.
+        ValueError: if there is neither an experiment nor a config file, or ``--args`` has an open quote.
     """
     parser = argparse.ArgumentParser(prog="python -m blueberry_video.train", allow_abbrev=False)
     parser.add_argument("--config-dir", type=Path, help="folder of the experiment")
     parser.add_argument("--config-name", default="config", help="its config file, without .yaml")
     parser.add_argument("--multirun", "-m", action="store_true", help="run every combination of key=a,b")
-    parser.add_argument("--args", action="append", default=[], help="more overrides, in one text")
-    parser.add_argument("overrides", nargs="*", help="key=value; first may come the config.yaml of a run, to repeat it")
+    parser.add_argument("--args", action="append", default=[], help="more overrides, in one string")
+    parser.add_argument("overrides", nargs="*", help="key=value; the config.yaml of a run as the first word repeats it")
     known = parser.parse_intermixed_args(arguments)
     overrides = [*known.overrides, *(word for text in known.args for word in _split(text))]
     if known.config_dir is not None:
         return Command(known.config_dir / f"{known.config_name}.yaml", False, overrides, known.multirun)
     if not overrides or not overrides[0].endswith(".yaml") or known.multirun:
         raise ValueError(
-            "nothing says what to train: give an experiment with `--config-dir experiments/<name>`, which is what "
-            "`make train EXP=<name>` does, or the config.yaml of a run as the first argument."
+            f"the arguments {arguments} contain no experiment: use `--config-dir experiments/<name>`, as "
+            "`make train EXP=<name>` does, or, for a single run, the config.yaml of a run as the first argument."
         )
     return Command(Path(overrides[0]), True, overrides[1:], False)
 
@@ -77,16 +78,16 @@ def _split(text: str) -> list[str]:
         return shlex.split(text)
     except ValueError as error:
         raise ValueError(
-            f"the overrides `{text}` cannot be split into words ({error}): close every quote, and put a value with "
-            "spaces into quotes, such as ARGS=\"name='two words'\"."
+            f"ARGS=`{text}` cannot be split into words ({error}): close every quote, and quote values with spaces, "
+            "as in ARGS=\"name='two words'\"."
         ) from error
 
 
 class OneParagraphErrors:
-    """An error that this package raises itself ends the process with its message alone, and exit code 1.
+    """Context manager that prints an error raised by this package without traceback and exits with code 1.
 
-    An error from anywhere else keeps its traceback: it is a bug. BLUEBERRY_TRACEBACK=1 shows every traceback. Not a
-    ``sys.excepthook``: wandb puts one of its own before it, which prints the traceback.
+    Errors from other code keep their traceback: they are bugs. BLUEBERRY_TRACEBACK=1 shows every traceback. This is not
+    a ``sys.excepthook``, because wandb replaces it with one that prints the traceback.
     """
 
     def __enter__(self) -> None: ...
@@ -102,11 +103,11 @@ class OneParagraphErrors:
 
 
 def quiet_libraries() -> None:
-    """Leaves out what libraries say on every run, good or bad; errors and other warnings stay."""
+    """Suppresses messages that libraries print in every run; errors and other warnings are kept."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
-        r".*isinstance\(treespec, LeafSpec\)",  # lightning's own use of a deprecated torch function
-        r".*have overridden `on_after_batch_transfer` in `LightningModule`",  # as every task does, on purpose
+        r".*isinstance\(treespec, LeafSpec\)",  # Lightning uses a deprecated torch function
+        r".*have overridden `on_after_batch_transfer` in `LightningModule`",  # every task does, on purpose
         r"The number of training batches .* is smaller than the logging interval",  # an epoch may be short
         r".*does not have many workers",  # sprites need none; `data.num_workers` is in every data config
     ):
@@ -114,10 +115,9 @@ def quiet_libraries() -> None:
 
 
 def paragraph(error: BaseException) -> str | None:
-    """The message of an error that this package raised itself or that a config's values caused, None for any other.
+    """Returns the message of an error that this package raised or a config value caused; None for other errors.
 
-    Hydra wraps what a constructor raises, and the worker of a data loader sends its traceback as text: both are seen
-    through.
+    Unwraps the errors of constructors called by Hydra and of DataLoader workers, which send their traceback as text.
     """
     if type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
         key = re.search(r"full_key: (\S+)", str(error))
@@ -132,15 +132,15 @@ def paragraph(error: BaseException) -> str | None:
     ours = bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
     if ours:
         return str(error) if isinstance(error, Exception) else None
-    return _trainer_refusal(error, frames)
+    return _trainer_error(error, frames)
 
 
-def _trainer_refusal(error: BaseException, frames: traceback.StackSummary) -> str | None:
-    """What Lightning's Trainer says of the values it was built from: train.py calls it, so Hydra wraps nothing."""
-    refuses = isinstance(error, ValueError | TypeError) or type(error).__name__ == "MisconfigurationException"
+def _trainer_error(error: BaseException, frames: traceback.StackSummary) -> str | None:
+    """Returns the message of an error of Lightning's Trainer constructor, which Hydra does not wrap; None otherwise."""
+    is_bad_value = isinstance(error, ValueError | TypeError) or type(error).__name__ == "MisconfigurationException"
     in_constructor = any(frame.name == "__init__" and Path(frame.filename).parts[-3:] == TRAINER for frame in frames)
-    if not refuses or not in_constructor:
+    if not is_bad_value or not in_constructor:
         return None
     needs_gpu = re.search(r"gpu|cuda", str(error), re.IGNORECASE)
-    hint = " `trainer=cpu` needs no GPU; `make doctor` tells what this machine has." if needs_gpu else ""
+    hint = " Use `trainer=cpu`; `make doctor` lists the devices of this machine." if needs_gpu else ""
     return f"`trainer` cannot be built: {error}{hint}"

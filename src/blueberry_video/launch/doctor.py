@@ -1,4 +1,4 @@
-"""``make doctor``: versions, devices and tools of this machine, and what to do about each that is missing."""
+"""``make doctor``: lists versions, devices and tools of this machine, with a fix for each problem."""
 
 import importlib.util
 import os
@@ -10,9 +10,8 @@ import sysconfig
 from importlib import metadata
 from pathlib import Path
 
-from blueberry_video.launch.machine import available_memory, existing_parent, wandb_key
+from blueberry_video.launch.machine import GIB, available_memory, existing_parent, wandb_key
 
-GIB = 2**30
 PACKAGES = (
     "torch",
     "lightning",
@@ -25,7 +24,7 @@ PACKAGES = (
     "numpy",
     "matplotlib",
 )
-EXTRAS = {
+OPTIONAL = {
     "pretrained": "diffusers",
     "cuda": "triton",
     "cluster": "hydra_plugins.hydra_submitit_launcher",
@@ -34,7 +33,7 @@ EXTRAS = {
 
 
 def main() -> int:
-    """Prints one line a fact; returns 1 where something is missing that every run needs."""
+    """Prints one line per fact; returns 1 if a required package is missing."""
     missing = _versions()
     _devices()
     _video()
@@ -42,9 +41,10 @@ def main() -> int:
     return 1 if missing else 0
 
 
-def _line(ok: bool | None, what: str, said: str, fix: str = "") -> None:
-    mark = {True: "ok  ", False: "LACK", None: "-   "}[ok]
-    print(f"  {mark}  {what:<12} {said}{f'. {fix}' if fix else ''}")
+def _line(ok: bool | None, what: str, text: str, fix: str = "") -> None:
+    """Prints a line; ``ok=None`` is for something optional that is missing."""
+    mark = {True: "ok  ", False: "FAIL", None: "-   "}[ok]
+    print(f"  {mark}  {what:<12} {text}{f'. {fix}' if fix else ''}")
 
 
 def _versions() -> list[str]:
@@ -59,12 +59,10 @@ def _versions() -> list[str]:
             missing.append(name)
             _line(False, name, "not installed", "Run `make setup`.")
         elif wanted and version.partition("+")[0] != wanted:
-            _line(
-                False, name, version, f"Tested with {wanted}: `make setup` restores it, or try on and run `make test`."
-            )
+            _line(False, name, version, f"Tested with {wanted}: `make setup` installs it, or check with `make test`.")
         else:
             _line(True, name, version)
-    for extra, module in EXTRAS.items():
+    for extra, module in OPTIONAL.items():
         found = importlib.util.find_spec(module.partition(".")[0]) is not None and _has(module)
         _line(
             True if found else None,
@@ -80,7 +78,7 @@ def _has(module: str) -> bool:
 
 
 def _tested_versions() -> dict[str, str]:
-    """What constraints.txt pins, where this runs in a checkout."""
+    """Returns the versions pinned in constraints.txt; empty outside a checkout."""
     file = Path(__file__).resolve().parents[3] / "constraints.txt"
     lines = file.read_text().splitlines() if file.is_file() else []
     return {name.lower(): version for name, _, version in (line.partition("==") for line in lines) if version}
@@ -90,7 +88,7 @@ def _devices() -> None:
     print("devices")
     free = available_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    _line(True, "cpu", f"{cores} cores" + (f", {free / GIB:.1f} GiB of memory free" if free is not None else ""))
+    _line(True, "cpu", f"{cores} cores" + (f", {free / GIB:.1f} GiB of memory available" if free is not None else ""))
     if importlib.util.find_spec("torch") is None:
         return
     import torch
@@ -104,25 +102,25 @@ def _devices() -> None:
             _line(
                 False,
                 "gpu",
-                "there is a driver, but this PyTorch is a CPU build",
+                "there is a driver, but PyTorch is a CPU build",
                 "Install the CUDA build of the pinned version: pytorch.org/get-started.",
             )
         elif driver:
             _line(
                 False,
                 "gpu",
-                "PyTorch sees none",
-                "Compare `nvidia-smi`'s CUDA version with " + f"torch's {built}; update the driver.",
+                "PyTorch finds none",
+                f"PyTorch needs CUDA {built}: compare with the version in `nvidia-smi`, and update the driver.",
             )
         else:
-            _line(None, "gpu", "none: everything runs on the CPU (trainer=cpu, the default)")
+            _line(None, "gpu", "none: runs use the CPU (trainer=cpu, the default)")
     usage = shutil.disk_usage(existing_parent(Path("outputs")))
-    few = usage.free < 5 * GIB
+    low = usage.free < 5 * GIB
     _line(
-        not few,
+        not low,
         "disk",
         f"{usage.free / GIB:.1f} GiB free here",
-        "Free some, or write elsewhere with `output_dir=…`." if few else "",
+        "Free some space, or use another disk: `output_dir=…`." if low else "",
     )
 
 
@@ -132,10 +130,10 @@ def _video() -> None:
     _line(
         True if ffmpeg else None,
         "ffmpeg",
-        ffmpeg or "none: PyAV brings its own and is used. For the faster torchcodec: apt-get install ffmpeg",
+        ffmpeg or "none: PyAV is used, which includes FFmpeg. For torchcodec, which is faster: apt-get install ffmpeg",
     )
     for name in ("av", "torchcodec"):
-        # in a process of its own: a decoder that does not fit the system's libraries may take the whole process down
+        # in a separate process: a decoder that is incompatible with the system's libraries may crash it
         result = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, check=False)
         if result.returncode == 0:
             _line(True, name, "loads")
@@ -158,14 +156,14 @@ def _services() -> None:
     _line(
         True if key else None,
         "wandb",
-        f"key in {key}: runs go online"
+        f"key in {key}: runs are logged online"
         if key
-        else f"no key: runs stay offline. `{wandb} login` to go online, `{wandb} leet <run>` to look without",
+        else f"no key: runs are logged offline. `{wandb} login` sets one, `{wandb} leet <run>` shows offline runs",
     )
     slurm = shutil.which("sbatch")
-    _line(True if slurm else None, "slurm", slurm or "none: sweeps run here, one after the other")
+    _line(True if slurm else None, "slurm", slurm or "none: sweeps run locally, one job after the other")
     git = shutil.which("git")
-    _line(bool(git), "git", git or "none", "" if git else "Install it: run.json records the commit of each run.")
+    _line(bool(git), "git", git or "none", "" if git else "Install git: run.json records the commit of each run.")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""What this machine has: memory, disk, a wandb key. Nothing here imports torch."""
+"""Resources of this machine: memory, cores, disk, wandb key. Does not import torch."""
 
 import netrc
 import os
 from pathlib import Path
 
+GIB = 2**30
 WANDB_HOST = "api.wandb.ai"
 
 
 def available_memory() -> int | None:
-    """Bytes that programs can still take; None where the system does not tell (it is not Linux)."""
+    """Returns the available memory in bytes; None if unknown (not Linux)."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.is_file():
         return None
@@ -17,13 +18,13 @@ def available_memory() -> int | None:
 
 
 def existing_parent(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
+    """Returns the path, or its nearest existing parent."""
     path = path.absolute()
     return path if path.exists() else existing_parent(path.parent)
 
 
 def wandb_key() -> str | None:
-    """Where a Weights & Biases key was found: the environment variable or the netrc file; None where there is none."""
+    """Returns the source of the Weights & Biases key, an environment variable or the netrc file; None without a key."""
     if os.environ.get("WANDB_API_KEY"):
         return "WANDB_API_KEY"
     file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()

@@ -1,4 +1,4 @@
-"""What a training will hold on each device, told before anything large is built."""
+"""Memory estimate of training per device, without allocating the model."""
 
 import os
 from collections.abc import Mapping
@@ -7,30 +7,28 @@ from typing import Any
 from omegaconf import DictConfig
 
 from blueberry_video.launch import processes
-from blueberry_video.launch.machine import available_memory
-
-GIB = 2**30
+from blueberry_video.launch.machine import GIB, available_memory
 
 
 def announce(config: DictConfig) -> None:
-    """Prints the estimate for a text-to-video model; nothing for others, which are small.
+    """Prints the estimate of a text-to-video model; other models are small and are skipped.
 
     Raises:
-        ValueError: it is more than a device has.
+        ValueError: if the estimate exceeds the memory of a device.
     """
     if processes.shared_folder() or not config.model.get("transformer"):
         return
     parts, shards = estimate(config)
-    print(f"memory: {said(parts, shards)}", flush=True)
+    print(f"memory: {describe(parts, shards)}", flush=True)
     if too_much := shortage(config, parts, shards):
-        raise ValueError(f"{too_much} Other ways: `model.lora` trains few parameters, and so does a smaller model=….")
+        raise ValueError(f"{too_much} Alternatives: `model.lora`, which trains few parameters, or a smaller `model=…`.")
 
 
 def estimate(config: DictConfig) -> tuple[dict[str, int], int]:
-    """Bytes by name, see :func:`of_training`, and the number of devices that share them. Nothing is allocated.
+    """Returns bytes by name, see :func:`of_training`, and the number of devices that share them.
 
     Args:
-        config: of a model that can be built on PyTorch's meta device: a text-to-video model.
+        config: a config with a text-to-video model, which is built on the meta device.
     """
     import torch
     from hydra.utils import instantiate
@@ -41,7 +39,7 @@ def estimate(config: DictConfig) -> tuple[dict[str, int], int]:
 
 
 def of_model(config: DictConfig, model: Any) -> dict[str, int]:
-    """As :func:`of_training`, of a model that is there."""
+    """Returns :func:`of_training` for a model."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return of_training(
         sum(size for size, _ in sizes),
@@ -52,12 +50,13 @@ def of_model(config: DictConfig, model: Any) -> dict[str, int]:
 
 
 def of_training(total: int, trained: int, precision: str, ema: bool) -> dict[str, int]:
-    """Bytes that training keeps for a model, by name; activations come on top.
+    """Returns the bytes of model and optimizer state in training by name, without activations.
 
     Args:
-        total, trained: parameters, and those of them that are trained.
-        precision: Lightning's: ``…-true`` keeps weights, gradients and states in that precision, the others in 32 bits.
-        ema: whether an average of the weights is kept.
+        total, trained: number of parameters, and of trainable ones.
+        precision: Lightning's precision: with ``…-true``, weights, gradients and optimizer states have 16 bits,
+            otherwise 32.
+        ema: whether there is an exponential moving average of the weights.
     """
     width = 2 if precision in ("16-true", "bf16-true") else 4
     parts = {"weights": width * total, "gradients": width * trained, "AdamW": 2 * width * trained}
@@ -65,7 +64,7 @@ def of_training(total: int, trained: int, precision: str, ema: bool) -> dict[str
 
 
 def num_shards(trainer: Mapping[str, Any]) -> int:
-    """Into how many parts a trainer's strategy cuts the state: with FSDP as many as there are processes."""
+    """Returns the number of shards of model and optimizer state: the number of processes with FSDP, otherwise 1."""
     strategy = trainer.get("strategy") or ""
     name = strategy.get("_target_", "") if isinstance(strategy, Mapping) else strategy
     if "fsdp" not in str(name).lower():
@@ -74,25 +73,25 @@ def num_shards(trainer: Mapping[str, Any]) -> int:
     return max(of_machine, int(os.environ.get("SLURM_NTASKS", "1")))
 
 
-def said(parts: Mapping[str, int], shards: int) -> str:
-    """Such as ``27.1 GiB a device, beside activations and frozen encoders: weights 6.8 GiB + …``."""
-    shown = " + ".join(f"{name} {_bytes(size / shards)}" for name, size in parts.items())
-    cut = f", in {shards} shards" if shards > 1 else ""
-    return f"{_bytes(sum(parts.values()) / shards)} a device{cut}, beside activations and frozen encoders: {shown}"
+def describe(parts: Mapping[str, int], shards: int) -> str:
+    """Formats an estimate: ``27.1 GiB per device, plus activations and frozen encoders: weights 6.8 GiB + …``."""
+    terms = " + ".join(f"{name} {_bytes(size / shards)}" for name, size in parts.items())
+    sharded = f", in {shards} shards" if shards > 1 else ""
+    return f"{_bytes(sum(parts.values()) / shards)} per device{sharded}, plus activations and frozen encoders: {terms}"
 
 
 def shortage(config: DictConfig, parts: Mapping[str, int], shards: int) -> str:
-    """One sentence with a remedy where a device has not that much memory, else nothing."""
+    """Returns an error message with the fix if a device has too little memory, otherwise an empty string."""
     import torch
 
     on_gpu = config.trainer.get("accelerator", "auto") != "cpu" and torch.cuda.is_available()
-    there = torch.cuda.mem_get_info()[1] if on_gpu else available_memory()
+    available = torch.cuda.mem_get_info()[1] if on_gpu else available_memory()
     needed = sum(parts.values()) / shards
-    if there is None or needed < there:
+    if available is None or needed < available:
         return ""
     return (
-        f"Training needs {_bytes(needed)} a device, and there are {_bytes(there)}: use `trainer=fsdp` on several GPUs, "
-        "which share it, or `trainer.precision=bf16-true`, which halves it."
+        f"Training needs {_bytes(needed)} per device, and {_bytes(available)} are available: use `trainer=fsdp` on "
+        "several GPUs, which shards the state, or `trainer.precision=bf16-true`, which halves it."
     )
 
 

@@ -1,4 +1,4 @@
-"""``make new EXP=<name>``: a copy of experiments/template/ under a new name."""
+"""``make new EXP=<name>``: copies experiments/template/ to a new experiment."""
 
 import re
 import shutil
@@ -14,20 +14,20 @@ def new_experiment(name: str, root: Path = Path("experiments")) -> Path:
     """Copies ``<root>/template`` to ``<root>/<name>`` and writes the new name into its files.
 
     Raises:
-        ValueError: a name that cannot be a folder, an experiment's name and a Python package at once.
-        FileExistsError: there is one already; nothing is overwritten.
-        FileNotFoundError: there is no template.
+        ValueError: if the name is not valid for a folder, an experiment and a Python package.
+        FileExistsError: if the experiment exists; nothing is overwritten.
+        FileNotFoundError: if there is no template.
     """
     if not NAME.fullmatch(name):
         raise ValueError(
-            f"EXP={name!r} cannot name an experiment: use lower-case letters, digits and underscores, a letter first, "
+            f"EXP={name!r} is not a valid name: use lower-case letters, digits and underscores, a letter first, "
             f"as in `make new EXP={re.sub(r'[^a-z0-9_]+', '_', name.lower()).strip('_0123456789') or 'my_idea'}`."
         )
     target, template = root / name, root / "template"
     if target.exists():
-        raise FileExistsError(f"EXP={name}: {target} exists already and is left as it is: choose another name.")
+        raise FileExistsError(f"EXP={name}: {target} already exists: choose another name.")
     if not template.is_dir():
-        raise FileNotFoundError(f"there is no {template} to copy: run `make new` in the root of the repository.")
+        raise FileNotFoundError(f"EXP={name}: {template} does not exist: run `make new` in the root of the repository.")
     shutil.copytree(template, target, ignore=shutil.ignore_patterns("__pycache__"))
     for file in target.rglob("*"):
         if file.suffix in (".md", ".yaml", ".py"):
@@ -39,4 +39,4 @@ def new_experiment(name: str, root: Path = Path("experiments")) -> Path:
 if __name__ == "__main__":
     with OneParagraphErrors():
         made = new_experiment(sys.argv[1] if len(sys.argv) > 1 else "")
-    print(f"made {made}/: README.md takes the question, config.yaml the differences; then `make check EXP={made.name}`")
+    print(f"created {made}/: write the question in README.md, overrides in config.yaml; `make check EXP={made.name}`")

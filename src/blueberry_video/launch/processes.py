@@ -1,7 +1,7 @@
-"""One run in several processes: ``torch.distributed.run`` starts one a device, all on the same resolved config.
+"""Multi-process runs: ``torch.distributed.run`` starts one process per device on the same resolved config.
 
-Lightning would start them by running the whole command again, and in a sweep every rank would then sweep by itself.
-So the process that the user started makes the run folder, starts the ranks, waits, and alone writes the report.
+Lightning would start them by running the whole command again, so that in a sweep every rank would run the whole sweep.
+Instead, the process started by the user creates the run folder, starts the ranks, waits, and writes the report.
 """
 
 import os
@@ -18,16 +18,19 @@ FOLDER_VARIABLE = "BLUEBERRY_VIDEO_RUN_FOLDER"
 
 
 def shared_folder() -> Path | None:
-    """In a process that ``start`` started: the run folder that all ranks share. Else None."""
+    """Returns the run folder shared by all ranks in a process started by :func:`start`, otherwise None."""
     folder = os.environ.get(FOLDER_VARIABLE)
     return Path(folder) if folder else None
 
 
 def count(trainer: Mapping[str, Any]) -> int:
-    """How many processes a trainer's config asks for on this machine; 1 where a cluster has already started them.
+    """Returns the number of processes to start on this machine; 1 if they are already started (rank, Slurm task).
+
+    Args:
+        trainer: the ``trainer`` section of a config.
 
     Raises:
-        ValueError: it asks for devices that are not there.
+        ValueError: if ``devices`` is all GPUs and there are none.
     """
     if shared_folder() or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         return 1
@@ -40,22 +43,22 @@ def count(trainer: Mapping[str, Any]) -> int:
         return int(devices)
     if accelerator == "cpu":
         return 1
-    import torch  # only here: a config with a number of devices is judged without it
+    import torch  # only here: a fixed number of devices does not need torch
 
     available = torch.cuda.device_count()
     if available == 0 and accelerator in ("gpu", "cuda"):
         raise ValueError(
-            f"`trainer.devices` = {devices} asks for every GPU, and PyTorch sees none: use `trainer=cpu`, or several "
-            "CPU processes with `trainer=ddp trainer.accelerator=cpu trainer.devices=2`. `make doctor` says more."
+            f"trainer.devices={devices} is all GPUs, and PyTorch finds none: use `trainer=cpu`, or several CPU "
+            "processes with `trainer=ddp trainer.accelerator=cpu trainer.devices=2`. `make doctor` lists the devices."
         )
     return max(available, 1)
 
 
 def start(config: DictConfig, run: Path, number: int) -> None:
-    """Trains ``config`` in ``number`` processes that share the folder ``run``, and waits.
+    """Trains ``config`` in ``number`` processes that share the folder ``run``, and waits for them.
 
     Raises:
-        RuntimeError: a process failed; its own message was printed.
+        RuntimeError: if a process fails; its error is printed before.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(OmegaConf.to_yaml(config))
@@ -70,6 +73,6 @@ def start(config: DictConfig, run: Path, number: int) -> None:
         code = subprocess.run(command, env=environment, check=False).returncode
     if code:
         raise RuntimeError(
-            f"one of the {number} processes of the run {run} ended with exit code {code}: its error is printed above. "
-            "`trainer.devices=1` runs the same config in one process, where errors are easier to read."
+            f"one of the {number} processes of the run {run} failed with exit code {code}: its error is printed above. "
+            "For shorter error output, use one process: `trainer.devices=1`."
         )

@@ -12,6 +12,7 @@ from blueberry_video.models import vit
 from blueberry_video.models.encoder import Encoder
 from blueberry_video.nn.heads import ClassificationHead
 from blueberry_video.weights import files as weight_files
+from blueberry_video.weights.load import load_strictly
 
 
 class VideoClassifier(nn.Module):
@@ -74,6 +75,66 @@ class VideoClassifier(nn.Module):
             return self.head(cast(Any, self.encoder).context(video)[:, None])
         return self.head(self.encoder(video))
 
+    def load_published(self, source: str | Path) -> str:
+        """Loads a published file or a checkpoint of a run: the encoder strictly, see
+        :meth:`~blueberry_video.models.encoder.Encoder.load_published`, and the heads that fit.
+
+        A head fits the head of the same label and number of classes, if both pool vectors of the same width in the same
+        way. A published file has one head without a label, which fits the only head of this model. The LayerNorm before
+        the linear layers is loaded even where no head fits, as in the original code.
+
+        Returns:
+            A report on what was loaded and which heads were ignored.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: encoder tensors are missing, unexpected or of another shape; the message names them.
+        """
+        report = self.encoder.load_published(source)
+        found, own = convert_head(weight_files.read_weights(source), self._only_label), self.head.state_dict()
+        if not found:
+            return f"{report}; it holds no head: the head of this model keeps its initialization"
+        stem, labels = _stem(found), dict.fromkeys(name.split(".")[1] for name in found if name.startswith("linear."))
+        if stem != _stem(own) or not _widths(found) <= _widths(own):
+            named = " ".join(["its head", ", ".join(map(repr, labels))]).strip()
+            return (
+                f"{report}; {named} was ignored, because its pooling or its width differs from that of this model: its "
+                "head keeps its initialization"
+            )
+        fitting, ignored = set(stem), ""
+        for label in labels:
+            classes = len(found[f"linear.{label}.weight"])
+            if self.num_classes.get(label) == classes:
+                fitting |= {f"linear.{label}.{kind}" for kind in ("weight", "bias")}
+                report += f", and the head {label!r} ({classes} classes)"
+            else:
+                ours = ", ".join(f"{name!r} ({count} classes)" for name, count in self.num_classes.items())
+                ignored += f"; its head {label!r} ({classes} classes) was ignored, since this model has {ours}"
+        self.head.load_state_dict(own | {name: found[name] for name in fitting})
+        return report + ignored
+
+    def load_finetuned(self, source: str | Path) -> str:
+        """Loads a fine-tuned file, published or of a run, strictly: encoder and heads.
+
+        Returns:
+            A sentence on what was loaded.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: tensors are missing, unexpected or of another shape.
+        """
+        state = weight_files.read_weights(source)
+        own = self.state_dict()
+        weights = state if state.keys() == own.keys() else convert_finetuned(state, self._only_label, source)
+        fix = "Give a fine-tuned file, and the model variant and num_classes that it was made with."
+        load_strictly(self, weights, source, fix)
+        return f"loaded {len(weights)} tensors from {source}"
+
+    @property
+    def _only_label(self) -> str:
+        """Label for the head of a published file, which has none."""
+        return next(iter(self.num_classes)) if len(self.num_classes) == 1 else "without a label"
+
 
 def is_omnimae(state: dict[str, Tensor]) -> bool:
     return any(name.startswith("trunk.") for name in state)
@@ -96,14 +157,14 @@ def convert_head(state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
     return converted
 
 
-def convert_finetuned(state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
+def convert_finetuned(state: dict[str, Tensor], label: str, source: str | Path) -> dict[str, Tensor]:
     """The weights of a fine-tuned VideoMAE (original or transformers) or OmniMAE, under the names of
     :class:`VideoClassifier`.
 
     Raises:
         ValueError: if there is no encoder in it, or one with other positions.
     """
-    encoder = vit.encoder_weights(state)
+    encoder = vit.encoder_weights(state, source)
     if is_omnimae(state):  # its norm is the head's
         encoder = {name: value for name, value in encoder.items() if not name.startswith("norm.")}
     converted = {f"encoder.{name}": value for name, value in encoder.items()}
@@ -180,59 +241,19 @@ def from_published(
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file has no classifier, such as a pre-trained model.
-        RuntimeError: if a weight is missing, left over, or of another shape: each is named.
     """
     state = weight_files.read_weights(path)
     if not {"fc_norm.weight", f"linear.{label}.weight"} <= convert_head(state, label).keys():
         raise ValueError(
             f"{path} holds no fine-tuned VideoMAE (fc_norm.weight or head.weight is missing): load a pre-trained "
-            "one with blueberry_video.models.masked_autoencoder.from_published."
+            "one with blueberry_video.models.masked_autoencoder.model.from_published."
         )
-    weights = convert_finetuned(state, label)
+    weights = convert_finetuned(state, label, path)
     own = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
-    encoder = vit.build_from_weights(own, num_frames, image_size, num_heads, images=is_omnimae(state))
+    encoder = vit.VisionTransformer.from_weights(own, path, num_frames, image_size, num_heads, images=is_omnimae(state))
     model = VideoClassifier(encoder, num_classes={label: weights[f"head.linear.{label}.weight"].shape[0]})
-    model.load_state_dict(weights)
+    load_strictly(model, weights, path)
     return model
-
-
-def load_classifier(model: VideoClassifier, path: str | Path) -> str:
-    """Puts a published file, or an own run's checkpoint, into a classifier: the encoder strictly (see
-    :func:`~blueberry_video.models.vit.load_encoder`), and of the head what fits.
-
-    A head fits the one of the same label with as many classes, if both pool vectors of the same width in the same way;
-    a published head, which has no label, the only one of the model. The LayerNorm before them is loaded even where none
-    fits, as the original code does.
-
-    Returns:
-        What was loaded, and a sentence on every head that was left out.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if encoder weights are missing, left over, or of other shapes; the message names them.
-    """
-    said = vit.load_encoder(model.encoder, path)
-    found, own = convert_head(weight_files.read_weights(path), _only_label(model)), model.head.state_dict()
-    if not found:
-        return f"{said}; it holds no head: this model's starts anew"
-    stem, labels = _stem(found), dict.fromkeys(name.split(".")[1] for name in found if name.startswith("linear."))
-    if stem != _stem(own) or not _widths(found) <= _widths(own):
-        named = " ".join(["its head", ", ".join(map(repr, labels))]).strip()
-        return (
-            f"{said}; {named} was left out, since it pools in another way, or vectors of another width, than this "
-            "model's, which starts anew"
-        )
-    fitting, left_out = set(stem), ""
-    for label in labels:
-        classes = len(found[f"linear.{label}.weight"])
-        if model.num_classes.get(label) == classes:
-            fitting |= {f"linear.{label}.{kind}" for kind in ("weight", "bias")}
-            said += f", and the head {label!r} ({classes} classes)"
-        else:
-            ours = ", ".join(f"{name!r} ({count} classes)" for name, count in model.num_classes.items())
-            left_out += f"; its head {label!r} ({classes} classes) was left out, since this model has {ours}"
-    model.head.load_state_dict(own | {name: found[name] for name in fitting})
-    return said + left_out
 
 
 def _stem(head: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -243,36 +264,6 @@ def _stem(head: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def _widths(head: dict[str, Tensor]) -> set[int]:
     """Of the vectors that the linear layers take."""
     return {value.shape[1] for name, value in head.items() if name.startswith("linear.") and name.endswith(".weight")}
-
-
-def load_whole(model: VideoClassifier, path: str | Path) -> str:
-    """Puts a fine-tuned file, published or of an own run, into a classifier: encoder and head, strictly.
-
-    Returns:
-        One sentence on what was loaded.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if weights are missing, left over, or of other shapes.
-    """
-    state, own = weight_files.read_weights(path), model.state_dict()
-    weights = state if state.keys() == own.keys() else convert_finetuned(state, _only_label(model))
-    wrong = own.keys() ^ weights.keys() | {
-        name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape
-    }
-    if wrong:
-        raise ValueError(
-            f"{path} does not hold the whole of this classifier: {len(wrong)} weights are missing, left over or of "
-            f"another shape, such as {min(wrong)}. Give a fine-tuned file, and the model variant and num_classes it "
-            "was made with."
-        )
-    model.load_state_dict(weights)
-    return f"loaded {len(weights)} tensors from {path}"
-
-
-def _only_label(model: VideoClassifier) -> str:
-    """What to call the nameless head of a published file."""
-    return next(iter(model.num_classes)) if len(model.num_classes) == 1 else "without a label"
 
 
 class FrameClassifier(nn.Module):

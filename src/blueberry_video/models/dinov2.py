@@ -27,6 +27,7 @@ from blueberry_video.nn.embeddings import TubeletEmbed
 from blueberry_video.nn.feed_forward import Mlp
 from blueberry_video.nn.kept_tokens import KeptTokens
 from blueberry_video.weights import files as weight_files
+from blueberry_video.weights.load import load_strictly
 
 
 class DINOv2(Encoder):
@@ -34,7 +35,7 @@ class DINOv2(Encoder):
     those of the patches. T may be any number from 1, H and W any multiples of ``patch_size``.
 
     Args:
-        image_size, num_frames, patch_size, embed_dim, in_channels: see :class:`~blueberry_video.models.encoder.Encoder`.
+        image_size, num_frames, patch_size, embed_dim, in_channels: see :class:`.encoder.Encoder`.
         depth: number of blocks.
         num_heads: attention heads.
         mlp_ratio: hidden over outer width of the MLPs; a gated one has two thirds of it, rounded up to a multiple of 8.
@@ -95,7 +96,7 @@ class DINOv2(Encoder):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6) if final_norm else nn.Identity()
         self.init_weights()
         if weights is not None:
-            self.load_state_dict(published_weights(weight_files.read_weights(weights), weights))
+            self.load_published(weights)
 
     def init_weights(self) -> None:
         """Matrices and positions normal with a deviation of 0.02, cut off; class and register tokens nearly 0; biases
@@ -193,6 +194,9 @@ class DINOv2(Encoder):
         else:
             image = F.interpolate(image, size=(h, w), mode="bicubic", antialias=self.antialias)
         return rearrange(image, "1 d h w -> (h w) d").to(table.dtype)
+
+    def convert_published(self, state: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+        return published_weights(state, source)
 
 
 class DINOv2Block(nn.Module):
@@ -364,7 +368,6 @@ def from_published(
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it holds no DINOv2, or one too narrow for heads of 64 channels without ``num_heads``.
-        RuntimeError: if a weight is missing, left over, or of another shape: each is named.
     """
     state = weight_files.read_weights(path)
     weights = published_weights(state, path)
@@ -389,5 +392,5 @@ def from_published(
         interpolate_offset=0.0 if is_huggingface(state) else None,
         final_norm="norm.weight" in weights,
     )
-    model.load_state_dict(weights)
+    load_strictly(model, weights, path)
     return model

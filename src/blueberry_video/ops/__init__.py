@@ -1,4 +1,4 @@
-"""State-space scans: a public function each, its dense definition, its PyTorch and its Triton form."""
+"""State-space scans: public functions, a dense reference, a chunked PyTorch backend and Triton kernels."""
 
 from blueberry_video.ops.scan import ssd, ssd_step, video_ssd
 

@@ -1,9 +1,9 @@
-"""The video scan's backward in Triton: gradients of pairs of tokens, of x, of B and C, and of the log-decays.
+"""Backward Triton kernels of the scan: gradients of the products of pairs, of x, B and C, and of the log-decays.
 
-Names and layouts are those of :mod:`blueberry_video.ops.kernels_forward`. M_ij = C_i · B_j e_ij dt_j has the gradient
-m_ij = dy_i · x_j, and C_i · B_j has the sum of m_ij e_ij dt_j over the heads of a group. A log-decay a_k is in e_ij for
-all pairs with k between j and i, so its gradient is a sum of z_ij = m_ij M_ij over them. It is added up as such, tile
-by tile; differences of running sums over the whole chunk would cancel.
+Names and layouts are those of :mod:`blueberry_video.ops.kernels_forward`. The gradient of M_ij = C_i · B_j e_ij dt_j,
+with the decay e_ij, is m_ij = dy_i · x_j; that of C_i · B_j is the sum of m_ij e_ij dt_j over the heads of a group. A
+log-decay a_k is part of e_ij for all pairs with k between j and i, so its gradient is the sum of z_ij = m_ij M_ij over
+these pairs. It is summed as such, tile by tile; differences of cumulative sums over the chunk would cancel.
 """
 
 import triton
@@ -17,49 +17,50 @@ from blueberry_video.ops.kernels_forward import (
     configs,
     dot,
     edge_decay,
-    load_number,
     load_rows,
+    load_scalar,
     load_state,
     tile_decay,
 )
 
 CONFIGS = configs(*({"num_warps": warps, "num_stages": stages} for warps in (8, 4) for stages in (2, 3)))
-STEPS_F, STEPS_B, DECAYS_F, DECAYS_B = (tl.constexpr(field) for field in range(4))  # of OWN
+STEPS_F, STEPS_B, DECAYS_F, DECAYS_B = (tl.constexpr(field) for field in range(4))  # fields of DIAGONAL
 
 
 @triton.jit
 def off_diagonal(
-    PAIRS, DY, X, LEG, BASES, COLUMNS, ROWS, x_token, x_head, part, bases, tokens, heads, share, row_block,
+    PAIRS, DY, X, SCALARS, BASES, COLUMNS, ROWS, x_token, x_head, part, bases, tokens, heads, share, row_block,
     column_block, length, BACKWARD: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile's C_i · B_j over a share of heads; sums over its columns and rows to COLUMNS and ROWS."""
+    """Gradient of a tile's C_i · B_j, summed over ``share`` heads; sums by column and row go to COLUMNS and ROWS."""
     i, j = row_block * BLOCK + tl.arange(0, BLOCK), column_block * BLOCK + tl.arange(0, BLOCK)
-    valid, there = i < length, j < length
+    valid, valid_j = i < length, j < length
     pairs = tl.load(PAIRS + i[:, None] * Q + j[None, :]).to(tl.float32)
     d_pairs = tl.zeros([BLOCK, BLOCK], tl.float32)
     for h in range(share):
-        of_head = tl.cast(h, tl.int64) * tokens
+        head_tokens = tl.cast(h, tl.int64) * tokens
         dy = load_rows(DY + h * P, heads * P, i, valid, P, BLOCK_P)
-        x = load_rows(X + tl.cast(h, tl.int64) * x_head, x_token, j, there, P, BLOCK_P)
-        to_i = edge_decay(LEG + of_head, part, i, valid, BASES + h * bases + row_block, not BACKWARD)
+        x = load_rows(X + tl.cast(h, tl.int64) * x_head, x_token, j, valid_j, P, BLOCK_P)
+        to_i = edge_decay(SCALARS + head_tokens, part, i, valid, BASES + h * bases + row_block, not BACKWARD)
         to_i *= block_decay(BASES + h * bases, row_block, column_block, BACKWARD)
-        leaves = edge_decay(LEG + of_head, part, j, there, BASES + h * bases + column_block, BACKWARD)
-        dt = load_number(LEG + of_head, STEPS, part, j, there)
+        leaves = edge_decay(SCALARS + head_tokens, part, j, valid_j, BASES + h * bases + column_block, BACKWARD)
+        dt = load_scalar(SCALARS + head_tokens, STEPS, part, j, valid_j)
         slope = dot(dy, tl.trans(x), PRECISION) * to_i[:, None] * leaves[None, :]
-        tl.store(COLUMNS + of_head + j, tl.sum(slope * pairs, 0), mask=there)
+        tl.store(COLUMNS + head_tokens + j, tl.sum(slope * pairs, 0), mask=valid_j)
         slope *= dt[None, :]
-        tl.store(ROWS + of_head + i, tl.sum(slope * pairs, 1), mask=valid)
+        tl.store(ROWS + head_tokens + i, tl.sum(slope * pairs, 1), mask=valid)
         d_pairs += slope
     return d_pairs
 
 
 @triton.jit
 def on_diagonal(
-    PAIRS, DY, X, LEG_F, LEG_B, OWN, x_token, x_head, part, tokens, heads, share, block, length, CAUSAL: tl.constexpr,
-    P: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+    PAIRS, DY, X, SCALARS_F, SCALARS_B, DIAGONAL, x_token, x_head, part, tokens, heads, share, block, length,
+    CAUSAL: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same of a tile on the diagonal; what it gives to ddt and da of both legs to OWN."""
+    """As off_diagonal, for a tile on the diagonal; its part of ddt and da of both directions goes to DIAGONAL."""
     i = block * BLOCK + tl.arange(0, BLOCK)
     valid = i < length
     below = tl.arange(0, BLOCK)[:, None] > tl.arange(0, BLOCK)[None, :]
@@ -68,25 +69,25 @@ def on_diagonal(
     d_pairs = tl.zeros([BLOCK, BLOCK], tl.float32)
     part = tl.cast(part, tl.int64)
     for h in range(share):
-        of_head = tl.cast(h, tl.int64) * tokens
+        head_tokens = tl.cast(h, tl.int64) * tokens
         dy = load_rows(DY + h * P, heads * P, i, valid, P, BLOCK_P)
         x = load_rows(X + tl.cast(h, tl.int64) * x_head, x_token, i, valid, P, BLOCK_P)
         slope = dot(dy, tl.trans(x), PRECISION)
-        dt = load_number(LEG_F + of_head, STEPS, part, i, valid)[None, :]
+        dt = load_scalar(SCALARS_F + head_tokens, STEPS, part, i, valid)[None, :]
         if CAUSAL:
-            slope *= tile_decay(LEG_F + of_head, None, part, i, valid, BLOCK)
-            tl.store(OWN + STEPS_F * part + of_head + i, tl.sum(slope * pairs, 0), mask=valid)
+            slope *= tile_decay(SCALARS_F + head_tokens, None, part, i, valid, BLOCK)
+            tl.store(DIAGONAL + STEPS_F * part + head_tokens + i, tl.sum(slope * pairs, 0), mask=valid)
             slope *= dt
         else:
-            slope *= tile_decay(LEG_F + of_head, LEG_B + of_head, part, i, valid, BLOCK)
+            slope *= tile_decay(SCALARS_F + head_tokens, SCALARS_B + head_tokens, part, i, valid, BLOCK)
             steps = slope * pairs
-            tl.store(OWN + STEPS_F * part + of_head + i, tl.sum(tl.where(below, steps, 0.0), 0), mask=valid)
-            tl.store(OWN + STEPS_B * part + of_head + i, tl.sum(tl.where(above, steps, 0.0), 0), mask=valid)
-            slope *= tl.where(below, dt, load_number(LEG_B + of_head, STEPS, part, i, valid)[None, :])
-            until = tl.cumsum(tl.where(above, slope * pairs, 0.0), 0)  # (k, j): of all i ≤ k
-            tl.store(OWN + DECAYS_B * part + of_head + i, tl.sum(tl.where(above, until, 0.0), 1), mask=valid)
-        since = tl.cumsum(tl.where(below, slope * pairs, 0.0), 0, reverse=True)  # (k, j): of all i ≥ k
-        tl.store(OWN + DECAYS_F * part + of_head + i, tl.sum(tl.where(below, since, 0.0), 1), mask=valid)
+            tl.store(DIAGONAL + STEPS_F * part + head_tokens + i, tl.sum(tl.where(below, steps, 0.0), 0), mask=valid)
+            tl.store(DIAGONAL + STEPS_B * part + head_tokens + i, tl.sum(tl.where(above, steps, 0.0), 0), mask=valid)
+            slope *= tl.where(below, dt, load_scalar(SCALARS_B + head_tokens, STEPS, part, i, valid)[None, :])
+            until = tl.cumsum(tl.where(above, slope * pairs, 0.0), 0)  # (k, j): over all i ≤ k
+            tl.store(DIAGONAL + DECAYS_B * part + head_tokens + i, tl.sum(tl.where(above, until, 0.0), 1), mask=valid)
+        since = tl.cumsum(tl.where(below, slope * pairs, 0.0), 0, reverse=True)  # (k, j): over all i ≥ k
+        tl.store(DIAGONAL + DECAYS_F * part + head_tokens + i, tl.sum(tl.where(below, since, 0.0), 1), mask=valid)
         d_pairs += slope
     keep = valid[:, None] & valid[None, :]
     if not CAUSAL:
@@ -97,17 +98,16 @@ def on_diagonal(
 @triton.autotune(CONFIGS, key=["P", "Q", "BLOCK", "CAUSAL", "PRECISION"])
 @triton.jit
 def pair_gradients(
-    X, DY, PAIRS, D_PAIRS, LEG_F, BASES_F, LEG_B, BASES_B, COLUMNS, ROWS, OWN, STARTS,
-    x_sample, x_token, x_head,
-    part, batch, splits, frames, per_frame, segment_len, tokens, heads, heads_of_group,
+    X, DY, PAIRS, D_PAIRS, SCALARS_F, BASES_F, SCALARS_B, BASES_B, COLUMNS, ROWS, DIAGONAL, STARTS,
+    x_sample, x_token, x_head, part, batch, splits, frames, per_frame, segment_len, tokens, heads, heads_of_group,
     CAUSAL: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """D_PAIRS (splits, B, chunks, G, Q, Q): the gradient of PAIRS, of a share of the heads; and by head (B, H, L) each
+    """D_PAIRS (splits, B, chunks, G, Q, Q): gradient of PAIRS for a split of the heads; also, each (B, H, L):
 
-    COLUMNS[I], of j in a block other than I    sum over i in block I of m_ij e_ij C_i · B_j, so of z_ij / dt_j
+    COLUMNS[I], of j in a block other than I    sum over i in block I of m_ij e_ij C_i · B_j, which is z_ij / dt_j
     ROWS[J], of i in a block other than J       sum over j in block J of z_ij
-    OWN                                         STEPS: the first over i in j's block; DECAYS: of pairs in k's block
+    DIAGONAL                                    STEPS: as COLUMNS, over i in j's block; DECAYS: over pairs in k's block
     """
     chunks, blocks, groups = frames * per_frame, Q // BLOCK, heads // heads_of_group
     pid = tl.program_id(0).to(tl.int64)
@@ -121,73 +121,73 @@ def pair_gradients(
         return
     share = heads_of_group // splits
     head, bases = group * heads_of_group + split * share, chunks * (blocks + 1)
-    of_head = (sample * heads + head) * tokens + first
-    of_bases = ((sample * heads + head) * chunks + chunk) * (blocks + 1)
-    of_pairs = ((sample * chunks + chunk) * groups + group) * Q * Q
-    PAIRS += of_pairs
+    head_tokens = (sample * heads + head) * tokens + first
+    head_bases = ((sample * heads + head) * chunks + chunk) * (blocks + 1)
+    group_pairs = ((sample * chunks + chunk) * groups + group) * Q * Q
+    PAIRS += group_pairs
     X += sample * x_sample + first * x_token + head * x_head
     DY += ((sample * tokens + first) * heads + head) * P
-    COLUMNS += row_block.to(tl.int64) * part + of_head
-    ROWS += column_block.to(tl.int64) * part + of_head
+    COLUMNS += row_block.to(tl.int64) * part + head_tokens
+    ROWS += column_block.to(tl.int64) * part + head_tokens
     d_pairs = tl.zeros([BLOCK, BLOCK], tl.float32)
     if column_block < row_block:
         d_pairs = off_diagonal(
-            PAIRS, DY, X, LEG_F + of_head, BASES_F + of_bases, COLUMNS, ROWS, x_token, x_head, part, bases, tokens,
-            heads, share, row_block, column_block, length, False, P, Q, BLOCK, BLOCK_P, PRECISION
+            PAIRS, DY, X, SCALARS_F + head_tokens, BASES_F + head_bases, COLUMNS, ROWS, x_token, x_head, part, bases,
+            tokens, heads, share, row_block, column_block, length, False, P, Q, BLOCK, BLOCK_P, PRECISION
         )  # fmt: skip
     elif column_block == row_block:
         d_pairs = on_diagonal(
-            PAIRS, DY, X, LEG_F + of_head, None if CAUSAL else LEG_B + of_head, OWN + of_head, x_token, x_head, part,
-            tokens, heads, share, row_block, length, CAUSAL, P, Q, BLOCK, BLOCK_P, PRECISION
+            PAIRS, DY, X, SCALARS_F + head_tokens, None if CAUSAL else SCALARS_B + head_tokens, DIAGONAL + head_tokens,
+            x_token, x_head, part, tokens, heads, share, row_block, length, CAUSAL, P, Q, BLOCK, BLOCK_P, PRECISION
         )  # fmt: skip
     elif not CAUSAL:
         d_pairs = off_diagonal(
-            PAIRS, DY, X, LEG_B + of_head, BASES_B + of_bases, COLUMNS, ROWS, x_token, x_head, part, bases, tokens,
-            heads, share, row_block, column_block, length, True, P, Q, BLOCK, BLOCK_P, PRECISION
+            PAIRS, DY, X, SCALARS_B + head_tokens, BASES_B + head_bases, COLUMNS, ROWS, x_token, x_head, part, bases,
+            tokens, heads, share, row_block, column_block, length, True, P, Q, BLOCK, BLOCK_P, PRECISION
         )  # fmt: skip
     i, j = row_block * BLOCK + tl.arange(0, BLOCK), column_block * BLOCK + tl.arange(0, BLOCK)
-    D_PAIRS += split * batch * chunks * groups * Q * Q + of_pairs
+    D_PAIRS += split * batch * chunks * groups * Q * Q + group_pairs
     tl.store(D_PAIRS + i[:, None] * Q + j[None, :], d_pairs.to(D_PAIRS.dtype.element_ty))
 
 
 @triton.jit
-def gathered(
-    B, D_STATES, PAIRS, DY, LEG, BASES, LEFT, part, sample, chunk, head, chunks, heads, x, j, there, b_token,
+def direction_input_gradient(
+    B, D_STATES, PAIRS, DY, SCALARS, BASES, STATE_DDT, part, sample, chunk, head, chunks, heads, x, j, valid_j, b_token,
     block, begin, end, length, BACKWARD: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx of a block of columns, of rows in the blocks from ``begin`` to ``end`` and the state that leaves the chunk."""
+    """dx of a block of columns from rows in blocks ``begin`` to ``end`` and the state that leaves the chunk."""
     dx = tl.zeros([BLOCK, BLOCK_P], tl.float32)
     if D_STATES is not None:
         state = load_state(D_STATES, None, sample, chunk, head, chunks, heads, P, N, BLOCK_P, BLOCK_N, 0)
-        b = load_rows(B, b_token, j, there, N, BLOCK_N)
+        b = load_rows(B, b_token, j, valid_j, N, BLOCK_N)
         if BACKWARD:
             decay = tl.exp2(tl.load(BASES + block).to(tl.float32))
         else:
             decay = block_decay(BASES, Q // BLOCK, block, False)
         dx = dot(b, tl.trans(state), PRECISION) * decay
-        leaves = edge_decay(LEG, part, j, there, BASES + block, BACKWARD)
-        tl.store(LEFT + j, tl.sum(x * dx, 1) * leaves, mask=there)
+        leaves = edge_decay(SCALARS, part, j, valid_j, BASES + block, BACKWARD)
+        tl.store(STATE_DDT + j, tl.sum(x * dx, 1) * leaves, mask=valid_j)
     for other in range(begin, end):
         i = other * BLOCK + tl.arange(0, BLOCK)
-        to_i = edge_decay(LEG, part, i, i < length, BASES + other, not BACKWARD)
+        to_i = edge_decay(SCALARS, part, i, i < length, BASES + other, not BACKWARD)
         to_i *= block_decay(BASES, other, block, BACKWARD)
         pairs = tl.load(PAIRS + i[:, None] * Q + j[None, :]).to(tl.float32) * to_i[:, None]
         dy = load_rows(DY, heads * P, i, i < length, P, BLOCK_P)
         dx += dot(tl.trans(pairs), dy, PRECISION)
-    return dx * load_number(LEG, WRITES, part, j, there)[:, None]
+    return dx * load_scalar(SCALARS, WRITES, part, j, valid_j)[:, None]
 
 
 @triton.autotune(CONFIGS, key=["P", "N", "Q", "BLOCK", "CAUSAL", "PRECISION"])
 @triton.jit
 def input_gradients(
-    X, B_F, B_B, D, PAIRS, LEG_F, BASES_F, LEG_B, BASES_B, DY, D_STATES, D_STATES_B, DX, DD, LEFT_F, LEFT_B, STARTS,
-    x_sample, x_token, x_head, b_sample, b_token, b_head, d_sample, d_token, d_head,
+    X, B_F, B_B, D, PAIRS, SCALARS_F, BASES_F, SCALARS_B, BASES_B, DY, D_STATES, D_STATES_B, DX, DD, STATE_DDT_F,
+    STATE_DDT_B, STARTS, x_sample, x_token, x_head, b_sample, b_token, b_head, d_sample, d_token, d_head,
     part, frames, per_frame, segment_len, tokens, heads, heads_of_group,
     CAUSAL: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx and dD of a block of tokens, for one head; LEFT (B, H, L): what states that leave the chunk give to ddt."""
+    """dx and dD of a block of tokens, for one head; STATE_DDT (B, H, L): ddt from the state that leaves the chunk."""
     chunks, blocks = frames * per_frame, Q // BLOCK
     pid = tl.program_id(0).to(tl.int64)
     head, pid = pid % heads, pid // heads
@@ -199,62 +199,63 @@ def input_gradients(
 
     group = head // heads_of_group
     j, p = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_P)
-    there = j < length
-    of_head = (sample * heads + head) * tokens + first
-    of_bases = ((sample * heads + head) * chunks + chunk) * (blocks + 1)
+    valid_j = j < length
+    head_tokens = (sample * heads + head) * tokens + first
+    head_bases = ((sample * heads + head) * chunks + chunk) * (blocks + 1)
     of_tokens = (sample * tokens + first) * heads + head
     shared = sample * b_sample + first * b_token + group * b_head
     PAIRS += ((sample * chunks + chunk) * (heads // heads_of_group) + group) * Q * Q
     DY += of_tokens * P
-    x = load_rows(X + sample * x_sample + first * x_token + head * x_head, x_token, j, there, P, BLOCK_P)
-    dx = gathered(
-        B_F + shared, D_STATES, PAIRS, DY, LEG_F + of_head, BASES_F + of_bases, LEFT_F + of_head, part, sample, chunk,
-        head, chunks, heads, x, j, there, b_token, block, block + 1, tl.cdiv(length, BLOCK), length,
-        False, P, N, Q, BLOCK, BLOCK_P, BLOCK_N, PRECISION
+    x = load_rows(X + sample * x_sample + first * x_token + head * x_head, x_token, j, valid_j, P, BLOCK_P)
+    dx = direction_input_gradient(
+        B_F + shared, D_STATES, PAIRS, DY, SCALARS_F + head_tokens, BASES_F + head_bases, STATE_DDT_F + head_tokens,
+        part, sample, chunk, head, chunks, heads, x, j, valid_j, b_token, block, block + 1, tl.cdiv(length, BLOCK),
+        length, False, P, N, Q, BLOCK, BLOCK_P, BLOCK_N, PRECISION
     )  # fmt: skip
     if not CAUSAL:
-        LEFT = LEFT_F
+        STATE_DDT = STATE_DDT_F
         if D_STATES_B is not None:
-            LEFT = LEFT_B + of_head
-        dx += gathered(
-            B_B + shared, D_STATES_B, PAIRS, DY, LEG_B + of_head, BASES_B + of_bases, LEFT, part, sample, chunk,
-            head, chunks, heads, x, j, there, b_token, block, 0, block, length,
+            STATE_DDT = STATE_DDT_B + head_tokens
+        dx += direction_input_gradient(
+            B_B + shared, D_STATES_B, PAIRS, DY, SCALARS_B + head_tokens, BASES_B + head_bases, STATE_DDT, part,
+            sample, chunk, head, chunks, heads, x, j, valid_j, b_token, block, 0, block, length,
             True, P, N, Q, BLOCK, BLOCK_P, BLOCK_N, PRECISION
         )  # fmt: skip
 
-    # The block itself.
-    dy = load_rows(DY, heads * P, j, there, P, BLOCK_P)
+    # The block on the diagonal.
+    dy = load_rows(DY, heads * P, j, valid_j, P, BLOCK_P)
     weight = tl.trans(tl.load(PAIRS + j[:, None] * Q + j[None, :]).to(tl.float32))  # (j, i)
-    dt = load_number(LEG_F + of_head, STEPS, part, j, there)[:, None]
+    dt = load_scalar(SCALARS_F + head_tokens, STEPS, part, j, valid_j)[:, None]
     if CAUSAL:
-        weight *= tile_decay(None, LEG_F + of_head, part, j, there, BLOCK) * dt
+        weight *= tile_decay(None, SCALARS_F + head_tokens, part, j, valid_j, BLOCK) * dt
     else:
         before = tl.arange(0, BLOCK)[:, None] < tl.arange(0, BLOCK)[None, :]
-        dt = tl.where(before, dt, load_number(LEG_B + of_head, STEPS, part, j, there)[:, None])
-        weight *= tile_decay(LEG_B + of_head, LEG_F + of_head, part, j, there, BLOCK) * dt
+        dt = tl.where(before, dt, load_scalar(SCALARS_B + head_tokens, STEPS, part, j, valid_j)[:, None])
+        weight *= tile_decay(SCALARS_B + head_tokens, SCALARS_F + head_tokens, part, j, valid_j, BLOCK) * dt
     dx += dot(weight, dy, PRECISION)
     if D is not None:
-        diagonal = tl.load(D + sample * d_sample + first * d_token + head * d_head + j * d_token, mask=there, other=0.0)
+        D += sample * d_sample + first * d_token + head * d_head
+        diagonal = tl.load(D + j * d_token, mask=valid_j, other=0.0)
         dx += diagonal.to(tl.float32)[:, None] * dy
         own = tl.sum(x.to(tl.float32) * dy, 1)
-        tl.store(DD + of_tokens + j * heads, own.to(DD.dtype.element_ty), mask=there)
+        tl.store(DD + of_tokens + j * heads, own.to(DD.dtype.element_ty), mask=valid_j)
     at = of_tokens * P + j[:, None] * (heads * P) + p[None, :]
-    tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=there[:, None] & (p < P)[None, :])
+    tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=valid_j[:, None] & (p < P)[None, :])
 
 
 @triton.autotune(CONFIGS, key=["P", "N", "Q", "BLOCK", "OF_C", "PRECISION"])
 @triton.jit
 def shared_gradients(
-    U, OWN, OTHER, D_PAIRS, LEG, BASES, STATES, INITIAL, GRADIENT, READ, STARTS,
-    u_sample, u_token, u_head, b_sample, b_token, b_head,
-    part, batch, splits, frames, per_frame, segment_len, tokens, heads, heads_of_group,
+    U, OWN, OTHER, D_PAIRS, SCALARS, BASES, STATES, INITIAL, GRADIENT, D_ENTRY, STARTS,
+    u_sample, u_token, u_head, b_sample, b_token, b_head, part, batch, splits, frames, per_frame, segment_len, tokens,
+    heads, heads_of_group,
     OF_C: tl.constexpr, BACKWARD: tl.constexpr, SHIFT: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """GRADIENT (splits, B, L, G, N), of C or else of B, of a block of tokens and a share of the heads of its group.
+    """GRADIENT (splits, B, L, G, N) of C (OF_C) or B, of a block of tokens and a split of the heads of its group.
 
-    OWN is C, OTHER B and U dy, with STATES those that enter the chunks, and READ (B, H, L) gets what the decays from
-    where a chunk is entered have for a gradient. Or OWN is B, OTHER C and U x, with gradients of the states that leave.
+    For C: OWN is C, OTHER B, U dy, and STATES enter the chunks; D_ENTRY (B, H, L) is the gradient of each token's
+    log-decay from the chunk's entry. For B: OWN is B, OTHER C, U x, and STATES are gradients of those that leave.
     """
     chunks, blocks, groups = frames * per_frame, Q // BLOCK, heads // heads_of_group
     pid = tl.program_id(0).to(tl.int64)
@@ -275,24 +276,25 @@ def shared_gradients(
         own = load_rows(OWN + shared, b_token, rows, valid, N, BLOCK_N)
         for h in range(share):
             head = group * heads_of_group + split * share + h
-            of_head = (sample * heads + head) * tokens + first
-            ITS_LEG, ITS_BASES = LEG + of_head, BASES + ((sample * heads + head) * chunks + chunk) * (blocks + 1)
-            weight = edge_decay(ITS_LEG, part, rows, valid, ITS_BASES + block, OF_C != BACKWARD)
+            head_tokens = (sample * heads + head) * tokens + first
+            HEAD_SCALARS = SCALARS + head_tokens
+            HEAD_BASES = BASES + ((sample * heads + head) * chunks + chunk) * (blocks + 1)
+            weight = edge_decay(HEAD_SCALARS, part, rows, valid, HEAD_BASES + block, OF_C != BACKWARD)
             if OF_C != BACKWARD:
-                weight *= tl.exp2(tl.load(ITS_BASES + block).to(tl.float32))
+                weight *= tl.exp2(tl.load(HEAD_BASES + block).to(tl.float32))
             else:
-                weight *= block_decay(ITS_BASES, blocks, block, False)
+                weight *= block_decay(HEAD_BASES, blocks, block, False)
             if not OF_C:
-                weight *= load_number(ITS_LEG, STEPS, part, rows, valid)
+                weight *= load_scalar(HEAD_SCALARS, STEPS, part, rows, valid)
             u = load_rows(U + sample * u_sample + first * u_token + head * u_head, u_token, rows, valid, P, BLOCK_P)
             state = load_state(STATES, INITIAL, sample, chunk, head, chunks, heads, P, N, BLOCK_P, BLOCK_N, SHIFT)
             added = dot(u, state, PRECISION) * weight[:, None]
             if OF_C:
-                tl.store(READ + of_head + rows, tl.sum(added * own, 1), mask=valid)
+                tl.store(D_ENTRY + head_tokens + rows, tl.sum(added * own, 1), mask=valid)
             gradient += added
 
     D_PAIRS += (((split * batch + sample) * chunks + chunk) * groups + group) * Q * Q
-    begin, end = block, tl.cdiv(length, BLOCK)  # of the blocks that are rows to these columns, or columns to these rows
+    begin, end = block, tl.cdiv(length, BLOCK)  # blocks paired with this one
     if OF_C != BACKWARD:
         begin, end = 0 * block, block + 1
     for other in range(begin, end):
@@ -314,11 +316,11 @@ def shared_gradients(
 
 @triton.jit
 def decay_gradients(
-    COLUMNS, ROWS, OWN, LEG, READ, LEFT, PRODUCTS, DA, DDT, STARTS,
+    COLUMNS, ROWS, DIAGONAL, SCALARS, D_ENTRY, STATE_DDT, D_DECAYS, DA, DDT, STARTS,
     part, tiles, frames, per_frame, segment_len, tokens, heads,
     BACKWARD: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """da and ddt of one leg, in the order (B, L, H), out of what the other kernels left."""
+    """da and ddt (B, L, H) of one direction, from the outputs of the other kernels."""
     chunks, part = frames * per_frame, tl.cast(part, tl.int64)
     pid = tl.program_id(0).to(tl.int64)
     sample, chunk = pid // chunks, pid % chunks
@@ -326,24 +328,24 @@ def decay_gradients(
     k, h = tl.arange(0, Q)[:, None], (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)
     inside = (k < length) & (h < heads)[None, :]
     at = (sample * heads + h[None, :]) * tokens + first + k
-    step, steps, decays = -1, STEPS_F, DECAYS_F  # to the token before, in the leg's direction
+    step, steps, decays = -1, STEPS_F, DECAYS_F  # to the preceding token in scan order
     if BACKWARD:
         step, steps, decays = 1, STEPS_B, DECAYS_B
     nearer = (k + step >= 0) & (k + step < length) & inside
-    dt_before = load_number(LEG, STEPS, part, at + step, nearer)
+    dt_before = load_scalar(SCALARS, STEPS, part, at + step, nearer)
 
-    ddt = tl.load(OWN + steps * part + at, mask=inside, other=0.0)
-    da = tl.load(OWN + decays * part + at, mask=inside, other=0.0)
-    if PRODUCTS is not None:  # decays of the whole chunk, from its entry to i behind k, from j before k to its end
+    ddt = tl.load(DIAGONAL + steps * part + at, mask=inside, other=0.0)
+    da = tl.load(DIAGONAL + decays * part + at, mask=inside, other=0.0)
+    if D_DECAYS is not None:  # whole chunk; entry to i at or after k; j before k to exit
         for tile in range(tiles):
-            product = PRODUCTS + ((sample * chunks + chunk) * heads + h) * tiles + tile
-            da += tl.load(product, mask=h < heads, other=0.0)[None, :]
-        da += tl.cumsum(tl.load(READ + at, mask=inside, other=0.0), 0, reverse=not BACKWARD)
-        ddt += tl.load(LEFT + at, mask=inside, other=0.0)
-        da += tl.cumsum(tl.load(LEFT + at + step, mask=nearer, other=0.0) * dt_before, 0, reverse=BACKWARD)
+            d_decay = D_DECAYS + ((sample * chunks + chunk) * heads + h) * tiles + tile
+            da += tl.load(d_decay, mask=h < heads, other=0.0)[None, :]
+        da += tl.cumsum(tl.load(D_ENTRY + at, mask=inside, other=0.0), 0, reverse=not BACKWARD)
+        ddt += tl.load(STATE_DDT + at, mask=inside, other=0.0)
+        da += tl.cumsum(tl.load(STATE_DDT + at + step, mask=nearer, other=0.0) * dt_before, 0, reverse=BACKWARD)
     blocks = tl.cdiv(length, BLOCK)
     for block in range(blocks):
-        # All i in this block: of columns j before it, those before k.
+        # All i in this block, with columns j before both the block and k.
         of_block = at + block * part
         before = k < block * BLOCK
         if BACKWARD:
@@ -351,7 +353,7 @@ def decay_gradients(
         ddt += tl.load(COLUMNS + of_block, mask=inside & before, other=0.0)
         sums = tl.load(COLUMNS + of_block + step, mask=nearer, other=0.0) * dt_before
         da += tl.where(before, tl.cumsum(sums, 0, reverse=BACKWARD), 0.0)
-        # All k in this block: of its rows i, those behind k, with columns j in the blocks before it.
+        # All k in this block, with rows i of the block at or after k and columns j in earlier blocks.
         here = inside & (k // BLOCK == block)
         begin, end = 0, block
         if BACKWARD:

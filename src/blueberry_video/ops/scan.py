@@ -1,16 +1,15 @@
-"""The scans as users call them: arguments checked, a backend chosen, registered with torch.
+"""Public scan functions: argument checks, choice of a backend, and registration with ``torch.library``.
 
-Backends: ``reference`` (dense, any precision, for tests), ``torch`` (chunked, the default on the CPU and for float64),
-``triton`` (the default on CUDA), ``mamba_ssm`` (that package's kernels, for the causal leg, where it is installed).
+Backends: ``reference`` (dense, float64, for tests), ``torch`` (chunked; the default on the CPU and for float64),
+``triton`` (the default on CUDA), ``mamba_ssm`` (that package's kernels, causal direction only, where it is installed).
 
 Shapes: B batch, L tokens, T segments (frames), H heads, G groups of heads that share B and C, P channels of a head, N
-channels of the state.
+state size.
 """
 
 import os
-from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -18,8 +17,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from blueberry_video.ops import chunked, reference
+from blueberry_video.ops.inputs import ScanInputs
 
 Backend = Literal["reference", "torch", "triton", "mamba_ssm"]
+_Parameters = tuple[Tensor, Tensor, Tensor, Tensor]  # dt, A, B, C of one direction
 
 
 def ssd(
@@ -37,52 +38,63 @@ def ssd(
     max_segment: int | None = None,
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Mamba-2's causal scan (arXiv 2405.21060): h_t = exp(dt_t A) h_{t-1} + dt_t x_t ⊗ B_t, y_t = h_t C_t + D x_t.
+    """Causal selective scan of Mamba-2 (SSD, arXiv 2405.21060).
+
+    The recurrence is h_t = exp(dt_t A) h_{t-1} + dt_t x_t ⊗ B_t, y_t = h_t C_t + D x_t.
 
     Args:
-        x: (B, L, H, P) float; B and C have its type, the rest may be more precise.
+        x: (B, L, H, P) floating-point. B and C have the same dtype; the other tensors may have a higher precision.
         dt: (B, L, H), ≥ 0.
         A: (H,), < 0.
-        B, C: (B, L, G, N); G divides H, and head h belongs to group h // (H / G).
-        D: (H,) or (B, L, H); ``None`` for none.
-        segment_len: where states are wanted: every so many tokens, or lengths (B, T) that add up to L; ``None``: at
-            the end alone.
-        h0: (B, H, P, N), the state before the first token; zero if ``None``.
-        chunk: tokens of a tile; chosen if ``None``.
-        return_frame_states: also return the states.
-        max_segment: no length is greater; saves looking at them, which on a GPU waits for it.
-        backend: see this module; chosen if ``None``.
+        B, C: (B, L, G, N). G divides H; head h belongs to group h // (H / G).
+        D: (H,) or (B, L, H) skip connection; ``None`` for no skip.
+        segment_len: Segments at the end of which states are returned: an int for segments of equal length, a tensor of
+            lengths (B, T) that sum to L, or ``None`` for one segment.
+        h0: Initial state (B, H, P, N); zero if ``None``.
+        chunk: Tokens of a chunk; chosen by the backend if ``None``.
+        return_frame_states: Also returns the states.
+        max_segment: Upper bound of the lengths. Avoids reading them, which synchronizes with the GPU.
+        backend: One of the backends of this module; chosen by device and dtype if ``None``.
 
     Returns:
-        y (B, L, H, P) in the type of x; with ``return_frame_states`` also the states (B, T, H, P, N) behind each
-        segment, in float32 or better. Both are differentiable.
+        y (B, L, H, P) in the dtype of x; with ``return_frame_states`` also the states (B, T, H, P, N) at the end of
+        each segment, in float32 or higher precision. Both are differentiable.
 
     Raises:
-        ValueError: for shapes that do not fit each other, an unknown backend, or, on the CPU, values of dt that are
-            negative or not a number. (On a GPU, where looking would mean waiting, negative dt gives the growing
-            state that the formula says, and NaN stays NaN.)
+        ValueError: For inconsistent shapes, an unknown backend, or, on the CPU, negative or non-finite dt. (Checking
+            values on a GPU would synchronize: there, negative dt grows the state as the formula does, and NaN
+            propagates.)
+
+    Example::
+
+        >>> import torch
+        >>> from blueberry_video.ops import ssd
+        >>> x, dt, A = torch.randn(2, 12, 4, 8), torch.rand(2, 12, 4), -torch.ones(4)
+        >>> B, C = torch.randn(2, 2, 12, 1, 16)
+        >>> y, states = ssd(x, dt, A, B, C, segment_len=6, return_frame_states=True)
+        >>> y.shape, states.shape
+        (torch.Size([2, 12, 4, 8]), torch.Size([2, 2, 4, 8, 16]))
     """
-    _check_leg("", x, dt, A, B, C, D, h0)
+    _check_direction("", x, dt, A, B, C, D, h0)
     lengths, longest = _segments(segment_len, max_segment, x)
     backend = _backend(backend, x, chunk)
     if backend == "mamba_ssm":
-        y, states = _mamba_ssm(x, dt, A, B, C, D, h0, _count(lengths, longest, x))
-    elif backend == "reference":
-        if not x.is_cuda:
-            _check_values(x, dt, None, lengths, longest)
-        y, states = _exact(reference.ssd, x, dt, A, B, C, D, _explicit(lengths, longest, x), h0)
+        if (x.shape[1] // longest if lengths is None else lengths.shape[1]) != 1:
+            raise ValueError(
+                f"segment_len={segment_len!r} with backend='mamba_ssm', which returns the last state only: use "
+                "segment_len=None, or backend 'torch' or 'triton'."
+            )
+        y, states = _mamba_ssm(x, dt, A, B, C, D, h0)
     else:
-        a, d = dt * A, _per_token(D, x)
-        y, states = torch.ops.blueberry_video.scan(
-            x, dt, a, B, C, None, None, None, None, d, lengths, longest, h0, None, chunk or 0, backend
-        )
+        inputs = ScanInputs(x, dt, A, B, C, None, None, None, None, D, lengths, longest, h0, None, chunk or 0)
+        y, states = _run(inputs, backend)
     return (y, states) if return_frame_states else y
 
 
 def ssd_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token of :func:`ssd`.
+    """One step of the recurrence of :func:`ssd`.
 
     Args:
         x: (B, H, P).
@@ -94,6 +106,16 @@ def ssd_step(
 
     Returns:
         y (B, H, P) and the next state.
+
+    Example::
+
+        >>> import torch
+        >>> from blueberry_video.ops import ssd_step
+        >>> x, dt, A, state = torch.randn(2, 4, 8), torch.rand(2, 4), -torch.ones(4), torch.zeros(2, 4, 8, 16)
+        >>> B, C = torch.randn(2, 2, 1, 16)
+        >>> y, state = ssd_step(x, dt, A, B, C, None, state)
+        >>> y.shape, state.shape
+        (torch.Size([2, 4, 8]), torch.Size([2, 4, 8, 16]))
     """
     heads = x.shape[1] // B.shape[1]
     B, C = (tensor.repeat_interleave(heads, 1).to(state.dtype) for tensor in (B, C))
@@ -125,79 +147,85 @@ def video_ssd(
     max_segment: int | None = None,
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """A scan that looks both ways inside a frame and only back across frames.
+    """Selective scan that is bidirectional within a frame and causal across frames.
 
-    y_i is the sum over j of M_ij x_j, with a_k = dt_k A: for j before i, in any frame,
-    C^f_i · B^f_j exp(sum of a^f_k over j < k ≤ i) dt^f_j; for j behind i in the same frame,
-    C^b_i · B^b_j exp(sum of a^b_k over i ≤ k < j) dt^b_j; for i itself D_i; and exactly 0 for every later frame. It is
-    the quasiseparable matrix of Hydra (arXiv 2407.09941) inside each frame, and Mamba-2's scan across them.
+    y_i is the sum over j of M_ij x_j, with log-decays a_k = dt_k A. For j before i, in any frame, M_ij is C^f_i · B^f_j
+    exp(sum of a^f_k over j < k ≤ i) dt^f_j; for j after i in the same frame, C^b_i · B^b_j exp(sum of a^b_k over
+    i ≤ k < j) dt^b_j; for j = i, D_i; for j in a later frame, exactly 0. Within a frame this is the quasi-separable
+    matrix of Hydra (arXiv 2407.09941), across frames the semiseparable matrix of Mamba-2.
 
-    One frame with ``h0`` the state behind the frame before is the step of a stream, equal to the whole at once.
+    A call with one frame and the state of the previous frame as ``h0`` is one step of a stream. It equals the scan of
+    the whole video.
 
     Args:
-        x: (B, L, H, P) float, frame after frame; B and C have its type, the rest may be more precise.
-        dt_f, dt_b: (B, L, H), ≥ 0: of the forward and the backward leg.
+        x: (B, L, H, P) floating-point, frame after frame. B and C have the same dtype; the other tensors may have a
+            higher precision.
+        dt_f, dt_b: (B, L, H), ≥ 0, of the forward and the backward direction.
         A_f, A_b: (H,), < 0.
-        B_f, C_f, B_b, C_b: (B, L, G, N); G divides H, and head h belongs to group h // (H / G).
-        D: the diagonal, (H,) or (B, L, H); ``None`` for zero.
-        segment_len: tokens of a frame, or lengths (B, T) that add up to L where frames differ, as masks make them;
-            0 is a length.
-        h0: (B, H, P, N), the forward state before the first frame; zero if ``None``.
-        g0: (B, T, H, P, N), the backward state that enters each frame from behind its end ((B, H, P, N) for one
-            frame); zero if ``None``.
-        chunk: tokens of a tile; chosen if ``None``.
-        shift: ``"strict"`` as above; ``"hydra"`` as the code of Hydra has it, where token i reads with C_{i-1} what
-            token i - 1 holds, itself included, and with C_{i+1} what token i + 1 holds: for its weights. It takes
-            frames of one length, and no h0 or g0.
-        return_frame_states: also return the forward states.
-        max_segment: no length is greater; saves looking at them, which on a GPU waits for it.
-        backend: see this module; chosen if ``None``.
+        B_f, C_f, B_b, C_b: (B, L, G, N). G divides H; head h belongs to group h // (H / G).
+        D: Diagonal, (H,) or (B, L, H); zero if ``None``.
+        segment_len: Tokens of a frame, or lengths (B, T) that sum to L where frames differ, as with masked tokens. A
+            length may be 0.
+        h0: Initial forward state (B, H, P, N) before the first frame; zero if ``None``.
+        g0: Initial backward state (B, T, H, P, N) after the last token of each frame, or (B, H, P, N) for one frame;
+            zero if ``None``.
+        chunk: Tokens of a chunk; chosen by the backend if ``None``.
+        shift: ``"strict"`` as above. ``"hydra"`` matches Hydra's code, for its weights: C_{i-1} reads the forward state
+            at i - 1, which includes token i - 1, and C_{i+1} the backward state at i + 1. It requires frames of equal
+            length and no h0 or g0.
+        return_frame_states: Also returns the forward states.
+        max_segment: Upper bound of the lengths. Avoids reading them, which synchronizes with the GPU.
+        backend: One of the backends of this module; chosen by device and dtype if ``None``.
 
     Returns:
-        y (B, L, H, P) in the type of x; with ``return_frame_states`` also the forward states (B, T, H, P, N) behind
-        each frame, in float32 or better. Both are differentiable.
+        y (B, L, H, P) in the dtype of x; with ``return_frame_states`` also the forward states (B, T, H, P, N) at the
+        end of each frame, in float32 or higher precision. Both are differentiable.
 
     Raises:
-        ValueError: as :func:`ssd`, or for arguments that ``shift`` or ``backend`` exclude.
+        ValueError: As in :func:`ssd`, or for arguments that ``shift`` or ``backend`` do not support.
+
+    Example::
+
+        >>> import torch
+        >>> from blueberry_video.ops import video_ssd
+        >>> x, A = torch.randn(2, 3 * 16, 4, 8), -torch.ones(4)  # 3 frames of 16 tokens
+        >>> dt_f, dt_b = torch.rand(2, 2, 48, 4)
+        >>> B_f, C_f, B_b, C_b = torch.randn(4, 2, 48, 1, 16)
+        >>> y, states = video_ssd(
+        ...     x, dt_f, dt_b, A, A, B_f, C_f, B_b, C_b, torch.ones(4), segment_len=16, return_frame_states=True
+        ... )
+        >>> y.shape, states.shape
+        (torch.Size([2, 48, 4, 8]), torch.Size([2, 3, 4, 8, 16]))
     """
-    _check_leg("_f", x, dt_f, A_f, B_f, C_f, D, h0)
-    _check_leg("_b", x, dt_b, A_b, B_b, C_b, D, h0)
+    _check_direction("_f", x, dt_f, A_f, B_f, C_f, D, h0)
+    _check_direction("_b", x, dt_b, A_b, B_b, C_b, D, h0)
     if B_f.shape != B_b.shape:
-        raise ValueError(f"B_f {tuple(B_f.shape)} and B_b {tuple(B_b.shape)} differ: both legs have the same G and N.")
+        raise ValueError(
+            f"B_f {tuple(B_f.shape)} and B_b {tuple(B_b.shape)} differ: both directions must have the same G and N."
+        )
     lengths, longest = _segments(segment_len, max_segment, x)
-    frames = _count(lengths, longest, x)
-    g0 = _check_g0(g0, x, frames, B_f.shape[-1])
+    g0 = _check_g0(g0, x, x.shape[1] // longest if lengths is None else lengths.shape[1], B_f.shape[-1])
     if shift not in ("strict", "hydra"):
         raise ValueError(f"shift={shift!r} is unknown: choose 'strict' or 'hydra'.")
     backend = _backend(backend, x, chunk)
+    forward, backward = (dt_f, A_f, B_f, C_f), (dt_b, A_b, B_b, C_b)
     if shift == "hydra" or backend == "mamba_ssm":
         if lengths is not None or g0 is not None or (shift == "hydra" and h0 is not None):
             raise ValueError(
-                f"shift={shift!r} with backend={backend!r} runs as two scans of their own, for frames of one length "
-                "and without g0 (nor h0, with 'hydra'): use shift='strict' and backend 'torch' or 'triton'."
+                f"shift={shift!r} with backend={backend!r} requires frames of equal length and no g0 (nor h0, with "
+                "'hydra'), because it runs as two separate scans: use shift='strict' and backend 'torch' or 'triton'."
             )
-        forward, backward = (dt_f, A_f, B_f, C_f), (dt_b, A_b, B_b, C_b)
         y, states = two_scans(x, forward, backward, D, longest, h0, shift, backend, chunk)
-    elif backend == "reference":
-        if not x.is_cuda:
-            _check_values(x, dt_f, dt_b, lengths, longest)
-        lengths = _explicit(lengths, longest, x)
-        y, states = _exact(reference.video_ssd, x, dt_f, dt_b, A_f, A_b, B_f, C_f, B_b, C_b, D, lengths, h0, g0)
     else:
-        a_f, a_b, d = dt_f * A_f, dt_b * A_b, _per_token(D, x)
-        y, states = torch.ops.blueberry_video.scan(
-            x, dt_f, a_f, B_f, C_f, dt_b, a_b, B_b, C_b, d, lengths, longest, h0, g0, chunk or 0, backend
-        )
+        inputs = ScanInputs(x, *forward, *backward, D, lengths, longest, h0, g0, chunk or 0)
+        y, states = _run(inputs, backend)
     return (y, states) if return_frame_states else y
-
-
-_Leg = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def two_scans(
     x: Tensor,
-    forward: _Leg,
-    backward: _Leg,
+    forward: _Parameters,
+    backward: _Parameters,
     D: Tensor | None,
     segment_len: int,
     h0: Tensor | None = None,
@@ -205,30 +233,29 @@ def two_scans(
     backend: Backend | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`video_ssd` out of two causal scans: the frames in order, and each frame flipped; a leg is dt, A, B, C.
+    """:func:`video_ssd` as two causal scans: over all frames in order, and over each frame reversed.
 
-    What others compute it with, and the peer of the benchmarks.
+    ``forward`` and ``backward`` are dt, A, B, C. Other implementations compute it like this.
     """
 
     def flipped(tensor: Tensor) -> Tensor:
         return rearrange(tensor, "b (t s) ... -> (b t) s ...", s=segment_len).flip(1)
 
-    def diagonal(dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    def diagonal(dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
         own = (B.to(dt.dtype) * C.to(dt.dtype)).sum(-1).repeat_interleave(x.shape[2] // B.shape[2], 2) * dt
         return own[..., None] * x
 
     dt, A, B, C = backward
     u, dt_b, B_b, C_b = (flipped(tensor) for tensor in (x, dt, B, C))
-    ahead, _ = ssd(u, dt_b, A, B_b, C_b, chunk=chunk, return_frame_states=True, backend=backend)
-    every = None if backend == "mamba_ssm" else segment_len  # which returns the last state only
-    behind, states = ssd(x, *forward, None, every, h0, chunk, return_frame_states=True, backend=backend)
+    y_b, _ = ssd(u, dt_b, A, B_b, C_b, chunk=chunk, return_frame_states=True, backend=backend)
+    every = None if backend == "mamba_ssm" else segment_len  # mamba_ssm returns the last state only
+    y_f, states = ssd(x, *forward, None, every, h0, chunk, return_frame_states=True, backend=backend)
     if shift == "hydra":
-        behind = torch.cat([torch.zeros_like(behind[:, :1]), behind[:, :-1]], 1)
-        ahead = torch.cat([torch.zeros_like(ahead[:, :1]), ahead[:, :-1]], 1)
-    ahead = rearrange(ahead.flip(1), "(b t) s ... -> b (t s) ...", b=len(x))
-    y = behind + ahead
+        y_f = torch.cat([torch.zeros_like(y_f[:, :1]), y_f[:, :-1]], 1)
+        y_b = torch.cat([torch.zeros_like(y_b[:, :1]), y_b[:, :-1]], 1)
+    y = y_f + rearrange(y_b.flip(1), "(b t) s ... -> b (t s) ...", b=len(x))
     if shift == "strict":
-        y = y - diagonal(forward[0], *forward[2:]) - diagonal(backward[0], *backward[2:])
+        y = y - diagonal(*forward) - diagonal(*backward)
     y = y if D is None else y + D[..., None] * x
     return y.to(x.dtype), states
 
@@ -236,42 +263,43 @@ def two_scans(
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _check_leg(
-    leg: str, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None
+def _check_direction(
+    suffix: str, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None
 ) -> None:
     if x.ndim != 4 or 0 in x.shape or not x.is_floating_point():
         raise ValueError(
-            f"x has the shape {tuple(x.shape)} and type {x.dtype}: it must be (B, L, H, P), with at least one of each, "
-            "of floating point numbers."
+            f"x has shape {tuple(x.shape)} and dtype {x.dtype}: it must be a non-empty floating-point tensor "
+            "(B, L, H, P)."
         )
     _refuse_forward_mode()
     batch, length, heads, channels = x.shape
     groups, states = B.shape[-2:] if B.ndim == 4 else (1, 1)
     if not groups or heads % groups:
         raise ValueError(
-            f"B{leg} has {groups} groups for the {heads} heads of x: their number must divide that of the heads."
+            f"B{suffix} has {groups} groups for the {heads} heads of x: the number of groups must divide the number of "
+            "heads."
         )
     expected = {
-        f"dt{leg}": (dt, (batch, length, heads)),
-        f"A{leg}": (A, (heads,)),
-        f"B{leg}": (B, (batch, length, groups, states)),
-        f"C{leg}": (C, (batch, length, groups, states)),
+        f"dt{suffix}": (dt, (batch, length, heads)),
+        f"A{suffix}": (A, (heads,)),
+        f"B{suffix}": (B, (batch, length, groups, states)),
+        f"C{suffix}": (C, (batch, length, groups, states)),
         "h0": (h0, (batch, heads, channels, states)),
         "D": (D, (heads,) if D is not None and D.ndim == 1 else (batch, length, heads)),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(
-                f"{name} has the shape {tuple(tensor.shape)}, but x {tuple(x.shape)} and B{leg} {tuple(B.shape)} ask "
-                f"for {shape}."
+                f"{name} has shape {tuple(tensor.shape)}: x {tuple(x.shape)} and B{suffix} {tuple(B.shape)} require "
+                f"{shape}."
             )
-    for name, tensor in ((f"B{leg}", B), (f"C{leg}", C)):
+    for name, tensor in ((f"B{suffix}", B), (f"C{suffix}", C)):
         if tensor.dtype != x.dtype:
-            raise ValueError(f"{name} is {tensor.dtype} and x {x.dtype}: give both the same type.")
+            raise ValueError(f"{name} is {tensor.dtype} and x is {x.dtype}: both must have the same dtype.")
 
 
 def _refuse_forward_mode() -> None:
-    """Registered operations have no forward-mode derivative: torch would take it for 0, without a word."""
+    """Raises in forward-mode AD, where torch silently takes the derivative of a custom operator as 0."""
     if torch.compiler.is_compiling():
         return
     transform = torch._C._functorch.peek_interpreter_stack()
@@ -284,37 +312,27 @@ def _refuse_forward_mode() -> None:
 
 
 def _segments(segment_len: int | Tensor | None, max_segment: int | None, x: Tensor) -> tuple[Tensor | None, int]:
-    """Lengths (B, T) or ``None``, and the length of the longest."""
+    """Returns the lengths (B, T), or ``None`` for equal lengths, and the longest length."""
     batch, length = x.shape[:2]
     if isinstance(segment_len, Tensor):
         if segment_len.ndim != 2 or len(segment_len) != batch or segment_len.is_floating_point():
             raise ValueError(
-                f"segment_len is a {segment_len.dtype} tensor of shape {tuple(segment_len.shape)}: lengths are whole "
-                f"numbers, (B, T) with B = {batch}."
+                f"segment_len is a {segment_len.dtype} tensor of shape {tuple(segment_len.shape)}: lengths must be "
+                f"integers of shape (B, T) with B = {batch}."
             )
         if not segment_len.shape[1]:
-            raise ValueError("segment_len has no lengths, (B, 0): give at least one frame.")
+            raise ValueError(f"segment_len has shape ({batch}, 0): at least one frame is required.")
         return segment_len, int(segment_len.max()) if max_segment is None else int(max_segment)
     segment_len = length if segment_len is None else segment_len
     if isinstance(segment_len, bool) or not hasattr(segment_len, "__index__"):
-        raise ValueError(f"segment_len={segment_len!r} is no whole number and no tensor of lengths (B, T).")
+        raise ValueError(f"segment_len={segment_len!r} must be an integer or a tensor of lengths (B, T).")
     segment_len = int(segment_len)
     if segment_len < 1 or length % segment_len:
         raise ValueError(
-            f"x has L = {length} tokens, which are no whole number of frames of segment_len={segment_len}: L must be "
-            "T * segment_len; where frames differ in length, give lengths (B, T)."
+            f"segment_len={segment_len} must be at least 1 and divide L={length}, the number of tokens of x: pass "
+            "lengths (B, T) if frames differ in length."
         )
     return None, segment_len
-
-
-def _count(lengths: Tensor | None, longest: int, x: Tensor) -> int:
-    return x.shape[1] // longest if lengths is None else lengths.shape[1]
-
-
-def _explicit(lengths: Tensor | None, longest: int, x: Tensor) -> Tensor:
-    if lengths is not None:
-        return lengths
-    return torch.full((len(x), x.shape[1] // longest), longest, device=x.device)
 
 
 def _check_g0(g0: Tensor | None, x: Tensor, frames: int, states: int) -> Tensor | None:
@@ -325,122 +343,97 @@ def _check_g0(g0: Tensor | None, x: Tensor, frames: int, states: int) -> Tensor 
         g0 = g0[:, None]
     if tuple(g0.shape) != (batch, frames, heads, channels, states):
         raise ValueError(
-            f"g0 has the shape {tuple(g0.shape)}: it must be (B, T, H, P, N) = "
-            f"{(batch, frames, heads, channels, states)}, one state a frame."
+            f"g0 has shape {tuple(g0.shape)}: it must be (B, T, H, P, N) = {(batch, frames, heads, channels, states)}, "
+            "one state per frame."
         )
     return g0
 
 
 def _backend(backend: Backend | None, x: Tensor, chunk: int | None) -> Backend:
     if chunk is not None and (isinstance(chunk, bool) or not hasattr(chunk, "__index__") or chunk < 1):
-        raise ValueError(f"chunk={chunk!r} is no number of tokens: give a whole number from 1 on, or None to choose.")
+        raise ValueError(f"chunk={chunk!r} must be an integer ≥ 1, or None for the backend's default.")
     if backend is None:
         return "triton" if x.is_cuda and x.dtype != torch.float64 and find_spec("triton") else "torch"
     if backend not in ("reference", "torch", "triton", "mamba_ssm"):
         raise ValueError(f"backend={backend!r} is unknown: choose 'reference', 'torch', 'triton' or 'mamba_ssm'.")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if backend in ("triton", "mamba_ssm") and x.device.type == "cpu" and not interpreted:
-        raise ValueError(f"backend={backend!r} runs on CUDA and x is on the CPU: use 'torch', or x.cuda().")
+        raise ValueError(f"backend={backend!r} requires CUDA, but x is on the CPU: use backend='torch', or x.cuda().")
     if backend in ("triton", "mamba_ssm") and find_spec(backend) is None:
         raise ValueError(f"backend={backend!r} is not installed: pip install blueberry-video[cuda], or use 'torch'.")
     if backend == "triton" and x.dtype == torch.float64:
-        raise ValueError("backend='triton' has no float64: use backend='torch', or x in float32.")
+        raise ValueError("backend='triton' does not support float64: use backend='torch', or x in float32.")
     return backend
 
 
-def _exact(definition: Callable[..., tuple[Tensor, Tensor]], x: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The definition in float64, its results in the types that the other backends give."""
-    wide = (tensor.double() if tensor is not None and tensor.is_floating_point() else tensor for tensor in rest)
-    y, states = definition(x.double(), *wide)
+def _run(inputs: ScanInputs, backend: Backend) -> tuple[Tensor, Tensor]:
+    """Runs the dense reference in float64, or the registered operator. ``inputs`` has A (H,) in the fields of a."""
+    x = inputs.x
+    if backend == "reference":
+        inputs = ScanInputs(*(v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in inputs))  # type: ignore[arg-type]
+    a_b = None if inputs.dt_b is None or inputs.a_b is None else inputs.dt_b * inputs.a_b
+    D = None if inputs.D is None else inputs.D.expand(x.shape[:3])
+    inputs = inputs._replace(a_f=inputs.dt_f * inputs.a_f, a_b=a_b, D=D)
+    if backend != "reference":
+        return torch.ops.blueberry_video.scan(*inputs, backend)
+    if not x.is_cuda:
+        _check_values(inputs)
+    y, states = reference.scan(inputs)
     return y.to(x.dtype), states.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _per_token(D: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if D is None else D.expand(x.shape[:3])
-
-
 def _mamba_ssm(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None, segments: int
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    if segments != 1:
-        raise ValueError("backend='mamba_ssm' returns the last state only: use 'torch' or 'triton' for segments.")
     y, state = mamba_chunk_scan_combined(x, dt, A, B, C, 256, initial_states=h0, return_final_states=True)
     return y if D is None else y + (D[..., None] * x).to(y.dtype), state[:, None]
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------
 
+_SCHEMA = (  # the fields of ScanInputs, and the backend
+    "Tensor x, Tensor dt_f, Tensor a_f, Tensor B_f, Tensor C_f, Tensor? dt_b, Tensor? a_b, Tensor? B_b, Tensor? C_b, "
+    "Tensor? D, Tensor? lengths, SymInt segment_len, Tensor? h0, Tensor? g0, SymInt chunk, str backend"
+)
 
-@torch.library.custom_op("blueberry_video::scan", mutates_args=())
-def _scan(
-    x: Tensor,
-    dt_f: Tensor,
-    a_f: Tensor,
-    B_f: Tensor,
-    C_f: Tensor,
-    dt_b: Tensor | None,
-    a_b: Tensor | None,
-    B_b: Tensor | None,
-    C_b: Tensor | None,
-    D: Tensor | None,
-    lengths: Tensor | None,
-    segment_len: int,
-    h0: Tensor | None,
-    g0: Tensor | None,
-    chunk: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    if not x.is_cuda:  # where looking at values costs no waiting
-        _check_values(x, dt_f, dt_b, lengths, segment_len)
-    inputs = (x, dt_f, a_f, B_f, C_f, dt_b, a_b, B_b, C_b, D, lengths, segment_len, h0, g0, chunk or None)
-    with torch.autocast(x.device.type, enabled=False):  # the op knows itself what must be precise
-        y, states = _module(backend).forward(*inputs)
+
+@torch.library.custom_op("blueberry_video::scan", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)")
+def _scan(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, backend = ScanInputs(*arguments[:-1]), arguments[-1]
+    if not inputs.x.is_cuda:  # on a GPU this would synchronize
+        _check_values(inputs)
+    with torch.autocast(inputs.x.device.type, enabled=False):  # the backends choose the precision of each product
+        y, states = _module(backend).forward(inputs)
     return y.contiguous(), states.contiguous()
 
 
 @_scan.register_fake
-def _(x, dt_f, a_f, B_f, C_f, dt_b, a_b, B_b, C_b, D, lengths, segment_len, h0, g0, chunk, backend):  # type: ignore[no-untyped-def]
-    states = (len(x), _count(lengths, segment_len, x), *x.shape[2:], B_f.shape[-1])
-    return x.new_empty(x.shape), x.new_empty(states, dtype=torch.promote_types(x.dtype, torch.float32))
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs = ScanInputs(*arguments[:-1])
+    x = inputs.x
+    states = (len(x), inputs.num_frames, *x.shape[2:], inputs.B_f.shape[-1])
+    return x.new_empty(x.shape), x.new_empty(states, dtype=inputs.state_dtype)
 
 
-@torch.library.custom_op("blueberry_video::scan_backward", mutates_args=())
-def _scan_backward(
-    dy: Tensor,
-    dstates: Tensor,
-    states: Tensor,
-    x: Tensor,
-    dt_f: Tensor,
-    a_f: Tensor,
-    B_f: Tensor,
-    C_f: Tensor,
-    dt_b: Tensor | None,
-    a_b: Tensor | None,
-    B_b: Tensor | None,
-    C_b: Tensor | None,
-    D: Tensor | None,
-    lengths: Tensor | None,
-    segment_len: int,
-    h0: Tensor | None,
-    g0: Tensor | None,
-    chunk: int,
-    backend: str,
-) -> list[Tensor]:
-    """The gradients of those inputs that are tensors and are differentiated; for those that are absent, nothing."""
-    inputs = (x, dt_f, a_f, B_f, C_f, dt_b, a_b, B_b, C_b, D, lengths, segment_len, h0, g0, chunk or None)
-    with torch.autocast(x.device.type, enabled=False):
-        gradients = _module(backend).backward(dy, dstates, states, *inputs)
-    return [gradient.contiguous() for gradient in gradients if gradient is not None]
+@torch.library.custom_op(
+    "blueberry_video::scan_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor dstates, Tensor states, {_SCHEMA}) -> Tensor[]",
+)
+def _scan_backward(dy: Tensor, dstates: Tensor, states: Tensor, *arguments: Any) -> list[Tensor]:
+    """Gradients of the tensor inputs but lengths, without those that are ``None``."""
+    inputs, backend = ScanInputs(*arguments[:-1]), arguments[-1]
+    with torch.autocast(inputs.x.device.type, enabled=False):
+        gradients = _module(backend).backward(dy, dstates, states, inputs)
+    return [value.contiguous() for value in gradients._replace(lengths=None) if isinstance(value, Tensor)]
 
 
 @_scan_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    dy, dstates, states, x, dt_f, a_f, B_f, C_f, dt_b, a_b, B_b, C_b, D, lengths, segment_len, h0, g0, chunk, backend
-):
-    inputs = (x, dt_f, a_f, B_f, C_f, dt_b, a_b, B_b, C_b, D, h0, g0)
-    return [tensor.new_empty(tensor.shape) for tensor in inputs if tensor is not None]
+def _(dy: Tensor, dstates: Tensor, states: Tensor, *arguments: Any) -> list[Tensor]:
+    inputs = ScanInputs(*arguments[:-1])._replace(lengths=None)
+    return [value.new_empty(value.shape) for value in inputs if isinstance(value, Tensor)]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -453,7 +446,7 @@ def _differentiate(ctx, dy, dstates):  # type: ignore[no-untyped-def]
     tensors = iter(saved)
     inputs = [next(tensors) if constant is None else constant[0] for constant in ctx.layout]
     gradients = iter(torch.ops.blueberry_video.scan_backward(dy, dstates, states, *inputs))
-    lengths = 10  # the one tensor among the inputs without a gradient
+    lengths = ScanInputs._fields.index("lengths")  # the only tensor input without a gradient
     return tuple(
         next(gradients) if isinstance(value, Tensor) and index != lengths else None
         for index, value in enumerate(inputs)
@@ -466,24 +459,26 @@ torch.library.register_autograd("blueberry_video::scan", _differentiate, setup_c
 def _module(backend: str):  # type: ignore[no-untyped-def]
     if backend == "torch":
         return chunked
-    from blueberry_video.ops import kernels  # triton is imported where it is used
+    from blueberry_video.ops import kernels  # imports triton, which is optional
 
     return kernels
 
 
-def _check_values(x: Tensor, dt_f: Tensor, dt_b: Tensor | None, lengths: Tensor | None, longest: int) -> None:
-    for name, dt in (("dt", dt_f),) if dt_b is None else (("dt_f", dt_f), ("dt_b", dt_b)):
+def _check_values(inputs: ScanInputs) -> None:
+    dts = {"dt": inputs.dt_f} if inputs.dt_b is None else {"dt_f": inputs.dt_f, "dt_b": inputs.dt_b}
+    for name, dt in dts.items():
         if not ((dt >= 0) & (dt < torch.inf)).all():
-            what = "not a number" if dt.isnan().any() else "infinite"
-            what = f"negative, the least {dt.min():.3g}" if (dt < 0).any() else what
+            value = "NaN" if dt.isnan().any() else "infinite values"
+            value = f"negative values, minimum {dt.min():.3g}" if (dt < 0).any() else value
             raise ValueError(
-                f"some values of {name} are {what}: a step of time is ≥ 0, as softplus makes it. NaN comes from what "
-                "it was computed of: look for the first layer that gives one."
+                f"{name} has {value}: it must be finite and ≥ 0, such as the output of softplus. For NaN, look for the "
+                "first layer that returns it."
             )
+    lengths, longest, length = inputs.lengths, inputs.segment_len, inputs.x.shape[1]
     if lengths is None:
         return
-    if (lengths < 0).any() or lengths.max() > longest or (lengths.sum(1) != x.shape[1]).any():
+    if (lengths < 0).any() or lengths.max() > longest or (lengths.sum(1) != length).any():
         raise ValueError(
-            f"the lengths of segment_len add up to {lengths.sum(1).tolist()} a sample, each from {lengths.min()} to "
-            f"{lengths.max()}: every sample's must add up to its L = {x.shape[1]} tokens, from 0 to {longest} each."
+            f"segment_len has lengths from {lengths.min()} to {lengths.max()} with sums {lengths.sum(1).tolist()}: the "
+            f"lengths must be from 0 to {longest}, and those of each sample must sum to L={length}."
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from blueberry_video.models.autoencoder.base import sample
-from blueberry_video.models.autoencoder.causal_vae import CausalVideoVAE, load_video_vae
+from blueberry_video.models.autoencoder.causal_vae import CausalVideoVAE
 from blueberry_video.tasks.base import Task
 
 TRIVIAL = ("mean", "still", "blocks")
@@ -141,4 +141,4 @@ class Autoencoding(Task):
 
     def load_weights(self, path: str | Path) -> str:
         """The whole autoencoder, of a checkpoint of this task."""
-        return load_video_vae(self.model, path)
+        return self.model.load_published(path)

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from blueberry_video.models.encoder import Encoder
-from blueberry_video.models.vit import load_encoder
 from blueberry_video.optim import decayed_names, parameter_groups
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -127,7 +126,7 @@ class Task(lightning.LightningModule, ABC):
 
     def load_weights(self, path: str | Path) -> str:
         """Puts the weights in a file into the model: its encoder. Gives one sentence on what was loaded."""
-        return load_encoder(cast(nn.Module, self.model.encoder), path)
+        return cast(Encoder, self.model.encoder).load_published(path)
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         """uint8 (B, T, C, H, W) on the device -> float (B, C, T, H, W) in [0, 1]."""

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from blueberry_video.augmentation import Mixing, soft_targets
 from blueberry_video.evaluation.metrics import ViewScores, accuracy, shuffle_frames, within_pair_correct
-from blueberry_video.models.classifier import VideoClassifier, load_classifier
+from blueberry_video.models.classifier import VideoClassifier
 from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD, Task
 
 
@@ -73,7 +73,7 @@ class Classification(Task):
         self._views = ViewScores()
 
     def load_weights(self, path: str | Path) -> str:
-        return load_classifier(self.model, path)
+        return self.model.load_published(path)
 
     def shared_step(self, batch: dict, stage: str) -> dict[str, Tensor]:
         video, own, smoothing = batch["video"], 1.0, 0.0

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from blueberry_video.augmentation import Mixing
 from blueberry_video.evaluation.metrics import accuracy
-from blueberry_video.models.classifier import VideoClassifier, load_whole
+from blueberry_video.models.classifier import VideoClassifier
 from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD
 from blueberry_video.tasks.classification import Classification, soft_cross_entropy
 
@@ -111,7 +111,7 @@ class Distillation(Classification):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if self.teacher_from is not None:  # once: fit and validate both set up
-            rank_zero_only(print)(f"teacher: {load_whole(self.teacher, self.teacher_from)}")
+            rank_zero_only(print)(f"teacher: {self.teacher.load_finetuned(self.teacher_from)}")
             self.teacher_from = None
 
     def losses(self, inputs: Tensor, logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:

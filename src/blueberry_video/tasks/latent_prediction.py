@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from blueberry_video.evaluation.trivial import trivial_latent_losses
 from blueberry_video.inference.embedding_pictures import latent_pictures
 from blueberry_video.masking import Masks
+from blueberry_video.models.encoder import Encoder
 from blueberry_video.models.jepa.losses import context_weight, latent_loss, sigreg
 from blueberry_video.models.jepa.model import JEPA
 from blueberry_video.models.jepa.multi_level import normalize_levels
-from blueberry_video.models.vit import load_encoder
 from blueberry_video.nn.patches import gather_tokens
 from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD, Task
 from blueberry_video.weights.files import read_weights
@@ -115,7 +115,7 @@ class LatentPrediction(Task):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if self.teacher_from is not None and stage == "fit":
-            said = load_encoder(cast(nn.Module, self.model.target_encoder), self.teacher_from)
+            said = cast(Encoder, self.model.target_encoder).load_published(self.teacher_from)
             rank_zero_only(print)(f"target encoder: {said}")
 
     def load_weights(self, path: str | Path) -> str:

@@ -1,17 +1,19 @@
-"""The video processing pipeline, usable alone: any video in, exactly what a multimodal model takes out.
+"""Video processing pipeline, usable on its own: converts any video to the input of a multimodal model.
 
     from blueberry_video.video import process_video
     video = process_video("clip.mp4", model="qwen2.5-vl", fps=1.0, max_frames=32, format="huggingface")
     video.frames, video.metadata.timestamps, video.metadata.total_tokens, video.timing
 
-One file a stage: source → decode → sampling → resize → tokens → formats; ``process`` runs them, ``conf/video`` holds
-the settings of each model.
+One file per stage: source → decode → sampling → resize → tokens → formats. ``clip.load_clip`` opens, samples, decodes
+and resizes a video in one call, for datasets; ``process`` runs all stages. ``conf/video`` holds the settings of each
+model.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from blueberry_video.video.clip import load_clip
     from blueberry_video.video.errors import (
         BrokenVideoError,
         DamagedVideoError,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from blueberry_video.video.settings import load_settings, models
 
 _HOMES = {
+    "clip": ("load_clip",),
     "errors": (
         "BrokenVideoError",
         "DamagedVideoError",
@@ -52,6 +55,7 @@ __all__ = [
     "VideoError",
     "VideoMetadata",
     "VideoProcessor",
+    "load_clip",
     "load_settings",
     "models",
     "process_video",
@@ -61,7 +65,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a name when it is asked for: a worker process that needs one file here does not wait for torch."""
+    """Imports a public name on first access, so that worker processes which use one module do not import torch."""
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{home}"), name)

@@ -1,10 +1,10 @@
-"""Four decoders behind one shape: wanted frame numbers in, pictures out, one after another and forward.
+"""Four decoders with one interface: ascending frame indices in, an iterator of RGB tensors out.
 
-Each raises where it cannot show exactly the frames of the packet index. Indices are sorted and decoded forward: jumping
-back and forth costs a long-GOP file most of its time.
+Each decoder raises if it cannot return exactly the frames of the packet index. Indices are sorted and decoded forward,
+because seeking back and forth dominates the decoding time of files with long GOPs.
 
-Decoding pictures that nothing refers to and nobody asked for is skipped in PyAV (``skip_frame``): in H.264 and MPEG-1,
-2 and 4 a B-frame of that kind changes no other picture, so what is shown stays the same to the bit.
+With PyAV, non-reference frames that are not requested are not decoded (``skip_frame``): in H.264 and MPEG-1, 2 and 4
+such a B-frame affects no other frame, so the result is bit-identical.
 """
 
 import contextlib
@@ -23,59 +23,66 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from torch import Tensor
 
-from blueberry_video.video.container import FAILURES, OpenVideo, one_line, open_video
+from blueberry_video.video.container import FAILURES, OpenVideo, open_video
+from blueberry_video.video.errors import one_line
 from blueberry_video.video.picture import ToRGB
 
 
 class DamagedError(ValueError):
-    """A decoder met damage: another one would show what it makes of it, and not say so."""
+    """A decoder found damage. Other decoders are not tried, because they return damaged frames without an error."""
 
 
-_SKIPPABLE = {"h264", "mpeg1video", "mpeg2video", "mpeg4"}  # codecs whose "non-reference" means: of no other picture
-_BATCH = 16  # frames that a backend without a forward iterator decodes at once
+# codecs in which no other frame depends on a non-reference frame
+_SKIPPABLE = {"h264", "mpeg1video", "mpeg2video", "mpeg4"}
+_BATCH = 16  # frames per call of a backend without a forward iterator
 
 
 def read_pyav(video: OpenVideo, wanted: Sequence[int], device: str = "cpu") -> Iterator[Tensor]:
-    """Pictures uint8 (H, W, 3) of ascending frame numbers.
+    """Decodes frames with PyAV and yields uint8 (H, W, 3) pictures.
 
-    Seeks to the keyframe before a wanted frame and decodes forward; where a file cannot seek, or its frames do not
-    carry its packets' timestamps, decodes everything from the start.
+    Seeks to the keyframe before a wanted frame and decodes forward. If the file is not seekable, or frames and packets
+    have different timestamps, decodes everything from the start.
+
+    Args:
+        video: an open file.
+        wanted: ascending frame indices.
+        device: ignored; pictures are on the CPU.
 
     Raises:
-        DamagedError: these frames, or what they are predicted from, are damaged.
-        ValueError, av.error.FFmpegError: they cannot be decoded.
+        DamagedError: these frames, or frames that they are predicted from, are damaged.
+        ValueError, av.error.FFmpegError: the frames cannot be decoded.
     """
     done, to_rgb = 0, ToRGB((video.info.height, video.info.width))
     try:
         for frame in _by_timestamp(video, wanted):
-            yield to_rgb(_whole(frame))
+            yield to_rgb(_undamaged(frame))
             done += 1
         if done < len(wanted):
-            with _again(video, video.num_threads) as (container, stream):  # a raw stream cannot seek back to its start
-                for frame in _from_the_start(video, container, stream, wanted[done:]):
-                    yield to_rgb(_whole(frame))
+            with _reopened(video, video.num_threads) as (container, stream):  # a raw stream cannot seek to its start
+                for frame in _from_start(video, container, stream, wanted[done:]):
+                    yield to_rgb(_undamaged(frame))
     except av.error.InvalidDataError as error:
         raise DamagedError(one_line(error)) from error
 
 
 def read_torchcodec(video: OpenVideo, wanted: Sequence[int], device: str = "cpu") -> Iterator[Tensor]:
-    """As ``read_pyav``; pictures are on ``device``, which may be a CUDA device whose decoder is then used.
+    """Decodes frames with torchcodec, on the hardware decoder if ``device`` is a CUDA device. See ``read_pyav``.
 
     Raises:
-        ImportError, RuntimeError, ValueError: FFmpeg's libraries are missing, or it shows other frames.
+        ImportError, RuntimeError, ValueError: FFmpeg's libraries are missing, or the frames differ from the index.
     """
-    from torchcodec.decoders import VideoDecoder  # raises where FFmpeg's libraries are missing
+    from torchcodec.decoders import VideoDecoder  # raises if FFmpeg's libraries are missing
 
     info = video.info
     if video.pts is None:
-        raise ValueError("torchcodec finds frames by their times, which this file does not tell")
+        raise ValueError("torchcodec selects frames by timestamp, and this file has no timestamps")
     decoder = VideoDecoder(
         info.path,
         stream_index=info.stream_index,
         dimension_order="NHWC",
         num_ffmpeg_threads=video.num_threads,
         device=device,
-        seek_mode="exact",  # the approximate mode shows wrong frames where the rate varies
+        seek_mode="exact",  # the approximate mode returns wrong frames for variable frame rates
     )
     _same_count("torchcodec", len(decoder), video)
     for start in range(0, len(wanted), _BATCH):
@@ -86,51 +93,53 @@ def read_torchcodec(video: OpenVideo, wanted: Sequence[int], device: str = "cpu"
 
 
 def read_decord(video: OpenVideo, wanted: Sequence[int], device: str = "cpu") -> Iterator[Tensor]:
-    """As ``read_pyav``, by decord 0.6, which is unmaintained and can hang on damaged files: for a killable process.
+    """Decodes frames with decord 0.6. See ``read_pyav``.
+
+    decord is unmaintained and can hang on damaged files: run it in a process that can be killed.
 
     Raises:
-        ImportError, RuntimeError, ValueError: it is not installed, cannot read the file, or shows other frames.
+        ImportError, RuntimeError, ValueError: decord is not installed, cannot read the file, or returns frames that
+            differ from the index.
     """
     import decord
 
     info = video.info
     if info.rotation:
-        raise ValueError("decord pads turned pictures with black where their width is no multiple of 32")
+        raise ValueError("decord pads rotated frames with black if their width is not a multiple of 32")
     if info.container == "mpegts":
-        raise ValueError("decord shows other frames of transport streams than the packets say")
+        raise ValueError("decord returns frames of transport streams that differ from the packet index")
     if info.pixel_format not in ("yuv420p", "yuvj420p") or info.height % 2 or info.width % 2:
-        raise ValueError(f"decord converts {info.pixel_format} of {info.height}x{info.width} pixels to other colours")
+        raise ValueError(f"decord converts {info.pixel_format} of {info.height}x{info.width} pixels to wrong colors")
     try:
         reader = decord.VideoReader(str(info.path), ctx=decord.cpu(0), num_threads=video.num_threads)
         _same_count("decord", len(reader), video)
-        _same_times(
-            "decord", np.asarray(reader.get_frame_timestamp(list(wanted)))[:, 0], video, wanted, 2e-3
-        )  # float32
+        times = np.asarray(reader.get_frame_timestamp(list(wanted)))[:, 0]
+        _same_times("decord", times, video, wanted, 2e-3)  # times are float32
         last = -1
         for number in wanted:
             for _ in range(number - last - 1):
-                reader.next()  # its seeking, and its skipping, show wrong frames in open groups of pictures
+                reader.next()  # seek and skip return wrong frames in open GOPs
             picture = torch.from_numpy(reader.next().asnumpy())
             last = number
             if picture.shape[:2] != (info.height, info.width):
-                raise ValueError(f"decord shows {tuple(picture.shape[:2])} pixels, not the size after rotation")
+                raise ValueError(f"decord returns {tuple(picture.shape[:2])} pixels, not the size after rotation")
             yield picture
-    except decord.DECORDError as error:  # a plain Exception, which no caller should have to know
+    except decord.DECORDError as error:  # derives from Exception, so callers would need decord to catch it
         raise RuntimeError(str(error)) from error
 
 
 def read_torchvision(video: OpenVideo, wanted: Sequence[int], device: str = "cpu") -> Iterator[Tensor]:
-    """As ``read_pyav``, by ``torchvision.io.read_video`` where it exists (before 0.26); reads the whole file.
+    """Decodes frames with ``torchvision.io.read_video`` (before 0.26), which reads the whole file. See ``read_pyav``.
 
     Raises:
-        ImportError, RuntimeError, ValueError: there is no such function, or it shows other frames.
+        ImportError, RuntimeError, ValueError: the function does not exist, or the frames differ from the index.
     """
     from torchvision.io import read_video
 
     pictures, _, _ = read_video(str(video.info.path), pts_unit="sec", output_format="THWC")
     _same_count("torchvision", len(pictures), video)
     if video.info.rotation or pictures.shape[1:3] != (video.info.height, video.info.width):
-        raise ValueError("torchvision does not turn pictures as the file says")
+        raise ValueError("torchvision does not apply the rotation of the file")
     for number in wanted:
         yield pictures[number]
 
@@ -143,15 +152,24 @@ READERS: dict[str, Callable[[OpenVideo, Sequence[int], str], Iterator[Tensor]]] 
 }
 
 
-@functools.cache
-def backend_failure(name: str) -> str | None:
-    """Why a backend does not work in this process, or None where it has decoded a tiny clip (tried once, on first use).
+def check_backend(name: str) -> None:
+    """Checks that a backend exists.
 
     Raises:
-        ValueError: there is no backend of that name.
+        ValueError: the backend does not exist.
     """
     if name not in READERS:
-        raise ValueError(f"backends names {name!r}, which does not exist: choose from {', '.join(READERS)}.")
+        raise ValueError(f"backends has {name!r}, which does not exist: choose from {', '.join(READERS)}.")
+
+
+@functools.cache
+def backend_failure(name: str) -> str | None:
+    """Returns why a backend fails to decode a tiny clip in this process, or None if it works. Cached.
+
+    Raises:
+        ValueError: the backend does not exist.
+    """
+    check_backend(name)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "tiny.avi")
         path.write_bytes(_tiny_clip())
@@ -161,25 +179,29 @@ def backend_failure(name: str) -> str | None:
         except FAILURES as error:
             return one_line(error)
     levels = [picture.float().mean().item() for picture in pictures]
-    right = len(levels) == 2 and abs(levels[0] - 40) < 3 and abs(levels[1] - 200) < 3
-    return None if right else f"decodes wrong pixels (mean levels {levels})"
+    correct = len(levels) == 2 and abs(levels[0] - 40) < 3 and abs(levels[1] - 200) < 3
+    return None if correct else f"decodes wrong pixels (mean levels {levels})"
 
 
 def salvage(video: OpenVideo, wanted: Sequence[int]) -> Iterator[tuple[Tensor, bool, bool]]:
-    """What can be decoded of ascending frame numbers, packet by packet: (uint8 (H, W, 3), is missing, is suspect).
+    """Decodes a damaged file packet by packet and yields (uint8 (H, W, 3), is_missing, is_suspect).
 
-    A missing picture is the nearest one before it that decodes (for the first ones: the first that does). A suspect one
-    decoded, but after damage and before the next keyframe, so that it was predicted from what is wrong or gone. Reads
-    from the start, with one picture in memory.
+    A missing frame is replaced by the nearest earlier frame that decodes (at the start: by the first one). A suspect
+    frame decoded after damage and before the next keyframe, so that it was predicted from wrong or missing frames.
+    Reads from the start, with one picture in memory.
+
+    Args:
+        video: an open file.
+        wanted: ascending frame indices.
 
     Raises:
-        ValueError: not one frame decodes.
+        ValueError: no frame decodes.
     """
     to_rgb = ToRGB((video.info.height, video.info.width))
     last: VideoFrame | None = None
-    position = 0  # how many of ``wanted`` are passed
-    with _again(video, num_threads=1) as (container, stream):  # slices in threads of their own hide damage
-        for number, (frame, is_suspect) in _numbered(video, _undamaged(container, stream)):
+    position = 0  # in ``wanted``
+    with _reopened(video, num_threads=1) as (container, stream):  # slice threads hide damage
+        for number, (frame, is_suspect) in _numbered(video, _decodable(container, stream)):
             while position < len(wanted) and wanted[position] <= number:
                 is_missing = wanted[position] < number
                 yield to_rgb(last or frame if is_missing else frame), is_missing, is_suspect and not is_missing
@@ -188,16 +210,16 @@ def salvage(video: OpenVideo, wanted: Sequence[int]) -> Iterator[tuple[Tensor, b
             if position == len(wanted):
                 return
     if last is None:
-        raise ValueError("not one of its frames decodes")
+        raise ValueError("no frame decodes")
     for _ in wanted[position:]:
         yield to_rgb(last), True, False
 
 
 @contextlib.contextmanager
-def _again(video: OpenVideo, num_threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The file and its stream, at its start, with a decoder that knows nothing yet."""
+def _reopened(video: OpenVideo, num_threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Opens the file again, at its start, with a new decoder."""
     forced = "mjpeg" if video.container.format.name == "mjpeg" else None
-    options = dict(video.container.options)  # a limit that was raised is raised here too
+    options = dict(video.container.options)  # the same limits
     with av.open(str(video.info.path), format=forced, options=options, metadata_errors="replace") as container:
         stream = container.streams[video.stream.index]
         assert isinstance(stream, VideoStream)
@@ -208,8 +230,8 @@ def _again(video: OpenVideo, num_threads: int) -> Iterator[tuple[InputContainer,
 
 
 def _by_timestamp(video: OpenVideo, wanted: Sequence[int]) -> Iterator[VideoFrame]:
-    """Seeks to the keyframe before a wanted frame and decodes forward; stops early where a wanted frame does not
-    come."""
+    """Yields wanted frames by seeking to the keyframe before each and decoding forward. Stops at the first frame that
+    is not found."""
     pts, container, stream = video.pts, video.container, video.stream
     if pts is None:
         return
@@ -220,7 +242,7 @@ def _by_timestamp(video: OpenVideo, wanted: Sequence[int]) -> Iterator[VideoFram
     for target in targets:
         last_key = bisect_right(keyframes, target) - 1
         if position is None or (last_key >= 0 and keyframes[last_key] > position):
-            # one keyframe earlier where a seek lands behind its target: some containers seek by decoding time
+            # some containers seek by decoding time and land after the target: then one keyframe earlier
             for key in (last_key, last_key - 1):
                 container.seek(keyframes[key] if key >= 0 else int(pts[0]), stream=stream)
                 near = _frames(container, stream, set(targets))
@@ -236,8 +258,7 @@ def _by_timestamp(video: OpenVideo, wanted: Sequence[int]) -> Iterator[VideoFram
 
 
 def _next_until(frames: Iterator[VideoFrame], target: int, last: int | None = None) -> VideoFrame | None:
-    """The frame of that timestamp, or None where none comes, or frames come in another order than their times; the one
-    before had the timestamp ``last``."""
+    """Returns the frame with timestamp ``target``, or None if it is absent or timestamps do not rise from ``last``."""
     for frame in frames:
         if frame.pts is None or frame.pts > target or (last is not None and frame.pts <= last):
             return None
@@ -248,16 +269,16 @@ def _next_until(frames: Iterator[VideoFrame], target: int, last: int | None = No
 
 
 def _frames(container: InputContainer, stream: VideoStream, targets: set[int]) -> Iterator[VideoFrame]:
-    """Frames from where the container stands, without those that nobody needs."""
+    """Decodes from the current position of the container, skipping unrequested non-reference frames."""
     context = stream.codec_context
-    skips = context.name in _SKIPPABLE
+    can_skip = context.name in _SKIPPABLE
     for packet in container.demux(stream):
-        if skips:
+        if can_skip:
             context.skip_frame = "DEFAULT" if packet.pts in targets or not packet.size else "NONREF"
         yield from _video_frames(packet)
 
 
-def _from_the_start(
+def _from_start(
     video: OpenVideo, container: InputContainer, stream: VideoStream, wanted: Sequence[int]
 ) -> Iterator[VideoFrame]:
     position, last = 0, -1
@@ -267,25 +288,27 @@ def _from_the_start(
             position += 1
             if position == len(wanted):
                 return
-    raise ValueError(f"frame {wanted[position]} does not come: its {video.info.num_frames} frames end with {last}")
+    raise ValueError(
+        f"frame {wanted[position]} of {video.info.num_frames} is not found: decoding ends with frame {last}"
+    )
 
 
 def _numbered(
     video: OpenVideo, frames: Iterator[tuple[VideoFrame, bool]]
 ) -> Iterator[tuple[int, tuple[VideoFrame, bool]]]:
-    """Each frame with its number: the place of its timestamp, or a count where there are no timestamps."""
-    places = None if video.pts is None else {int(pts): number for number, pts in enumerate(video.pts)}
+    """Yields frames with their indices: the position of the timestamp, or a count if there are no timestamps."""
+    numbers = None if video.pts is None else {int(pts): number for number, pts in enumerate(video.pts)}
     last = -1
     for count, (frame, is_suspect) in enumerate(frames):
-        number = count if places is None else places.get(frame.pts, -1) if frame.pts is not None else -1
+        number = count if numbers is None else numbers.get(frame.pts, -1) if frame.pts is not None else -1
         if number > last:
             yield number, (frame, is_suspect)
             last = number
 
 
-def _undamaged(container: InputContainer, stream: VideoStream) -> Iterator[tuple[VideoFrame, bool]]:
-    """The frames that decode, and whether they follow damage, passing over packets that do not decode and frames that
-    the decoder itself calls corrupt."""
+def _decodable(container: InputContainer, stream: VideoStream) -> Iterator[tuple[VideoFrame, bool]]:
+    """Yields (frame, is_suspect) for the frames that decode. Skips packets that do not decode and frames that the
+    decoder marks as corrupt."""
     packets = container.demux(stream)
     is_suspect = False
     while True:
@@ -294,7 +317,7 @@ def _undamaged(container: InputContainer, stream: VideoStream) -> Iterator[tuple
         except StopIteration:
             return
         except (av.error.InvalidDataError, av.error.EOFError):
-            return  # the container ends in the middle of a packet
+            return  # the container ends inside a packet
         is_suspect = is_suspect or packet.is_corrupt
         try:
             frames = _video_frames(packet)
@@ -313,7 +336,7 @@ def _video_frames(packet: av.Packet) -> list[VideoFrame]:
     return [frame for frame in packet.decode() if isinstance(frame, VideoFrame)]
 
 
-def _whole(frame: VideoFrame) -> VideoFrame:
+def _undamaged(frame: VideoFrame) -> VideoFrame:
     if frame.is_corrupt:
         raise DamagedError("a frame is damaged")
     return frame
@@ -321,17 +344,17 @@ def _whole(frame: VideoFrame) -> VideoFrame:
 
 def _same_count(name: str, count: int, video: OpenVideo) -> None:
     if count != video.info.num_frames:
-        raise ValueError(f"{name} counts {count} frames where the packets hold {video.info.num_frames}")
+        raise ValueError(f"{name} counts {count} frames, the packet index {video.info.num_frames}")
 
 
 def _same_times(name: str, times: np.ndarray, video: OpenVideo, numbers: Sequence[int], tolerance: float) -> None:
     if video.pts is not None and not np.allclose(times, video.info.timestamps[list(numbers)], rtol=0, atol=tolerance):
-        raise ValueError(f"{name} shows frames at other times than the packets say")
+        raise ValueError(f"{name} returns frames with timestamps that differ from the packet index")
 
 
 @functools.cache
 def _tiny_clip() -> bytes:
-    """Three grey pictures, in a container and a codec that every backend knows."""
+    """Encodes three gray frames in a container and codec that every backend supports."""
     clip = io.BytesIO()
     with av.open(clip, "w", format="avi") as output:
         stream = output.add_stream("mjpeg", rate=10)

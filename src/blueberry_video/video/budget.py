@@ -1,8 +1,10 @@
-"""How much time, memory and context a video may take, and what is given up where it takes more."""
+"""Limits on time, memory and context of a video, and the reduction of frames and size to meet them."""
 
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from blueberry_video.video.checks import check_choice
 
 OVERFLOWS = ("error", "fit", "ignore")
 
@@ -12,17 +14,17 @@ class RunOptions:
     """Limits of processing one video.
 
     Attributes:
-        on_overflow: what happens to a video of more tokens than the model's context takes: ``error`` (naming what would
-            fit), ``fit`` (fewer frames, then fewer pixels) or ``ignore``.
-        max_memory_bytes: of the resized frames and what is formatted from them; above it, fewer frames, then fewer
+        on_overflow: handling of a video with more tokens than the context of the model: ``error`` (names the frames and
+            size that fit), ``fit`` (fewer frames, then fewer pixels) or ``ignore``.
+        max_memory_bytes: limit on the resized frames and the formatted output; above it, fewer frames, then fewer
             pixels are taken. None: no limit.
-        max_seconds: of one video; where decoding would take longer, fewer frames are taken, at last keyframes. A goal,
-            measured between chunks; ``timeout`` is the wall. None: no limit.
-        measure_quality: compute coverage and what the frames show.
-        isolate: decode in a process of its own, which ``timeout`` and ``process_memory_bytes`` end; ``process_videos``
+        max_seconds: time limit of one video; if decoding would take longer, fewer frames are taken, finally keyframes.
+            A soft limit, checked between chunks; ``timeout`` is the hard limit. None: no limit.
+        measure_quality: compute coverage and the statistics of the frames.
+        isolate: decode in a separate process, limited by ``timeout`` and ``process_memory_bytes``; ``process_videos``
             always does.
         timeout: seconds; None: no limit.
-        process_memory_bytes: what a process may take beyond what it has at its start; None: no limit.
+        process_memory_bytes: memory limit of a process in addition to its memory at start; None: no limit.
     """
 
     on_overflow: str = "error"
@@ -34,8 +36,7 @@ class RunOptions:
     process_memory_bytes: int | None = 8 * 2**30
 
     def __post_init__(self) -> None:
-        if self.on_overflow not in OVERFLOWS:
-            raise ValueError(f"on_overflow={self.on_overflow!r} does not exist: choose from {', '.join(OVERFLOWS)}.")
+        check_choice("on_overflow", self.on_overflow, OVERFLOWS)
         for key in ("max_memory_bytes", "max_seconds", "timeout", "process_memory_bytes"):
             value = getattr(self, key)
             if value is not None and not value > 0:
@@ -50,22 +51,22 @@ def shrink(
     least_frames: int,
     size_step: int | None,
 ) -> tuple[int, tuple[int, int]] | None:
-    """The most frames, and only then the largest size, that fit.
+    """Reduces the number of frames, then the size, as little as possible until they fit.
 
     Args:
-        num_frames, size: what does not fit: frames and (height, width).
-        fits: whether so many frames of a size do; must not turn false where either falls.
-        frame_factor: frames are taken in multiples of it.
-        least_frames: so many are kept as long as the size can still fall.
-        size_step: sides are multiples of it; None: the model takes no other size.
+        num_frames, size: frames and (height, width) that do not fit.
+        fits: (frames, size) → whether they fit; must be monotonic in both.
+        frame_factor: the number of frames is a multiple of it.
+        least_frames: minimum number of frames while the size can still be reduced.
+        size_step: sides are multiples of it; None: the size is fixed.
 
     Returns:
-        (frames, size), or None where nothing fits.
+        (frames, size), or None if nothing fits.
     """
     least = -(-min(least_frames, num_frames) // frame_factor)
 
     def most(fewest: int, size: tuple[int, int]) -> int:
-        """The most groups of frames from ``fewest`` on that fit; 0 for none."""
+        """Returns the most groups of frames, at least ``fewest``, that fit; 0 if none do."""
         groups = range(fewest, num_frames // frame_factor + 1)
         fitting = bisect_left(groups, True, key=lambda count: not fits(count * frame_factor, size))
         return groups[fitting - 1] if fitting else 0

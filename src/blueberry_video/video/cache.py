@@ -1,8 +1,8 @@
-"""Processed videos, kept: the newest in memory, all on disk.
+"""Caches of processed videos in memory and on disk.
 
-An entry is a dict of tensors and a text of metadata. On disk it is one safetensors file, which other programs can read,
-with a CRC of the whole file in its header: safetensors itself notices a torn file, but not a flipped bit. A file gets
-its name only when it is complete and synced, so that readers need no lock; evicting happens under one.
+An entry is a dict of tensors and a metadata string. On disk it is a safetensors file with a CRC of the whole file in
+its header, because safetensors detects truncated files but not flipped bits. Files are renamed to their final name only
+after they are complete and synced, so that readers need no lock. Eviction takes a lock.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import os
 import re
 import threading
 import time
-import uuid
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -26,22 +25,24 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from blueberry_video.atomic import atomic_file
+
 Entry = tuple[dict[str, Tensor], str]
 
-_CRC = re.compile(rb'"crc32":"([0-9a-f]{8})"')  # cannot occur inside a JSON string, which escapes its quotes
+_CRC = re.compile(rb'"crc32":"([0-9a-f]{8})"')  # cannot occur inside a JSON string, where quotes are escaped
 _NO_CRC = "00000000"
-_ABANDONED_SECONDS = 3600  # a temporary file of this age belongs to a writer that was killed
+_ABANDONED_SECONDS = 3600  # age at which a temporary file is left over from a killed writer
 
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """Where processed videos are kept.
+    """Locations and size limits of the caches.
 
     Args:
-        cache_memory_bytes: bytes of tensors kept in this process, 0 for none.
-        cache_folder: a folder on disk, which processes may share, or None for none; "~" is the home folder.
-        cache_disk_bytes: bytes that the files in that folder may take, the least recently used being removed; None
-            for no bound.
+        cache_memory_bytes: maximum size of the memory cache; 0 disables it.
+        cache_folder: folder of the disk cache, which processes may share; None disables it. "~" is the home folder.
+        cache_disk_bytes: maximum size of the disk cache, from which the least recently used files are removed; None
+            for no limit.
     """
 
     cache_memory_bytes: int = 0
@@ -50,41 +51,41 @@ class CacheOptions:
 
     def __post_init__(self) -> None:
         if self.cache_memory_bytes < 0:
-            raise ValueError(f"cache_memory_bytes={self.cache_memory_bytes} is negative: use 0 for no cache in memory.")
+            raise ValueError(f"cache_memory_bytes={self.cache_memory_bytes} must be at least 0, which disables it.")
         if self.cache_disk_bytes is not None and self.cache_disk_bytes < 1:
             raise ValueError(
-                f"cache_disk_bytes={self.cache_disk_bytes} leaves no room: use null for no bound, or cache_folder=null "
-                "for no cache on disk."
+                f"cache_disk_bytes={self.cache_disk_bytes} must be at least 1: use null for no limit, or "
+                "cache_folder=null to disable the disk cache."
             )
         if self.cache_folder == "":
-            raise ValueError('cache_folder="" names no folder: use null for no cache on disk.')
+            raise ValueError('cache_folder="" must not be empty: use null to disable the disk cache.')
 
 
 def cache_key(content_hash: str, settings: Any, versions: Mapping[str, str]) -> str:
-    """64 hexadecimal digits that change when the content, any setting or any version does.
+    """Returns a SHA-256 of content, settings and versions as 64 hexadecimal digits.
 
     Args:
-        content_hash: of the bytes of the video.
-        settings: whatever JSON can express; the order of a dict's keys does not matter, a tuple is a list.
-        versions: of everything that decides about pixels, such as the decoders.
+        content_hash: hash of the bytes of the video.
+        settings: JSON-serializable settings; the order of keys is irrelevant, and a tuple equals a list.
+        versions: versions of everything that affects pixels, such as the decoders.
 
     Raises:
-        TypeError: settings hold something that JSON cannot express.
+        TypeError: ``settings`` is not JSON-serializable.
     """
     try:
         text = json.dumps([content_hash, settings, dict(versions)], sort_keys=True, separators=(",", ":"))
     except TypeError as error:
         raise TypeError(
-            f"These settings cannot be part of a cache key ({error}): use dicts with text keys, lists, texts, numbers, "
-            "booleans and None."
+            f"settings must be JSON-serializable for a cache key ({error}): use dicts with str keys, lists, strings, "
+            "numbers, booleans and None."
         ) from error
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class MemoryCache:
-    """The most recently used entries, in at most ``max_bytes`` of tensors and metadata. Threads may share it.
+    """Thread-safe LRU cache in memory, limited to ``max_bytes`` of tensors and metadata.
 
-    Tensors are copied to the CPU on the way in and copied on the way out: changing them changes no entry.
+    ``put`` and ``get`` copy tensors (to the CPU), so that callers cannot modify an entry.
     """
 
     def __init__(self, max_bytes: int):
@@ -97,16 +98,16 @@ class MemoryCache:
         return len(self._entries)
 
     def get(self, key: str) -> Entry | None:
-        """The entry, or None where there is none (any more)."""
+        """Returns the entry, or None."""
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
                 return None
             self._entries.move_to_end(key)
-        return _copied(entry[0]), entry[1]  # nobody changes what is stored: copied without the lock
+        return _copied(entry[0]), entry[1]  # stored tensors never change, so the copy needs no lock
 
     def put(self, key: str, tensors: Mapping[str, Tensor], metadata: str) -> None:
-        """Keeps an entry, in the place of an older one of that key; not one that is larger than the whole cache."""
+        """Stores an entry, replacing one with the same key. An entry larger than ``max_bytes`` is not stored."""
         size = _size((tensors, metadata))
         entry = (_copied(tensors), metadata) if size <= self.max_bytes else None
         with self._lock:
@@ -122,14 +123,14 @@ class MemoryCache:
 
 
 class DiskCache:
-    """Entries as files ``<hash of the key>.safetensors`` of a folder that processes may share.
+    """LRU cache of files ``<hash of the key>.safetensors`` in a folder that processes may share.
 
-    A file that is torn or damaged counts as a miss and is removed; one that may not be read counts as a miss.
+    A truncated or damaged file is a miss and is removed. An unreadable file is a miss.
 
     Args:
-        folder: is made by the first ``put``.
-        max_bytes: of all files together; the least recently used are removed by the ``put`` that goes over it. Hits
-            are remembered in the files' modification times. None for no bound.
+        folder: created by the first ``put``.
+        max_bytes: maximum size of all files. The ``put`` that exceeds it removes the least recently used files, by
+            modification time, which a hit updates. None for no limit.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int | None = None):
@@ -137,62 +138,56 @@ class DiskCache:
         self.max_bytes = max_bytes
 
     def path(self, key: str) -> Path:
-        """Where the entry of ``key`` lies, if it does."""
+        """Returns the path of the file for ``key``, which may not exist."""
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     def get(self, key: str) -> Entry | None:
-        """The entry, in memory of its own, or None."""
+        """Returns the entry in newly allocated memory, or None."""
         path = self.path(key)
         try:
             data = path.read_bytes()
-        except OSError:  # none, or none for us
+        except OSError:  # missing or unreadable
             return None
         metadata = _verified(data)
         if metadata is None or metadata["key"] != key:
             _remove(path)
             return None
-        with contextlib.suppress(OSError):  # removed meanwhile, or a cache that may only be read
+        with contextlib.suppress(OSError):  # removed by another process, or a read-only cache
             os.utime(path)
         return safetensors.torch.load(data), metadata["metadata"]
 
     def put(self, key: str, tensors: Mapping[str, Tensor], metadata: str) -> None:
-        """Writes an entry, in the place of an older one of that key; not one that is larger than the whole cache.
+        """Writes an entry, replacing one with the same key. An entry larger than ``max_bytes`` is not stored.
 
         Raises:
-            OSError: the disk is full, or the folder may not be written to; no file is left behind.
+            OSError: the disk is full, or the folder is not writable. No file remains.
         """
-        data = _file(key, tensors, metadata)
+        data = _serialized(key, tensors, metadata)
         if self.max_bytes is not None and len(data) > self.max_bytes:
             _remove(self.path(key))
             return
-        temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with temporary.open("xb") as file:
+            with atomic_file(self.path(key), unique=True, sync_folder=False) as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path(key))
             if self.max_bytes is not None:
                 self._evict(self.max_bytes)
         except OSError as error:
             reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
             raise OSError(
                 error.errno,
-                f"The cache could not write {len(data)} bytes to cache_folder={self.folder} ({reason}): free some "
-                "space, set cache_disk_bytes, or choose another folder",
+                f"The cache could not write {len(data)} bytes to cache_folder={self.folder} ({reason}): free space, "
+                "set cache_disk_bytes, or use a different folder",
             ) from error
-        finally:
-            _remove(temporary)
 
     def _evict(self, max_bytes: int) -> None:
         with (self.folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released when closed, also by a crash
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released on close, also after a crash
             files = []
             for found in os.scandir(self.folder):
                 try:
                     status = found.stat()
-                except FileNotFoundError:  # a writer has renamed its temporary file
+                except FileNotFoundError:  # a temporary file that was renamed
                     continue
                 if found.name.endswith(".safetensors"):
                     files.append((status.st_mtime_ns, status.st_size, found.path))
@@ -207,14 +202,14 @@ class DiskCache:
 
 
 class Cache:
-    """What ``CacheOptions`` ask for: memory before disk; what was found on disk is then kept in memory."""
+    """Memory cache in front of a disk cache. Entries found on disk are also stored in memory."""
 
     def __init__(self, options: CacheOptions):
         self.memory = MemoryCache(options.cache_memory_bytes)
         self.disk = None if options.cache_folder is None else DiskCache(options.cache_folder, options.cache_disk_bytes)
 
     def get(self, key: str) -> Entry | None:
-        """The entry or None. Its tensors are the caller's: changing them changes no entry."""
+        """Returns a copy of the entry, or None."""
         entry = self.memory.get(key)
         if entry is None and self.disk is not None:
             entry = self.disk.get(key)
@@ -223,10 +218,10 @@ class Cache:
         return entry
 
     def put(self, key: str, tensors: Mapping[str, Tensor], metadata: str) -> None:
-        """Keeps an entry in memory and on disk.
+        """Stores an entry in memory and on disk.
 
         Raises:
-            OSError: as ``DiskCache.put``; the entry is in memory nonetheless.
+            OSError: as in ``DiskCache.put``. The entry is then stored in memory only.
         """
         self.memory.put(key, tensors, metadata)
         if self.disk is not None:
@@ -245,28 +240,28 @@ def _size(entry: tuple[Mapping[str, Tensor], str]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values()) + len(metadata.encode())
 
 
-def _file(key: str, tensors: Mapping[str, Tensor], metadata: str) -> bytearray:
-    texts = {"key": key, "metadata": metadata, "crc32": _NO_CRC}
-    data = bytearray(safetensors.torch.save(_copied(tensors), texts))
-    [place] = _CRC.finditer(data, 8, 8 + int.from_bytes(data[:8], "little"))
-    data[slice(*place.span(1))] = f"{zlib.crc32(data):08x}".encode()
+def _serialized(key: str, tensors: Mapping[str, Tensor], metadata: str) -> bytearray:
+    header = {"key": key, "metadata": metadata, "crc32": _NO_CRC}
+    data = bytearray(safetensors.torch.save(_copied(tensors), header))
+    [crc_field] = _CRC.finditer(data, 8, 8 + int.from_bytes(data[:8], "little"))
+    data[slice(*crc_field.span(1))] = f"{zlib.crc32(data):08x}".encode()
     return data
 
 
 def _verified(data: bytes) -> dict[str, str] | None:
-    """The texts of a file's header, or None where the file is not as it was written."""
+    """Returns the metadata in the header of a file, or None if the CRC does not match."""
     header = data[8 : 8 + int.from_bytes(data[:8], "little")]
-    place = _CRC.search(header)
-    if place is None:
+    crc_field = _CRC.search(header)
+    if crc_field is None:
         return None
-    start, end = place.start(1) + 8, place.end(1) + 8
+    start, end = crc_field.start(1) + 8, crc_field.end(1) + 8
     crc = zlib.crc32(_NO_CRC.encode(), zlib.crc32(memoryview(data)[:start]))
-    if zlib.crc32(memoryview(data)[end:], crc) != int(place[1], 16):
+    if zlib.crc32(memoryview(data)[end:], crc) != int(crc_field[1], 16):
         return None
     return json.loads(header)["__metadata__"]
 
 
 def _remove(path: Path) -> None:
-    """Removes a file where that is possible; one that stays is written over or judged again."""
+    """Removes a file if possible. A file that remains is overwritten or verified again later."""
     with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)

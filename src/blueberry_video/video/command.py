@@ -1,10 +1,10 @@
-"""``make process VIDEO=… MODEL=… OUT=…``: what a video becomes for a model, printed and written.
+"""``make process VIDEO=… MODEL=… OUT=…``: prints the plan of a video for a model and writes the processed frames.
 
     python -m blueberry_video.video.command VIDEO [--model NAME] [--out FOLDER] [key=value …]
 
-prints the plan (frames, size, tokens, memory). With a folder it also decodes, and writes there ``video.json`` (all that
-is known), ``contact_sheet.png``, and the frames in the format that was asked for: ``frames.safetensors`` (``tensor``,
-``huggingface``), ``frames.npy`` (``numpy``), ``frames.json`` (``base64``, ``openai``) or ``frames/*.png`` (``pil``).
+prints the plan (frames, size, tokens, memory). With a folder it also decodes, and writes ``video.json`` (metadata),
+``contact_sheet.png``, and the frames in the requested format: ``frames.safetensors`` (``tensor``, ``huggingface``),
+``frames.npy`` (``numpy``), ``frames.json`` (``base64``, ``openai``) or ``frames/*.png`` (``pil``).
 """
 
 import argparse
@@ -32,36 +32,37 @@ from blueberry_video.video.settings import load_settings, models
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 1 where the video or an argument is at fault, after saying so in a paragraph."""
+    """Runs the command; returns 0, or 1 after printing an error of the video or of an argument."""
     parser = argparse.ArgumentParser(prog="make process", description=__doc__.splitlines()[0])
-    parser.add_argument("video", help="a path or an address")
+    parser.add_argument("video", help="a path or a URL")
     parser.add_argument("--model", default="qwen2.5-vl", help=f"a YAML file, or one of {', '.join(models())}")
-    parser.add_argument("--out", help="folder to write to; without it only the plan is printed")
+    parser.add_argument("--out", help="output folder; without it only the plan is printed")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting, such as fps=1 format=numpy")
     given = parser.parse_intermixed_args(arguments)
-    av.logging.set_libav_level(av.logging.FATAL)  # what FFmpeg complains about stands in our own report
+    av.logging.set_libav_level(av.logging.FATAL)  # FFmpeg's errors are part of the report
     try:
         processor = VideoProcessor(load_settings(given.model, _parsed(given.overrides)))
         plan = processor.plan(given.video)
-        print("\n".join(told(plan, given.model)))
+        description = describe(plan, given.model)
+        print("\n".join(description))
         if given.out:
             video = processor(given.video)
-            print("\n".join([*_reported(video), *write(video, Path(given.out), told(plan, given.model))]))
+            print("\n".join([*_reported(video), *write(video, Path(given.out), description)]))
     except (VideoError, ValueError, TypeError, OSError, yaml.YAMLError) as error:
         print(f"make process: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 
 
-def told(plan: Plan, model: str) -> list[str]:
-    """The plan in lines for a reader."""
+def describe(plan: Plan, model: str) -> list[str]:
+    """Returns a description of the plan, one item per line."""
     distinct = len(set(plan.indices))
     repeated = f" ({len(plan.indices) - distinct} of them repeated)" if distinct < len(plan.indices) else ""
     grid = f", grid {' x '.join(map(str, plan.tokens.grid_thw))}" if plan.tokens.grid_thw else ""
     lines = [
         f"model    {model}",
         f"frames   {len(plan.indices)}{repeated}, numbers {_shortened(plan.indices)}",
-        f"size     {plan.width}x{plan.height} pixels, {_bytes(plan.frame_bytes)} with what is formatted",
+        f"size     {plan.width}x{plan.height} pixels, {_bytes(plan.frame_bytes)} with the formatted output",
         f"tokens   {plan.tokens.total} ({plan.tokens.visual} visual, {plan.tokens.text} around them{grid})",
     ]
     for precision, estimate in plan.memory.items():
@@ -73,7 +74,7 @@ def told(plan: Plan, model: str) -> list[str]:
 
 
 def write(video: ProcessedVideo, folder: Path, title: list[str]) -> list[str]:
-    """Writes everything about a processed video; returns what was written, a line each."""
+    """Writes the metadata, contact sheet and frames of a video; returns a line per written file."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "video.json").write_text(json.dumps(video.summary(), indent=2) + "\n")
     times = torch.tensor(video.metadata.timestamps)
@@ -105,10 +106,10 @@ def _reported(video: ProcessedVideo) -> list[str]:
     timing = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in video.timing.items())
     lines = [f"decoded  by {video.metadata.backend}; seconds: {timing}"]
     if missing := int(video.missing.sum()):
-        lines.append(f"missing  {missing} frames could not be decoded; their neighbours stand in their place")
+        lines.append(f"missing  {missing} frames could not be decoded and were replaced by the nearest decoded frame")
     if suspect := int(video.suspect.sum()):
-        lines.append(f"suspect  {suspect} frames were decoded after damage, and may show what was not there")
-    lines += [f"passed   over {backend}: {reason}" for backend, reason in video.failures.items()]
+        lines.append(f"suspect  {suspect} frames were decoded after damage and may have wrong content")
+    lines += [f"failed   {backend}: {reason}" for backend, reason in video.failures.items()]
     measured = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in video.quality.items())
     return [*lines, f"quality  {measured}"]
 
@@ -118,7 +119,7 @@ def _parsed(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise ValueError(f"{override!r} is no setting: write key=value, such as fps=1.")
+            raise ValueError(f"{override!r} is not a setting: write key=value, such as fps=1.")
         parsed[key] = yaml.safe_load(value)
     return parsed
 

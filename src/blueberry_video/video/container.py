@@ -1,10 +1,10 @@
-"""What the packets of a video file say: how many frames it has, when each is shown, where decoding can start.
+"""Packet index of a video file: number of frames, timestamps, keyframes.
 
-PyAV reads the packets once and thereby fixes what "frame i" means: its place in display order and its timestamp. The
-decoders of ``backends.py`` only turn wanted frames into pixels, and one whose timestamps disagree has failed on that
-file, so that falling back never silently changes which frame is shown.
+PyAV reads all packets once, which defines "frame i" by display order and timestamp. The decoders of ``backends.py``
+only convert requested frames to pixels. A decoder with different timestamps fails on that file, so that falling back
+to the next decoder never changes which frame is returned.
 
-Nothing here is open before a fork or ever pickled: an ``OpenVideo`` lives inside one call.
+An ``OpenVideo`` exists only inside one call: it is never opened before a fork and never pickled.
 """
 
 import os
@@ -18,39 +18,38 @@ from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from blueberry_video.video.errors import BrokenVideoError, LimitError, VideoError
+from blueberry_video.video.errors import BrokenVideoError, LimitError, VideoError, one_line
 from blueberry_video.video.picture import orientation
 from blueberry_video.video.sniff import local_video
+from blueberry_video.video.source_options import MAX_FRAME_PIXELS
 
-FORMATS = (  # containers that hold their own frames: no playlists, no image sequences, no devices
+FORMATS = (  # containers that hold their own frames; excludes playlists, image sequences and devices
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg,gif,ivf,obu,av1,h264,hevc,m4v,mjpeg,"
     "yuv4mpegpipe,mxf,dv,mp3,flac,nut,rm,wtv"
 )
 PYAV_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
-FAILURES = (ImportError, OSError, RuntimeError, ValueError, IndexError, av.error.FFmpegError)  # what decoders raise
+FAILURES = (ImportError, OSError, RuntimeError, ValueError, IndexError, av.error.FFmpegError)  # raised by decoders
 Opener = Callable[[], tuple[InputContainer, VideoStream]]
-MAX_FRAME_PIXELS = 8192 * 4352  # 8K
-_SHOWN_VP8 = 0x10  # bit of a VP8 packet's first byte; the others are references that are never shown
+_SHOWN_VP8 = 0x10  # show_frame bit in the first byte of a VP8 packet; other packets are only references
 
 
 @dataclass(frozen=True, eq=False)
 class VideoInfo:
-    """What a file's packets say.
+    """Properties of a video file, read from its packets.
 
     Attributes:
-        path: the resolved file.
-        name: for messages: what the user gave, where the file is a temporary one.
-        num_frames: frames that are shown, those included that the header lists but the file no longer holds.
-        fps: (n - 1) / (last - first timestamp); the header's rate where there is a single frame; 0.0 where neither is
-            known.
+        path: resolved path of the file.
+        name: name in messages; the input of the user where the file is temporary.
+        num_frames: number of displayed frames, including frames that the header lists but the file does not hold.
+        fps: (n - 1) / (last - first timestamp); the rate in the header for a single frame; 0.0 if both are unknown.
         duration: seconds from the first frame to the end of the last.
         height, width: pixels after rotation.
-        timestamps: float64 (num_frames,) seconds in display order; may start anywhere.
-        keyframes: int64 (k,) numbers of the frames at which decoding can start.
+        timestamps: float64 (num_frames,) seconds in display order, with any start.
+        keyframes: int64 (k,) indices of the frames at which decoding can start.
         codec, pixel_format, container: FFmpeg's names.
-        rotation: degrees by which the stored picture is turned counter-clockwise to be shown: 0, 90, 180 or 270.
-        stream_index: which stream of the file.
-        lost: frames at the end that the header lists but the file does not hold.
+        rotation: counter-clockwise rotation for display in degrees: 0, 90, 180 or 270.
+        stream_index: index of the video stream in the file.
+        lost: number of frames at the end that the header lists but the file does not hold.
     """
 
     path: Path
@@ -72,12 +71,12 @@ class VideoInfo:
 
 @dataclass(frozen=True, eq=False)
 class OpenVideo:
-    """An open container with the index of its video stream; closed by leaving it as a context."""
+    """Open container with the packet index of its video stream. A context manager that closes the container."""
 
     container: InputContainer
     stream: VideoStream
     info: VideoInfo
-    pts: np.ndarray | None  # int64 (num_frames,) in display order; None where frames do not carry those of packets
+    pts: np.ndarray | None  # int64 (num_frames,) in display order; None if frames and packets have different pts
 
     @property
     def num_threads(self) -> int:
@@ -91,12 +90,12 @@ class OpenVideo:
 
 
 def probe(path: str | Path, stream_index: int | None = None) -> VideoInfo:
-    """Counts and times the frames of a file by reading its packets; decodes one frame for its size and rotation.
+    """Returns the properties of a file from its packets. Decodes one frame for size and rotation.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        RefusedSourceError: it is a playlist or a script.
-        BrokenVideoError: it holds no readable video stream.
+        FileNotFoundError: the file does not exist.
+        RefusedSourceError: the file is a playlist or a script.
+        BrokenVideoError: the file has no readable video stream.
     """
     with open_video(path, stream_index) as video:
         return video.info
@@ -110,34 +109,34 @@ def open_video(
     max_frame_pixels: int = MAX_FRAME_PIXELS,
     name: str | None = None,
 ) -> OpenVideo:
-    """Opens a local file and reads its index.
+    """Opens a local file and reads its packet index.
 
     Args:
         path: a local file.
-        stream_index: a video stream of the file; None takes the one that FFmpeg holds for the best.
-        num_threads: of the decoder; 0 chooses.
-        by_decoding: count and time the frames that come out of the decoder, not the packets that go in: for the rare
-            codec in which a packet need not hold one frame. Costs the time of decoding everything.
-        max_frame_pixels: height × width above which nothing is decoded.
-        name: for messages; the path if None.
+        stream_index: index of a video stream; None selects FFmpeg's best stream.
+        num_threads: decoding threads; 0 selects the number automatically.
+        by_decoding: index the decoded frames instead of the packets, for the rare codecs in which a packet is not one
+            frame. Decodes the whole file.
+        max_frame_pixels: maximum height × width; nothing above it is decoded.
+        name: name in messages; defaults to the path.
 
     Raises:
-        FileNotFoundError, RefusedSourceError, BrokenVideoError: as ``probe``.
-        LimitError: larger frames than ``max_frame_pixels``.
+        FileNotFoundError, RefusedSourceError, BrokenVideoError: as in ``probe``.
+        LimitError: frames larger than ``max_frame_pixels``.
     """
     resolved, kind = local_video(path)
     name = name or str(resolved)
 
     def opened() -> tuple[InputContainer, VideoStream]:
-        # max_pixels stops frames that are larger than the header says
+        # max_pixels stops frames that are larger than in the header
         options = {**PYAV_OPTIONS, "max_pixels": str(max_frame_pixels)}
-        # FFmpeg takes a long row of JPEG pictures for a pipe of images
+        # FFmpeg detects a long sequence of JPEG images as an image pipe
         forced = "mjpeg" if kind == "mjpeg" else None
         container = av.open(str(resolved), format=forced, options=options, metadata_errors="replace")
         try:
             stream = _choose_stream(container, stream_index, name)
             _check_size(resolved, name, stream, max_frame_pixels)
-            if stream.codec_context.name == "hevc":  # else it shows what damage left of a picture, and says nothing
+            if stream.codec_context.name == "hevc":  # otherwise it returns damaged frames without an error
                 stream.codec_context.options = {"err_detect": "explode"}
             stream.codec_context.thread_count = num_threads or _threads(stream)
             stream.thread_type = "AUTO"
@@ -147,20 +146,14 @@ def open_video(
         return container, stream
 
     try:
-        return _by_frames(resolved, name, opened) if by_decoding else _by_packets(resolved, name, opened)
+        return _index_frames(resolved, name, opened) if by_decoding else _index_packets(resolved, name, opened)
     except VideoError:
         raise
     except FAILURES as error:
         raise BrokenVideoError(
-            f"{name} cannot be read as a video (pyav, whose packet index every backend uses: {one_line(error)}). "
-            "Re-encode the file, or remove it."
+            f"{name} cannot be read as a video (pyav, which reads the packet index for every backend: "
+            f"{one_line(error)}). Re-encode the file, or remove it."
         ) from error
-
-
-def one_line(error: BaseException) -> str:
-    """The first 200 characters of an error (torchcodec's is 6 kB where FFmpeg is missing)."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "…"
 
 
 def _choose_stream(container: InputContainer, stream_index: int | None, name: str) -> VideoStream:
@@ -169,21 +162,21 @@ def _choose_stream(container: InputContainer, stream_index: int | None, name: st
     if stream_index is not None:
         if stream_index not in videos:
             raise VideoError(
-                f"stream_index={stream_index} is no video stream of {name}: choose from {sorted(videos)}, or use null."
+                f"stream_index={stream_index} is not a video stream of {name}: use one of {sorted(videos)}, or null."
             )
         return videos[stream_index]
     if not videos:
         unknown = " of a known codec" if container.streams.video else ""
-        raise ValueError(f"it has no video stream{unknown}")
+        raise ValueError(f"no video stream{unknown}")
     moving = [stream for stream in videos.values() if not stream.disposition & stream.disposition.attached_pic]
     best = container.streams.best("video")
     if isinstance(best, VideoStream) and best.index in videos and (best in moving or not moving):
         return best
-    return (moving or list(videos.values()))[0]  # cover art is the picture only where there is no other
+    return (moving or list(videos.values()))[0]  # cover art only if there is no other video stream
 
 
 def _threads(stream: VideoStream) -> int:
-    """More than cores, for decoding threads wait for each other; each holds a frame, of 128 MB in all."""
+    """Returns the number of decoding threads: 8 to 16, because they wait for each other, with at most 128 MB."""
     frame_bytes = max(1, stream.codec_context.width * stream.codec_context.height * 3 // 2)
     return max(1, min(max(8, os.cpu_count() or 1), 16, 2**27 // frame_bytes))
 
@@ -191,51 +184,51 @@ def _threads(stream: VideoStream) -> int:
 def _check_size(path: Path, name: str, stream: VideoStream, max_frame_pixels: int) -> None:
     if len(stream.index_entries) > path.stat().st_size:
         raise LimitError(
-            f"{name} says it has {len(stream.index_entries)} frames, but it has {path.stat().st_size} bytes: its "
-            "header is damaged, or meant to fill memory. Leave it out."
+            f"{name} lists {len(stream.index_entries)} frames in {path.stat().st_size} bytes: its header is damaged, "
+            "or made to exhaust memory. Remove the file."
         )
     width, height = stream.codec_context.width, stream.codec_context.height
     if width * height > max_frame_pixels:
         raise LimitError(
-            f"{name} has frames of {width}x{height} pixels, more than max_frame_pixels={max_frame_pixels}: make it "
-            "smaller, or raise the limit."
+            f"{name} has frames of {width}x{height} pixels, more than max_frame_pixels={max_frame_pixels}: scale the "
+            "video down, or raise max_frame_pixels."
         )
 
 
-def _by_packets(path: Path, name: str, opened: Opener) -> OpenVideo:
+def _index_packets(path: Path, name: str, opened: Opener) -> OpenVideo:
     container, stream = opened()
     try:
         first: VideoFrame | None = None
-        seen, held, keys, tried = [], 0, [], False
+        seen, num_packets, keys, tried = [], 0, [], False
         is_vp8 = stream.codec_context.name == "vp8"
         for packet in container.demux(stream):
             size = packet.size
             if packet.is_keyframe and not tried:
-                tried, first = True, _frame_of(packet, stream)
-            held += size > 0
+                tried, first = True, _decode_alone(packet, stream)
+            num_packets += size > 0
             if not size or packet.is_discard or (is_vp8 and not bytes(packet)[0] & _SHOWN_VP8):
-                continue  # the flush at the end; what lies before the start of an edit list; what is never shown
+                continue  # the flush packet at the end, packets before an edit list, VP8 references
             seen.append(packet.pts)
             keys.append(packet.is_keyframe)
-        if first is None:  # FFmpeg's VP9 decoder crashes where it goes on after an error: a fresh one
+        if first is None:  # reopened, because FFmpeg's VP9 decoder crashes if it continues after an error
             container.close()
             container, stream = opened()
             first = _first_frame(container, stream)
             container.close()
             container, stream = opened()
-        lost = _listed(stream, held) - held
+        lost = _num_listed(stream, num_packets) - num_packets
         pts = None if None in seen or len(set(seen)) != len(seen) else np.array(seen, np.int64)
-        # AVI and ASF know only when a packet is decoded: the frames come in another order than these times
+        # AVI and ASF store decoding times only: with B-frames, they are not in display order
         reordered = container.format.name in ("avi", "asf") and stream.codec_context.has_b_frames > 0
         order = np.arange(len(seen)) if pts is None else np.argsort(pts)
         in_order = None if pts is None else pts[order]
-        return _indexed(path, name, container, stream, first, in_order, np.array(keys)[order], lost, reordered)
+        return _with_info(path, name, container, stream, first, in_order, np.array(keys)[order], lost, reordered)
     except FAILURES:
         container.close()
         raise
 
 
-def _by_frames(path: Path, name: str, opened: Opener) -> OpenVideo:
+def _index_frames(path: Path, name: str, opened: Opener) -> OpenVideo:
     container, stream = opened()
     try:
         first: VideoFrame | None = None
@@ -244,21 +237,24 @@ def _by_frames(path: Path, name: str, opened: Opener) -> OpenVideo:
             first = first or frame
             seen.append(frame.pts)
             keys.append(frame.key_frame)
-        if (listed := _listed(stream, len(seen))) > len(seen):
-            raise ValueError(f"its header lists {listed} frames, but only {len(seen)} decode")
+        if (listed := _num_listed(stream, len(seen))) > len(seen):
+            raise ValueError(f"the header lists {listed} frames, but only {len(seen)} decode")
         known = [time for time in seen if time is not None]
         rising = len(known) == len(seen) and sorted(set(known)) == known
         pts = np.array(known, np.int64) if rising else None
-        return _indexed(path, name, container, stream, first, pts, np.array(keys), lost=0)
+        return _with_info(path, name, container, stream, first, pts, np.array(keys), lost=0)
     except FAILURES:
         container.close()
         raise
 
 
-def _frame_of(packet: av.Packet, stream: VideoStream) -> VideoFrame | None:
-    """The frame of one packet, if it decodes by itself, as a keyframe does; leaves the decoder as new, or broken."""
+def _decode_alone(packet: av.Packet, stream: VideoStream) -> VideoFrame | None:
+    """Decodes a single packet, such as a keyframe; None on failure. Flushes the decoder, or leaves it broken."""
     try:
-        frames = [*packet.decode(), *stream.codec_context.decode(None)]  # drained: threads would wait for more packets
+        frames = [
+            *packet.decode(),
+            *stream.codec_context.decode(None),
+        ]  # drained, because threads wait for more packets
         stream.codec_context.flush_buffers()
     except (av.error.InvalidDataError, av.error.EOFError):
         return None
@@ -266,8 +262,7 @@ def _frame_of(packet: av.Packet, stream: VideoStream) -> VideoFrame | None:
 
 
 def _first_frame(container: InputContainer, stream: VideoStream) -> VideoFrame | None:
-    """The first frame that comes out of the decoder: where the first keyframe is damaged, or lies before the start of
-    an edit list."""
+    """Returns the first frame that decodes, for files with a damaged first keyframe or one before an edit list."""
     for packet in container.demux(stream):
         try:
             for frame in packet.decode():
@@ -278,15 +273,15 @@ def _first_frame(container: InputContainer, stream: VideoStream) -> VideoFrame |
     return None
 
 
-def _listed(stream: VideoStream, held: int) -> int:
-    """Packets that the header promises, where it lists each (mp4, mov, avi); else those that were found."""
+def _num_listed(stream: VideoStream, num_found: int) -> int:
+    """Returns the number of packets in the header where it lists them (mp4, mov, avi), at least ``num_found``."""
     entries = stream.index_entries
-    if len(entries) <= held:
-        return held
-    return max(held, sum(entry.size > 0 for entry in entries))
+    if len(entries) <= num_found:
+        return num_found
+    return max(num_found, sum(entry.size > 0 for entry in entries))
 
 
-def _indexed(
+def _with_info(
     path: Path,
     name: str,
     container: InputContainer,
@@ -298,10 +293,10 @@ def _indexed(
     reordered: bool = False,
 ) -> OpenVideo:
     if first is None or not len(keys):
-        raise ValueError("its video stream has no frame that decodes")
+        raise ValueError("no frame of the video stream decodes")
     rate = float((stream.average_rate if pts is not None else stream.guessed_rate) or stream.guessed_rate or 0)
     if stream.disposition & stream.disposition.attached_pic:
-        rate = 0.0  # cover art: a still, whose stream claims 90,000 frames a second
+        rate = 0.0  # cover art is a still image in a stream of nominally 90,000 frames per second
     base = stream.time_base
     if pts is not None and base is not None:
         timestamps = pts * base.numerator / base.denominator
@@ -310,7 +305,7 @@ def _indexed(
     if len(keys) > 1 and timestamps[-1] > timestamps[0]:
         rate = (len(keys) - 1) / float(timestamps[-1] - timestamps[0])
     step = 1 / rate if rate else 0.0
-    if lost:  # their true times went with them
+    if lost:  # their true timestamps are unknown
         timestamps = np.concatenate([timestamps, timestamps[-1] + step * np.arange(1, lost + 1)])
     turns, _ = orientation(first)
     height, width = (first.width, first.height) if turns % 2 else (first.height, first.width)

@@ -1,8 +1,8 @@
-"""Chosen frames of a local video file as uint8 tensors, by the first of several decoders that shows them.
+"""Decoding of selected frames of a local video file to uint8 tensors, with fallback from one decoder to the next.
 
-``decode`` returns all of them at once; ``decode_in_chunks`` a few at a time, so that a video of any length passes
-through constant memory. Both keep the reason of every backend that failed. Where none succeeds, salvage returns what
-can be decoded, with a mask of what is missing.
+``decode`` returns all frames at once. ``decode_in_chunks`` yields a few at a time, so that memory is constant for
+videos of any length. Both record the reason of every backend that failed. If all fail, ``salvage`` returns the frames
+that decode, with a mask of the missing ones.
 """
 
 import contextlib
@@ -17,29 +17,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blueberry_video.video.backends import READERS, DamagedError, backend_failure, salvage
-from blueberry_video.video.container import FAILURES, MAX_FRAME_PIXELS, OpenVideo, VideoInfo, one_line, open_video
-from blueberry_video.video.errors import BrokenVideoError, DamagedVideoError
+from blueberry_video.video.backends import READERS, DamagedError, backend_failure, check_backend, salvage
+from blueberry_video.video.container import FAILURES, MAX_FRAME_PIXELS, OpenVideo, VideoInfo, open_video
+from blueberry_video.video.errors import BrokenVideoError, DamagedVideoError, one_line
 
-BACKENDS = ("pyav", "torchcodec", "decord", "torchvision")  # the order in which they are tried
+BACKENDS = tuple(READERS)  # in the order in which they are tried
 Result = TypeVar("Result")
 Choice = Sequence[int] | Callable[[VideoInfo], Sequence[int]]
 
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """How frames are decoded.
+    """Options for decoding.
 
     Attributes:
-        backends: decoders in the order in which they are tried; those that do not work on this machine are passed over.
-        num_threads: decoding threads; 0 chooses, at least 8 where the pictures are not huge: more than cores, for they
-            wait for each other; keep 1 in loader workers.
-        stream_index: which video stream of a file with several; None takes the one that FFmpeg holds for the best.
-        salvage: where no backend can decode all frames, return what can be decoded and a mask of what is missing.
-        max_missing_share: 0 to 1; a video of which more is missing is broken.
-        decode_device: ``cpu``, or a CUDA device for torchcodec's hardware decoder, which pays for long clips of high
-            resolution only.
-        chunk_frames: frames that are decoded before they are handed on; bounds memory.
+        backends: decoders in the order in which they are tried; decoders that do not work on this machine are skipped.
+        num_threads: decoding threads; 0 selects the number automatically, at least 8 unless frames are very large,
+            because threads wait for each other. Use 1 in DataLoader workers.
+        stream_index: index of the video stream; None selects FFmpeg's best stream.
+        salvage: if no backend can decode all frames, return the frames that decode and a mask of the missing ones.
+        max_missing_share: maximum share of missing frames, 0 to 1; above it the video is broken.
+        decode_device: ``cpu``, or a CUDA device for torchcodec's hardware decoder, which is faster only for long clips
+            of high resolution.
+        chunk_frames: number of frames per chunk; bounds memory.
     """
 
     backends: tuple[str, ...] = BACKENDS
@@ -52,19 +52,19 @@ class DecodeOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "backends", tuple(self.backends))
-        if unknown := [name for name in self.backends if name not in READERS]:
-            raise ValueError(f"backends names {unknown[0]!r}, which does not exist: choose from {', '.join(READERS)}.")
+        for name in self.backends:
+            check_backend(name)
         if not self.backends:
-            raise ValueError(f"backends is empty: name at least one of {', '.join(READERS)}.")
+            raise ValueError(f"backends=() is empty: use at least one of {', '.join(READERS)}.")
         if not 0 <= self.num_threads <= 64 or self.chunk_frames < 1:
             raise ValueError(
-                f"num_threads={self.num_threads} and chunk_frames={self.chunk_frames}: use 0 to 64 threads (0 chooses) "
-                "and at least 1 frame."
+                f"num_threads={self.num_threads} must be 0 (automatic) to 64, and chunk_frames={self.chunk_frames} at "
+                "least 1."
             )
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.decode_device):
-            raise ValueError(f"decode_device={self.decode_device!r} does not exist: use cpu, cuda or cuda:0.")
+            raise ValueError(f"decode_device={self.decode_device!r} is unknown: use cpu, cuda or cuda:0.")
         if not 0 <= self.max_missing_share <= 1:
-            raise ValueError(f"max_missing_share={self.max_missing_share} is a share: use 0 to 1, such as 0.5.")
+            raise ValueError(f"max_missing_share={self.max_missing_share} must be between 0 and 1.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,12 +73,12 @@ class Frames:
 
     Attributes:
         pixels: uint8 (T, 3, H, W) RGB, channels last in memory (a view of (T, H, W, 3)).
-        indices: their numbers in the file.
+        indices: frame indices in the file.
         timestamps: float64 (T,) seconds.
-        missing: bool (T,); where set, the frame could not be decoded and its nearest neighbour is shown.
-        suspect: bool (T,); where set, it was decoded after damage, and may show what was not there.
-        backend: who decoded them, the last one where several did.
-        failures: backend → why it did not.
+        missing: bool (T,), True where the frame could not be decoded and is replaced by its nearest neighbor.
+        suspect: bool (T,), True where the frame was decoded after damage and may be wrong.
+        backend: backend that decoded the frames; the last one if there were several.
+        failures: reason of failure by backend.
     """
 
     pixels: Tensor
@@ -98,19 +98,19 @@ class _Picture(NamedTuple):
 
 
 def decode(path: str | Path, choose: Choice, options: DecodeOptions | None = None) -> Frames:
-    """Decodes chosen frames.
+    """Decodes selected frames.
 
     Args:
         path: a local file.
-        choose: frame indices in any order, repetitions allowed; or a function that picks them from the file's
-            ``VideoInfo`` (what it raises passes through untouched).
-        options: backends and what to do where they fail; the defaults if None.
+        choose: frame indices in any order, with repetitions; or a function that returns them for the ``VideoInfo`` of
+            the file (its exceptions propagate unchanged).
+        options: backends and behavior on failure; defaults to ``DecodeOptions()``.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        RefusedSourceError: it is a playlist or a script.
+        FileNotFoundError: the file does not exist.
+        RefusedSourceError: the file is a playlist or a script.
         IndexError: an index outside the file.
-        BrokenVideoError: no backend could decode these frames of this file.
+        BrokenVideoError: no backend could decode these frames.
     """
     return with_fallbacks(path, options or DecodeOptions(), lambda video, now: decode_open(video, choose, now))
 
@@ -122,11 +122,14 @@ def with_fallbacks(
     max_frame_pixels: int = MAX_FRAME_PIXELS,
     name: str | None = None,
 ) -> Result:
-    """Runs ``work`` on an open file: strictly on its packet index; where no backend can follow that, on an index made
-    by decoding everything; where that fails too and ``options.salvage`` is set, leniently on the packet index.
+    """Runs ``work`` on an open file, with up to three attempts.
+
+    1. Without salvage, on the packet index.
+    2. Without salvage, on an index built by decoding the whole file, if no backend agrees with the packet index.
+    3. With salvage, on the packet index, if ``options.salvage`` is set.
 
     Raises:
-        FileNotFoundError, RefusedSourceError, BrokenVideoError: as ``decode``; and what ``work`` raises.
+        FileNotFoundError, RefusedSourceError, BrokenVideoError: as in ``decode``; and the exceptions of ``work``.
     """
     strict = replace(options, salvage=False)
     opened = partial(
@@ -138,7 +141,7 @@ def with_fallbacks(
     except BrokenVideoError as error:
         first = error
     if not isinstance(first, DamagedVideoError):
-        with contextlib.suppress(BrokenVideoError), opened(by_decoding=True) as video:  # the first error is told
+        with contextlib.suppress(BrokenVideoError), opened(by_decoding=True) as video:  # the first error is raised
             return work(video, strict)
     if not options.salvage:
         raise first
@@ -147,20 +150,20 @@ def with_fallbacks(
 
 
 def decode_open(video: OpenVideo, choose: Choice, options: DecodeOptions) -> Frames:
-    """``decode`` of a file that is open already; the same errors."""
+    """Decodes selected frames of an open file. See ``decode``."""
     chosen = [int(i) for i in (choose(video.info) if callable(choose) else choose)]
     last = video.info.num_frames - 1
     if not chosen or min(chosen) < 0 or max(chosen) > last:
         raise IndexError(
-            f"Frames {chosen} were asked of {video.info.name}, which has the frames 0 to {last}: ask for at least one "
-            "of these."
+            f"Frame indices {chosen} are invalid for {video.info.name}, which has frames 0 to {last}: use at least one "
+            "index in this range."
         )
     wanted = sorted(set(chosen))
     [frames] = decode_in_chunks(video, wanted, replace(options, chunk_frames=len(wanted)))
     if chosen == wanted:
         return frames
-    place = {index: i for i, index in enumerate(wanted)}
-    rows = torch.tensor([place[index] for index in chosen])
+    row_of = {index: row for row, index in enumerate(wanted)}
+    rows = torch.tensor([row_of[index] for index in chosen])
     return replace(
         frames,
         pixels=frames.pixels[rows],
@@ -172,13 +175,18 @@ def decode_open(video: OpenVideo, choose: Choice, options: DecodeOptions) -> Fra
 
 
 def decode_in_chunks(video: OpenVideo, wanted: Sequence[int], options: DecodeOptions) -> Iterator[Frames]:
-    """Ascending frame numbers without repetitions, ``options.chunk_frames`` at a time.
+    """Decodes frames in chunks of ``options.chunk_frames``.
 
-    A backend that fails on the way is replaced by the next one from there on.
+    A backend that fails midway is replaced by the next one from that frame on.
+
+    Args:
+        video: an open file.
+        wanted: ascending frame indices without repetitions.
+        options: backends, chunk size and salvage.
 
     Raises:
-        BrokenVideoError: no backend could decode these frames; or, salvaging, more than ``max_missing_share`` of the
-            frames so far are missing at the end.
+        BrokenVideoError: no backend could decode these frames; or with ``salvage`` the number of missing frames
+            exceeds ``max_missing_share`` of ``wanted``.
     """
     failures: dict[str, str] = {}
     lost = 0
@@ -198,8 +206,8 @@ def decode_in_chunks(video: OpenVideo, wanted: Sequence[int], options: DecodeOpt
         lost += int(missing.sum())
         if lost > options.max_missing_share * len(wanted):
             raise BrokenVideoError(
-                f"More than {lost} of the {len(wanted)} frames asked of {video.info.name} cannot be decoded, above "
-                f"max_missing_share={options.max_missing_share} ({_listed(failures)}). Re-encode the file, remove it, "
+                f"At least {lost} of {len(wanted)} requested frames of {video.info.name} cannot be decoded, more than "
+                f"max_missing_share={options.max_missing_share} ({_reasons(failures)}). Re-encode the file, remove it, "
                 "or raise max_missing_share."
             )
         timestamps = torch.from_numpy(video.info.timestamps[list(indices)])
@@ -209,12 +217,12 @@ def decode_in_chunks(video: OpenVideo, wanted: Sequence[int], options: DecodeOpt
 def _pictures(
     video: OpenVideo, wanted: Sequence[int], options: DecodeOptions, failures: dict[str, str]
 ) -> Iterator[_Picture]:
-    """The picture of each; writes down why backends fail."""
+    """Yields the picture of each wanted frame. Records the reasons of failed backends in ``failures``."""
     if video.info.lost and not options.salvage:
         raise DamagedVideoError(
-            f"{video.info.name} is cut short: its header lists {video.info.num_frames} frames, but it holds "
-            f"{video.info.num_frames - video.info.lost}. Replace or remove the file, or set salvage=true to use what "
-            "is there."
+            f"{video.info.name} is truncated: its header lists {video.info.num_frames} frames, but it holds "
+            f"{video.info.num_frames - video.info.lost}. Replace or remove the file, or set salvage=true to use the "
+            "frames that it holds."
         )
     position = 0
     kind: type[BrokenVideoError] = BrokenVideoError
@@ -228,32 +236,32 @@ def _pictures(
                 yield _Picture(picture, False, False, name)
         except DamagedError as error:
             failures[name], kind = one_line(error), DamagedVideoError
-            break  # the others would show what damage left, without a word
+            break  # other backends return damaged frames without an error
         except FAILURES as error:
             failures[name] = one_line(error)
         if position == len(wanted):
             return
     if not options.salvage:
         raise kind(
-            f"No backend could decode {video.info.name} ({_listed(failures)}). Re-encode the file, remove it, or set "
-            "salvage=true to use what can be decoded."
+            f"No backend could decode {video.info.name} ({_reasons(failures)}). Re-encode the file, remove it, or set "
+            "salvage=true to use the frames that decode."
         )
     try:
         for salvaged in salvage(video, wanted[position:]):
             yield _Picture(*salvaged, "pyav (salvage)")
     except FAILURES as error:
         raise BrokenVideoError(
-            f"Nothing of {video.info.name} can be decoded ({_listed(failures)}; salvage: {one_line(error)}). Re-encode "
-            "the file, or remove it."
+            f"No frame of {video.info.name} can be decoded ({_reasons(failures)}; salvage: {one_line(error)}). "
+            "Re-encode the file, or remove it."
         ) from error
 
 
-def _copy(picture: Tensor, place: Tensor) -> None:
-    if picture.device.type == "cpu":  # torch would copy with OpenMP threads, which go on spinning beside the decoder's
-        np.copyto(place.numpy(), picture.numpy())
+def _copy(picture: Tensor, into: Tensor) -> None:
+    if picture.device.type == "cpu":  # torch's copy starts OpenMP threads, which compete with the decoder's
+        np.copyto(into.numpy(), picture.numpy())
     else:
-        place.copy_(picture)
+        into.copy_(picture)
 
 
-def _listed(failures: dict[str, str]) -> str:
+def _reasons(failures: dict[str, str]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in failures.items())

@@ -1,4 +1,4 @@
-"""Video that is decoded already: arrays, pictures, folders of images and animations, loaded when they are read."""
+"""Lists of decoded frames: arrays, images, folders of images and animations, with lazy loading."""
 
 import contextlib
 import functools
@@ -15,16 +15,16 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from blueberry_video.video.errors import BrokenVideoError, LimitError, VideoError
+from blueberry_video.video.errors import BrokenVideoError, LimitError, VideoError, one_line
 from blueberry_video.video.sniff import IMAGES
 from blueberry_video.video.source_options import SourceOptions
 
-# what Pillow raises for broken files
+# exceptions that Pillow raises for broken files
 IMAGE_FAILURES = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, AttributeError, struct.error)
 
 
 class FrameList(ABC):
-    """Decoded input: frames of one size, loaded when they are read.
+    """List of frames of one size, loaded lazily.
 
     Attributes:
         size: (height, width) in pixels, after EXIF orientation.
@@ -38,13 +38,13 @@ class FrameList(ABC):
         for number, size in enumerate(sizes):
             if size[0] * size[1] > options.max_frame_pixels or 0 in size:
                 raise LimitError(
-                    f"Frame {number} of {name} is {size[0]} x {size[1]}, which is none or more than max_frame_pixels="
-                    f"{options.max_frame_pixels}: make it smaller, or raise the limit."
+                    f"Frame {number} of {name} is {size[0]} x {size[1]} (height x width), which must be 1 to "
+                    f"max_frame_pixels={options.max_frame_pixels} pixels: resize it, or raise max_frame_pixels."
                 )
             if number and size != self.size:
                 raise BrokenVideoError(
-                    f"Frame {number} of {name} is {size[0]} x {size[1]} (height x width), frame 0 is "
-                    f"{self.size[0]} x {self.size[1]}: make all frames the same size."
+                    f"Frame {number} of {name} is {size[0]} x {size[1]} (height x width), but frame 0 is "
+                    f"{self.size[0]} x {self.size[1]}: resize all frames to the same size."
                 )
             self.size = size
 
@@ -53,21 +53,24 @@ class FrameList(ABC):
 
     @property
     def timestamps(self) -> tuple[float, ...] | None:
-        """Seconds of every frame, from ``frames_fps`` or an animation's own durations; None where neither is known."""
+        """Time of each frame in seconds, from the durations of an animation or ``frames_fps``; None if unknown."""
         return tuple(i / self._fps for i in range(self._count)) if self._fps else None
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """Frames in the order asked for, repetitions allowed, as uint8 (n, 3, H, W) RGB; transparency is dropped.
+        """Loads frames as uint8 (n, 3, H, W) RGB, in the order of ``indices``. Transparency is dropped.
+
+        Args:
+            indices: frame indices in any order, with repetitions.
 
         Raises:
-            IndexError: no index, or one outside 0 … len - 1.
+            IndexError: ``indices`` is empty, or an index is outside 0 … len - 1.
             BrokenVideoError: an image file cannot be decoded.
         """
         indices = [int(i) for i in indices]
         if not indices or min(indices) < 0 or max(indices) >= self._count:
             raise IndexError(
-                f"Frames {indices[:8]} were asked of {self._name}, which has the frames 0 to {self._count - 1}: "
-                "ask for at least one of these."
+                f"Frame indices {indices[:8]} are invalid for {self._name}, which has frames 0 to {self._count - 1}: "
+                "use at least one index in this range."
             )
         wanted = sorted(set(indices))
         with readable(self._name):
@@ -76,15 +79,15 @@ class FrameList(ABC):
 
     @abstractmethod
     def fingerprint(self) -> bytes:
-        """A digest of what the frames are: of the bytes of image files, of the values, shape and type of arrays."""
+        """Returns a digest of the bytes of image files, or of the values, shapes and types of arrays."""
 
     @abstractmethod
     def _load(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
-        """Pixels uint8 (H, W, 3) of distinct indices in ascending order."""
+        """Yields uint8 (H, W, 3) pixels for distinct ascending indices."""
 
 
 class Arrays(FrameList):
-    """Arrays or tensors in memory, each (C, H, W) or (H, W, C) with C in 1, 3, 4; uint8, or float in [0, 1]."""
+    """Frames from arrays or tensors, each (C, H, W) or (H, W, C) with C in 1, 3, 4; uint8, or float in [0, 1]."""
 
     def __init__(self, frames: Sequence | np.ndarray | Tensor, name: str, options: SourceOptions):
         self._frames = frames
@@ -92,29 +95,31 @@ class Arrays(FrameList):
         for number, shape in enumerate(shapes):
             if len(shape) != 3 or not (shape[0] in (1, 3, 4) or shape[2] in (1, 3, 4)):
                 raise BrokenVideoError(
-                    f"Frame {number} of {name} has the shape {shape}: give (C, H, W) or (H, W, C) with 1, 3 or 4 "
-                    "channels, and a whole video as (T, C, H, W) or (T, H, W, C)."
+                    f"Frame {number} of {name} has shape {shape}: pass (C, H, W) or (H, W, C) with 1, 3 or 4 channels, "
+                    "and a whole video as (T, C, H, W) or (T, H, W, C)."
                 )
-        self._first = shapes[0][0] in (1, 3, 4)  # where both readings fit, channels are first
+        self._channels_first = shapes[0][0] in (1, 3, 4)  # also if both layouts match
         for number, shape in enumerate(shapes):
-            if shape[0 if self._first else 2] not in (1, 3, 4):
+            if shape[0 if self._channels_first else 2] not in (1, 3, 4):
                 raise BrokenVideoError(
-                    f"Frame {number} of {name} has the shape {shape}, frame 0 has {shapes[0]}: give all in one layout."
+                    f"Frame {number} of {name} has shape {shape}, but frame 0 has {shapes[0]}: use one layout for all."
                 )
-        super().__init__(len(frames), ((s[1:] if self._first else s[:2]) for s in shapes), name, options)
+        super().__init__(len(frames), ((s[1:] if self._channels_first else s[:2]) for s in shapes), name, options)
         for number, frame in enumerate(frames):
             values = _numpy(frame)
-            legal = np.issubdtype(values.dtype, np.floating) and values.min() >= 0 and values.max() <= 1  # not NaN
+            legal = (
+                np.issubdtype(values.dtype, np.floating) and values.min() >= 0 and values.max() <= 1
+            )  # false for NaN
             if values.dtype != np.uint8 and not legal:
                 raise BrokenVideoError(
-                    f"Frame {number} of {name} has {frame.dtype} values from {values.min()} to {values.max()}: give "
-                    "uint8, or floats in [0, 1]; divide by 255, or undo a normalisation."
+                    f"Frame {number} of {name} has {frame.dtype} values from {values.min()} to {values.max()}: pass "
+                    "uint8, or floats in [0, 1]; divide by 255, or undo the normalization."
                 )
 
     def _load(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         for i in indices:
             pixels = _numpy(self._frames[i])
-            pixels = pixels.transpose(1, 2, 0) if self._first else pixels
+            pixels = pixels.transpose(1, 2, 0) if self._channels_first else pixels
             if pixels.dtype != np.uint8:
                 pixels = np.round(pixels.astype(np.float32) * 255).astype(np.uint8)
             yield pixels[..., :3] if pixels.shape[2] > 1 else np.repeat(pixels, 3, axis=2)
@@ -128,7 +133,7 @@ class Arrays(FrameList):
 
 
 class Pictures(FrameList):
-    """Image files and PIL images, one frame each; files are opened when they are read."""
+    """Frames from image files or PIL images, one each. Pixels are loaded by ``read``."""
 
     def __init__(self, images: Sequence, name: str, options: SourceOptions):
         self._images = images
@@ -154,29 +159,31 @@ class Pictures(FrameList):
 
 
 class Animation(FrameList):
-    """The frames of one WebP, PNG or TIFF file; decoded forward, from the start again only where a frame lies behind.
+    """Frames of an animated WebP, PNG or TIFF file. Decodes forward and restarts only for an earlier frame.
 
     Raises:
-        LimitError: more pixels than ``max_decoded_pixels``.
+        LimitError: the animation has more pixels than ``max_decoded_pixels``.
         BrokenVideoError: the file cannot be read.
     """
 
     def __init__(self, path: Path, name: str, options: SourceOptions):
         self._path = path
         self._image: Image.Image | None = None
-        self._position = 0  # of the next frame that costs nothing to pass
+        self._position = 0  # of the last decoded frame
         with readable(name), opened_image(path) as image:
-            self._skipped = int(getattr(image, "default_image", False))  # of a PNG: a picture beside the animation
+            self._skipped = int(
+                getattr(image, "default_image", False)
+            )  # default image of a PNG, which is not part of the animation
             count, size = getattr(image, "n_frames", 1) - self._skipped, _size(image)
         if count * size[0] * size[1] > options.max_decoded_pixels:
             raise LimitError(
-                f"{name} says it has {count} frames of {size[0]} x {size[1]} pixels, more than max_decoded_pixels="
-                f"{options.max_decoded_pixels}: raise it, or shorten the animation."
+                f"{name} has {count} frames of {size[0]} x {size[1]} pixels, more than max_decoded_pixels="
+                f"{options.max_decoded_pixels}: raise max_decoded_pixels, or shorten the animation."
             )
         super().__init__(count, iter([size]), name, options)
 
     @functools.cached_property
-    def _durations(self) -> list[float]:  # milliseconds; the formats know some only once a frame is decoded
+    def _durations(self) -> list[float]:  # milliseconds; some formats provide them only after decoding
         with readable(self._name):
             return [image.info.get("duration", 0) for image in self._walk(range(len(self)))]
 
@@ -192,8 +199,8 @@ class Animation(FrameList):
                 self._image = opened_file(self._path, self._name)
             image = self._image
             image.seek(i + self._skipped)
-            if _size(image) != self.size:  # before its pixels are decoded: it may be any size
-                raise ValueError(f"frame {i} has another size than frame 0")
+            if _size(image) != self.size:  # checked before decoding, because the size is unbounded
+                raise ValueError(f"frame {i} is {_size(image)}, frame 0 is {self.size}")
             image.load()
             self._position = i
             yield image
@@ -218,59 +225,59 @@ def _numpy(frame: np.ndarray | Tensor) -> np.ndarray:
 
 
 def opened_image(image: Path | Image.Image, name: str = "") -> AbstractContextManager[Image.Image]:
-    """An image whose header is read and whose pixels are not; a file is closed at the end."""
+    """Context manager of an image with its header read and its pixels not yet decoded. Closes files on exit."""
     return nullcontext(image) if isinstance(image, Image.Image) else opened_file(image, name)
 
 
 def opened_file(path: Path, name: str = "") -> Image.Image:
-    """As ``opened_image``, of a file that stays open.
+    """Opens an image file and reads its header. The caller closes it.
 
     Raises:
-        LimitError: more pixels than Pillow allows.
-        BrokenVideoError: it cannot be read.
+        LimitError: the image has more pixels than Pillow allows.
+        BrokenVideoError: the file cannot be read.
     """
     with readable(name or str(path)):
         opened = Image.open(path, formats=IMAGES)
-        opened.filename = ""  # else Pillow maps it into memory, and mixes up the sides of a turned TIFF
+        opened.filename = ""  # prevents memory mapping, which swaps height and width of a rotated TIFF
         return opened
 
 
 @contextlib.contextmanager
 def readable(name: str) -> Iterator[None]:
-    """Whatever Pillow raises for a broken image, as one error that names it."""
+    """Context manager that converts Pillow's exceptions for broken images to a VideoError with the name."""
     try:
         yield
     except VideoError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise LimitError(f"{name} has too many pixels for Pillow ({error}): make it smaller.") from error
+        raise LimitError(f"{name} has too many pixels for Pillow ({error}): resize it.") from error
     except IMAGE_FAILURES as error:
-        raise _broken_image(name, error) from error
-
-
-def _broken_image(name: str, error: BaseException) -> BrokenVideoError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return BrokenVideoError(f"{name} cannot be read as an image ({reason}): give JPEG, PNG, WebP, BMP or TIFF files.")
+        raise BrokenVideoError(
+            f"{name} cannot be read as an image ({one_line(error)}): use JPEG, PNG, WebP, BMP or TIFF files."
+        ) from error
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's, 1 to 8; a PNG's only where it stands before the pixels, and not a TIFF's, which Pillow turns itself."""
+    """Returns the EXIF orientation, 1 to 8.
+
+    Ignored for a TIFF, which Pillow rotates itself, and for a PNG with EXIF data after the pixels.
+    """
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return 1
     return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def _size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) of the upright image."""
+    """Returns (height, width) after EXIF orientation."""
     return image.size if 5 <= _orientation(image) <= 8 else image.size[::-1]
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
-    """Pixels uint8 (H, W, 3), upright."""
+    """Returns uint8 (H, W, 3) pixels after EXIF orientation."""
     if image.mode in ("I", "F"):
-        raise ValueError(f"its mode {image.mode} holds numbers of no known range")
+        raise ValueError(f"mode={image.mode} has no known value range")
     if 2 <= _orientation(image) <= 8:
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+    if image.mode.startswith("I;16"):  # Pillow's conversion clips at 255
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     return np.asarray(image.convert("RGB"))

@@ -1,7 +1,7 @@
-"""A decoded frame as the picture that a player shows: RGB, turned and mirrored as the file says.
+"""Conversion of decoded frames to RGB, rotated and mirrored by the display matrix of the file.
 
-Conversion goes through FFmpeg's filter graph, as in torchcodec and the ffmpeg program, and so equals theirs to the bit
-also for 10-bit, odd-sized and interlaced video, for which a bare swscale call interpolates chroma otherwise.
+Conversion uses FFmpeg's filter graph, like torchcodec and the ffmpeg program, and is bit-identical to both, also for
+10-bit, odd-sized and interlaced video, where a direct swscale call interpolates chroma differently.
 """
 
 from fractions import Fraction
@@ -17,11 +17,11 @@ from torch import Tensor
 
 
 class ToRGB:
-    """Turns frames into uint8 (H, W, 3) RGB tensors of one size.
+    """Converts frames to uint8 (H, W, 3) RGB tensors of one size.
 
     Args:
-        size: (height, width) after rotation; frames of another size are scaled to it (bicubic), which happens where
-            the picture size changes inside a video. None keeps each frame's own.
+        size: (height, width) after rotation. Frames of a different size are scaled to it (bicubic); this occurs where
+            the frame size changes inside a video. None keeps the size of each frame.
     """
 
     def __init__(self, size: tuple[int, int] | None = None):
@@ -62,20 +62,19 @@ class ToRGB:
 
 
 def orientation(frame: VideoFrame) -> tuple[int, bool]:
-    """How a decoded picture is to be turned to be shown: (quarter turns counter-clockwise, whether mirrored left-right
-    before that).
+    """Returns the display orientation of a frame: (quarter turns counter-clockwise, mirrored left-right before them).
 
-    Read from the display matrix, which also knows the mirrored pictures of front cameras; angles are rounded to
-    quarters.
+    Read from the display matrix, which also covers the mirrored video of front cameras. Angles are rounded to multiples
+    of 90 degrees.
     """
     try:
         data = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV does not know all kinds of side data, such as EXIF, and stumbles over them
+    except ValueError:  # PyAV raises on kinds of side data that it does not know, such as EXIF
         return round(frame.rotation / 90) % 4, False
     if not isinstance(data, SideData):
         return 0, False
-    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].astype(float)  # x' = ax + cy, y' = bx + dy, y downwards
+    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].astype(float)  # x' = ax + cy, y' = bx + dy, y downward
     mirrored = a * d - b * c < 0
-    if mirrored:  # what is left after mirroring x first
+    if mirrored:  # the rotation that remains after mirroring x first
         a, b = -a, -b
     return round(np.arctan2(-b, a) / (np.pi / 2)) % 4, bool(mirrored)

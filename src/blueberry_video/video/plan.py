@@ -1,4 +1,4 @@
-"""What a video will be, from its packets alone: frames, size, tokens, bytes; and what is given up to meet a budget."""
+"""Plan of a video from its packets, before decoding: frames, size, tokens and bytes, reduced to the budgets."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import psutil
 
 from blueberry_video.video.budget import shrink
+from blueberry_video.video.clip import check_decoded
 from blueberry_video.video.container import VideoInfo
 from blueberry_video.video.errors import LimitError
 from blueberry_video.video.formats import DTYPES
@@ -15,20 +16,20 @@ from blueberry_video.video.sampling import spread
 from blueberry_video.video.settings import VideoSettings
 from blueberry_video.video.tokens import MemoryEstimate, TokenCount, count_tokens, fit, memory_estimate, validate
 
-FIXED_SIZES = ("crop", "stretch")  # resize rules of models that take one size only
+FIXED_SIZES = ("crop", "stretch")  # resize rules of models with one input size
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a video will be, known before anything is decoded.
+    """Frames, size, tokens and bytes of a processed video, known before decoding.
 
     Attributes:
-        indices: numbers of the frames to take, ascending; the last one repeated where a video is too short.
-        height, width: of the resized frames.
-        tokens: that a model makes of it.
-        memory: bytes in a model's memory, for fp32, bf16, int8 and int4.
-        frame_bytes: bytes of the resized frames and of what is formatted from them.
-        degraded: what was reduced to meet a budget, in words.
+        indices: indices of the frames to take, ascending; the last one repeats if the video is too short.
+        height, width: size of the resized frames.
+        tokens: tokens of the video in the model.
+        memory: bytes in the memory of the model, for fp32, bf16, int8 and int4.
+        frame_bytes: bytes of the resized frames and of the formatted output.
+        degraded: descriptions of the reductions that meet a budget.
     """
 
     indices: tuple[int, ...]
@@ -41,11 +42,11 @@ class Plan:
 
 
 def make_plan(info: VideoInfo, indices: Sequence[int], settings: VideoSettings) -> Plan:
-    """The chosen frames at the size that they get, reduced to the budgets of ``settings.run``.
+    """Returns the plan of the sampled frames, reduced to the budgets of ``settings.run``.
 
     Raises:
-        LimitError: more than a limit allows, and nothing that could be reduced.
-        ValueError: a size that the rule refuses.
+        LimitError: a limit is exceeded and nothing can be reduced.
+        ValueError: a size that the resize rule does not accept.
     """
     check_limits(info, settings)
     resizing, run, tokens = settings.resize, settings.run, settings.tokens
@@ -69,19 +70,19 @@ def make_plan(info: VideoInfo, indices: Sequence[int], settings: VideoSettings) 
         )
     if run.on_overflow == "error":
         validate(len(plan.indices), plan.height, plan.width, tokens)
-    check_decoded(info, plan.indices, settings)
+    check_decoded(info, plan.indices, settings.source.max_decoded_pixels)
     available = psutil.virtual_memory().available
     if plan.frame_bytes > available:
         raise LimitError(
-            f"{len(plan.indices)} frames of {info.name} at {plan.width}x{plan.height} pixels, with what is formatted "
-            f"from them, take {plan.frame_bytes} bytes, and {available} are free: take fewer frames or pixels, or set "
-            "max_memory_bytes, which does."
+            f"{len(plan.indices)} frames of {info.name} at {plan.width}x{plan.height} pixels, with the formatted "
+            f"output, require {plan.frame_bytes} bytes, but {available} are free: take fewer frames or pixels, or set "
+            "max_memory_bytes to reduce them automatically."
         )
     return plan
 
 
 def faster_plans(plan: Plan, info: VideoInfo, settings: VideoSettings) -> Iterator[Plan]:
-    """Plans that take less time to decode: half the frames, and so on; at last the keyframes before them."""
+    """Yields plans that decode faster: half the frames, repeatedly, and finally the keyframes before them."""
     options, size = settings.sampling, (plan.height, plan.width)
     why = f"max_seconds={settings.run.max_seconds:g}"
     while True:
@@ -99,7 +100,7 @@ def faster_plans(plan: Plan, info: VideoInfo, settings: VideoSettings) -> Iterat
 
 
 def check_limits(info: VideoInfo, settings: VideoSettings) -> None:
-    """Refuses what is too long before it is decoded.
+    """Limits the duration before decoding.
 
     Raises:
         LimitError: longer than ``max_duration``.
@@ -108,21 +109,6 @@ def check_limits(info: VideoInfo, settings: VideoSettings) -> None:
         raise LimitError(
             f"{info.name} lasts {info.duration:.0f} s, longer than max_duration={settings.source.max_duration:g}: cut "
             "it, or raise the limit."
-        )
-
-
-def check_decoded(info: VideoInfo, indices: Sequence[int], settings: VideoSettings) -> None:
-    """Refuses to decode too many pixels.
-
-    Raises:
-        LimitError: more than ``max_decoded_pixels``.
-    """
-    count = len(set(indices))
-    pixels = count * info.height * info.width
-    if pixels > settings.source.max_decoded_pixels:
-        raise LimitError(
-            f"{count} frames of {info.name} at {info.width}x{info.height} are {pixels} pixels to decode, above "
-            f"max_decoded_pixels={settings.source.max_decoded_pixels}: take fewer frames, or raise it."
         )
 
 
@@ -155,7 +141,7 @@ def _reduced(
     step = None if settings.resize.rule in FIXED_SIZES else settings.tokens.size_step
     found = shrink(count, size, fits, options.frame_factor, options.min_frames, step)
     if found is None:
-        raise LimitError(f"Not even {options.frame_factor} frames of {info.name} fit {why}: raise it.")
+        raise LimitError(f"{options.frame_factor} frames of {info.name}, the fewest, exceed {why}: raise it.")
     fewer, smaller = found
     degraded = list(plan.degraded)
     if fewer != count:
@@ -166,11 +152,11 @@ def _reduced(
 
 
 def _thinned(indices: Sequence[int], count: int) -> list[int]:
-    return [indices[place] for place in spread(0, len(indices) - 1, count)]
+    return [indices[i] for i in spread(0, len(indices) - 1, count)]
 
 
 def _frame_bytes(num_frames: int, size: tuple[int, int], settings: VideoSettings) -> int:
-    """Of the uint8 frames, and of what is made of them where that is another tensor."""
+    """Returns the bytes of the uint8 frames, plus those of the formatted output if it is a separate tensor."""
     values = 3 * num_frames * size[0] * size[1]
     options = settings.format
     same = options.format == "tensor" and (options.dtype, options.layout, options.channels) == ("uint8", "tchw", "rgb")

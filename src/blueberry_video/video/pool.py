@@ -1,12 +1,12 @@
-"""A function over many hostile items: each in a process that is ended when it takes too long, too much, or crashes.
+"""Process pool for untrusted items: a worker is killed when it exceeds its time or memory limit, or crashes.
 
-A worker is a fresh interpreter in a session of its own, so that its whole process group can be killed. It imports the
-function once and then does one item after the other; the parent talks to it over a socket and starts another one in
-its place when it had to be killed. Results come back as pickles whose arrays and tensors travel beside them as raw
-bytes, straight into the memory they stay in: no file and no shared memory that a killed worker could leave behind.
+A worker is a fresh interpreter in a separate session, so that its whole process group can be killed. It imports the
+function once and then processes one item after the other; the parent communicates with it over a socket and replaces it
+after a kill. Results are pickles with arrays and tensors as out-of-band buffers, received directly into their final
+memory: no files and no shared memory that a killed worker could leave over.
 
-A process bounds time and memory and survives a crash. It is no sandbox: the function may read and write what you may.
-Needs Linux (resource limits, /proc, signals of pipes).
+A process limits time and memory and isolates crashes. It is not a sandbox: the function has the permissions of the
+user. Requires Linux (resource limits, /proc, signals of pipes).
 """
 
 import contextlib
@@ -38,14 +38,14 @@ from blueberry_video.video.errors import KilledError, VideoError
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
-_Parts = list[bytearray | memoryview]  # a message: a pickle, then the buffers that it refers to
-_Transfer = Generator[int, None, Any]  # yields the selector event without which it cannot go on
+_Parts = list[bytearray | memoryview]  # a message: a pickle, then its out-of-band buffers
+_Transfer = Generator[int, None, Any]  # yields the selector event that it waits for
 
-START_SECONDS = 300.0  # for a new worker to import the function
-_WATCH_SECONDS = 0.1  # between two looks at the clock and at the workers' memory
+START_SECONDS = 300.0  # time limit for a new worker to import the function
+_WATCH_SECONDS = 0.1  # interval of the time and memory checks
 _STARTING = "BLUEBERRY_VIDEO_WORKER_STARTING"  # set in a worker until it has imported the function
-_OUT_OF_MEMORY = "can't allocate memory"  # what torch says in a RuntimeError
-_RAISE = "Leave it out, or raise that limit where the item is known to be harmless."
+_OUT_OF_MEMORY = "can't allocate memory"  # in torch's RuntimeError
+_RAISE = "Remove the item, or raise that limit if the item is trusted."
 _SIGNALS = {number.value: number.name for number in signal.Signals}
 _END = object()
 _UNREADABLE = (pickle.PickleError, ImportError, AttributeError, TypeError, ValueError, KeyError, IndexError, EOFError)
@@ -53,10 +53,15 @@ _UNREADABLE = (pickle.PickleError, ImportError, AttributeError, TypeError, Value
 
 @dataclass(frozen=True)
 class Outcome(Generic[Item, Value]):
-    """What became of one item: ``value``, or ``error`` where that is not None.
+    """Result of one item: ``value``, or ``error`` if that is not None.
 
-    ``index`` is the item's place in the input and ``seconds`` what the function took. ``peak_memory`` is the most
-    resident memory that its worker had meanwhile, in bytes above what it had after importing the function.
+    Attributes:
+        index: position of the item in the input.
+        item: the item.
+        value: return value of the function.
+        error: exception of the function or of its worker.
+        seconds: run time of the function.
+        peak_memory: peak resident memory of the worker in bytes, relative to that after importing the function.
     """
 
     index: int
@@ -78,29 +83,29 @@ def run_in_processes(
     on_progress: Callable[[int, int], None] | None = None,
     errors: Counter[str] | None = None,
 ) -> Generator[Outcome[Item, Value], None, None]:
-    """Applies a function to every item in worker processes; an item that fails never stops the rest.
+    """Applies a function to every item in worker processes; a failed item does not stop the others.
 
-    Workers start when there is work for them, and die with the parent, when the returned generator is closed, or when
-    an exception (Ctrl-C) leaves it. Limits are watched while the caller waits for the next outcome. A worker has a
-    temporary folder (TMPDIR) of its own, which is removed with it: return contents, not paths of temporary files.
+    Workers start on demand and end with the parent, when the returned generator is closed, or when an exception
+    (Ctrl-C) leaves it. Limits are checked while the caller waits for the next outcome. Each worker has a separate
+    temporary folder (TMPDIR), which is removed with it: return contents, not paths of temporary files.
 
     Args:
-        function: can be imported by name, as pickle demands: defined at the top of a module, or a ``partial`` of such
-            a one. torch, where it imports it, computes with one thread.
-        items: of any length, taken when a worker is free: those taken and not yet given back are at most ``workers``.
-        workers: processes, one item in each at a time.
-        timeout: seconds for one item, or None.
-        memory_bytes: what a worker may take above what it has after importing the function, or None: bounds its
-            private writable memory (RLIMIT_DATA) and its resident memory (looked at ten times a second). A worker that
-            keeps more than half of it is replaced, so that no item pays for those before it.
-        ordered: outcomes in the order of the items, where a slow item holds back those behind it; else as they finish.
-        on_progress: is called with the numbers of done and of failed items after each.
-        errors: is given the count of every type of error, by the type's name.
+        function: importable by name, as pickle requires: defined at the top level of a module, or a ``partial`` of such
+            a function. torch, if imported by it, runs with one thread.
+        items: any iterable, consumed when a worker is free; at most ``workers`` items are in progress.
+        workers: number of processes, with one item each at a time.
+        timeout: seconds per item, or None.
+        memory_bytes: memory of a worker in addition to that after importing the function, or None: limits its private
+            writable memory (RLIMIT_DATA) and its resident memory (checked ten times per second). A worker that retains
+            more than half of it is replaced, so that the limit of an item does not depend on earlier items.
+        ordered: yield outcomes in the order of the items, where a slow item delays later ones; else as they finish.
+        on_progress: called with the numbers of finished and of failed items after each item.
+        errors: receives the count of each error type, by type name.
 
     Yields:
-        One Outcome an item. Its error is what the function raised; KilledError where its worker was over a limit, ran
-        out of memory, or ended (the message names the signal); VideoError with type and text where the function's own
-        exception or result cannot be pickled.
+        One Outcome per item. Its error is the exception of the function; KilledError if its worker exceeded a limit,
+        ran out of memory, or ended (the message names the signal); VideoError with type and text if the exception or
+        the result of the function cannot be pickled.
 
     Raises:
         TypeError: the function cannot be imported by name, or an item cannot be pickled.
@@ -110,33 +115,33 @@ def run_in_processes(
     limits = {"workers": workers, "timeout": timeout, "memory_bytes": memory_bytes}
     for name, limit in limits.items():
         if limit is not None and not limit > 0:
-            raise ValueError(f"{name}={limit} lets nothing run: use a number above 0.")
+            raise ValueError(f"{name}={limit} must be above 0.")
     if _STARTING in os.environ:
         raise RuntimeError(
-            "a worker process that imports the main script to find the function ran into a call of run_in_processes: "
-            "put that call under `if __name__ == '__main__':`, or the function into a module of its own."
+            "run_in_processes was called while a worker process imports the main script: guard the call with "
+            "`if __name__ == '__main__':`, or move the function to a separate module."
         )
     setup = _setup(function, memory_bytes)
     return _outcomes(setup, iter(items), workers, timeout, memory_bytes, ordered, on_progress, errors)
 
 
 def _setup(function: Callable, memory_bytes: int | None) -> bytes:
-    """What a worker must know: how to import the main script if it needs it, the function and its limit."""
+    """Returns the setup message of a worker: how to import the main script (if required), the function, its limit."""
     try:
         pickled = pickle.dumps(function)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise TypeError(
-            f"function={function!r} cannot be sent to another process ({error}): a worker imports it by its name, so "
-            "define it with `def` at the top of a module, neither as a lambda nor inside another function."
+            f"function={function!r} cannot be pickled ({error}): define it with `def` at the top level of a module, "
+            "since a worker imports it by name."
         ) from error
     main = {}
-    if b"__main__" in pickled:  # else the script is not imported again, and needs no guard
+    if b"__main__" in pickled:  # otherwise the script is not imported and requires no guard
         data = multiprocessing.spawn.get_preparation_data("worker")
         main = {key: data[key] for key in ("init_main_from_name", "init_main_from_path") if key in data}
         if not main or not Path(data.get("init_main_from_path", os.sep)).exists():
             raise ValueError(
-                f"function={function!r} is defined in an interactive session, which a worker cannot import: put it "
-                "into a file."
+                f"function={function!r} is defined in an interactive session, which a worker cannot import: define it "
+                "in a file."
             )
     return pickle.dumps((main, pickled, memory_bytes))
 
@@ -169,7 +174,7 @@ def _outcomes(
                 busy.append(idle.pop() if idle else _Worker(setup, timeout, memory_bytes))
                 try:
                     busy[-1].begin(taken, item, selector)
-                except TypeError as error:  # nothing was sent: the worker is as it was
+                except TypeError as error:  # nothing was sent: the worker is unchanged
                     idle.append(busy.pop())
                     finished[taken] = Outcome(taken, item, None, error, 0.0, 0)
                     done, failed = done + 1, failed + 1
@@ -183,7 +188,7 @@ def _outcomes(
                 return
             ready = {key.data for key, _ in selector.select(_WATCH_SECONDS)}
             for worker in list(busy):
-                outcome = worker.advance(selector) if worker in ready else worker.judge()
+                outcome = worker.advance(selector) if worker in ready else worker.check_limits()
                 if outcome is None:
                     continue
                 selector.unregister(worker.socket)
@@ -202,18 +207,18 @@ def _outcomes(
 
 
 class _Worker:
-    """The parent's side of one worker process."""
+    """Parent side of one worker process."""
 
     def __init__(self, setup: bytes, timeout: float | None, memory_bytes: int | None):
         self._timeout, self._memory_bytes = timeout, memory_bytes
-        self._setup: bytes | None = setup  # until the worker has said that it is ready
+        self._setup: bytes | None = setup  # None once the worker is ready
         self._base = self._most = self._kept = 0  # resident bytes: at the start, in this item, after the last one
         with contextlib.ExitStack() as stack:
             self.socket, theirs = socket.socketpair()
             stack.enter_context(self.socket)
             stack.enter_context(theirs)
             end, life = os.pipe()
-            stack.enter_context(os.fdopen(life, "wb", buffering=0))  # nobody writes: its closing kills the worker
+            stack.enter_context(os.fdopen(life, "wb", buffering=0))  # never written: closing it kills the worker
             ending = stack.enter_context(os.fdopen(end, "rb", buffering=0))
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="worker_", ignore_cleanup_errors=True))
             code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _serve; "
@@ -232,22 +237,22 @@ class _Worker:
 
     @property
     def reusable(self) -> bool:
-        """Alive, and not filled by its last item."""
+        """Whether the worker is alive and retains at most half of its memory limit."""
         full = self._memory_bytes is not None and self._kept - self._base > self._memory_bytes / 2
         return self._process.poll() is None and not full
 
     def begin(self, index: int, item: Any, selector: selectors.BaseSelector) -> None:
-        """Starts to send an item."""
+        """Starts sending an item."""
         try:
             parts = _pack(item)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise TypeError(
-                f"{_named(index, item)} cannot be sent to a worker process ({error}): make items of what pickle takes, "
-                "such as paths."
+                f"{_named(index, item)} cannot be pickled for a worker process ({error}): use items that pickle "
+                "supports, such as paths."
             ) from error
         self._index, self._item, self._most = index, item, 0
         self._transfer = self._conversation(parts)
-        self._moved = time.monotonic()  # when the last byte came or went
+        self._moved = time.monotonic()  # time of the last transfer
         selector.register(self.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, self)
 
     def _conversation(self, parts: _Parts) -> _Transfer:
@@ -262,29 +267,29 @@ class _Worker:
         return (yield from _receive(self.socket))
 
     def advance(self, selector: selectors.BaseSelector) -> Outcome | None:
-        """Goes on with sending or receiving; the outcome, when it is complete."""
+        """Continues sending or receiving; returns the outcome when it is complete."""
         try:
             selector.modify(self.socket, next(self._transfer), self)
         except StopIteration as finished:
             return self._outcome(finished.value)
         except (EOFError, ConnectionError):
-            how = self._end()
+            reason = self._end()
             if self._setup is not None:
-                raise RuntimeError(f"a worker process {how} before it had imported the function.") from None
-            return self._killed(how, "Leave it out.")
+                raise RuntimeError(f"a worker process {reason} before it imported the function.") from None
+            return self._killed(reason, "Remove the item.")
         self._moved = time.monotonic()
         return None
 
-    def judge(self) -> Outcome | None:
-        """The outcome of an item that is over a limit."""
+    def check_limits(self) -> Outcome | None:
+        """Kills a worker that exceeds a limit and returns the outcome of its item."""
         seconds = time.monotonic() - self._moved
         if self._setup is not None:
             if seconds > START_SECONDS:
-                raise RuntimeError(f"a worker process needed more than {START_SECONDS:g} s to import the function.")
+                raise RuntimeError(f"a worker process took more than {START_SECONDS:g} s to import the function.")
             return None
         if self._timeout is not None and seconds > self._timeout:
             return self._killed(f"took longer than timeout={self._timeout:g} s and was killed", _RAISE)
-        with contextlib.suppress(psutil.NoSuchProcess):  # its end is read from the socket
+        with contextlib.suppress(psutil.NoSuchProcess):  # the socket reports its end
             self._most = max(self._most, self._watched.memory_info().rss)
         if self._memory_bytes is not None and self._most - self._base > self._memory_bytes:
             return self._killed(f"took more than memory_bytes={self._memory_bytes} and was killed", _RAISE)
@@ -305,11 +310,11 @@ class _Worker:
         error = value if kind == "error" else VideoError(f"{_named(self._index, self._item)}: {value}")
         return Outcome(self._index, self._item, None, error, seconds, self._peak)
 
-    def _killed(self, how: str, fix: str, seconds: float | None = None) -> Outcome:
+    def _killed(self, reason: str, fix: str, seconds: float | None = None) -> Outcome:
         self._kill()
         seconds = time.monotonic() - self._moved if seconds is None else seconds
         error = KilledError(
-            f"{_named(self._index, self._item)}: the process that worked on it {how} after {seconds:.1f} s. {fix}"
+            f"{_named(self._index, self._item)}: its worker process {reason} after {seconds:.1f} s. {fix}"
         )
         return Outcome(self._index, self._item, None, error, seconds, self._peak)
 
@@ -318,24 +323,24 @@ class _Worker:
         return max(0, self._most - self._base)
 
     def _end(self) -> str:
-        """How a process ended that has closed its socket."""
+        """Waits for a process that closed its socket and returns how it ended."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
         self._kill()
         code = self._process.returncode
         if code == -signal.SIGKILL:
-            return "was killed (SIGKILL), as by the system when memory runs out,"
+            return "was killed (SIGKILL), possibly by the system for lack of memory,"
         if code < 0:
             return f"crashed with {_SIGNALS.get(-code, f'signal {-code}')}"
         return f"exited with code {code}"
 
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # also what the function has started
+            os.killpg(self._process.pid, signal.SIGKILL)  # including processes that the function started
         self._process.wait()
 
     def stop(self) -> None:
-        """Ends the process and removes what belongs to it."""
+        """Ends the process and removes its resources."""
         self._kill()
         self._resources.close()
 
@@ -346,9 +351,9 @@ def _named(index: int, item: Any) -> str:
 
 
 def _serve(connection: int, life: int) -> None:
-    """The life of a worker process: imports the function, then answers every item until the socket is closed."""
+    """Main loop of a worker process: imports the function, then processes items until the socket is closed."""
     fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpgrp())
-    fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)  # when the parent's end closes, however it died
+    fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)  # sent when the parent's end is closed, even by a crash
     fcntl.fcntl(life, fcntl.F_SETFL, os.O_ASYNC)
     with socket.socket(fileno=connection) as parent, contextlib.suppress(EOFError, ConnectionError):
         main, pickled, memory_bytes = pickle.loads(_blocking(_receive(parent))[0])
@@ -357,7 +362,7 @@ def _serve(connection: int, life: int) -> None:
             function = pickle.loads(pickled)
             if "torch" in sys.modules:
                 sys.modules["torch"].set_num_threads(1)
-        except (Exception, SystemExit):  # whatever the modules and the script do when imported
+        except (Exception, SystemExit):  # imports may raise anything
             _blocking(_send(parent, _pack((traceback.format_exc(), 0))))
             return
         del os.environ[_STARTING]
@@ -370,10 +375,10 @@ def _serve(connection: int, life: int) -> None:
 
 
 def _answer(function: Callable, item: _Parts, limit: int | None) -> _Parts:
-    """The message about one item: kind, value, seconds, and the most and the last resident bytes."""
+    """Processes one item; returns the message (kind, value, seconds, peak and final resident bytes)."""
     unlimited = resource.getrlimit(resource.RLIMIT_DATA)
-    with contextlib.suppress(OSError):  # not every sandbox has it; the peak is then that of all items so far
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+    with contextlib.suppress(OSError):  # missing in some sandboxes; the peak is then that of all items so far
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     start = time.monotonic()
 
     def packed(kind: str, value: Any) -> _Parts:
@@ -388,15 +393,15 @@ def _answer(function: Callable, item: _Parts, limit: int | None) -> _Parts:
             return packed("value", value)
         except _UNREADABLE as error:
             return packed("text", f"its result cannot be pickled ({type(error).__name__}: {error})")
-    except Exception as error:  # whatever the function raises is what became of the item
-        resource.setrlimit(resource.RLIMIT_DATA, unlimited)  # room to tell it
+    except Exception as error:  # the outcome of the item is any exception of the function
+        resource.setrlimit(resource.RLIMIT_DATA, unlimited)  # memory to report it
         text = f"{type(error).__name__}: {error}"
         if isinstance(error, MemoryError) or _OUT_OF_MEMORY in text:
             return packed("memory", text)
         error.add_note("In the worker process:\n" + "".join(traceback.format_exception(error)))
         try:
             parts = packed("error", error)
-            _unpack(parts)  # many exceptions can be pickled, but not be made again
+            _unpack(parts)  # many exceptions can be pickled but not unpickled
         except _UNREADABLE:
             return packed("text", text)
         return parts
@@ -405,15 +410,15 @@ def _answer(function: Callable, item: _Parts, limit: int | None) -> _Parts:
 
 
 def _status(field: str) -> int:
-    """Bytes of a field of /proc/self/status."""
+    """Returns the bytes of a field of /proc/self/status."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: worker processes need Linux.")
+    raise RuntimeError(f"/proc/self/status has no {field}: worker processes require Linux.")
 
 
-# Messages: the number of parts and their sizes, then the parts. The generators serve both sides: on a socket that does
-# not block they yield the event to wait for, on one that blocks they run through.
+# Messages: the number of parts and their sizes, then the parts. The generators serve both sides: on a non-blocking
+# socket they yield the event to wait for, on a blocking one they run to completion.
 
 
 def _send(connection: socket.socket, parts: _Parts) -> _Transfer:
@@ -456,14 +461,14 @@ def _blocking(transfer: _Transfer) -> Any:
         next(transfer)
     except StopIteration as finished:
         return finished.value
-    raise RuntimeError("the socket of a worker process does not block.")
+    raise RuntimeError("the socket of a worker process must be blocking.")
 
 
 class _Pickler(pickle.Pickler):
-    """Gives tensors as numpy arrays, whose bytes pickle leaves out of its stream."""
+    """Pickles tensors as numpy arrays, with their data as out-of-band buffers."""
 
     def reducer_override(self, value: Any) -> Any:
-        torch = sys.modules.get("torch")  # not imported here: there is no tensor where nobody did
+        torch = sys.modules.get("torch")  # not imported here: without torch there are no tensors
         if torch is None or type(value) is not torch.Tensor or value.requires_grad or value.device.type != "cpu":
             return NotImplemented
         if value.layout is not torch.strided or value.is_quantized or value.is_conj() or value.is_neg():

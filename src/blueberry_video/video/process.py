@@ -1,13 +1,14 @@
-"""Any video in, exactly what a multimodal model takes out: source → decode → sample → resize → tokens → format.
+"""Video preprocessing for multimodal models: source → sample → decode → resize → tokens → format.
 
-Frames are resized as they are decoded, a few at a time, so that memory holds the resized video and never the decoded
-one. What a video will be (frames, size, tokens, bytes) is known from its packets before anything is decoded; where that
-is over a budget, it is degraded in stated steps: fewer frames, then fewer pixels.
+Frames are resized as they are decoded, a few at a time, so that memory holds the resized video only. The plan of a
+video (frames, size, tokens, bytes) is computed from its packets before decoding; above a budget, the video is reduced
+in reported steps: fewer frames, then fewer pixels.
 """
 
+import contextlib
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -19,36 +20,32 @@ import torch
 from torch import Tensor
 
 from blueberry_video.video.cache import Cache, cache_key
-from blueberry_video.video.container import OpenVideo, VideoInfo, open_video
-from blueberry_video.video.decode import DecodeOptions, Frames, decode_in_chunks, with_fallbacks
+from blueberry_video.video.clip import FrameReader, with_reader
+from blueberry_video.video.container import open_video
+from blueberry_video.video.decode import Frames
 from blueberry_video.video.formats import Formatted, format_frames
-from blueberry_video.video.frame_list import FrameList
-from blueberry_video.video.plan import Plan, check_decoded, check_limits, faster_plans, make_plan
+from blueberry_video.video.plan import Plan, check_limits, faster_plans, make_plan
 from blueberry_video.video.pool import Outcome, run_in_processes
 from blueberry_video.video.quality import Stopwatch, coverage, frame_quality, peak_memory
-from blueberry_video.video.resize import crop, resize, video_size
+from blueberry_video.video.resize import resize_to, video_size
 from blueberry_video.video.result import ProcessedVideo, VideoChunk, VideoMetadata, from_entry, to_entry
-from blueberry_video.video.sampling import candidate_frames, change_scores, choose
 from blueberry_video.video.settings import VideoSettings, load_settings
 from blueberry_video.video.source import Source, open_source
 
-CHUNK_BYTES = 2**27  # of decoded frames in memory at a time
-CANDIDATE_SIDE = 160  # pixels of the longer side of frames that scores are computed on
-PACKAGES = ("blueberry-video", "av", "torchcodec", "decord", "torch")  # whose versions decide about pixels
-Read = Callable[[Sequence[int], int], Iterator[Frames]]  # ascending frame numbers, frames a chunk → chunks
+PACKAGES = ("blueberry-video", "av", "torchcodec", "decord", "torch")  # their versions determine pixels
 
 
 @dataclass(frozen=True, eq=False)
 class Hooks:
-    """What a user puts into the pipeline; each must be importable by name where videos are processed in parallel.
+    """User functions of the pipeline; each must be importable by name for processing in parallel.
 
     Attributes:
-        preprocess: decoded frames uint8 (n, 3, H, W) of one size → the same of any one size, before resizing; sees a
-            few frames at a time.
-        score: candidate frames uint8 (N, 3, h, w), at most 160 pixels wide and high → how much each matters, (N,) at
-            least 0: for ``sampling="adaptive"``, in the place of how much the picture changes.
-        formatter: the ProcessedVideo, with its uint8 frames → whatever is wanted, in the place of ``format``.
-        postprocess: the finished ProcessedVideo → what ``process_video`` returns.
+        preprocess: decoded frames uint8 (n, 3, H, W) → uint8 frames of any one size, before resizing; called with a few
+            frames at a time.
+        score: candidate frames uint8 (N, 3, h, w), at most 160 pixels per side → importance (N,), at least 0; replaces
+            the change scores of ``sampling="adaptive"``.
+        formatter: ``ProcessedVideo`` with uint8 frames → its ``frames``; replaces ``format``.
+        postprocess: finished ``ProcessedVideo`` → return value of ``process_video``.
     """
 
     preprocess: Callable[[Tensor], Tensor] | None = None
@@ -60,21 +57,21 @@ class Hooks:
 def process_video(
     source: Any, model: str | Path | None = "qwen2.5-vl", hooks: Hooks | None = None, **overrides: Any
 ) -> Any:
-    """Turns any video into what a model takes.
+    """Converts a video to the input of a model.
 
     Args:
-        source: a path, an address, base64 text, bytes, a binary stream, frames: see ``source.open_source``.
-        model: a name in conf/video, a YAML file, or what HuggingFace saved beside a model: see ``settings``.
-        hooks: a user's functions.
+        source: a path, a URL, base64 text, bytes, a binary stream, frames: see ``source.open_source``.
+        model: a name in conf/video, a YAML file, or a processor config saved by HuggingFace: see ``settings``.
+        hooks: user functions.
         overrides: any field of the sections of ``VideoSettings``: ``fps=1.0, max_frames=32, format="huggingface"``.
 
     Returns:
-        A ``ProcessedVideo``, or what ``hooks.postprocess`` makes of it.
+        A ``ProcessedVideo``, or the return value of ``hooks.postprocess``.
 
     Raises:
-        VideoError: something is wrong with the video; the subclass says what (see ``errors``).
-        FileNotFoundError: there is no such file.
-        ValueError, TypeError: an unknown model or override, or values that this video cannot meet.
+        VideoError: a fault of the video; see ``errors`` for the subclasses.
+        FileNotFoundError: the file does not exist.
+        ValueError, TypeError: an unknown model or override, or values that do not fit this video.
     """
     return VideoProcessor(load_settings(model, overrides), hooks)(source)
 
@@ -88,18 +85,18 @@ def process_videos(
     on_progress: Callable[[int, int], None] | None = None,
     **overrides: Any,
 ) -> Iterator[Outcome]:
-    """Many videos in killable processes, each within ``timeout`` and ``process_memory_bytes``; one that fails never
-    stops the rest.
+    """Processes many videos in worker processes, each within ``timeout`` and ``process_memory_bytes``; a failure does
+    not stop the others.
 
     Args:
-        sources, model, hooks, overrides: as ``process_video``; sources may be any iterable, and is read no faster than
-            videos are processed.
-        workers: processes.
-        ordered: outcomes in the order of the sources, else as they finish.
-        on_progress: called with (done, failed) after each.
+        sources, model, hooks, overrides: as ``process_video``; sources is any iterable, consumed as videos are
+            processed.
+        workers: number of processes.
+        ordered: yield outcomes in the order of the sources, else as they finish.
+        on_progress: called with (done, failed) after each video.
 
     Yields:
-        ``Outcome``: ``value`` is the ProcessedVideo, or ``error`` what went wrong, with seconds and peak memory.
+        ``Outcome``: ``value`` is the ProcessedVideo, or ``error`` the exception, with seconds and peak memory.
     """
     processor = VideoProcessor(load_settings(model, overrides), hooks)
     return processor.map(sources, workers, ordered, on_progress)
@@ -108,9 +105,9 @@ def process_videos(
 def stream_video(
     source: Any, model: str | Path | None = "qwen2.5-vl", hooks: Hooks | None = None, **overrides: Any
 ) -> Iterator[VideoChunk]:
-    """A video of any length at constant memory, ``chunk_frames`` frames at a time; every frame unless told otherwise.
+    """Processes a video of any length at constant memory, ``chunk_frames`` frames at a time; all frames by default.
 
-    Formatted chunks, one after the other, are the formatted whole. Pixel budgets over a whole video count for a chunk.
+    The concatenated chunks equal the formatted video. Pixel budgets of a whole video apply to each chunk.
 
     Args:
         source, model, hooks, overrides: as ``process_video``.
@@ -125,11 +122,11 @@ def stream_video(
 
 
 class VideoProcessor:
-    """``process_video`` with its settings read once and its cache kept.
+    """``process_video`` with fixed settings and a cache that persists between calls.
 
     Args:
         settings: see ``settings.load_settings``.
-        hooks: a user's functions; videos that pass ``preprocess`` or ``score`` are not cached, for a function has no
+        hooks: user functions; with ``preprocess`` or ``score``, videos are not cached, since a function has no
             fingerprint.
     """
 
@@ -139,7 +136,7 @@ class VideoProcessor:
         self.cache = Cache(settings.cache) if caches and not (self.hooks.preprocess or self.hooks.score) else None
 
     def __call__(self, source: Any) -> Any:
-        """As ``process_video``."""
+        """Processes one video; see ``process_video``."""
         if self.settings.run.isolate:
             [outcome] = self.map([source], workers=1)
             if outcome.error is not None:
@@ -152,11 +149,11 @@ class VideoProcessor:
             key = "" if self.cache is None else self._key(opened, watch)
             entry = self.cache.get(key) if self.cache is not None else None
             video = from_entry(entry, opened.name) if entry is not None else self._decoded(opened, watch)
-            # what was given up for want of time is not what another day would give
+            # reductions due to max_seconds depend on the load of the machine
             if self.cache is not None and entry is None and not (self.settings.run.max_seconds and video.degraded):
                 try:
                     self.cache.put(key, *to_entry(video))
-                except OSError as error:  # the video is there: only the next one will take as long
+                except OSError as error:  # the result is valid without the cache
                     warnings.warn(str(error), stacklevel=2)
         if self.settings.run.measure_quality:
             with watch.stage("quality"):
@@ -169,32 +166,31 @@ class VideoProcessor:
         return self.hooks.postprocess(video) if self.hooks.postprocess else video
 
     def plan(self, source: Any) -> Plan:
-        """What a video will be; decodes nothing, but for ``sampling="adaptive"`` its candidate frames.
+        """Returns the plan of a video; decodes nothing, except the candidate frames of ``sampling="adaptive"``.
 
         Raises:
             As ``process_video``.
         """
         with open_source(source, self.settings.source) as opened:
-            return self._on(opened, lambda info, read: self._plan(info, read, Stopwatch()))
+            return self._read(opened, lambda reader: self._plan(reader, Stopwatch()))
 
     def stream(self, source: Any) -> Iterator[VideoChunk]:
-        """As ``stream_video``."""
+        """Streams one video; see ``stream_video``."""
         settings = self.settings
         if settings.run.isolate or self.hooks.formatter or self.hooks.postprocess:
             raise ValueError(
-                "a stream is decoded in this process, and formatted a chunk at a time: leave out isolate, and the "
-                "hooks formatter and postprocess."
+                f"isolate={settings.run.isolate} and the hooks formatter and postprocess cannot be used with a stream, "
+                "which is decoded in this process and formatted chunk by chunk: set isolate=false and remove the hooks."
             )
         with open_source(source, settings.source) as opened:
             if opened.frames is not None:
-                info = _info_of(opened, opened.frames)
-                yield from self._chunks(info, _reader_of(opened.frames, info))
+                yield from self._chunks(FrameReader.of_frames(opened, settings.decode))
                 return
             assert opened.path is not None
-            given = (settings.decode.stream_index, settings.decode.num_threads)
-            largest = settings.source.max_frame_pixels
-            with open_video(opened.path, *given, max_frame_pixels=largest, name=opened.name) as video:
-                yield from self._chunks(video.info, _reader(video, settings.decode))
+            options, limit = settings.decode, settings.source.max_frame_pixels
+            stream = (options.stream_index, options.num_threads)
+            with open_video(opened.path, *stream, max_frame_pixels=limit, name=opened.name) as video:
+                yield from self._chunks(FrameReader.of_video(video, options))
 
     def map(
         self,
@@ -203,7 +199,7 @@ class VideoProcessor:
         ordered: bool = True,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[Outcome]:
-        """As ``process_videos``."""
+        """Processes many videos in worker processes; see ``process_videos``."""
         run = replace(self.settings.run, isolate=False)
         function = partial(_process_one, replace(self.settings, run=run), self.hooks)
         return run_in_processes(
@@ -218,91 +214,45 @@ class VideoProcessor:
 
     # ---- stages ------------------------------------------------------------------------------------------------------
 
-    def _on(self, source: Source, work: Callable[[VideoInfo, Read], Any]) -> Any:
-        """Runs ``work`` on what the source's packets say and a function that reads its frames."""
-        if source.frames is not None:
-            info = _info_of(source, source.frames)
-            return work(info, _reader_of(source.frames, info))
-        assert source.path is not None
-
-        def on_file(video: OpenVideo, options: DecodeOptions) -> Any:
-            return work(video.info, _reader(video, options))
-
-        largest = self.settings.source.max_frame_pixels
-        return with_fallbacks(source.path, self.settings.decode, on_file, largest, source.name)
+    def _read(self, source: Source, work: Callable[[FrameReader], Any]) -> Any:
+        return with_reader(source, self.settings.decode, work, self.settings.source.max_frame_pixels)
 
     def _decoded(self, source: Source, watch: Stopwatch) -> ProcessedVideo:
-        """Everything but quality and format."""
+        """Runs all stages except quality and format."""
         begun = time.perf_counter()
 
-        def work(info: VideoInfo, read: Read) -> ProcessedVideo:
+        def work(reader: FrameReader) -> ProcessedVideo:
             watch.seconds["index"] = watch.seconds.get("index", 0.0) + time.perf_counter() - begun
-            plan = self._plan(info, read, watch)
+            plan = self._plan(reader, watch)
             limit = self.settings.run.max_seconds
-            plans = [plan] if limit is None else [plan, *faster_plans(plan, info, self.settings)]
-            for number, plan in enumerate(plans):
-                deadline = float("inf") if limit is None or number == len(plans) - 1 else begun + limit
-                taken = self._take(plan, info, read, watch, deadline)
-                if taken is not None:
-                    break
-            assert taken is not None
-            return self._result(plan, info, source, *taken)
+            plans = [plan] if limit is None else [plan, *faster_plans(plan, reader.info, self.settings)]
+            for plan in plans[:-1]:
+                with contextlib.suppress(_LateError):
+                    return self._result(plan, reader, source, self._load(plan, reader, watch, begun + (limit or 0.0)))
+            return self._result(plans[-1], reader, source, self._load(plans[-1], reader, watch))
 
-        return self._on(source, work)
+        return self._read(source, work)
 
-    def _plan(self, info: VideoInfo, read: Read, watch: Stopwatch) -> Plan:
-        check_limits(info, self.settings)
+    def _plan(self, reader: FrameReader, watch: Stopwatch) -> Plan:
+        check_limits(reader.info, self.settings)
         with watch.stage("sample"):
-            return make_plan(info, self._choose(info, read), self.settings)
+            return make_plan(reader.info, self._sample(reader), self.settings)
 
-    def _choose(self, info: VideoInfo, read: Read) -> list[int]:
-        options = self.settings.sampling
-        if info.fps == 0 and options.sampling == "fps" and options.num_frames is None and options.indices is None:
-            # frames that are given without times have been chosen already
-            options = replace(options, sampling="all", fps=None)
-            if info.num_frames > options.max_frames:
-                options = replace(options, sampling="uniform", num_frames=options.max_frames)
-        times, keyframes = info.timestamps, info.keyframes.tolist()
-        if options.sampling != "adaptive" or options.indices is not None:
-            return choose(times, options, keyframes)
-        candidates = sorted(set(candidate_frames(times, options)))
-        check_decoded(info, candidates, self.settings)
-        scale = min(1.0, CANDIDATE_SIDE / max(info.height, info.width))
-        size = (max(1, round(info.height * scale)), max(1, round(info.width * scale)))
-        chunks = read(candidates, self._chunk_frames(info))
-        small = torch.cat([resize(chunk.pixels, size, "fast", "bilinear").contiguous() for chunk in chunks])
-        scores = self.hooks.score(small) if self.hooks.score else change_scores(small)
-        return choose(times, options, keyframes, scores)
+    def _sample(self, reader: FrameReader) -> list[int]:
+        limit = self.settings.source.max_decoded_pixels
+        return reader.sample(self.settings.sampling, score=self.hooks.score, max_decoded_pixels=limit)
 
-    def _take(
-        self, plan: Plan, info: VideoInfo, read: Read, watch: Stopwatch, deadline: float
-    ) -> tuple[Tensor, Tensor, Frames] | None:
-        """(pixels, missing and suspect, last chunk) of the plan's frames; None where they would be too late."""
-        wanted = sorted(set(plan.indices))
-        hurried = deadline < float("inf")
-        chunk_frames = 2 if hurried else self._chunk_frames(info)
-        pixels = torch.empty(len(wanted), 3, plan.height, plan.width, dtype=torch.uint8)
-        masks = torch.zeros(2, len(wanted), dtype=torch.bool)
-        position, begun = 0, time.perf_counter()
-        chunks = read(wanted, chunk_frames)
-        chunk: Frames | None = None
-        while position < len(wanted):
-            with watch.stage("decode"):
-                chunk = next(chunks)
-            with watch.stage("resize"):
-                rows = slice(position, position + len(chunk.indices))
-                pixels[rows] = self._resized(chunk.pixels, (plan.height, plan.width))
-                masks[:, rows] = torch.stack((chunk.missing, chunk.suspect))
-            position += len(chunk.indices)
+    def _load(self, plan: Plan, reader: FrameReader, watch: Stopwatch, deadline: float | None = None) -> Frames:
+        """Decodes and resizes the frames of a plan; raises ``_LateError`` once it would end after the deadline."""
+        begun = time.perf_counter()
+
+        def check_time(done: int, total: int) -> None:
             now = time.perf_counter()
-            if hurried and now + (now - begun) / position * (len(wanted) - position) > deadline:
-                return None
-        assert chunk is not None
-        if len(wanted) < len(plan.indices):
-            rows_of = {index: row for row, index in enumerate(wanted)}
-            order = torch.tensor([rows_of[index] for index in plan.indices])
-            pixels, masks = pixels[order], masks[:, order]
-        return pixels, masks, chunk
+            if deadline is not None and now + (now - begun) / done * (total - done) > deadline:
+                raise _LateError
+
+        resized = partial(self._resized, size=(plan.height, plan.width))
+        return reader.load(plan.indices, resized, None if deadline is None else 2, watch, check_time)
 
     def _resized(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
         if self.hooks.preprocess:
@@ -311,19 +261,15 @@ class VideoProcessor:
             if not right or pixels.shape[:2] != given.shape[:2]:
                 found = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
                 raise TypeError(
-                    f"hooks.preprocess was given frames uint8 {tuple(given.shape)} and returned {found}: return as "
-                    "many frames, uint8 (n, 3, H, W)."
+                    f"hooks.preprocess received frames uint8 {tuple(given.shape)} and returned {found}: return uint8 "
+                    "(n, 3, H, W) with the same number of frames."
                 )
-        options = self.settings.resize
-        device = self.settings.format.device
-        if device != "cpu":
-            pixels = pixels.to(device)
-        how = crop if options.rule == "crop" and options.resized_height is None else resize
-        return how(pixels, size, options.resample, options.interpolation)
+        if self.settings.format.device != "cpu":
+            pixels = pixels.to(self.settings.format.device)
+        return resize_to(pixels, size, self.settings.resize)
 
-    def _result(
-        self, plan: Plan, info: VideoInfo, source: Source, pixels: Tensor, masks: Tensor, last: Frames
-    ) -> ProcessedVideo:
+    def _result(self, plan: Plan, reader: FrameReader, source: Source, frames: Frames) -> ProcessedVideo:
+        info = reader.info
         times = info.timestamps[list(plan.indices)] - info.timestamps[0]
         distinct = np.unique(times)
         span = float(distinct[-1] - distinct[0])
@@ -343,10 +289,19 @@ class VideoProcessor:
             start_time=float(info.timestamps[0]),
             codec=info.codec,
             container=info.container,
-            backend=last.backend,
+            backend=frames.backend,
         )
         return ProcessedVideo(
-            pixels, pixels, metadata, masks[0], masks[1], plan.memory, {}, {}, plan.degraded, last.failures
+            frames=frames.pixels,
+            pixels=frames.pixels,
+            metadata=metadata,
+            missing=frames.missing,
+            suspect=frames.suspect,
+            memory=plan.memory,
+            timing={},
+            quality={},
+            degraded=plan.degraded,
+            failures=frames.failures,
         )
 
     def _quality(self, video: ProcessedVideo) -> dict[str, float]:
@@ -368,73 +323,34 @@ class VideoProcessor:
         sizes = (tokens.patch_size, tokens.merge_size, tokens.temporal_patch_size)
         return format_frames(pixels, timestamps, self.settings.format, *sizes)
 
-    def _chunk_frames(self, info: VideoInfo) -> int:
-        """Frames that are decoded before they are resized: fewer where they are large."""
-        return max(1, min(self.settings.decode.chunk_frames, CHUNK_BYTES // (3 * info.height * info.width)))
-
-    def _chunks(self, info: VideoInfo, read: Read) -> Iterator[VideoChunk]:
+    def _chunks(self, reader: FrameReader) -> Iterator[VideoChunk]:
+        info = reader.info
         check_limits(info, self.settings)
         group = self.settings.tokens.temporal_patch_size
-        chunk_frames = -(-self._chunk_frames(info) // group) * group  # so that no temporal patch is cut
-        indices = sorted(set(self._choose(info, read)))
+        chunk_frames = -(-reader.chunk_frames // group) * group  # whole temporal patches
+        indices = sorted(set(self._sample(reader)))
         size = video_size(info.height, info.width, min(len(indices), chunk_frames), self.settings.resize)
-        for chunk in read(indices, chunk_frames):
+        for chunk in reader.read(indices, chunk_frames):
             pixels = self._resized(chunk.pixels, size)
             times = chunk.timestamps - float(info.timestamps[0])
             formatted = self._format(pixels, times)
             yield VideoChunk(formatted, pixels, chunk.indices, times, chunk.missing, chunk.suspect)
 
     def _key(self, source: Source, watch: Stopwatch) -> str:
-        """Of everything that the frames depend on; the format is made anew from what is cached."""
+        """Returns the cache key of the frames; the format is recomputed from the cached frames."""
         with watch.stage("hash"):
             sections = asdict(self.settings)
             of_frames = {name: sections[name] for name in ("source", "decode", "sampling", "resize", "tokens", "run")}
             return cache_key(source.content_hash(), of_frames, _versions())
 
 
+class _LateError(Exception):
+    """Decoding would end after the deadline."""
+
+
 def _process_one(settings: VideoSettings, hooks: Hooks, source: Any) -> Any:
-    """What a worker process does."""
+    """Processes one video in a worker process."""
     return VideoProcessor(settings, hooks)(source)
-
-
-def _reader(video: OpenVideo, options: DecodeOptions) -> Read:
-    return lambda wanted, chunk_frames: decode_in_chunks(video, wanted, replace(options, chunk_frames=chunk_frames))
-
-
-def _reader_of(frames: FrameList, info: VideoInfo) -> Read:
-    def read(wanted: Sequence[int], chunk_frames: int) -> Iterator[Frames]:
-        for start in range(0, len(wanted), chunk_frames):
-            part = tuple(wanted[start : start + chunk_frames])
-            times = torch.from_numpy(info.timestamps[list(part)])
-            nothing = torch.zeros(len(part), dtype=torch.bool)
-            yield Frames(frames.read(part), part, times, nothing, nothing, "frames")
-
-    return read
-
-
-def _info_of(source: Source, frames: FrameList) -> VideoInfo:
-    """Frames that are decoded already, as a video; without known times its rate is 0."""
-    known = frames.timestamps
-    times = np.arange(len(frames), dtype=np.float64) if known is None else np.array(known, np.float64)
-    span = float(times[-1] - times[0])
-    fps = (len(times) - 1) / span if known is not None and span else 0.0
-    return VideoInfo(
-        path=Path(source.name),
-        name=source.name,
-        num_frames=len(frames),
-        fps=fps,
-        duration=span + (1 / fps if fps else 0.0),
-        height=frames.size[0],
-        width=frames.size[1],
-        timestamps=times,
-        keyframes=np.arange(len(frames)),
-        codec=source.kind,
-        pixel_format="rgb24",
-        container=source.container or source.kind,
-        rotation=0,
-        stream_index=0,
-        lost=0,
-    )
 
 
 def _versions() -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""Numbers about what the pipeline did: how well the frames cover the video, what they show, what it took.
+"""Quality statistics of processed videos: temporal coverage, frame content, time and memory.
 
-Nothing here decides anything: the numbers go into the result, and into a wandb table.
+The statistics are only reported, in the result and in a wandb table.
 """
 
 import re
@@ -21,29 +21,29 @@ from torch import Tensor
 if TYPE_CHECKING:
     import wandb
 
-LUMA_SIZE = 32  # frames are compared as pictures of 32 x 32 luma values
-DUPLICATE_LEVELS = 0.5  # of 255: what compression does to a still picture is less, once averaged over a cell
-BLACK_LEVEL, BLACK_AREA = 25.5, 0.98  # ffmpeg's blackdetect: 98 % of the picture below a tenth of full luma
+LUMA_SIZE = 32  # frames are compared as 32 x 32 luma values
+DUPLICATE_LEVELS = 0.5  # of 255; compression noise of a still image, averaged over a cell, is less
+BLACK_LEVEL, BLACK_AREA = 25.5, 0.98  # as in ffmpeg's blackdetect: 98 % of the pixels below a tenth of full luma
 
 
 def coverage(timestamps: Iterable[float], first: float, last: float) -> dict[str, float]:
-    """How much of a video's time the chosen frames span.
+    """Temporal coverage of a video by the selected frames.
 
     Args:
-        timestamps: seconds of the chosen frames, in any order; what lies outside of [first, last] widens it.
-        first, last: seconds of the first and last frame that could have been chosen.
+        timestamps: seconds of the selected frames, in any order; values outside [first, last] extend the interval.
+        first, last: seconds of the first and last candidate frame.
 
     Returns:
-        ``coverage``: share of the time between the first and the last chosen frame, 1 for a still. ``largest_gap``:
-        seconds of the longest stretch without a chosen frame, the two ends of the video included.
+        ``coverage``: share of the interval between the first and the last selected frame, 1 for a still image.
+        ``largest_gap``: seconds of the longest interval without a selected frame, including both ends of the video.
 
     Raises:
-        ValueError: no timestamps, or ``last`` before ``first``.
+        ValueError: ``timestamps`` is empty, or ``last`` is less than ``first``.
     """
     chosen = sorted(map(float, timestamps))
     if not chosen or last < first:
         raise ValueError(
-            f"{len(chosen)} timestamps in [{first}, {last}]: give at least one, and last no less than first."
+            f"{len(chosen)} timestamps, first={first}, last={last}: pass at least one timestamp, and last >= first."
         )
     first, last = min(first, chosen[0]), max(last, chosen[-1])
     edges = [first, *chosen, last]
@@ -54,39 +54,28 @@ def coverage(timestamps: Iterable[float], first: float, last: float) -> dict[str
 
 
 def frame_quality(frames: Tensor) -> dict[str, float]:
-    """What frames uint8 (T, 3, H, W) show, at the price of one look at a sample of their pixels.
+    """Content statistics of uint8 (T, 3, H, W) frames, from downscaled luma.
 
     Returns:
-        ``duplicate_share`` and ``black_share`` as the functions of these names, and ``contrast``: the standard
-        deviation of luma within a frame, mean over the frames, 0 to 127.5 levels.
+        ``duplicate_share``: share of the T - 1 pairs of adjacent frames with a mean absolute difference below half a
+        level of 255; 0 for a single frame. ``black_share``: share of the frames in which 98 % of the pixels are darker
+        than a tenth of full luma. ``contrast``: standard deviation of luma within a frame, averaged over the frames,
+        0 to 127.5 levels.
     """
-    small = _luma(frames)
-    contrast = small.flatten(1).std(dim=1, correction=0).mean()
-    return {"duplicate_share": _duplicates(small), "black_share": _blacks(small), "contrast": float(contrast)}
-
-
-def duplicate_share(frames: Tensor) -> float:
-    """Share of the T - 1 pairs of neighbours that look the same; 0 for a single frame.
-
-    They do where their downscaled luma differs by less than half a level of 255 on average.
-    """
-    return _duplicates(_luma(frames))
-
-
-def black_share(frames: Tensor) -> float:
-    """Share of the frames of which 98 % is darker than a tenth of full luma, on downscaled frames."""
-    return _blacks(_luma(frames))
+    luma = _luma(frames)
+    contrast = luma.flatten(1).std(dim=1, correction=0).mean()
+    return {"duplicate_share": _duplicate_share(luma), "black_share": _black_share(luma), "contrast": float(contrast)}
 
 
 class Stopwatch:
-    """Seconds of wall time a stage: ``with watch.stage("decode"): …``; the times of a repeated stage add up."""
+    """Wall time per stage in seconds: ``with watch.stage("decode"): …``. Times of a repeated stage are summed."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Counts what happens inside, also where it ends in an exception."""
+        """Measures the time of the block, also if it raises."""
         start = time.perf_counter()
         try:
             yield
@@ -95,13 +84,13 @@ class Stopwatch:
 
 
 def peak_memory() -> int:
-    """Bytes of the largest resident set that this process has had since it started.
+    """Returns the peak resident set size of this process in bytes.
 
-    It holds Python and PyTorch themselves (some 300 MB) and never falls: what one video took shows only where it is the
-    highest so far. GPU memory is not in it.
+    It includes Python and PyTorch (about 300 MB) and never decreases: the memory of one video is visible only if it is
+    the highest so far. GPU memory is excluded.
     """
     status = Path("/proc/self/status")
-    # first choice on Linux, where getrusage begins with the peak of the program that started this one
+    # preferred on Linux, where getrusage starts at the peak of the parent program
     if status.exists() and (peak := re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)):
         return int(peak[1]) * 1024
     maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -109,19 +98,19 @@ def peak_memory() -> int:
 
 
 def error_rates(outcomes: Iterable[object]) -> dict[str, float]:
-    """Share of each type of error among all outcomes (results and exceptions), by the type's name, commonest first."""
+    """Returns the share of each exception type among all outcomes (results and exceptions), most frequent first."""
     outcomes = list(outcomes)
     counts = Counter(type(outcome).__name__ for outcome in outcomes if isinstance(outcome, BaseException))
     return {name: count / len(outcomes) for name, count in counts.most_common()}
 
 
 def wandb_table(rows: Iterable[Mapping[str, Any]]) -> "wandb.Table":
-    """A table with one row a video: a column for every key that any row has, in order of appearance.
+    """Returns a wandb table with one row per video and a column for every key, in order of appearance.
 
-    Mappings within a row become columns ``key/inner``; what a row lacks is empty; what is neither a number nor a
-    string is written out. Needs no run.
+    Nested mappings become columns ``key/inner``. Missing keys are None. Values that are neither numbers nor strings are
+    converted to strings. Requires no wandb run.
     """
-    import wandb  # takes a second, and only who wants the table pays it
+    import wandb  # imported here, because it takes a second
 
     flat = [dict(_flattened(row)) for row in rows]
     columns = list(dict.fromkeys(key for row in flat for key in row))
@@ -138,26 +127,26 @@ def _flattened(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _luma(frames: Tensor) -> Tensor:
-    """uint8 (T, 3, H, W) -> float32 (T, h, w) in 0..255, at most 32 x 32: means over a grid of every n-th pixel."""
+    """Downscales uint8 (T, 3, H, W) to luma float32 (T, h, w) in 0..255, at most 32 x 32, from a pixel subsample."""
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3 or 0 in frames.shape:
-        raise ValueError(f"frames is {frames.dtype} {tuple(frames.shape)}, but must be uint8 (T, 3, H, W).")
+        raise ValueError(f"frames is {frames.dtype} {tuple(frames.shape)} and must be a non-empty uint8 (T, 3, H, W).")
     height, width = frames.shape[2:]
-    # four pixels a cell and direction are plenty: a 720p frame costs as little as a thumbnail
+    # four pixels per cell and direction suffice, so that a 720p frame costs as little as a thumbnail
     every = [max(side // (4 * LUMA_SIZE), 1) for side in (height, width)]
     cells = (min(height, LUMA_SIZE), min(width, LUMA_SIZE))
-    small = []
-    for part in frames[:, :, :: every[0], :: every[1]].split(32):  # floats of a few frames at a time
+    parts = []
+    for part in frames[:, :, :: every[0], :: every[1]].split(32):  # bounds the memory of the float copy
         red, green, blue = part.float().unbind(1)
-        small.append(F.adaptive_avg_pool2d(0.299 * red + 0.587 * green + 0.114 * blue, cells))  # BT.601, as in JPEG
-    return torch.cat(small)
+        parts.append(F.adaptive_avg_pool2d(0.299 * red + 0.587 * green + 0.114 * blue, cells))  # BT.601, as in JPEG
+    return torch.cat(parts)
 
 
-def _duplicates(small: Tensor) -> float:
-    if len(small) < 2:
+def _duplicate_share(luma: Tensor) -> float:
+    if len(luma) < 2:
         return 0.0
-    return float((small.diff(dim=0).abs().mean(dim=(1, 2)) < DUPLICATE_LEVELS).float().mean())
+    return float((luma.diff(dim=0).abs().mean(dim=(1, 2)) < DUPLICATE_LEVELS).float().mean())
 
 
-def _blacks(small: Tensor) -> float:
-    dark = (small < BLACK_LEVEL).flatten(1).float().mean(dim=1)
+def _black_share(luma: Tensor) -> float:
+    dark = (luma < BLACK_LEVEL).flatten(1).float().mean(dim=1)
     return float((dark >= BLACK_AREA).float().mean())

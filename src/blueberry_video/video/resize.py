@@ -1,12 +1,14 @@
-"""How large the frames a model sees are, and the frames at that size.
+"""Frame sizes under a model's rules and pixel budgets, and antialiased resizing of uint8 frames.
 
-Sizes are pure functions of numbers; ``video_size`` follows one of six rules. Qwen's is that of qwen-vl-utils 0.0.14
-(``vision_process.py``), with the budgets in its order; where its floor would give a side of 0, the side is one factor.
+Sizes are pure functions of numbers; ``video_size`` implements seven rules. The ``smart`` rule is that of qwen-vl-utils
+0.0.14 (``vision_process.py``), with its budgets applied in the same order, except that a side is never rounded down to
+0: it is at least one factor.
 
-Pixels: the exact mode gives what torchvision gives for float bicubic with antialias, clamped and rounded (Keys' cubic,
-a = -0.5, as PyTorch and Pillow), but as small matrix products. Neighbouring outputs read nearly the same few inputs, so
-16 to 32 of them are one dense block of weights times the rows, or columns, that they need: 3 to 5 times faster on a
-CPU than the gathering loops of ``F.interpolate``. A band of rows at a time passes through buffers of bounded size.
+Pixels: the exact mode equals torchvision's float bicubic interpolation with antialias, clamped and rounded (Keys'
+cubic, a = -0.5, as in PyTorch and Pillow), computed as small matrix products. Neighboring outputs read nearly the same
+few inputs, so 16 to 32 outputs are one dense block of weights times the rows or columns that they read: 3 to 5 times
+faster on a CPU than the gathering loops of ``F.interpolate``. Rows are processed in bands through buffers of bounded
+size.
 """
 
 import math
@@ -18,44 +20,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blueberry_video.video.checks import check_at_least, check_choice
 from blueberry_video.video.errors import LimitError
 
-RULES = ("smart", "fill", "crop", "stretch", "fit", "none")
+RULES = ("smart", "fill", "crop", "cover", "stretch", "fit", "none")
 RESAMPLES = ("exact", "fast")
 INTERPOLATIONS = ("bicubic", "bilinear")
 PIXEL_BUDGETS = ("frame", "video")
-MIN_TOKENS, MAX_TOKENS, CONTEXT_TOKENS = 128, 768, 128_000  # a frame, a frame, a whole video (of which 90 % is used)
-IMAGE_MIN_TOKENS, IMAGE_MAX_TOKENS = 4, 16_384  # the limits of a size that is asked for explicitly
-BUFFER_BYTES = 32 * 2**20  # of the exact mode, for clips of any size
+MIN_TOKENS, MAX_TOKENS, CONTEXT_TOKENS = 128, 768, 128_000  # per frame, per frame, per video (of which 90 % is used)
+IMAGE_MIN_TOKENS, IMAGE_MAX_TOKENS = 4, 16_384  # limits of an explicit size
+BUFFER_BYTES = 32 * 2**20  # buffers of the exact mode, for clips of any size
 
 
 @dataclass(frozen=True)
 class ResizeOptions:
-    """What size frames get.
+    """Size and resampling of the frames.
 
     Args:
-        rule: ``smart``: near the own size, aspect nearly kept, sides multiples of ``size_factor`` (Qwen); ``fill``:
-            as large as ``max_pixels`` allows, aspect nearly kept, sides multiples of ``size_factor`` (Gemma);
-            ``crop``: scaled until it covers ``image_size``, then the centre; ``stretch``: to ``image_size``;
-            ``fit``: shrunk into ``max_long_side`` and ``max_short_side`` (GPT-4o: 2048 and 768); ``none``: as it is.
-        size_factor: pixels, patch times merge size: 28 for Qwen2.5-VL, 32 for Qwen3-VL.
-        temporal_factor: frames a token spans; at least 1.
-        min_pixels: of a frame; null is 128 · size_factor².
-        max_pixels: of a frame; null is 768 · size_factor². Required by ``fill``.
-        total_pixels: of all frames over ``temporal_factor``, shared evenly; null is 0.9 · 128000 · size_factor².
-        pixel_budget: ``frame``: as just said; ``video``: min_pixels and max_pixels count T · H · W of the whole video
-            and total_pixels is not used (Qwen3-VL in transformers).
-        resized_height: pixels, with ``resized_width``: the size itself, whatever the budgets; rounded to size_factor.
-        resized_width: as ``resized_height``.
-        image_size: pixels of ``crop`` and ``stretch``: one number for a square, or (height, width).
-        max_long_side: pixels of ``fit``; null is no limit.
-        max_short_side: pixels of ``fit``; null is no limit.
+        rule: ``smart``: close to the original size, aspect ratio nearly kept, sides multiples of ``size_factor``
+            (Qwen); ``fill``: as large as ``max_pixels`` allows, aspect ratio nearly kept, sides multiples of
+            ``size_factor`` (Gemma); ``crop``: scaled until the frame covers ``image_size``, then center-cropped;
+            ``cover``: the same without the crop; ``stretch``: resized to ``image_size``; ``fit``: scaled down to fit
+            ``max_long_side`` and ``max_short_side`` (GPT-4o: 2048 and 768); ``none``: the original size.
+        size_factor: pixels, patch size times merge size: 28 for Qwen2.5-VL, 32 for Qwen3-VL.
+        temporal_factor: frames per token; at least 1.
+        min_pixels: pixels of a frame; null is 128 · size_factor².
+        max_pixels: pixels of a frame; null is 768 · size_factor². Required by ``fill``.
+        total_pixels: pixels of all frames divided by ``temporal_factor``, shared evenly; null is
+            0.9 · 128000 · size_factor².
+        pixel_budget: ``frame``: budgets as above; ``video``: min_pixels and max_pixels count T · H · W of the whole
+            video and total_pixels is ignored (Qwen3-VL in transformers).
+        resized_height: pixels, together with ``resized_width``: an explicit size that ignores the budgets, rounded to
+            size_factor.
+        resized_width: see ``resized_height``.
+        image_size: pixels, for ``crop``, ``cover`` and ``stretch``: one number for a square, or (height, width).
+        max_long_side: pixels, for ``fit``; null is no limit.
+        max_short_side: pixels, for ``fit``; null is no limit.
         resample: ``exact``: float arithmetic, rounded once; ``fast``: PyTorch's fixed-point kernels, a few levels off.
         interpolation: ``bicubic`` or ``bilinear``, both with antialias.
-        max_aspect: longer over shorter side above which ``smart`` refuses a video; at least 1.
+        max_aspect: ratio of the longer to the shorter side above which ``smart`` raises; at least 1.
 
     Raises:
-        ValueError: a value out of range, or one that the rule needs is missing.
+        ValueError: a value out of range, or a missing value that the rule requires.
     """
 
     rule: str = "smart"
@@ -76,51 +82,41 @@ class ResizeOptions:
 
     def __post_init__(self) -> None:
         for key, allowed in (("rule", RULES), ("pixel_budget", PIXEL_BUDGETS)):
-            _check_choice(key, getattr(self, key), allowed)
+            check_choice(key, getattr(self, key), allowed)
         _check_resampling(self.resample, self.interpolation)
-        for key in ("size_factor", "temporal_factor", "min_pixels", "max_pixels", "total_pixels", "resized_height"):
-            _check_positive(key, getattr(self, key))
-        for key in ("resized_width", "max_long_side", "max_short_side", "max_aspect"):
-            _check_positive(key, getattr(self, key))
+        sizes = ("size_factor", "temporal_factor", "min_pixels", "max_pixels", "total_pixels", "resized_height")
+        others = ("resized_width", "max_long_side", "max_short_side", "max_aspect")
+        check_at_least(1, **{key: getattr(self, key) for key in (*sizes, *others)})
         if self.image_size is not None:
             object.__setattr__(self, "image_size", _pair(self.image_size))
         if (self.resized_height is None) != (self.resized_width is None):
             raise ValueError(
-                f"resized_height={self.resized_height} and resized_width={self.resized_width}: an explicit size needs "
-                "both, or neither for the size that the budgets allow."
+                f"resized_height={self.resized_height} and resized_width={self.resized_width}: set both for an "
+                "explicit size, or neither for a size within the budgets."
             )
-        if self.rule in ("crop", "stretch") and self.image_size is None:
-            raise ValueError(f"rule={self.rule!r} needs image_size: one number of pixels, or [height, width].")
+        if self.rule in ("crop", "cover", "stretch") and self.image_size is None:
+            raise ValueError(f"rule={self.rule!r} requires image_size: one number of pixels, or [height, width].")
         if self.rule == "fill" and self.max_pixels is None:
-            raise ValueError("rule='fill' needs max_pixels: the pixels of a frame that it fills.")
+            raise ValueError("rule='fill' requires max_pixels: the most pixels of a frame.")
 
 
 def smart_resize(
     height: int, width: int, factor: int, min_pixels: float, max_pixels: float, max_aspect: float = 200.0
 ) -> tuple[int, int]:
-    """(height, width) in multiples of ``factor`` within the budgets, aspect kept as nearly as that allows.
+    """Returns (height, width) in multiples of ``factor`` within the budgets, with the aspect ratio nearly kept.
 
-    A side is never below ``factor``. That, and budgets less than one factor a side apart, are the only reasons for a
-    result outside of the budgets.
+    A side is at least ``factor``. The result is outside the budgets only for that reason, or where the budgets are less
+    than one factor per side apart.
 
     Raises:
-        LimitError: an aspect above ``max_aspect``.
+        LimitError: an aspect ratio above ``max_aspect``.
         ValueError: ``min_pixels`` > ``max_pixels``.
     """
-    if min_pixels > max_pixels:
-        raise ValueError(
-            f"min_pixels={min_pixels:g} is above max_pixels={max_pixels:g}: lower the one or raise the other."
-        )
+    _check_budgets(min_pixels, max_pixels)
     _check_aspect(height, width, max_aspect)
-    rounded = tuple(max(factor, round(side / factor) * factor) for side in (height, width))
+    rounded = (max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor))
     pixels = rounded[0] * rounded[1]
-    if pixels > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        return _floored(height / shrink, factor), _floored(width / shrink, factor)
-    if pixels < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        return math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
-    return rounded[0], rounded[1]
+    return _within_budgets(height, width, 1, rounded, pixels, factor, min_pixels, max_pixels)
 
 
 def smart_resize_volume(
@@ -133,36 +129,27 @@ def smart_resize_volume(
     temporal_factor: int = 2,
     max_aspect: float = 200.0,
 ) -> tuple[int, int]:
-    """As ``smart_resize`` with budgets for T · H · W of the whole video: Qwen3-VL in transformers 5.
+    """``smart_resize`` with budgets for T · H · W of the whole video, as Qwen3-VL in transformers 5.
 
     Raises:
-        ValueError: as ``smart_resize``.
+        LimitError, ValueError: as ``smart_resize``.
     """
-    if min_pixels > max_pixels:
-        raise ValueError(
-            f"min_pixels={min_pixels:g} is above max_pixels={max_pixels:g}: lower the one or raise the other."
-        )
+    _check_budgets(min_pixels, max_pixels)
     if min(height, width) < factor:
         scale = max(factor / height, factor / width)
         height, width = int(height * scale), int(width * scale)
     _check_aspect(height, width, max_aspect)
-    rounded = [round(side / factor) * factor for side in (height, width)]
+    rounded = (round(height / factor) * factor, round(width / factor) * factor)
     volume = round(num_frames / temporal_factor) * temporal_factor * rounded[0] * rounded[1]
-    if volume > max_pixels:
-        shrink = math.sqrt(num_frames * height * width / max_pixels)
-        return _floored(height / shrink, factor), _floored(width / shrink, factor)
-    if volume < min_pixels:
-        grow = math.sqrt(min_pixels / (num_frames * height * width))
-        return math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
-    return rounded[0], rounded[1]
+    return _within_budgets(height, width, num_frames, rounded, volume, factor, min_pixels, max_pixels)
 
 
 def fill(height: int, width: int, factor: int, max_pixels: int) -> tuple[int, int]:
-    """The largest (height, width) in multiples of ``factor`` that keep the aspect, rounded down, within
-    ``max_pixels``: Gemma 4 in transformers 5.
+    """Returns the largest (height, width) in multiples of ``factor`` within ``max_pixels``, with the aspect ratio kept
+    up to rounding down, as Gemma 4 in transformers 5.
 
     Raises:
-        ValueError: not even one factor by one factor fits.
+        ValueError: one factor by one factor exceeds ``max_pixels``.
     """
     scale = math.sqrt(max_pixels / (height * width))
     new_height, new_width = (math.floor(scale * side / factor) * factor for side in (height, width))
@@ -177,13 +164,13 @@ def fill(height: int, width: int, factor: int, max_pixels: int) -> tuple[int, in
 
 
 def video_size(height: int, width: int, num_frames: int, options: ResizeOptions) -> tuple[int, int]:
-    """The (height, width) that ``num_frames`` frames of a size get; known before anything is decoded.
+    """Returns the (height, width) to which ``num_frames`` frames of a video are resized.
 
     Raises:
         ValueError: a size or count below 1, and what ``smart_resize`` and ``fill`` raise.
     """
     if min(height, width, num_frames) < 1:
-        raise ValueError(f"A video of {num_frames} frames of {width}x{height} pixels has no size: each is at least 1.")
+        raise ValueError(f"num_frames={num_frames} of {width}x{height} pixels: each must be at least 1.")
     factor = options.size_factor
     if options.resized_height is not None and options.resized_width is not None:
         limits = (IMAGE_MIN_TOKENS * factor**2, IMAGE_MAX_TOKENS * factor**2)
@@ -196,52 +183,70 @@ def video_size(height: int, width: int, num_frames: int, options: ResizeOptions)
         return _fit_size(height, width, options)
     if options.image_size is not None and options.rule in ("crop", "stretch"):
         return _pair(options.image_size)
+    if options.image_size is not None and options.rule == "cover":
+        return covering_size(height, width, _pair(options.image_size))
     return height, width
 
 
 def resize_video(frames: Tensor, options: ResizeOptions) -> Tensor:
-    """uint8 (T, 3, H, W) to uint8 (T, 3, *video_size(H, W, T, options)).
+    """Resizes uint8 (T, 3, H, W) to uint8 (T, 3, *video_size(H, W, T, options)).
 
     Raises:
         ValueError: as ``resize`` and ``video_size``.
     """
     _check_frames(frames)
-    size = video_size(frames.shape[2], frames.shape[3], frames.shape[0], options)
-    cropped = options.rule == "crop" and options.resized_height is None
-    return (crop if cropped else resize)(frames, size, options.resample, options.interpolation)
+    return resize_to(frames, video_size(frames.shape[2], frames.shape[3], frames.shape[0], options), options)
+
+
+def resize_to(frames: Tensor, size: tuple[int, int], options: ResizeOptions) -> Tensor:
+    """Resizes uint8 (T, 3, H, W) to a given size, cropping where the rule is ``crop``.
+
+    Raises:
+        ValueError: as ``resize``.
+    """
+    function = crop if options.rule == "crop" and options.resized_height is None else resize
+    return function(frames, size, options.resample, options.interpolation)
 
 
 def crop(frames: Tensor, size: tuple[int, int], resample: str = "exact", interpolation: str = "bicubic") -> Tensor:
-    """Scales until ``size`` is covered and cuts out the centre: uint8 (T, 3, H, W) to uint8 (T, 3, *size).
+    """Scales until ``size`` is covered and crops the center: uint8 (T, 3, H, W) to uint8 (T, 3, *size).
 
     Raises:
         ValueError: as ``resize``.
     """
     _check_frames(frames)
-    height, width = frames.shape[2:]
+    covering = covering_size(frames.shape[2], frames.shape[3], size)
+    return window(resize(frames, covering, resample, interpolation), size)
+
+
+def covering_size(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Returns the smallest (height, width) of the same aspect ratio, up to rounding, that covers ``size``."""
     scale = max(size[0] / height, size[1] / width)
-    covering = (max(round(height * scale), size[0]), max(round(width * scale), size[1]))
-    frames = resize(frames, covering, resample, interpolation)
-    top, left = (covering[0] - size[0]) // 2, (covering[1] - size[1]) // 2
+    return max(round(height * scale), size[0]), max(round(width * scale), size[1])
+
+
+def window(frames: Tensor, size: tuple[int, int], position: int = 1) -> Tensor:
+    """Cuts ``size`` out of the start (``position`` 0), the center (1) or the end (2) of each side."""
+    top, left = ((side - least) * position // 2 for side, least in zip(frames.shape[2:], size))
     return frames[:, :, top : top + size[0], left : left + size[1]].contiguous()
 
 
 def resize(frames: Tensor, size: tuple[int, int], resample: str = "exact", interpolation: str = "bicubic") -> Tensor:
-    """uint8 (T, 3, H, W) to uint8 (T, 3, *size), with antialias; the same tensor where the size is the same.
+    """Resizes uint8 (T, 3, H, W) to uint8 (T, 3, *size) with antialias; returns the input if the size is the same.
 
-    Frames that are channels-last in memory, as decoders give, are taken as they are, and stay so in the fast mode. On
-    a GPU both modes compute in float there.
+    Channels-last frames, the layout of decoders, are read without a copy and stay channels-last in the fast mode. On a
+    GPU both modes compute in float on the GPU.
 
     Args:
         frames: uint8 (T, C, H, W), T at least 1.
         size: (height, width) in pixels.
         resample: ``exact``: equal to float interpolation, clamped and rounded, up to one level where float sums in
-            another order fall to the other side of a half (about 2 pixels in 100,000 of noise); ``fast``: PyTorch's
-            uint8 kernels, up to some 20 levels off on noise, 3 to 15 times faster than float interpolation.
+            a different order round a half differently (about 2 in 100,000 pixels of noise); ``fast``: PyTorch's uint8
+            kernels, up to about 20 levels off on noise, 3 to 15 times faster than float interpolation.
         interpolation: ``bicubic`` or ``bilinear``.
 
     Raises:
-        ValueError: no frames, another type or shape, or an argument out of range.
+        ValueError: no frames, a wrong dtype or shape, or an argument out of range.
     """
     _check_frames(frames)
     _check_resampling(resample, interpolation)
@@ -251,7 +256,7 @@ def resize(frames: Tensor, size: tuple[int, int], resample: str = "exact", inter
     if frames.device.type != "cpu":
         chunk = max(1, 8 * BUFFER_BYTES // (4 * frames[0].numel()))  # a float copy of 768 frames of 1080p is 19 GB
         return torch.cat([_interpolated(part, size, interpolation) for part in frames.split(chunk)])
-    if resample == "fast" and size[1] > 1:  # for a width of 1 the kernel of PyTorch 2.13 crashes or gives wrong pixels
+    if resample == "fast" and size[1] > 1:  # at width 1 the kernel of PyTorch 2.13 crashes or returns wrong pixels
         return F.interpolate(frames, size, mode=interpolation, antialias=True)
     return _by_products(frames, size, interpolation)
 
@@ -262,8 +267,8 @@ def _interpolated(frames: Tensor, size: tuple[int, int], interpolation: str) -> 
 
 
 class _Block(NamedTuple):
-    """Outputs ``start`` to ``stop`` along one side are ``weights`` (stop - start, last - first) times the inputs
-    ``first`` to ``last``."""
+    """Block of the resampling matrix of one side: outputs ``start`` to ``stop`` are ``weights`` (stop - start,
+    last - first) times the inputs ``first`` to ``last``."""
 
     start: int
     stop: int
@@ -273,9 +278,9 @@ class _Block(NamedTuple):
 
 
 def _by_products(frames: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """The exact mode: rows first, then columns, a band of rows of one frame at a time."""
+    """Resizes in the exact mode: rows first, then columns, one band of rows of one frame at a time."""
     num_frames, channels, height, width = frames.shape
-    # a block twice as large holds twice as many zeros, one half as large needs twice as many calls: measured
+    # measured block sizes: larger blocks hold more zeros, smaller ones need more calls
     rows, columns = _blocks(height, size[0], interpolation, 16), _blocks(width, size[1], interpolation, 32)
     interleaved = channels > 1 and frames.stride(1) == 1
     source = frames.permute(0, 2, 3, 1) if interleaved else frames.permute(0, 2, 1, 3)  # (T, H, W, C) or (T, H, C, W)
@@ -317,14 +322,14 @@ def _by_products(frames: Tensor, size: tuple[int, int], interpolation: str) -> T
 
 
 def _blocks(inputs: int, outputs: int, interpolation: str, step: int) -> list[_Block]:
-    """The weights of one side, cut along its diagonal into blocks of ``step`` outputs.
+    """Returns the resampling weights of one side as blocks of ``step`` outputs along the diagonal.
 
-    Single precision throughout, in the order in which PyTorch computes them: a weight off by its last digits would
-    turn a rounding now and then.
+    Computed in single precision in the order of PyTorch's kernel: a weight that differs in its last digits would
+    occasionally change a rounding.
     """
     reach, kernel = (2.0, _cubic) if interpolation == "bicubic" else (1.0, _triangle)
     scale = float(np.float32(inputs) / np.float32(outputs))
-    stretch = max(scale, 1.0)  # shrinking widens the kernel: that is the antialias
+    stretch = max(scale, 1.0)  # antialias: downscaling widens the kernel
     support = np.float32(reach * stretch)
     centre = (scale * (np.arange(outputs) + 0.5)).astype(np.float32)
     first = np.maximum(((centre - support) + 0.5).astype(np.int64), 0)
@@ -339,16 +344,14 @@ def _blocks(inputs: int, outputs: int, interpolation: str, step: int) -> list[_B
     for start in range(0, outputs, step):
         stop = min(start + step, outputs)
         low, high = int(first[start:stop].min()), int(last[start:stop].max())
-        dense = np.zeros(
-            (stop - start, high - low + taps), np.float32
-        )  # the zero taps past an end fall into the excess
+        dense = np.zeros((stop - start, high - low + taps), np.float32)  # extra columns for the zero taps past an end
         np.put_along_axis(dense, index[start:stop] - low, weights[start:stop], axis=1)
         blocks.append(_Block(start, stop, low, high, torch.from_numpy(dense[:, : high - low].copy())))
     return blocks
 
 
 def _cubic(x: np.ndarray) -> np.ndarray:
-    """Keys' kernel with a = -0.5 at distances x >= 0."""
+    """Keys' cubic kernel with a = -0.5 at distances x >= 0."""
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     return np.where(x < 1, near, np.where(x < 2, far, np.float32(0)))
@@ -381,6 +384,27 @@ def _fit_size(height: int, width: int, options: ResizeOptions) -> tuple[int, int
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
+def _within_budgets(
+    height: int,
+    width: int,
+    num_frames: int,
+    rounded: tuple[int, int],
+    pixels: int,
+    factor: int,
+    min_pixels: float,
+    max_pixels: float,
+) -> tuple[int, int]:
+    """Returns ``rounded`` if its number of ``pixels`` is within the budgets, else (height, width) scaled to the nearer
+    budget."""
+    if pixels > max_pixels:
+        shrink = math.sqrt(num_frames * height * width / max_pixels)
+        return _floored(height / shrink, factor), _floored(width / shrink, factor)
+    if pixels < min_pixels:
+        grow = math.sqrt(min_pixels / (num_frames * height * width))
+        return math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
+    return rounded
+
+
 def _floored(side: float, factor: int) -> int:
     return max(factor, math.floor(side / factor) * factor)
 
@@ -388,37 +412,36 @@ def _floored(side: float, factor: int) -> int:
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"image_size={size} is no size in pixels: use one number of at least 1, or (height, width).")
+        raise ValueError(
+            f"image_size={size} is not a size in pixels: use one number of at least 1, or (height, width)."
+        )
     return pair[0], pair[1]
+
+
+def _check_budgets(min_pixels: float, max_pixels: float) -> None:
+    if min_pixels > max_pixels:
+        raise ValueError(
+            f"min_pixels={min_pixels:g} is above max_pixels={max_pixels:g}: lower min_pixels or raise max_pixels."
+        )
 
 
 def _check_aspect(height: int, width: int, max_aspect: float) -> None:
     aspect = max(height, width) / min(height, width)
     if aspect > max_aspect:
         raise LimitError(
-            f"Frames of {width}x{height} pixels have an aspect of {aspect:.4g}, above max_aspect={max_aspect:g}: crop "
-            "the video, raise max_aspect, or use rule='stretch'."
+            f"Frames of {width}x{height} pixels have an aspect ratio of {aspect:.4g}, above max_aspect={max_aspect:g}: "
+            "crop the video, raise max_aspect, or use rule='stretch'."
         )
 
 
 def _check_frames(frames: Tensor) -> None:
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.numel() == 0:
         raise ValueError(
-            f"frames are {frames.dtype} of shape {tuple(frames.shape)}: resizing takes uint8 (T, 3, H, W), at least "
+            f"frames are {frames.dtype} of shape {tuple(frames.shape)}, but must be uint8 (T, 3, H, W) with at least "
             "one frame."
         )
 
 
 def _check_resampling(resample: str, interpolation: str) -> None:
-    _check_choice("resample", resample, RESAMPLES)
-    _check_choice("interpolation", interpolation, INTERPOLATIONS)
-
-
-def _check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{key}={value!r} does not exist: choose from {', '.join(allowed)}.")
-
-
-def _check_positive(key: str, value: float | None) -> None:
-    if value is not None and not value >= 1:
-        raise ValueError(f"{key}={value} is out of range: use at least 1.")
+    check_choice("resample", resample, RESAMPLES)
+    check_choice("interpolation", interpolation, INTERPOLATIONS)

@@ -1,4 +1,4 @@
-"""What the pipeline returns, and how it is kept in a cache."""
+"""Results of the pipeline and their cache entries."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -12,24 +12,25 @@ from blueberry_video.video.tokens import MemoryEstimate
 
 @dataclass(frozen=True)
 class VideoMetadata:
-    """What is known about a processed video.
+    """Metadata of a processed video.
 
     Attributes:
-        name: of the source.
-        num_frames: that were taken, repetitions included.
-        original_fps: of the file, from its timestamps; 0.0 where it is unknown.
-        sample_fps: of the frames taken: (n - 1) / (last - first timestamp) of the distinct ones; 0.0 for a still.
-        timestamps: seconds from the file's first frame.
-        duration: seconds of the file.
+        name: name of the source.
+        num_frames: number of sampled frames, including repetitions.
+        original_fps: frames per second of the file, from its timestamps; 0.0 if unknown.
+        sample_fps: frames per second of the sampled frames: (n - 1) / (last - first timestamp) of the distinct ones;
+            0.0 for a single frame.
+        timestamps: seconds from the first frame of the file.
+        duration: duration of the file in seconds.
         resolution: (height, width) of the resized frames.
-        total_tokens: visual tokens and what the model's prompt puts around them.
-        grid_thw: patches in time, height and width; None where the model has no such grid.
-        frame_indices: numbers of the frames in the file.
-        total_frames: of the file.
+        total_tokens: visual tokens plus the text tokens that the prompt adds around them.
+        grid_thw: patches in time, height and width; None for models without a patch grid.
+        frame_indices: indices of the frames in the file.
+        total_frames: number of frames of the file.
         original_resolution: (height, width) after rotation.
         start_time: timestamp of the first frame in the container.
-        codec, container: FFmpeg's names; the source's kind where nothing was decoded.
-        backend: which decoder; ``(salvage)`` where frames may be missing or suspect.
+        codec, container: FFmpeg's names; the kind of the source if it was not decoded.
+        backend: the decoder; with ``(salvage)`` if frames may be missing or suspect.
     """
 
     name: str
@@ -52,20 +53,20 @@ class VideoMetadata:
 
 @dataclass(frozen=True, eq=False)
 class ProcessedVideo:
-    """What ``process_video`` returns.
+    """Output of ``process_video``.
 
     Attributes:
-        frames: in the format that was asked for; uint8 (T, 3, H, W) RGB by default.
-        pixels: the resized frames, uint8 (T, 3, H, W) RGB, whatever the format.
+        frames: frames in the requested format; uint8 (T, 3, H, W) RGB by default.
+        pixels: the resized frames, uint8 (T, 3, H, W) RGB, for any format.
         metadata: see ``VideoMetadata``.
-        missing: bool (T,): frames that could not be decoded, in whose place their neighbour stands.
-        suspect: bool (T,): frames that were decoded after damage, and may show what was not there.
-        memory: bytes in a model's memory, for each precision.
+        missing: bool (T,): frames that could not be decoded and were replaced by the nearest decoded frame.
+        suspect: bool (T,): frames decoded after damage, with possibly wrong content.
+        memory: memory in the model, for each precision.
         timing: seconds of each stage: source, index, sample, decode, resize, quality, format.
         quality: coverage, largest_gap, duplicate_share, black_share, contrast, frames_per_second, peak_memory.
-        degraded: what was reduced to meet a budget, in words.
-        failures: decoder → why it was passed over.
-        cached: whether the frames came from the cache.
+        degraded: descriptions of the reductions that meet a budget.
+        failures: decoder → reason of its failure.
+        cached: whether the frames were read from the cache.
     """
 
     frames: Any
@@ -81,7 +82,7 @@ class ProcessedVideo:
     cached: bool = False
 
     def summary(self) -> dict[str, Any]:
-        """All that is known but the frames, as plain values: for JSON, or a row of ``quality.wandb_table``."""
+        """Returns everything except the frames as plain values, for JSON or a row of ``quality.wandb_table``."""
         return {
             "metadata": asdict(self.metadata),
             "timing": self.timing,
@@ -96,7 +97,7 @@ class ProcessedVideo:
 
 @dataclass(frozen=True, eq=False)
 class VideoChunk:
-    """A part of a streamed video: formatted frames, their uint8 pixels, numbers, seconds, and the two masks."""
+    """Chunk of a streamed video: formatted frames, uint8 pixels, frame indices, timestamps in seconds, and masks."""
 
     frames: Any
     pixels: Tensor
@@ -107,6 +108,7 @@ class VideoChunk:
 
 
 def to_entry(video: ProcessedVideo) -> Entry:
+    """Converts a video to a cache entry."""
     text = json.dumps(
         [asdict(video.metadata), {k: asdict(m) for k, m in video.memory.items()}, video.degraded, video.failures]
     )
@@ -114,6 +116,7 @@ def to_entry(video: ProcessedVideo) -> Entry:
 
 
 def from_entry(entry: Entry, name: str) -> ProcessedVideo:
+    """Converts a cache entry to a video named ``name``; ``timing`` and ``quality`` are empty."""
     tensors, text = entry
     metadata, memory, degraded, failures = json.loads(text)
     metadata = {key: tuple(value) if isinstance(value, list) else value for key, value in metadata.items()}

@@ -1,11 +1,12 @@
-"""Which frames a model sees: pure functions from counts and times to frame indices.
+"""Frame sampling: pure functions from frame counts and timestamps to frame indices.
 
-Clips of a fixed length for training: ``uniform``, ``random_window``, ``windows``, ``fixed_fps``. Each raises where the
-video is shorter than the clip unless ``pad`` is set, which repeats the last frame.
+Clips of a fixed length for training: ``choose_clip`` with ``ClipSampling``, over ``uniform``, ``random_window``,
+``windows`` and ``fixed_fps``. Each raises for a video shorter than the clip unless ``pad`` is set, which repeats the
+last frame.
 
-Any video for a multimodal model: ``choose`` with ``SamplingOptions``. Counts and indices of the default are those of
-qwen-vl-utils 0.0.14 (``vision_process.py``); the other spacings are those of transformers 5.23. Times are always those
-of the frames themselves, so that a range or an interval means the same at a varying rate.
+Videos of any length for a multimodal model: ``choose`` with ``SamplingOptions``. Counts and indices of the default
+equal those of qwen-vl-utils 0.0.14 (``vision_process.py``); the other spacings equal those of transformers 5.23. Times
+are the timestamps of the frames, so that ranges and intervals are correct at a variable frame rate.
 """
 
 import heapq
@@ -19,41 +20,86 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blueberry_video.video.checks import check_at_least, check_choice
 from blueberry_video.video.errors import VideoError
 
+SAMPLERS = ("uniform", "random", "fixed_fps", "multi_clip")
 STRATEGIES = ("fps", "uniform", "duration", "keyframes", "adaptive", "all")
 SPACINGS = ("inclusive", "linspace", "arange", "steps", "centres")
 DEFAULT_FPS = 2.0
-TOLERANCE = 1e-6  # seconds: a frame that is due at this very time must not be lost to rounding
+TOLERANCE = 1e-6  # seconds: rounding must not drop a frame that starts at exactly a requested time
+
+
+@dataclass(frozen=True)
+class ClipSampling:
+    """Sampling of clips of a fixed length, for training and evaluation; the fields are config keys of the datasets.
+
+    Args:
+        sampler: ``uniform``: spread over the whole video; ``random``: a window of every ``stride``-th frame at a random
+            start; ``fixed_fps``: frames 1 / ``fps`` s apart, in the middle of the video; ``multi_clip``:
+            ``num_clips`` evenly spaced windows of every ``stride``-th frame.
+        num_frames: frames of a clip.
+        stride: frame step of ``random`` and ``multi_clip``.
+        fps: frames per second of ``fixed_fps``.
+        num_clips: windows per video of ``multi_clip``.
+        pad: repeat the last frame of videos shorter than the clip, instead of raising.
+
+    Raises:
+        ValueError: an unknown sampler, or an argument that the sampler ignores or lacks.
+    """
+
+    sampler: str
+    num_frames: int
+    stride: int = 1
+    fps: float | None = None
+    num_clips: int = 1
+    pad: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("sampler", self.sampler, SAMPLERS)
+        if (self.fps is not None) != (self.sampler == "fixed_fps"):
+            raise ValueError(
+                f"fps={self.fps} with sampler={self.sampler!r}: sampler=fixed_fps requires fps, and the other samplers "
+                "ignore it."
+            )
+        if self.stride != 1 and self.sampler not in ("random", "multi_clip"):
+            raise ValueError(
+                f"stride={self.stride} with sampler={self.sampler!r}: only sampler=random and sampler=multi_clip use "
+                "stride."
+            )
+        if self.num_clips < 1 or (self.num_clips > 1 and self.sampler != "multi_clip"):
+            raise ValueError(
+                f"num_clips={self.num_clips} with sampler={self.sampler!r}: use sampler=multi_clip, and at least 1."
+            )
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Which frames of a video are taken. At most one of ``fps``, ``num_frames`` and ``indices`` is given.
+    """Sampling of a video of any length. At most one of ``fps``, ``num_frames`` and ``indices`` is set.
 
     Args:
-        sampling: ``fps``: ``fps`` frames a second; ``uniform``: ``num_frames`` spread evenly; ``duration``: one frame
+        sampling: ``fps``: ``fps`` frames per second; ``uniform``: ``num_frames`` spread evenly; ``duration``: one frame
             every ``base_interval`` seconds; ``keyframes``: keyframes first, all or evenly thinned, then the middles of
             the widest gaps; ``adaptive``: more frames where the scores of candidate frames are high; ``all``: every
-            frame. ``fps`` and ``num_frames`` set the count of ``keyframes`` and ``adaptive`` too.
-        fps: frames a second, above 0; null is 2 where the strategy needs a rate.
+            frame. ``fps`` and ``num_frames`` also set the count of ``keyframes`` and ``adaptive``.
+        fps: frames per second, above 0; null is 2 where the strategy requires a rate.
         num_frames: frames to take, rounded to a multiple of ``frame_factor``.
-        indices: frames to take, counted from the start of the video, whatever ``sampling`` says.
+        indices: frames to take, counted from the start of the video; ``sampling`` is then ignored.
         base_interval: seconds between frames of ``duration``, above 0.
-        min_frames: at least so many frames (of all strategies but explicit counts), as far as the video has them.
-        max_frames: as ``min_frames``, at most so many; wins over it; at least ``frame_factor``.
-        frame_factor: the count is a multiple of it (frames a token spans); a video with fewer frames repeats its last.
-        spacing: how indices are spread. ``inclusive``: from the first to the last frame, rounded in single precision
+        min_frames: lower limit of the count (of all strategies but explicit counts), as far as the video has frames.
+        max_frames: upper limit of the count; takes precedence over ``min_frames``; at least ``frame_factor``.
+        frame_factor: the count is a multiple of it (frames per token); a video with fewer frames repeats its last.
+        spacing: spacing of the indices. ``inclusive``: from the first to the last frame, rounded in single precision
             (qwen-vl-utils); ``linspace``: the same in double precision (Qwen3-VL in transformers); ``arange``: floors
             of equal steps in single precision, without the last frame (Qwen2-VL in transformers); ``steps``: the same
-            in whole numbers (the default of transformers); ``centres``: the middles of equal parts (InternVL).
-        by_time: spread ``fps`` and ``uniform`` evenly in time, whatever ``spacing`` says; but for exact halves the same
-            as ``inclusive`` at a steady rate.
-        pad_frames: repeat the last frame where a video has fewer than ``num_frames``, instead of raising.
-        candidates_per_frame: candidate frames of ``adaptive`` for every frame taken, at least 1.
-        uniform_share: share of ``adaptive`` that is spread evenly whatever the scores, 0 to 1.
-        video_start: seconds after the first frame; frames before are not seen. Null is the start.
-        video_end: seconds after the first frame; frames after are not seen. Null is the end.
+            in integers (the default of transformers); ``centres``: the middles of equal parts (InternVL).
+        by_time: spread ``fps`` and ``uniform`` evenly in time and ignore ``spacing``; equal to ``inclusive`` at a
+            constant rate, except for exact halves.
+        pad_frames: repeat the last frame of a video with fewer than ``num_frames``, instead of raising.
+        candidates_per_frame: candidate frames of ``adaptive`` per frame taken, at least 1.
+        uniform_share: share of ``adaptive`` that is spread evenly regardless of the scores, 0 to 1.
+        video_start: seconds after the first frame; earlier frames are ignored. Null is the start.
+        video_end: seconds after the first frame; later frames are ignored. Null is the end.
 
     Raises:
         ValueError: a value out of range, or values that contradict each other.
@@ -78,32 +124,31 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         if self.indices is not None:
             object.__setattr__(self, "indices", tuple(self.indices))
-        for key, allowed in (("sampling", STRATEGIES), ("spacing", SPACINGS)):
-            if getattr(self, key) not in allowed:
-                raise ValueError(f"{key}={getattr(self, key)!r} does not exist: choose from {', '.join(allowed)}.")
-        lowest = {"frame_factor": 1, "min_frames": 1, "max_frames": self.frame_factor, "candidates_per_frame": 1}
-        lowest["num_frames"] = self.frame_factor // 2 + 1  # what rounds to one factor
-        for key, least in lowest.items():
-            if getattr(self, key) is not None and getattr(self, key) < least:
-                raise ValueError(f"{key}={getattr(self, key)} is out of range: use at least {least}.")
+        check_choice("sampling", self.sampling, STRATEGIES)
+        check_choice("spacing", self.spacing, SPACINGS)
+        check_at_least(1, frame_factor=self.frame_factor, min_frames=self.min_frames)
+        check_at_least(self.frame_factor, max_frames=self.max_frames)
+        check_at_least(1, candidates_per_frame=self.candidates_per_frame)
+        check_at_least(self.frame_factor // 2 + 1, num_frames=self.num_frames)  # rounds to at least one factor
         for key in ("fps", "base_interval"):
             if getattr(self, key) is not None and not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"{key}={getattr(self, key)} is out of range: use a number above 0.")
         if not 0 <= self.uniform_share <= 1:
-            raise ValueError(f"uniform_share={self.uniform_share} is outside 0 to 1: it is a share, such as 0.25.")
-        given = {key: getattr(self, key) for key in ("fps", "num_frames", "indices") if getattr(self, key) is not None}
+            raise ValueError(f"uniform_share={self.uniform_share} is outside 0 to 1: use a share such as 0.25.")
+        given = [f"{k}={getattr(self, k)}" for k in ("fps", "num_frames", "indices") if getattr(self, k) is not None]
         if len(given) > 1:
-            told = " and ".join(f"{key}={value}" for key, value in given.items())
-            raise ValueError(f"{told} contradict each other: give one of fps, num_frames and indices.")
+            raise ValueError(f"{' and '.join(given)} contradict each other: set one of fps, num_frames and indices.")
         if self.indices is None and self.sampling == "uniform" and self.num_frames is None:
-            raise ValueError("sampling='uniform' needs num_frames; for a rate use sampling='fps' with fps.")
+            raise ValueError("sampling='uniform' requires num_frames; for a rate use sampling='fps' with fps.")
         if self.sampling in ("duration", "all") and (self.fps is not None or self.num_frames is not None):
-            told = f"sampling={self.sampling!r} does not use fps={self.fps} or num_frames={self.num_frames}"
-            raise ValueError(f"{told}: leave them out, or use sampling='fps'.")
+            raise ValueError(
+                f"sampling={self.sampling!r} ignores fps={self.fps} and num_frames={self.num_frames}: remove them, or "
+                "use sampling='fps'."
+            )
         if not 0 <= (self.video_start or 0) <= (math.inf if self.video_end is None else self.video_end):
             raise ValueError(
-                f"video_start={self.video_start} and video_end={self.video_end} are no range: use seconds after the "
-                "first frame, at least 0, the start before the end."
+                f"video_start={self.video_start} and video_end={self.video_end} are not a range: use seconds after the "
+                "first frame, at least 0, with the start before the end."
             )
 
 
@@ -114,26 +159,28 @@ def choose(
     scores: Tensor | Sequence[float] | None = None,
     rate: float | None = None,
 ) -> list[int]:
-    """The frames to decode, in order, counted from the start of the video.
+    """Returns the indices of the frames to decode, in order, counted from the start of the video.
 
     Args:
         timestamps: float64 (N,), seconds of every frame of the video, ascending, starting anywhere.
-        options: which frames.
-        keyframes: indices of the keyframes; needed by ``sampling='keyframes'``.
-        scores: one a frame of ``candidate_frames``, needed by ``sampling='adaptive'``: ``change_scores`` of them, or
-            whatever says how much a frame matters; at least 0.
-        rate: frames a second that the container states for the whole video; without it ``frame_rate`` of the
-            timestamps. Hand on no rate that was itself computed from timestamps: it lacks the rounding that makes
-            counts exact.
+        options: the sampling strategy.
+        keyframes: indices of the keyframes; required by ``sampling='keyframes'``.
+        scores: importance of each frame of ``candidate_frames``, at least 0, such as ``change_scores``; required by
+            ``sampling='adaptive'``.
+        rate: frames per second of the whole video as stated by the container; ``frame_rate`` of the timestamps if None.
+            Do not pass a rate computed from timestamps: it lacks the rounding that makes counts exact.
 
     Raises:
-        ValueError: options that this video cannot meet: an empty range, more frames than there are, an index outside.
-        VideoError: no timestamps, or ones that are not ascending finite numbers.
+        ValueError: options that do not fit this video: an empty range, too few frames, an index out of range.
+        VideoError: no timestamps, or timestamps that are not ascending finite numbers.
     """
     times = _checked_times(timestamps)
     if (scores is None) == (options.sampling == "adaptive" and options.indices is None):
-        told = f"sampling={options.sampling!r} {'needs' if scores is None else 'takes no'} scores"
-        raise ValueError(f"{told}: sampling='adaptive' takes one for each of candidate_frames, nothing else does.")
+        problem = "requires scores" if scores is None else "ignores scores"
+        raise ValueError(
+            f"sampling={options.sampling!r} {problem}: pass one per frame of candidate_frames, with "
+            "sampling='adaptive' only."
+        )
     first, last = time_range(times, options.video_start, options.video_end)
     if options.indices is not None:
         chosen = _explicit(options.indices, first, last)
@@ -161,8 +208,8 @@ def choose(
 
 
 def candidate_frames(timestamps: np.ndarray, options: SamplingOptions, rate: float | None = None) -> list[int]:
-    """The frames that ``sampling='adaptive'`` wants scored: ``candidates_per_frame`` for each that will be taken,
-    spread evenly over the range.
+    """Returns the frames that ``sampling='adaptive'`` scores: ``candidates_per_frame`` per frame to take, spread evenly
+    over the range.
 
     Raises:
         ValueError, VideoError: as ``choose``.
@@ -174,9 +221,9 @@ def candidate_frames(timestamps: np.ndarray, options: SamplingOptions, rate: flo
 
 
 def frame_rate(timestamps: np.ndarray) -> float:
-    """Frames a second: (n - 1) / (last - first), or the whole or NTSC rate (30000/1001, …) that explains the
-    timestamps to a millisecond, which is as finely as some containers write them. Counts are floors of products with
-    it: 29.999999 would lose two frames.
+    """Returns the frames per second: (n - 1) / (last - first), or the integer or NTSC rate (30000/1001, …) that matches
+    the timestamps to a millisecond, the resolution of some containers. Counts are floors of products with the rate, so
+    29.999999 would lose two frames.
 
     Raises:
         VideoError: all timestamps are the same.
@@ -184,7 +231,7 @@ def frame_rate(timestamps: np.ndarray) -> float:
     span = float(timestamps[-1] - timestamps[0])
     steps = len(timestamps) - 1
     if span <= 0:
-        raise VideoError(f"The video's {len(timestamps)} frames all have the time {timestamps[0]} s: re-encode it.")
+        raise VideoError(f"All {len(timestamps)} frames have the timestamp {timestamps[0]} s: re-encode the video.")
     rate = steps / span
     known = [k for k in (round(rate), round(rate * 1.001) * 1000 / 1001) if k > 0]
     closest = min(known, key=lambda k: abs(k - rate), default=rate)
@@ -194,22 +241,22 @@ def frame_rate(timestamps: np.ndarray) -> float:
 def smart_num_frames(
     total: int, rate: float, fps: float = DEFAULT_FPS, min_frames: int = 4, max_frames: int = 768, frame_factor: int = 2
 ) -> int:
-    """How many of ``total`` frames at ``rate`` frames a second show ``fps`` frames a second: a multiple of
-    ``frame_factor``, rounded down; ``total`` itself where that is less than one factor.
+    """Returns the number of frames that samples ``total`` frames at ``rate`` frames per second down to ``fps``: a
+    multiple of ``frame_factor``, rounded down; ``total`` if that is less than one factor.
 
-    As ``smart_nframes`` of qwen-vl-utils, and with ``frame_factor=1`` as Qwen3-VL in transformers.
+    Equals ``smart_nframes`` of qwen-vl-utils and, with ``frame_factor=1``, Qwen3-VL in transformers.
     """
     return _limited(total / rate * fps, total, min_frames, max_frames, frame_factor)
 
 
 def spread(first: int, last: int, num_frames: int, spacing: str = "inclusive") -> list[int]:
-    """``num_frames`` indices from ``first`` to ``last``, ascending; ``spacing`` as in ``SamplingOptions``."""
+    """Returns ``num_frames`` ascending indices from ``first`` to ``last``; ``spacing`` as in ``SamplingOptions``."""
     total = last - first + 1
     if spacing == "inclusive":
         return torch.linspace(first, last, num_frames).round().long().clamp_(first, last).tolist()
     if spacing == "linspace":
         return np.linspace(first, last, num_frames).round().astype(int).tolist()
-    if spacing == "arange":  # rounding may give one index more than steps
+    if spacing == "arange":  # rounding may add one index
         return [first + i for i in torch.arange(0, total, total / num_frames).int()[:num_frames].tolist()]
     if spacing == "centres":
         return [first + i for i in torch.arange(total / num_frames / 2, total, total / num_frames).int().tolist()]
@@ -217,7 +264,7 @@ def spread(first: int, last: int, num_frames: int, spacing: str = "inclusive") -
 
 
 def nearest(timestamps: np.ndarray, times: np.ndarray) -> list[int]:
-    """The frame whose timestamp is closest to each time, the earlier of two; frames repeat where they are far apart."""
+    """Returns the frame with the closest timestamp for each time, the earlier in a tie; sparse frames repeat."""
     after = np.searchsorted(timestamps, times).clip(1, max(len(timestamps) - 1, 1))
     before = after - 1
     late = np.abs(timestamps[after.clip(max=len(timestamps) - 1)] - times) < np.abs(timestamps[before] - times) - 1e-9
@@ -225,18 +272,18 @@ def nearest(timestamps: np.ndarray, times: np.ndarray) -> list[int]:
 
 
 def time_range(timestamps: np.ndarray, start: float | None = None, end: float | None = None) -> tuple[int, int]:
-    """The first and the last frame shown from ``start`` to ``end``, seconds after the first frame.
+    """Returns the first and last frame from ``start`` to ``end``, in seconds after the first frame.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no frame in the range.
     """
     shown = timestamps - timestamps[0]
     first = int(np.searchsorted(shown, (start or 0.0) - TOLERANCE))
     last = len(shown) - 1 if end is None else int(np.searchsorted(shown, end + TOLERANCE, side="right")) - 1
     if first > last:
         raise ValueError(
-            f"No frame lies between video_start={start} and video_end={end}: the video's {len(shown)} frames span "
-            f"0 to {shown[-1]:.6g} s. Choose a range in it."
+            f"video_start={start} and video_end={end} contain no frame: the {len(shown)} frames of the video span 0 to "
+            f"{shown[-1]:.6g} s, choose a range within it."
         )
     return first, last
 
@@ -248,27 +295,26 @@ def every_interval(
     max_frames: int = 768,
     frame_factor: int = 2,
 ) -> list[int]:
-    """round(duration / ``base_interval``) frames at even times from the first to the last, within the limits and in
-    multiples of ``frame_factor``; frames repeat where they are farther apart than that."""
+    """Returns round(duration / ``base_interval``) frames at evenly spaced times from the first to the last, within the
+    limits and in multiples of ``frame_factor``; frames repeat where they are farther apart."""
     span = float(timestamps[-1] - timestamps[0])
-    duration = span + span / max(len(timestamps) - 1, 1)  # the last frame is shown for a while too
+    duration = span + span / max(len(timestamps) - 1, 1)  # includes the display time of the last frame
     count = _limited(round(duration / base_interval), len(timestamps), min_frames, max_frames, frame_factor)
     return nearest(timestamps, np.linspace(timestamps[0], timestamps[-1], count))
 
 
 def prefer_keyframes(keyframes: Sequence[int], first: int, last: int, num_frames: int) -> list[int]:
-    """``num_frames`` frames from ``first`` to ``last`` (all, where there are no more): keyframes, ascending, evenly
-    thinned where there are more of them; where there are fewer, filled up with whatever frame is then the farthest
-    from those taken."""
+    """Returns ``num_frames`` ascending frames from ``first`` to ``last`` (all, if there are fewer): keyframes, evenly
+    thinned if there are more, else completed by repeatedly adding the frame farthest from those taken."""
     if len(keyframes) >= num_frames:
         return [keyframes[i] for i in spread(0, len(keyframes) - 1, num_frames, "linspace")]
     taken = list(keyframes) or [first]
-    # mirrored at the ends, so that the middle of an outer gap is the end itself
+    # mirror the outer gaps, so that their middle is the first or last frame
     edges = [2 * first - taken[0], *taken, 2 * last - taken[-1]]
     gaps = [(low - high, low, high) for low, high in itertools.pairwise(edges) if high - low > 1]
     heapq.heapify(gaps)
     while gaps and len(taken) < num_frames:
-        _, low, high = heapq.heappop(gaps)  # the widest, then the earliest
+        _, low, high = heapq.heappop(gaps)  # widest gap first, then the earliest
         middle = (low + high) // 2
         taken.append(middle)
         for a, b in ((low, middle), (middle, high)):
@@ -280,25 +326,25 @@ def prefer_keyframes(keyframes: Sequence[int], first: int, last: int, num_frames
 def by_scores(
     scores: Tensor | Sequence[float], candidates: Sequence[int], num_frames: int, uniform_share: float = 0.25
 ) -> list[int]:
-    """``num_frames`` different candidates at equal steps of the cumulative score: the more, the higher the scores.
+    """Returns ``num_frames`` distinct candidates at equal steps of the cumulative score.
 
-    A score belongs to the step that leads to its candidate, so a scene cut gets frames on both of its sides, the first
-    candidate is always taken, and the last too where there are two frames or more.
+    A score belongs to the step that leads to its candidate, so a scene cut receives frames on both sides. The first
+    candidate is always taken, and also the last if there are two frames or more.
 
     Args:
         scores: (N,), at least 0.
         candidates: N frame indices, ascending.
         num_frames: 1 to N.
-        uniform_share: share of the total that every step gets alike, so that still parts keep some frames.
+        uniform_share: share of the total that is spread evenly over the steps, so that static parts keep some frames.
 
     Raises:
-        ValueError: scores that are negative, not finite or not N; ``num_frames`` out of range.
+        ValueError: negative or non-finite scores, a number of scores other than N, or ``num_frames`` out of range.
     """
     values, total = torch.as_tensor(scores, dtype=torch.float64).cpu(), len(candidates)
     if values.shape != (total,) or not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
         raise ValueError(
-            f"scores of shape {tuple(values.shape)} for {total} candidate frames: there must be one finite number of "
-            "at least 0 for each."
+            f"scores of shape {tuple(values.shape)} for {total} candidate frames: pass one finite number of at least 0 "
+            "per frame."
         )
     if not 1 <= num_frames <= total:
         raise ValueError(f"num_frames={num_frames} of {total} candidate frames: take at least one and at most all.")
@@ -306,24 +352,24 @@ def by_scores(
     even = np.full(total - 1, 1 / max(total - 1, 1))
     share = steps / steps.sum() if steps.sum() > 0 else even
     reached = np.concatenate([[0.0], np.cumsum((1 - uniform_share) * share + uniform_share * even)])
-    places = nearest(reached, np.linspace(0, reached[-1], num_frames))
-    for k in range(1, num_frames):  # several steps within one jump: the next candidates
-        places[k] = max(places[k], places[k - 1] + 1)
-    places[-1] = max(places[-1], total - 1 if num_frames > 1 else 0)  # also where the last scores are 0
-    return [candidates[min(place, total - num_frames + k)] for k, place in enumerate(places)]
+    picked = nearest(reached, np.linspace(0, reached[-1], num_frames))
+    for k in range(1, num_frames):  # several steps within one jump: take the next candidates
+        picked[k] = max(picked[k], picked[k - 1] + 1)
+    picked[-1] = max(picked[-1], total - 1 if num_frames > 1 else 0)  # even if the last scores are 0
+    return [candidates[min(i, total - num_frames + k)] for k, i in enumerate(picked)]
 
 
 def change_scores(frames: Tensor) -> Tensor:
-    """How much each frame differs from the one before: uint8 (N, 3, h, w) RGB to float32 (N,), 0 to 1, 0 for the first.
+    """Returns the difference of each frame to the previous one: uint8 (N, 3, h, w) RGB to float32 (N,) in [0, 1].
 
-    The mean difference of luma and the two colour differences (BT.601). Frames some 160 pixels wide are enough: more
-    measures noise.
+    Mean absolute difference of luma and the two chroma channels (BT.601); 0 for the first frame. Frames about 160
+    pixels wide suffice: larger ones measure noise.
 
     Raises:
-        ValueError: frames of another type or shape.
+        ValueError: frames of a wrong dtype or shape.
     """
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3 or frames.numel() == 0:
-        raise ValueError(f"frames are {frames.dtype} of shape {tuple(frames.shape)}: use uint8 (N, 3, h, w).")
+        raise ValueError(f"frames are {frames.dtype} of shape {tuple(frames.shape)}: pass uint8 (N, 3, h, w).")
     to_ycc = torch.tensor(
         [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], device=frames.device
     )
@@ -336,9 +382,34 @@ def change_scores(frames: Tensor) -> Tensor:
     return scores
 
 
+def choose_clip(
+    timestamps: np.ndarray, options: ClipSampling, rng: np.random.Generator | None = None, window: int = 0
+) -> list[int]:
+    """Returns the frame indices of a clip of ``options.num_frames`` frames.
+
+    Args:
+        timestamps: float64 (N,), seconds of every frame of the video, ascending.
+        options: the sampling strategy.
+        rng: draws the start of ``random``; seeded with 0 if None.
+        window: index of the window of ``multi_clip``, 0 to ``num_clips`` - 1.
+
+    Raises:
+        ValueError: the video is shorter than the clip and ``pad`` is not set, or a value below 1.
+    """
+    total, num_frames, stride, pad = len(timestamps), options.num_frames, options.stride, options.pad
+    if options.sampler == "uniform":
+        return uniform(total, num_frames, pad)
+    if options.sampler == "random":
+        return random_window(total, num_frames, rng or np.random.default_rng(0), stride, pad)
+    if options.sampler == "multi_clip":
+        return windows(total, num_frames, options.num_clips, stride, pad)[window]
+    assert options.fps is not None
+    return fixed_fps(timestamps.tolist(), num_frames, options.fps, pad=pad)
+
+
 def uniform(total: int, num_frames: int, pad: bool = False) -> list[int]:
-    """``num_frames`` indices spread evenly over the whole video, first and last frame included; the middle frame for
-    one.
+    """Returns ``num_frames`` indices spread evenly over the video, including the first and last frame; the middle frame
+    for ``num_frames=1``.
 
     Raises:
         ValueError: ``total`` < ``num_frames`` without ``pad``, or a value below 1.
@@ -353,11 +424,11 @@ def uniform(total: int, num_frames: int, pad: bool = False) -> list[int]:
 def random_window(
     total: int, num_frames: int, rng: np.random.Generator, stride: int = 1, pad: bool = False
 ) -> list[int]:
-    """Every ``stride``-th frame of a window at a random start drawn from ``rng``.
+    """Returns every ``stride``-th frame of a window with a start drawn from ``rng``.
 
     Raises:
-        ValueError: the window of (num_frames - 1) · stride + 1 frames is longer than the video without ``pad``, or a
-            value below 1.
+        ValueError: the window of (num_frames - 1) · stride + 1 frames is longer than the video and ``pad`` is not set,
+            or a value below 1.
     """
     if _too_short(total, num_frames, stride, pad):
         return _padded(total, num_frames, stride)
@@ -366,13 +437,14 @@ def random_window(
 
 
 def windows(total: int, num_frames: int, num_clips: int, stride: int = 1, pad: bool = False) -> list[list[int]]:
-    """``num_clips`` windows whose starts are spread evenly from the first possible to the last; the middle one for one.
+    """Returns ``num_clips`` windows with starts spread evenly from the first possible to the last; the middle window
+    for ``num_clips=1``.
 
     Raises:
         ValueError: as ``random_window``.
     """
     if num_clips < 1:
-        raise ValueError(f"num_clips={num_clips} takes no clip from a video: use at least 1.")
+        raise ValueError(f"num_clips={num_clips} must be at least 1.")
     if _too_short(total, num_frames, stride, pad):
         return [_padded(total, num_frames, stride)] * num_clips
     span = _span(num_frames, stride)
@@ -384,18 +456,17 @@ def windows(total: int, num_frames: int, num_clips: int, stride: int = 1, pad: b
 def fixed_fps(
     timestamps: Sequence[float], num_frames: int, fps: float, rng: np.random.Generator | None = None, pad: bool = False
 ) -> list[int]:
-    """The frames on display at ``num_frames`` times 1 / ``fps`` seconds apart, correct also where the frame rate
-    varies.
+    """Returns the frames displayed at ``num_frames`` times 1 / ``fps`` seconds apart, also at a variable frame rate.
 
     Args:
         timestamps: seconds of every frame of the video, ascending.
         num_frames: frames to take.
-        fps: frames a second of the clip; above the video's own rate, frames repeat.
-        rng: draws the start; without it the clip lies in the middle of the video.
-        pad: repeat the last frame where the video ends before the clip.
+        fps: frames per second of the clip; above the rate of the video, frames repeat.
+        rng: draws the start; if None, the clip is centered in the video.
+        pad: repeat the last frame if the video ends before the clip.
 
     Raises:
-        ValueError: the clip lasts longer than the video without ``pad``, or a value out of range.
+        ValueError: the clip is longer than the video and ``pad`` is not set, or a value out of range.
     """
     if fps <= 0 or num_frames < 1 or not timestamps:
         raise ValueError(
@@ -403,15 +474,15 @@ def fixed_fps(
             "one frame."
         )
     slack = timestamps[-1] - timestamps[0] - (num_frames - 1) / fps
-    if slack < -1e-6 and not pad:
+    if slack < -TOLERANCE and not pad:
         raise ValueError(
-            f"num_frames={num_frames} at fps={fps} last {(num_frames - 1) / fps:.3g} s, but the video's "
-            f"{len(timestamps)} frames span {timestamps[-1] - timestamps[0]:.3g} s: lower num_frames, raise fps, or "
-            "set pad=true to repeat the last frame."
+            f"num_frames={num_frames} at fps={fps} last {(num_frames - 1) / fps:.3g} s, but the {len(timestamps)} "
+            f"frames of the video span {timestamps[-1] - timestamps[0]:.3g} s: lower num_frames, raise fps, or set "
+            "pad=true to repeat the last frame."
         )
     start = timestamps[0] + max(slack, 0.0) * (rng.random() if rng is not None else 0.5)
-    # a microsecond of tolerance: rounding must not show the frame before the one that starts at this very time
-    return [max(bisect_right(timestamps, start + i / fps + 1e-6) - 1, 0) for i in range(num_frames)]
+    # rounding must not select the frame before one that starts at exactly this time
+    return [max(bisect_right(timestamps, start + i / fps + TOLERANCE) - 1, 0) for i in range(num_frames)]
 
 
 def _span(num_frames: int, stride: int) -> int:
@@ -421,12 +492,12 @@ def _span(num_frames: int, stride: int) -> int:
 def _too_short(total: int, num_frames: int, stride: int, pad: bool) -> bool:
     if min(total, num_frames, stride) < 1:
         raise ValueError(
-            f"num_frames={num_frames} with stride={stride} from a video of {total} frames: each must be at least 1."
+            f"num_frames={num_frames} with stride={stride} of a video of {total} frames: each must be at least 1."
         )
     short = total < _span(num_frames, stride)
     if short and not pad:
         raise ValueError(
-            f"num_frames={num_frames} with stride={stride} needs a video of {_span(num_frames, stride)} frames, but "
+            f"num_frames={num_frames} with stride={stride} requires a video of {_span(num_frames, stride)} frames, but "
             f"this one has {total}: lower num_frames or stride, or set pad=true to repeat the last frame."
         )
     return short
@@ -439,30 +510,33 @@ def _padded(total: int, num_frames: int, stride: int) -> list[int]:
 def _checked_times(timestamps: np.ndarray) -> np.ndarray:
     times = np.asarray(timestamps, dtype=np.float64)
     if times.ndim != 1 or not len(times) or not np.isfinite(times).all() or (np.diff(times) < 0).any():
-        raise VideoError(f"The timestamps of {times.size} frames are no ascending finite seconds: re-encode the video.")
+        raise VideoError(
+            f"The timestamps of {times.size} frames are not ascending finite seconds: re-encode the video."
+        )
     return times
 
 
 def _count(
     times: np.ndarray, first: int, last: int, options: SamplingOptions, rate: float | None, natural: int | None = None
 ) -> int:
-    """How many different frames to take; ``natural`` where neither a count nor a rate is asked for."""
+    """Returns the number of distinct frames to take; ``natural`` if neither a count nor a rate is set."""
     total = last - first + 1
     if options.num_frames is not None:
         wanted = _rounded_count(options)
         if wanted > max(total, options.frame_factor) and not options.pad_frames:
             raise ValueError(
-                f"num_frames={options.num_frames} (in multiples of {options.frame_factor}: {wanted}) of {total} frames "
-                "that the video or its range has: lower num_frames, or set pad_frames=true to repeat the last frame."
+                f"num_frames={options.num_frames} (in multiples of {options.frame_factor}: {wanted}) exceeds the "
+                f"{total} frames of the video or its range: lower num_frames, or set pad_frames=true to repeat the "
+                "last frame."
             )
         return min(wanted, total)
     limits = (options.min_frames, options.max_frames, options.frame_factor)
     if total == 1:
         return 1
     if natural is not None and options.fps is None:
-        return _limited(natural + -natural % options.frame_factor, total, *limits)  # up: all of them, where they fit
+        return _limited(natural + -natural % options.frame_factor, total, *limits)  # round up: all of them, if they fit
     rate = rate or frame_rate(times)
-    if options.by_time:  # the same number at a steady rate; rounded, for a sum of times is not exact
+    if options.by_time:  # equal at a constant rate; rounded, since a sum of times is inexact
         rate = total / round(float(times[last] - times[first]) + 1 / rate, 6)
     return smart_num_frames(total, rate, options.fps or DEFAULT_FPS, *limits)
 
@@ -483,8 +557,8 @@ def _explicit(indices: Sequence[int], first: int, last: int) -> list[int]:
     outside = [i for i in indices if not first <= i <= last]
     if outside or not indices:
         raise ValueError(
-            f"indices={list(indices)[:8]} name the frames {outside[:8]}, but the video, or its range from video_start "
-            f"to video_end, has the frames {first} to {last}: ask for at least one of these."
+            f"indices={list(indices)[:8]} contain the frames {outside[:8]}, but the video, or its range from "
+            f"video_start to video_end, has the frames {first} to {last}: choose at least one of these."
         )
     return list(indices)
 

@@ -1,9 +1,12 @@
-"""All that the pipeline can be told: one section a stage, checked before a video is opened.
+"""Settings of the pipeline: one section per stage, validated before a video is opened.
 
-Values come from three places, the later ones win: conf/video/general.yaml, the file of a model (one of conf/video, a
-YAML file elsewhere, or what HuggingFace saved beside a model), and overrides by the name of a field. A section is a
-frozen dataclass beside the code that reads it; its fields are the keys of the YAML, and every name is unique over all
-sections, so that an override need not name its section.
+Values are merged from three sources, later ones take precedence: conf/video/general.yaml, the file of a model (one of
+conf/video, a YAML file elsewhere, or a processor config saved by HuggingFace), and overrides by field name. A section
+is a frozen dataclass next to the code that reads it. Its fields are the keys of the YAML, and field names are unique
+over all sections, so that an override needs no section.
+
+Types are checked here rather than by ``OmegaConf.structured``, which converts wrong types silently ("3" to 3, 1 to
+true), accepts three values for a pair, and does not support ``int | tuple[int, int]``.
 """
 
 import json
@@ -29,10 +32,10 @@ from blueberry_video.video.tokens import TokenOptions
 
 CONF = Path(__file__).resolve().parents[3] / "conf" / "video"
 GENERAL = "general"
-DEFAULTS = [GENERAL, "_self_"]  # what Hydra needs at the top of a model's file, and all of Hydra that is understood
+DEFAULTS = [GENERAL, "_self_"]  # the only defaults list that a model's file may contain
 
-_COUNTS = ("fps", "num_frames", "indices")  # of which a video can follow one
-_EXCLUDED = {"all": _COUNTS, "duration": _COUNTS, "fps": ("num_frames",), "uniform": ("fps",)}  # by a way of sampling
+_COUNTS = ("fps", "num_frames", "indices")  # mutually exclusive
+_EXCLUDED = {"all": _COUNTS, "duration": _COUNTS, "fps": ("num_frames",), "uniform": ("fps",)}  # per strategy
 
 Settings = TypeVar("Settings")
 Values = dict[str, dict[str, Any]]  # section → field → value
@@ -40,7 +43,7 @@ Values = dict[str, dict[str, Any]]  # section → field → value
 
 @dataclass(frozen=True)
 class VideoSettings:
-    """Every section; the name of a field here is the name of a section in conf/video."""
+    """All sections; the field names are the names of the sections in conf/video."""
 
     source: SourceOptions = field(default_factory=SourceOptions)
     decode: DecodeOptions = field(default_factory=DecodeOptions)
@@ -55,25 +58,25 @@ class VideoSettings:
         patches = self.format.format == "huggingface" and self.format.huggingface_layout == "patches"
         if patches and self.tokens.count != "patches":
             raise ValueError(
-                f"format=huggingface with huggingface_layout=patches needs a model that counts patches, but "
-                f"count={self.tokens.count}: use huggingface_layout=frames, or the format of this model's profile."
+                f"format=huggingface with huggingface_layout=patches requires count=patches, but count="
+                f"{self.tokens.count}: use huggingface_layout=frames, or the format of this model's profile."
             )
         step, factor = self.tokens.size_step, self.resize.size_factor
         if self.resize.rule in ("smart", "fill") and factor % step:
             raise ValueError(
-                f"size_factor={factor} gives sizes that are no multiple of patch_size={self.tokens.patch_size} · "
-                f"merge_size={self.tokens.merge_size}: set size_factor={step} too."
+                f"size_factor={factor} must be a multiple of patch_size={self.tokens.patch_size} · "
+                f"merge_size={self.tokens.merge_size}: also set size_factor={step}."
             )
-        asked, counted = self.format.detail, self.tokens.tile_detail
-        if self.tokens.count == "tiles" and asked != "auto" and asked != counted:
+        detail, counted = self.format.detail, self.tokens.tile_detail
+        if self.tokens.count == "tiles" and detail not in ("auto", counted):
             raise ValueError(
-                f"detail={asked} asks the model for another detail than tile_detail={counted}, by which tokens are "
-                f"counted: set tile_detail={asked} too."
+                f"detail={detail} differs from tile_detail={counted}, which determines the token count: also set "
+                f"tile_detail={detail}."
             )
 
 
 def models(conf: Path = CONF) -> list[str]:
-    """Names of the models that have a file in conf/video, sorted."""
+    """Returns the sorted names of the models in conf/video."""
     return sorted(file.stem for file in conf.glob("*.yaml") if file.stem != GENERAL)
 
 
@@ -83,40 +86,38 @@ def load_settings(
     into: type[Settings] = VideoSettings,  # type: ignore[assignment]
     conf: Path = CONF,
 ) -> Settings:
-    """The settings for a model.
+    """Returns the settings of a model.
 
     Args:
-        model: one of ``models()``; or the path of a YAML file; or of a folder or JSON file that HuggingFace saved, see
+        model: one of ``models()``; the path of a YAML file; the path of a folder or JSON file saved by HuggingFace, see
             ``profile_from_huggingface``; None: the general settings.
-        overrides: field name → value, over every section: ``{"fps": 1.0, "max_frames": 32}``.
-        into: a frozen dataclass whose fields are sections.
+        overrides: field name → value, of any section: ``{"fps": 1.0, "max_frames": 32}``.
+        into: a frozen dataclass with a section per field.
         conf: the folder of the YAML files.
 
     Raises:
-        FileNotFoundError: a model by name where there is no folder ``conf``, or a path where there is nothing.
-        ValueError: an unknown model, section or name (the message names the nearest right one), a value of the wrong
-            type, or one that a section refuses.
+        FileNotFoundError: a model name without a folder ``conf``, or a path that does not exist.
+        ValueError: an unknown model, section or field (the message names the nearest valid one), a value of a wrong
+            type, or a value that a section does not accept.
     """
     sections = sections_of(into)
     values: Values = {name: {} for name in sections}
     general = conf / f"{GENERAL}.yaml"
-    if general.is_file():  # without it, the sections' own defaults are the same
+    if general.is_file():  # equal to the defaults of the sections
         _merge(values, _read_yaml(general), sections, str(general))
     if model is not None:
         file = _find(model, conf)
-        if file.suffix in (".yaml", ".yml"):
-            _merge(values, _read_yaml(file), sections, str(file))
-        else:
-            _merge(values, profile_from_huggingface(file, conf), sections, str(file))
-    places = {name: section for section, kind in sections.items() for name in _hints(kind)}
+        content = _read_yaml(file) if file.suffix in (".yaml", ".yml") else profile_from_huggingface(file, conf)
+        _merge(values, content, sections, str(file))
+    section_of = _section_of(sections)
     given: Values = {name: {} for name in sections}
     for name, value in (overrides or {}).items():
-        if name not in places:
-            raise ValueError(_unknown(name, "is no setting", places))
-        kind = sections[places[name]]
-        given[places[name]][name] = _checked(value, _hints(kind)[name], f"{name}={value!r}")
+        if name not in section_of:
+            raise ValueError(_unknown(name, "is not a setting", section_of))
+        hint = _hints(sections[section_of[name]])[name]
+        given[section_of[name]][name] = _checked(value, hint, f"{name}={value!r}")
     for section, chosen in given.items():
-        _give_way(values[section], chosen)
+        _drop_excluded(values[section], chosen)
         values[section] |= chosen
     return into(**{section: kind(**values[section]) for section, kind in sections.items()})
 
@@ -127,26 +128,25 @@ def sections_of(settings: type) -> dict[str, type]:
     return {part.name: hints[part.name] for part in fields(settings) if is_dataclass(hints[part.name])}
 
 
-def _give_way(said: dict[str, Any], chosen: Mapping[str, Any]) -> None:
-    """Takes out of what files say of a section that which an override excludes: ``num_frames=8`` need not be told to
-    switch a model's own ``fps`` off, nor ``dtype="uint8"`` its ``mean``."""
+def _drop_excluded(values: dict[str, Any], chosen: Mapping[str, Any]) -> None:
+    """Removes the values that an override excludes, in-place: ``num_frames=8`` replaces the ``fps`` of a model, and
+    ``dtype="uint8"`` its ``mean``."""
+    excluded: tuple[str, ...] = _EXCLUDED.get(chosen.get("sampling", ""), ())
     if chosen.get("dtype") == "uint8":
-        for name in ("rescale", "mean", "std"):
-            said.pop(name, None)
-    for name in _EXCLUDED.get(chosen.get("sampling", ""), ()):
-        said.pop(name, None)
+        excluded += ("rescale", "mean", "std")
     if chosen.keys() & set(_COUNTS):
-        for name in _COUNTS:
-            said.pop(name, None)
-        if "sampling" not in chosen and "num_frames" not in chosen and said.get("sampling") == "uniform":
-            said["sampling"] = "fps"  # also evenly spread, and needs no count
+        excluded += _COUNTS
+        if "sampling" not in chosen and "num_frames" not in chosen and values.get("sampling") == "uniform":
+            values["sampling"] = "fps"  # also evenly spaced, and requires no count
+    for name in excluded:
+        values.pop(name, None)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def _find(model: str | Path, conf: Path) -> Path:
-    """The file or folder that a model's name or path means; a name wins over a file in the working directory."""
+    """Returns the file or folder of a model; a name takes precedence over a file in the working directory."""
     known = models(conf)
     if model in known:
         return conf / f"{model}.yaml"
@@ -155,18 +155,19 @@ def _find(model: str | Path, conf: Path) -> Path:
         return path
     if isinstance(model, Path) or path.suffix in (".yaml", ".yml", ".json") or len(path.parts) > 1:
         raise FileNotFoundError(
-            f"there is no model settings file {path}: give an existing YAML file, or a folder with HuggingFace's "
+            f"model={str(path)!r} does not exist: use an existing YAML file, a folder with HuggingFace's "
             f"preprocessor_config.json (nothing is downloaded), or one of the models {', '.join(known) or '(none)'}."
         )
     if not known:
         raise FileNotFoundError(
-            f"model={model!r} cannot be looked up, for there is no folder {conf} with a file a model, as where the "
-            "package was installed without its repository: give the path of a YAML file as model."
+            f"model={model!r} cannot be found, because the folder {conf} of model files does not exist: set model to "
+            "the path of a YAML file."
         )
     near = get_close_matches(str(model), known, n=1, cutoff=0.4)
     raise ValueError(
-        f"model={model!r} is none of {', '.join(known)}.{f' Did you mean {near[0]!r}?' if near else ''} A new model is "
-        f"a new file {conf / f'{model}.yaml'}, or any YAML file given by its path."
+        f"model={model!r} does not exist: choose from {', '.join(known)}."
+        f"{f' Did you mean {near[0]!r}?' if near else ''} To add a model, create {conf / f'{model}.yaml'}, or pass the "
+        "path of a YAML file."
     )
 
 
@@ -182,22 +183,22 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     defaults = plain.pop("defaults", DEFAULTS)
     if defaults != DEFAULTS:
         raise ValueError(
-            f"{file} has defaults: {defaults}: leave them out, or write defaults: [{', '.join(DEFAULTS)}]; every model "
-            "starts from the general settings and from nothing else."
+            f"{file} has defaults: {defaults}: remove them, or write defaults: [{', '.join(DEFAULTS)}]; the general "
+            "settings are the only base of a model."
         )
     return {str(key): value for key, value in plain.items()}
 
 
 def _merge(values: Values, content: Mapping[str, Any], sections: Mapping[str, type], file: str) -> None:
-    """Lays the content of a file over ``values``, after checking every name and type in it."""
-    places = {name: section for section, kind in sections.items() for name in _hints(kind)}
+    """Merges the content of a file into ``values`` in-place, after checking all names and types."""
+    section_of = _section_of(sections)
     for section, settings in content.items():
         if section not in sections:
-            if section in places:
-                raise ValueError(f"{file}: `{section}` belongs under `{places[section]}:`.")
+            if section in section_of:
+                raise ValueError(f"{file}: `{section}` belongs under `{section_of[section]}:`.")
             near = get_close_matches(section, sections, n=1)
             raise ValueError(
-                f"{file}: `{section}` is none of the sections {', '.join(sections)}."
+                f"{file}: `{section}` is not a section: choose from {', '.join(sections)}."
                 f"{f' Did you mean `{near[0]}`?' if near else ''}"
             )
         if settings is None:
@@ -207,7 +208,8 @@ def _merge(values: Values, content: Mapping[str, Any], sections: Mapping[str, ty
         hints = _hints(sections[section])
         for name, value in settings.items():
             if name not in hints:
-                raise ValueError(f"{file}: {_unknown(str(name), f'is no setting of section `{section}`', places)}")
+                problem = _unknown(str(name), f"is not a setting of section `{section}`", section_of)
+                raise ValueError(f"{file}: {problem}")
             values[section][name] = _checked(value, hints[name], f"{file}: {section}.{name}={value!r}")
 
 
@@ -215,38 +217,43 @@ def _merge(values: Values, content: Mapping[str, Any], sections: Mapping[str, ty
 
 
 def _hints(kind: type) -> dict[str, Any]:
-    """Field name → type; class attributes that are no fields are no settings."""
+    """Field name → type hint of a section."""
     hints = get_type_hints(kind)
     return {part.name: hints[part.name] for part in fields(kind)}
 
 
-def _unknown(name: str, what: str, places: Mapping[str, str]) -> str:
-    if name in places:
-        return f"`{name}` {what}; it belongs to section `{places[name]}`."
-    if name in places.values():
-        return f"`{name}` {what} but a section: give its settings by their own names."
-    near = get_close_matches(name, places, n=1, cutoff=0.5)
+def _section_of(sections: Mapping[str, type]) -> dict[str, str]:
+    """Field name → section name."""
+    return {part.name: section for section, kind in sections.items() for part in fields(kind)}
+
+
+def _unknown(name: str, problem: str, section_of: Mapping[str, str]) -> str:
+    if name in section_of:
+        return f"`{name}` {problem}; it belongs to section `{section_of[name]}`."
+    if name in section_of.values():
+        return f"`{name}` {problem} but a section: pass its settings by name."
+    near = get_close_matches(name, section_of, n=1, cutoff=0.5)
     if near:
-        return f"`{name}` {what}. Did you mean `{near[0]}` (section `{places[near[0]]}`)?"
-    return f"`{name}` {what}. There are: {', '.join(sorted(places))}."
+        return f"`{name}` {problem}. Did you mean `{near[0]}` (section `{section_of[near[0]]}`)?"
+    return f"`{name}` {problem}. Available: {', '.join(sorted(section_of))}."
 
 
 class _WrongTypeError(Exception):
     pass
 
 
-def _checked(value: Any, hint: Any, place: str) -> Any:
+def _checked(value: Any, hint: Any, setting: str) -> Any:
     try:
         return _converted(value, hint)
     except _WrongTypeError:
-        raise ValueError(f"{place} is of type {type(value).__name__}, but must be {_told(hint)}.") from None
+        raise ValueError(f"{setting} has type {type(value).__name__}, but must be {_described(hint)}.") from None
 
 
 def _converted(value: Any, hint: Any) -> Any:
-    """The value as its type hint wants it: whole numbers do for floats and lists for tuples, and nothing else."""
+    """Converts a value to its type hint: integers to floats and lists to tuples; anything else must match."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        for choice in sorted(inner, key=lambda kind: kind is float):  # 3 for `float | int` stays whole
+        for choice in sorted(inner, key=lambda kind: kind is float):  # 3 stays an integer for `float | int`
             try:
                 return _converted(value, choice)
             except _WrongTypeError:
@@ -259,28 +266,28 @@ def _converted(value: Any, hint: Any) -> Any:
         return {_converted(key, inner[0]): _converted(part, inner[1]) for key, part in value.items()}
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    elif origin is None and type(value) is hint:  # a bool is an int only to Python
+    elif origin is None and type(value) is hint:  # excludes bool for int
         return value
     raise _WrongTypeError
 
 
-def _told(hint: Any) -> str:
-    """A type in words."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+def _described(hint: Any) -> str:
+    """Describes a type in the terms of YAML."""
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return " or ".join(_told(kind) for kind in inner)
+        return " or ".join(_described(kind) for kind in inner)
     if origin is tuple:
-        length = "" if inner[-1] is Ellipsis else f"{len(inner)} times "
-        return f"a list of {length}{_told(inner[0])}"
+        length = "" if inner[-1] is Ellipsis else f" of length {len(inner)}"
+        return f"a list{length}, each {_described(inner[0])}"
     if origin is dict:
-        return f"a mapping to {_told(inner[1])}"
+        return f"a mapping, each value {_described(inner[1])}"
     return words.get(hint, str(hint))
 
 
-# ---- what HuggingFace saves beside a model ---------------------------------------------------------------------------
+# ---- HuggingFace processor configs -----------------------------------------------------------------------------------
 
-_FAMILIES = {  # how the names of HuggingFace's processors begin → the model whose rules they follow
+_FAMILIES = {  # prefix of a HuggingFace processor class → model in conf/video with the same rules
     "Qwen2VL": "qwen2.5-vl",
     "Qwen2_5_VL": "qwen2.5-vl",
     "Qwen3VL": "qwen3-vl",
@@ -289,12 +296,12 @@ _FAMILIES = {  # how the names of HuggingFace's processors begin → the model w
     "InternVL": "internvl",
     "Gemma4": "gemma",
 }
-_IN_TRANSFORMERS: dict[str, Values] = {  # where it departs from the models' own code, which conf/video follows
-    "qwen2.5-vl": {"sampling": {"spacing": "arange"}, "resize": {"total_pixels": 2**40}},  # no budget of the video
+_IN_TRANSFORMERS: dict[str, Values] = {  # differences from the models' original code, which conf/video follows
+    "qwen2.5-vl": {"sampling": {"spacing": "arange"}, "resize": {"total_pixels": 2**40}},  # no budget per video
     "qwen3-vl": {"sampling": {"spacing": "linspace", "frame_factor": 1}, "resize": {"pixel_budget": "video"}},
 }
-_OF_ONE_SIZE = ("context_length", "hidden_size", "num_layers", "num_kv_heads", "head_dim", "num_parameters")
-_WHOLE = (  # keys of theirs that are reckoned with
+_SIZE_SPECIFIC = ("context_length", "hidden_size", "num_layers", "num_kv_heads", "head_dim", "num_parameters")
+_INTEGERS = (  # keys used in arithmetic
     *("patch_size", "merge_size", "temporal_patch_size", "pooling_kernel_size", "max_soft_tokens"),
     *("image_seq_length", "num_image_tokens", "hidden_size", "num_attention_heads"),
 )
@@ -302,25 +309,27 @@ _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
 
 
 def profile_from_huggingface(path: str | Path, conf: Path = CONF) -> Values:
-    """The settings that a processor saved by transformers stands for: section → field → value.
+    """Returns the settings equivalent to a processor saved by transformers: section → field → value.
 
-    What its class decides (how frames are resized and counted) is taken from the model of its family in conf/video,
-    what the file says from the file. Qwen3-VL's budgets are those of the whole video, as in transformers; of Qwen2-VL
-    and Qwen2.5-VL without a video_preprocessor_config.json they are the image processor's, which transformers uses too.
-    The sizes of the language model come from a config.json beside it. Reads local files alone, downloads nothing.
+    Rules that depend on the processor class (resizing and token counts) are those of its family in conf/video; other
+    values are read from the file. Budgets of Qwen3-VL apply to the whole video, as in transformers; budgets of Qwen2-VL
+    and Qwen2.5-VL without a video_preprocessor_config.json are those of the image processor, also as in transformers.
+    The sizes of the language model are read from a config.json in the same folder. Reads local files only.
 
     Args:
         path: a folder with video_preprocessor_config.json, processor_config.json or preprocessor_config.json (the
-            first one that describes a processor of videos), or one of these files.
+            first one that describes a video processor), or one of these files.
         conf: the folder of the models' YAML files.
 
     Raises:
-        FileNotFoundError: there is no such file, or none in the folder.
-        ValueError: not JSON, an unknown class of processor, or something no setting stands for.
+        FileNotFoundError: the file does not exist, or the folder has none of these files.
+        ValueError: invalid JSON, an unknown processor class, or a value without an equivalent setting.
     """
     file = path = Path(path)
     if path.is_file() and path.suffix != ".json":
-        raise ValueError(f"{path} holds no settings: give a YAML file, or a folder or JSON file saved by transformers.")
+        raise ValueError(
+            f"model={str(path)!r} is not a settings file: use a YAML file, or a folder or JSON file of transformers."
+        )
     if path.is_dir():
         names = ("video_preprocessor_config.json", "processor_config.json", "preprocessor_config.json")
         found = [path / name for name in names if (path / name).is_file()]
@@ -329,27 +338,27 @@ def profile_from_huggingface(path: str | Path, conf: Path = CONF) -> Values:
         of_videos = [file for file in found if file.name != names[1] or "video_processor" in _read_json(file)]
         file = (of_videos or found)[0]
     content = _read_json(file, "video_processor")
-    beside = _read_json(path / "processor_config.json") if (path / "processor_config.json").is_file() else content
+    processor = _read_json(path / "processor_config.json") if (path / "processor_config.json").is_file() else content
     family = _family(content, file)
     profile = _read_yaml(_find(family, conf))
     tokens, size, frames, pixels = (dict(profile[section]) for section in ("tokens", "resize", "sampling", "format"))
-    for name in _OF_ONE_SIZE:
+    for name in _SIZE_SPECIFIC:
         tokens.pop(name, None)
-    tokens |= _said(content, "patch_size", "merge_size", "temporal_patch_size")
-    tokens |= _said(content, merge_size="pooling_kernel_size")  # Gemma's name for it
+    tokens |= _renamed(content, "patch_size", "merge_size", "temporal_patch_size")
+    tokens |= _renamed(content, merge_size="pooling_kernel_size")  # the name in Gemma's config
     tokens |= _language_model(path / "config.json")
-    if "image_seq_length" in beside and family == "internvl":
-        tokens["tokens_per_frame"] = beside["image_seq_length"]
-    if "num_image_tokens" in beside and family == "llava-onevision":
-        tokens["tokens_per_frame"] = ceil(isqrt(beside["num_image_tokens"]) / 2) ** 2
+    if "image_seq_length" in processor and family == "internvl":
+        tokens["tokens_per_frame"] = processor["image_seq_length"]
+    if "num_image_tokens" in processor and family == "llava-onevision":
+        tokens["tokens_per_frame"] = ceil(isqrt(processor["num_image_tokens"]) / 2) ** 2
     frames |= _IN_TRANSFORMERS.get(family, {}).get("sampling", {})
     size |= _IN_TRANSFORMERS.get(family, {}).get("resize", {})
     size |= _size(content, tokens, size["rule"], file)
     for name, strategy in (("fps", "fps"), ("num_frames", "uniform")):
         if content.get(name) is not None:
-            _give_way(frames, {name: content[name]})
+            _drop_excluded(frames, {name: content[name]})
             frames |= {"sampling": strategy, name: content[name]}
-    frames |= _said(content, "min_frames", "max_frames")
+    frames |= _renamed(content, "min_frames", "max_frames")
     pixels |= _pixels(content, file)
     return {"tokens": tokens, "resize": size, "sampling": frames, "format": pixels}
 
@@ -362,19 +371,19 @@ def _family(content: Mapping[str, Any], file: Path) -> str:
             if name.startswith(start):
                 return model
     raise ValueError(
-        f"{file} is of {', '.join(classes) or 'no named class'}: understood are HuggingFace processors whose class "
-        f"begins with {', '.join(_FAMILIES)}. For another model, write its settings into a YAML file as in conf/video."
+        f"{file} has the processor class {', '.join(classes) or 'null'}: supported prefixes are "
+        f"{', '.join(_FAMILIES)}. For a different model, write a YAML file as in conf/video."
     )
 
 
 def _size(content: Mapping[str, Any], tokens: Mapping[str, Any], rule: str, file: Path) -> dict[str, Any]:
-    """Of the section ``resize``."""
+    """Returns the values of the section ``resize``."""
     if content.get("do_resize") is False:
         return {"rule": "none"}
     found: dict[str, Any] = {}
     if (resample := content.get("resample")) is not None:
         if resample not in _INTERPOLATIONS:
-            raise ValueError(f"{file}: resample={resample} is none of 2 (bilinear) and 3 (bicubic), which there are.")
+            raise ValueError(f"{file}: resample={resample} must be 2 (bilinear) or 3 (bicubic).")
         found["interpolation"] = _INTERPOLATIONS[resample]
     size = content.get("size") or {}
     if rule in ("smart", "fill"):
@@ -384,7 +393,7 @@ def _size(content: Mapping[str, Any], tokens: Mapping[str, Any], rule: str, file
         return found | ({"max_pixels": content["max_soft_tokens"] * factor**2} if "max_soft_tokens" in content else {})
     if rule == "smart":
         if not isinstance(size, Mapping):
-            raise ValueError(f"{file}: size={size!r} is no mapping of shortest_edge and longest_edge.")
+            raise ValueError(f"{file}: size={size!r} must be a mapping of shortest_edge and longest_edge.")
         for budget, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
             if value := content.get(budget) or size.get(budget) or size.get(edge):
                 found[budget] = value
@@ -393,7 +402,7 @@ def _size(content: Mapping[str, Any], tokens: Mapping[str, Any], rule: str, file
     if crop and content.get("do_center_crop") is not False:
         sides = _sides(crop, file)
         if isinstance(size, Mapping) and size.get("shortest_edge", min(sides)) != min(sides):
-            raise ValueError(f"{file}: size={size} scales to another size than crop_size={crop} covers: no rule does.")
+            raise ValueError(f"{file}: size={size} must equal the shorter side of crop_size={crop}: set them alike.")
         return found | {"rule": "crop", "image_size": sides}
     return found | ({"rule": "stretch", "image_size": _sides(size, file)} if size else {})
 
@@ -402,54 +411,54 @@ def _sides(size: Any, file: Path) -> list[int]:
     if isinstance(size, int):
         return [size, size]
     if not isinstance(size, Mapping) or not {"height", "width"} <= size.keys():
-        raise ValueError(f"{file}: size={size} leaves frames of any aspect: give height and width, or crop_size.")
+        raise ValueError(f"{file}: size={size} does not fix the aspect ratio: set height and width, or crop_size.")
     return [size["height"], size["width"]]
 
 
 def _pixels(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Of the section ``format``."""
+    """Returns the values of the section ``format``."""
     factor = content.get("rescale_factor", 1 / 255)
     if abs(factor * 255 - 1) > 1e-6:
-        raise ValueError(f"{file}: rescale_factor={factor}: pixels are divided by 255 or left as they are.")
+        raise ValueError(f"{file}: rescale_factor={factor} must be 1/255.")
     found: dict[str, Any] = {}
     if "do_rescale" in content:
         found["rescale"] = content["do_rescale"]
     if content.get("do_normalize") is False:
         return found | {"mean": None, "std": None}
-    return found | _said(content, mean="image_mean", std="image_std")
+    return found | _renamed(content, mean="image_mean", std="image_std")
 
 
 def _language_model(file: Path) -> dict[str, int]:
-    """What a config.json says of the language model, of the section ``tokens``; nothing where there is no such file."""
+    """Returns the language model sizes of a config.json for the section ``tokens``; empty without such a file."""
     if not file.is_file():
         return {}
     content = _read_json(file, "text_config")
-    found = _said(content, "hidden_size", context_length="max_position_embeddings")
+    found = _renamed(content, "hidden_size", context_length="max_position_embeddings")
     if set(content.get("layer_types") or ()) - {"full_attention"}:
-        return found  # layers that keep a window of tokens: the cache is no product of sizes
-    found |= _said(content, "head_dim", num_layers="num_hidden_layers", num_kv_heads="num_key_value_heads")
+        return found  # sliding-window layers: the KV cache is not a product of the sizes
+    found |= _renamed(content, "head_dim", num_layers="num_hidden_layers", num_kv_heads="num_key_value_heads")
     if "head_dim" not in found and "num_attention_heads" in content and "hidden_size" in content:
         found["head_dim"] = content["hidden_size"] // content["num_attention_heads"]
     return found
 
 
-def _said(content: Mapping[str, Any], *same: str, **renamed: str) -> dict[str, Any]:
-    """Our name → what a file says under its own; null is nothing said."""
+def _renamed(content: Mapping[str, Any], *same: str, **renamed: str) -> dict[str, Any]:
+    """Selects keys of a config and renames them (new name=old name); omits null values."""
     names = {name: name for name in same} | renamed
-    return {ours: content[theirs] for ours, theirs in names.items() if content.get(theirs) is not None}
+    return {new: content[old] for new, old in names.items() if content.get(old) is not None}
 
 
 def _read_json(file: Path, inner: str = "") -> dict[str, Any]:
-    """A JSON object, with what its key ``inner`` holds laid over it; what is reckoned with has the right type."""
+    """Reads a JSON object, merges the object under its key ``inner`` into it, and checks the types of numbers."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} must be a JSON object, as transformers' save_pretrained writes it.")
     if isinstance(content.get(inner), dict):
         content |= content[inner]
-    for names, kind in ((_WHOLE, int), (("rescale_factor",), float)):
+    for names, kind in ((_INTEGERS, int), (("rescale_factor",), float)):
         for name in names:
             if content.get(name) is not None:
                 _checked(content[name], kind, f"{file}: {name}={content[name]!r}")

@@ -1,38 +1,40 @@
-"""Limits and permissions of what may be handed in, for everything that takes input."""
+"""Limits and permissions for video sources."""
 
 from dataclasses import dataclass
 
 from blueberry_video.video.fetch import parse_networks
 
+MAX_FRAME_PIXELS = 8192 * 4352  # 8K
+
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """Limits and permissions of what may be handed in.
+    """Limits and permissions for video sources.
 
     Attributes:
-        max_bytes: of a file, a download, or all files of a list of frames; default 4 GiB.
-        max_duration: seconds of a video; default a day.
-        max_frame_pixels: height × width of one frame; default 8192 · 4352.
-        max_decoded_pixels: frames × height × width of what is decoded of one video; default 4e9.
-        fetch_timeout: seconds for a whole download, from looking up its name to its last byte.
-        allowed_networks: CIDR blocks (``"10.0.0.0/8"``) that may be called besides public addresses; default none.
-        frames_fps: frames a second of lists and folders of frames; None where it is not known.
+        max_bytes: maximum size of a file, a download, or all files of a list of frames; default 4 GiB.
+        max_duration: maximum duration of a video in seconds; default one day.
+        max_frame_pixels: maximum height × width of a frame; default 8192 · 4352.
+        max_decoded_pixels: maximum frames × height × width decoded from one video; default 4e9.
+        fetch_timeout: seconds for a whole download, from name resolution to the last byte.
+        allowed_networks: CIDR blocks (``"10.0.0.0/8"``) that may be called in addition to public ones; default none.
+        frames_fps: frame rate of lists and folders of frames; None where it is unknown.
     """
 
     max_bytes: int = 4 * 2**30
     max_duration: float = 86_400.0
-    max_frame_pixels: int = 8192 * 4352
+    max_frame_pixels: int = MAX_FRAME_PIXELS
     max_decoded_pixels: int = 4_000_000_000
     fetch_timeout: float = 60.0
     allowed_networks: tuple[str, ...] = ()
     frames_fps: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "allowed_networks", tuple(self.allowed_networks))  # lists, where read from YAML
+        object.__setattr__(self, "allowed_networks", tuple(self.allowed_networks))  # YAML has lists
         for key, value in vars(self).items():
             unknown = value is None and key == "frames_fps"
             if key != "allowed_networks" and not unknown and not 0 < value < float("inf"):
-                raise ValueError(f"{key}={value} must be a number above 0: raise it.")
+                raise ValueError(f"{key}={value} must be finite and greater than 0.")
         if self.frames_fps is not None and not 1e-4 <= self.frames_fps <= 1e6:
-            raise ValueError(f"frames_fps={self.frames_fps:g} is no frame rate: use 0.0001 to 1,000,000.")
+            raise ValueError(f"frames_fps={self.frames_fps:g} must be between 0.0001 and 1,000,000.")
         parse_networks(self.allowed_networks)

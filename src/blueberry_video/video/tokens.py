@@ -1,9 +1,9 @@
-"""How many tokens a model makes of a video, what they need in memory, and what of them fits into its context.
+"""Token counts of a video, their memory in a model, and the frames and sizes that fit its context.
 
-Three rules cover the models there are profiles of: a grid of patches that are merged over space and time (Qwen-VL,
-LLaVA-NeXT-Video, Gemma), a constant a frame (InternVL, LLaVA-OneVision, Gemini), and tiles of a frame (GPT-4V and
-GPT-4o). Every rule is a product, frames // temporal_patch_size groups times the tokens of a group, plus what the
-model's prompt puts around the groups. Sizes are always those after resizing.
+Three rules cover the models in conf/video: a grid of patches merged over space and time (Qwen-VL, LLaVA-NeXT-Video,
+Gemma), a constant per frame (InternVL, LLaVA-OneVision, Gemini), and tiles of a frame (GPT-4V and GPT-4o). Every rule
+is a product, frames // temporal_patch_size groups times the tokens of a group, plus the text tokens that the prompt
+adds around the groups. All sizes are those after resizing.
 """
 
 from bisect import bisect_right
@@ -12,13 +12,19 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
 
+from blueberry_video.video.checks import check_at_least, check_choice
 from blueberry_video.video.errors import LimitError
 
 COUNTS = ("patches", "per_frame", "tiles")
 MARKS = ("none", "number", "seconds", "clock")
 DETAILS = ("low", "high")
-PRECISIONS = {"fp32": (4.0, 4), "bf16": (2.0, 2), "int8": (1.0, 2), "int4": (0.5, 2)}  # bytes: a weight, a value
-UNKNOWN_TIME_DIGITS = 6  # of a mark where times are not known: enough for 99,999.9 seconds
+PRECISIONS = {
+    "fp32": (4.0, 4),
+    "bf16": (2.0, 2),
+    "int8": (1.0, 2),
+    "int4": (0.5, 2),
+}  # bytes per weight, bytes per value
+UNKNOWN_TIME_DIGITS = 6  # digits of a mark without known times: enough for 99,999.9 seconds
 
 _AT_LEAST_ONE = (
     *("patch_size", "merge_size", "temporal_patch_size", "tokens_per_frame", "tile_size", "base_tokens", "tile_fit"),
@@ -28,27 +34,28 @@ _AT_LEAST_ONE = (
 
 @dataclass(frozen=True)
 class TokenOptions:
-    """How a model counts; one profile a model in conf/video.
+    """Token counting of a model; conf/video holds one profile per model.
 
     Attributes:
-        count: ``patches`` (a grid, from the size), ``per_frame`` (a constant) or ``tiles`` (of a shrunken frame).
-        patch_size: side of a patch of the vision encoder, in pixels; NOT times merge_size (28 is 14 · 2).
-        merge_size: patches a side that become one token; height and width must be multiples of patch_size · merge_size.
-        temporal_patch_size: frames that share their tokens; the last frame is repeated to fill the last group.
-        tokens_per_frame: of a group of frames, for ``count: per_frame``.
-        tokens_per_video: once a video: start and end marks, a separator.
-        mark: text before each group whose digits are a token each: none, its number (``Frame12:``), its time in
-            seconds (``<12.5 seconds>``), or on a clock (``01:05``).
-        tokens_per_mark: around each group beside those digits: words, punctuation, start and end of the picture.
-        tile_detail: ``low`` (base_tokens alone) or ``high`` (tiles as well), for ``count: tiles``.
-        tile_size, tile_tokens, base_tokens: side of a tile in pixels, tokens of one, tokens of every frame.
-        tile_fit, tile_short_side: a frame is shrunk to fit a square of the first, then to a short side of the second,
-            before tiles are counted; a smaller frame is left as it is.
-        context_length: tokens the model takes in all; None: unknown, nothing is refused.
-        reserved_tokens: of those, kept for the prompt and the answer.
+        count: ``patches`` (a grid over the frame), ``per_frame`` (a constant) or ``tiles`` (of a downscaled frame).
+        patch_size: side of a patch of the vision encoder, in pixels, without merge_size (14, not 14 · 2 = 28).
+        merge_size: patches per side merged into one token; height and width must be multiples of
+            patch_size · merge_size.
+        temporal_patch_size: frames per group that share tokens; the last frame is repeated to fill the last group.
+        tokens_per_frame: tokens of a group of frames, for ``count: per_frame``.
+        tokens_per_video: tokens per video: start and end marks, a separator.
+        mark: text before each group, with one token per digit: ``none``, ``number`` (``Frame12:``), ``seconds``
+            (``<12.5 seconds>``) or ``clock`` (``01:05``).
+        tokens_per_mark: tokens per group in addition to those digits: words, punctuation, start and end of the image.
+        tile_detail: ``low`` (base_tokens only) or ``high`` (also tiles), for ``count: tiles``.
+        tile_size, tile_tokens, base_tokens: side of a tile in pixels, tokens per tile, tokens per frame.
+        tile_fit, tile_short_side: before tiles are counted, a frame is downscaled to fit a square of side tile_fit,
+            then to a shorter side of tile_short_side; smaller frames are unchanged.
+        context_length: context length of the model in tokens; None: unknown, no limit.
+        reserved_tokens: tokens of the context reserved for the prompt and the answer.
         hidden_size: width of the language model, i.e. of a visual embedding; None: not published.
-        num_layers, num_kv_heads, head_dim: of the language model, for its key-value cache; None: not published.
-        num_parameters: of the whole model; None: not published.
+        num_layers, num_kv_heads, head_dim: sizes of the language model, for its KV cache; None: not published.
+        num_parameters: parameters of the whole model; None: not published.
     """
 
     count: str = "patches"
@@ -75,35 +82,33 @@ class TokenOptions:
 
     def __post_init__(self) -> None:
         for key, choices in (("count", COUNTS), ("mark", MARKS), ("tile_detail", DETAILS)):
-            if (choice := getattr(self, key)) not in choices:
-                raise ValueError(f"{key}={choice!r} is not one of {', '.join(choices)}.")
-        for key in _AT_LEAST_ONE:
-            if (value := getattr(self, key)) is not None and value < 1:
-                raise ValueError(f"{key}={value} must be at least 1.")
-        for key in ("tokens_per_video", "tokens_per_mark", "tile_tokens", "reserved_tokens"):
-            if (value := getattr(self, key)) < 0:
-                raise ValueError(f"{key}={value} must not be negative.")
+            check_choice(key, getattr(self, key), choices)
+        check_at_least(1, **{key: getattr(self, key) for key in _AT_LEAST_ONE})
+        not_negative = ("tokens_per_video", "tokens_per_mark", "tile_tokens", "reserved_tokens")
+        check_at_least(0, **{key: getattr(self, key) for key in not_negative})
         if self.context_length is not None and self.reserved_tokens >= self.context_length:
             raise ValueError(
-                f"reserved_tokens={self.reserved_tokens} leaves nothing of context_length={self.context_length} to the "
-                "video: lower it."
+                f"reserved_tokens={self.reserved_tokens} must be below context_length={self.context_length}, or no "
+                "token remains for the video: lower it."
             )
 
     @property
     def size_step(self) -> int:
-        """What height and width must be multiples of, in pixels."""
+        """Step of height and width in pixels."""
         return self.patch_size * self.merge_size if self.count == "patches" else 1
 
     @property
     def budget(self) -> int | None:
-        """Tokens that a video may take; None: unlimited."""
+        """Token limit of a video; None: unlimited."""
         return None if self.context_length is None else self.context_length - self.reserved_tokens
 
 
 @dataclass(frozen=True)
 class TokenCount:
-    """``visual`` tokens stand for pixels; ``text`` tokens are what the prompt puts around them. ``grid_thw`` counts
-    patches before merging, as HuggingFace's ``video_grid_thw``; None where the model has no such grid."""
+    """Tokens of a video: ``visual`` tokens of the pixels and ``text`` tokens that the prompt adds around them.
+
+    ``grid_thw`` counts patches before merging, as HuggingFace's ``video_grid_thw``; None for models without a grid.
+    """
 
     grid_thw: tuple[int, int, int] | None
     visual: int
@@ -116,14 +121,14 @@ class TokenCount:
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether a video fits a model's context, and what would.
+    """Comparison of a video with the context length of a model.
 
     Attributes:
-        tokens: of the video as it is.
-        budget: tokens that it may take; None: unlimited, everything fits.
-        max_frames: most frames that fit at this size, whole groups; 0: not one group fits; None: unlimited.
-        max_size: largest (height, width), at most the given one and of its shape, that fits at this number of frames;
-            None: no size does.
+        tokens: tokens of the video.
+        budget: token limit of the video; None: unlimited.
+        max_frames: most frames that fit at this size, in whole groups; 0: no group fits; None: unlimited.
+        max_size: largest (height, width) of the same aspect ratio, at most the given size, that fits at this number of
+            frames; None: no size fits.
     """
 
     tokens: TokenCount
@@ -138,7 +143,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes, by what takes them; None: the model does not publish what it would need to know."""
+    """Memory of one video in a model, in bytes; None: the required sizes of the model are not published."""
 
     pixels: int
     embeddings: int | None
@@ -155,17 +160,18 @@ class MemoryEstimate:
 def count_tokens(
     num_frames: int, height: int, width: int, options: TokenOptions, timestamps: Sequence[float] | None = None
 ) -> TokenCount:
-    """Tokens of a video of ``num_frames`` frames of ``height`` × ``width`` pixels after resizing.
+    """Returns the tokens of a video of ``num_frames`` frames of ``height`` × ``width`` pixels after resizing.
 
     Args:
-        num_frames: frames that the model is shown; the last is repeated to fill a group of temporal_patch_size.
-        height, width: of a frame, in pixels, multiples of ``options.size_step``.
-        options: the model's profile.
-        timestamps: seconds of every frame, for the digits of time marks; without them, marks are taken to have
-            ``UNKNOWN_TIME_DIGITS`` digits, which no video of under a day exceeds.
+        num_frames: frames of the video; the last is repeated to fill a group of temporal_patch_size.
+        height, width: size of a frame in pixels, multiples of ``options.size_step``.
+        options: profile of the model.
+        timestamps: seconds of every frame, for the digits of time marks; if None, marks are assumed to have
+            ``UNKNOWN_TIME_DIGITS`` digits, an upper bound for videos of under a day.
 
     Raises:
-        ValueError: a number below 1, a size that is no multiple of the step, timestamps of another number of frames.
+        ValueError: a number below 1, a size that is not a multiple of the step, or a number of timestamps other than
+            ``num_frames``.
     """
     _check_video(num_frames, height, width, options)
     groups = _groups(num_frames, options)
@@ -175,17 +181,17 @@ def count_tokens(
     if timestamps is None or options.mark in ("none", "number"):
         return TokenCount(grid, groups * _per_group(height, width, options), _text(groups, options))
     if len(timestamps) != num_frames:
-        raise ValueError(f"{len(timestamps)} timestamps were given for num_frames={num_frames}: give one a frame.")
+        raise ValueError(f"{len(timestamps)} timestamps for num_frames={num_frames}: pass one per frame.")
     digits = sum(len(_time_mark(time, options.mark)) for time in _group_times(timestamps, options.temporal_patch_size))
     text = options.tokens_per_video + groups * options.tokens_per_mark + digits
     return TokenCount(grid, groups * _per_group(height, width, options), text)
 
 
 def fit(num_frames: int, height: int, width: int, options: TokenOptions) -> Fit:
-    """Compares a video with the model's context length, and finds the most frames and the largest size that fit.
+    """Compares a video with the context length of a model and finds the most frames and the largest size that fit.
 
-    Both are exact: one group of frames more does not fit, and neither does the next larger size of the same shape.
-    A size is only ever made smaller. Time marks count as in ``count_tokens`` without timestamps.
+    Both are exact: neither one more group of frames nor the next larger size of the same aspect ratio fits. The size is
+    never enlarged. Time marks count as in ``count_tokens`` without timestamps.
 
     Raises:
         ValueError: as ``count_tokens``.
@@ -194,7 +200,7 @@ def fit(num_frames: int, height: int, width: int, options: TokenOptions) -> Fit:
     if (budget := options.budget) is None:
         return Fit(tokens, None, None, (height, width))
     per_group = _per_group(height, width, options)
-    # every group takes at least a token, so that no more than the budget of them can fit
+    # every group has at least one token, so that at most ``budget`` groups fit
     groups = _count_within(budget, budget, lambda g: g * per_group + _text(g, options))
     fits = tokens.total <= budget
     size = (height, width) if fits else _largest_size(num_frames, height, width, options, budget)
@@ -202,10 +208,10 @@ def fit(num_frames: int, height: int, width: int, options: TokenOptions) -> Fit:
 
 
 def validate(num_frames: int, height: int, width: int, options: TokenOptions) -> TokenCount:
-    """The tokens of a video that fits the model's context.
+    """Returns the tokens of a video after checking that it fits the context of the model.
 
     Raises:
-        LimitError: it does not; the message names the most frames and the largest size that do.
+        LimitError: it does not fit; the message names the most frames and the largest size that fit.
         ValueError: as ``count_tokens``.
     """
     found = fit(num_frames, height, width, options)
@@ -217,26 +223,25 @@ def validate(num_frames: int, height: int, width: int, options: TokenOptions) ->
     if found.max_size is not None:
         fixes.append(f"resize to at most {found.max_size[0]}x{found.max_size[1]} at this number of frames")
     raise LimitError(
-        f"{num_frames} frames of {height}x{width} pixels make {found.tokens.total} tokens, but context_length="
-        f"{options.context_length} less reserved_tokens={options.reserved_tokens} leaves {found.budget}: "
-        f"{', or '.join(fixes) or 'this model takes no such video; lower reserved_tokens or use another model'}."
+        f"{num_frames} frames of {height}x{width} pixels are {found.tokens.total} tokens, but context_length="
+        f"{options.context_length} minus reserved_tokens={options.reserved_tokens} is {found.budget}: "
+        f"{', or '.join(fixes) or 'lower reserved_tokens, or use a model with a longer context'}."
     )
 
 
 def memory_estimate(num_frames: int, height: int, width: int, options: TokenOptions) -> dict[str, MemoryEstimate]:
-    """Bytes that one video takes in the model's memory, for each precision of ``PRECISIONS``.
+    """Estimates the memory of one video in a model, in bytes, for each precision of ``PRECISIONS``.
 
-    With b the bytes of a value (4 in fp32, 2 in the others: int8 and int4 quantise weights alone) and T frames filled
-    up to whole groups:
+    With b bytes per value (4 in fp32, else 2: int8 and int4 quantize weights only) and T frames padded to whole groups:
 
     - pixels: T · 3 · H · W · b;
     - embeddings: visual tokens · hidden_size · b;
     - kv_cache: 2 · num_layers · num_kv_heads · head_dim · (tokens + reserved_tokens) · b;
     - weights: num_parameters · 4, 2, 1 or 0.5.
 
-    Left out: activations of the vision encoder and of the prefill, logits, scales and zero points of quantised
-    weights, windows or sharing that make a cache smaller, the runtime's own memory and fragmentation; and the decoded
-    frames before resizing, which lie in the host's memory.
+    Not included: activations of the vision encoder and of the prefill, logits, scales and zero points of quantized
+    weights, sliding windows or sharing that reduce the cache, memory of the runtime and fragmentation; and the decoded
+    frames before resizing, which are in host memory.
 
     Raises:
         ValueError: as ``count_tokens``.
@@ -267,27 +272,26 @@ def recommend_batch_size(
     precision: str = "bf16",
     headroom: float = 0.2,
 ) -> int:
-    """The most videos of this size whose estimate fits into ``memory_bytes``; 0 where not even one does.
+    """Returns the largest batch of videos of this size with an estimate within ``memory_bytes``; 0 if none fits.
 
     Args:
-        memory_bytes: of the device.
+        memory_bytes: memory of the device.
         num_frames, height, width, options: as ``count_tokens``.
         precision: one of ``PRECISIONS``.
-        headroom: share of the memory, in [0, 1), kept free for what ``memory_estimate`` leaves out.
+        headroom: share of the memory, in [0, 1), kept free for everything that ``memory_estimate`` does not include.
 
     Raises:
-        ValueError: an unknown precision, a share outside its range, a model whose sizes are not published, or as
+        ValueError: an unknown precision, a share out of range, a model without published sizes, or as
             ``count_tokens``.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}.")
+    check_choice("precision", precision, PRECISIONS)
     if not 0 <= headroom < 1:
         raise ValueError(f"headroom={headroom} must be at least 0 and below 1: it is a share of the memory.")
     estimate = memory_estimate(num_frames, height, width, options)[precision]
     if estimate.total is None or estimate.weights is None:
         raise ValueError(
-            "this model's profile does not say hidden_size, num_layers, num_kv_heads, head_dim and num_parameters, so "
-            "that its memory is not known: give them as overrides."
+            "The memory of this model is unknown, because its profile lacks hidden_size, num_layers, num_kv_heads, "
+            "head_dim or num_parameters: pass them as overrides."
         )
     free = memory_bytes * (1 - headroom) - estimate.weights
     return max(int(free // (estimate.total - estimate.weights)), 0)
@@ -295,13 +299,13 @@ def recommend_batch_size(
 
 def _check_video(num_frames: int, height: int, width: int, options: TokenOptions) -> None:
     if min(num_frames, height, width) < 1:
-        raise ValueError(f"{num_frames} frames of {height}x{width} pixels: each number must be at least 1.")
+        raise ValueError(f"num_frames={num_frames} of {height}x{width} pixels: each must be at least 1.")
     step = options.size_step
     if height % step or width % step:
         near = [max(step, round(side / step) * step) for side in (height, width)]
         raise ValueError(
-            f"{height}x{width} pixels are no whole number of tokens of patch_size={options.patch_size} · merge_size="
-            f"{options.merge_size} = {step} pixels: resize to {near[0]}x{near[1]}, or set size_factor={step}."
+            f"{height}x{width} pixels must be multiples of patch_size={options.patch_size} · merge_size="
+            f"{options.merge_size} = {step}: resize to {near[0]}x{near[1]}, or set size_factor={step}."
         )
 
 
@@ -310,7 +314,7 @@ def _groups(num_frames: int, options: TokenOptions) -> int:
 
 
 def _per_group(height: int, width: int, options: TokenOptions) -> int:
-    """Visual tokens of one group of frames."""
+    """Returns the visual tokens of one group of frames."""
     match options.count:
         case "patches":
             return (height // options.size_step) * (width // options.size_step)
@@ -324,50 +328,50 @@ def _per_group(height: int, width: int, options: TokenOptions) -> int:
 
 
 def _tile_scale(height: int, width: int, options: TokenOptions) -> Fraction:
-    """Exact, so that a side of exactly one tile is never counted as two."""
+    """Returns the exact scale of a frame before tiling, so that a side of exactly one tile never counts as two."""
     fit_square = Fraction(options.tile_fit, max(height, width))
     return min(Fraction(1), fit_square, Fraction(options.tile_short_side, min(height, width)))
 
 
 def _text(groups: int, options: TokenOptions) -> int:
-    """Tokens around so many groups, with marks whose times are not known."""
+    """Returns the text tokens around a number of groups, with marks of unknown times."""
     digits = 0
-    if options.mark == "number":  # of 1 … groups: every number has a last digit, those from 10 one more, and so on
-        digits = sum(groups - 10**place + 1 for place in range(len(str(groups))))
+    if options.mark == "number":  # digits of 1 … groups: each has a last digit, those from 10 a second, and so on
+        digits = sum(groups - 10**power + 1 for power in range(len(str(groups))))
     elif options.mark != "none":
         digits = groups * UNKNOWN_TIME_DIGITS
     return options.tokens_per_video + groups * options.tokens_per_mark + digits
 
 
 def _group_times(timestamps: Sequence[float], size: int) -> list[float]:
-    """The middle between the first and the last frame of each group, as Qwen3-VL's processor marks them."""
+    """Returns the mean time of the first and last frame of each group, as in Qwen3-VL's processor."""
     last = len(timestamps) - 1
     return [(timestamps[i] + timestamps[min(i + size - 1, last)]) / 2 for i in range(0, len(timestamps), size)]
 
 
 def _time_mark(time: float, mark: str) -> str:
-    """The digits of a time mark."""
+    """Returns the digits of a time mark."""
     if mark == "clock":
         return f"{int(time // 60):02d}{int(time % 60):02d}"
     return f"{time:.1f}".replace(".", "").lstrip("-")
 
 
 def _count_within(budget: int, most: int, tokens: Callable[[int], int]) -> int:
-    """How many of 1 … ``most`` have tokens(n) ≤ budget, for a function that never falls."""
+    """Returns the largest n in 0 … ``most`` with tokens(n) ≤ budget, for a non-decreasing function."""
     return bisect_right(range(1, most + 1), budget, key=tokens)
 
 
 def _largest_size(
     num_frames: int, height: int, width: int, options: TokenOptions, budget: int
 ) -> tuple[int, int] | None:
-    """The largest size of the given shape that fits, over every scale at which a side gains a step.
+    """Returns the largest size of the given aspect ratio that fits, over every scale at which a side gains a step.
 
-    Scales are k / (rows · columns): at such a k, k // columns rows and k // rows columns are whole exactly where a side
-    grows, so that no size between two neighbours is missed.
+    Scales are k / (rows · columns): k // columns rows and k // rows columns change exactly where a side grows by a
+    step, so that no size is skipped.
     """
     if options.count == "per_frame" or (options.count == "tiles" and options.tile_detail == "low"):
         return None
-    if options.count == "tiles":  # beyond this size nothing grows but the file
+    if options.count == "tiles":  # larger frames have the same number of tiles
         scale = _tile_scale(height, width, options)
         height, width = max(1, int(height * scale)), max(1, int(width * scale))
     step, groups = options.size_step, _groups(num_frames, options)

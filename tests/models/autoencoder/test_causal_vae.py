@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blueberry_video.models.autoencoder.causal_vae import CausalConv, CausalVideoVAE, load_video_vae
+from blueberry_video.models.autoencoder.causal_vae import CausalConv, CausalVideoVAE
 
 
 def vae(**changes) -> CausalVideoVAE:
@@ -113,8 +113,8 @@ def test_weights_round_trip_through_a_checkpoint(tmp_path: Path):
         other.latents(other.encode(video), torch.Generator().manual_seed(0)),
         model.latents(model.encode(video), torch.Generator().manual_seed(0)),
     )
-    with pytest.raises(ValueError, match=r"(?s)step\.ckpt.*video_vae.*\b5\b.*decoder\.0\.taps\.weight"):
-        load_video_vae(vae(channels=8), file)
+    with pytest.raises(ValueError, match=r"(?s)step\.ckpt.*CausalVideoVAE.*\b5\b.*decoder\.0\.taps\.weight"):
+        vae(channels=8).load_published(file)
 
 
 def test_time_stride_out_of_range_raises():

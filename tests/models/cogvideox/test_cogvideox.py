@@ -74,7 +74,7 @@ def inputs(model: CogVideoX, *size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def diffusers_of(model: CogVideoX) -> CogVideoXTransformer3DModel:
-    config = {key: value for key, value in cogvideox.to_config(model).items() if not key.startswith("_")}
+    config = {key: value for key, value in model.config().items() if not key.startswith("_")}
     theirs = CogVideoXTransformer3DModel(**config)
     theirs.load_state_dict(model.state_dict())
     return theirs
@@ -154,16 +154,16 @@ def test_half_precision_weights_equal_diffusers():
 def test_saved_folders_round_trip_with_diffusers(name: str, tmp_path: Path, capsys):
     ours = build(name)
     arguments = inputs(ours)
-    cogvideox.save_published(ours, tmp_path / "ours")
+    ours.save_published(tmp_path / "ours")
     theirs, info = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values())
     torch.testing.assert_close(run_diffusers(theirs, *arguments), ours(*arguments), **TOLERANCE)
 
     theirs.save_pretrained(tmp_path / "theirs" / "transformer", max_shard_size="20KB")
     assert len(list((tmp_path / "theirs" / "transformer").glob("*.safetensors"))) > 2
-    back = cogvideox.from_published(tmp_path / "theirs")  # the folder of a pipeline
+    back = CogVideoX.from_published(tmp_path / "theirs")  # the folder of a pipeline
     torch.testing.assert_close(back(*arguments), ours(*arguments), atol=0, rtol=0)
-    assert cogvideox.to_config(back) == cogvideox.to_config(ours)
+    assert back.config() == ours.config()
     assert "CogVideoX" in capsys.readouterr().out
 
 
@@ -171,10 +171,10 @@ def test_saved_folders_round_trip_with_diffusers(name: str, tmp_path: Path, caps
 def test_configs_have_the_published_sizes(name: str):
     with torch.device("meta"):
         model = instantiate(OmegaConf.load(CONF / "model" / "cogvideox" / f"{name}.yaml"))
-        config = cogvideox.to_config(model)
+        config = model.config()
         theirs = CogVideoXTransformer3DModel(**{key: value for key, value in config.items() if key != "_class_name"})
     variant, billions = PUBLISHED[name]
-    assert cogvideox.variant(model) == variant
+    assert model.variant == variant
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 3) == billions
     shapes = {name: value.shape for name, value in theirs.state_dict().items()}
     assert {name: value.shape for name, value in model.state_dict().items()} == shapes
@@ -357,11 +357,11 @@ def test_original_weights_round_trip(name: str):
 def test_original_file_loads(tmp_path: Path, capsys):
     model = build("1.5_i2v")
     torch.save({"module": to_sat(model.state_dict(), depth=2)}, tmp_path / "mp_rank_00_model_states.pt")
-    read = cogvideox.from_published(tmp_path / "mp_rank_00_model_states.pt")
+    read = CogVideoX.from_published(tmp_path / "mp_rank_00_model_states.pt")
     assert read.places.latent_size == (21, 300, 300)
     assert re.search(r"CogVideoX1\.5.*\b2\b.*\b32\b.*-I2V", capsys.readouterr().out)
     small = build("1.5_i2v")
-    cogvideox.load_published(small, tmp_path / "mp_rank_00_model_states.pt")
+    small.load_published(tmp_path / "mp_rank_00_model_states.pt")
     arguments = inputs(model)
     torch.testing.assert_close(small(*arguments), model(*arguments), atol=0, rtol=0)
 
@@ -376,25 +376,25 @@ def test_original_file_loads(tmp_path: Path, capsys):
     ],
 )
 def test_weights_of_a_different_variant_raise_with_its_name(other: str, difference: str, tmp_path: Path):
-    cogvideox.save_published(build(other), tmp_path)
+    build(other).save_published(tmp_path)
     with pytest.raises(ValueError, match=f"(?s){difference}.*model=cogvideox/"):
-        cogvideox.load_published(build("2b"), tmp_path)
+        build("2b").load_published(tmp_path)
 
 
 def test_weights_load_in_the_dtype_of_the_model(tmp_path: Path):
     model = build("5b_i2v")
-    cogvideox.save_published(model.to(torch.bfloat16), tmp_path)
+    model.to(torch.bfloat16).save_published(tmp_path)
     fresh = build("5b_i2v")
-    cogvideox.load_published(fresh, tmp_path)
+    fresh.load_published(tmp_path)
     assert {value.dtype for value in fresh.state_dict().values()} == {torch.float32}
     torch.testing.assert_close(fresh.proj_out.weight, model.proj_out.weight.float(), atol=0, rtol=0)
     assert all(parameter.requires_grad for parameter in fresh.parameters())
 
 
 def test_causal_chunk_round_trips_through_a_folder(tmp_path: Path):
-    cogvideox.save_published(build("5b", causal_chunk=2), tmp_path)
-    assert cogvideox.from_published(tmp_path).causal_chunk == 2
-    assert cogvideox.from_published(tmp_path, causal_chunk=0).causal_chunk == 0
+    build("5b", causal_chunk=2).save_published(tmp_path)
+    assert CogVideoX.from_published(tmp_path).causal_chunk == 2
+    assert CogVideoX.from_published(tmp_path, causal_chunk=0).causal_chunk == 0
 
 
 @pytest.mark.parametrize(
@@ -407,26 +407,26 @@ def test_causal_chunk_round_trips_through_a_folder(tmp_path: Path):
     ],
 )
 def test_config_that_contradicts_the_weights_raises(changes: dict, message: str, tmp_path: Path):
-    cogvideox.save_published(build("2b"), tmp_path)
+    build("2b").save_published(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(ValueError, match=message):
-        cogvideox.from_published(tmp_path)
+        CogVideoX.from_published(tmp_path)
 
 
 def test_files_of_other_models_and_incomplete_files_raise(tmp_path: Path):
     save_file({"context_embedder.proj_in.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"(?s)other\.safetensors.*HunyuanVideo.*CogVideoX"):
-        cogvideox.from_published(tmp_path / "other.safetensors")
-    cogvideox.save_published(build("2b"), tmp_path / "model")
+        CogVideoX.from_published(tmp_path / "other.safetensors")
+    build("2b").save_published(tmp_path / "model")
     file = tmp_path / "model" / "diffusion_pytorch_model.safetensors"
     state = load_file(file)
     for name in ("proj_out.bias", "transformer_blocks.1.ff.net.2.weight"):
         save_file({key: value for key, value in state.items() if key != name}, file)
         with pytest.raises(ValueError, match=re.escape(name)):
-            cogvideox.from_published(tmp_path / "model")
+            CogVideoX.from_published(tmp_path / "model")
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        cogvideox.from_published(tmp_path / "nowhere")
+        CogVideoX.from_published(tmp_path / "nowhere")
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from blueberry_video.config import CONF
 from blueberry_video.models.hunyuan_video import model_15 as hunyuan_video15
-from blueberry_video.models.hunyuan_video.model_15 import HunyuanVideo15, from_published, save_published
+from blueberry_video.models.hunyuan_video.model_15 import HunyuanVideo15
 from blueberry_video.nn.joint_attention import KeyValueCache
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}  # fp32 round-off of a few layers; a dropped bias changes outputs by 1e-2
@@ -63,13 +63,13 @@ def pair(variant: str = "plain") -> tuple[HunyuanVideo15Transformer3DModel, Huny
     """Models of diffusers and of this package with the same weights."""
     theirs = HunyuanVideo15Transformer3DModel(**(TINY | VARIANTS[variant]))
     randomize(theirs)
-    ours = HunyuanVideo15(**hunyuan_video15.settings_of(theirs.state_dict(), dict(theirs.config)))
+    ours = HunyuanVideo15(**HunyuanVideo15.settings_of(theirs.state_dict(), dict(theirs.config)))
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
 
 def causal(chunk: int) -> HunyuanVideo15:
-    model = HunyuanVideo15(**hunyuan_video15.settings_of(pair()[1].state_dict()) | SETTINGS | {"causal_chunk": chunk})
+    model = HunyuanVideo15(**HunyuanVideo15.settings_of(pair()[1].state_dict()) | SETTINGS | {"causal_chunk": chunk})
     randomize(model)
     return model
 
@@ -193,7 +193,7 @@ def test_every_parameter_except_the_last_text_layers_receives_a_gradient(variant
 
 
 def test_zero_init_gives_zero_output():
-    settings = hunyuan_video15.settings_of(pair()[1].state_dict()) | SETTINGS
+    settings = HunyuanVideo15.settings_of(pair()[1].state_dict()) | SETTINGS
     model = HunyuanVideo15(**settings)
     assert not model(**inputs(model)).any()
     assert HunyuanVideo15(**settings, zero_init=False)(**inputs(model)).any()
@@ -205,7 +205,7 @@ def test_zero_init_gives_zero_output():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_saved_folders_round_trip_with_diffusers(variant: str, tmp_path: Path):
     theirs, ours = pair(variant)
-    save_published(ours, tmp_path / "ours", "i2v", 960)
+    ours.save_published(tmp_path / "ours", "i2v", 960)
     loaded = HunyuanVideo15Transformer3DModel.from_pretrained(tmp_path / "ours", low_cpu_mem_usage=False)
     for key, value in (TINY | VARIANTS[variant] | {"task_type": "i2v", "target_size": 960}).items():
         assert loaded.config[key] == (list(value) if isinstance(value, tuple) else value)
@@ -213,29 +213,29 @@ def test_saved_folders_round_trip_with_diffusers(variant: str, tmp_path: Path):
     expected = their_output(theirs, given)
     torch.testing.assert_close(their_output(loaded, given), expected, atol=0, rtol=0)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
-    torch.testing.assert_close(from_published(tmp_path / "theirs")(**given), expected, **TOLERANCE)
+    torch.testing.assert_close(HunyuanVideo15.from_published(tmp_path / "theirs")(**given), expected, **TOLERANCE)
 
 
 def test_causal_chunk_round_trips_through_a_folder(tmp_path: Path):
     model = causal(2)
-    save_published(model, tmp_path)
+    model.save_published(tmp_path)
     given = causal_inputs(model, 4)
-    torch.testing.assert_close(from_published(tmp_path)(**given), model(**given), atol=0, rtol=0)
+    torch.testing.assert_close(HunyuanVideo15.from_published(tmp_path)(**given), model(**given), atol=0, rtol=0)
 
 
 def test_weights_of_a_different_variant_or_version_raise_with_its_name(tmp_path: Path):
     _, plain = pair("plain")
-    save_published(pair("meanflow")[1], tmp_path / "meanflow")
-    with pytest.raises(ValueError, match=r"(?s)HunyuanVideo-1\.5.*\(meanflow\).*HunyuanVideo-1\.5.*model=\w+/"):
-        hunyuan_video15.load_published(plain, tmp_path / "meanflow")
-    save_published(plain, tmp_path / "plain")
-    report = hunyuan_video15.load_published(pair()[1], tmp_path / "plain")
+    pair("meanflow")[1].save_published(tmp_path / "meanflow")
+    with pytest.raises(ValueError, match=r"HunyuanVideo-1\.5.*meanflow=True.*False.*model=\w+/"):
+        plain.load_published(tmp_path / "meanflow")
+    plain.save_published(tmp_path / "plain")
+    report = pair()[1].load_published(tmp_path / "plain")
     assert "HunyuanVideo-1.5" in report
     assert "(meanflow)" not in report
     first = {"context_embedder.proj_in.weight": torch.zeros(1)}
     save_file(first, tmp_path / "first.safetensors")
     with pytest.raises(ValueError, match=r"(?s)first\.safetensors.*HunyuanVideo\b(?!-).*HunyuanVideo-1\.5"):
-        from_published(tmp_path / "first.safetensors")
+        HunyuanVideo15.from_published(tmp_path / "first.safetensors")
 
 
 def test_published_model_has_the_published_number_of_parameters(monkeypatch: pytest.MonkeyPatch):

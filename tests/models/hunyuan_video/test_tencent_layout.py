@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blueberry_video.models.hunyuan_video import model as hunyuan_video
 from blueberry_video.models.hunyuan_video import model_15 as hunyuan_video15
 from blueberry_video.models.hunyuan_video.model import HunyuanVideo
 from blueberry_video.models.hunyuan_video.model_15 import HunyuanVideo15
@@ -106,8 +105,8 @@ def test_hunyuan_video_file_loads(guidance: bool, tmp_path: Path):
     path = tmp_path / "mp_rank_00_model_states.pt"
     torch.save({"module": file}, path)
     given = (torch.randn(2, 4, 2, 4, 4), torch.tensor([500.0, 3.5]), torch.randn(2, 3, 16), None, torch.randn(2, 8))
-    assert_same(hunyuan_video.from_published(path), model, *given, torch.ones(2) if guidance else None)
-    assert hunyuan_video.from_published(path, image_condition="token_replace").image_condition == "token_replace"
+    assert_same(HunyuanVideo.from_published(path), model, *given, torch.ones(2) if guidance else None)
+    assert HunyuanVideo.from_published(path, image_condition="token_replace").image_condition == "token_replace"
 
 
 @pytest.mark.parametrize("meanflow", [False, True])
@@ -122,7 +121,7 @@ def test_hunyuan_video_15_file_loads(meanflow: bool, tmp_path: Path, monkeypatch
     latents, time = torch.randn(2, 9, 2, 2, 2), torch.tensor([500.0, 3.5])
     letters, image = torch.randn(2, 3, 12), torch.randn(2, 2, 6)
     given = (latents, time, torch.randn(2, 3, 16), None, None, None, None, 0, letters, None, image)
-    assert_same(hunyuan_video15.from_published(tmp_path / "a.safetensors"), model, *given, time if meanflow else None)
+    assert_same(HunyuanVideo15.from_published(tmp_path / "a.safetensors"), model, *given, time if meanflow else None)
 
 
 def test_unknown_names_raise(tmp_path: Path):
@@ -130,4 +129,4 @@ def test_unknown_names_raise(tmp_path: Path):
     file = {name: value.contiguous() for name, value in to_tencent(model).items()}
     save_file(file | {"new.weight": torch.ones(1)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"(?s)a\.safetensors.*HunyuanVideo.*\b1\b.*new\.weight"):
-        hunyuan_video.from_published(tmp_path / "a.safetensors")
+        HunyuanVideo.from_published(tmp_path / "a.safetensors")

@@ -10,7 +10,7 @@ from blueberry_video.masking import DualMasking, RandomMasking, TubeMasking
 from blueberry_video.models.classifier import VideoClassifier
 from blueberry_video.models.hydra_video.model import HydraVideo
 from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
-from blueberry_video.models.vit import VisionTransformer, load_encoder
+from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.nn.patches import gather_tokens
 from blueberry_video.optim import parameter_groups
 from blueberry_video.tasks.classification import Classification
@@ -189,7 +189,7 @@ def test_own_checkpoint_loads_without_the_final_norm(tmp_path):
         parameter.data += 0.1 * torch.randn_like(parameter)
     state = {f"model.encoder.{name}": value for name, value in trained.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "run.pt")
-    load_encoder(other, tmp_path / "run.pt")
+    other.load_published(tmp_path / "run.pt")
     trained.norm = torch.nn.Identity()
     video = clips()
     torch.testing.assert_close(other(video), trained(video))

@@ -11,7 +11,6 @@ from torch.nn.functional import interpolate, layer_norm
 
 from blueberry_video.config import CONF
 from blueberry_video.masking import MultiBlockMasking
-from blueberry_video.models import vit
 from blueberry_video.models.encoder import Encoder
 from blueberry_video.models.jepa import model as jepa
 from blueberry_video.models.jepa.model import JEPA
@@ -386,17 +385,17 @@ def test_own_checkpoint_initializes_an_encoder(tmp_path, positions):
     trained, fresh = model(positions), encoder(positions)
     nn.init.normal_(trained.encoder.norm.bias)
     torch.save({"state_dict": {f"model.{name}": w for name, w in trained.state_dict().items()}}, tmp_path / "run.ckpt")
-    vit.load_encoder(fresh, tmp_path / "run.ckpt")
+    fresh.load_published(tmp_path / "run.ckpt")
     assert torch.equal(fresh(video()), trained.encoder(video()))
 
 
 def test_published_files_with_several_networks_raise_in_load_encoder(tmp_path):
     torch.save(jepa.to_original(model().state_dict()), tmp_path / "vitl.pt")
     with pytest.raises(ValueError, match=r"(?s)vitl\.pt.*V-JEPA.*\.jepa\."):
-        vit.load_encoder(encoder("rope_3d"), tmp_path / "vitl.pt")
+        encoder("rope_3d").load_published(tmp_path / "vitl.pt")
     torch.save(jepa.to_huggingface(model().state_dict()), tmp_path / "hf.pt")
     with pytest.raises(ValueError, match=r"(?s)encoder.*predictor.*V-JEPA.*\.jepa\."):
-        vit.load_encoder(encoder("rope_3d"), tmp_path / "hf.pt")
+        encoder("rope_3d").load_published(tmp_path / "hf.pt")
 
 
 def test_encoder_of_a_published_file_loads_from_its_state_dict(tmp_path):
@@ -405,5 +404,5 @@ def test_encoder_of_a_published_file_loads_from_its_state_dict(tmp_path):
     read = jepa.from_published(tmp_path / "vitl.pt", "target_encoder", positions="rope_3d", **sizes)
     torch.save(read.encoder.state_dict(), tmp_path / "encoder.pt")
     fresh = encoder("rope_3d", rope_quirk=True)
-    vit.load_encoder(fresh, tmp_path / "encoder.pt")
+    fresh.load_published(tmp_path / "encoder.pt")
     assert torch.equal(fresh(video()), read.encoder(video()))

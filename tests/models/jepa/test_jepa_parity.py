@@ -428,7 +428,7 @@ def test_missing_weight_raises_with_its_name(tmp_path):
     content = jepa.to_original(vjepa().state_dict(), GRID)
     del content["predictor"]["module.backbone.predictor_norm.bias"]
     path = saved(content, tmp_path / "vjepa.pt")
-    with pytest.raises(RuntimeError, match=r"predictor\.norm\.bias"):
+    with pytest.raises(ValueError, match=r"predictor\.norm\.bias"):
         jepa.from_published(path, "encoder", num_frames=4, image_size=32, num_heads=2, predictor_num_heads=3)
 
 

@@ -211,7 +211,7 @@ def load(path) -> MaskedAutoencoder:
     ],
 )
 def test_weights_that_do_not_fit_raise_with_their_name(changes, text, tmp_path):
-    with pytest.raises(RuntimeError, match=f"(?si){text}"):
+    with pytest.raises(ValueError, match=f"(?si){text}"):
         load(save(tmp_path / "wrong.pth", **changes))
 
 
@@ -250,7 +250,7 @@ def test_transformers_weights_that_do_not_fit_are_named(change, text, tmp_path):
     else:
         del state[change]
     torch.save(state, tmp_path / "wrong.bin")
-    with pytest.raises(RuntimeError, match=f"(?si){text}"):
+    with pytest.raises(ValueError, match=f"(?si){text}"):
         load(tmp_path / "wrong.bin")
 
 

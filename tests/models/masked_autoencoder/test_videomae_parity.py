@@ -284,7 +284,7 @@ def test_encoder_loads_from_every_layout(layout, tmp_path):
     if layout == "finetuned-backbone.pth":
         state = {name: value for name, value in state.items() if name.startswith("videomae.")}
     encoder = vit.VisionTransformer(16, 4, 8, 2, embed_dim=32, depth=2, num_heads=4)
-    vit.load_encoder(encoder, write(tmp_path, layout, state))
+    encoder.load_published(write(tmp_path, layout, state))
     _, inputs, _, _ = clips_and_masks(config)
     with torch.no_grad():
         expected = reference.videomae(inputs.transpose(1, 2)).last_hidden_state

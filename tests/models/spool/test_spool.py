@@ -17,7 +17,7 @@ from blueberry_video.models.jepa.model import JEPA
 from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
 from blueberry_video.models.spool.attention import frame_attention
 from blueberry_video.models.spool.model import Spool
-from blueberry_video.models.vit import VisionTransformer, load_encoder
+from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.nn.patches import gather_tokens
 from blueberry_video.optim import constant, parameter_groups
 from blueberry_video.tasks.classification import Classification
@@ -364,7 +364,7 @@ def test_own_checkpoint_loads(tmp_path):
         parameter += 0.1 * torch.randn_like(parameter)
     state = {f"model.encoder.{name}": value for name, value in trained.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "run.pt")
-    load_encoder(other, tmp_path / "run.pt")
+    other.load_published(tmp_path / "run.pt")
     trained.norm = torch.nn.Identity()
     video = clips()
     torch.testing.assert_close(other(video), trained(video))

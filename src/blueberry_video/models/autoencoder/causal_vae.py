@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from blueberry_video.models.autoencoder.base import Codec
 from blueberry_video.weights.files import read_weights
+from blueberry_video.weights.load import load_strictly
 
 _TAPS = 3  # frames that a convolution sees: its own and two before
 
@@ -80,7 +81,7 @@ class CausalVideoVAE(Codec):
         self.register_buffer("latent_std", torch.ones(channels))
         self.init_weights()
         if weights is not None:
-            load_video_vae(self, weights)
+            self.load_published(weights)
 
     def init_weights(self) -> None:
         """Every layer begins with outputs as large as its inputs: PyTorch's own would shrink a clip layer by layer
@@ -127,6 +128,21 @@ class CausalVideoVAE(Codec):
         mixed = (self.latent_std.square() + self.latent_mean.square()).lerp(square, momentum)
         self.latent_mean.lerp_(mean, momentum)
         self.latent_std.copy_((mixed - self.latent_mean.square()).clamp(min=1e-6).sqrt())
+
+    def load_published(self, source: str | Path) -> str:
+        """Loads a checkpoint of this package strictly.
+
+        Returns:
+            A sentence on what was loaded.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: tensors are missing, unexpected or of another shape.
+        """
+        state = read_weights(source)
+        fix = "Give a checkpoint of the task autoencoding, and the model settings that it was trained with."
+        load_strictly(self, state, source, fix)
+        return f"loaded {len(state)} tensors from {source}"
 
 
 class ChannelNorm(nn.Module):
@@ -210,25 +226,6 @@ class Upsample(nn.Module):
             x = frames[:, 1:].flatten(0, 1)  # the first frame is alone
             num_frames = 2 * num_frames - 1
         return self.space(x), num_frames
-
-
-def load_video_vae(model: CausalVideoVAE, path: str | Path) -> str:
-    """Puts the weights in a checkpoint of this package into ``model``, strictly. Gives one sentence on it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: weights are missing, left over, or of another shape.
-    """
-    state, own = read_weights(path), model.state_dict()
-    shapes = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
-    if wrong := own.keys() ^ state.keys() | shapes:
-        raise ValueError(
-            f"{path} does not hold the weights of this video_vae: {len(wrong)} are missing, left over or of another "
-            f"shape, such as {min(wrong)}. Give a checkpoint of the task autoencoding, and the model settings it was "
-            "trained with."
-        )
-    model.load_state_dict(state)
-    return f"loaded {len(state)} tensors from {path}"
 
 
 def _by_channel(values: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class PretrainedVAE(Codec):
     Args:
         path: a local folder or hub id, such as ``THUDM/CogVideoX-2b``.
         subfolder: where in it the autoencoder lies; None for the folder itself.
-        frame_step: see :class:`~blueberry_video.models.autoencoder.base.Codec`; by default that of the class: 8 of CogVideoX, whose
+        frame_step: see :class:`.base.Codec`; by default that of the class: 8 of CogVideoX, whose
             version 1.5 wants 16, and 4 of HunyuanVideo.
         dtype: of weights and latents. float16 overflows in all of them.
         tiling: encode and decode in overlapping tiles: less memory, not quite the same latents.

@@ -299,7 +299,7 @@ class CogVideoX(nn.Module):
         own = {key: value for key, value in model.config().items() if key not in ("sample_frames", "causal_chunk")}
         if found := different_settings({key: config[key] for key in own if key in config}, own):
             raise ValueError(
-                f"{source}: its config does not describe these weights, which are of a {model.variant}, or has settings "
+                f"{source}: its config does not describe these weights, of a {model.variant}, or has settings "
                 f"that no published CogVideoX has: {found}. Use the config that belongs to the weights."
             )
         load_strictly(model, state, source)

@@ -47,7 +47,7 @@ class HunyuanVideo(DualStreamTransformer):
             :func:`concat_image`), ``"token_replace"`` (in place of the first frame, which is then at time 0).
         rope_axes, rope_theta, causal_chunk, checkpointing: see
             :class:`~blueberry_video.models.hunyuan_video.transformer.DualStreamTransformer`.
-        zero_init: modulation and output begin at 0, see :func:`~blueberry_video.models.hunyuan_video.transformer.init_weights`.
+        zero_init: modulation and output begin at 0, see :func:`.transformer.init_weights`.
 
     Raises:
         ValueError: for settings that do not fit together; in ``forward`` for inputs that do not.

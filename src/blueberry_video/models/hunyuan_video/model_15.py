@@ -70,7 +70,7 @@ class HunyuanVideo15(DualStreamTransformer):
         meanflow: takes the end of a step as a second time, as the super-resolution models do.
         rope_axes, rope_theta, causal_chunk, checkpointing: see
             :class:`~blueberry_video.models.hunyuan_video.transformer.DualStreamTransformer`.
-        zero_init: modulation and output begin at 0, see :func:`~blueberry_video.models.hunyuan_video.transformer.init_weights`.
+        zero_init: modulation and output begin at 0, see :func:`.transformer.init_weights`.
 
     Raises:
         ValueError: for settings that do not fit together; in ``forward`` for inputs that do not.
@@ -156,7 +156,7 @@ class HunyuanVideo15(DualStreamTransformer):
     ) -> Tensor:
         """
         Args:
-            latents: (B, 2 C + 1, T, H, W), see :func:`~blueberry_video.models.hunyuan_video.concat_image`.
+            latents: (B, 2 C + 1, T, H, W), see :func:`~blueberry_video.diffusion.conditioning.concat_image`.
             time: float in [0, 1000], (B,) or (B, T): a time a frame.
             text: (B, L, text_dim).
             text_mask: bool (B, L), false at padding.

@@ -247,7 +247,7 @@ class DualStreamTransformer(nn.Module):
         condition = {key: loaded.pop(key) for key in ("image_condition",) if key in loaded}
         if found := different_settings(loaded, own):
             raise ValueError(
-                f"{source} holds a {self.family} with {found}: choose the model=text_to_video/… of these weights, or set "
+                f"{source} holds a {self.family} with {found}: choose their model=text_to_video/…, or set "
                 "model.transformer to these settings."
             )
         load_strictly(self, state, source)

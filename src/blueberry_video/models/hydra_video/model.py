@@ -1,7 +1,7 @@
 """Hydra Video: a video backbone without attention, in linear time, that sees the past and all of the present frame.
 
 Unusual about it: every layer is one state-space scan, bidirectional inside a frame and causal across frames (Hydra,
-arXiv 2407.09941, carried over to video; see :mod:`blueberry_video.models.hydra_video.mixer`). So the features of a frame are
+arXiv 2407.09941, carried over to video; see :mod:`.mixer`). So the features of a frame are
 final when it comes: :meth:`HydraVideo.stream` takes a video frame by frame, with memory and time that do not grow, and
 gives what the whole video would. Tokens know their place in the frame from a table, and their place in time from the
 scan alone: there is no index of time that could run out, and videos may be longer than those it was trained on.

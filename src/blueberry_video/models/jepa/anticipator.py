@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from blueberry_video.models.encoder import Encoder
 from blueberry_video.models.jepa.predictor import Predictor
 from blueberry_video.nn.heads import AttentivePool
+from blueberry_video.weights.load import load_strictly
 
 
 class Anticipator(nn.Module):
@@ -26,7 +27,7 @@ class Anticipator(nn.Module):
         mask_index: which mask token the predictor uses; the published weights take 1.
         length: tubelets that are predicted.
         sees: what the head looks at: the tokens of the ``"past"``, those of the ``"future"``, or ``"both"``.
-        num_heads, pool_depth: of the :class:`~blueberry_video.nn.heads.AnticipationHead`.
+        num_heads, pool_depth: of the :class:`~blueberry_video.models.jepa.anticipator.AnticipationHead`.
         freeze: train the head alone; encoder and predictor then stay in evaluation mode.
 
     Attributes:
@@ -127,16 +128,9 @@ def load_weights(model: Anticipator, weights: dict[str, Tensor]) -> str:
     if theirs and theirs != ours:
         weights = {name: value for name, value in weights.items() if name not in theirs}
         head += ": theirs was left out, since it has not this model's num_classes and pool_depth"
-    expected = {name: value for name, value in own.items() if theirs == ours or name not in ours}
-    wrong = expected.keys() ^ weights.keys() | {
-        name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape
-    }
-    if wrong:
-        raise ValueError(
-            f"{len(wrong)} weights are missing, left over or of another shape, such as {min(wrong)}: give model the "
-            "sizes of encoder and predictor (embed_dim, depth, num_mask_tokens, …) that the file was made with."
-        )
-    model.load_state_dict(own | weights)
+    kept = {name: value for name, value in own.items() if theirs != ours and name in ours}
+    fix = "Give model the sizes of encoder and predictor (embed_dim, depth, num_mask_tokens, …) of the file."
+    load_strictly(model, kept | weights, "the file", fix)
     return f"loaded {len(weights)} tensors; the head {head}"
 
 

@@ -20,6 +20,7 @@ from blueberry_video.models.encoder import Encoder
 from blueberry_video.models.jepa.predictor import Predictor
 from blueberry_video.nn.positions import sincos_3d_table
 from blueberry_video.weights import files as weight_files
+from blueberry_video.weights.load import load_strictly
 
 Grid = tuple[int, int, int]  # tokens along (t, h, w)
 
@@ -337,7 +338,6 @@ def from_published(
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged, has no such encoder, or other positions than computed ones.
-        RuntimeError: if a weight is missing, left over, or of another shape: each is named.
     """
     content = weight_files.read_content(path)
     if not isinstance(content, dict):
@@ -349,8 +349,8 @@ def from_published(
     positions = positions or ("rope_3d" if len(state["predictor.mask_tokens"]) == 10 or is_huggingface else "sincos_3d")
     encoder_weights, width = _part(state, "encoder"), len(state["encoder.patch_embed.proj.bias"])
     num_heads = num_heads or width // (80 if width == 1280 else 64)
-    encoder = vit.build_from_weights(
-        encoder_weights, num_frames, image_size, num_heads, positions=positions, rope_quirk=positions == "rope_3d"
+    encoder = vit.VisionTransformer.from_weights(
+        encoder_weights, path, num_frames, image_size, num_heads, positions=positions, rope_quirk=positions == "rope_3d"
     )
     if positions == "sincos_3d":
         check_positions(content, encoder.grid(encoder.video_size))
@@ -367,7 +367,7 @@ def from_published(
     )
     has_target = any(name.startswith("target_encoder.") for name in state)
     copied = {} if has_target else {f"target_encoder.{name}": value for name, value in encoder_weights.items()}
-    model.load_state_dict(state | copied)
+    load_strictly(model, state | copied, path)
     print(
         f"V-JEPA weights from {path}: the encoder is the file's {which!r}, the target encoder its "
         f"{'target_encoder' if has_target else which!r}; positions {positions}"
@@ -408,7 +408,7 @@ HUGGINGFACE_PROBE = (  # the same of VJEPA2ForVideoClassification
 def convert_probe(state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
     """The attentive probe of an original file, or of transformers' ``VJEPA2ForVideoClassification``, under the names of
     a :class:`~blueberry_video.nn.heads.ClassificationHead` with attentive pooling and no final norm, or of an
-    :class:`~blueberry_video.nn.heads.AnticipationHead`.
+    :class:`~blueberry_video.models.jepa.anticipator.AnticipationHead`.
 
     Args:
         state: its weights; what does not belong to the probe is passed over. Original files hold a list of probes, one

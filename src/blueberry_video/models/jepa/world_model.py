@@ -26,6 +26,7 @@ from blueberry_video.nn.blocks import init_trunc_normal
 from blueberry_video.nn.feed_forward import Mlp
 from blueberry_video.nn.rope import Rotation, channels_per_axis, grid_positions, rotate, rotation
 from blueberry_video.weights import files as weight_files
+from blueberry_video.weights.load import load_strictly
 
 CONDITIONS = 2  # tokens of a step that are no patches: the action, then the state
 
@@ -271,7 +272,7 @@ def convert_original(content: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]
     if "action_encoder.weight" not in predictor:
         raise ValueError(
             "the file's predictor has no action_encoder, so it is not that of an action-conditioned model: read V-JEPA "
-            "and V-JEPA 2 with blueberry_video.models.jepa.from_published."
+            "and V-JEPA 2 with blueberry_video.models.jepa.model.from_published."
         )
     converted = {f"encoder.{name}": value for name, value in encoder.items() if name != "pos_embed"}
     for name, value in predictor.items():
@@ -297,7 +298,6 @@ def from_published(
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged or another model's.
-        RuntimeError: if a weight is missing, left over, or of another shape: each is named.
     """
     content = weight_files.read_content(path)
     if not isinstance(content, dict):
@@ -305,8 +305,8 @@ def from_published(
     state = convert_original(content)
     weights = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
     heads = num_heads or len(weights["patch_embed.proj.bias"]) // 64
-    encoder = vit.build_from_weights(
-        weights, num_frames, image_size, heads, images=True, positions="rope_3d", rope_quirk=True
+    encoder = vit.VisionTransformer.from_weights(
+        weights, path, num_frames, image_size, heads, images=True, positions="rope_3d", rope_quirk=True
     )
     dim, action_dim = state["predictor.action_encoder.weight"].shape
     model = WorldModel(
@@ -319,7 +319,7 @@ def from_published(
         state["predictor.blocks.0.mlp.fc1.weight"].shape[0] / dim,
         rope_quirk=True,
     )
-    model.load_state_dict(state)
+    load_strictly(model, state, path)
     print(f"V-JEPA 2-AC weights from {path}: the file's 'encoder' and 'predictor', for frames of {image_size} pixels")
     return model
 

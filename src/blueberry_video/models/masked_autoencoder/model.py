@@ -19,6 +19,7 @@ from blueberry_video.models.encoder import Encoder
 from blueberry_video.nn.blocks import Block
 from blueberry_video.nn.positions import sinusoid_table
 from blueberry_video.weights import files as weight_files
+from blueberry_video.weights.load import load_strictly
 
 
 class MaskedAutoencoder(nn.Module):
@@ -247,7 +248,6 @@ def from_published(
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file has no decoder, such as a fine-tuned model, or other positions than computed ones.
-        RuntimeError: if a weight is missing, left over, or of another shape: each is named.
     """
     state = weight_files.read_weights(path)
     is_omnimae = any(name.startswith("trunk.") for name in state) or "encoder_to_decoder.bias" in state  # or ours
@@ -261,7 +261,9 @@ def from_published(
             "(trunk.decoder.decoder_embed.weight), as fine-tuned models do: load it with "
             "blueberry_video.models.classifier.from_published, or give its path as init_from to take the encoder."
         )
-    encoder = vit.build_from_weights(vit.convert_original(state), num_frames, image_size, num_heads, is_omnimae)
+    encoder = vit.VisionTransformer.from_weights(
+        vit.convert_original(state), path, num_frames, image_size, num_heads, is_omnimae
+    )
     decoder_dim = state["encoder_to_decoder.weight"].shape[0]
     published_heads = 16 if is_omnimae else decoder_dim // vit.head_width(decoder_dim)
     model = MaskedAutoencoder(
@@ -274,5 +276,5 @@ def from_published(
         in_channels=encoder.video_size[0],
         mask_before_projection=is_omnimae,
     )
-    model.load_state_dict(state)
+    load_strictly(model, state, path)
     return model

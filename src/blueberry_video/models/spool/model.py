@@ -2,7 +2,7 @@
 (github.com/achalghoum/spool).
 
 Unusual about it: time is seen by attention heads of two kinds, one that looks back and one that looks ahead, each at
-most ``local_frame_range`` frames far (:mod:`blueberry_video.models.spool.attention`). Two learned *context frames* stand
+most ``local_frame_range`` frames far (:mod:`.attention`). Two learned *context frames* stand
 before the first frame and behind the last. They see the whole video and are seen by every frame, so that what is far
 apart meets there from the second block on; at the end their means are the vector of the video.
 

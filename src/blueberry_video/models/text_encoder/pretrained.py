@@ -32,7 +32,7 @@ class T5Text(TextEncoder):
     Args:
         path: a local folder or hub id as diffusers writes it, such as ``THUDM/CogVideoX-2b``.
         length: tokens a caption: 226, CogVideoX-1.5 224.
-        unconditional: see :class:`~blueberry_video.models.text_encoder.base.TextEncoder`; CogVideoX is trained with zeros and sampled
+        unconditional: see :class:`.base.TextEncoder`; CogVideoX is trained with zeros and sampled
             with the encoding of "".
         dtype: of weights and tokens. float16 overflows.
         encoder_folder, tokenizer_folder: below ``path``; None for ``path`` itself.

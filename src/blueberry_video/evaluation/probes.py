@@ -1,7 +1,7 @@
-"""Evaluations at the end of a training run, each beside its controls.
+"""Probing and few-label fine-tuning of an encoder at the end of a training run.
 
-What an encoder learned without labels is worth what it adds to the same network untrained, and a claim about motion
-only stands where shuffled frames make it fall: both are always measured along.
+Self-supervised features are compared with those of the same network untrained, and accuracy on labels of motion with
+the accuracy on shuffled frames.
 """
 
 import copy
@@ -9,11 +9,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
+from blueberry_video.evaluation.end_of_run import log_end_of_run
 from blueberry_video.evaluation.supervised import (
     LabelledClips,
     Normalize,
@@ -29,12 +29,12 @@ from blueberry_video.nn.heads import ClassificationHead
 
 
 class _EncoderEvaluation(Callback, ABC):
-    """Learns labels from the trained encoder and from the same-seed untrained one, and logs how well each did.
+    """Trains a classifier on the trained and on the untrained encoder (same seed) and logs both accuracies.
 
-    The untrained one is copied before ``init_from`` or a checkpoint is loaded: a resumed run compares with the same.
+    The untrained encoder is copied before ``init_from`` or a checkpoint is loaded, so a resumed run uses the same one.
     """
 
-    reference: ClassVar[str]  # suffix of the untrained encoder's metrics
+    reference: ClassVar[str]  # suffix of the metrics of the untrained encoder
 
     def __init__(
         self,
@@ -58,17 +58,17 @@ class _EncoderEvaluation(Callback, ABC):
         normalize: Normalize,
         recipe: Recipe,
     ) -> tuple[Encoder, ClassificationHead]:
-        """An encoder and, on the CPU, a head that predict the labels."""
+        """Returns the encoder and, on the CPU, the head that together predict the labels."""
 
     def measure(self, task: Any, data: Any) -> dict[str, float]:
-        """Metrics without their prefix; the subclass says which.
+        """Returns the metrics without their prefix; the subclasses document the names.
 
         Args:
             task: has ``model.encoder`` and ``normalize``.
             data: has ``train`` and ``val``, ``classes`` and ``reversal_pairs``.
 
         Raises:
-            ValueError: if the data has no such part, too few clips in it, or no such label.
+            ValueError: if the data lacks the part or a label, or the part has too few clips.
         """
         assert self.untrained is not None, "setup runs first"
         train = LabelledClips.of(self._chosen("train", data.train), self.train_clips, self.labels)
@@ -80,7 +80,7 @@ class _EncoderEvaluation(Callback, ABC):
             return score(head, encode(encoder, clips.video, task.normalize), clips.labels, pairs)
 
         def best(start: Encoder) -> tuple[tuple[Encoder, ClassificationHead], dict[str, float]]:
-            """Of all learning rates the one that serves this encoder best: a fair reference gets its own."""
+            """Returns the best model over the learning rates and its scores: each encoder has its own best rate."""
             learned = [self.learn(start, train, num_classes, task.normalize, recipe) for recipe in self.recipes]
             found = [(model, scores(*model, val)) for model in learned]
             return max(found, key=lambda pair: sum(pair[1][name] for name in self.labels))
@@ -99,50 +99,46 @@ class _EncoderEvaluation(Callback, ABC):
         }
 
     def _chosen(self, split: str, dataset: Any) -> Any:
-        """The part to evaluate on, of a mixture of several; else all."""
+        """Returns the part of a mixture to evaluate on, or the whole dataset if ``part`` is ``None``."""
         if self.part is None:
             return dataset
         parts = getattr(dataset, "parts", {})
         if self.part not in parts:
             raise ValueError(
                 f"callbacks.{self.name}.part={self.part!r} is not a part of data.{split}: choose one of "
-                f"{', '.join(parts) or 'none, it is no mixture'}, or null for all of it."
+                f"{', '.join(parts) or 'none (the data is no mixture)'}, or null for all of the data."
             )
         return parts[self.part]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise ValueError(
-                f"callbacks.{self.name} needs the whole encoder, but trainer.strategy shards it: set it to null here "
-                "and probe the finished run with task=classification and init_from."
+                f"callbacks.{self.name} requires an unsharded encoder, but trainer.strategy="
+                f"{type(trainer.strategy).__name__} shards it: set callbacks.{self.name}=null and probe the finished "
+                "run with task=classification and init_from."
             )
         if stage == "fit":
             self.untrained = copy.deepcopy(pl_module.model.encoder)  # type: ignore[union-attr, assignment]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        measured = self.measure(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
-        values = {f"{self.name}/{metric}": value for metric, value in measured.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
-        trainer.callback_metrics.update({metric: torch.tensor(value) for metric, value in values.items()})
+        if trainer.is_global_zero:
+            log_end_of_run(trainer, self.name, self.measure(pl_module, trainer.datamodule))  # type: ignore[attr-defined]
 
 
 class Probe(_EncoderEvaluation):
-    """Trains a small head on the frozen encoder at the end of the run.
+    """Trains a classification head on the frozen encoder at the end of the run.
 
-    Logs for every label ``<name>/<label>`` with ``_random_init`` (the same-seed untrained encoder), ``_gain`` (the
-    difference), ``_trivial`` (the most frequent class) and, for labels whose classes are each other played backwards,
-    ``_shuffled``; ``<label>_within_pairs`` likewise, whose trivial value is a coin's.
+    Logs for every label ``<name>/<label>`` with ``_random_init`` (same-seed untrained encoder), ``_gain`` (the
+    difference), ``_trivial`` (most frequent class) and, for labels with reversal pairs, ``_shuffled``;
+    ``<label>_within_pairs`` likewise, with a chance level of 0.5 as ``_trivial``.
 
     Args:
         labels: names of the labels to predict.
         pooling: ``"linear"``: mean of the tokens and a linear layer; ``"attentive"``: one learnable query.
         name: prefix of the metrics.
-        train_clips, val_clips: how many of the first training and validation clips are used.
-        steps, batch_size, lr, weight_decay, seed: of the head's training.
-        part: of mixed data the part to evaluate on, in training and validation; ``None`` is for data of one kind.
+        train_clips, val_clips: number of training and validation clips, from the start of each dataset.
+        steps, batch_size, lr, weight_decay, seed: settings of training the head.
+        part: name of the mixture part to evaluate on, in training and validation; ``None`` for data that is no mixture.
             Single frames have no shuffled control.
     """
 
@@ -179,22 +175,22 @@ class Probe(_EncoderEvaluation):
 
 
 class FewLabels(_EncoderEvaluation):
-    """Fine-tunes the encoder on few labelled clips at the end of the run, against the same network from scratch.
+    """Fine-tunes the encoder on few labeled clips at the end of the run, and the same network from scratch.
 
-    Both get the same clips, order and steps, and each the best of the same learning rates, judged on the validation
-    clips: a network from scratch wants another one than a trained network, and at one rate the difference would be the
-    rate's. Logs for every label ``<name>/<label>`` with ``_scratch``, ``_gain`` (the difference), ``_trivial`` and,
-    for labels whose classes are each other played backwards, ``_shuffled``; ``<label>_within_pairs`` likewise, whose
-    trivial value is a coin's.
+    Both use the same clips, order and steps, and each the best of the same learning rates on the validation clips: a
+    network from scratch requires a different rate than a trained one, and at a single rate the difference would
+    measure the rate. Logs for every label ``<name>/<label>`` with ``_scratch``, ``_gain`` (the difference),
+    ``_trivial`` and, for labels with reversal pairs, ``_shuffled``; ``<label>_within_pairs`` likewise, with a chance
+    level of 0.5 as ``_trivial``.
 
     Args:
         labels: names of the labels to predict.
-        num_labelled: clips to learn from.
+        num_labelled: number of training clips.
         name: prefix of the metrics.
-        val_clips: clips to measure on.
+        val_clips: number of validation clips.
         lrs: learning rates to try.
-        steps, batch_size, weight_decay, seed: of the fine-tuning.
-        part: of mixed data the part to evaluate on, in training and validation; ``None`` is for data of one kind.
+        steps, batch_size, weight_decay, seed: settings of the fine-tuning.
+        part: name of the mixture part to evaluate on, in training and validation; ``None`` for data that is no mixture.
             Single frames have no shuffled control.
     """
 
@@ -214,7 +210,7 @@ class FewLabels(_EncoderEvaluation):
         part: str | None = None,
     ):
         if not lrs:
-            raise ValueError("callbacks.few_labels.lrs is empty: give at least one learning rate.")
+            raise ValueError(f"callbacks.{name}.lrs={lrs} is empty: use at least one learning rate.")
         recipes = [Recipe(steps, batch_size, lr, weight_decay, seed) for lr in lrs]
         super().__init__(name, labels, num_labelled, val_clips, recipes, part)
 

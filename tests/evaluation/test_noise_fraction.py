@@ -1,33 +1,33 @@
-"""Conversion of losses between objectives: timesteps of noise shares, and the factor between the errors."""
+"""Noise fractions of objectives, and the error factor between an objective and a flow."""
 
 import pytest
 import torch
 
 from blueberry_video.diffusion.objectives import AddedNoise, FlowMatching, VPrediction
-from blueberry_video.nn.noise_share import flow_error_factor, times_of_shares
+from blueberry_video.evaluation.noise_fraction import flow_error_factor, times_at_noise_fraction
 
-SHARES = torch.linspace(0.1, 1, 200)
+FRACTIONS = torch.linspace(0.1, 1, 200)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_times_have_the_given_noise_shares(shift: float):
+def test_times_have_the_requested_noise_fraction(shift: float):
     objective = VPrediction(snr_shift=shift)
-    signal, noise = objective.levels(times_of_shares(objective, SHARES))
-    torch.testing.assert_close(noise / (signal + noise), SHARES, rtol=0, atol=4e-3)  # 1000 steps, coarse at the start
+    signal, noise = objective.levels(times_at_noise_fraction(objective, FRACTIONS))
+    torch.testing.assert_close(noise / (signal + noise), FRACTIONS, rtol=0, atol=4e-3)  # 1000 timesteps, coarse near 0
 
 
-def test_shares_outside_the_schedule_are_clamped():
+def test_fractions_outside_the_schedule_map_to_its_first_and_last_timestep():
     objective = VPrediction()
-    assert times_of_shares(objective, torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.001, 1.0])
+    assert times_at_noise_fraction(objective, torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.001, 1.0])
 
 
-def test_conversion_of_flow_matching_is_the_identity():
-    assert torch.equal(times_of_shares(FlowMatching(), SHARES), SHARES)
-    assert torch.equal(flow_error_factor(FlowMatching(), SHARES), torch.ones_like(SHARES))
+def test_a_flow_is_not_converted():
+    assert torch.equal(times_at_noise_fraction(FlowMatching(), FRACTIONS), FRACTIONS)
+    assert torch.equal(flow_error_factor(FlowMatching(), FRACTIONS), torch.ones_like(FRACTIONS))
 
 
-def test_factor_converts_the_error_of_v_prediction_to_that_of_the_flow():
-    """The flow error compares noise - clean, computed from the output for the same latents, with the true value."""
+def test_the_factor_converts_the_error_of_v_to_that_of_a_flow():
+    """Compares the noise - clean implied by the output with the true one, on the same noisy latents up to scale."""
     objective, t = VPrediction(), torch.tensor([0.1, 0.5, 0.9, 1.0])
     clean, noise = torch.randn(2, 4, 3, 2, 2, 2, dtype=torch.float64)
     noisy = objective.noisy(clean, noise, t)
@@ -38,7 +38,7 @@ def test_factor_converts_the_error_of_v_prediction_to_that_of_the_flow():
     torch.testing.assert_close(own * flow_error_factor(objective, t), error, rtol=1e-5, atol=1e-6)
 
 
-def test_added_noise_ignores_the_time_and_inverts():
+def test_added_noise_ignores_time_and_inverts_its_noising():
     objective, t = AddedNoise(), torch.tensor([0.2, 0.9])
     clean, noise = torch.randn(2, 2, 3, 2, 2, 2)
     noisy = objective.noisy(clean, noise, t)
