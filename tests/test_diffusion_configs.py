@@ -1,5 +1,6 @@
 """Errors in text-to-video configs, and the memory estimate of `make check`."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_invalid_number_of_frames_suggests_the_nearest_valid_ones():
 
 
 def test_training_memory_depends_on_the_precision():
-    """CogVideoX-2B has 1.694e9 parameters: 13.6 GB of AdamW state in float32, 3.4 GB of weights in bfloat16."""
+    """CogVideoX-2B has 1.694e9 parameters: 27 GB in float32 with AdamW and no EMA, 3.4 GB of weights in bfloat16."""
     full = memory.of_training(1_694_000_000, 1_694_000_000, "bf16-mixed", ema=True)
     assert {name: round(size / 1e9, 1) for name, size in full.items()} == {
         "weights": 6.8,
@@ -74,10 +75,10 @@ def test_memory_is_printed_and_checked_before_a_model_is_built(monkeypatch, caps
     assert shards == 8
     assert parts["weights"] == pytest.approx(4 * 12.811e9, rel=1e-4)
     assert parts["AdamW"] == 2 * parts["gradients"] == 2 * parts["weights"]
-    assert "in 8 shards" in memory.describe(parts, shards)
+    assert "8 shards" in memory.describe(parts, shards)
     monkeypatch.setattr(memory, "available_memory", lambda: 10 * 2**30)
     with pytest.raises(ValueError, match=r"\d GiB\b.*\b10\.0 GiB.*`trainer=fsdp`"):
         memory.announce(config)
-    assert "memory: " in capsys.readouterr().out
+    assert "GiB" in capsys.readouterr().out
     memory.announce(composed("hunyuan"))
-    assert " MiB per device" in capsys.readouterr().out
+    assert re.search(r"\d MiB\b", capsys.readouterr().out)
