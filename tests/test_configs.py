@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from blueberry_video.config import CONF, checks, compose
+from blueberry_video.config import CONF, checks, compose, load
 from blueberry_video.data.sprites import Sprites
 
 FILES = sorted(
@@ -275,3 +276,12 @@ def strings_of(file: Path) -> str:
         for node in nodes
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
     )
+
+
+def test_a_saved_config_with_a_renamed_class_raises_with_both_ways_on(tmp_path: Path):
+    file = tmp_path / "config.yaml"
+    saved = OmegaConf.to_container(compose(Path(__file__).parents[1] / "experiments/template/config.yaml"))
+    saved["model"]["_target_"] = "blueberry_video.models.old_name.Network"
+    file.write_text(yaml.safe_dump(saved))
+    with pytest.raises(ValueError, match=r"(?s)model\._target_.*old_name\.Network.*git checkout.*init_from="):
+        load(file)

@@ -20,7 +20,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from blueberry_video.config.checks import ROOT_KEYS, check, check_groups, did_you_mean, fix, short
+from blueberry_video.config.checks import ROOT_KEYS, check, check_groups, did_you_mean, fix, short, targets
 from blueberry_video.config.schema import CONF, Config
 from blueberry_video.config.signatures import signature
 
@@ -65,6 +65,7 @@ def load(file: str | Path, overrides: Sequence[str] = (), fresh: DictConfig | No
     parsed = _parse(overrides)
     chosen = {override.key_or_group for override in parsed if _is_group(override, path, CONF)} & {*(fresh or ())}
     saved = OmegaConf.load(path)
+    _check_saved_targets(saved, path)
     lines = []
     for override in parsed:
         key, line = override.key_or_group, override.input_line or ""
@@ -75,6 +76,27 @@ def load(file: str | Path, overrides: Sequence[str] = (), fresh: DictConfig | No
     for root in chosen:
         config[root] = fresh[root]  # type: ignore[index]
     return resolve(config)
+
+
+def _check_saved_targets(saved: Any, path: Path) -> None:
+    """Checks that every class of this package that a run saved still has its name.
+
+    Raises:
+        ValueError: a class was moved or renamed since.
+    """
+    package = __name__.partition(".")[0]
+    for key, node in targets(saved, ""):
+        target = node["_target_"]
+        if not target.startswith(f"{package}."):
+            continue
+        try:
+            signature(target)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"`{key.lstrip('.')}._target_` = {target} in {path} does not exist in this version, which moved or "
+                "renamed it. To resume the run, check out the commit in its run.json (`git checkout <commit>`); to "
+                f"train from its weights, compose the experiment anew with init_from={path.parent}."
+            ) from error
 
 
 def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
