@@ -24,7 +24,7 @@ def atomic_file(path: Path, unique: bool = False, sync_folder: bool = True) -> I
         sync_folder: also syncs the folder, so that the rename survives a power failure.
 
     Raises:
-        OSError: the disk is full, or the folder is not writable.
+        OSError: if the disk is full or the folder is not writable.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp" if unique else f".{path.name}.tmp")
     try:
@@ -58,11 +58,8 @@ def write_text(path: Path, text: str) -> None:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Creates an empty temporary folder to fill; on exit renames it to ``path``. Its files are not synced to disk.
 
-    Args:
-        path: the destination, which must not exist or be an empty folder. Its parents are created.
-
     Raises:
-        OSError: the destination is a file or a folder that is not empty.
+        OSError: if ``path`` is a file or a folder that is not empty.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a writer that was killed

@@ -73,10 +73,8 @@ def fit(config: DictConfig, folder: "RunFolder") -> None:
     data, _, task, trainer = build(config, folder)
     trainer.fit(task, datamodule=data, ckpt_path=folder.checkpoint(), weights_only=False)
     metrics = dict(trainer.callback_metrics)  # validate and test clear them
-    trainer.validate(task, datamodule=data, verbose=False)
-    metrics |= trainer.callback_metrics
-    if data.test is not None:
-        trainer.test(task, datamodule=data, verbose=False)
+    for evaluate in (trainer.validate, trainer.test) if data.test is not None else (trainer.validate,):
+        evaluate(task, datamodule=data, verbose=False)
         metrics |= trainer.callback_metrics
     folder.finish(metrics)
 
@@ -96,9 +94,7 @@ def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:
     if config.init_from and folder.checkpoint() is None:
         task.init_from = weights_file(config.init_from)
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback]
-    loggers: list[Any] = [MetricsCSV(folder)]
-    if config.logger:
-        loggers.append(instantiate(config.logger, run=folder))
+    loggers = [MetricsCSV(folder), *([instantiate(config.logger, run=folder)] if config.logger else [])]
     create_trainer = instantiate(config.trainer, _partial_=True)
     trainer = create_trainer(callbacks=callbacks, logger=loggers, default_root_dir=folder.path)
     return data, model, task, trainer

@@ -32,14 +32,7 @@ class Findings:
         self.failed = 0
 
     def add(self, what: str, text: str, fix: str = "", fatal: bool = True) -> None:
-        """Prints a finding.
-
-        Args:
-            what: subject of the finding.
-            text: the measured values.
-            fix: how to fix the problem; empty if there is none.
-            fatal: whether the problem would stop the run.
-        """
+        """Prints a finding; ``fix`` is empty if there is no problem, ``fatal`` if the problem would stop the run."""
         mark = "ok  " if not fix else "FAIL" if fatal else "note"
         print(f"  {mark}  {what:<10} {text}{f'. {fix}' if fix else ''}", flush=True)
         self.failed += bool(fix) and fatal
@@ -84,7 +77,7 @@ def dry_run(
         )
     print(
         f"{time.perf_counter() - began:.0f} s: "
-        + (f"problems to fix: {findings.failed}" if findings.failed else "no problem would stop this run")
+        + (f"problems to fix: {findings.failed}" if findings.failed else "nothing stops this run")
     )
     if findings.failed:
         sys.exit(1)

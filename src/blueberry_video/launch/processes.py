@@ -26,9 +26,6 @@ def shared_folder() -> Path | None:
 def count(trainer: Mapping[str, Any]) -> int:
     """Returns the number of processes to start on this machine; 1 if they are already started (rank, Slurm task).
 
-    Args:
-        trainer: the ``trainer`` section of a config.
-
     Raises:
         ValueError: if ``devices`` is all GPUs and there are none.
     """
