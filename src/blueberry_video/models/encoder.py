@@ -108,7 +108,7 @@ class Encoder(nn.Module):
         encoder without its final norm.
 
         Args:
-            source: a file, a folder with ``config.json``, or a hub id.
+            source: a weight file, see :func:`~blueberry_video.weights.files.read_weights`.
 
         Returns:
             A sentence on what was loaded.

@@ -501,3 +501,14 @@ def test_invalid_timesteps_or_cache_of_a_causal_model_raise():
         model(**given, cache=KeyValueCache(), first_frame=2)
     with pytest.raises(ValueError, match=r"patch_size=\(3, 2, 2\)"):
         pair("patches-in-time")[1](**inputs(pair("patches-in-time")[1]) | {"time": torch.zeros(2, 3)})
+
+
+def test_weights_with_rectangular_patches_load_but_are_not_written_for_diffusers(tmp_path: Path):
+    source, target = causal(patch_size=(1, 1, 2)), causal(patch_size=(1, 1, 2))
+    with torch.no_grad():
+        source.proj_out.weight.fill_(0.5)
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    target.load_published(tmp_path / "weights.safetensors")
+    assert torch.equal(target.proj_out.weight, source.proj_out.weight)
+    with pytest.raises(ValueError, match=r"patch_size=\(1, 1, 2\)"):
+        source.save_published(tmp_path / "saved")

@@ -1,4 +1,4 @@
-"""Conversion of HunyuanVideo and HunyuanVideo-1.5 weights: Tencent's layout to that of diffusers, whose names this
+"""Conversion of HunyuanVideo and HunyuanVideo-1.5 weights: Tencent's layout to the names of diffusers, which this
 package uses.
 
 Besides names, three things differ: query, key and value are one matrix (in 1.5 only in the refiner); the first matrix

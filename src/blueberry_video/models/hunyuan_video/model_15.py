@@ -254,6 +254,7 @@ class HunyuanVideo15(DualStreamTransformer):
             FileExistsError: the folder exists and is not empty.
             ValueError: diffusers has no such model.
         """
+        self.check_square_patches()
         write_folder(folder, self.config() | {"task_type": task, "target_size": target_size}, self.state_dict())
 
     def config(self) -> dict[str, Any]:

@@ -247,8 +247,8 @@ class DualStreamTransformer(nn.Module):
         condition = {key: loaded.pop(key) for key in ("image_condition",) if key in loaded}
         if found := different_settings(loaded, own):
             raise ValueError(
-                f"{source} holds a {self.family} with {found}: choose their model=text_to_video/…, or set "
-                "model.transformer to these settings."
+                f"{source} holds a {self.family} with {found}: choose the model=text_to_video/… of these "
+                "weights, or set model.transformer to these settings."
             )
         load_strictly(self, state, source)
         trained = different_settings(condition, own)
@@ -263,7 +263,17 @@ class DualStreamTransformer(nn.Module):
             FileExistsError: the folder exists and is not empty.
             ValueError: diffusers has no such model.
         """
+        self.check_square_patches()
         write_folder(folder, self.config(), self.state_dict())
+
+    def check_square_patches(self) -> None:
+        """Checks that the config of diffusers can hold the patch size.
+
+        Raises:
+            ValueError: the rows and columns of a patch differ.
+        """
+        if self.patch_size[1] != self.patch_size[2]:
+            raise ValueError(f"diffusers has no model with patch_size={self.patch_size}: use square patches.")
 
     @classmethod
     def settings_of(cls, state: dict[str, Tensor], config: dict | None = None) -> dict[str, Any]:
@@ -276,14 +286,8 @@ class DualStreamTransformer(nn.Module):
         return settings_of_weights(state, config or {})
 
     def config(self) -> dict[str, Any]:
-        """Settings of this model as ``config.json`` of diffusers holds them.
-
-        Raises:
-            ValueError: diffusers has no such model.
-        """
-        t, h, w = self.patch_size
-        if h != w:
-            raise ValueError(f"diffusers has no model with patch_size={self.patch_size}: use square patches.")
+        """Settings of this model as ``config.json`` of diffusers holds them."""
+        t, h, _ = self.patch_size
         config = {
             "_class_name": self.diffusers_class,
             "in_channels": self.in_channels,
