@@ -202,3 +202,13 @@ def test_final_norm_without_a_counterpart_is_ignored_and_reported(tmp_path):
     assert "norm.bias, norm.weight" in target.load_published(tmp_path / "normed.pth")
     assert torch.equal(target.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
     assert "norm.bias" not in tiny().load_published(tmp_path / "normed.pth")
+
+
+def test_final_norm_missing_from_the_file_keeps_its_values(tmp_path):
+    source, target = tiny(final_norm=False), tiny()
+    torch.nn.init.constant_(source.blocks[1].mlp.fc1.weight, 0.25)
+    torch.nn.init.constant_(target.norm.weight, 3.0)
+    torch.save(source.state_dict(), tmp_path / "plain.pth")
+    assert "norm.bias, norm.weight" in target.load_published(tmp_path / "plain.pth")
+    assert torch.equal(target.norm.weight, torch.full((16,), 3.0))
+    assert torch.equal(target.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)

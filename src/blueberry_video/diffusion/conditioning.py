@@ -92,7 +92,7 @@ def with_first_frame(model: TextToVideo, noisy: Tensor, image: Tensor | None, sh
 
 def concat_image(latents: Tensor, image: Tensor) -> Tensor:
     """Input of a ``latent_concat`` model: noisy latents (B, C, T, H, W), the clean latent of the first frame
-    (B, C, 1, H, W) zero-padded to T frames, and a mask channel, 1 in that frame, concatenated: (B, 2 C + 1, T, H, W)."""
+    (B, C, 1, H, W) zero-padded to T frames, and a mask channel, 1 in that frame: (B, 2 C + 1, T, H, W)."""
     given, known = torch.zeros_like(latents), torch.zeros_like(latents[:, :1])
     given[:, :, :1], known[:, :, :1] = image, 1
     return torch.cat([latents, given, known], dim=1)

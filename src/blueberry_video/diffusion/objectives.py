@@ -181,10 +181,10 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class AddedNoise(Objective):
-    """Noise added to the clip, always as much, and a network that is to name it and is told no time.
+    """Control objective that must fail: noise of one fixed level is added, and predicted without a timestep.
 
-    The clip can still be seen through such noise, so the loss falls far; but from noise alone, where a sampler begins,
-    the network has never been asked anything. It is not for use.
+    The clip stays visible through such noise, so the loss falls; but the network is never trained on pure noise, where
+    sampling starts. Not for use.
     """
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
