@@ -26,7 +26,7 @@ PARTS = {  # parts of a text-to-video model or of its task: group → key in the
     "model/cogvideox/": "model.transformer",
     "model/hunyuan_video/": "model.transformer",
     "model/text/": "model.text",
-    "model/codec/": "model.codec",
+    "model/autoencoder/": "model.autoencoder",
     "model/lora/": "model.lora",
     "task/sampler/": "task.sampler",
     "task/guidance/": "task.guidance",
@@ -55,7 +55,7 @@ def overrides_for(name: str) -> list[str]:
         return part_overrides(*name.rsplit("/", 1))
     match group:
         case "model" if choice.startswith("text_to_video/"):
-            paths = [] if choice.endswith("tiny") else ["model.text.path=somewhere", "model.codec.path=somewhere"]
+            paths = [] if choice.endswith("tiny") else ["model.text.path=somewhere", "model.autoencoder.path=somewhere"]
             return [f"model={choice}", "task=diffusion", "data=moving_shapes", *paths]
         case "task" if choice.startswith("diffusion"):
             return [f"task={choice}", "model=text_to_video/cogvideox_tiny", "data=moving_shapes"]
@@ -118,13 +118,16 @@ def part_overrides(group: str, choice: str) -> list[str]:
     model = (
         f"{family}_tiny" if is_small or group.startswith("task/") else {"cogvideox": "cogvideox_2b"}.get(family, family)
     )
-    paths = [] if model.endswith("tiny") else ["model.text.path=somewhere", "model.codec.path=somewhere"]
+    paths = [] if model.endswith("tiny") else ["model.text.path=somewhere", "model.autoencoder.path=somewhere"]
     chosen = {
         "task/sampler": [f"task/sampler={choice}"],
         "task/guidance": [f"task/guidance={choice}"],
         "model/lora": [f"+model/lora={choice}", "model.lora.base=somewhere"],
         "model/text": [f"model/text={choice}"],
-        "model/codec": [f"model/codec={choice}", *(["model.codec.weights=somewhere"] if choice == "video_vae" else [])],
+        "model/autoencoder": [
+            f"model/autoencoder={choice}",
+            *(["model.autoencoder.weights=somewhere"] if choice == "video_vae" else []),
+        ],
     }.get(group, [f"{group}@{PARTS[f'{group}/']}={choice}"])
     return [f"model=text_to_video/{model}", "task=diffusion", "data=moving_shapes", *paths, *chosen]
 

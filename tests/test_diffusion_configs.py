@@ -36,16 +36,16 @@ def test_float16_is_valid_for_cogvideox_2b():
 
 
 def test_part_of_a_model_is_chosen_by_the_suggested_name():
-    for wrong in ("model/codec@model.codec=video_vae", "model/codec=video_vaes"):
-        with pytest.raises(ValueError, match=r"`model/codec\S*=video_vaes?`.*`model/codec=video_vae`"):
+    for wrong in ("model/autoencoder@model.autoencoder=video_vae", "model/autoencoder=video_vaes"):
+        with pytest.raises(ValueError, match=r"`model/autoencoder\S*=video_vaes?`.*`model/autoencoder=video_vae`"):
             composed("cogvideox", wrong)
-    chosen = composed("cogvideox", "model/codec=video_vae", "model.codec.weights=outputs/video_vae/x.ckpt")
-    assert chosen.model.codec.time_stride == 4
+    chosen = composed("cogvideox", "model/autoencoder=video_vae", "model.autoencoder.weights=outputs/video_vae/x.ckpt")
+    assert chosen.model.autoencoder.time_stride == 4
 
 
 def test_invalid_number_of_frames_suggests_the_nearest_valid_ones():
     with pytest.raises(
-        ValueError, match=r"`data\.train\.num_frames` = 48 .*`model\.codec\.frame_step` = 8.*=41`.*=49`"
+        ValueError, match=r"`data\.train\.num_frames` = 48 .*`model\.autoencoder\.frame_step` = 8.*=41`.*=49`"
     ):
         composed("cogvideox_lora", "data.train.num_frames=48")
     assert composed("cogvideox_lora", "data.train.num_frames=17").data.val.num_frames == 17

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from blueberry_video.data.latents import LatentClips
 from blueberry_video.data.sprites import Sprites
 from blueberry_video.diffusion.encoding import encode
-from blueberry_video.models.autoencoder.base import Codec, Pixels, fingerprint
+from blueberry_video.models.autoencoder.base import Autoencoder, Pixels, fingerprint
 from blueberry_video.models.hunyuan_video.model import HunyuanVideo
 from blueberry_video.models.text_encoder.words import WordText
 from blueberry_video.precompute import run, write_latents
@@ -39,7 +39,7 @@ def test_stored_moments_and_text_equal_the_outputs_of_the_modules(tmp_path: Path
     clips = LatentClips(tmp_path)
     assert clips.classes == data.classes
     assert clips.made_of == {
-        "codec": f"Pixels/{fingerprint(Pixels())}",
+        "autoencoder": f"Pixels/{fingerprint(Pixels())}",
         "text": f"FrozenText/{fingerprint(text)}",
         "data": data.cache_key,
         "dtype": "float32",
@@ -61,7 +61,7 @@ def test_stored_moments_and_text_equal_the_outputs_of_the_modules(tmp_path: Path
 
 
 class Smearing(Pixels):
-    """Codec where the first latent depends on all frames, as in published autoencoders."""
+    """Autoencoder where the first latent depends on all frames, as in published autoencoders."""
 
     first_frame_alone = False
 
@@ -116,8 +116,8 @@ def test_folder_of_other_weights_or_data_raises(tmp_path: Path):
         write_latents(sprites(image_size=24), Pixels(), None, tmp_path)
 
 
-class Overflowing(Codec):
-    """Codec with NaN means, as in published autoencoders in float16."""
+class Overflowing(Autoencoder):
+    """Autoencoder with NaN means, as in published autoencoders in float16."""
 
     def __init__(self):
         super().__init__(3, (1, 1, 1))
@@ -159,22 +159,22 @@ def config(model: dict) -> OmegaConf:
 
 
 def test_every_split_of_an_experiment_is_encoded(tmp_path: Path):
-    codec = {"_target_": "blueberry_video.models.autoencoder.base.Pixels", "_partial_": True}
+    autoencoder = {"_target_": "blueberry_video.models.autoencoder.base.Pixels", "_partial_": True}
     text = {"_partial_": True, "_target_": "blueberry_video.models.text_encoder.words.WordText", "text_dim": 4}
     transformer = {"_target_": "blueberry_video.models.cogvideox.CogVideoX", "in_channels": 3, "out_channels": 3}
     transformer |= {"num_heads": 1, "head_dim": 16, "depth": 1, "height": 16, "width": 16}
-    read = run(config({"codec": codec, "text": text, "transformer": transformer}), tmp_path)
+    read = run(config({"autoencoder": autoencoder, "text": text, "transformer": transformer}), tmp_path)
     folders = [f"data.{split}.folder={tmp_path}/{split}" for split in ("train", "val")]
     assert read == ["data=latents", *folders, "data.batch_size=1"]
     assert [len(LatentClips(tmp_path / split)) for split in ("train", "val")] == [3, 3]
     assert LatentClips(tmp_path / "train")[0]["id"] != LatentClips(tmp_path / "val")[0]["id"]
 
 
-def test_experiment_without_codec_or_with_stored_latents_raises(tmp_path: Path):
-    for model in ({"_target_": "somewhere.Classifier"}, {"_target_": "somewhere.TextToVideo", "codec": None}):
-        with pytest.raises(ValueError, match=f"model={re.escape(model['_target_'])} .*codec"):
+def test_experiment_without_autoencoder_or_with_stored_latents_raises(tmp_path: Path):
+    for model in ({"_target_": "somewhere.Classifier"}, {"_target_": "somewhere.TextToVideo", "autoencoder": None}):
+        with pytest.raises(ValueError, match=f"model={re.escape(model['_target_'])} .*autoencoder"):
             run(config(model), tmp_path)
-    stored = config({"codec": {"_target_": "blueberry_video.models.autoencoder.base.Pixels"}})
+    stored = config({"autoencoder": {"_target_": "blueberry_video.models.autoencoder.base.Pixels"}})
     stored.data.train = {"_target_": "blueberry_video.data.latents.LatentClips", "folder": "nowhere"}
     with pytest.raises(ValueError, match=r"name=tiny .*LatentClips.*data=captioned_videos"):
         run(stored, tmp_path)

@@ -2,8 +2,8 @@
 
     python -m blueberry_video.precompute --config-dir experiments/<name> [--out <folder>] [key=value …]
 
-Writes <out>/{train,val,test}/ with the codec and the frozen text encoder, if any, of the experiment's model. After a
-kill, the same command continues, and the files are identical byte for byte.
+Writes <out>/{train,val,test}/ with the autoencoder and the frozen text encoder, if any, of the model. After a kill,
+the same command continues, and the files are identical byte for byte.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from blueberry_video.launch.command_line import DTYPES
 if TYPE_CHECKING:  # torch is imported after the config is checked
     from blueberry_video.data.clip_cache import KeyedClips
     from blueberry_video.diffusion.text_to_video import Transformer
-    from blueberry_video.models.autoencoder.base import Codec
+    from blueberry_video.models.autoencoder.base import Autoencoder
     from blueberry_video.models.text_encoder.base import TextEncoder
 
 
@@ -48,7 +48,7 @@ def run(config: DictConfig, out: Path, dtype: str = "float32", shard_size: int =
         The overrides for training the experiment on the latents.
 
     Raises:
-        ValueError: if the model has no codec, or the data are stored latents; see also :func:`write_latents`.
+        ValueError: if the model has no autoencoder, or the data are stored latents; see also :func:`write_latents`.
     """
     import torch
     from hydra.utils import instantiate
@@ -56,10 +56,10 @@ def run(config: DictConfig, out: Path, dtype: str = "float32", shard_size: int =
 
     from blueberry_video.data.buckets import reading
 
-    if not config.model.get("codec"):
+    if not config.model.get("autoencoder"):
         raise ValueError(
-            f"model={config.model.get('_target_')} has no codec (model.codec) to encode latents with: use an "
-            "experiment with one, such as those with model=text_to_video/…."
+            f"model={config.model.get('_target_')} has no autoencoder (model.autoencoder) to encode latents with: "
+            "use an experiment with one, such as those with model=text_to_video/…."
         )
     if any(node["_target_"].endswith(".LatentClips") for _, node in targets(config.data, "data")):
         raise ValueError(
@@ -73,18 +73,18 @@ def run(config: DictConfig, out: Path, dtype: str = "float32", shard_size: int =
         network = instantiate(config.model.transformer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     now = {"_partial_": False}  # a config may build them later, in the model
-    codec = instantiate(config.model.codec, **now).to(device).eval()
+    autoencoder = instantiate(config.model.autoencoder, **now).to(device).eval()
     text = instantiate(config.model.text, **now).to(device).eval() if config.model.get("text") else None
     for split in ("train", "val", "test"):
         if (dataset := getattr(data, split)) is not None:
-            write_latents(dataset, codec, text, out / split, dtype, shard_size, data.num_workers, network)
+            write_latents(dataset, autoencoder, text, out / split, dtype, shard_size, data.num_workers, network)
     sizes = {key: config.data[key] for key in ("batch_size", "val_batch_size") if config.data.get(key) is not None}
     return reading(out, {"train": data.train, "val": data.val}, network.patch_size, sizes)
 
 
 def write_latents(
     dataset: "KeyedClips",
-    codec: "Codec",
+    autoencoder: "Autoencoder",
     text: "TextEncoder | None",
     folder: Path,
     dtype: str = "float32",
@@ -96,7 +96,7 @@ def write_latents(
 
     Args:
         dataset: clips with captions; must have a ``cache_key``.
-        codec, text: on their device, in evaluation mode. For a trainable text encoder, or None, only the captions are
+        autoencoder, text: on their device, in evaluation mode. For a trainable text encoder, or None, only captions are
             stored.
         folder: folder of this dataset; :class:`~blueberry_video.data.latents.LatentClips` reads it.
         dtype: one of ``DTYPES``.
@@ -120,12 +120,12 @@ def write_latents(
 
     check_storable(dataset)
     patch_size = (1, 1) if network is None else network.patch_size[1:]
-    image = network is not None and encodes_image(network, codec)
+    image = network is not None and encodes_image(network, autoencoder)
     for name, size in getattr(dataset, "sizes", {}).items():
-        check_size(f"the bucket {name}", size, codec, patch_size)
+        check_size(f"the bucket {name}", size, autoencoder, patch_size)
     text = text if text is not None and text.frozen else None
     made_of = {
-        "codec": f"{type(codec).__name__}/{fingerprint(codec)}",
+        "autoencoder": f"{type(autoencoder).__name__}/{fingerprint(autoencoder)}",
         "text": None if text is None else f"{type(text).__name__}/{fingerprint(text)}",
         "data": dataset.cache_key,
         "dtype": dtype,
@@ -140,7 +140,7 @@ def write_latents(
         for number in shards.missing:
             encoded = []
             for _ in shards.indices(number):
-                encoded.append(encode(next(clips), codec, text, getattr(torch, dtype), patch_size, image))
+                encoded.append(encode(next(clips), autoencoder, text, getattr(torch, dtype), patch_size, image))
                 progress.add(1)
             shards.write(number, encoded)
 

@@ -187,7 +187,7 @@ def test_videos_without_captions_raise(folder: Path):
 
 def test_stored_latents_are_in_buckets_by_shape(tmp_path: Path):
     shapes = [(2, 4, 4), (1, 4, 4), (2, 4, 4), (1, 2, 6), (2, 4, 4)]
-    with LatentShards(tmp_path, {"codec": "x"}, len(shapes), shard_size=2) as shards:
+    with LatentShards(tmp_path, {"autoencoder": "x"}, len(shapes), shard_size=2) as shards:
         for number in shards.missing:
             clips = [
                 {"moments": torch.full((2, *shapes[i]), float(i)), "caption": str(i)} for i in shards.indices(number)
@@ -201,14 +201,14 @@ def test_stored_latents_are_in_buckets_by_shape(tmp_path: Path):
     numbers = r"2x4x4: 3 .*\b2; 1x4x4: 1 .*\b4; 1x2x6: 1 .*\b5"  # clips and batch size of each bucket
     assert re.fullmatch(numbers, data.describe())
     assert sorted(data.captions()) == sorted("01234")
-    assert (data.folder, data.made_of["codec"]) == (tmp_path, "x")
+    assert (data.folder, data.made_of["autoencoder"]) == (tmp_path, "x")
     with pytest.raises(ValueError, match=r"patch_size.*\[2, 2\]"):
         LatentBuckets(LatentClips(tmp_path), patch_size=(2, 2), token_budget=16)
 
 
 def test_overrides_that_read_stored_latents(tmp_path: Path):
     for split, shapes in (("train", [(2, 4, 4)]), ("val", [(1, 4, 4), (1, 2, 2)])):
-        with LatentShards(tmp_path / split, {"codec": "x"}, len(shapes)) as shards:
+        with LatentShards(tmp_path / split, {"autoencoder": "x"}, len(shapes)) as shards:
             shards.write(0, [{"moments": torch.zeros(2, *shape), "caption": "a"} for shape in shapes])
     plain = {"train": LatentClips(tmp_path / "train")}
     read = reading(tmp_path, plain, (1, 2, 2), {"batch_size": 3})

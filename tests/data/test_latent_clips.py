@@ -17,13 +17,13 @@ from blueberry_video.data.sprites import Sprites
 from blueberry_video.models.autoencoder.causal_vae import CausalVideoVAE
 from blueberry_video.precompute import write_latents
 
-MADE_OF = {"codec": "Pixels/0123", "text": None, "data": "numbers", "dtype": "float32"}
+MADE_OF = {"autoencoder": "Pixels/0123", "text": None, "data": "numbers", "dtype": "float32"}
 
 
 def clip(index: int) -> dict:
     rng = torch.Generator().manual_seed(index)
     moments = torch.randn(4, 2, 3, 3 + index % 2, generator=rng)
-    moments[2:] = -torch.inf  # log-variances of a deterministic codec
+    moments[2:] = -torch.inf  # log-variances of a deterministic autoencoder
     return {
         "moments": moments,
         "text_tokens": torch.randn(5, 6, generator=rng).bfloat16(),
@@ -55,7 +55,7 @@ def test_round_trip(tmp_path: Path):
     assert len(clips) == 10
     assert clips.classes == {"motion": ("left", "right")}
     assert clips.reversal_pairs == {"motion": ((0, 1),)}
-    assert clips.made_of["codec"] == "Pixels/0123"
+    assert clips.made_of["autoencoder"] == "Pixels/0123"
     assert clips.shapes == [(4, 2, 3, 3 + i % 2) for i in range(10)]
     assert list(clips.captions()) == [f"“{i}”" for i in range(10)]
     for i in reversed(range(10)):
@@ -71,6 +71,15 @@ def test_round_trip(tmp_path: Path):
         clips[10]
     loader = DataLoader(clips, batch_size=None, num_workers=1)
     assert [item["id"] for item in loader] == [f"clip {i}" for i in range(10)]
+
+
+def test_folders_with_the_former_name_of_the_autoencoder_are_read_and_continued(tmp_path: Path):
+    write(tmp_path, numbers=[0])
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"autoencoder"', '"codec"'))
+    assert write(tmp_path) == [1, 2]
+    manifest.write_text(manifest.read_text().replace('"autoencoder"', '"codec"'))
+    assert LatentClips(tmp_path).made_of["autoencoder"] == "Pixels/0123"
 
 
 def test_interrupted_writing_resumes_to_the_same_bytes(tmp_path: Path):
@@ -92,8 +101,8 @@ def test_interrupted_writing_resumes_to_the_same_bytes(tmp_path: Path):
 def test_changed_settings_raise_and_change_nothing(tmp_path: Path):
     write(tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=r"codec was Pixels/0123 and is VAE/9\b.*OUT=…"):
-        write(tmp_path, codec="VAE/9")
+    with pytest.raises(ValueError, match=r"autoencoder was Pixels/0123 and is VAE/9\b.*OUT=…"):
+        write(tmp_path, autoencoder="VAE/9")
     with pytest.raises(ValueError, match=r"\bsize was 10 and is 11\b"):
         write(tmp_path, size=11)
     assert contents(tmp_path) == before
@@ -162,8 +171,8 @@ class Slow(Sprites):
 
 def encode_sprites(folder: Path, sprites: type[Sprites] = Sprites) -> None:
     torch.manual_seed(0)
-    codec = CausalVideoVAE(4, (8, 8), patch_size=4, time_stride=2).eval()
-    write_latents(sprites("train", 12, num_frames=5, image_size=16), codec, None, folder, shard_size=2)
+    autoencoder = CausalVideoVAE(4, (8, 8), patch_size=4, time_stride=2).eval()
+    write_latents(sprites("train", 12, num_frames=5, image_size=16), autoencoder, None, folder, shard_size=2)
 
 
 def test_shards_are_identical_after_sigkill_and_restart(tmp_path: Path):

@@ -28,7 +28,7 @@ from blueberry_video.diffusion.image_noise import ImageNoise
 from blueberry_video.diffusion.objectives import FlowMatching, VPrediction
 from blueberry_video.diffusion.samplers import DDIM, DPMSolverSDE
 from blueberry_video.diffusion.text_to_video import TextToVideo
-from blueberry_video.models.autoencoder.base import Codec, Pixels, sample
+from blueberry_video.models.autoencoder.base import Autoencoder, Pixels, sample
 from blueberry_video.models.autoencoder.causal_vae import CausalVideoVAE
 from blueberry_video.models.cogvideox.model import CogVideoX
 from blueberry_video.models.hunyuan_video.model import HunyuanVideo
@@ -68,8 +68,8 @@ FAMILIES = {
 }
 
 
-class Cubes(Codec):
-    """Invertible codec with cubed pixels as latents that records the videos it encodes."""
+class Cubes(Autoencoder):
+    """Invertible autoencoder with cubed pixels as latents that records the videos it encodes."""
 
     first_frame_alone = True
 
@@ -173,19 +173,19 @@ def test_dropout_of_images_has_its_probability():
 
 
 def test_image_noise_is_added_to_the_pixels_of_the_image_only():
-    codec = Cubes()
-    network = TextToVideo(cogvideox(in_channels=6).transformer, WordText(8, 8, ["disc"]), codec)
+    autoencoder = Cubes()
+    network = TextToVideo(cogvideox(in_channels=6).transformer, WordText(8, 8, ["disc"]), autoencoder)
     batch = {"video": torch.rand(2, 3, 4, 8, 8), "id": ["a", "b"]}
     torch.manual_seed(3)
     latents, image = latents_of(network, batch, None, ImageNoise(mean=-3.0, std=0.0))
     pixels = batch["video"] * 2 - 1
     torch.testing.assert_close(latents, pixels**3)
-    assert codec.encoded[1].shape == (2, 3, 1, 8, 8)
-    torch.testing.assert_close(image, codec.encoded[1] ** 3)
-    added = (codec.encoded[1] - pixels[:, :, :1]).flatten(1).std(dim=1)
+    assert autoencoder.encoded[1].shape == (2, 3, 1, 8, 8)
+    torch.testing.assert_close(image, autoencoder.encoded[1] ** 3)
+    added = (autoencoder.encoded[1] - pixels[:, :, :1]).flatten(1).std(dim=1)
     assert ((added > 0.04) & (added < 0.06)).all(), "exp(-3) of pixels in [-1, 1]"
     latents_of(network, batch, None)
-    assert len(codec.encoded) == 3, "without noise the image is the first frame of the encoded clip"
+    assert len(autoencoder.encoded) == 3, "without noise the image is the first frame of the encoded clip"
 
 
 def test_image_noise_without_pixels_raises():
@@ -213,19 +213,19 @@ def test_channels_that_match_no_image_conditioning_raise():
 
 
 def test_first_frames_come_from_pixels_or_from_stored_latents():
-    codec = Cubes()
-    network = TextToVideo(cogvideox(in_channels=6).transformer, WordText(8, 8, ["disc"]), codec)
+    autoencoder = Cubes()
+    network = TextToVideo(cogvideox(in_channels=6).transformer, WordText(8, 8, ["disc"]), autoencoder)
     video = torch.rand(2, 3, 4, 8, 8)
     images = first_frames(network, {"video": video})
     torch.testing.assert_close(images, video[:, :, :1] * 2 - 1)
-    moments = codec.encode(video * 2 - 1)
+    moments = autoencoder.encode(video * 2 - 1)
     torch.testing.assert_close(first_frames(network, {"video": moments, "moments": moments}), images)
     torch.testing.assert_close(encoded_images(network, images), images**3)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 2, 8, 8), (2, 3, 8, 8), (2, 1, 1, 8, 8)])
 def test_invalid_image_shapes_raise(shape: tuple[int, ...]):
-    with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}.*codec=Pixels\b.*\(B, 3, 1, H, W\)"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}.*autoencoder=Pixels\b.*\(B, 3, 1, H, W\)"):
         encoded_images(cogvideox(in_channels=6), torch.zeros(shape))
 
 
@@ -314,9 +314,9 @@ def test_captions_of_rows_method_or_clips():
     assert list(captions_of([{"caption": "three"}, {}])) == ["three", ""]
 
 
-def test_model_without_codec_accepts_only_stored_latents():
+def test_model_without_autoencoder_accepts_only_stored_latents():
     network = TextToVideo(cogvideox().transformer)
-    with pytest.raises(ValueError, match=r"model\.codec\b.*data=latents"):
+    with pytest.raises(ValueError, match=r"model\.autoencoder\b.*data=latents"):
         latents_of(network, {"video": torch.rand(2, 3, 4, 8, 8), "id": ["a", "b"]}, None)
     moments = Pixels().encode(NOISY)
     latents, _ = latents_of(network, {"moments": moments, "id": ["a", "b"]}, None)
@@ -326,8 +326,8 @@ def test_model_without_codec_accepts_only_stored_latents():
 # ---- the image is encoded separately from the clip -------------------------------------------------------------------
 
 
-class Spanning(Codec):
-    """Codec with a norm over all frames of a clip, as in published autoencoders."""
+class Spanning(Autoencoder):
+    """Autoencoder with a norm over all frames of a clip, as in published autoencoders."""
 
     def __init__(self) -> None:
         super().__init__(channels=3, stride=(1, 1, 1))
@@ -345,11 +345,11 @@ def test_image_is_encoded_separately(how: str):
     batch = {"video": torch.rand(2, 3, 4, 8, 8), "id": ["a", "b"]}
     _, image = latents_of(network, batch, None)
     torch.testing.assert_close(image, encoded_images(network, batch["video"][:, :, :1] * 2 - 1))
-    moments = network.codec.encode(batch["video"] * 2 - 1)
+    moments = network.autoencoder.encode(batch["video"] * 2 - 1)
     stored = {"moments": moments, "video": moments, "id": batch["id"]}
     with pytest.raises(ValueError, match=r"(?s)image_moments.*make latents EXP="):
         latents_of(network, stored, None)
-    stored["image_moments"] = network.codec.encode(batch["video"][:, :, :1] * 2 - 1)
+    stored["image_moments"] = network.autoencoder.encode(batch["video"][:, :, :1] * 2 - 1)
     for model in (network, TextToVideo(network.transformer)):
         latents, of_stored = latents_of(model, stored, None)
         torch.testing.assert_close(of_stored, image)
@@ -357,11 +357,13 @@ def test_image_is_encoded_separately(how: str):
     torch.testing.assert_close(first_frames(network, stored), image)
 
 
-@pytest.mark.parametrize("codec", [Pixels(), CausalVideoVAE(4, (4, 8, 8), time_stride=2)])
-def test_first_frame_alone_codecs_encode_the_first_frame_independently(codec: Codec):
-    assert codec.first_frame_alone
+@pytest.mark.parametrize("autoencoder", [Pixels(), CausalVideoVAE(4, (4, 8, 8), time_stride=2)])
+def test_first_frame_alone_autoencoders_encode_the_first_frame_independently(autoencoder: Autoencoder):
+    assert autoencoder.first_frame_alone
     video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
-    torch.testing.assert_close(codec.encode(video)[:, :, :1], codec.encode(video[:, :, :1]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        autoencoder.encode(video)[:, :, :1], autoencoder.encode(video[:, :, :1]), atol=1e-5, rtol=0
+    )
 
 
 # ---- random numbers and devices --------------------------------------------------------------------------------------

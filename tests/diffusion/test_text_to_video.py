@@ -1,4 +1,4 @@
-"""TextToVideo (transformer, text encoder, codec): trainable and frozen parts, state dict, copies, LoRA and errors."""
+"""TextToVideo: trainable and frozen parts, state dict, copies, LoRA and errors."""
 
 import copy
 import sys
@@ -10,7 +10,7 @@ from torch import nn
 
 from blueberry_video.diffusion.lora import LoRA, load_adapters, plain, save_adapters
 from blueberry_video.diffusion.text_to_video import TextToVideo
-from blueberry_video.models.autoencoder.base import Codec, Pixels
+from blueberry_video.models.autoencoder.base import Autoencoder, Pixels
 from blueberry_video.models.cogvideox.model import CogVideoX
 from blueberry_video.models.hunyuan_video.model import HunyuanVideo
 from blueberry_video.models.text_encoder.base import TextEncoder, TextTokens
@@ -45,8 +45,8 @@ class FrozenText(TextEncoder):
         return TextTokens(self.table(numbers.to(self.table.weight.device)), numbers > 0)
 
 
-class Shrinking(Codec):
-    """Codec with a parameter that halves the number of rows and columns."""
+class Shrinking(Autoencoder):
+    """Autoencoder with a parameter that halves the number of rows and columns."""
 
     def __init__(self) -> None:
         super().__init__(channels=3, stride=(1, 2, 2))
@@ -77,22 +77,22 @@ def test_word_encoder_is_trainable():
 
 
 def test_frozen_parts_are_not_in_the_state_dict_stay_in_eval_mode_and_are_shared_by_copies():
-    text, codec = FrozenText(), Shrinking()
-    model = TextToVideo(cogvideox(), text, codec).train()
+    text, autoencoder = FrozenText(), Shrinking()
+    model = TextToVideo(cogvideox(), text, autoencoder).train()
     assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"transformer"}
     assert {name.split(".")[0] for name in model.state_dict()} == {"transformer"}
     assert not text.training
-    assert not any(parameter.requires_grad for part in (text, codec) for parameter in part.parameters())
+    assert not any(parameter.requires_grad for part in (text, autoencoder) for parameter in part.parameters())
     twin = copy.deepcopy(model)
     assert twin.text is text
-    assert twin.codec is codec
+    assert twin.autoencoder is autoencoder
     assert twin.transformer is not model.transformer
 
 
 def test_frozen_parts_move_with_the_model():
     model = TextToVideo(cogvideox(), FrozenText(), Shrinking())
     model.to(torch.float64)
-    assert model.text.table.weight.dtype == model.codec.scale.dtype == torch.float64
+    assert model.text.table.weight.dtype == model.autoencoder.scale.dtype == torch.float64
 
 
 def test_prepare_moves_only_frozen_parts():
@@ -100,7 +100,7 @@ def test_prepare_moves_only_frozen_parts():
     model = TextToVideo(cogvideox(), FrozenText(), Shrinking())
     model.prepare(torch.device("meta"))
     assert model.text.table.weight.is_meta
-    assert model.codec.scale.is_meta
+    assert model.autoencoder.scale.is_meta
     assert not any(parameter.is_meta for parameter in model.transformer.parameters())
 
 
@@ -145,19 +145,19 @@ def test_unconditional_text_of_a_trained_encoder_is_not_cached():
 def test_parts_given_as_factories_are_built_by_prepare():
     built = []
     model = TextToVideo(
-        cogvideox(), lambda: built.append("text") or FrozenText(), lambda: built.append("codec") or Pixels()
+        cogvideox(), lambda: built.append("text") or FrozenText(), lambda: built.append("autoencoder") or Pixels()
     )
     assert built == []
     model.prepare()
-    assert sorted(built) == ["codec", "text"]
+    assert sorted(built) == ["autoencoder", "text"]
     assert output(model).shape == (2, 3, 4, 8, 8)
-    assert sorted(built) == ["codec", "text"], "built a second time"
+    assert sorted(built) == ["autoencoder", "text"], "built a second time"
 
 
 def test_parts_of_mismatched_sizes_raise():
     with pytest.raises(ValueError, match=r"transformer\.text_dim=8\b.*model\.text\.text_dim=6\b"):
         TextToVideo(cogvideox(), words(text_dim=6), Pixels())
-    with pytest.raises(ValueError, match=r"transformer\.out_channels=4\b.*model\.codec\.channels=3\b"):
+    with pytest.raises(ValueError, match=r"transformer\.out_channels=4\b.*model\.autoencoder\.channels=3\b"):
         TextToVideo(cogvideox(in_channels=4, out_channels=4), words(), Pixels())
     with pytest.raises(ValueError, match=r"text_dim=8\b.*model\.text\.text_dim=4\b"):
         TextToVideo(cogvideox(), lambda: FrozenText(4), Pixels()).prepare()
@@ -176,7 +176,7 @@ def test_check_clip_raises_with_the_nearest_legal_sizes():
     assert model.check_clip(4, 16, 24) == (4, 8, 12)
     with pytest.raises(ValueError, match=r"height=20\b.*\b8\b.*\b(16\b.*\b24|24\b.*\b16)\b"):
         model.check_clip(4, 20, 24)
-    with pytest.raises(ValueError, match=r"model\.codec\b.*data=latents"):
+    with pytest.raises(ValueError, match=r"model\.autoencoder\b.*data=latents"):
         TextToVideo(cogvideox(), words()).check_clip(4, 16, 16)
 
 

@@ -18,7 +18,7 @@ from blueberry_video.diffusion.samplers import DDIM
 from blueberry_video.diffusion.text_to_video import TextToVideo
 from blueberry_video.diffusion.timesteps import UniformTimes
 from blueberry_video.evaluation.generated_shapes import GeneratedShapes
-from blueberry_video.models.autoencoder.base import Codec, Pixels
+from blueberry_video.models.autoencoder.base import Autoencoder, Pixels
 from blueberry_video.models.autoencoder.causal_vae import CausalVideoVAE
 from blueberry_video.models.cogvideox.model import CogVideoX
 from blueberry_video.models.text_encoder.words import WordText
@@ -27,12 +27,12 @@ from blueberry_video.precompute import write_latents
 from blueberry_video.tasks.diffusion import Diffusion
 
 
-def model(codec=None, vocabulary=None, **changes) -> TextToVideo:
+def model(autoencoder=None, vocabulary=None, **changes) -> TextToVideo:
     sizes = {"num_heads": 2, "head_dim": 16, "depth": 1, "in_channels": 3, "out_channels": 3, "text_dim": 8}
     sizes |= {"text_len": 8, "time_dim": 16, "patch_size": 8, "num_frames": 8, "height": 16, "width": 16}
     torch.manual_seed(0)
     transformer = CogVideoX(**{**sizes, "positions": "rope", **changes})
-    return TextToVideo(transformer, WordText(8, 8, vocabulary), codec or Pixels())
+    return TextToVideo(transformer, WordText(8, 8, vocabulary), autoencoder or Pixels())
 
 
 def task(network: TextToVideo | None = None, lr: float = 3e-3, **changes) -> Diffusion:
@@ -169,13 +169,13 @@ def test_generate_restores_the_training_mode_also_after_an_error(tmp_path: Path)
 
 
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_validation_start", "on_test_start"])
-def test_the_frozen_codec_is_moved_to_the_device_under_any_strategy(monkeypatch, hook: str, trainer):
+def test_the_frozen_autoencoder_is_moved_to_the_device_under_any_strategy(monkeypatch, hook: str, trainer):
     module, fit = task(model(CausalVideoVAE(3, (4, 8), time_stride=1))), trainer()
     module.trainer = fit
     monkeypatch.setattr(fit.strategy, "_accelerator", None)
     monkeypatch.setattr(type(fit.strategy), "root_device", torch.device("meta"))
     getattr(module, hook)()
-    assert all(parameter.is_meta for parameter in module.model.codec.parameters())
+    assert all(parameter.is_meta for parameter in module.model.autoencoder.parameters())
     assert not any(parameter.is_meta for parameter in module.parameters())
 
 
@@ -236,7 +236,7 @@ def test_training_on_stored_latents_equals_training_on_pixels(tmp_path: Path, tr
     network = model()
     for split in ("train", "val"):
         clips = MovingShapes(split, 1, 36 if split == "train" else 12)
-        write_latents(clips, network.codec, None, tmp_path / split, shard_size=6)
+        write_latents(clips, network.autoencoder, None, tmp_path / split, shard_size=6)
     stored = DataModule(LatentClips(tmp_path / "train"), LatentClips(tmp_path / "val"), 12)
     losses = []
     for clips in (data(), stored):
@@ -268,8 +268,8 @@ def test_latents_that_are_nan_name_the_clip(stored: bool):
         latents_of(model(), broken, None)
 
 
-class Blocks(Codec):
-    """Codec with strides 4 in time and 2 in space."""
+class Blocks(Autoencoder):
+    """Autoencoder with strides 4 in time and 2 in space."""
 
     def __init__(self) -> None:
         super().__init__(channels=3, stride=(4, 2, 2))
@@ -286,11 +286,11 @@ def test_an_invalid_number_of_frames_raises_before_the_first_step(trainer):
         trainer().fit(task(model(Blocks())), datamodule=data())
 
 
-def test_latents_of_a_different_codec_raise(tmp_path: Path, trainer):
+def test_latents_of_a_different_autoencoder_raise(tmp_path: Path, trainer):
     for split in ("train", "val"):
         write_latents(MovingShapes(split, 1, 12), Pixels(), None, tmp_path / split, shard_size=12)
     stored = DataModule(LatentClips(tmp_path / "train"), LatentClips(tmp_path / "val"), 4)
-    with pytest.raises(ValueError, match=r"(?s)(?=.*Pixels/)(?=.*model\.codec\b)(?=.*Blocks/)"):
+    with pytest.raises(ValueError, match=r"(?s)(?=.*Pixels/)(?=.*model\.autoencoder\b)(?=.*Blocks/)"):
         trainer().fit(task(model(Blocks())), datamodule=stored)
 
 

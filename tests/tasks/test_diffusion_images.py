@@ -17,7 +17,7 @@ from blueberry_video.diffusion.objectives import FlowMatching
 from blueberry_video.diffusion.samplers import DDIM
 from blueberry_video.diffusion.text_to_video import TextToVideo
 from blueberry_video.diffusion.timesteps import UniformTimes
-from blueberry_video.models.autoencoder.base import Codec, Pixels
+from blueberry_video.models.autoencoder.base import Autoencoder, Pixels
 from blueberry_video.models.cogvideox.model import CogVideoX
 from blueberry_video.models.text_encoder.words import WordText
 from blueberry_video.optim import constant
@@ -203,9 +203,9 @@ def test_media_of_an_optional_image_has_both_modes():
     assert list(module.media(batch())) == ["samples"]
 
 
-def stored(folder: Path, codec: Codec | None = None) -> DataModule:
+def stored(folder: Path, autoencoder: Autoencoder | None = None) -> DataModule:
     for split in ("train", "val"):
-        write_latents(MovingShapes(split, 1, 12), codec or Pixels(), None, folder / split, shard_size=12)
+        write_latents(MovingShapes(split, 1, 12), autoencoder or Pixels(), None, folder / split, shard_size=12)
     return DataModule(LatentClips(folder / "train"), LatentClips(folder / "val"), 4)
 
 
@@ -224,7 +224,7 @@ def test_image_noise_on_stored_latents_raises_before_training(tmp_path: Path, tr
 
 
 class Spanning(Pixels):
-    """Codec with norms over all frames of a clip."""
+    """Autoencoder with norms over all frames of a clip."""
 
     first_frame_alone = False
 

@@ -399,15 +399,16 @@ def _check_half(trainer: Mapping[str, Any], node: Mapping[str, Any], path: str) 
             )
 
 
-def _check_frame_step(data: Iterable[tuple[str, Mapping[str, Any]]], codec: Mapping[str, Any], path: str) -> None:
-    """Checks that clips have 1 + a multiple of ``frame_step`` frames, the groups that a causal codec encodes."""
-    step = _value(codec, "frame_step")
+def _check_frame_step(data: Iterable[tuple[str, Mapping[str, Any]]], autoencoder: Mapping[str, Any], path: str) -> None:
+    """Checks that clips have 1 + a multiple of ``frame_step`` frames, the groups that a causal autoencoder encodes."""
+    step = _value(autoencoder, "frame_step")
     for source, node in data if isinstance(step, int) and step > 0 else ():
         given = _value(node, "num_frames")
         if isinstance(given, int) and (given - 1) % step:
             below = (given - 1) // step * step + 1
             raise ValueError(
-                f"`{source}.num_frames` = {given} must be 1 + a multiple of `{path}.frame_step` = {step}: the codec "
+                f"`{source}.num_frames` = {given} must be 1 + a multiple of `{path}.frame_step` = {step}: the "
+                f"autoencoder "
                 f"encodes the first frame separately and then {step} frames at a time. The nearest valid values are "
                 f"`{source}.num_frames={below}` and `{source}.num_frames={below + step}`."
             )

@@ -90,8 +90,8 @@ class VideoBuckets(Buckets):
     Args:
         dataset: folder of videos; its ``num_frames`` and ``image_size`` are ignored.
         shapes: (frames, height, width) of each bucket, in the order of the clips.
-        token_size: pixels (frames, rows, columns) per token: the stride of the codec times the patch size of the
-            network. A codec encodes the first frame separately: 1 + 4 k frames make 1 + k tokens at a stride of 4.
+        token_size: pixels (frames, rows, columns) per token: the stride of the autoencoder times the patch size of the
+            network. The first frame is encoded separately: 1 + 4 k frames make 1 + k tokens at a stride of 4.
         token_budget: maximum number of tokens in a batch of one rank.
         captions: raise for videos without a caption.
         leave_out_small: drop videos that fit no bucket; otherwise they raise.
@@ -204,7 +204,7 @@ def nearest_shape(
 
 
 def num_tokens(shape: Sequence[int], token_size: Sequence[int]) -> int:
-    """Returns the number of tokens of a clip (frames, height, width) in pixels; a codec encodes the first frame
+    """Returns the number of tokens of a clip (frames, height, width) in pixels; an autoencoder encodes the first frame
     separately."""
     (frames, *picture), (time, *patch) = shape, token_size
     return (math.ceil((frames - 1) / time) + 1) * math.prod(

@@ -34,7 +34,7 @@ class LatentShards:
 
     Args:
         folder: folder for this dataset only.
-        made_of: what the latents depend on, such as fingerprints of codec and text encoder and the cache key of the
+        made_of: what the latents depend on, such as fingerprints of autoencoder and text encoder and cache key of the
             data: JSON values by name.
         size: number of clips.
         shard_size: clips per file.
@@ -153,7 +153,7 @@ class LatentClips(Dataset):
         folder: contains ``manifest.json``.
 
     Attributes:
-        made_of: what the latents depend on, by name; compare it before training with another codec or text encoder.
+        made_of: what the latents depend on, by name; compare it before training with a different autoencoder.
         shapes: (2C, t, h, w) of every clip.
         classes, reversal_pairs: those of the encoded dataset.
 
@@ -242,6 +242,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} has no {', '.join(sorted(missing))}: remove the folder, and run `make latents` again."
         )
+    if "codec" in manifest["made_of"]:  # name of the key in folders written before it was renamed
+        manifest["made_of"]["autoencoder"] = manifest["made_of"].pop("codec")
     return manifest
 
 

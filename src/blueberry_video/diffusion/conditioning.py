@@ -123,7 +123,7 @@ def latents_of(
     """What a network models of a batch.
 
     Args:
-        model: with a codec, unless the batch has ``moments``.
+        model: with an autoencoder, unless the batch has ``moments``.
         batch: ``video`` float (B, 3, T, H, W) in [0, 1], or the ``moments`` (B, 2C, t, h, w) of its latents and, for
             the network to see, ``image_moments`` (B, 2C, 1, h, w), of the first frame encoded alone; ``id``.
         generator: of the draw from the distribution of the latents; ``None``: torch's global one.
@@ -136,14 +136,15 @@ def latents_of(
         single frame.
 
     Raises:
-        ValueError: there is no codec, or latents are NaN: the message names the clips; what :func:`check_image` raises.
+        ValueError: there is no autoencoder; latents are NaN (the message names the clips); see :func:`check_image`.
     """
-    codec = model.codec
-    if codec is None and "moments" not in batch:
-        raise ValueError("model.codec is null, so clips must come as latents: data=latents, or choose a codec.")
+    autoencoder = model.autoencoder
+    if autoencoder is None and "moments" not in batch:
+        raise ValueError("model.autoencoder=null requires stored latents: choose data=latents, or model/autoencoder=….")
     with torch.no_grad():
-        moments = batch["moments"] if codec is None or "moments" in batch else codec.encode(batch["video"] * 2 - 1)
-        latents = (sample if codec is None else codec.latents)(moments, generator)
+        stored = autoencoder is None or "moments" in batch
+        moments = batch["moments"] if stored else autoencoder.encode(batch["video"] * 2 - 1)
+        latents = (sample if autoencoder is None else autoencoder.latents)(moments, generator)
     if not (finite := latents.isfinite().flatten(1).all(dim=1)).all():
         names = ", ".join(str(name) for name, good in zip(batch["id"], finite.tolist()) if not good)
         raise ValueError(
@@ -155,38 +156,40 @@ def latents_of(
         check_image(model, latents.shape[2], batch, image_noise)
         with torch.no_grad():
             of_frame = _image_moments(model, batch, moments, image_noise)
-            image = (sample if codec is None else codec.image_latents)(of_frame, generator)
+            image = (sample if autoencoder is None else autoencoder.image_latents)(of_frame, generator)
     return whole_patches(latents, model.shape.patch_size[0]), image
 
 
 def first_frames(model: TextToVideo, batch: dict, generator: torch.Generator | None = None) -> Tensor:
-    """Pictures (B, 3, 1, H, W) in [-1, 1] of the first frames of a batch; of stored latents as the codec decodes them.
+    """First frames (B, 3, 1, H, W) in [-1, 1] of a batch; decoded by the autoencoder where latents are stored.
 
     Raises:
-        ValueError: there is no codec for that.
+        ValueError: there is no autoencoder for that.
     """
     if "moments" not in batch:
         return batch["video"][:, :, :1] * 2 - 1
-    if model.codec is None:
-        raise ValueError("model.codec is null, and the clips are stored latents: choose a codec, to see their pixels.")
+    if model.autoencoder is None:
+        raise ValueError(
+            "model.autoencoder=null cannot decode stored latents: choose an autoencoder (model/autoencoder=…)."
+        )
     of_frame = batch["image_moments"] if "image_moments" in batch else batch["moments"][:, :, :1]
     with torch.no_grad():
-        return model.codec.decode(model.codec.latents(of_frame, generator))
+        return model.autoencoder.decode(model.autoencoder.latents(of_frame, generator))
 
 
 def encoded_images(model: TextToVideo, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Latents (B, C, 1, h, w) of pictures (B, 3, 1, H, W) in [-1, 1], as the network is given them.
 
     Raises:
-        ValueError: there is no codec, or the pictures have another shape.
+        ValueError: there is no autoencoder, or the pictures have another shape.
     """
-    if model.codec is None or images.ndim != 5 or images.shape[1:3] != (3, 1):
+    if model.autoencoder is None or images.ndim != 5 or images.shape[1:3] != (3, 1):
         raise ValueError(
-            f"images of {tuple(images.shape)} with model.codec={type(model.codec).__name__}: they are (B, 3, 1, H, W) "
-            "in [-1, 1], clips of one frame, and a codec encodes them."
+            f"images of {tuple(images.shape)} with model.autoencoder={type(model.autoencoder).__name__} must be "
+            "(B, 3, 1, H, W) in [-1, 1], clips of one frame, for an autoencoder to encode."
         )
     with torch.no_grad():
-        return model.codec.image_latents(model.codec.encode(images), generator)
+        return model.autoencoder.image_latents(model.autoencoder.encode(images), generator)
 
 
 def check_image(model: TextToVideo, num_frames: int, clip: Mapping[str, Any], image_noise: ImageNoise | None) -> None:
@@ -215,7 +218,7 @@ def check_image(model: TextToVideo, num_frames: int, clip: Mapping[str, Any], im
             "model.transformer.image_condition=token_replace puts the image in place of the first latent frame, and "
             "the clips have no other: use longer clips."
         )
-    is_exact = model.codec is not None and model.codec.first_frame_alone
+    is_exact = model.autoencoder is not None and model.autoencoder.first_frame_alone
     if stored and "image_moments" not in clip and not is_exact:
         raise ValueError(
             "the stored latents have no `image_moments`, those of the first frame encoded alone, which the network is "
@@ -226,13 +229,13 @@ def check_image(model: TextToVideo, num_frames: int, clip: Mapping[str, Any], im
 
 def _image_moments(model: TextToVideo, batch: dict, moments: Tensor, image_noise: ImageNoise | None) -> Tensor:
     """Moments (B, 2C, 1, h, w) of the first frame alone, of a batch that :func:`check_image` has seen."""
-    codec = model.codec
+    autoencoder = model.autoencoder
     if "image_moments" in batch:
         return batch["image_moments"]
-    if "moments" in batch or codec is None or (image_noise is None and codec.first_frame_alone):
+    if "moments" in batch or autoencoder is None or (image_noise is None and autoencoder.first_frame_alone):
         return moments[:, :, :1]
     frames = batch["video"][:, :, :1] * 2 - 1
-    return codec.encode(frames if image_noise is None else image_noise(frames))
+    return autoencoder.encode(frames if image_noise is None else image_noise(frames))
 
 
 def text_of(model: TextToVideo, batch: dict) -> TextTokens:
@@ -339,7 +342,7 @@ def captions_of(dataset: Any) -> Iterable[str]:
 
 
 def check_buckets(dataset: Any, model: TextToVideo) -> None:
-    """Codec and network can take the clips of every bucket of a dataset, else a ValueError that names the bucket."""
+    """Checks that autoencoder and network accept the clips of every bucket; a ValueError names the bucket."""
     for name, size in getattr(dataset, "sizes", {}).items():
         try:
             if hasattr(dataset, "made_of"):  # stored latents
@@ -358,7 +361,7 @@ def latent_size(data: Any, clip: dict, model: TextToVideo) -> tuple[int, int, in
         clip: the first of ``val``; of buckets, one of the first.
 
     Raises:
-        ValueError: codec or network cannot take it, or a bucket, which is named; latents of another codec.
+        ValueError: autoencoder or network cannot take it, or a bucket, which is named; latents of another autoencoder.
     """
     for dataset in filter(None, (data.train, data.val, data.test)):
         check_buckets(dataset, model)
@@ -372,8 +375,8 @@ def latent_size(data: Any, clip: dict, model: TextToVideo) -> tuple[int, int, in
 
 
 def check_latents(dataset: Any, model: TextToVideo) -> None:
-    """Stored latents and text are those of the model's codec and text encoder, else a ValueError."""
-    for key, part in (("codec", model.codec), ("text", model.text)):
+    """Stored latents and text are those of the model's autoencoder and text encoder, else a ValueError."""
+    for key, part in (("autoencoder", model.autoencoder), ("text", model.text)):
         made_with = dataset.made_of[key]
         own = None if part is None else f"{type(part).__name__}/{fingerprint(part)}"
         if None not in (made_with, own) and made_with != own:

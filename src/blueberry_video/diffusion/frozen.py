@@ -8,7 +8,7 @@ from torch import nn
 Part = TypeVar("Part", bound=nn.Module)
 
 
-class Aside(Generic[Part]):
+class Frozen(Generic[Part]):
     """Holds a module beside another: it is not trained, averaged, cut into shards or saved with it.
 
     Copies share it: of a text encoder of 10 GB there is one. It may be built later, so that a config that names

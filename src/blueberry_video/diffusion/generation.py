@@ -1,4 +1,4 @@
-"""Clips of captions, and of images: what joins a trained network, a sampler, a guidance and a codec.
+"""Clips of captions, and of images: what joins a trained network, a sampler, a guidance and an autoencoder.
 
 Letters: B clips, C channels, T H W frames, rows and columns of latents.
 """
@@ -127,7 +127,7 @@ def generate(
     """Videos (B, 3, T, H, W) in [-1, 1] of captions.
 
     Args:
-        model: with text encoder and codec, in evaluation mode.
+        model: with text encoder and autoencoder, in evaluation mode.
         captions: B of them.
         shape: latents (t, h, w) of a clip; with images, h and w are theirs.
         sampler, guidance, objective: as for :func:`generate_latents`.
@@ -135,11 +135,11 @@ def generate(
         generator: of all noise, on the CPU.
 
     Raises:
-        ValueError: the model has no text encoder or no codec.
+        ValueError: the model has no text encoder or no autoencoder.
         ValueError, FloatingPointError: what :func:`generate_latents` raises.
     """
-    if model.text is None or model.codec is None:
-        raise ValueError("a model with text=null or codec=null cannot make videos of captions: give it both.")
+    if model.text is None or model.autoencoder is None:
+        raise ValueError("a model with text=null or autoencoder=null cannot make videos of captions: give it both.")
     like = next(model.transformer.parameters())
     image = None if images is None else encoded_images(model, images.to(like.device), generator)
     shape = shape if image is None else (shape[0], image.shape[3], image.shape[4])
@@ -147,7 +147,7 @@ def generate(
     text = model.text(list(captions))
     unconditional = model.unconditional(len(captions)) if guidance.unconditional else None
     made = generate_latents(model, text, unconditional, noise, sampler, guidance, objective, image, generator)
-    return model.codec.decode(made)
+    return model.autoencoder.decode(made)
 
 
 def _scales(embedded: float | None, latents: Tensor) -> Tensor | None:

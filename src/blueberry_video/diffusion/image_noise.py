@@ -9,7 +9,7 @@ from blueberry_video.nn.noise import standard_normal
 
 
 class ImageNoise:
-    """Noise on the pictures that a network is given in training, before the codec sees them: those that it will be
+    """Noise on the pictures that a network is given in training, before they are encoded: those that it will be
     given later, of other cameras, drawn or compressed, are none of the training clips' first frames.
 
     CogVideoX-I2V was trained with it: ``noised_image_input`` in sat/configs/cogvideox_5b_i2v.yaml of THUDM/CogVideo.
@@ -39,7 +39,7 @@ def image_channels(image: Tensor, num_frames: int) -> Tensor:
     """The channels that tell a network of its first frame.
 
     Args:
-        image: (B, C, 1, H, W), latents of the picture in the scale that the network knows: ``Codec.image_latents``
+        image: (B, C, 1, H, W), latents of the picture in the scale of the network: ``Autoencoder.image_latents``
             (CogVideoX 1.5 was trained on pictures divided by the scale that its videos are multiplied by).
         num_frames: latent frames of the clip.
 

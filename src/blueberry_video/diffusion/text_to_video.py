@@ -1,6 +1,6 @@
-"""A diffusion transformer with what it needs around it: a text encoder, and the codec whose latents it models.
+"""A diffusion transformer with what it needs around it: a text encoder, and the autoencoder whose latents it models.
 
-Any transformer of this package goes with any codec and text encoder that have its sizes. Published encoders and codecs
+Any transformer of this package goes with any autoencoder and text encoder that have its sizes. Published ones
 are frozen: they are used by the network, but are no part of its parameters or its checkpoints.
 """
 
@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from blueberry_video.diffusion.frozen import Aside
+from blueberry_video.diffusion.frozen import Frozen
 from blueberry_video.diffusion.lora import (
     FILE,
     LoRA,
@@ -22,7 +22,7 @@ from blueberry_video.diffusion.lora import (
     plain,
     save_adapters,
 )
-from blueberry_video.models.autoencoder.base import Codec
+from blueberry_video.models.autoencoder.base import Autoencoder
 from blueberry_video.models.text_encoder.base import TextEncoder, TextTokens
 from blueberry_video.nn.joint_attention import KeyValueCache
 from blueberry_video.weights.files import read_checkpoint
@@ -65,14 +65,14 @@ class Transformer(Protocol):
 
 
 class TextToVideo(nn.Module):
-    """Transformer, text encoder and codec.
+    """Transformer, text encoder and autoencoder.
 
     Args:
         transformer: such as :class:`~blueberry_video.models.cogvideox.CogVideoX`: from noisy latents, a time and text
             to what the objective wants.
         text: a text encoder; one that is not ``frozen`` is trained along. Or what builds a frozen one (in a config,
             ``_partial_: true``): it is not loaded before :meth:`prepare`. ``None``: the text comes with the clips.
-        codec: of videos and latents, never trained here; or what builds it. ``None``: clips come as latents, and
+        autoencoder: of videos and latents, never trained here; or what builds it. ``None``: clips come as latents, and
             nothing can be shown.
         lora: freeze the transformer and train low-rank adapters beside some of its matrices; ``None`` trains it all.
 
@@ -84,15 +84,15 @@ class TextToVideo(nn.Module):
         self,
         transformer: nn.Module,
         text: TextEncoder | Callable[[], TextEncoder] | None = None,
-        codec: Codec | Callable[[], Codec] | None = None,
+        autoencoder: Autoencoder | Callable[[], Autoencoder] | None = None,
         lora: LoRA | None = None,
     ):
         super().__init__()
         self.transformer, self.lora = transformer, lora
         is_trained = isinstance(text, TextEncoder) and not text.frozen
         self.trained_text = text if is_trained else None
-        self._text = None if text is None or is_trained else Aside[TextEncoder](text)
-        self._codec = None if codec is None else Aside[Codec](codec)
+        self._text = None if text is None or is_trained else Frozen[TextEncoder](text)
+        self._autoencoder = None if autoencoder is None else Frozen[Autoencoder](autoencoder)
         self._unconditional: TextTokens | None = None  # of a frozen encoder
         if lora is not None:
             add_adapters(transformer, lora)
@@ -108,9 +108,9 @@ class TextToVideo(nn.Module):
         return None if self._text is None else self._text.get()
 
     @property
-    def codec(self) -> Codec | None:
-        """The codec, loaded where it has not been."""
-        return None if self._codec is None else self._codec.get()
+    def autoencoder(self) -> Autoencoder | None:
+        """The autoencoder, loaded where it has not been."""
+        return None if self._autoencoder is None else self._autoencoder.get()
 
     @property
     def shape(self) -> Transformer:
@@ -176,12 +176,12 @@ class TextToVideo(nn.Module):
         """Latents (t, h, w) of a clip of that size in pixels.
 
         Raises:
-            ValueError: codec or transformer cannot take it; the message names the nearest legal values.
+            ValueError: autoencoder or transformer cannot take it; the message names the nearest legal values.
         """
-        if self.codec is None:
-            raise ValueError("model.codec is null, so clips must come as latents: data=latents, or choose a codec.")
-        self.codec.check(num_frames, height, width, self.shape.patch_size[1:])
-        size = self.codec.grid(num_frames, height, width)
+        if self.autoencoder is None:
+            raise ValueError("model.autoencoder=null requires stored latents: choose data=latents, or an autoencoder.")
+        self.autoencoder.check(num_frames, height, width, self.shape.patch_size[1:])
+        size = self.autoencoder.grid(num_frames, height, width)
         self.check_latents(size)
         return size
 
@@ -255,8 +255,8 @@ class TextToVideo(nn.Module):
                 part.get()._apply(fn)
         return self
 
-    def _beside(self) -> list[Aside]:
-        return [part for part in (self._text, self._codec) if part is not None]
+    def _beside(self) -> list[Frozen]:
+        return [part for part in (self._text, self._autoencoder) if part is not None]
 
     def _check(self) -> None:
         """The parts that are there have the same sizes."""
@@ -271,9 +271,9 @@ class TextToVideo(nn.Module):
                 raise ValueError(
                     f"model.text is a {type(text).__name__}, which is trained: give it without `_partial_: true`."
                 )
-        if self._codec is not None and self._codec.is_built:
-            channels = self._codec.get().channels
-            faults.append(("transformer.out_channels", wanted.out_channels, "codec.channels", channels))
+        if self._autoencoder is not None and self._autoencoder.is_built:
+            channels = self._autoencoder.get().channels
+            faults.append(("transformer.out_channels", wanted.out_channels, "autoencoder.channels", channels))
         for key, value, other, theirs in faults:
             if value != theirs:
                 raise ValueError(

@@ -33,10 +33,10 @@ def psnr(reconstruction: Tensor, video: Tensor) -> Tensor:
 
 
 def trivial_reconstructions(video: Tensor, stride: tuple[int, int, int]) -> dict[str, Tensor]:
-    """What is left of a clip without a network, each (B, C, T, H, W) as ``video``.
+    """Baseline reconstructions without a network, each (B, C, T, H, W) as ``video``.
 
-    ``mean``: one colour; ``still``: the mean of its frames; ``blocks``: the mean colour of what each latent of a codec
-    with this ``stride`` covers, the first frame alone.
+    ``mean``: the mean colour of the clip; ``still``: the mean of its frames; ``blocks``: the mean colour of the pixels
+    that each latent of an autoencoder with this ``stride`` covers, the first frame separately.
     """
     before = video[:, :, :1].expand(-1, -1, stride[0] - 1, -1, -1)  # completes the group of the first frame
     blocks = F.avg_pool3d(torch.cat([before, video], dim=2), stride)

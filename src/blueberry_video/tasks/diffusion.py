@@ -52,9 +52,9 @@ class Diffusion(Task):
 
     Raises:
         ValueError: for a share outside [0, 1], a causal network without ``frame_times``, or those and ``stratified``
-            times; when a run begins: clips of a size that codec or network cannot take, latents of another codec or
-            without that of the image, or those and ``image_noise``; when a clip is met: one without caption, or with
-            latents that are NaN.
+            times; when a run begins: clips of a size that autoencoder or network cannot take, latents of a different
+            autoencoder or without that of the image, or those and ``image_noise``; in a step: a clip without caption,
+            or with latents that are NaN.
     """
 
     trains = TextToVideo
@@ -167,7 +167,7 @@ class Diffusion(Task):
         """A row a prompt, always of the same noise: ``samples`` of the prompts alone, and ``samples_from_image`` that
         begin as the clips of the batch; a network has the one or the other, and HunyuanVideo-1.5 both."""
         model, made = self.model, dict[str, Tensor]()
-        if model.text is None or model.codec is None:
+        if model.text is None or model.autoencoder is None:
             return made
         prompts = (self.prompts or batch["caption"])[: self.num_pictures]
         if model.shape.image_condition in (None, "optional"):
@@ -180,9 +180,9 @@ class Diffusion(Task):
 
     def tokens_per_clip(self, batch: dict) -> int:
         """Tokens of the video; those of the text do not count."""
-        size, codec = batch["video"].shape[2:], self.model.codec
-        if "moments" not in batch and codec is not None:
-            size = codec.grid(*size)
+        size, autoencoder = batch["video"].shape[2:], self.model.autoencoder
+        if "moments" not in batch and autoencoder is not None:
+            size = autoencoder.grid(*size)
         return math.prod(-(-n // patch) for n, patch in zip(size, self.model.shape.patch_size)) * self._times(batch)
 
     def load_weights(self, path: str | Path) -> str:

@@ -1,14 +1,14 @@
-"""Codec contract: legal sizes, sampling from moments, pixels as latents, fingerprints."""
+"""Autoencoder contract: legal sizes, sampling from moments, pixels as latents, fingerprints."""
 
 import pytest
 import torch
 from torch import nn
 
-from blueberry_video.models.autoencoder.base import Codec, Pixels, fingerprint, sample
+from blueberry_video.models.autoencoder.base import Autoencoder, Pixels, fingerprint, sample
 
 
-class Coarse(Codec):
-    """Codec with a stride of (4, 8, 8) that returns its input."""
+class Coarse(Autoencoder):
+    """Autoencoder with a stride of (4, 8, 8) that returns its input."""
 
     def __init__(self, frame_step: int | None = None):
         super().__init__(channels=2, stride=(4, 8, 8), frame_step=frame_step)
@@ -21,7 +21,7 @@ class Coarse(Codec):
 
 
 def legal_sizes(value: str, multiple: int, numbers: str) -> str:
-    """Pattern of an error with ``value``, the multiple, the name of the codec and, in order, the numbers of the fix."""
+    """Pattern of an error with ``value``, the multiple, the class name and, in order, the numbers of the fix."""
     return rf"{value}\b(?=.*\b{multiple}\b)(?=.*Coarse)" + "".join(rf".*\b{number}\b" for number in numbers.split())
 
 
@@ -53,14 +53,14 @@ def test_illegal_sizes_raise_with_the_nearest_legal_ones():
 
 def test_pixels_are_their_own_latents():
     video = torch.rand(2, 3, 8, 6, 4) * 2 - 1
-    codec = Pixels()
-    moments = codec.encode(video)
+    autoencoder = Pixels()
+    moments = autoencoder.encode(video)
     assert moments.shape == (2, 6, 8, 6, 4)
-    for latents in (codec.latents(moments), codec.image_latents(moments)):
+    for latents in (autoencoder.latents(moments), autoencoder.image_latents(moments)):
         assert torch.equal(latents, video)
-    assert torch.equal(codec.decode(video * 2), (video * 2).clamp(-1, 1))
-    codec.check(7, 5, 3)
-    assert codec.grid(7, 5, 3) == (7, 5, 3)
+    assert torch.equal(autoencoder.decode(video * 2), (video * 2).clamp(-1, 1))
+    autoencoder.check(7, 5, 3)
+    assert autoencoder.grid(7, 5, 3) == (7, 5, 3)
 
 
 def test_samples_have_the_mean_and_variance_of_the_moments():

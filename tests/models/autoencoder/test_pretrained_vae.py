@@ -1,4 +1,4 @@
-"""Published autoencoders as codecs: parity with diffusers in latents, scales and layouts, on tiny random models."""
+"""Published autoencoders: parity with diffusers in latents, scales and layouts, on tiny random models."""
 
 import sys
 from pathlib import Path
@@ -36,34 +36,34 @@ def save(folder: Path, kind: str, **changes) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_latents_and_videos_equal_diffusers(tmp_path: Path, kind: str):
-    codec = PretrainedVAE(save(tmp_path, kind)).train()
+    autoencoder = PretrainedVAE(save(tmp_path, kind)).train()
     vae = getattr(diffusers, kind).from_pretrained(tmp_path / "vae").eval()
     _, stride, step = KINDS[kind]
-    assert (codec.channels, codec.stride, codec.frame_step) == (4, stride, step)
+    assert (autoencoder.channels, autoencoder.stride, autoencoder.frame_step) == (4, stride, step)
     video = torch.rand(1, 3, step + 1, 2 * stride[1], stride[2]) * 2 - 1
     with torch.no_grad():
         distribution = vae.encode(video).latent_dist
         expected = distribution.sample(torch.Generator().manual_seed(3)) * vae.config.scaling_factor
         decoded = vae.decode(expected / vae.config.scaling_factor).sample.clamp(-1, 1)
-    moments = codec.encode(video)
-    assert moments.shape == (1, 8, *codec.grid(*video.shape[2:]))
-    latents = codec.latents(moments, torch.Generator().manual_seed(3))
+    moments = autoencoder.encode(video)
+    assert moments.shape == (1, 8, *autoencoder.grid(*video.shape[2:]))
+    latents = autoencoder.latents(moments, torch.Generator().manual_seed(3))
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(codec.decode(latents), decoded, rtol=0, atol=1e-5)
-    assert torch.equal(codec.image_latents(moments, torch.Generator().manual_seed(3)), latents)
-    assert not any(parameter.requires_grad for parameter in codec.parameters())
-    assert not codec.vae.training
+    torch.testing.assert_close(autoencoder.decode(latents), decoded, rtol=0, atol=1e-5)
+    assert torch.equal(autoencoder.image_latents(moments, torch.Generator().manual_seed(3)), latents)
+    assert not any(parameter.requires_grad for parameter in autoencoder.parameters())
+    assert not autoencoder.vae.training
 
 
 def test_images_of_cogvideox_15_are_divided_by_the_scale(tmp_path: Path):
-    codec = PretrainedVAE(save(tmp_path, "AutoencoderKLCogVideoX", invert_scale_latents=True), frame_step=16)
+    autoencoder = PretrainedVAE(save(tmp_path, "AutoencoderKLCogVideoX", invert_scale_latents=True), frame_step=16)
     moments = torch.randn(1, 8, 1, 2, 2)
     image, latents = (
-        encode(moments, torch.Generator().manual_seed(0)) for encode in (codec.image_latents, codec.latents)
+        encode(moments, torch.Generator().manual_seed(0)) for encode in (autoencoder.image_latents, autoencoder.latents)
     )
     torch.testing.assert_close(image, latents / 0.7**2, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match=r"num_frames=85\b(?=.*PretrainedVAE).*\b16\b.*\b81\b.*\b97\b"):
-        codec.check(85, 768, 1360)
+        autoencoder.check(85, 768, 1360)
 
 
 def test_missing_or_invalid_autoencoder_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""What makes latents of pixels, and pixels of latents.
+"""Base class of video autoencoders, and the identity autoencoder.
 
 Letters: B clips, T frames, H W rows and columns of pixels; C channels, t h w frames, rows and columns of latents.
 """
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from blueberry_video.nn.noise import standard_normal
 
 
-class Codec(nn.Module, ABC):
-    """Base of a codec of videos in [-1, 1].
+class Autoencoder(nn.Module, ABC):
+    """Base of an autoencoder of videos in [-1, 1].
 
     The first frame is coded alone, later ones in groups, so that a clip has 1 + k · ``frame_step`` frames.
 
@@ -40,7 +40,7 @@ class Codec(nn.Module, ABC):
         self.frame_step = stride[0] if frame_step is None else frame_step
         if self.frame_step < 1 or self.frame_step % stride[0]:
             raise ValueError(
-                f"frame_step={frame_step} is no multiple of the codec's stride in time: use {stride[0]} or a multiple."
+                f"frame_step={frame_step} must be a multiple of the stride in time: use {stride[0]} or a multiple."
             )
 
     @abstractmethod
@@ -59,7 +59,7 @@ class Codec(nn.Module, ABC):
         return self.normalize(sample(moments, generator))
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """From the codec's own scale to about zero mean and unit variance. The identity, unless a codec says more."""
+        """Scales latents to about zero mean and unit variance. The identity by default."""
         return latents
 
     def image_latents(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -78,7 +78,7 @@ class Codec(nn.Module, ABC):
             patch_size: rows and columns of latents that the network takes together.
 
         Raises:
-            ValueError: the codec or the network cannot take it; the message names the nearest legal values.
+            ValueError: the autoencoder or the network cannot take it; the message names the nearest legal values.
         """
         if num_frames < 1 or (num_frames - 1) % self.frame_step:
             near = " or ".join(map(str, _neighbours(num_frames - 1, self.frame_step, offset=1, least=1)))
@@ -97,8 +97,8 @@ class Codec(nn.Module, ABC):
                 )
 
 
-class Pixels(Codec):
-    """The codec without a network: latents are the pixels, in [-1, 1]; log-variances are -inf, so nothing is drawn."""
+class Pixels(Autoencoder):
+    """Identity autoencoder: the latents are the pixels in [-1, 1]; log-variances are -inf (no noise)."""
 
     first_frame_alone = True
 

@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from blueberry_video.models.autoencoder.base import Codec
+from blueberry_video.models.autoencoder.base import Autoencoder
 from blueberry_video.weights.files import read_weights
 from blueberry_video.weights.load import load_strictly
 
 _TAPS = 3  # frames that a convolution sees: its own and two before
 
 
-class CausalVideoVAE(Codec):
+class CausalVideoVAE(Autoencoder):
     """Videos (B, 3, T, H, W) in [-1, 1] to moments (B, 2C, t, h, w) and back.
 
     Args:
@@ -107,7 +107,7 @@ class CausalVideoVAE(Codec):
         return rearrange(self.to_moments(x), "(b t) c h w -> b c t h w", t=num_frames)
 
     def reconstruct(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, t, h, w) of the codec's own scale -> video (B, 3, T, H, W), not held within [-1, 1]."""
+        """Latents (B, C, t, h, w) of the autoencoder's own scale -> video (B, 3, T, H, W), not held within [-1, 1]."""
         p, num_frames = self.patch_size, latents.shape[2]
         x = rearrange(latents, "b c t h w -> (b t) c h w")
         for layer in self.decoder:

@@ -1,4 +1,4 @@
-"""Published video autoencoders as codecs: CogVideoX's, HunyuanVideo's and HunyuanVideo-1.5's, run by diffusers.
+"""Published video autoencoders as autoencoders: CogVideoX's, HunyuanVideo's and HunyuanVideo-1.5's, run by diffusers.
 
 They take and give (B, C, T, H, W), and know one number by which their latents are scaled for the network.
 """
@@ -8,19 +8,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from blueberry_video.models.autoencoder.base import Codec, sample
+from blueberry_video.models.autoencoder.base import Autoencoder, sample
 from blueberry_video.weights.optional import import_extra, load_part
 
 FRAME_STEPS = {"AutoencoderKLCogVideoX": 8, "AutoencoderKLHunyuanVideo": 4, "AutoencoderKLHunyuanVideo15": 4}
 
 
-class PretrainedVAE(Codec):
+class PretrainedVAE(Autoencoder):
     """A frozen autoencoder of a diffusers folder.
 
     Args:
         path: a local folder or hub id, such as ``THUDM/CogVideoX-2b``.
         subfolder: where in it the autoencoder lies; None for the folder itself.
-        frame_step: see :class:`.base.Codec`; by default that of the class: 8 of CogVideoX, whose
+        frame_step: see :class:`.base.Autoencoder`; by default that of the class: 8 of CogVideoX, whose
             version 1.5 wants 16, and 4 of HunyuanVideo.
         dtype: of weights and latents. float16 overflows in all of them.
         tiling: encode and decode in overlapping tiles: less memory, not quite the same latents.
@@ -49,7 +49,7 @@ class PretrainedVAE(Codec):
             raise ValueError(f"{path} holds a {kind}, not a video autoencoder: choose one of {', '.join(FRAME_STEPS)}.")
         if known.get("shift_factor") or known.get("latents_mean"):
             raise ValueError(
-                f"the {kind} in {path} shifts its latents, which this codec does not: use a published one."
+                f"the {kind} in {path} shifts its latents, which this autoencoder does not: use a published one."
             )
         space = int(known.get("spatial_compression_ratio") or 2 ** (len(known.block_out_channels) - 1))
         time = int(known.temporal_compression_ratio)

@@ -129,7 +129,7 @@ class DualStreamTransformer(nn.Module):
         if latents.ndim != 5 or latents.shape[1] != self.in_channels:
             raise ValueError(
                 f"latents have the shape {tuple(latents.shape)}: expected (B, C, T, H, W) with C = in_channels = "
-                f"{self.in_channels}. Choose the model variant, or the codec, with the other's number of channels."
+                f"{self.in_channels}. Choose a model variant or an autoencoder with equal numbers of channels."
             )
         batch, _, num_frames, height, width = latents.shape
         self.check_size((num_frames, height, width))
