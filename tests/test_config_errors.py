@@ -327,9 +327,9 @@ def test_valid_override_is_applied(experiment: Path, override: str, key: str, va
 
 
 def test_allow_targets_allows_one_package(experiment: Path):
-    target = "task.augment={_target_: json.JSONEncoder, indent: 2}"
+    target = "task.input.augment={_target_: json.JSONEncoder, indent: 2}"
     assert "allow_targets: [json]" in error_message(experiment, target)
-    assert compose(experiment, [target, "allow_targets=[json]"]).task.augment.indent == 2
+    assert compose(experiment, [target, "allow_targets=[json]"]).task.input.augment.indent == 2
     assert "indnet" in error_message(experiment, target.replace("indent", "indnet"), "allow_targets=[json]")
 
 
@@ -365,8 +365,8 @@ def test_unsafe_target_raises(experiment: Path, target: str):
 
 
 def test_allow_targets_allows_one_name(experiment: Path):
-    target = "task.augment={_target_: torch.jit.load, f: x}"
-    assert compose(experiment, [target, "allow_targets=[torch.jit.load]"]).task.augment.f == "x"
+    target = "task.input.augment={_target_: torch.jit.load, f: x}"
+    assert compose(experiment, [target, "allow_targets=[torch.jit.load]"]).task.input.augment.f == "x"
     assert "allow_targets: [torch.jit.load]" in error_message(experiment, target, "allow_targets=[torch.jit.save]")
 
 
@@ -374,11 +374,11 @@ def test_allow_targets_allows_one_name(experiment: Path):
     "override",
     [
         "model.encoder._target_=blueberry_video.models.vit.pickle.loads",
-        "task.augment={_partial_: true}",
+        "task.input.augment={_partial_: true}",
     ],
 )
 def test_input_itself_is_not_suggested(experiment: Path, override: str):
-    typed = override.rpartition("=")[2] if "_target_" in override else "task.augment._partial_"
+    typed = override.rpartition("=")[2] if "_target_" in override else "task.input.augment._partial_"
     assert f"mean `{typed}`" not in error_message(experiment, override)
 
 
@@ -457,18 +457,18 @@ def test_environment_variable_shows_the_traceback(experiment: Path):
 def test_augmentation_sets_the_size_of_training_clips():
     experiment = ROOT / "experiments" / "videomae_k400" / "config.yaml"
     assert compose(experiment).data.train.image_size == 256  # cropped to the model's 224
-    message = error_message(experiment, "task.augment.size=192")
-    assert "`task.augment.size` = 192" in message
+    message = error_message(experiment, "task.input.augment.size=192")
+    assert "`task.input.augment.size` = 192" in message
     assert "`model.encoder.image_size` = 224" in message
     assert "`data.val.image_size` = 256" in error_message(experiment, "data.val.image_size=256")
 
 
 def test_last_crop_of_several_augmentations_sets_the_size(experiment: Path):
     file = ROOT / "experiments" / "videomae_finetune_k400" / "config.yaml"
-    message = error_message(file, "task.augment._args_.0.size=192")
-    assert "`task.augment._args_.0.size=224`" in message  # an override that Hydra accepts
+    message = error_message(file, "task.input.augment._args_.0.size=192")
+    assert "`task.input.augment._args_.0.size=224`" in message  # an override that Hydra accepts
     assert "`model.encoder.image_size=192`" in message
-    sequence, larger = "task.augment={_target_: torch.nn.Sequential, _args_: [%s]}", "data.train.image_size=64"
+    sequence, larger = "task.input.augment={_target_: torch.nn.Sequential, _args_: [%s]}", "data.train.image_size=64"
     crop = "{_target_: blueberry_video.augmentation.RandomResizedCrop, size: %s}"
     flip, foreign = "{_target_: blueberry_video.augmentation.HorizontalFlip}", "{_target_: json.JSONEncoder}"
     compose(experiment, [sequence % f"{crop % 24}, {crop % 32}, {flip}", larger])

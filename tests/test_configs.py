@@ -19,8 +19,8 @@ from blueberry_video.data.sprites import Sprites
 FILES = sorted(
     str(path.relative_to(CONF).with_suffix(""))
     for path in CONF.rglob("*.yaml")
-    if path.parent not in (CONF, CONF / "video")
-)  # video/: settings of the video pipeline
+    if path.parent not in (CONF, CONF / "video") and path != CONF / "task/base.yaml"
+)  # video/: settings of the video pipeline; task/base: a part of every task
 ENCODERS = ("model/vit", "model/hydra_video/", "model/spool/", "model/dinov2/")  # parts of a network
 PARTS = {  # parts of a text-to-video model or of its task: group → key in the config
     "model/cogvideox/": "model.transformer",
@@ -136,8 +136,10 @@ def build(config: DictConfig) -> tuple[nn.Module, nn.Module]:
     """Model and task on the meta device."""
     with torch.device("meta"):
         model = instantiate(config.model)
-        optimizer, schedule = instantiate(config.optimizer), instantiate(config.schedule)
-        return model, instantiate(config.task, _partial_=True)(model=model, optimizer=optimizer, schedule=schedule)
+        optimization = instantiate(config.task.optimization)(
+            optimizer=instantiate(config.optimizer), schedule=instantiate(config.schedule)
+        )
+        return model, instantiate(config.task, _partial_=True)(model=model, optimization=optimization)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -281,10 +283,11 @@ def strings_of(file: Path) -> str:
     )
 
 
-def test_a_saved_config_with_a_renamed_class_raises_with_both_ways_on(tmp_path: Path):
+@pytest.mark.parametrize(("key", "value"), [("_target_", "blueberry_video.models.old_name.Network"), ("old_key", 3)])
+def test_a_saved_config_with_a_renamed_class_or_key_raises_with_both_ways_on(key: str, value: object, tmp_path: Path):
     file = tmp_path / "config.yaml"
     saved = OmegaConf.to_container(compose(Path(__file__).parents[1] / "experiments/template/config.yaml"))
-    saved["model"]["_target_"] = "blueberry_video.models.old_name.Network"
+    saved["model"][key] = value
     file.write_text(yaml.safe_dump(saved))
-    with pytest.raises(ValueError, match=r"(?s)model\._target_.*old_name\.Network.*git checkout.*init_from="):
+    with pytest.raises(ValueError, match=rf"(?s)`model\.{key}` = '?{value}\b.*git checkout.*init_from="):
         load(file)

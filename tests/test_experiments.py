@@ -23,8 +23,10 @@ def test_builds_on_the_meta_device(file: Path):
     config = compose(file)
     with torch.device("meta"):
         model = instantiate(config.model)
-        optimizer, schedule = instantiate(config.optimizer), instantiate(config.schedule)
-        task = instantiate(config.task, _partial_=True)(model=model, optimizer=optimizer, schedule=schedule)
+        optimization = instantiate(config.task.optimization)(
+            optimizer=instantiate(config.optimizer), schedule=instantiate(config.schedule)
+        )
+        task = instantiate(config.task, _partial_=True)(model=model, optimization=optimization)
     assert task.model is model
     for callback in filter(None, config.callbacks.values()):
         instantiate(callback)

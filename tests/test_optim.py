@@ -231,12 +231,12 @@ def test_frozen_layers_still_count_as_layers():
 
 
 def test_layer_decay_without_blocks_raises():
-    with pytest.raises(ValueError, match=r"(?s)task\.layer_decay=0\.75\b.*\bLinear\b.*encoder\.blocks"):
+    with pytest.raises(ValueError, match=r"(?s)task\.optimization\.layer_decay=0\.75\b.*\bLinear\b.*encoder\.blocks"):
         parameter_groups(nn.Linear(2, 2), 0.75)
     assert len(parameter_groups(nn.Linear(2, 2))) == 2
 
 
 @pytest.mark.parametrize("decay", [0.0, -0.5, 1.1])
 def test_layer_decay_out_of_range_raises(decay):
-    with pytest.raises(ValueError, match=rf"task\.layer_decay={decay}\b.*\(0, 1\]"):
+    with pytest.raises(ValueError, match=rf"task\.optimization\.layer_decay={decay}\b.*\(0, 1\]"):
         parameter_groups(deep(1), decay)

@@ -34,6 +34,7 @@ from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import warmup_cosine
 from blueberry_video.tasks.masked_pixels import MaskedPixels
+from blueberry_video.tasks.settings import ClipInput, Optimization
 
 STEPS, BATCHES_AN_EPOCH = 12, 5
 KILLABLE_STEPS = 60
@@ -63,10 +64,9 @@ def train(
     encoder = VisionTransformer(16, 4, 8, 2, embed_dim=24, depth=2, num_heads=2, drop_path=0.3)
     task = MaskedPixels(
         MaskedAutoencoder(encoder, 24, 1, 2),
-        functools.partial(torch.optim.AdamW, lr=1e-3),
-        warmup_cosine,
+        Optimization(functools.partial(torch.optim.AdamW, lr=1e-3), warmup_cosine),
         TubeMasking(0.75),
-        augment=nn.Dropout(0.2) if augment else None,
+        ClipInput(nn.Dropout(0.2) if augment else None),
     )
     sprites = functools.partial(Sprites, num_frames=4, image_size=16)
     data = DataModule(sprites("train", 4 * BATCHES_AN_EPOCH), sprites("val", 4), 4, num_workers, seed=1)

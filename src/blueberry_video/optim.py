@@ -47,7 +47,8 @@ def parameter_groups(module: nn.Module, layer_decay: float = 1.0, decayed: Colle
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(
-            f"task.layer_decay={layer_decay} must be in (0, 1]: use 1 for none; VideoMAE-B fine-tunes with 0.75."
+            f"task.optimization.layer_decay={layer_decay} must be in (0, 1]: 1 for none; VideoMAE-B is fine-tuned "
+            "with 0.75."
         )
     decayed = decayed_names(module) if decayed is None else decayed
     scales = _layer_scales(module, layer_decay) if layer_decay < 1 else {}
@@ -71,9 +72,9 @@ def _layer_scales(module: nn.Module, layer_decay: float) -> dict[str, float]:
     blocks = {name: found for name in names if (found := re.search(r"(?:^|\.)encoder\.blocks\.(\d+)\.", name))}
     if not blocks:
         raise ValueError(
-            f"task.layer_decay={layer_decay} requires the encoder's layers, but {type(module).__name__} has no "
-            "parameters named encoder.blocks.<number>: set task.layer_decay=1, or keep the encoder's layers in a "
-            "ModuleList `blocks`."
+            f"task.optimization.layer_decay={layer_decay} requires the encoder's layers, but {type(module).__name__} "
+            "has no parameters named encoder.blocks.<number>: set task.optimization.layer_decay=1, or keep the layers "
+            "of the encoder in a ModuleList `blocks`."
         )
     depth = 1 + max(int(found[1]) for found in blocks.values())
     first = names.index(next(iter(blocks)))

@@ -88,11 +88,13 @@ def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:
 
     seed_everything(config.seed, workers=True, verbose=False)
     data, model = instantiate(config.data), instantiate(config.model)
-    optimizer, schedule = instantiate(config.optimizer), instantiate(config.schedule)
     data.list_skipped_in(str(folder.path / "skipped.csv"))
-    task = instantiate(config.task, _partial_=True)(model=model, optimizer=optimizer, schedule=schedule)
-    if config.init_from and folder.checkpoint() is None:
-        task.init_from = weights_file(config.init_from)
+    optimization = instantiate(config.task.optimization)(
+        optimizer=instantiate(config.optimizer),
+        schedule=instantiate(config.schedule),
+        init_from=weights_file(config.init_from) if config.init_from and folder.checkpoint() is None else None,
+    )
+    task = instantiate(config.task, _partial_=True)(model=model, optimization=optimization)
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback]
     loggers = [MetricsCSV(folder), *([instantiate(config.logger, run=folder)] if config.logger else [])]
     create_trainer = instantiate(config.trainer, _partial_=True)

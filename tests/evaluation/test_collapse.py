@@ -23,6 +23,7 @@ from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
 from blueberry_video.optim import constant, ramp
 from blueberry_video.tasks.latent_prediction import LatentPrediction
 from blueberry_video.tasks.masked_pixels import MaskedPixels
+from blueberry_video.tasks.settings import Optimization
 
 
 def test_std_is_over_clips_at_each_position():
@@ -95,8 +96,8 @@ def model(encoder: nn.Module, ema: bool) -> JEPA:
 
 def task(network: JEPA, lr: float = 1e-3, **changes) -> LatentPrediction:
     momentum = partial(ramp, start=0.99, end=0.99) if network.follows else None
-    optimizer = partial(torch.optim.AdamW, lr=lr)
-    return LatentPrediction(network, optimizer, constant, [RandomMasking(0.5)], momentum, num_pictures=1, **changes)
+    optimization = Optimization(partial(torch.optim.AdamW, lr=lr), constant)
+    return LatentPrediction(network, optimization, [RandomMasking(0.5)], momentum, num_pictures=1, **changes)
 
 
 @pytest.fixture
@@ -191,7 +192,9 @@ def test_training_is_bit_identical_with_the_monitor(encoder, fit):
 
 
 def test_a_task_without_latents_raises(encoder, fit):
-    pixels = MaskedPixels(MaskedAutoencoder(encoder, 12, 1, 1), torch.optim.SGD, constant, RandomMasking(0.5))
+    pixels = MaskedPixels(
+        MaskedAutoencoder(encoder, 12, 1, 1), Optimization(torch.optim.SGD, constant), RandomMasking(0.5)
+    )
     with pytest.raises(ValueError, match=r"(?s)MaskedPixels\b.*callbacks\.collapse=null"):
         fit(pixels, CollapseMonitor(), steps=1)
 

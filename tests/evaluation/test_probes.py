@@ -17,6 +17,7 @@ from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import constant
 from blueberry_video.tasks.masked_pixels import MaskedPixels
+from blueberry_video.tasks.settings import Optimization
 
 NAMES = {"motion", "motion_within_pairs"}
 CONTROLS = {f"{name}{suffix}" for name in NAMES for suffix in ("_shuffled", "_trivial")} | {"motion_gain"}
@@ -65,8 +66,8 @@ def test_the_reference_is_untrained_also_with_init_from(encoder, ramps, tmp_path
     trained = {name: value + 1 for name, value in encoder.state_dict().items()}
     torch.save(trained, tmp_path / "weights.pt")
     model = MaskedAutoencoder(copy.deepcopy(encoder), 12, 1, 1)
-    task = MaskedPixels(model, partial(torch.optim.SGD, lr=0.0), constant, RandomMasking(0.5), num_pictures=1)
-    task.init_from = tmp_path / "weights.pt"
+    optimization = Optimization(partial(torch.optim.SGD, lr=0.0), constant, init_from=tmp_path / "weights.pt")
+    task = MaskedPixels(model, optimization, RandomMasking(0.5), num_pictures=1)
     probe = Probe(["level"], "linear", name="linear", train_clips=32, val_clips=32, steps=5)
     run = trainer(probe, max_steps=1)
     run.fit(task, datamodule=DataModule(ramps, ramps, batch_size=16))

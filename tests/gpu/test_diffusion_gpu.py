@@ -29,7 +29,8 @@ EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 def test_two_steps_with_validation_and_media(name: str, tmp_path: Path):
     config = compose(EXPERIMENTS / name / "config.yaml", ["task.sampler.steps=2", "task.num_pictures=2"])
     data, model, optimizer, schedule = map(instantiate, (config.data, config.model, config.optimizer, config.schedule))
-    task = instantiate(config.task, _partial_=True)(model=model, optimizer=optimizer, schedule=schedule)
+    optimization = instantiate(config.task.optimization)(optimizer=optimizer, schedule=schedule)
+    task = instantiate(config.task, _partial_=True)(model=model, optimization=optimization)
     trainer = Trainer(
         accelerator="gpu", devices=1, precision="bf16-mixed", max_steps=2, limit_val_batches=2, val_check_interval=2,
         check_val_every_n_epoch=None, use_distributed_sampler=False, default_root_dir=tmp_path, logger=False,

@@ -1,5 +1,8 @@
 """Action prediction: losses against their definitions, logged metrics, and invalid clips."""
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,7 @@ from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.nn.patches import gather_tokens, patchify
 from blueberry_video.optim import constant
 from blueberry_video.tasks.action_prediction import ActionPrediction, action_vectors, prediction_loss
+from blueberry_video.tasks.settings import ClipInput, Optimization
 
 FRAMES = 6
 
@@ -25,10 +29,9 @@ def world_model(action_dim: int = 5, seed: int = 0) -> WorldModel:
     return WorldModel(encoder, action_dim, 2, predictor_dim=24, predictor_depth=1, predictor_num_heads=2)
 
 
-def task(model: WorldModel | None = None, **changes) -> ActionPrediction:
-    return ActionPrediction(
-        model or world_model(), lambda groups: torch.optim.AdamW(groups, lr=1e-2), constant, **changes
-    )
+def task(model: WorldModel | None = None, init_from: Path | None = None, **changes) -> ActionPrediction:
+    optimization = Optimization(partial(torch.optim.AdamW, lr=1e-2), constant, init_from=init_from)
+    return ActionPrediction(model or world_model(), optimization, **changes)
 
 
 def clips(split: str = "train", size: int = 8, **changes) -> World:
@@ -145,8 +148,7 @@ def test_any_frozen_encoder_of_single_frames_works(trainer):
 def test_init_from_loads_the_encoder(tmp_path, capsys, trainer):
     other = world_model(seed=7).encoder.state_dict()
     torch.save(other, tmp_path / "encoder.pt")
-    module = task()
-    module.init_from = tmp_path / "encoder.pt"
+    module = task(init_from=tmp_path / "encoder.pt")
     trainer().fit(module, datamodule=DataModule(clips(), clips("val"), batch_size=4))
     assert str(tmp_path / "encoder.pt") in capsys.readouterr().out
     assert all(torch.equal(value, other[name]) for name, value in module.model.encoder.state_dict().items())
@@ -163,7 +165,7 @@ def test_closed_loop_runs_at_the_end_of_training(trainer):
 
 def test_tokens_per_clip():
     assert task().tokens_per_clip(batch()) == FRAMES * (4 + 2)
-    assert task(repeats=2).tokens_per_clip(batch()) == 2 * FRAMES * (4 + 2)
+    assert task(input=ClipInput(repeats=2)).tokens_per_clip(batch()) == 2 * FRAMES * (4 + 2)
 
 
 def test_actions_as_vectors():

@@ -13,6 +13,7 @@ from blueberry_video.models.jepa.model import JEPA
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import constant
 from blueberry_video.tasks.anticipation import Anticipation, focal_loss
+from blueberry_video.tasks.settings import Optimization
 
 CLASSES = {"motion": 8, "shape": 3}
 PREDICTOR = {"predictor_dim": 12, "predictor_depth": 1, "predictor_num_heads": 2, "num_mask_tokens": 2}
@@ -26,7 +27,7 @@ def encoder(positions: str = "rope_3d") -> VisionTransformer:
 def task(freeze: bool = True, positions: str = "rope_3d", **changes) -> Anticipation:
     torch.manual_seed(0)
     model = Anticipator(encoder(positions), CLASSES, **PREDICTOR, num_heads=2, pool_depth=1, freeze=freeze)
-    options = {"optimizer": partial(torch.optim.AdamW, lr=1e-2), "schedule": constant, "recall_at": 2}
+    options = {"optimization": Optimization(partial(torch.optim.AdamW, lr=1e-2), constant), "recall_at": 2}
     return Anticipation(model, **{**options, "seen": 4, "gap": (1, 4), "val_gap": 2, **changes})
 
 

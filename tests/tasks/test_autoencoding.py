@@ -1,5 +1,6 @@
 """Autoencoding task: logged metrics, trained weights and baselines."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,13 @@ from blueberry_video.data.sprites import Sprites
 from blueberry_video.models.autoencoder.causal_vae import CausalVideoVAE
 from blueberry_video.optim import warmup_cosine
 from blueberry_video.tasks.autoencoding import TRIVIAL, Autoencoding, kl_divergence, psnr, trivial_reconstructions
+from blueberry_video.tasks.settings import Optimization
 
 
 def task(lr: float = 4e-3, schedule=warmup_cosine, **changes) -> Autoencoding:
     torch.manual_seed(0)
     model = CausalVideoVAE(channels=4, dims=(8, 16), patch_size=4, time_stride=2)
-    return Autoencoding(model, lambda groups: torch.optim.AdamW(groups, lr=lr), schedule, **changes)
+    return Autoencoding(model, Optimization(partial(torch.optim.AdamW, lr=lr), schedule), **changes)
 
 
 def data(val: int = 5) -> DataModule:

@@ -1,6 +1,7 @@
 """Every task accepts any ``nn.encoder.Encoder``, including one without blocks."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import lightning
@@ -26,6 +27,7 @@ from blueberry_video.tasks.base import Task
 from blueberry_video.tasks.classification import Classification
 from blueberry_video.tasks.distillation import Distillation
 from blueberry_video.tasks.masked_pixels import MaskedPixels
+from blueberry_video.tasks.settings import Optimization
 
 
 class Patches(Encoder):
@@ -40,27 +42,24 @@ class Patches(Encoder):
         return tokens if keep is None else gather_tokens(tokens, keep)
 
 
-def adam(groups: list[dict]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=0.01)
+ADAM = Optimization(partial(torch.optim.AdamW, lr=0.01), constant)
 
 
 def masked(masking: Callable) -> Task:
-    return MaskedPixels(MaskedAutoencoder(Patches(), 8, 1, 2), adam, constant, masking)
+    return MaskedPixels(MaskedAutoencoder(Patches(), 8, 1, 2), ADAM, masking)
 
 
 def omni() -> Task:
     network = MaskedAutoencoder(Patches(images=True), 8, 1, 2, mask_before_projection=True)
-    return MaskedPixels(network, adam, constant, ByModality(RandomMasking(0.75), RandomMasking(0.9)))
+    return MaskedPixels(network, ADAM, ByModality(RandomMasking(0.75), RandomMasking(0.9)))
 
 
 def classification() -> Task:
-    return Classification(VideoClassifier(Patches(), {"motion": 8}), adam, constant)
+    return Classification(VideoClassifier(Patches(), {"motion": 8}), ADAM)
 
 
 def probing() -> Task:
-    return Classification(
-        VideoClassifier(Patches(), {"motion": 8}, pooling="attentive", freeze_encoder=True), adam, constant
-    )
+    return Classification(VideoClassifier(Patches(), {"motion": 8}, pooling="attentive", freeze_encoder=True), ADAM)
 
 
 def distillation(folder: Path) -> Task:
@@ -69,7 +68,7 @@ def distillation(folder: Path) -> Task:
     torch.save(
         {"model": {f"model.{name}": value for name, value in teacher.state_dict().items()}}, folder / "teacher.pt"
     )
-    return Distillation(VideoClassifier(Patches(), {"motion": 8}), adam, constant, teacher, folder / "teacher.pt")
+    return Distillation(VideoClassifier(Patches(), {"motion": 8}), ADAM, teacher, folder / "teacher.pt")
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 """Task base class: preparation of batches, and learning rates."""
 
+from dataclasses import replace
+from functools import partial
+
 import lightning
 import pytest
 import torch
@@ -10,8 +13,9 @@ from blueberry_video.data.sprites import Sprites
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import warmup_cosine
 from blueberry_video.tasks.base import Task, repeat_clips
+from blueberry_video.tasks.settings import ClipInput, Optimization
 
-SGD = {"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.1), "schedule": warmup_cosine}
+OPTIMIZATION = Optimization(partial(torch.optim.SGD, lr=0.1), warmup_cosine)
 
 
 class Tiny(nn.Module):
@@ -48,9 +52,11 @@ class Noise(nn.Module):
 
 @pytest.fixture
 def run(trainer):
-    def fit(max_steps: int = 4, accumulate: int = 1, callbacks=(), depth: int = 0, **changes) -> Recorder:
+    def fit(
+        max_steps: int = 4, accumulate: int = 1, callbacks=(), depth: int = 0, input: ClipInput | None = None, **changes
+    ) -> Recorder:
         torch.manual_seed(0)
-        task = Recorder(Tiny(depth), **{**SGD, **changes})
+        task = Recorder(Tiny(depth), replace(OPTIMIZATION, **changes), input)
         sprites = {"num_frames": 4, "image_size": 16}
         data = DataModule(Sprites("train", 8, **sprites), Sprites("val", 2, **sprites), batch_size=2)
         trainer(*callbacks, max_steps=max_steps, accumulate_grad_batches=accumulate).fit(task, datamodule=data)
@@ -70,7 +76,7 @@ def test_clips_become_channels_first_floats_in_unit_range(run):
 
 
 def test_augmentation_is_applied_in_training_only(run):
-    for stage, video, _ in run(augment=Negative()).seen:
+    for stage, video, _ in run(input=ClipInput(Negative())).seen:
         assert (video.max() <= 0) == (stage == "train")
         assert (video.min() >= 0) == (stage == "val")
 
@@ -82,18 +88,26 @@ def test_augmentation_draws_after_the_step_is_seeded(run):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             torch.manual_seed(batch_idx)
 
-    drawn = [video for stage, video, _ in run(augment=Noise(), callbacks=[Seed()]).seen if stage == "train"]
+    drawn = [video for stage, video, _ in run(input=ClipInput(Noise()), callbacks=[Seed()]).seen if stage == "train"]
     for batch_idx, video in enumerate(drawn):
         torch.manual_seed(batch_idx)
         assert torch.equal(video, torch.rand(2, 3, 4, 16, 16))
 
 
 def test_normalize_uses_mean_and_std_of_each_channel():
-    task = Recorder(Tiny(), **SGD, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 4.0))
+    task = Recorder(Tiny(), OPTIMIZATION, ClipInput(mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 4.0)))
     video = torch.rand(2, 3, 4, 5, 5)
     expected = torch.stack([(video[:, c] - 0.1 * (c + 1)) / 2**c for c in range(3)], dim=1)
     torch.testing.assert_close(task.normalize(video), expected)
     assert not any("pixel" in name for name in task.state_dict())
+
+
+def test_mean_without_normalization_raises():
+    class Unnormalized(Recorder):
+        normalizes = False
+
+    with pytest.raises(ValueError, match=r"task\.input\.mean=\(0\.5, 0\.5, 0\.5\)"):
+        Unnormalized(Tiny(), OPTIMIZATION, ClipInput(mean=(0.5, 0.5, 0.5)))
 
 
 def test_learning_rate_follows_the_schedule_over_all_steps(run):
@@ -130,7 +144,7 @@ def test_a_layer_decay_of_one_changes_nothing(run):
 
 
 def test_clips_are_repeated_before_augmentation_in_training_only(run):
-    task = run(repeats=3, augment=Noise(), max_steps=1)
+    task = run(input=ClipInput(Noise(), repeats=3), max_steps=1)
     videos = {stage: video for stage, video, _ in task.seen}
     assert videos["val"].shape[0] == 2
     assert videos["train"].shape[0] == 6
@@ -138,7 +152,7 @@ def test_clips_are_repeated_before_augmentation_in_training_only(run):
 
 
 def test_all_values_of_a_batch_are_repeated_alike(run):
-    batch = run(repeats=2, max_steps=1).batches["train"]
+    batch = run(input=ClipInput(repeats=2), max_steps=1).batches["train"]
     video, ids, labels = batch["video"], batch["id"], batch["labels"]
     assert len(video) == len(ids) == 4
     assert len(set(ids)) == 2
@@ -157,7 +171,7 @@ def test_repeat_clips_keeps_values_aligned():
 
 
 def test_images_have_a_separate_number_of_repeats():
-    task = Recorder(Tiny(), **SGD, repeats=4, image_repeats=2)
+    task = Recorder(Tiny(), OPTIMIZATION, ClipInput(repeats=4, image_repeats=2))
     sizes = []
     task._step = lambda batch, stage: sizes.append(len(batch["video"])) or {"loss": None}
     for frames in (4, 1):
@@ -167,11 +181,11 @@ def test_images_have_a_separate_number_of_repeats():
 
 @pytest.mark.parametrize("key", ["repeats", "image_repeats"])
 def test_repeats_below_one_raise(key):
-    with pytest.raises(ValueError, match=rf"task\.{key}=0\b"):
-        Recorder(Tiny(), **SGD, **{key: 0})
+    with pytest.raises(ValueError, match=rf"task\.input\.{key}=0\b"):
+        ClipInput(**{key: 0})
 
 
 def test_tokens_per_clip_counts_the_grid():
     batch = {"video": torch.zeros(5, 3, 4, 16, 16)}
-    assert Recorder(Tiny(), **SGD).tokens_per_clip(batch) == 8
-    assert Recorder(Tiny(), **SGD, repeats=3).tokens_per_clip(batch) == 24
+    assert Recorder(Tiny(), OPTIMIZATION).tokens_per_clip(batch) == 8
+    assert Recorder(Tiny(), OPTIMIZATION, ClipInput(repeats=3)).tokens_per_clip(batch) == 24

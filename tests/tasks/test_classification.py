@@ -1,6 +1,8 @@
 """Classification task: metrics and controls against all clips in one batch."""
 
 import re
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from blueberry_video.models.classifier import VideoClassifier
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import warmup_cosine
 from blueberry_video.tasks.classification import Classification
+from blueberry_video.tasks.settings import Optimization
 
 
 class BrightestFrame(VideoClassifier):
@@ -30,13 +33,13 @@ class BrightestFrame(VideoClassifier):
         return {"motion": order * self.weight, "shape": frames.sort(dim=1).values[:, :3]}
 
 
-def task(model: nn.Module | None = None, **changes) -> Classification:
+def task(model: nn.Module | None = None, init_from: Path | None = None, **changes) -> Classification:
     torch.manual_seed(0)
     if model is None:
         encoder = VisionTransformer(16, 4, 8, 2, embed_dim=16, depth=1, num_heads=2, final_norm=False)
         model = VideoClassifier(encoder, {"motion": 8, "shape": 3})
-    options = {"optimizer": lambda groups: torch.optim.AdamW(groups, lr=1e-3), "schedule": warmup_cosine}
-    return Classification(model, **options, **changes)
+    optimization = Optimization(partial(torch.optim.AdamW, lr=1e-3), warmup_cosine, init_from=init_from)
+    return Classification(model, optimization, **changes)
 
 
 def data(val: int = 11) -> DataModule:
@@ -185,10 +188,9 @@ def test_label_smoothing_out_of_range_raises(smoothing):
 
 
 def test_init_from_loads_heads_that_fit(tmp_path, capsys):
-    source, module = task(), task()
+    source, module = task(), task(init_from=tmp_path / "own.ckpt")
     source.model.head.linear["motion"].bias.data += 1
     torch.save({"state_dict": source.state_dict()}, tmp_path / "own.ckpt")
-    module.init_from = tmp_path / "own.ckpt"
     module.setup("fit")
     assert torch.equal(module.model.head.linear["motion"].bias, source.model.head.linear["motion"].bias)
     assert re.search(r"'motion'.*\b8\b.*'shape'.*\b3\b", capsys.readouterr().out)
@@ -204,10 +206,10 @@ def test_media_shows_the_clips():
 def test_a_second_probe_is_trained_on_the_untrained_encoder(tmp_path, trainer):
     torch.manual_seed(0)
     encoder = VisionTransformer(16, 4, 8, 2, embed_dim=16, depth=1, num_heads=2)
-    module = task(VideoClassifier(encoder, {"motion": 8}, pooling="attentive", freeze_encoder=True))
+    model = VideoClassifier(encoder, {"motion": 8}, pooling="attentive", freeze_encoder=True)
+    module = task(model, init_from=tmp_path / "weights.pt")
     untrained = {name: value.clone() for name, value in encoder.state_dict().items()}
     torch.save({name: value + 0.1 for name, value in untrained.items()}, tmp_path / "weights.pt")
-    module.init_from = tmp_path / "weights.pt"
     heads = [next(iter(part.head.linear["motion"].parameters())) for part in (module.model, module.untrained)]
     before = [head.clone() for head in heads]
     fit = trainer()

@@ -1,6 +1,7 @@
 """Diffusion task: loss, logged metrics, errors and reproducibility."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import lightning
@@ -25,6 +26,7 @@ from blueberry_video.models.text_encoder.words import WordText
 from blueberry_video.optim import constant
 from blueberry_video.precompute import write_latents
 from blueberry_video.tasks.diffusion import Diffusion
+from blueberry_video.tasks.settings import Optimization
 
 
 def model(autoencoder=None, vocabulary=None, **changes) -> TextToVideo:
@@ -38,12 +40,12 @@ def model(autoencoder=None, vocabulary=None, **changes) -> TextToVideo:
 def task(network: TextToVideo | None = None, lr: float = 3e-3, **changes) -> Diffusion:
     parts = {
         "objective": FlowMatching(),
-        "times": UniformTimes(),
+        "timesteps": UniformTimes(),
         "sampler": DDIM(2),
         "guidance": ConstantGuidance(2.0),
     }
-    optimizer = lambda groups: torch.optim.AdamW(groups, lr=lr)  # noqa: E731
-    return Diffusion(network or model(), optimizer, constant, **{**parts, **changes})
+    optimization = Optimization(partial(torch.optim.AdamW, lr=lr), constant)
+    return Diffusion(network or model(), optimization, **{**parts, **changes})
 
 
 def data(val: int = 12) -> DataModule:
@@ -101,21 +103,21 @@ def test_validation_is_independent_of_the_global_generator(trainer):
     assert 1.0 < found[0]["val/loss_trivial"] < 1.25
 
 
-def test_frames_have_separate_times_with_frame_times(trainer):
-    module = task(model(causal_chunk=2), frame_times=True)
+def test_frames_have_separate_timesteps_with_frame_timesteps(trainer):
+    module = task(model(causal_chunk=2), frame_timesteps=True)
     module.trainer = trainer()
-    assert module._times_of(torch.zeros(4, 3, 8, 16, 16)).shape == (4, 8)
+    assert module._timesteps_of(torch.zeros(4, 3, 8, 16, 16)).shape == (4, 8)
     assert task()._latent_size is None
-    with pytest.raises(ValueError, match=r"task\.frame_times=true"):
+    with pytest.raises(ValueError, match=r"task\.frame_timesteps=true"):
         task(model(causal_chunk=2))
 
 
-def test_frames_of_one_patch_share_a_time(trainer):
+def test_frames_of_one_patch_share_a_timestep(trainer):
     """Also with an odd number of frames, which is padded."""
     network = model(tubelet_size=2, causal_chunk=4, num_frames=8)
-    module = task(network, frame_times=True)
+    module = task(network, frame_timesteps=True)
     module.trainer = trainer()
-    times = module._times_of(torch.zeros(4, 3, 8, 16, 16))
+    times = module._timesteps_of(torch.zeros(4, 3, 8, 16, 16))
     assert times.shape == (4, 8)
     assert torch.equal(times[:, ::2], times[:, 1::2])
     assert times.unique().numel() == 16
@@ -126,14 +128,14 @@ def test_frames_of_one_patch_share_a_time(trainer):
     assert module.generate(batch()["caption"]).shape == (4, 3, 7, 16, 16)
 
 
-def test_stratified_frame_times_raise():
-    with pytest.raises(ValueError, match=r"(?s)(?=.*task\.times\.stratified=true)(?=.*task\.frame_times=true)"):
-        task(frame_times=True, times=UniformTimes(stratified=True))
-    task(times=UniformTimes(stratified=True))
+def test_stratified_frame_timesteps_raise():
+    with pytest.raises(ValueError, match=r"(?s)(?=.*task\.timesteps\.stratified=true)(?=.*task\.frame_timesteps=true)"):
+        task(frame_timesteps=True, timesteps=UniformTimes(stratified=True))
+    task(timesteps=UniformTimes(stratified=True))
 
 
 def test_a_causal_network_trains_validates_and_samples(trainer):
-    module, fit = task(model(causal_chunk=2), frame_times=True), trainer(max_steps=3)
+    module, fit = task(model(causal_chunk=2), frame_timesteps=True), trainer(max_steps=3)
     fit.fit(module, datamodule=data())
     made = module.generate(["a red disc moves up"], torch.Generator().manual_seed(0))
     assert made.shape == (1, 3, 8, 16, 16)

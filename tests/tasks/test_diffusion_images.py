@@ -1,5 +1,6 @@
 """Image-to-video training: conditioning on the first frame in training, validation and media."""
 
+from functools import partial
 from pathlib import Path
 
 import lightning
@@ -23,6 +24,7 @@ from blueberry_video.models.text_encoder.words import WordText
 from blueberry_video.optim import constant
 from blueberry_video.precompute import write_latents
 from blueberry_video.tasks.diffusion import Diffusion
+from blueberry_video.tasks.settings import Optimization
 
 CHANNELS = {"channels": 6, "latent_concat": 7, "token_replace": 3, "optional": 7}
 WORDS = ["a", "red", "green", "blue", "square", "disc", "triangle", "moves", "left", "right", "up", "down"]
@@ -68,9 +70,9 @@ def cogvideox(seed: int = 0) -> TextToVideo:
 
 
 def task(network: TextToVideo, **changes) -> Diffusion:
-    optimizer = lambda groups: torch.optim.AdamW(groups, lr=3e-3)  # noqa: E731
-    parts = {"objective": FlowMatching(), "times": UniformTimes(), "sampler": DDIM(2), "guidance": NoGuidance()}
-    module = Diffusion(network, optimizer, constant, **{**parts, **changes})
+    optimization = Optimization(partial(torch.optim.AdamW, lr=3e-3), constant)
+    parts = {"objective": FlowMatching(), "timesteps": UniformTimes(), "sampler": DDIM(2), "guidance": NoGuidance()}
+    module = Diffusion(network, optimization, **{**parts, **changes})
     module.trainer = lightning.Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
     return module
 

@@ -1,6 +1,7 @@
 """Fine-tuning with LoRA adapters: trained and saved weights, EMA and resuming."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from blueberry_video.models.cogvideox.model import CogVideoX
 from blueberry_video.models.text_encoder.words import WordText
 from blueberry_video.optim import constant
 from blueberry_video.tasks.diffusion import Diffusion
+from blueberry_video.tasks.settings import Optimization
 
 SIZES = {"num_heads": 2, "head_dim": 16, "depth": 1, "in_channels": 3, "out_channels": 3, "text_dim": 8, "text_len": 8}
 SIZES |= {"time_dim": 16, "patch_size": 8, "num_frames": 8, "height": 16, "width": 16, "positions": "sincos"}
@@ -40,8 +42,8 @@ def published(tmp_path: Path) -> Path:
 def fit(published: Path, tmp_path: Path, trainer) -> Callable[..., tuple[TextToVideo, EMA, Path]]:
     def run(steps: int, resume: Path | None = None) -> tuple[TextToVideo, EMA, Path]:
         model = network(steps, LoRA(base=str(published), rank=2, targets=["to_q", "to_v"]))
-        optimizer = lambda groups: torch.optim.AdamW(groups, lr=0.01)  # noqa: E731
-        task = Diffusion(model, optimizer, constant, FlowMatching(), UniformTimes(), DDIM(2), NoGuidance())
+        optimization = Optimization(partial(torch.optim.AdamW, lr=0.01), constant)
+        task = Diffusion(model, optimization, FlowMatching(), UniformTimes(), DDIM(2), NoGuidance())
         ema = EMA(decay=0.5, warmup=False)
         fitted = trainer(StepSeed(0), ema, max_steps=steps, limit_val_batches=1)
         clips = DataModule(MovingShapes("train", 1, 12), MovingShapes("val", 1, 12), 4)

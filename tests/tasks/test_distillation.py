@@ -1,5 +1,7 @@
 """Distillation: loss against its formula, and a frozen teacher."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from blueberry_video.models.classifier import VideoClassifier
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import warmup_cosine
 from blueberry_video.tasks.distillation import Distillation, distillation_loss
+from blueberry_video.tasks.settings import ClipInput, Optimization
 
 
 def classifier(width: int, seed: int, **changes) -> VideoClassifier:
@@ -27,7 +30,7 @@ def weights(tmp_path):
 
 
 def task(teacher_from, **changes) -> Distillation:
-    options = {"optimizer": lambda groups: torch.optim.AdamW(groups, lr=1e-2), "schedule": warmup_cosine}
+    options = {"optimization": Optimization(partial(torch.optim.AdamW, lr=1e-2), warmup_cosine)}
     options |= {"model": classifier(16, 0), "teacher": classifier(24, 1), "teacher_from": teacher_from}
     return Distillation(**{**options, **changes})
 
@@ -105,7 +108,10 @@ def test_the_teacher_is_in_no_checkpoint_and_no_optimizer(tmp_path, weights, tra
 
 
 def test_student_and_teacher_receive_the_same_augmented_and_mixed_clips(weights, trainer):
-    module, seen = task(weights, augment=RandomErasing(1.0), mixing=Mixing(), repeats=2), {"model": [], "teacher": []}
+    module, seen = (
+        task(weights, input=ClipInput(RandomErasing(1.0), repeats=2), mixing=Mixing()),
+        {"model": [], "teacher": []},
+    )
     for name, videos in seen.items():
         part = getattr(module, name)
         part.register_forward_pre_hook(lambda _, inputs, videos=videos: videos.append(inputs[0]))

@@ -10,13 +10,15 @@ from blueberry_video.models.classifier import FrameClassifier
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import constant
 from blueberry_video.tasks.frame_classification import FrameClassification, labels_of_moments
+from blueberry_video.tasks.settings import Optimization
 
 
 def task() -> FrameClassification:
     encoder = VisionTransformer(
         image_size=16, num_frames=6, patch_size=8, tubelet_size=2, embed_dim=12, depth=1, num_heads=2
     )
-    return FrameClassification(FrameClassifier(encoder, {"motion": 3}), partial(torch.optim.AdamW, lr=1e-2), constant)
+    optimization = Optimization(partial(torch.optim.AdamW, lr=1e-2), constant)
+    return FrameClassification(FrameClassifier(encoder, {"motion": 3}), optimization)
 
 
 def test_clip_labels_are_repeated_and_frame_labels_are_sampled_per_tubelet():

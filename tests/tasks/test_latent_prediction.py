@@ -20,6 +20,7 @@ from blueberry_video.models.jepa.multi_level import MultiLevelEncoder
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import constant, cosine_ramp, ramp
 from blueberry_video.tasks.latent_prediction import LatentPrediction
+from blueberry_video.tasks.settings import Optimization
 
 GRID = (2, 2, 2)
 MASKINGS = [RandomMasking(0.5), RandomMasking(0.75)]
@@ -43,7 +44,7 @@ def dense(**changes) -> LatentPrediction:
 
 
 def task(network: JEPA | None = None, **changes) -> LatentPrediction:
-    options = {"optimizer": partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1), "schedule": constant}
+    options = {"optimization": Optimization(partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1), constant)}
     options |= {"model": network or model(), "maskings": MASKINGS, "momentum": FIXED}
     return LatentPrediction(**{**options, **changes})
 

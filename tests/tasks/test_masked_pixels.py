@@ -1,5 +1,7 @@
 """Masked-pixel task: logged metrics, and values against the formulas."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder, d
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import warmup_cosine
 from blueberry_video.tasks.masked_pixels import MaskedPixels, masked_pixel_loss, patch_targets
+from blueberry_video.tasks.settings import ClipInput, Optimization
 
 PATCH, GRID = (2, 8, 8), (2, 2, 2)
 
@@ -24,8 +27,8 @@ def model(images: bool = False) -> MaskedAutoencoder:
 
 
 def task(images: bool = False, **changes) -> MaskedPixels:
-    options = {"optimizer": lambda groups: torch.optim.AdamW(groups, lr=1e-3), "schedule": warmup_cosine}
-    return MaskedPixels(model(images), **options, **{"masking": TubeMasking(0.5), **changes})
+    optimization = Optimization(partial(torch.optim.AdamW, lr=1e-3), warmup_cosine)
+    return MaskedPixels(model(images), optimization, **{"masking": TubeMasking(0.5), **changes})
 
 
 def data(batch_size: int = 4, val: int = 6) -> DataModule:
@@ -39,7 +42,7 @@ def batch(size: int = 3) -> dict:
 
 
 def test_training_logs_documented_metrics_and_updates_every_weight(trainer):
-    module, fit = task(augment=MultiScaleCrop(16)), trainer(max_steps=3)
+    module, fit = task(input=ClipInput(MultiScaleCrop(16))), trainer(max_steps=3)
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     fit.fit(module, datamodule=data())
     logged = fit.logged_metrics.keys() | fit.callback_metrics.keys()
@@ -144,7 +147,7 @@ def test_the_loss_of_an_image_is_that_of_a_static_clip():
 
 def test_metrics_of_a_single_frame_encoder_have_no_suffix():
     network = MaskedAutoencoder(VisionTransformer(16, 1, 8, 1, 16, 1, 2), 12, 1, 2)
-    module = MaskedPixels(network, torch.optim.SGD, warmup_cosine, RandomMasking(0.5))
+    module = MaskedPixels(network, Optimization(torch.optim.SGD, warmup_cosine), RandomMasking(0.5))
     assert "loss" in module.shared_step({"video": torch.rand(2, 3, 1, 16, 16)}, "val")
 
 

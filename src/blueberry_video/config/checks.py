@@ -47,12 +47,13 @@ HALF_OVERFLOWS = (  # published in bfloat16; the activations exceed the range of
 DOTTED_NAMES = (*ALLOWED, *REFUSED, *IMAGE_DATA, *HALF_OVERFLOWS)
 
 SUPPLIED = {  # arguments that train.py passes itself: a config must not set them
-    "task": ("model", "optimizer", "schedule"),
+    "task": ("model",),
+    "task.optimization": ("optimizer", "schedule", "init_from"),
     "trainer": ("callbacks", "logger", "default_root_dir"),
     "logger": ("run",),
 }
 REQUIRED = ("model", "task", "data", "optimizer", "schedule", "trainer")
-PARTIAL = ("optimizer", "schedule")  # the task calls them with the parameters or the number of steps
+PARTIAL = ("optimizer", "schedule", "task.optimization")  # called later with further arguments
 SPECIAL = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 ROOT_KEYS = tuple(field.name for field in fields(Config))
 
@@ -201,14 +202,14 @@ def _check_target(node: Mapping[str, Any], path: str, root: str, allow: tuple[st
     """Checks a mapping with ``_target_``."""
     target = node["_target_"]
     known = _signature(target, path, allow)
-    supplied = SUPPLIED.get(root, ()) if path == root else ()
+    supplied = SUPPLIED.get(path, ())
     for key, value in node.items():
         if key in SPECIAL:
             continue
         if key in supplied:
             root_key = key if key in ROOT_KEYS else "output_dir"
             raise ValueError(
-                f"`{path}.{key}` = {short(value)}: train.py passes `{key}` to the {root}; set the root key "
+                f"`{path}.{key}` = {short(value)}: train.py passes `{key}` to `{path}`; set the root key "
                 f"`{root_key}` instead."
             )
         if key in known.parameters:
@@ -217,8 +218,8 @@ def _check_target(node: Mapping[str, Any], path: str, root: str, allow: tuple[st
             options = [name for name in (*known.parameters, *SPECIAL) if name not in supplied]
             hint = fix(str(key), options, value, path, node)
             raise ValueError(f"`{path}.{key}` = {short(value)} is not a parameter of {target}. {hint}")
-    if path == root and root in PARTIAL and node.get("_partial_") is not True:
-        raise ValueError(f"`{path}` must have `_partial_: true`: the task calls {target} with further arguments.")
+    if path in PARTIAL and node.get("_partial_") is not True:
+        raise ValueError(f"`{path}` must have `_partial_: true`: {target} is called later with further arguments.")
     if not node.get("_partial_"):
         positional = [name for name, p in known.parameters.items() if p.kind is not Parameter.KEYWORD_ONLY]
         given = {*node, *supplied, *positional[: len(node.get("_args_") or ())]}
@@ -418,7 +419,7 @@ def _clip_sizes(
     config: Mapping[str, Any], data: Iterable[tuple[str, Mapping[str, Any]]]
 ) -> Iterator[tuple[str, Mapping[str, Any], str, str]]:
     """Settings of the size of clips that reach the model: path, node, key, corresponding key of the encoder."""
-    augment = targets((config.get("task") or {}).get("augment"), "task.augment")
+    augment = targets(((config.get("task") or {}).get("input") or {}).get("augment"), "task.input.augment")
     crops = [  # a target of a third-party package may also change the size
         (path, node)
         for path, node in augment

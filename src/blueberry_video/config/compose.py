@@ -20,7 +20,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from blueberry_video.config.checks import ROOT_KEYS, check, check_groups, did_you_mean, fix, short, targets
+from blueberry_video.config.checks import ROOT_KEYS, SPECIAL, check, check_groups, did_you_mean, fix, short, targets
 from blueberry_video.config.schema import CONF, Config
 from blueberry_video.config.signatures import signature
 
@@ -65,7 +65,7 @@ def load(file: str | Path, overrides: Sequence[str] = (), fresh: DictConfig | No
     parsed = _parse(overrides)
     chosen = {override.key_or_group for override in parsed if _is_group(override, path, CONF)} & {*(fresh or ())}
     saved = OmegaConf.load(path)
-    _check_saved_targets(saved, path)
+    _check_saved(saved, path)
     lines = []
     for override in parsed:
         key, line = override.key_or_group, override.input_line or ""
@@ -78,25 +78,28 @@ def load(file: str | Path, overrides: Sequence[str] = (), fresh: DictConfig | No
     return resolve(config)
 
 
-def _check_saved_targets(saved: Any, path: Path) -> None:
-    """Checks that every class of this package that a run saved still has its name.
+def _check_saved(saved: Any, path: Path) -> None:
+    """Checks that the classes and their keys in a config saved by a run still exist.
 
     Raises:
-        ValueError: a class was moved or renamed since.
+        ValueError: some were renamed since, or the file was edited; the message says how to continue.
     """
-    package = __name__.partition(".")[0]
+    package = f"{__name__.partition('.')[0]}."
     for key, node in targets(saved, ""):
-        target = node["_target_"]
-        if not target.startswith(f"{package}."):
+        if not node["_target_"].startswith(package):
             continue
         try:
-            signature(target)
-        except (ImportError, AttributeError) as error:
+            unknown = sorted({*map(str, node)} - {*signature(node["_target_"]).parameters, *SPECIAL})
+        except (ImportError, AttributeError):
+            unknown = ["_target_"]
+        if unknown:
+            name = f"{key}.{unknown[0]}".lstrip(".")
             raise ValueError(
-                f"`{key.lstrip('.')}._target_` = {target} in {path} does not exist in this version, which moved or "
-                "renamed it. To resume the run, check out the commit in its run.json (`git checkout <commit>`); to "
-                f"train from its weights, compose the experiment anew with init_from={path.parent}."
-            ) from error
+                f"`{name}` = {short(node[unknown[0]])} in {path} is not valid in this version, which may have moved or "
+                f"renamed it (the class is {node['_target_']}). To resume a run of an earlier version, check out the "
+                "commit in its run.json (`git checkout <commit>`); to train from its weights, compose the experiment "
+                f"anew with init_from={path.parent}."
+            )
 
 
 def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:

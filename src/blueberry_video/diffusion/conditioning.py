@@ -40,12 +40,12 @@ def check_settings(
     if model.shape.causal_chunk and frame_times is None:
         raise ValueError(
             "model.transformer.causal_chunk goes on from clean frames, so frames must have times of their own in "
-            "training, too: task.frame_times=true, or causal_chunk=0."
+            "training, too: task.frame_timesteps=true, or causal_chunk=0."
         )
     if frame_times is not None and frame_times.stratified:
         raise ValueError(
-            "task.times.stratified=true spreads the times of clips evenly, and task.frame_times=true draws one for "
-            "every frame: set one of them to false."
+            "task.timesteps.stratified=true stratifies over clips, and task.frame_timesteps=true draws a timestep per "
+            "frame: set one of them to false."
         )
 
 
@@ -142,8 +142,10 @@ def latents_of(
     if autoencoder is None and "moments" not in batch:
         raise ValueError("model.autoencoder=null requires stored latents: choose data=latents, or model/autoencoder=….")
     with torch.no_grad():
-        stored = autoencoder is None or "moments" in batch
-        moments = batch["moments"] if stored else autoencoder.encode(batch["video"] * 2 - 1)
+        if autoencoder is None or "moments" in batch:
+            moments = batch["moments"]
+        else:
+            moments = autoencoder.encode(batch["video"] * 2 - 1)
         latents = (sample if autoencoder is None else autoencoder.latents)(moments, generator)
     if not (finite := latents.isfinite().flatten(1).all(dim=1)).all():
         names = ", ".join(str(name) for name, good in zip(batch["id"], finite.tolist()) if not good)

@@ -1,13 +1,11 @@
 """Action-conditioned prediction in the space of a frozen encoder (V-JEPA 2-AC, arXiv 2506.09985)."""
 
-from collections.abc import Callable
-
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from blueberry_video.models.jepa.world_model import CONDITIONS, WorldModel
-from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD, Task
+from blueberry_video.tasks.base import Task
+from blueberry_video.tasks.settings import ClipInput, Optimization
 
 
 def action_vectors(actions: Tensor, width: int) -> Tensor:
@@ -49,9 +47,8 @@ class ActionPrediction(Task):
     it that remains is ``rollout_share``. No loss compares encoders: each has a space of its own.
 
     Args:
-        model, optimizer, schedule, augment, mean, std, lr_batch_size, layer_decay, repeats, image_repeats: see
-            :class:`~blueberry_video.tasks.base.Task`. What an augmentation does to the picture, actions and states do
-            not follow.
+        model, optimization, input: see :class:`~blueberry_video.tasks.base.Task`. Augmentation changes the
+            video only, not actions and states.
         rollout_steps: auto-regressive steps of the loss, at least 1; V-JEPA 2-AC has 2.
         val_rollout_steps: of the rollouts measured in validation; clips have more frames than either.
 
@@ -66,21 +63,12 @@ class ActionPrediction(Task):
     def __init__(
         self,
         model: WorldModel,
-        optimizer: Callable[[list[dict]], Optimizer],
-        schedule: Callable[[int, int], float],
-        augment: nn.Module | None = None,
-        mean: tuple[float, ...] = IMAGENET_MEAN,
-        std: tuple[float, ...] = IMAGENET_STD,
-        lr_batch_size: int | None = None,
-        layer_decay: float = 1.0,
-        repeats: int = 1,
-        image_repeats: int = 1,
+        optimization: Optimization,
+        input: ClipInput | None = None,
         rollout_steps: int = 2,
         val_rollout_steps: int = 4,
     ):
-        super().__init__(
-            model, optimizer, schedule, augment, mean, std, lr_batch_size, layer_decay, repeats, image_repeats
-        )
+        super().__init__(model, optimization, input)
         for key, steps in (("rollout_steps", rollout_steps), ("val_rollout_steps", val_rollout_steps)):
             if steps < 1:
                 raise ValueError(f"task.{key}={steps} must be at least 1: V-JEPA 2-AC trains with 2.")

@@ -1,20 +1,19 @@
 """Action anticipation: what happens at the end of a clip, told from its beginning (V-JEPA 2, arXiv 2506.09985)."""
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from blueberry_video.evaluation.metrics import accuracy, mean_class_recall, recalled_by_class, shuffle_frames
 from blueberry_video.models.jepa.anticipator import Anticipator, load_weights
 from blueberry_video.models.jepa.model import read_weights
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.nn.patches import gather_tokens
-from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD, Task
+from blueberry_video.tasks.base import Task
+from blueberry_video.tasks.settings import ClipInput, Optimization
 
 
 def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
@@ -46,8 +45,7 @@ class Anticipation(Task):
     order).
 
     Args:
-        model, optimizer, schedule, augment, mean, std, lr_batch_size, layer_decay, repeats: see
-            :class:`~blueberry_video.tasks.base.Task`.
+        model, optimization, input: see :class:`~blueberry_video.tasks.base.Task`.
         seen: frames the model sees, of the longer clips of the data; 32 at 8 a second in V-JEPA 2.
         gap: fewest and most frames between these and the end of a clip, in training, where each clip draws its own; 2
             to 14 (0.25 to 1.75 s) in V-JEPA 2.
@@ -68,24 +66,18 @@ class Anticipation(Task):
     def __init__(
         self,
         model: Anticipator,
-        optimizer: Callable[[list[dict]], Optimizer],
-        schedule: Callable[[int, int], float],
+        optimization: Optimization,
         seen: int,
         gap: tuple[int, int],
         val_gap: int,
-        augment: nn.Module | None = None,
-        mean: tuple[float, ...] = IMAGENET_MEAN,
-        std: tuple[float, ...] = IMAGENET_STD,
-        lr_batch_size: int | None = None,
-        layer_decay: float = 1.0,
-        repeats: int = 1,
+        input: ClipInput | None = None,
         recall_at: int = 5,
         alpha: float = 0.25,
         gamma: float = 2.0,
         weights_of: str = "target_encoder",
         num_pictures: int = 6,
     ):
-        super().__init__(model, optimizer, schedule, augment, mean, std, lr_batch_size, layer_decay, repeats)
+        super().__init__(model, optimization, input)
         self.seen, self.gap, self.val_gap = seen, tuple(gap), val_gap
         self.recall_at, self.alpha, self.gamma = recall_at, alpha, gamma
         self.weights_of, self.num_pictures = weights_of, num_pictures

@@ -1,18 +1,17 @@
 """Training of a video autoencoder: pixels from few latents, whose distribution is kept near a normal one."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from blueberry_video.models.autoencoder.base import sample
 from blueberry_video.models.autoencoder.causal_vae import CausalVideoVAE
 from blueberry_video.tasks.base import Task
+from blueberry_video.tasks.settings import ClipInput, Optimization
 
 TRIVIAL = ("mean", "still", "blocks")
 
@@ -57,8 +56,7 @@ class Autoencoding(Task):
     ``psnr_trivial``; ``reconstruction_share`` is what the network leaves of the former.
 
     Args:
-        model, optimizer, schedule, augment, lr_batch_size, repeats, image_repeats: see
-            :class:`~blueberry_video.tasks.base.Task`.
+        model, optimization, input: see :class:`~blueberry_video.tasks.base.Task`.
         loss: ``l1`` or ``mse``, on pixels in [-1, 1].
         kl_weight: of the divergence, a mean over latents in nats.
         num_pictures: clips shown in :meth:`media`.
@@ -68,30 +66,19 @@ class Autoencoding(Task):
     """
 
     trains = CausalVideoVAE
+    normalizes = False
     model: CausalVideoVAE
 
     def __init__(
         self,
         model: CausalVideoVAE,
-        optimizer: Callable[[list[dict]], Optimizer],
-        schedule: Callable[[int, int], float],
-        augment: nn.Module | None = None,
-        lr_batch_size: int | None = None,
-        repeats: int = 1,
-        image_repeats: int = 1,
+        optimization: Optimization,
+        input: ClipInput | None = None,
         loss: Literal["l1", "mse"] = "l1",
         kl_weight: float = 1e-4,
         num_pictures: int = 6,
     ):
-        super().__init__(
-            model,
-            optimizer,
-            schedule,
-            augment,
-            lr_batch_size=lr_batch_size,
-            repeats=repeats,
-            image_repeats=image_repeats,
-        )
+        super().__init__(model, optimization, input)
         if loss not in ("l1", "mse"):
             raise ValueError(f"task.loss={loss!r} is unknown: choose 'l1' or 'mse'.")
         if kl_weight < 0:

@@ -1,8 +1,7 @@
-"""What all tasks share: turning a uint8 batch into a model's input, logging, and the optimiser."""
+"""Base class of tasks: preparation of batches, logging, and the optimizer."""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -13,11 +12,11 @@ from einops import rearrange
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from blueberry_video.models.encoder import Encoder
 from blueberry_video.optim import decayed_names, parameter_groups
+from blueberry_video.tasks.settings import ClipInput, Optimization
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -28,26 +27,16 @@ class Task(lightning.LightningModule, ABC):
 
     Args:
         model: the network to train.
-        optimizer: called with parameter groups, gives the optimiser; its ``weight_decay`` applies to matrices only.
-        schedule: ``(step, total_steps) -> multiplier`` of the learning rate.
-        augment: applied to training videos (B, C, T, H, W) in [0, 1] on the device.
-        mean, std: of the pixels, by channel, that :meth:`normalize` takes out; the default is ImageNet's.
-        lr_batch_size: the global batch the learning rate is meant for: at another batch it is scaled linearly.
-            ``None`` takes the rate as it is. VideoMAE's published rates are for 256. Repeats do not count.
-        layer_decay: factor on the learning rate from each layer of the encoder to the one before it, see
-            :func:`~blueberry_video.optim.parameter_groups`; 1 is none.
-        repeats: how often a training step takes each clip of the batch, each time augmented and masked anew: decoding
-            a clip costs more than cutting it up differently (Hoffer et al., arXiv 1901.09335).
-        image_repeats: the same for batches of single frames.
+        optimization: optimizer, schedule, and weights to start from, loaded by :meth:`load_weights`.
+        input: augmentation, repetition and normalization of clips; ``None``: the defaults.
 
     Raises:
-        ValueError: if ``model`` is not what this task trains, or for repeats below 1.
-
-    Attributes:
-        init_from: a checkpoint or published weights that ``model.encoder`` starts from; ``None`` for random weights.
+        ValueError: if ``model`` is not a :attr:`trains`, or ``mean`` or ``std`` are given to a task that does not
+            normalize.
     """
 
-    trains: ClassVar[type[nn.Module]] = nn.Module  # what `model` must be
+    trains: ClassVar[type[nn.Module]] = nn.Module  # required class of `model`
+    normalizes: ClassVar[bool] = True  # False: the model receives pixels in [-1, 1]
     model: nn.Module
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -55,15 +44,8 @@ class Task(lightning.LightningModule, ABC):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Callable[[list[dict]], Optimizer],
-        schedule: Callable[[int, int], float],
-        augment: nn.Module | None = None,
-        mean: tuple[float, ...] = IMAGENET_MEAN,
-        std: tuple[float, ...] = IMAGENET_STD,
-        lr_batch_size: int | None = None,
-        layer_decay: float = 1.0,
-        repeats: int = 1,
-        image_repeats: int = 1,
+        optimization: Optimization,
+        input: ClipInput | None = None,
     ):
         super().__init__()
         if not isinstance(model, self.trains):
@@ -71,18 +53,18 @@ class Task(lightning.LightningModule, ABC):
                 f"task {type(self).__name__} trains a {self.trains.__name__}, but model is a {type(model).__name__}: "
                 f"choose a model of conf/model/ whose _target_ is {self.trains.__name__}, or the task that fits it."
             )
-        for key, times in (("repeats", repeats), ("image_repeats", image_repeats)):
-            if times < 1:
-                raise ValueError(f"task.{key}={times} must be 1 or more: 1 takes every clip once.")
-        self.model = model
-        self.augment = augment
-        self.lr_batch_size, self.layer_decay = lr_batch_size, layer_decay
-        self.repeats, self.image_repeats = repeats, image_repeats
-        self.init_from: str | Path | None = None
+        self.input = input or ClipInput()
+        mean, std = self.input.mean, self.input.std
+        if not self.normalizes and (mean is not None or std is not None):
+            raise ValueError(
+                f"task.input.mean={mean} and task.input.std={std} have no effect on {type(self).__name__}, whose model "
+                "receives pixels in [-1, 1]: leave both null."
+            )
+        self.model, self.optimization = model, optimization
+        self.augment = self.input.augment  # a submodule: it moves to the device
         self._decayed: set[str] | None = None
-        self._make_optimizer, self._schedule = optimizer, schedule
-        self.register_buffer("pixel_mean", torch.tensor(list(mean)).view(-1, 1, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(list(std)).view(-1, 1, 1, 1), persistent=False)
+        for name, values in (("pixel_mean", mean or IMAGENET_MEAN), ("pixel_std", std or IMAGENET_STD)):
+            self.register_buffer(name, torch.tensor(list(values)).view(-1, 1, 1, 1), persistent=False)
 
     @abstractmethod
     def shared_step(self, batch: dict, stage: str) -> dict[str, Tensor]:
@@ -121,8 +103,8 @@ class Task(lightning.LightningModule, ABC):
         """Loads ``init_from``: after the callbacks' setup, so that those can keep a copy of the untrained encoder."""
         if stage == "fit":
             self._decayed = decayed_names(self)  # now: a strategy may cut parameters into vectors
-        if stage == "fit" and self.init_from is not None:
-            rank_zero_only(print)(self.load_weights(self.init_from))
+        if stage == "fit" and self.optimization.init_from is not None:
+            rank_zero_only(print)(self.load_weights(self.optimization.init_from))
 
     def load_weights(self, path: str | Path) -> str:
         """Puts the weights in a file into the model: its encoder. Gives one sentence on what was loaded."""
@@ -160,8 +142,9 @@ class Task(lightning.LightningModule, ABC):
         return values
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self._make_optimizer(parameter_groups(self, self.layer_decay, self._decayed))
-        scale = 1.0 if self.lr_batch_size is None else self._global_batch_size() / self.lr_batch_size
+        settings = self.optimization
+        optimizer = settings.optimizer(parameter_groups(self, settings.layer_decay, self._decayed))
+        scale = 1.0 if settings.lr_batch_size is None else self._global_batch_size() / settings.lr_batch_size
         for group in optimizer.param_groups:
             group["lr"] *= scale * group["lr_scale"]
         total_steps = self.trainer.estimated_stepping_batches
@@ -171,11 +154,11 @@ class Task(lightning.LightningModule, ABC):
                 "schedule without a length: set one of the two."
             )
         total_steps = int(total_steps)
-        scheduler = LambdaLR(optimizer, lambda step: self._schedule(min(step, total_steps - 1), total_steps))
+        scheduler = LambdaLR(optimizer, lambda step: settings.schedule(min(step, total_steps - 1), total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _times(self, batch: dict) -> int:
-        return self.image_repeats if batch["video"].shape[2] == 1 else self.repeats
+        return self.input.image_repeats if batch["video"].shape[2] == 1 else self.input.repeats
 
     def _global_batch_size(self) -> int:
         per_device = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]

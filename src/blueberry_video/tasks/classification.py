@@ -1,18 +1,17 @@
 """Supervised classification of clips: training from scratch, fine-tuning, and (frozen encoder) probing."""
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from blueberry_video.augmentation import Mixing, soft_targets
 from blueberry_video.evaluation.metrics import ViewScores, accuracy, shuffle_frames, within_pair_correct
 from blueberry_video.models.classifier import VideoClassifier
-from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD, Task
+from blueberry_video.tasks.base import Task
+from blueberry_video.tasks.settings import ClipInput, Optimization
 
 
 def soft_cross_entropy(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
@@ -32,8 +31,7 @@ class Classification(Task):
     ``<label>_views`` that of a video's averaged scores.
 
     Args:
-        model, optimizer, schedule, augment, mean, std, lr_batch_size, layer_decay, repeats, image_repeats: see
-            :class:`~blueberry_video.tasks.base.Task`.
+        model, optimization, input: see :class:`~blueberry_video.tasks.base.Task`.
         mixing: mixes the clips and labels of a training batch, after ``augment``.
         label_smoothing: of the training loss, in [0, 1).
         num_pictures: clips shown in :meth:`media`.
@@ -48,22 +46,13 @@ class Classification(Task):
     def __init__(
         self,
         model: VideoClassifier,
-        optimizer: Callable[[list[dict]], Optimizer],
-        schedule: Callable[[int, int], float],
-        augment: nn.Module | None = None,
-        mean: tuple[float, ...] = IMAGENET_MEAN,
-        std: tuple[float, ...] = IMAGENET_STD,
-        lr_batch_size: int | None = None,
-        layer_decay: float = 1.0,
-        repeats: int = 1,
-        image_repeats: int = 1,
+        optimization: Optimization,
+        input: ClipInput | None = None,
         mixing: Mixing | None = None,
         label_smoothing: float = 0.0,
         num_pictures: int = 6,
     ):
-        super().__init__(
-            model, optimizer, schedule, augment, mean, std, lr_batch_size, layer_decay, repeats, image_repeats
-        )
+        super().__init__(model, optimization, input)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"task.label_smoothing={label_smoothing} is outside [0, 1): the field uses 0.1.")
         self.mixing, self.label_smoothing = mixing, label_smoothing

@@ -4,15 +4,14 @@ Diffusion Forcing (arXiv 2407.01392), which gives every frame a time of its own.
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from blueberry_video.diffusion import conditioning
 from blueberry_video.diffusion.generation import conditioned, generate
@@ -27,6 +26,7 @@ from blueberry_video.models.text_encoder.base import TextTokens
 from blueberry_video.models.text_encoder.words import WordText
 from blueberry_video.nn.noise import standard_normal
 from blueberry_video.tasks.base import Task
+from blueberry_video.tasks.settings import ClipInput, Optimization
 
 
 class Diffusion(Task):
@@ -37,63 +37,51 @@ class Diffusion(Task):
     :func:`~blueberry_video.evaluation.denoising.denoising_losses` tells.
 
     Args:
-        model, optimizer, schedule, augment, lr_batch_size, repeats, image_repeats: see
-            :class:`~blueberry_video.tasks.base.Task`.
+        model, optimization, input: see :class:`~blueberry_video.tasks.base.Task`.
         objective: what noise is added, and what the network says of it.
-        times: draws the times of training.
+        timesteps: draws the timesteps of training.
         sampler, guidance: for :meth:`generate`.
         caption_dropout: share of the clips that are trained without their caption, for guidance.
         image_noise: put on the first frame that an image-to-video network is given in training, not in validation.
         image_dropout: share of the training clips that it is not given; validation has all, but with 1, which trains
             HunyuanVideo-1.5 on text alone. ``None``: as published.
-        frame_times: every frame has a time of its own: Diffusion Forcing.
+        frame_timesteps: every frame has a time of its own: Diffusion Forcing.
         prompts: captions of the clips that :meth:`media` shows; ``None`` for those of the first validation clips.
         num_pictures: the largest number of clips it shows.
 
     Raises:
-        ValueError: for a share outside [0, 1], a causal network without ``frame_times``, or those and ``stratified``
-            times; when a run begins: clips of a size that autoencoder or network cannot take, latents of a different
-            autoencoder or without that of the image, or those and ``image_noise``; in a step: a clip without caption,
-            or with latents that are NaN.
+        ValueError: for a share outside [0, 1], a causal network without ``frame_timesteps``, or those with
+            ``stratified`` timesteps; when a run begins: clips of a size that autoencoder or network reject, latents
+            of a different autoencoder or without that of the image, or those and ``image_noise``; in a step: a clip
+            without caption, or with latents that are NaN.
     """
 
     trains = TextToVideo
+    normalizes = False
     model: TextToVideo
 
     def __init__(
         self,
         model: TextToVideo,
-        optimizer: Callable[[list[dict]], Optimizer],
-        schedule: Callable[[int, int], float],
+        optimization: Optimization,
         objective: Objective,
-        times: TimeSampler,
+        timesteps: TimeSampler,
         sampler: Sampler,
         guidance: Guidance,
-        augment: nn.Module | None = None,
-        lr_batch_size: int | None = None,
-        repeats: int = 1,
-        image_repeats: int = 1,
+        input: ClipInput | None = None,
         caption_dropout: float = 0.1,
         image_noise: ImageNoise | None = None,
         image_dropout: float | None = None,
-        frame_times: bool = False,
+        frame_timesteps: bool = False,
         prompts: Sequence[str] | None = None,
         num_pictures: int = 6,
     ):
-        super().__init__(
-            model,
-            optimizer,
-            schedule,
-            augment,
-            lr_batch_size=lr_batch_size,
-            repeats=repeats,
-            image_repeats=image_repeats,
-        )
+        super().__init__(model, optimization, input)
         image_dropout = model.shape.image_dropout if image_dropout is None else image_dropout
-        conditioning.check_settings(model, caption_dropout, image_dropout, times if frame_times else None)
-        self.objective, self.times, self.sampler, self.guidance = objective, times, sampler, guidance
+        conditioning.check_settings(model, caption_dropout, image_dropout, timesteps if frame_timesteps else None)
+        self.objective, self.timesteps, self.sampler, self.guidance = objective, timesteps, sampler, guidance
         self.caption_dropout, self.image_dropout, self.image_noise = caption_dropout, image_dropout, image_noise
-        self.frame_times = frame_times
+        self.frame_timesteps = frame_timesteps
         self.prompts, self.num_pictures = None if prompts is None else list(prompts), num_pictures
         self._latent_size: tuple[int, int, int] | None = None
         self._spare_captions: list[dict] = []
@@ -142,7 +130,7 @@ class Diffusion(Task):
         if generator is not None:  # frames that are given are neither noised nor judged
             others = conditioning.of_others(self.model, batch, text, self._spare_captions)
             return denoising_losses(ask_rest, self.objective, clean[:, :, given:], text, others, generator)
-        t, noise = self._times_of(clean), standard_normal(clean.shape, None, clean.device)
+        t, noise = self._timesteps_of(clean), standard_normal(clean.shape, None, clean.device)
         text = conditioning.without_some(self.model, text, self.caption_dropout)
         output = ask(self.objective.noisy(clean, noise, t), t, text).float()
         error = output - self.objective.target(clean, noise, t)
@@ -188,10 +176,10 @@ class Diffusion(Task):
     def load_weights(self, path: str | Path) -> str:
         return self.model.load_published(path)
 
-    def _times_of(self, clean: Tensor) -> Tensor:
+    def _timesteps_of(self, clean: Tensor) -> Tensor:
         t, h, w = (size // patch for size, patch in zip(clean.shape[2:], self.model.shape.patch_size))
-        frames, ranks = t if self.frame_times else None, self.trainer.world_size
-        times = self.times(len(clean), frames, (t, h, w), rank=self.global_rank, world_size=ranks)
+        frames, ranks = t if self.frame_timesteps else None, self.trainer.world_size
+        timesteps = self.timesteps(len(clean), frames, (t, h, w), rank=self.global_rank, world_size=ranks)
         if frames is not None:  # those of a patch have the same
-            times = times.repeat_interleave(self.model.shape.patch_size[0], dim=1)
-        return times.to(clean.device)
+            timesteps = timesteps.repeat_interleave(self.model.shape.patch_size[0], dim=1)
+        return timesteps.to(clean.device)

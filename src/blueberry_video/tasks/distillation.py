@@ -3,20 +3,18 @@
 VideoMAE V2 (arXiv 2303.16727) makes its ViT-S and ViT-B so, from ViT-g on Kinetics-710.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from blueberry_video.augmentation import Mixing
 from blueberry_video.evaluation.metrics import accuracy
 from blueberry_video.models.classifier import VideoClassifier
-from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD
 from blueberry_video.tasks.classification import Classification, soft_cross_entropy
+from blueberry_video.tasks.settings import ClipInput, Optimization
 
 
 def distillation_loss(student: dict[str, Tensor], teacher: dict[str, Tensor], temperature: float) -> Tensor:
@@ -43,9 +41,9 @@ class Distillation(Classification):
 
     Args:
         model: the student.
-        optimizer, schedule, augment, mean, std, lr_batch_size, layer_decay, repeats, image_repeats, mixing,
-            label_smoothing, num_pictures: see :class:`~blueberry_video.tasks.classification.Classification`; mixing and
-            smoothing reach the labels, not the teacher's answers.
+        optimization, input, mixing, label_smoothing, num_pictures: see
+            :class:`~blueberry_video.tasks.classification.Classification`; mixing and smoothing apply to the labels,
+            not to the teacher's logits.
         teacher: the classifier to learn from; it has the student's labels with as many classes.
         teacher_from: file of its weights, published or of an own run: all of them, with the heads.
         temperature: of both softmaxes, above 0.
@@ -62,38 +60,17 @@ class Distillation(Classification):
     def __init__(
         self,
         model: VideoClassifier,
-        optimizer: Callable[[list[dict]], Optimizer],
-        schedule: Callable[[int, int], float],
+        optimization: Optimization,
         teacher: VideoClassifier,
         teacher_from: str | Path,
-        augment: nn.Module | None = None,
-        mean: tuple[float, ...] = IMAGENET_MEAN,
-        std: tuple[float, ...] = IMAGENET_STD,
-        lr_batch_size: int | None = None,
-        layer_decay: float = 1.0,
-        repeats: int = 1,
-        image_repeats: int = 1,
+        input: ClipInput | None = None,
         mixing: Mixing | None = None,
         label_smoothing: float = 0.0,
         num_pictures: int = 6,
         temperature: float = 1.0,
         hard_weight: float = 0.0,
     ):
-        super().__init__(
-            model,
-            optimizer,
-            schedule,
-            augment,
-            mean,
-            std,
-            lr_batch_size,
-            layer_decay,
-            repeats,
-            image_repeats,
-            mixing,
-            label_smoothing,
-            num_pictures,
-        )
+        super().__init__(model, optimization, input, mixing, label_smoothing, num_pictures)
         if temperature <= 0 or hard_weight < 0:
             raise ValueError(
                 f"task.temperature={temperature} must be above 0 and task.hard_weight={hard_weight} at least 0."

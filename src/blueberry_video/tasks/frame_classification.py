@@ -1,16 +1,14 @@
 """Supervised classification of every frame: of what is in it, or of what is known of the clip by then."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from blueberry_video.evaluation.metrics import accuracy
 from blueberry_video.evaluation.trivial import majority_share
 from blueberry_video.models.classifier import FrameClassifier
-from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD, Task
+from blueberry_video.tasks.base import Task
+from blueberry_video.tasks.settings import ClipInput, Optimization
 
 
 def labels_of_moments(labels: Tensor, moments: int) -> Tensor:
@@ -37,8 +35,7 @@ class FrameClassification(Task):
     the first and the last moment; in validation also ``<label>_trivial``, the share of a batch's most frequent class.
 
     Args:
-        model, optimizer, schedule, augment, mean, std, lr_batch_size, layer_decay, repeats, image_repeats: see
-            :class:`~blueberry_video.tasks.base.Task`.
+        model, optimization, input: see :class:`~blueberry_video.tasks.base.Task`.
         num_pictures: clips shown in :meth:`media`.
 
     Raises:
@@ -51,20 +48,11 @@ class FrameClassification(Task):
     def __init__(
         self,
         model: FrameClassifier,
-        optimizer: Callable[[list[dict]], Optimizer],
-        schedule: Callable[[int, int], float],
-        augment: nn.Module | None = None,
-        mean: tuple[float, ...] = IMAGENET_MEAN,
-        std: tuple[float, ...] = IMAGENET_STD,
-        lr_batch_size: int | None = None,
-        layer_decay: float = 1.0,
-        repeats: int = 1,
-        image_repeats: int = 1,
+        optimization: Optimization,
+        input: ClipInput | None = None,
         num_pictures: int = 6,
     ):
-        super().__init__(
-            model, optimizer, schedule, augment, mean, std, lr_batch_size, layer_decay, repeats, image_repeats
-        )
+        super().__init__(model, optimization, input)
         self.num_pictures = num_pictures
 
     def shared_step(self, batch: dict, stage: str) -> dict[str, Tensor]:

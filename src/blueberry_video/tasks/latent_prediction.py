@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from blueberry_video.evaluation.trivial import trivial_latent_losses
@@ -18,7 +18,8 @@ from blueberry_video.models.jepa.losses import context_weight, latent_loss, sigr
 from blueberry_video.models.jepa.model import JEPA
 from blueberry_video.models.jepa.multi_level import normalize_levels
 from blueberry_video.nn.patches import gather_tokens
-from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD, Task
+from blueberry_video.tasks.base import Task
+from blueberry_video.tasks.settings import ClipInput, Optimization
 from blueberry_video.weights.files import read_weights
 
 
@@ -38,8 +39,7 @@ class LatentPrediction(Task):
     and where they collapse every loss is 0. Validation masks are the same in every epoch and run.
 
     Args:
-        model, optimizer, schedule, augment, mean, std, lr_batch_size, repeats, image_repeats: see
-            :class:`~blueberry_video.tasks.base.Task`.
+        model, optimization, input: see :class:`~blueberry_video.tasks.base.Task`.
         maskings: each a ``(batch_size, grid, generator) -> Masks``; a step takes all of them, the loss is their mean,
             and the predictor has a mask token for each.
         momentum: ``(step, total_steps) ->`` weight of the old target encoder in [0, 1] after each optimiser step.
@@ -63,27 +63,19 @@ class LatentPrediction(Task):
     def __init__(
         self,
         model: JEPA,
-        optimizer: Callable[[list[dict]], Optimizer],
-        schedule: Callable[[int, int], float],
+        optimization: Optimization,
         maskings: list[Callable[..., Masks]],
         momentum: Callable[[int, int], float] | None = None,
         weight_decay: Callable[[int, int], float] | None = None,
         teacher_from: str | Path | None = None,
-        augment: nn.Module | None = None,
-        mean: tuple[float, ...] = IMAGENET_MEAN,
-        std: tuple[float, ...] = IMAGENET_STD,
-        lr_batch_size: int | None = None,
-        repeats: int = 1,
-        image_repeats: int = 1,
+        input: ClipInput | None = None,
         visible_weight: float = 0.0,
         sigreg_weight: float = 0.0,
         sigreg_directions: int = 256,
         clip_after: float = 0.0,
         num_pictures: int = 6,
     ):
-        super().__init__(
-            model, optimizer, schedule, augment, mean, std, lr_batch_size, repeats=repeats, image_repeats=image_repeats
-        )
+        super().__init__(model, optimization, input)
         self.maskings, self.num_pictures = list(maskings), num_pictures
         self.momentum, self.weight_decay, self.teacher_from = momentum, weight_decay, teacher_from
         self.visible_weight, self.clip_after = visible_weight, clip_after

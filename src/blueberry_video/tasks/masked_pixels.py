@@ -5,15 +5,15 @@ arXiv 2303.16727; OmniMAE, arXiv 2206.08356).
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from blueberry_video.evaluation.trivial import trivial_patch_losses
 from blueberry_video.inference.reconstruction import hide, reconstruct
 from blueberry_video.masking import Masks
 from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder, decoder_flops
 from blueberry_video.nn.patches import gather_tokens, normalize_patches, patchify, token_mse
-from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD, Task
+from blueberry_video.tasks.base import Task
+from blueberry_video.tasks.settings import ClipInput, Optimization
 
 
 def patch_targets(video: Tensor, patch_size: tuple[int, int, int], eps_under_root: bool = False) -> Tensor:
@@ -59,8 +59,7 @@ class MaskedPixels(Task):
     that the encoder does not see.
 
     Args:
-        model, optimizer, schedule, augment, mean, std, lr_batch_size, layer_decay, repeats, image_repeats: see
-            :class:`~blueberry_video.tasks.base.Task`.
+        model, optimization, input: see :class:`~blueberry_video.tasks.base.Task`.
         masking: ``(batch_size, grid, generator) -> Masks``, one of :mod:`blueberry_video.masking`.
         eps_under_root: how targets are normalised: as in OmniMAE, rather than as in VideoMAE; see
             :func:`~blueberry_video.nn.patches.normalize_patches`.
@@ -73,22 +72,13 @@ class MaskedPixels(Task):
     def __init__(
         self,
         model: MaskedAutoencoder,
-        optimizer: Callable[[list[dict]], Optimizer],
-        schedule: Callable[[int, int], float],
+        optimization: Optimization,
         masking: Callable[..., Masks],
-        augment: nn.Module | None = None,
-        mean: tuple[float, ...] = IMAGENET_MEAN,
-        std: tuple[float, ...] = IMAGENET_STD,
-        lr_batch_size: int | None = None,
-        layer_decay: float = 1.0,
-        repeats: int = 1,
-        image_repeats: int = 1,
+        input: ClipInput | None = None,
         eps_under_root: bool = False,
         num_pictures: int = 6,
     ):
-        super().__init__(
-            model, optimizer, schedule, augment, mean, std, lr_batch_size, layer_decay, repeats, image_repeats
-        )
+        super().__init__(model, optimization, input)
         self.masking = masking
         self.eps_under_root = eps_under_root
         self.num_pictures = num_pictures
