@@ -252,9 +252,9 @@ def test_trains_as_a_classifier(mixer, check_training, options):
 
 
 @pytest.mark.parametrize("masking", [TubeMasking(0.5), RandomMasking(0.6), DualMasking(RandomMasking(0.5))])
-@pytest.mark.parametrize("blocks", [(None,), (None, (1, 1))])
-def test_trains_as_a_masked_autoencoder(masking, blocks, check_training, options):
-    model = MaskedAutoencoder(tiny(scan_blocks=blocks), decoder_dim=12, decoder_depth=1, decoder_num_heads=2)
+@pytest.mark.parametrize("changes", [{}, {"scan_blocks": (None, (1, 1))}, {"mixer": "hydra"}, {"mixer": "mamba2"}])
+def test_trains_as_a_masked_autoencoder(masking, changes, check_training, options):
+    model = MaskedAutoencoder(tiny(**changes), decoder_dim=12, decoder_depth=1, decoder_num_heads=2)
     check_training(MaskedPixels(model, masking=masking, **options))
 
 

@@ -30,13 +30,13 @@ class HydraVideo(Encoder):
     T may be any multiple of ``tubelet_size``. A frame of tokens corresponds to one tubelet of the video.
 
     Args:
-        image_size, num_frames, patch_size, tubelet_size, embed_dim, in_channels, images: see
+        image_size, num_frames, patch_size, tubelet_size, embed_dim, in_channels, images: See
             :class:`~blueberry_video.models.encoder.Encoder`.
         depth: Number of blocks.
         mlp_ratio: Ratio of the hidden width of the MLPs to the outer width; 0 for no MLPs.
-        expand, head_dim, state_dim, num_groups: see
+        expand, head_dim, state_dim, num_groups: See
             :class:`~blueberry_video.models.hydra_video.state_space.StateSpaceMixer`.
-        conv_size: see :class:`~blueberry_video.models.hydra_video.mixer.HydraVideoMixer`.
+        conv_size: See :class:`~blueberry_video.models.hydra_video.mixer.HydraVideoMixer`.
         scan_orders: Scan orders of the tokens of a frame, ``"h"`` or ``"w"``, cycled over layers.
         scan_blocks: Blocks (rows, columns) of a frame that are scanned separately, ``None`` for the whole frame; cycled
             over layers.
@@ -46,7 +46,8 @@ class HydraVideo(Encoder):
         final_norm: Applies a LayerNorm after the last block.
         mixer: Token mixer of the blocks: ``"hydra_video"``, or a baseline on the sequence of (visible) tokens in raster
             order, ``"hydra"`` (bidirectional over all tokens, no streaming) or ``"mamba2"`` (causal, also within a
-            frame). The baselines have the convolutions of their papers, over 7 and 4 tokens; all else is equal.
+            frame). The baselines have the convolutions (7 and 4 tokens), norms and initial decays of their papers;
+            everything outside of the mixer is equal, as are its sizes.
 
     Raises:
         ValueError: For an unknown ``mixer``, ``conv_size``, ``scan_orders`` or ``scan_blocks`` set for a baseline, and
@@ -188,7 +189,9 @@ class HydraVideo(Encoder):
         else:
             x = x + self.positions[keep % len(self.positions)]
         if state is not None and len(state) != len(self.blocks):
-            raise ValueError(f"state has {len(state)} layers, but the model has {len(self.blocks)}.")
+            raise ValueError(
+                f"state has {len(state)} layers, but the model has {len(self.blocks)}: pass a state of this model."
+            )
         states = []
         for layer, block in enumerate(self.blocks):
             x, new = block(x, layout, None if state is None else state[layer], return_state)
