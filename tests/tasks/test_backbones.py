@@ -1,4 +1,4 @@
-"""Every task accepts any ``nn.encoder.Encoder``, including one without blocks."""
+"""Every task accepts any ``models.encoder.Encoder``, including one without blocks."""
 
 from collections.abc import Callable
 from functools import partial

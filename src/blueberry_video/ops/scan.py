@@ -169,13 +169,11 @@ def video_ssd(
         h0: Initial forward state (B, H, P, N) before the first frame; zero if ``None``.
         g0: Initial backward state (B, T, H, P, N) after the last token of each frame, or (B, H, P, N) for one frame;
             zero if ``None``.
-        chunk: Tokens of a chunk; chosen by the backend if ``None``.
         shift: ``"strict"`` as above. ``"hydra"`` matches Hydra's code, for its weights: C_{i-1} reads the forward state
             at i - 1, which includes token i - 1, and C_{i+1} the backward state at i + 1. It requires frames of equal
             length and no h0 or g0.
         return_frame_states: Also returns the forward states.
-        max_segment: Upper bound of the lengths. Avoids reading them, which synchronizes with the GPU.
-        backend: One of the backends of this module; chosen by device and dtype if ``None``.
+        chunk, max_segment, backend: See :func:`ssd`.
 
     Returns:
         y (B, L, H, P) in the dtype of x; with ``return_frame_states`` also the forward states (B, T, H, P, N) at the

@@ -144,17 +144,117 @@ def test_bad_arguments_raise():
         tiny(image_size=20)
 
 
+# ---- mixers ----------------------------------------------------------------------------------------------------------
+
+MIXERS = ("hydra_video", "hydra", "mamba2")
+BASELINES = MIXERS[1:]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_receptive_field_of_each_mixer(mixer):
+    encoder, video = tiny(patch_size=4, mixer=mixer).double(), clips(frames=8, batch=1, dtype=torch.float64)
+    video.requires_grad_()
+    mixed = (encoder(video)[0] * torch.randn(16, dtype=torch.float64)).sum(1)
+    reached = []  # (output token, input token), for some output tokens of the second of four frames
+    outputs = torch.tensor([16, 21, 31])
+    for n in outputs:
+        gradient = torch.autograd.grad(mixed[n], video, retain_graph=True)[0][0]
+        reached.append(gradient.abs().view(3, 4, 2, 4, 4, 4, 4).amax(dim=(0, 2, 4, 6)).flatten())
+    tokens = torch.arange(64)
+    expected = {
+        "hydra_video": (tokens < 32).expand(3, 64),  # all tokens of the frame and of earlier frames
+        "hydra": torch.ones(3, 64, dtype=torch.bool),
+        "mamba2": tokens <= outputs[:, None],
+    }[mixer]
+    assert (torch.stack(reached)[~expected] == 0).all()
+    assert torch.stack(reached)[expected].min() > 1e-8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", BASELINES)
+def test_keep_selects_tokens_in_raster_order(mixer):
+    encoder, video, keep = tiny(mixer=mixer), clips(), torch.tensor([[0, 3, 6], [1, 2, 7]])
+    expected, shuffled = encoder(video, keep), torch.tensor([2, 0, 1])
+    torch.testing.assert_close(encoder(video, keep[:, shuffled]), expected[:, shuffled])
+    changed = video.clone()
+    changed[0, :, :2, :8, 8:] += 1.0  # token 1: hidden in the first sample
+    assert torch.equal(encoder(changed, keep), expected)
+    everything = torch.arange(8).expand(2, 8)
+    torch.testing.assert_close(encoder(video, everything), encoder(video), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_streaming_with_mamba2_equals_the_whole_video():
+    encoder, video = tiny(mixer="mamba2"), clips(frames=16)
+    state, parts = None, []
+    for frame in video.split(2, dim=2):
+        features, state = encoder.stream(frame, state)
+        parts.append(features)
+    torch.testing.assert_close(torch.cat(parts, 1), encoder(video), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"state.*\(2, 4, 8, 8\).*\(1, 4, 8, 8\)"):
+        encoder.stream(video[:1, :, :2], state)
+
+
+def test_streaming_with_hydra_raises():
+    with pytest.raises(ValueError, match=r"mixer='hydra'.*stream.*'hydra_video'.*'mamba2'"):
+        tiny(mixer="hydra").stream(clips(frames=2))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("keep", [None, torch.tensor([[0, 3, 6], [1, 2, 7]])])
+def test_every_parameter_receives_a_gradient(mixer, keep):
+    encoder = tiny(mixer=mixer)
+    (encoder(clips(), keep) * torch.randn(16)).sum().backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("mixer", BASELINES)
+def test_baselines_differ_in_the_mixers_only(mixer):
+    def shapes(encoder: HydraVideo) -> dict[str, torch.Size]:
+        return {name: value.shape for name, value in encoder.state_dict().items() if ".mixer." not in name}
+
+    default, baseline = tiny(embed_dim=64, num_groups=2), tiny(embed_dim=64, num_groups=2, mixer=mixer)
+    assert shapes(baseline) == shapes(default)
+    sizes = [sum(parameter.numel() for parameter in encoder.parameters()) for encoder in (baseline, default)]
+    assert 0.85 < sizes[0] / sizes[1] < 1
+
+
+@pytest.mark.parametrize("mixer", BASELINES)
+def test_slowest_head_of_the_baselines_is_initialized_to_memory_frames(mixer):
+    encoder = tiny(embed_dim=128, head_dim=2, memory_frames=5000, mixer=mixer)  # below the published floor of 1e-4
+    steps = torch.nn.functional.softplus(encoder.blocks[0].mixer.dt_bias.detach())
+    assert steps.min().item() * 4 == pytest.approx(1 / 5000, rel=0.3)
+
+
+@pytest.mark.parametrize("mixer", BASELINES)
+@pytest.mark.parametrize(
+    ("key", "value"), [("conv_size", (1, 3, 3)), ("scan_orders", ("h",)), ("scan_blocks", (None, (1, 1)))]
+)
+def test_settings_of_hydra_video_raise_with_a_baseline(mixer, key, value):
+    with pytest.raises(ValueError, match=f"{key}={re.escape(str(value))}.*mixer='{mixer}'.*mixer='hydra_video'"):
+        tiny(mixer=mixer, **{key: value})
+    defaults = {"conv_size": [3, 3, 3], "scan_orders": ["h", "w"], "scan_blocks": [None]}  # lists, as in a config
+    assert tiny(mixer=mixer, **defaults)(clips()).shape == (2, 8, 16)
+
+
+def test_unknown_mixer_raises():
+    with pytest.raises(ValueError, match=r"mixer='attention'.*'hydra_video'.*'hydra'.*'mamba2'"):
+        tiny(mixer="attention")
+
+
 # ---- tasks -----------------------------------------------------------------------------------------------------------
 
 
-def test_trains_as_a_classifier(check_training, options):
-    check_training(Classification(VideoClassifier(tiny(), {"motion": 8}, head_init_scale=1.0), **options))
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_trains_as_a_classifier(mixer, check_training, options):
+    check_training(Classification(VideoClassifier(tiny(mixer=mixer), {"motion": 8}, head_init_scale=1.0), **options))
 
 
 @pytest.mark.parametrize("masking", [TubeMasking(0.5), RandomMasking(0.6), DualMasking(RandomMasking(0.5))])
-@pytest.mark.parametrize("blocks", [(None,), (None, (1, 1))])
-def test_trains_as_a_masked_autoencoder(masking, blocks, check_training, options):
-    model = MaskedAutoencoder(tiny(scan_blocks=blocks), decoder_dim=12, decoder_depth=1, decoder_num_heads=2)
+@pytest.mark.parametrize("changes", [{}, {"scan_blocks": (None, (1, 1))}, {"mixer": "hydra"}, {"mixer": "mamba2"}])
+def test_trains_as_a_masked_autoencoder(masking, changes, check_training, options):
+    model = MaskedAutoencoder(tiny(**changes), decoder_dim=12, decoder_depth=1, decoder_num_heads=2)
     check_training(MaskedPixels(model, masking=masking, **options))
 
 
@@ -203,8 +303,9 @@ def test_keep_of_wrong_shape_or_dtype_raises(keep: Tensor):
         tiny()(clips(), keep)
 
 
-def test_int32_indices_and_compilation_give_the_same_output():
-    encoder, video, keep = tiny(), clips(), torch.tensor([[0, 3, 5], [1, 2, 7]])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_int32_indices_and_compilation_give_the_same_output(mixer):
+    encoder, video, keep = tiny(mixer=mixer), clips(), torch.tensor([[0, 3, 5], [1, 2, 7]])
     expected = encoder(video, keep)
     torch.testing.assert_close(encoder(video, keep.int()), expected, rtol=0, atol=0)
     compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")

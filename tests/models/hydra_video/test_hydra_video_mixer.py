@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blueberry_video.models.hydra_video.mixer import CausalConv3d, HydraVideoBlock, HydraVideoMixer, Layout, MixerState
-from blueberry_video.models.hydra_video.state_space import decay_rates, step_sizes
+from blueberry_video.models.hydra_video.mixer import CausalConv3d, HydraVideoBlock, HydraVideoMixer
+from blueberry_video.models.hydra_video.state_space import Layout, MixerState, decay_rates, step_sizes
 
 T, H, W, DIM = 3, 2, 4, 8
 GRID, TOKENS = (T, H, W), T * H * W

@@ -16,7 +16,8 @@ from transformers import Mamba2Config
 from transformers.models.mamba2 import modeling_mamba2
 
 from blueberry_video.models.hydra_video import mamba2
-from blueberry_video.models.hydra_video.mamba2 import Mamba2Mixer, Mamba2State
+from blueberry_video.models.hydra_video.mamba2 import Mamba2Mixer
+from blueberry_video.models.hydra_video.state_space import MixerState
 from blueberry_video.optim import parameter_groups
 
 SIZES = {"dim": 6, "expand": 2, "head_dim": 3, "state_dim": 5, "num_groups": 2}  # 4 heads
@@ -71,17 +72,17 @@ def literal(mixer: Mamba2Mixer, tokens: Tensor) -> Tensor:
 def test_equals_the_recurrence(conv_size, length):
     mixer, x = randomized(conv_size=conv_size), torch.randn(2, length, 6, dtype=torch.float64)
     expected = torch.stack([literal(mixer, sample) for sample in x])
-    torch.testing.assert_close(mixer(x), expected, atol=1e-11, rtol=1e-11)
+    torch.testing.assert_close(mixer(x)[0], expected, atol=1e-11, rtol=1e-11)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 16])
 def test_chunk_is_passed_to_the_scan_and_does_not_change_the_output(chunk, monkeypatch):
     mixer, x = randomized(), torch.randn(2, 11, 6, dtype=torch.float64)
-    expected = mixer(x)
+    expected, _ = mixer(x)
     mixer.chunk = chunk
     scan = Mock(wraps=mamba2.ssd)
     monkeypatch.setattr(mamba2, "ssd", scan)
-    torch.testing.assert_close(mixer(x), expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(mixer(x)[0], expected, atol=1e-12, rtol=1e-12)
     assert scan.call_args.kwargs["chunk"] == chunk
 
 
@@ -104,10 +105,10 @@ def test_steps_after_a_prefill_equal_the_whole_sequence(split):
 @pytest.mark.parametrize("split", [1, 2, 5])
 def test_two_parts_equal_the_whole_with_gradients(split):
     mixer, x = randomized(), torch.randn(2, 8, 6, dtype=torch.float64)
-    whole = torch.autograd.grad(mixer(x).square().sum(), list(mixer.parameters()))
+    whole = torch.autograd.grad(mixer(x)[0].square().sum(), list(mixer.parameters()))
     first, state = mixer(x[:, :split], return_state=True)
-    joined = torch.cat([first, mixer(x[:, split:], state)], dim=1)
-    torch.testing.assert_close(joined, mixer(x), atol=1e-12, rtol=1e-12)
+    joined = torch.cat([first, mixer(x[:, split:], state=state)[0]], dim=1)
+    torch.testing.assert_close(joined, mixer(x)[0], atol=1e-12, rtol=1e-12)
     parts = torch.autograd.grad(joined.square().sum(), list(mixer.parameters()))
     torch.testing.assert_close(parts, whole, atol=1e-10, rtol=1e-10)
 
@@ -127,7 +128,7 @@ def test_state_keeps_only_the_last_inputs_of_the_convolution():
 
 def test_no_future_leakage():
     mixer, x = randomized(), torch.randn(7, 6, dtype=torch.float64)
-    jacobian = torch.autograd.functional.jacobian(lambda tokens: mixer(tokens[None])[0], x).abs().amax(dim=(1, 3))
+    jacobian = torch.autograd.functional.jacobian(lambda tokens: mixer(tokens[None])[0][0], x).abs().amax(dim=(1, 3))
     later = torch.ones(7, 7, dtype=torch.bool).triu(1)  # (output, input)
     assert (jacobian[later] == 0).all()
     assert (jacobian[~later] > 1e-8).all()  # also beyond the four tokens of the convolution
@@ -135,7 +136,7 @@ def test_no_future_leakage():
 
 def test_every_parameter_receives_a_gradient():
     mixer = Mamba2Mixer(**SIZES)
-    mixer(torch.randn(2, 7, 6)).square().sum().backward()
+    mixer(torch.randn(2, 7, 6))[0].square().sum().backward()
     for name, parameter in mixer.named_parameters():
         assert parameter.grad is not None, name
         assert (parameter.grad != 0).any(), name
@@ -178,7 +179,7 @@ def test_half_precision_keeps_the_state_in_fp32():
     assert (y.dtype, state.scan.dtype) == (torch.bfloat16, torch.float32)
     token, state = mixer.step(x[:, 0].bfloat16())
     assert (token.dtype, state.scan.dtype) == (torch.bfloat16, torch.float32)
-    torch.testing.assert_close(y.float(), mixer.float()(x), atol=0.1, rtol=0.1)
+    torch.testing.assert_close(y.float(), mixer.float()(x)[0], atol=0.1, rtol=0.1)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_transformers_computes_the_same_from_the_same_weights(num_groups, monkey
     mixer = Mamba2Mixer(**{**SIZES, "num_groups": num_groups})
     mixer.load_state_dict(reference.state_dict())  # strict: the names are the same
     x = torch.randn(2, 11, 6)
-    torch.testing.assert_close(mixer(x), reference(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mixer(x)[0], reference(x), atol=1e-5, rtol=1e-5)
 
 
 def test_mamba_ssm_computes_the_same_from_the_same_weights(monkeypatch):
@@ -226,7 +227,7 @@ def test_mamba_ssm_computes_the_same_from_the_same_weights(monkeypatch):
     y = norm(y, mixer.norm.weight, None, z=z, eps=1e-5, group_size=6, norm_before_gate=False)
     found, state = mixer(x, return_state=True)
     torch.testing.assert_close(found, y @ mixer.out_proj.weight.T, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(state, Mamba2State(last, state.conv), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(state, MixerState(last, state.conv), atol=1e-5, rtol=1e-5)
 
 
 def mamba_ssm(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, Callable[..., Tensor]]:

@@ -1,45 +1,58 @@
-"""Hydra Video: a video backbone without attention, in linear time, that sees the past and all of the present frame.
+"""Hydra Video: linear-time video backbone without attention, bidirectional within a frame and causal across frames.
 
-Unusual about it: every layer is one state-space scan, bidirectional inside a frame and causal across frames (Hydra,
-arXiv 2407.09941, carried over to video; see :mod:`.mixer`). So the features of a frame are
-final when it comes: :meth:`HydraVideo.stream` takes a video frame by frame, with memory and time that do not grow, and
-gives what the whole video would. Tokens know their place in the frame from a table, and their place in time from the
-scan alone: there is no index of time that could run out, and videos may be longer than those it was trained on.
+Each layer is one state-space scan (Hydra, arXiv 2407.09941, extended to video; see :mod:`.mixer`). Since no token
+depends on later frames, :meth:`HydraVideo.stream` encodes a video frame by frame with constant memory and time per
+frame, and returns the features of the whole video. Positions within a frame come from a sinusoidal table, the position
+in time from the scan alone: videos may be longer than in training.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from blueberry_video.models.encoder import Encoder
-from blueberry_video.models.hydra_video.mixer import HydraVideoBlock, HydraVideoMixer, Layout, MixerState
+from blueberry_video.models.hydra_video.hydra import HydraMixer
+from blueberry_video.models.hydra_video.mamba2 import Mamba2Mixer
+from blueberry_video.models.hydra_video.mixer import HydraVideoBlock, HydraVideoMixer
+from blueberry_video.models.hydra_video.state_space import Layout, MixerState
 from blueberry_video.nn.embeddings import TubeletEmbed
+from blueberry_video.nn.patches import gather_tokens
 from blueberry_video.nn.positions import sinusoid_table
 
-State = tuple[MixerState, ...]  # one a layer
+State = tuple[MixerState, ...]  # one per layer
+MIXERS = {"hydra_video": HydraVideoMixer, "hydra": HydraMixer, "mamba2": Mamba2Mixer}
 
 
 class HydraVideo(Encoder):
-    """Encoder of video float (B, C, T, H, W), normalised with ImageNet mean and standard deviation -> tokens (B, N,
-    D). T may be any multiple of ``tubelet_size``. A frame, to the layers, is what the patches of a tubelet make of it.
+    """Encoder of video float (B, C, T, H, W), normalized with ImageNet mean and standard deviation -> tokens (B, N, D).
+
+    T may be any multiple of ``tubelet_size``. A frame of tokens corresponds to one tubelet of the video.
 
     Args:
-        image_size, num_frames, patch_size, tubelet_size, embed_dim, in_channels, images: see
+        image_size, num_frames, patch_size, tubelet_size, embed_dim, in_channels, images: See
             :class:`~blueberry_video.models.encoder.Encoder`.
-        depth: number of blocks.
-        mlp_ratio: hidden over outer width of the MLPs; 0 for none.
-        expand, head_dim, state_dim, num_groups, conv_size: see
-            :class:`~blueberry_video.models.hydra_video.mixer.HydraVideoMixer`.
-        scan_orders: orders, ``"h"`` and ``"w"``, in which the tokens of a frame are scanned; layers take them in turn.
-        scan_blocks: blocks (rows, columns) of the frame that are scanned apart, ``None`` for the whole frame; layers
-            take them in turn.
-        memory_frames: frames of the longest memory that a head begins with: its step is one over their tokens, that of
-            the shortest 0.1.
-        drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
-        final_norm: LayerNorm after the last block.
+        depth: Number of blocks.
+        mlp_ratio: Ratio of the hidden width of the MLPs to the outer width; 0 for no MLPs.
+        expand, head_dim, state_dim, num_groups: See
+            :class:`~blueberry_video.models.hydra_video.state_space.StateSpaceMixer`.
+        conv_size: See :class:`~blueberry_video.models.hydra_video.mixer.HydraVideoMixer`.
+        scan_orders: Scan orders of the tokens of a frame, ``"h"`` or ``"w"``, cycled over layers.
+        scan_blocks: Blocks (rows, columns) of a frame that are scanned separately, ``None`` for the whole frame; cycled
+            over layers.
+        memory_frames: Longest initial memory of a head, in frames: its step is 1 / (tokens of these frames), and the
+            largest step is 0.1.
+        drop_path: Stochastic depth rate of the last block; grows linearly from 0 at the first.
+        final_norm: Applies a LayerNorm after the last block.
+        mixer: Token mixer of the blocks: ``"hydra_video"``, or a baseline on the sequence of (visible) tokens in raster
+            order, ``"hydra"`` (bidirectional over all tokens, no streaming) or ``"mamba2"`` (causal, also within a
+            frame). The baselines have the convolutions (7 and 4 tokens), norms and initial decays of their papers;
+            everything outside of the mixer is equal, as are its sizes.
 
     Raises:
-        ValueError: for sizes that the patches, heads or blocks do not divide; in ``forward`` for a video of another
-            height, width or number of channels than built for, and for one that does not end with a tubelet.
+        ValueError: For an unknown ``mixer``, ``conv_size``, ``scan_orders`` or ``scan_blocks`` set for a baseline, and
+            sizes that the patches, heads or blocks do not divide; in ``forward`` for a video of a different height,
+            width or number of channels, or with an incomplete last tubelet.
     """
 
     positions: Tensor
@@ -65,15 +78,29 @@ class HydraVideo(Encoder):
         drop_path: float = 0.0,
         final_norm: bool = True,
         images: bool = False,
+        mixer: str = "hydra_video",
     ):
         super().__init__(image_size, num_frames, patch_size, tubelet_size, embed_dim, in_channels, images)
         self.patch_embed = TubeletEmbed(in_channels, embed_dim, self.patch_size)
         _, h, w = self.grid(self.video_size)
         self.register_buffer("positions", sinusoid_table(h * w, embed_dim), persistent=False)
+        if mixer not in MIXERS:
+            raise ValueError(f"mixer={mixer!r} is unknown: choose one of {', '.join(map(repr, MIXERS))}.")
+        self.in_raster_order = mixer != "hydra_video"
+        for key, value, default in (
+            ("conv_size", conv_size, (3, 3, 3)),
+            ("scan_orders", scan_orders, ("h", "w")),
+            ("scan_blocks", scan_blocks, (None,)),
+        ):
+            if self.in_raster_order and tuple(value) != default:
+                raise ValueError(
+                    f"{key}={tuple(value)} has no effect with mixer={mixer!r}: leave it at {default}, or use "
+                    "mixer='hydra_video'."
+                )
         if not scan_orders or not scan_blocks or memory_frames < 1:
             raise ValueError(
-                f"scan_orders={scan_orders}, scan_blocks={scan_blocks}, memory_frames={memory_frames}: the first two "
-                "need an entry at least, and the last must be 1 or more; the defaults are (h, w), (null,) and 100."
+                f"scan_orders={scan_orders} and scan_blocks={scan_blocks} must not be empty, and memory_frames="
+                f"{memory_frames} must be at least 1; the defaults are (h, w), (null,) and 100."
             )
         for rows, columns in (block for block in scan_blocks if block is not None):
             if min(rows, columns) < 1 or h % rows or w % columns:
@@ -81,28 +108,20 @@ class HydraVideo(Encoder):
                     f"scan_blocks has {rows} x {columns}, which do not tile a frame of {h} x {w} tokens: choose "
                     "divisors of these, or null for the whole frame."
                 )
-        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
+        sizes = (embed_dim, expand, head_dim, state_dim, num_groups)
         self.blocks = nn.ModuleList()
-        for layer, rate in enumerate(rates):
+        for layer, rate in enumerate(torch.linspace(0, drop_path, depth, device="cpu").tolist()):
             order, block = scan_orders[layer % len(scan_orders)], scan_blocks[layer % len(scan_blocks)]
             rows, columns = block or (h, w)
-            mixer = HydraVideoMixer(
-                embed_dim,
-                expand,
-                head_dim,
-                state_dim,
-                num_groups,
-                conv_size,
-                None if block is None else (rows, columns),
-                order,
-                dt_range=(min(1 / (memory_frames * rows * columns), 0.1), 0.1),
-            )
-            self.blocks.append(HydraVideoBlock(mixer, embed_dim, mlp_ratio, rate))
+            options: dict[str, Any] = {"dt_range": (min(1 / (memory_frames * rows * columns), 0.1), 0.1)}
+            if mixer == "hydra_video":
+                options |= {"conv_size": conv_size, "block": block and (rows, columns), "order": order}
+            self.blocks.append(HydraVideoBlock(MIXERS[mixer](*sizes, **options), embed_dim, mlp_ratio, rate))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6) if final_norm else nn.Identity()
         self.blocks.apply(init_weights)
 
     def as_clip(self, video: Tensor) -> Tensor:
-        """As :meth:`Encoder.as_clip`, but of any number of whole tubelets."""
+        """Same as :meth:`Encoder.as_clip`, for any number of whole tubelets."""
         channels, _, *size = self.video_size
         frames, tubelet = video.shape[2], self.patch_size[0]
         if self.images and frames == 1:
@@ -111,8 +130,8 @@ class HydraVideo(Encoder):
             fix = "" if frames != 1 or self.images else "; single frames need model.encoder.images=true"
             raise ValueError(
                 f"the video has (C, T, H, W) = {tuple(video.shape[1:])} but the encoder was built for C = {channels}, "
-                f"(H, W) = {tuple(size)} and any T that is a multiple of tubelet_size={tubelet}: give the data and "
-                f"model.encoder the same image_size, and cut the video after a whole tubelet{fix}."
+                f"(H, W) = {tuple(size)} and any T that is a multiple of tubelet_size={tubelet}: set the same "
+                f"image_size for the data and model.encoder, and end the video with a whole tubelet{fix}."
             )
         return video
 
@@ -122,20 +141,20 @@ class HydraVideo(Encoder):
 
     @torch.no_grad()
     def stream(self, frame: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """The next tubelet of a video (or several), in constant memory and time however long the video is.
+        """Encodes the next tubelet of one or several videos, in constant memory and time.
 
-        Call it in evaluation mode: stochastic depth would drop other layers of every frame.
+        Call it in evaluation mode: stochastic depth would drop different layers in each frame.
 
         Args:
-            frame: (B, C, tubelet_size, H, W), normalised as the encoder wants it.
-            state: what the call for the tubelet before gave; ``None`` for the first.
+            frame: (B, C, tubelet_size, H, W), normalized as in ``forward``.
+            state: State returned for the preceding tubelet; ``None`` for the first.
 
         Returns:
-            The features (B, h * w, D), as :meth:`forward` gives them for the whole video, and the next state. No
-            gradient goes through either.
+            Features (B, h * w, D), equal to those of :meth:`forward` on the whole video, and the next state, both
+            without gradients.
 
         Raises:
-            ValueError: for a frame of another size than built for, or a state of other frames.
+            ValueError: For a frame or state of a different size, and with ``mixer="hydra"``, which is not causal.
         """
         return self._encode(frame, None, state, return_state=True)
 
@@ -143,22 +162,26 @@ class HydraVideo(Encoder):
     def _checked(keep: Tensor, batch: int) -> Tensor:
         if keep.ndim != 2 or len(keep) != batch or keep.dtype == torch.bool or keep.is_floating_point():
             raise ValueError(
-                f"keep is a {keep.dtype} tensor of shape {tuple(keep.shape)}: it must hold the indices of the visible "
-                f"tokens, (B, N_kept) whole numbers with B = {batch}."
+                f"keep is a {keep.dtype} tensor of shape {tuple(keep.shape)}: it must contain the indices of the "
+                f"visible tokens, integers of shape (B, N_kept) with B = {batch}."
             )
         keep = keep.long()
-        looks = not keep.is_cuda and not torch.compiler.is_compiling()  # where looking at values costs no waiting
-        if looks and (keep.sort(dim=1).values.diff(dim=1) == 0).any():
-            raise ValueError("keep names a token twice: it must hold different indices in each row.")
+        readable = not keep.is_cuda and not torch.compiler.is_compiling()  # without synchronization
+        if readable and (keep.sort(dim=1).values.diff(dim=1) == 0).any():
+            raise ValueError("keep contains duplicate indices: the indices of each row must be distinct.")
         return keep
 
     def _encode(
         self, video: Tensor, keep: Tensor | None, state: State | None = None, return_state: bool = False
     ) -> tuple[Tensor, State]:
-        """Tokens and, with ``return_state``, the state of every layer behind them."""
+        """Returns the tokens and, with ``return_state``, the state of every layer after them."""
         clip = self.as_clip(video)
+        ranks: Tensor | None = None
         if keep is not None:
             keep = self._checked(keep, len(video))
+            if self.in_raster_order:
+                keep, order = keep.sort(dim=1)
+                ranks = order.argsort(dim=1)
         layout = Layout(self.grid(clip.shape), keep)
         x = self.patch_embed(clip, keep)
         if keep is None:
@@ -166,20 +189,22 @@ class HydraVideo(Encoder):
         else:
             x = x + self.positions[keep % len(self.positions)]
         if state is not None and len(state) != len(self.blocks):
-            raise ValueError(f"the state is of {len(state)} layers and the model has {len(self.blocks)}: pass its own.")
-        before: list[MixerState | None] = [None] * len(self.blocks) if state is None else list(state)
-        behind = []
-        for block, past in zip(self.blocks, before, strict=True):
-            x, present = block(x, layout, past, return_state)
-            behind += [present] if return_state else []
-        return self.norm(x), tuple(behind)
+            raise ValueError(
+                f"state has {len(state)} layers, but the model has {len(self.blocks)}: pass a state of this model."
+            )
+        states = []
+        for layer, block in enumerate(self.blocks):
+            x, new = block(x, layout, None if state is None else state[layer], return_state)
+            states += [new] if return_state else []
+        x = self.norm(x)
+        return x if ranks is None else gather_tokens(x, ranks), tuple(states)
 
 
 def init_weights(module: nn.Module) -> None:
-    """Xavier-uniform matrices, zero biases.
+    """Initializes linear layers: Xavier-uniform matrices, zero biases.
 
-    What keeps the values it is made with: the norms (1, 0); the convolutions of patches and mixers (uniform, as torch
-    begins one); and the mixers' timescales: A = -1, steps log-uniform, D = 1.
+    Unchanged are the norms (1, 0), the convolutions of patches and mixers (uniform, torch's default), and the time
+    scales of the mixers: A, the steps and D.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)

@@ -1,28 +1,131 @@
-"""What the state-space mixers share: sizes, the gated norm, step sizes and decays and how they begin."""
+"""Parts that the state-space mixers share: base class, gated norm, step sizes, decays and their initialization.
+
+Shapes: B batch, L tokens, D width, I = expand * D inner width, H heads of P channels, G groups of heads that share B
+and C, N channels of the state of each direction.
+"""
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NO_WEIGHT_DECAY = ("A_log", "D", "dt_bias")  # a mixer's `no_weight_decay`: 0 is no neutral value of theirs
+from blueberry_video.nn.patches import gather_tokens
+from blueberry_video.ops import video_ssd
+
+
+class Layout(NamedTuple):
+    """Positions of the tokens of a batch in their videos."""
+
+    grid: tuple[int, int, int]  # (t, h, w)
+    keep: Tensor | None = None  # (B, L) long: distinct positions of the tokens in (t, h, w) raster; None: all in order
+
+    def spread(self, tokens: Tensor) -> Tensor:
+        """(B, L, …) -> (B, t h w, …), zeros at positions without a token."""
+        return tokens if self.keep is None else scatter_tokens(tokens, self.keep, math.prod(self.grid))
+
+    def pick(self, positions: Tensor) -> Tensor:
+        """(B, t h w, …) -> (B, L, …)."""
+        return positions if self.keep is None else gather_tokens(positions, self.keep)
+
+
+class MixerState(NamedTuple):
+    """State of a causal mixer after the last token; its size does not depend on the number of tokens."""
+
+    scan: Tensor  # (B, H, P, N), at least fp32; of HydraVideoMixer with `block` (B * blocks of a frame, H, P, N)
+    conv: Tensor  # last inputs of the convolution, zeros before the first: (B, K - 1, …)
+
+
+class StateSpaceMixer(nn.Module):
+    """Base class of the token mixers: out_proj(norm(scan(x), gate z)), in time linear in the number of tokens.
+
+    ``in_proj`` returns [z | x | B, C per direction | dt per direction]; x, B and C pass a short depthwise convolution
+    and SiLU before the scan. A subclass sets ``norm`` and ``out_proj``, with two directions also ``D`` and ``fc_D``,
+    and implements ``forward(x, layout=None, state=None, return_state=False) -> (y, state)``.
+
+    Args:
+        dim: Width D of the tokens.
+        expand: Ratio of the inner width to ``dim``.
+        head_dim: Channels P of a head.
+        state_dim: Channels N of the state of each direction.
+        num_groups: Groups G of heads that share B and C.
+        chunk: Tokens of a chunk of the scan; chosen by the scan if ``None``.
+
+    Raises:
+        ValueError: If ``head_dim`` does not divide ``expand * dim``, or ``num_groups`` the number of heads.
+    """
+
+    directions: int = 2
+    no_weight_decay = ("A_log", "D", "dt_bias")  # 0 is not a neutral value of these
+    D: nn.Parameter
+    fc_D: nn.Linear
+    norm: nn.Module
+    out_proj: nn.Linear
+
+    def __init__(self, dim: int, expand: int, head_dim: int, state_dim: int, num_groups: int, chunk: int | None):
+        super().__init__()
+        self.num_heads = num_heads_of(dim, expand, head_dim, num_groups)
+        self.head_dim, self.state_dim, self.num_groups, self.chunk = head_dim, state_dim, num_groups, chunk
+        self.inner = expand * dim
+        self.channels = self.inner + 2 * self.directions * num_groups * state_dim  # of the convolution
+        self.in_proj = nn.Linear(dim, self.inner + self.channels + self.directions * self.num_heads, bias=False)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(…, D) -> gate z (…, I), input of the convolution (…, channels) and dt (…, directions * H)."""
+        return self.in_proj(x).split([self.inner, self.channels, self.directions * self.num_heads], dim=-1)
+
+    def heads(self, xbc: Tensor) -> list[Tensor]:
+        """Output of the convolution (…, channels) -> x (…, H, P), then B and C (…, G, N) of each direction."""
+        shared = self.num_groups * self.state_dim
+        x, *rest = xbc.split([self.inner, *[shared] * (2 * self.directions)], dim=-1)
+        return [x.unflatten(-1, (self.num_heads, -1)), *(part.unflatten(-1, (self.num_groups, -1)) for part in rest)]
+
+    def scan(self, xbc: Tensor, dt: Tensor, A: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """Scan in both directions, with the diagonal δ_i = fc_D x_i + D, one number per head and token.
+
+        Args:
+            xbc: (B, L, channels).
+            dt: (B, L, 2, H), of the forward and the backward direction.
+            A: (2, H).
+            options: Further arguments of :func:`~blueberry_video.ops.video_ssd`.
+
+        Returns:
+            y (B, L, H, P) and the states (B, T, H, P, N) at the end of each frame.
+        """
+        x, B_f, C_f, B_b, C_b = self.heads(xbc)
+        D = F.linear(xbc[..., : self.inner], self.fc_D.weight, self.D)
+        (dt_f, dt_b), (A_f, A_b) = dt.unbind(2), A
+        options |= {"chunk": self.chunk, "return_frame_states": True}
+        y, states = video_ssd(x, dt_f, dt_b, A_f, A_b, B_f, C_f, B_b, C_b, D, **options)
+        return y, states
+
+    def output(self, y: Tensor, z: Tensor) -> Tensor:
+        """(…, H, P) and the gate (…, I) -> (…, D)."""
+        return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def check_state(self, state: MixerState | None, scan: tuple[int, ...], conv: tuple[int, ...]) -> None:
+        if state is not None and (tuple(state.scan.shape), tuple(state.conv.shape)) != (scan, conv):
+            raise ValueError(
+                f"the state has shapes {tuple(state.scan.shape)} and {tuple(state.conv.shape)}, expected {scan} and "
+                f"{conv}: pass the state that this layer returned for the preceding tokens of the same batch."
+            )
 
 
 class GatedRMSNorm(nn.Module):
-    """RMS norm with a SiLU gate of its own: (..., dim) and a gate (..., dim) -> (..., dim), each token for itself.
+    """RMS norm of each token with a SiLU gate: (..., dim) and a gate (..., dim) -> (..., dim), in at least fp32.
 
-    Computed in at least fp32. Mamba-2 gates and then norms, w · norm(x · silu(gate)); Hydra norms and then gates,
-    w · norm(x) · silu(gate) (``RMSNormGated`` of state-spaces/mamba, whose parameter names these are).
+    Mamba-2 gates before the norm, w · norm(x · silu(gate)); Hydra after it, w · norm(x) · silu(gate). Same as
+    ``RMSNormGated`` of state-spaces/mamba, with its parameter names.
 
     Args:
-        dim: width of the tokens.
-        eps: added to the mean square.
-        norm_before_gate: the gate comes after the norm (Hydra), not before it (Mamba-2).
-        num_groups: parts of the width that are normed each for itself; Mamba-2 norms each group of heads.
+        dim: Width of the tokens.
+        eps: Added to the mean square.
+        norm_before_gate: Applies the gate after the norm (Hydra) instead of before it (Mamba-2).
+        num_groups: Parts of the width that are normalized separately; Mamba-2 normalizes each group of heads.
 
     Raises:
-        ValueError: if ``num_groups`` does not divide ``dim``.
+        ValueError: If ``num_groups`` does not divide ``dim``.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5, norm_before_gate: bool = False, num_groups: int = 1):
@@ -33,19 +136,15 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        dtype, opened = x.dtype, F.silu(_wide(gate))
-        x = _wide(x) if self.norm_before_gate else _wide(x) * opened
+        dtype, silu = x.dtype, F.silu(_wide(gate))
+        x = _wide(x) if self.norm_before_gate else _wide(x) * silu
         groups = x.unflatten(-1, (self.num_groups, -1))
         x = (groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.eps)).flatten(-2) * self.weight
-        return (x * opened if self.norm_before_gate else x).to(dtype)
+        return (x * silu if self.norm_before_gate else x).to(dtype)
 
 
 def num_heads_of(dim: int, expand: int, head_dim: int, num_groups: int) -> int:
-    """Heads of a mixer whose inner width is ``expand * dim``.
-
-    Raises:
-        ValueError: if ``head_dim`` does not divide that width, or ``num_groups`` the heads.
-    """
+    """Returns the number of heads of a mixer; raises ``ValueError`` as documented in :class:`StateSpaceMixer`."""
     inner = expand * dim
     if min(inner, head_dim) < 1 or inner % head_dim:
         raise ValueError(
@@ -71,34 +170,43 @@ def decay_rates(A_log: Tensor) -> Tensor:
     return -_wide(A_log).exp()
 
 
-def init_dt_bias(num_heads: int, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4) -> Tensor:
-    """Biases (H,) that make :func:`step_sizes` begin log-uniform in [dt_min, dt_max], and not below ``dt_floor``.
+def init_dt_bias(num_heads: int, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float | None = None) -> Tensor:
+    """Biases (H,) with initial :func:`step_sizes` log-uniform in [dt_min, dt_max], clamped to at least ``dt_floor``.
 
-    A head of step dt and A = -1 remembers about 1 / dt tokens.
+    ``dt_floor`` defaults to 1e-4 or ``dt_min``, whichever is smaller. A head with step dt and A = -1 has a memory of
+    about 1 / dt tokens.
 
     Raises:
-        ValueError: unless 0 < dt_min <= dt_max and dt_floor > 0.
+        ValueError: Unless 0 < dt_min <= dt_max and dt_floor > 0.
     """
+    dt_floor = min(1e-4, dt_min) if dt_floor is None else dt_floor
     if not (0 < dt_min <= dt_max and dt_floor > 0):
         raise ValueError(
-            f"dt_min={dt_min}, dt_max={dt_max}, dt_floor={dt_floor}: steps are drawn log-uniform between the first two "
-            "and raised to the third, so it takes 0 < dt_min <= dt_max and dt_floor > 0, such as 0.001, 0.1, 0.0001."
+            f"dt_min={dt_min}, dt_max={dt_max}, dt_floor={dt_floor} must satisfy 0 < dt_min <= dt_max and dt_floor > 0,"
+            " such as 0.001, 0.1, 0.0001: steps are log-uniform in [dt_min, dt_max], clamped to at least dt_floor."
         )
     dt = torch.exp(torch.rand(num_heads) * math.log(dt_max / dt_min) + math.log(dt_min)).clamp(min=dt_floor)
-    return dt + torch.log(-torch.expm1(-dt))  # softplus backwards, without overflow or cancellation
+    return dt + torch.log(-torch.expm1(-dt))  # inverse of softplus, without overflow or cancellation
 
 
 def init_A_log(num_heads: int, low: float = 1.0, high: float = 16.0) -> Tensor:
-    """Logarithms (H,) of -A, uniform in [low, high]: Mamba-2's range; Hydra begins at 1 everywhere.
+    """Logarithms (H,) of -A, with -A uniform in [low, high]: the default is Mamba-2's; Hydra starts at 1.
 
     Raises:
-        ValueError: unless 0 < low <= high.
+        ValueError: Unless 0 < low <= high.
     """
     if not 0 < low <= high:
-        raise ValueError(f"A is drawn from [{low}, {high}]: it takes 0 < low <= high, such as (1, 16).")
+        raise ValueError(f"the range of -A, [{low}, {high}], must satisfy 0 < low <= high, such as (1, 16).")
     return torch.log(torch.rand(num_heads) * (high - low) + low)
 
 
+def scatter_tokens(tokens: Tensor, index: Tensor, size: int) -> Tensor:
+    """Writes (B, L, …) to the positions ``index`` (B, L) of (B, size, …), with zeros elsewhere."""
+    trailing = tokens.shape[2:]
+    index = index.reshape(*index.shape, *[1] * len(trailing)).expand_as(tokens)
+    return tokens.new_zeros(len(tokens), size, *trailing).scatter(1, index, tokens)
+
+
 def _wide(x: Tensor) -> Tensor:
-    """In fp32, or in fp64 where it is that already."""
+    """Casts to fp32 unless the precision is higher."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
