@@ -61,12 +61,12 @@ def test_majority_share():
 def test_latent_losses_equal_loops():
     latents, grid = torch.randn(3, 8, 4), (2, 2, 2)
     keep, target, _ = RandomMasking(0.5)(3, grid, torch.Generator().manual_seed(0))
-    sums = {"mean": 0.0, "place": 0.0, "clip": 0.0}
+    sums = {"mean": 0.0, "position": 0.0, "clip": 0.0}
     for b in range(3):
         for token in target[b].tolist():
             predictions = {
                 "mean": sum(latents[c, n] for c in range(3) for n in range(8)) / 24,
-                "place": sum(latents[c, token] for c in range(3)) / 3,
+                "position": sum(latents[c, token] for c in range(3)) / 3,
                 "clip": sum(latents[b, n] for n in keep[b].tolist()) / 4,
             }
             for name, prediction in predictions.items():

@@ -1,6 +1,7 @@
 """Fixtures of model tests: a training step of a task on sprites."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -8,12 +9,13 @@ from torch.utils.data import default_collate
 
 from blueberry_video.data.sprites import Sprites
 from blueberry_video.optim import warmup_cosine
+from blueberry_video.tasks.settings import Optimization
 
 
 @pytest.fixture
 def options() -> dict:
-    """Optimizer and schedule of a task."""
-    return {"optimizer": lambda groups: torch.optim.AdamW(groups, lr=1e-3), "schedule": warmup_cosine}
+    """Optimization settings of a task."""
+    return {"optimization": Optimization(partial(torch.optim.AdamW, lr=1e-3), warmup_cosine)}
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ def test_training_logs_documented_metrics_and_updates_every_weight(trainer):
     fit.fit(module, datamodule=data())
     logged = fit.logged_metrics.keys() | fit.callback_metrics.keys()
     names = {"loss", "loss_prediction", "loss_context", "loss_sigreg"}
-    trivial = {f"loss_prediction_trivial{kind}" for kind in ("", "_mean", "_place", "_clip")}
+    trivial = {f"loss_prediction_trivial{kind}" for kind in ("", "_mean", "_position", "_clip")}
     assert {f"train/{name}" for name in names} <= logged
     assert {f"val/{name}" for name in (*names, *trivial, "loss_share")} <= logged
     assert not any(name.startswith("train/loss_prediction_trivial") for name in logged)
@@ -118,7 +118,7 @@ def test_validation_metrics_equal_the_formulas(trainer):
     for name, value in losses.items():
         assert logged[f"val/loss_{name}"] == pytest.approx(value, rel=1e-5), name
     assert logged["val/loss"] == pytest.approx(losses["prediction"] + 0.5 * losses["context"], rel=1e-5)
-    trivial = min(losses[f"prediction_trivial_{name}"] for name in ("mean", "place", "clip"))
+    trivial = min(losses[f"prediction_trivial_{name}"] for name in ("mean", "position", "clip"))
     assert logged["val/loss_prediction_trivial"] == pytest.approx(trivial, rel=1e-5)
     assert logged["val/loss_share"] == pytest.approx(losses["prediction"] / trivial, rel=1e-5)
 

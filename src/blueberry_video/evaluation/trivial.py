@@ -43,12 +43,12 @@ def trivial_latent_losses(latents: Tensor, keep: Tensor, target: Tensor) -> dict
         target: (B, N_target) indices of the masked tokens.
 
     Returns:
-        Scalars by name: ``mean`` predicts the mean of all embeddings; ``place`` the mean over clips at the same
+        Scalars by name: ``mean`` predicts the mean of all embeddings; ``position`` the mean over clips at the same
             position; ``clip`` the mean of the clip's visible embeddings.
     """
     predictions = {
         "mean": latents.mean(dim=(0, 1)).expand_as(latents),
-        "place": latents.mean(dim=0).expand_as(latents),
+        "position": latents.mean(dim=0).expand_as(latents),
         "clip": gather_tokens(latents, keep).mean(dim=1, keepdim=True).expand_as(latents),
     }
     errors = {name: (latents - prediction).abs() for name, prediction in predictions.items()}

@@ -9,10 +9,10 @@ from blueberry_video.tasks.settings import ClipInput, Optimization
 
 
 def action_vectors(actions: Tensor, width: int) -> Tensor:
-    """Actions as a world model takes them: (B, T-1, A) as they are; discrete ones, long (B, T-1), as one-hot vectors.
+    """Converts actions to vectors (B, T-1, A): discrete actions, long (B, T-1), become one-hot, vectors are unchanged.
 
     Raises:
-        ValueError: for discrete actions that are not below ``width``, or vectors of another width.
+        ValueError: for discrete actions outside [0, ``width``), or vectors of a different width.
     """
     if actions.ndim == 2:
         lowest, highest = int(actions.min()), int(actions.max())
@@ -32,29 +32,28 @@ def action_vectors(actions: Tensor, width: int) -> Tensor:
 
 
 def prediction_loss(predicted: Tensor, latents: Tensor) -> Tensor:
-    """Mean absolute difference of predictions (B, T', S, D) from the latents (B, T, S, D) of the frames after the
-    first; T' below T.
-    """
+    """L1 loss between predictions (B, T', S, D) and the latents (B, T, S, D) of frames 1 to T', where T' < T."""
     return F.l1_loss(predicted, latents[:, 1 : predicted.shape[1] + 1])
 
 
 class ActionPrediction(Task):
     """Trains the predictor of a world model on clips with ``actions`` and ``states``.
 
-    Logs ``loss``, the sum of ``loss_one_step`` (every frame from the true ones before it) and ``loss_rollout`` (the
-    first frames after the first, from predictions). In validation also ``loss_one_step_trivial``, and ``rollout``, the
-    mean L1 over longer rollouts, with ``rollout_trivial``: both of copying the last frame that was given. The share of
-    it that remains is ``rollout_share``. No loss compares encoders: each has a space of its own.
+    Logs ``loss``, the sum of ``loss_one_step`` (teacher forcing: each frame from the true frames before it) and
+    ``loss_rollout`` (autoregressive, from the first frame). In validation also ``rollout``, the mean L1 over longer
+    rollouts; the baselines ``loss_one_step_trivial`` and ``rollout_trivial``, which copy the last true frame; and the
+    ratio ``rollout_share`` = ``rollout`` / ``rollout_trivial``. Losses of different encoders are not comparable,
+    because their embedding spaces differ.
 
     Args:
         model, optimization, input: see :class:`~blueberry_video.tasks.base.Task`. Augmentation changes the
             video only, not actions and states.
-        rollout_steps: auto-regressive steps of the loss, at least 1; V-JEPA 2-AC has 2.
-        val_rollout_steps: of the rollouts measured in validation; clips have more frames than either.
+        rollout_steps: autoregressive steps of the loss, at least 1; 2 in V-JEPA 2-AC.
+        val_rollout_steps: steps of the validation rollouts. Clips must have more frames than either.
 
     Raises:
         ValueError: for rollouts of less than one step; in a step, for clips without actions and states, shorter than
-            the rollouts, or with actions that are not the model's.
+            the rollouts, or with actions of a different width than the model's.
     """
 
     trains = WorldModel
@@ -95,7 +94,7 @@ class ActionPrediction(Task):
         self.log("val/rollout_share", logged["val/rollout"] / logged["val/rollout_trivial"], sync_dist=True)
 
     def tokens_per_clip(self, batch: dict) -> int:
-        """Tokens of the predictor's sequence for a clip, and its last frame."""
+        """Tokens of the predictor's sequence for a clip, including its last frame."""
         _, _, frames, *size = batch["video"].shape
         _, height, width = self.model.encoder.grid((1, *size))
         return (frames * (height * width + CONDITIONS)) * self._times(batch)

@@ -1,4 +1,4 @@
-"""Action anticipation: what happens at the end of a clip, told from its beginning (V-JEPA 2, arXiv 2506.09985)."""
+"""Action anticipation: classifies the end of a clip from its beginning (V-JEPA 2, arXiv 2506.09985)."""
 
 import copy
 from pathlib import Path
@@ -17,11 +17,11 @@ from blueberry_video.tasks.settings import ClipInput, Optimization
 
 
 def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Sigmoid focal loss (arXiv 1708.02002), sum over classes, mean over clips.
+    """Sigmoid focal loss (arXiv 1708.02002), summed over classes, averaged over clips.
 
-    Each class is a yes-or-no question of its own: -w (1 - p)^gamma log p, where p is the probability given to the right
-    answer; w is ``alpha`` where this is yes, and 1 - alpha where it is no. V-JEPA 2 sums over clips, too: Adam's steps
-    are the same.
+    Each class is a binary problem with loss -w (1 - p)^gamma log p, where p is the probability of the correct answer
+    and w is ``alpha`` for the true class and 1 - alpha for all other classes. V-JEPA 2 also sums over clips, which
+    leaves the steps of Adam unchanged.
 
     Args:
         logits: (B, classes).
@@ -30,34 +30,33 @@ def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float
     yes = F.one_hot(labels, logits.shape[1]).bool()
     z = torch.where(yes, logits.float(), -logits.float())  # p = sigmoid(z)
     weight = torch.where(yes, alpha, 1 - alpha)
-    hard = (gamma * F.logsigmoid(-z)).exp()  # (1 - p)^gamma; a power of what rounds to 0 has no finite gradient
+    hard = (gamma * F.logsigmoid(-z)).exp()  # (1 - p)^gamma; as a power it has no finite gradient where 1 - p is 0
     return -(weight * hard * F.logsigmoid(z)).sum(dim=1).mean()
 
 
 class Anticipation(Task):
-    """Focal loss over one or several labels of what happens where the clip ends. The model sees ``seen`` frames that
-    end some frames before; it is told how many tubelets that is.
+    """Focal loss over one or several labels of the end of a clip.
 
-    Logs ``loss``; of every label, by its name, the accuracy, and as ``<label>_recall`` in validation the mean-class
-    recall at ``recall_at``, over all clips; and the controls: ``…_trivial`` (the most frequent class; always the same
-    ``recall_at`` classes), for a frozen model ``…_random_init`` (a head on the same-seed untrained one, trained
-    beside), and for labels whose classes are reversals of each other ``<label>_shuffled`` (seen frames in a random
-    order).
+    The model receives ``seen`` frames that end some frames earlier, and the gap in tubelets. Logs ``loss`` and, for
+    each label, the accuracy under its name and in validation the mean-class recall at ``recall_at`` over all clips as
+    ``<label>_recall``. Controls: ``…_trivial`` (the most frequent class; a constant set of ``recall_at`` classes); with
+    a frozen model ``…_random_init`` (a head on an untrained model of the same seed, trained alongside); for labels with
+    classes that are reversals of each other ``<label>_shuffled`` (input frames in random order).
 
     Args:
         model, optimization, input: see :class:`~blueberry_video.tasks.base.Task`.
-        seen: frames the model sees, of the longer clips of the data; 32 at 8 a second in V-JEPA 2.
-        gap: fewest and most frames between these and the end of a clip, in training, where each clip draws its own; 2
-            to 14 (0.25 to 1.75 s) in V-JEPA 2.
-        val_gap: the same in validation; 8 (1 s) on EPIC-KITCHENS-100.
-        recall_at: how many classes may be named; 5 on EPIC-KITCHENS-100.
+        seen: number of input frames, fewer than the clips have; 32 at 8 fps in V-JEPA 2.
+        gap: smallest and largest number of frames from the input to the end of the clip in training, drawn per clip;
+            2 to 14 (0.25 to 1.75 s) in V-JEPA 2.
+        val_gap: number of frames in validation; 8 (1 s) on EPIC-KITCHENS-100.
+        recall_at: k of recall at k; 5 on EPIC-KITCHENS-100.
         alpha, gamma: see :func:`focal_loss`.
-        weights_of: which encoder of the file ``init_from`` to take, ``"target_encoder"`` or ``"encoder"``.
-        num_pictures: clips shown in :meth:`media`.
+        weights_of: encoder to load from the file ``init_from``, ``"target_encoder"`` or ``"encoder"``.
+        num_pictures: number of clips in :meth:`media`.
 
     Raises:
-        ValueError: if ``model`` is no anticipator, for numbers out of range, frames that are no whole tubelets, clips
-            that are too short, or an encoder with positions of whole clips.
+        ValueError: if ``model`` is not an Anticipator, for numbers out of range, frames that are not whole tubelets,
+            clips that are too short, or an encoder with absolute positions.
     """
 
     trains = Anticipator
@@ -90,20 +89,20 @@ class Anticipation(Task):
         tubelet, frames = encoder.patch_size[0], encoder.video_size[1]
         if isinstance(encoder, VisionTransformer) and encoder.rope is None:
             raise ValueError(
-                f"model.encoder.positions={encoder.position_kind} are those of whole clips, but the encoder sees "
-                "task.seen frames of them: set model.encoder.positions=rope_3d."
+                f"model.encoder.positions={encoder.position_kind} fits whole clips only, but the encoder receives "
+                f"task.seen={self.seen} frames: set model.encoder.positions=rope_3d."
             )
         if self.seen < tubelet or self.seen % tubelet:
-            raise ValueError(f"task.seen={self.seen} frames are no whole tubelets of {tubelet}: give a multiple of it.")
+            raise ValueError(f"task.seen={self.seen} must be a multiple of the tubelet size {tubelet}.")
         whole = all(type(frames) is int for frames in (*self.gap, self.val_gap))
         if not whole or len(self.gap) != 2 or not 0 <= self.gap[0] <= self.gap[1] or self.val_gap < 0:
             raise ValueError(
-                f"task.gap={list(self.gap)} is the fewest and the most frames, and task.val_gap={self.val_gap} frames: "
-                "whole numbers, 0 or more, such as [2, 14] and 8."
+                f"task.gap={list(self.gap)} must be the smallest and largest number of frames, such as [2, 14], and "
+                f"task.val_gap={self.val_gap} a number of frames of at least 0, such as 8."
             )
         if self.recall_at < 1 or not 0 <= self.alpha <= 1 or self.gamma < 0:
             raise ValueError(
-                f"task.recall_at={self.recall_at} must be 1 or more, task.alpha={self.alpha} in [0, 1] and "
+                f"task.recall_at={self.recall_at} must be at least 1, task.alpha={self.alpha} in [0, 1] and "
                 f"task.gamma={self.gamma} at least 0."
             )
         longest = self.seen + max(self.gap[1], self.val_gap)
@@ -163,7 +162,7 @@ class Anticipation(Task):
         self._log_whole_set("test")
 
     def _log_whole_set(self, stage: str) -> None:
-        """What no batch alone tells."""
+        """Logs metrics over the whole set."""
         for key, counts in self._recalled.items():
             counts = self.trainer.strategy.reduce(counts.float(), reduce_op="sum")
             self.log(f"{stage}/{key}", mean_class_recall(counts))
@@ -174,7 +173,7 @@ class Anticipation(Task):
         self._recalled.clear()
 
     def media(self, batch: dict) -> dict[str, Tensor]:
-        """``clips``: a row a clip: the whole of it, and what the model sees in validation, its last frame held."""
+        """``clips``: one row per clip: the clip, and the validation input with its last frame repeated."""
         video = batch["video"][: self.num_pictures]
         seen = self.before(video, self._gaps(len(video), "val").to(video.device))
         held = seen[:, :, -1:].expand(-1, -1, video.shape[2] - self.seen, -1, -1)

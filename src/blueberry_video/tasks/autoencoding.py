@@ -1,4 +1,4 @@
-"""Training of a video autoencoder: pixels from few latents, whose distribution is kept near a normal one."""
+"""Training of a video autoencoder: reconstruction with a KL penalty on the latents."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ TRIVIAL = ("mean", "still", "blocks")
 
 
 def kl_divergence(moments: Tensor) -> Tensor:
-    """Mean over latents, in nats, of the divergence from the standard normal distribution.
+    """KL divergence from the standard normal distribution in nats, averaged over latents.
 
     ``moments`` (B, 2C, t, h, w): means, then log-variances.
     """
@@ -26,7 +26,7 @@ def kl_divergence(moments: Tensor) -> Tensor:
 
 
 def psnr(reconstruction: Tensor, video: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, the mean over clips (B, C, T, H, W) in [-1, 1]."""
+    """Peak signal-to-noise ratio in dB, averaged over clips (B, C, T, H, W) in [-1, 1]."""
     error = (reconstruction.float().clamp(-1, 1) - video.float()).square().flatten(1).mean(dim=1)
     return (10 * torch.log10(4 / error.clamp(min=1e-10))).mean()
 
@@ -51,18 +51,18 @@ def trivial_reconstructions(video: Tensor, stride: tuple[int, int, int]) -> dict
 class Autoencoding(Task):
     """Trains a causal video autoencoder.
 
-    Logs ``loss`` = ``reconstruction`` + ``kl_weight`` · ``kl``. In validation, where latents are their means, also
-    ``psnr`` (dB), and the same of the best of :func:`trivial_reconstructions`: ``reconstruction_trivial``,
-    ``psnr_trivial``; ``reconstruction_share`` is what the network leaves of the former.
+    Logs ``loss`` = ``reconstruction`` + ``kl_weight`` · ``kl``. In validation, where latents are the means, also
+    ``psnr`` (dB); ``reconstruction_trivial`` and ``psnr_trivial`` of the best of :func:`trivial_reconstructions`; and
+    the ratio ``reconstruction_share`` = ``reconstruction`` / ``reconstruction_trivial``.
 
     Args:
         model, optimization, input: see :class:`~blueberry_video.tasks.base.Task`.
         loss: ``l1`` or ``mse``, on pixels in [-1, 1].
-        kl_weight: of the divergence, a mean over latents in nats.
-        num_pictures: clips shown in :meth:`media`.
+        kl_weight: weight of :func:`kl_divergence`.
+        num_pictures: number of clips in :meth:`media`.
 
     Raises:
-        ValueError: for another loss or a negative weight.
+        ValueError: for an unknown loss or a negative weight.
     """
 
     trains = CausalVideoVAE
@@ -116,16 +116,16 @@ class Autoencoding(Task):
 
     @torch.no_grad()
     def media(self, batch: dict) -> dict[str, Tensor]:
-        """``reconstruction``: a row a clip: the clip, and what the means of its latents make of it."""
+        """``reconstruction``: one row per clip: the clip, and its reconstruction from the mean latents."""
         video = batch["video"][: self.num_pictures]
         moments = self.model.encode(video * 2 - 1)
         made = self.model.reconstruct(moments.chunk(2, dim=1)[0]).float().clamp(-1, 1)
         return {"reconstruction": self.panels([video, (made + 1) / 2])}
 
     def tokens_per_clip(self, batch: dict) -> int:
-        """Latents of a clip, all channels of a place counted as one."""
+        """Number of latent positions of a clip, over all its repeats."""
         return math.prod(self.model.grid(*batch["video"].shape[2:])) * self._times(batch)
 
     def load_weights(self, path: str | Path) -> str:
-        """The whole autoencoder, of a checkpoint of this task."""
+        """Loads the whole autoencoder from a checkpoint of this task."""
         return self.model.load_published(path)

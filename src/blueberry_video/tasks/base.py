@@ -23,7 +23,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Task(lightning.LightningModule, ABC):
-    """Base of every training objective; a subclass writes :meth:`shared_step`.
+    """Base class of training objectives; a subclass implements :meth:`shared_step`.
 
     Args:
         model: the network to train.
@@ -31,8 +31,8 @@ class Task(lightning.LightningModule, ABC):
         input: augmentation, repetition and normalization of clips; ``None``: the defaults.
 
     Raises:
-        ValueError: if ``model`` is not a :attr:`trains`, or ``mean`` or ``std`` are given to a task that does not
-            normalize.
+        ValueError: if ``model`` is not an instance of :attr:`trains`, or for ``mean`` or ``std`` of a task that does
+            not normalize.
     """
 
     trains: ClassVar[type[nn.Module]] = nn.Module  # required class of `model`
@@ -50,15 +50,15 @@ class Task(lightning.LightningModule, ABC):
         super().__init__()
         if not isinstance(model, self.trains):
             raise ValueError(
-                f"task {type(self).__name__} trains a {self.trains.__name__}, but model is a {type(model).__name__}: "
-                f"choose a model of conf/model/ whose _target_ is {self.trains.__name__}, or the task that fits it."
+                f"task._target_={type(self).__name__} requires a {self.trains.__name__}, but model._target_ is "
+                f"{type(model).__name__}: choose a {self.trains.__name__} of conf/model/, or a different task."
             )
         self.input = input or ClipInput()
         mean, std = self.input.mean, self.input.std
         if not self.normalizes and (mean is not None or std is not None):
             raise ValueError(
-                f"task.input.mean={mean} and task.input.std={std} have no effect on {type(self).__name__}, whose model "
-                "receives pixels in [-1, 1]: leave both null."
+                f"task.input.mean={mean} and task.input.std={std} have no effect on {type(self).__name__}: its "
+                "model receives pixels in [-1, 1]. Leave both null."
             )
         self.model, self.optimization = model, optimization
         self.augment = self.input.augment  # a submodule: it moves to the device
@@ -68,55 +68,55 @@ class Task(lightning.LightningModule, ABC):
 
     @abstractmethod
     def shared_step(self, batch: dict, stage: str) -> dict[str, Tensor]:
-        """The loss and what else is to be logged, by name.
+        """Computes the loss and the metrics of a batch.
 
         Args:
-            batch: the collated clips, ``video`` float (B, C, T, H, W) in [0, 1].
+            batch: collated clips; ``video`` is float (B, C, T, H, W) in [0, 1].
             stage: ``"train"``, ``"val"`` or ``"test"``.
 
         Returns:
-            ``loss`` (scalar) and other scalars, each logged as ``<stage>/<name>``.
+            ``loss`` (scalar) and further scalars, each logged as ``<stage>/<name>``.
         """
 
     def media(self, batch: dict) -> dict[str, Tensor]:
-        """Pictures of what the model does with a batch: name -> uint8 (T, C, H, W). None by default."""
+        """Visualizes a batch: name -> video uint8 (T, C, H, W). Empty by default."""
         return {}
 
     @staticmethod
     def panels(columns: list[Tensor]) -> Tensor:
-        """Videos side by side: a row a clip, a column each of ``columns``, float (B, C, T, H, W) in [0, 1].
+        """Arranges videos in a grid: one row per clip, one column per item, float (B, C, T, H, W) in [0, 1].
 
-        Gives one video uint8 (T, C, height, width) with white lines between.
+        Returns one video uint8 (T, C, height, width) with white lines between the cells.
         """
         bordered = [F.pad(video, (0, 1, 0, 1), value=1.0) for video in columns]
         return rearrange(torch.cat(bordered, dim=4), "b c t h w -> t c (b h) w").mul(255).round().byte()
 
     def tokens_per_clip(self, batch: dict) -> int:
-        """Number of tokens that training cuts a clip of this batch into, over all its repeats."""
+        """Number of tokens of a clip in a training step, over all its repeats."""
         return math.prod(cast(Encoder, self.model.encoder).grid(batch["video"].shape)) * self._times(batch)
 
     def normalize(self, video: Tensor) -> Tensor:
-        """[0, 1] -> zero mean and unit variance a channel: what the model takes."""
+        """Normalizes pixels in [0, 1] with ``input.mean`` and ``input.std``."""
         return (video - self.pixel_mean) / self.pixel_std
 
     def setup(self, stage: str) -> None:
-        """Loads ``init_from``: after the callbacks' setup, so that those can keep a copy of the untrained encoder."""
+        """Loads ``init_from``, after the setup of callbacks, which may copy the untrained encoder."""
         if stage == "fit":
-            self._decayed = decayed_names(self)  # now: a strategy may cut parameters into vectors
+            self._decayed = decayed_names(self)  # before a strategy flattens parameters
         if stage == "fit" and self.optimization.init_from is not None:
             rank_zero_only(print)(self.load_weights(self.optimization.init_from))
 
     def load_weights(self, path: str | Path) -> str:
-        """Puts the weights in a file into the model: its encoder. Gives one sentence on what was loaded."""
+        """Loads weights into the model, by default into its encoder; returns a sentence on what was loaded."""
         return cast(Encoder, self.model.encoder).load_published(path)
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
-        """uint8 (B, T, C, H, W) on the device -> float (B, C, T, H, W) in [0, 1]."""
+        """Converts uint8 (B, T, C, H, W) to float (B, C, T, H, W) in [0, 1] on the device."""
         return {**batch, "video": batch["video"].transpose(1, 2).to(self.dtype).div(255)}
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         batch = repeat_clips(batch, self._times(batch))
-        if self.augment is not None:  # here, not on transfer: a step's random numbers are set when the step begins
+        if self.augment is not None:  # not on transfer: generators are seeded when the step begins
             batch = {**batch, "video": self.augment(batch["video"])}
         return self._step(batch, "train")["loss"]
 
@@ -137,7 +137,7 @@ class Task(lightning.LightningModule, ABC):
             sync_dist=not training,
         )
         if training:
-            # of the first group: the head's, which no layer decay lowers
+            # the first group is that of the head, which layer decay does not change
             self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_epoch=False)
         return values
 
@@ -150,8 +150,8 @@ class Task(lightning.LightningModule, ABC):
         total_steps = self.trainer.estimated_stepping_batches
         if math.isinf(total_steps):
             raise ValueError(
-                "trainer.max_steps=-1 and trainer.max_epochs=-1 leave the run without an end, and its learning-rate "
-                "schedule without a length: set one of the two."
+                "trainer.max_steps=-1 and trainer.max_epochs=-1 leave the length of the learning-rate schedule "
+                "undefined: set one of them."
             )
         total_steps = int(total_steps)
         scheduler = LambdaLR(optimizer, lambda step: settings.schedule(min(step, total_steps - 1), total_steps))
@@ -166,7 +166,7 @@ class Task(lightning.LightningModule, ABC):
 
 
 def repeat_clips(batch: dict, times: int) -> dict:
-    """A collated batch in which each clip comes ``times`` in a row, with its id, its labels and all else it has."""
+    """Repeats each clip of a collated batch ``times`` in a row, with all its entries."""
 
     def repeated(value: Any) -> Any:
         if isinstance(value, Tensor):

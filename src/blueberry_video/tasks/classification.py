@@ -15,29 +15,28 @@ from blueberry_video.tasks.settings import ClipInput, Optimization
 
 
 def soft_cross_entropy(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
-    """Mean over labels and clips of the cross-entropies with class probabilities; both are label -> (B, classes)."""
+    """Cross-entropy with class probabilities, averaged over labels and clips; both are label -> (B, classes)."""
     return torch.stack([F.cross_entropy(logits[name].float(), target) for name, target in targets.items()]).mean()
 
 
 class Classification(Task):
     """Cross-entropy over one or several labels.
 
-    Logs ``loss`` and the accuracy of every label by its name, in training of the last batch that was not mixed. In
-    validation also the controls: ``<label>_trivial``, the share of the most frequent class; and, for labels whose
-    classes are reversals of each other, ``<label>_shuffled``, the accuracy on clips whose frames were shuffled, with
-    ``<label>_within_pairs`` and ``<label>_within_pairs_shuffled``, how well the two classes of a pair are told apart
-    (chance: 0.5). Where validation shows several views of each video, as their ids tell (see
-    :class:`~blueberry_video.evaluation.metrics.ViewScores`), ``<label>`` is the accuracy of a single view and
-    ``<label>_views`` that of a video's averaged scores.
+    Logs ``loss`` and the accuracy of each label under its name, in training of the last batch without mixing. Controls
+    in validation: ``<label>_trivial``, the share of the most frequent class; for labels with classes that are reversals
+    of each other, ``<label>_shuffled``, the accuracy on clips with shuffled frames, and ``<label>_within_pairs`` and
+    ``<label>_within_pairs_shuffled``, the accuracy between the two classes of a pair (chance level 0.5). Where
+    validation has several views of each video (see :class:`~blueberry_video.evaluation.metrics.ViewScores`),
+    ``<label>`` is the accuracy of single views and ``<label>_views`` that of scores averaged per video.
 
     Args:
         model, optimization, input: see :class:`~blueberry_video.tasks.base.Task`.
         mixing: mixes the clips and labels of a training batch, after ``augment``.
         label_smoothing: of the training loss, in [0, 1).
-        num_pictures: clips shown in :meth:`media`.
+        num_pictures: number of clips in :meth:`media`.
 
     Raises:
-        ValueError: if ``model`` is no classifier, or for a smoothing outside [0, 1).
+        ValueError: if ``model`` is not a VideoClassifier, or for a smoothing outside [0, 1).
     """
 
     trains = VideoClassifier
@@ -79,8 +78,8 @@ class Classification(Task):
             values |= {name: accuracy(logits[name], labels[name]) for name in logits}
         if self.untrained is not None:
             untrained = self.untrained(inputs)
-            beside = soft_cross_entropy(untrained, targets)
-            values["loss"] = values["loss"] + (beside - beside.detach())  # the loss of the probe, the gradients of both
+            control = soft_cross_entropy(untrained, targets)
+            values["loss"] = values["loss"] + (control - control.detach())  # value of the probe, gradients of both
             values |= {f"{name}_random_init": accuracy(untrained[name], labels[name]) for name in logits if own == 1}
         if stage != "train":
             self._count_classes(logits, labels)
@@ -89,11 +88,11 @@ class Classification(Task):
         return values
 
     def losses(self, inputs: Tensor, logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``loss`` and what it consists of.
+        """Computes ``loss`` and its terms.
 
         Args:
-            inputs: (B, C, T, H, W), what the model was given.
-            logits: label -> (B, classes), what it gave.
+            inputs: (B, C, T, H, W), input of the model.
+            logits: label -> (B, classes), its output.
             targets: label -> class probabilities (B, classes), mixed and smoothed.
         """
         return {"loss": soft_cross_entropy(logits, targets)}
@@ -101,7 +100,7 @@ class Classification(Task):
     def _motion_controls(
         self, video: Tensor, logits: dict[str, Tensor], labels: dict[str, Tensor], stage: str
     ) -> dict[str, Tensor]:
-        """Accuracies on shuffled frames, of the labels that shuffling should destroy."""
+        """Accuracies on shuffled frames, for labels that depend on the order of frames."""
         pairs = self.trainer.datamodule.reversal_pairs  # type: ignore[attr-defined]
         names = [name for name in logits if name in pairs and video.shape[2] > 1]
         if not names:
@@ -109,14 +108,14 @@ class Classification(Task):
         shuffled = self.model(self.normalize(shuffle_frames(video, torch.Generator().manual_seed(0))))
         values = {f"{name}_shuffled": accuracy(shuffled[name], labels[name]) for name in names}
         for name in names:
-            values[f"{name}_within_pairs_trivial"] = video.new_tensor(0.5)  # a coin
-            for suffix, given in (("", logits), ("_shuffled", shuffled)):
-                correct = within_pair_correct(given[name], labels[name], pairs[name])
+            values[f"{name}_within_pairs_trivial"] = video.new_tensor(0.5)
+            for suffix, scores in (("", logits), ("_shuffled", shuffled)):
+                correct = within_pair_correct(scores[name], labels[name], pairs[name])
                 self._log_mean(f"{stage}/{name}_within_pairs{suffix}", correct)
         return values
 
     def _log_mean(self, key: str, values: Tensor) -> None:
-        """Weighs each batch by how many values it has: also none, since every process must log alike."""
+        """Logs a mean with each batch weighted by its number of values; also 0, because all processes must log."""
         mean = values.float().sum() / max(len(values), 1)
         self.log(key, mean, on_step=False, on_epoch=True, batch_size=len(values), sync_dist=True)
 
@@ -132,7 +131,7 @@ class Classification(Task):
         self._log_whole_set("test")
 
     def _log_whole_set(self, stage: str) -> None:
-        """What no batch alone tells."""
+        """Logs metrics over the whole set."""
         for name, counts in self._class_counts.items():
             counts = self.trainer.strategy.reduce(counts.float(), reduce_op="sum")
             self.log(f"{stage}/{name}_trivial", counts.max() / counts.sum())
@@ -140,5 +139,5 @@ class Classification(Task):
         self.log_dict({f"{stage}/{name}_views": value for name, value in self._views.accuracies().items()})
 
     def media(self, batch: dict) -> dict[str, Tensor]:
-        """``clips``: a row a clip, as the model gets them."""
+        """``clips``: one row per input clip."""
         return {"clips": self.panels([batch["video"][: self.num_pictures]])}

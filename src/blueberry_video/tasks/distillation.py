@@ -1,6 +1,6 @@
-"""Distillation of a classifier: a small one learns what a large, frozen one answers (Hinton et al., arXiv 1503.02531).
+"""Knowledge distillation of a classifier from a larger, frozen one (Hinton et al., arXiv 1503.02531).
 
-VideoMAE V2 (arXiv 2303.16727) makes its ViT-S and ViT-B so, from ViT-g on Kinetics-710.
+VideoMAE V2 (arXiv 2303.16727) trains its distilled ViT-S and ViT-B this way, from ViT-g on Kinetics-710.
 """
 
 from pathlib import Path
@@ -18,8 +18,8 @@ from blueberry_video.tasks.settings import ClipInput, Optimization
 
 
 def distillation_loss(student: dict[str, Tensor], teacher: dict[str, Tensor], temperature: float) -> Tensor:
-    """KL divergence of the student's class probabilities from the teacher's, both softened, times the square of the
-    temperature, which keeps the gradients' size. Mean over labels and clips.
+    """KL divergence between softened class probabilities of teacher and student, times the squared temperature, which
+    preserves the scale of gradients. Averaged over labels and clips.
 
     Args:
         student, teacher: label -> logits (B, classes).
@@ -35,24 +35,24 @@ def distillation_loss(student: dict[str, Tensor], teacher: dict[str, Tensor], te
 class Distillation(Classification):
     """Trains a classifier on the logits of a frozen one and, with a weight, on the labels.
 
-    Both see the same augmented and mixed clips (Beyer et al., arXiv 2106.05237). Logs what
-    :class:`~blueberry_video.tasks.classification.Classification` logs and ``loss_soft``, ``loss_hard``; in validation
-    the teacher's accuracy, ``<label>_teacher``. The teacher is not in the checkpoints.
+    Both receive the same augmented and mixed clips (Beyer et al., arXiv 2106.05237). Logs the metrics of
+    :class:`~blueberry_video.tasks.classification.Classification`, ``loss_soft``, ``loss_hard`` and, in validation,
+    ``<label>_teacher``, the accuracy of the teacher. Checkpoints do not contain the teacher.
 
     Args:
         model: the student.
         optimization, input, mixing, label_smoothing, num_pictures: see
             :class:`~blueberry_video.tasks.classification.Classification`; mixing and smoothing apply to the labels,
             not to the teacher's logits.
-        teacher: the classifier to learn from; it has the student's labels with as many classes.
-        teacher_from: file of its weights, published or of an own run: all of them, with the heads.
+        teacher: classifier with the same labels and numbers of classes as the student.
+        teacher_from: file of its weights including the heads, published or of a run.
         temperature: of both softmaxes, above 0.
-        hard_weight: of the cross-entropy with the labels, 0 or more.
+        hard_weight: weight of the cross-entropy with the labels, at least 0.
 
     Raises:
-        ValueError: if the two do not classify the same, or for a temperature or weight out of range; when training
-            begins, if ``teacher_from`` does not hold the teacher's weights.
-        FileNotFoundError: then, if there is no such file.
+        ValueError: if the labels of teacher and student differ, or for a temperature or weight out of range; when
+            training begins, if ``teacher_from`` does not contain the weights of the teacher.
+        FileNotFoundError: when training begins, if the file does not exist.
     """
 
     teacher: VideoClassifier
@@ -77,17 +77,17 @@ class Distillation(Classification):
             )
         if model.num_classes != teacher.num_classes:
             raise ValueError(
-                f"the teacher classifies {teacher.num_classes} and the student {model.num_classes}: give "
-                "task.teacher.num_classes and model.num_classes the same labels and numbers."
+                f"task.teacher.num_classes={teacher.num_classes} and model.num_classes={model.num_classes} differ: set "
+                "both to the same labels and numbers."
             )
-        # Past nn.Module's registration: a submodule would be trained, averaged, sharded and written to checkpoints.
+        # not registered as a submodule, which would be trained, averaged, sharded and written to checkpoints
         self.__dict__["teacher"] = teacher.requires_grad_(False).eval()
         self.teacher_from: str | Path | None = teacher_from
         self.temperature, self.hard_weight = temperature, hard_weight
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if self.teacher_from is not None:  # once: fit and validate both set up
+        if self.teacher_from is not None:  # once: setup also runs for validation
             rank_zero_only(print)(f"teacher: {self.teacher.load_finetuned(self.teacher_from)}")
             self.teacher_from = None
 

@@ -1,4 +1,4 @@
-"""Supervised classification of every frame: of what is in it, or of what is known of the clip by then."""
+"""Supervised classification of every frame, or of the clip from the frames up to each one."""
 
 import torch
 import torch.nn.functional as F
@@ -12,34 +12,36 @@ from blueberry_video.tasks.settings import ClipInput, Optimization
 
 
 def labels_of_moments(labels: Tensor, moments: int) -> Tensor:
-    """A label for every moment, (B, moments): that of the clip (B,), or of the last frame of each moment's (B, T).
+    """Labels per time step of the model (B, moments), from labels per clip (B,), which are repeated, or per frame
+    (B, T), where the last frame of each step counts.
 
     Raises:
-        ValueError: for labels of frames that the moments do not divide.
+        ValueError: if T is not a multiple of ``moments``.
     """
     if labels.ndim == 1:
         return labels[:, None].expand(-1, moments)
     if labels.ndim != 2 or labels.shape[1] % moments:
         raise ValueError(
-            f"labels have the shape {tuple(labels.shape)}, but the model speaks of {moments} moments of a clip: give a "
-            "label a clip, (B,), or one a frame, (B, T), with T a multiple of the moments."
+            f"labels of shape {tuple(labels.shape)} do not fit the {moments} time steps of the model: use one label "
+            f"per clip, (B,), or one per frame, (B, T) with T a multiple of {moments}."
         )
     tubelet = labels.shape[1] // moments
     return labels[:, tubelet - 1 :: tubelet]
 
 
 class FrameClassification(Task):
-    """Cross-entropy over one or several labels at every moment of a clip; labels are of clips or of frames.
+    """Cross-entropy over one or several labels at every time step; labels are per clip or per frame.
 
-    Logs ``loss``; the accuracy of every label over all moments, by its name; ``<label>_first`` and ``<label>_last``, at
-    the first and the last moment; in validation also ``<label>_trivial``, the share of a batch's most frequent class.
+    Logs ``loss``; for each label the accuracy over all time steps under its name, and ``<label>_first`` and
+    ``<label>_last`` at the first and last; in validation also ``<label>_trivial``, the share of a batch's most frequent
+    class.
 
     Args:
         model, optimization, input: see :class:`~blueberry_video.tasks.base.Task`.
-        num_pictures: clips shown in :meth:`media`.
+        num_pictures: number of clips in :meth:`media`.
 
     Raises:
-        ValueError: if ``model`` is no frame classifier; for labels that do not fit its moments.
+        ValueError: if ``model`` is not a FrameClassifier, or for labels that do not fit its time steps.
     """
 
     trains = FrameClassifier
@@ -69,5 +71,5 @@ class FrameClassification(Task):
         return {"loss": torch.stack(losses).mean(), **values}
 
     def media(self, batch: dict) -> dict[str, Tensor]:
-        """``clips``: a row a clip, as the model gets them."""
+        """``clips``: one row per input clip."""
         return {"clips": self.panels([batch["video"][: self.num_pictures]])}

@@ -1,5 +1,6 @@
-"""Latent prediction: hide parts of a clip, predict the embeddings that another encoder gives them (V-JEPA, 2404.08471;
-V-JEPA 2, 2506.09985; 2.1, 2603.14482; LeJEPA, 2511.08544; SALT, 2509.24317; all of arXiv)."""
+"""Latent prediction: predicts a target encoder's embeddings of masked tokens (V-JEPA, arXiv 2404.08471; V-JEPA 2,
+2506.09985; 2.1, 2603.14482; LeJEPA, 2511.08544; SALT, 2509.24317).
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,35 +27,36 @@ from blueberry_video.weights.files import read_weights
 class LatentPrediction(Task):
     """Trains an encoder and a predictor of embeddings.
 
-    The targets are the layer-normalised embeddings, without affine part, of the whole clip; whose, depends:
+    Targets are embeddings of the whole clip after a LayerNorm without affine parameters. The target encoder is
 
-    - ``model.ema=true`` and a ``momentum``: an average of the encoder, without gradient (V-JEPA);
-    - ``model.teacher`` and ``teacher_from``: a trained encoder that stays as it is (SALT);
-    - neither: the encoder's own, with gradient. That collapses, unless ``sigreg_weight`` keeps the embeddings at every
-      place normally distributed over the batch (LeJEPA).
+    - with ``model.ema=true`` and ``momentum``, an exponential moving average of the encoder (V-JEPA);
+    - with ``model.teacher`` and ``teacher_from``, a frozen trained encoder (SALT);
+    - otherwise the encoder itself, with gradients. This collapses, unless ``sigreg_weight`` regularizes the embeddings
+      at each position to be normally distributed over the batch (LeJEPA).
 
-    Logs ``loss``, ``loss_prediction`` and, where they are part of it, ``loss_context`` and ``loss_sigreg``; in
-    validation also ``loss_prediction_trivial_mean``, ``…_place``, ``…_clip``, their minimum ``loss_prediction_trivial``
-    and the share of it that the prediction leaves, ``loss_share``. No loss tells how good the encoder is: targets move,
-    and where they collapse every loss is 0. Validation masks are the same in every epoch and run.
+    Logs ``loss``, ``loss_prediction`` and, if they are part of it, ``loss_context`` and ``loss_sigreg``; in validation
+    also the baselines ``loss_prediction_trivial_mean``, ``…_position``, ``…_clip``, their minimum
+    ``loss_prediction_trivial``, and the ratio ``loss_share`` = ``loss_prediction`` / ``loss_prediction_trivial``. The
+    losses do not measure the quality of the encoder: targets change, and on collapse every loss is 0. Validation masks
+    are the same in every epoch and run.
 
     Args:
         model, optimization, input: see :class:`~blueberry_video.tasks.base.Task`.
-        maskings: each a ``(batch_size, grid, generator) -> Masks``; a step takes all of them, the loss is their mean,
-            and the predictor has a mask token for each.
-        momentum: ``(step, total_steps) ->`` weight of the old target encoder in [0, 1] after each optimiser step.
-        weight_decay: ``(step, total_steps) ->`` value above 0, in place of the optimiser's, where that is not 0.
-        teacher_from: file of the target encoder's weights, published or of an own run.
-        visible_weight: of the loss on visible tokens; 0.5 in V-JEPA 2.1, which counts those near hidden ones more: see
+        maskings: each a ``(batch_size, grid, generator) -> Masks`` with a separate mask token; the loss is their mean.
+        momentum: ``(step, total_steps) ->`` EMA momentum of the target encoder in [0, 1].
+        weight_decay: ``(step, total_steps) ->`` value above 0, replaces the weight decay of the optimizer where that is
+            not 0.
+        teacher_from: file of the target encoder's weights, published or of a run.
+        visible_weight: weight of the loss on visible tokens; 0.5 in V-JEPA 2.1. Tokens near masked ones weigh more, see
             :func:`~blueberry_video.models.jepa.losses.context_weight`.
         sigreg_weight: share of :func:`~blueberry_video.models.jepa.losses.sigreg` in the loss, in [0, 1).
-        sigreg_directions: projections a step that it looks at.
+        sigreg_directions: number of its random projections per step.
         clip_after: share of the run without ``trainer.gradient_clip_val``: V-JEPA clips after its warm-up.
-        num_pictures: clips shown in :meth:`media`.
+        num_pictures: number of clips in :meth:`media`.
 
     Raises:
-        ValueError: for arguments out of range, or that fit no target encoder; when training begins, if ``teacher_from``
-            does not hold the target encoder's weights.
+        ValueError: for arguments out of range or in contradiction about the target encoder; when training begins, if
+            ``teacher_from`` does not contain the weights of the target encoder.
     """
 
     trains = JEPA
@@ -84,45 +86,49 @@ class LatentPrediction(Task):
 
     def _check(self) -> None:
         if not self.maskings:
-            raise ValueError("task.maskings is empty: list one masking at least; V-JEPA takes short and long blocks.")
+            raise ValueError(
+                "task.maskings=[] must have at least one masking; V-JEPA uses short- and long-range blocks."
+            )
         if not 0 <= self.sigreg_weight < 1 or self.visible_weight < 0 or not 0 <= self.clip_after <= 1:
             raise ValueError(
                 f"task.sigreg_weight={self.sigreg_weight} must be in [0, 1), task.visible_weight={self.visible_weight} "
                 f"at least 0 and task.clip_after={self.clip_after} in [0, 1]."
             )
         if bool(self.visible_weight) != (self.model.predictor.proj_context is not None):
-            raise ValueError(f"task.visible_weight={self.visible_weight} needs model.predictor_context, 0 forbids it.")
+            raise ValueError(
+                f"task.visible_weight={self.visible_weight} and model.predictor_context="
+                f"{str(self.model.predictor.proj_context is not None).lower()} contradict each other: set both or none."
+            )
         has_teacher = self.model.target_encoder is not None and not self.model.follows
         if (self.momentum is not None, self.teacher_from is not None) != (self.model.follows, has_teacher):
             raise ValueError(
-                "the target encoder must be told one way: model.ema=true with task.momentum; model.teacher with "
-                "task.teacher_from; or neither of the four. "
-                f"Here model.ema={str(self.model.follows).lower()}, model.teacher is {'' if has_teacher else 'not '}"
-                f"given, task.momentum={self.momentum} and task.teacher_from={self.teacher_from}."
+                f"model.ema={str(self.model.follows).lower()}, model.teacher={'…' if has_teacher else 'null'}, "
+                f"task.momentum={self.momentum} and task.teacher_from={self.teacher_from} contradict each other: set "
+                "model.ema=true and task.momentum; or model.teacher and task.teacher_from; or none of the four."
             )
         for step in (0, 999):
             if self.momentum is not None and not 0 <= (value := self.momentum(step, 1000)) <= 1:
-                raise ValueError(f"task.momentum comes to {value}: it is a weight in [0, 1], such as 0.998.")
+                raise ValueError(f"task.momentum={value} at step {step} of 1000 must be in [0, 1], such as 0.998.")
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if self.teacher_from is not None and stage == "fit":
-            said = cast(Encoder, self.model.target_encoder).load_published(self.teacher_from)
-            rank_zero_only(print)(f"target encoder: {said}")
+            report = cast(Encoder, self.model.target_encoder).load_published(self.teacher_from)
+            rank_zero_only(print)(f"target encoder: {report}")
 
     def load_weights(self, path: str | Path) -> str:
-        """The whole model where the file has it, as a cool-down on longer clips needs; else the encoder, for both."""
+        """Loads the whole model if the file contains it, as for a cool-down on longer clips, otherwise the encoder."""
         own, found = self.model.state_dict(), read_weights(path)
         if own.keys() <= found.keys():
             self.model.load_state_dict({name: found[name] for name in own})
             return f"loaded {len(own)} tensors, predictor and target encoder included, from {path}"
-        said = super().load_weights(path)
+        report = super().load_weights(path)
         if self.momentum is not None:
             self.model.update_target(0.0)
-        return said
+        return report
 
     def latents(self, video: Tensor) -> Tensor:
-        """What is to be predicted, of a video (B, C, T, H, W) in [0, 1]: (B, N, D)."""
+        """Prediction targets (B, N, D) of a video (B, C, T, H, W) in [0, 1]."""
         latents = self.model.targets(self.normalize(video), gradient=self.model.target_encoder is None)
         return normalize_levels(latents, (self.model.target_encoder or self.model.encoder).levels)
 
@@ -139,7 +145,7 @@ class LatentPrediction(Task):
         return {"loss": loss, **values}
 
     def _losses(self, video: Tensor, latents: Tensor, number: int, stage: str) -> dict[str, Tensor]:
-        """Of one mask, by name."""
+        """Losses of one masking, by name."""
         inputs, grid = self.normalize(video), self.model.encoder.grid(video.shape)
         keep, target, _ = self._masks(number, len(video), grid, stage).to(video.device)
         hidden, visible = self.model.predictor.both(self.model.encoder(inputs, keep), keep, target, number, grid)
@@ -154,7 +160,7 @@ class LatentPrediction(Task):
 
     def on_validation_epoch_end(self) -> None:
         logged = self.trainer.callback_metrics
-        trivial = min(logged[f"val/loss_prediction_trivial_{name}"] for name in ("mean", "place", "clip"))
+        trivial = min(logged[f"val/loss_prediction_trivial_{name}"] for name in ("mean", "position", "clip"))
         self.log("val/loss_prediction_trivial", trivial)
         self.log("val/loss_share", logged["val/loss_prediction"] / trivial)
 
@@ -163,7 +169,7 @@ class LatentPrediction(Task):
         return int(self.trainer.estimated_stepping_batches)
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
-        """A step with its weight decay; after it the target encoder follows."""
+        """Sets the scheduled weight decay, steps, and updates the target encoder."""
         step = self.trainer.global_step
         if self.weight_decay is not None:
             for group in self.trainer.optimizers[0].param_groups:
@@ -177,7 +183,7 @@ class LatentPrediction(Task):
             super().configure_gradient_clipping(optimizer, *how, **options)
 
     def media(self, batch: dict) -> dict[str, Tensor]:
-        """``latents``: a row a clip: the clip, what the encoder sees, targets, predictions of what it does not see."""
+        """``latents``: one row per clip: clip, visible tokens, targets, predictions of masked tokens."""
         video, model = batch["video"][: self.num_pictures], self.model
         keep, target, _ = self._masks(0, len(video), model.encoder.grid(video.shape), "val").to(video.device)
         shown = latent_pictures(model, video, self.normalize(video), self.latents(video), keep, target)
@@ -188,5 +194,5 @@ class LatentPrediction(Task):
 
 
 def _generator(stage: str, seed: int) -> torch.Generator | None:
-    """In validation always the same numbers."""
+    """Returns a seeded generator, except in training."""
     return None if stage == "train" else torch.Generator().manual_seed(seed)

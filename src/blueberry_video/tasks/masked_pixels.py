@@ -1,5 +1,5 @@
-"""Masked-pixel prediction: hide most patches, predict their normalised pixels (VideoMAE, arXiv 2203.12602; VideoMAE V2,
-arXiv 2303.16727; OmniMAE, arXiv 2206.08356).
+"""Prediction of the normalized pixels of masked patches (VideoMAE, arXiv 2203.12602; VideoMAE V2, 2303.16727; OmniMAE,
+2206.08356).
 """
 
 from collections.abc import Callable
@@ -17,10 +17,7 @@ from blueberry_video.tasks.settings import ClipInput, Optimization
 
 
 def patch_targets(video: Tensor, patch_size: tuple[int, int, int], eps_under_root: bool = False) -> Tensor:
-    """What the decoder must predict: each patch normalised per channel, the channel running fastest.
-
-    (B, C, T, H, W) in [0, 1] -> (B, N, P * C).
-    """
+    """Patches of a video (B, C, T, H, W) in [0, 1], normalized per channel, with channels last: (B, N, P * C)."""
     return normalize_patches(patchify(video, patch_size), eps_under_root=eps_under_root).patches.flatten(2)
 
 
@@ -32,18 +29,18 @@ def masked_pixel_loss(
     scored: Tensor | None = None,
     eps_under_root: bool = False,
 ) -> Tensor:
-    """Mean squared error on the predicted patches alone.
+    """Mean squared error over the predicted patches.
 
     Args:
         predicted: (B, N_target, P * C).
         video: (B, C, T, H, W) in [0, 1].
         target: (B, N_target) indices of the predicted patches.
         patch_size: (t, h, w).
-        scored: (B, N_target) bool: which of them count; all if ``None``.
+        scored: (B, N_target) bool, True for patches that count; ``None``: all.
         eps_under_root: see :func:`~blueberry_video.nn.patches.normalize_patches`.
 
     Returns:
-        A scalar; predicting zero everywhere gets about 1 where no patch is constant, less on plain backgrounds.
+        A scalar; about 1 for a prediction of zeros, less if patches are constant, as on plain backgrounds.
     """
     truth = gather_tokens(patch_targets(video, patch_size, eps_under_root), target)
     return token_mse(predicted.to(torch.promote_types(predicted.dtype, torch.float32)), truth, scored)
@@ -52,18 +49,18 @@ def masked_pixel_loss(
 class MaskedPixels(Task):
     """Trains a masked autoencoder.
 
-    Logs ``loss`` and, in validation, ``loss_trivial_zero``, ``loss_trivial_mean``, ``loss_trivial_nearest``, their
-    minimum ``loss_trivial`` and the share of it that remains, ``loss_share``; of batches of single frames, all with the
-    suffix ``_image``. Validation masks are the same in every epoch and run. Also logs ``decoder_mflops``, what the
-    decoder computes for one clip in the forward pass, and ``decoder_mflops_full``, what it would if it predicted all
-    that the encoder does not see.
+    Logs ``loss`` and, in validation, the baselines ``loss_trivial_zero``, ``loss_trivial_mean``,
+    ``loss_trivial_nearest``, their minimum ``loss_trivial``, and the ratio ``loss_share`` = ``loss`` /
+    ``loss_trivial``; for batches of single frames, all with the suffix ``_image``. Validation masks are the same in
+    every epoch and run. Also logs ``decoder_mflops``, the decoder's FLOPs per clip in the forward pass, and
+    ``decoder_mflops_full``, those of predicting all masked tokens.
 
     Args:
         model, optimization, input: see :class:`~blueberry_video.tasks.base.Task`.
         masking: ``(batch_size, grid, generator) -> Masks``, one of :mod:`blueberry_video.masking`.
-        eps_under_root: how targets are normalised: as in OmniMAE, rather than as in VideoMAE; see
+        eps_under_root: normalize targets as OmniMAE rather than as VideoMAE, see
             :func:`~blueberry_video.nn.patches.normalize_patches`.
-        num_pictures: clips shown in :meth:`media`.
+        num_pictures: number of clips in :meth:`media`.
     """
 
     trains = MaskedAutoencoder
@@ -86,7 +83,7 @@ class MaskedPixels(Task):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        # Here, where no strategy has cut the weights up yet
+        # before a strategy shards the weights
         grid = self.model.encoder.grid(self.model.encoder.video_size)
         masks = self._validation_masks(1, grid)
         visible, tokens = masks.keep.shape[1], self.model.encoder.num_tokens
@@ -120,7 +117,7 @@ class MaskedPixels(Task):
         self.log_dict(self._decoder_mflops, sync_dist=True)
 
     def media(self, batch: dict) -> dict[str, Tensor]:
-        """``reconstruction``: a row a clip: the clip, what the model sees of it, what it makes of the rest."""
+        """``reconstruction``: one row per clip: the clip, its visible patches, and the reconstruction."""
         video, encoder = batch["video"][: self.num_pictures], self.model.encoder
         keep, target, _ = self._validation_masks(len(video), encoder.grid(video.shape)).to(video.device)
         seen = hide(encoder, video, keep)
@@ -128,5 +125,5 @@ class MaskedPixels(Task):
         return {"reconstruction": self.panels([video, seen, filled])}
 
     def _validation_masks(self, batch_size: int, grid: tuple[int, int, int]) -> Masks:
-        """Always the same."""
+        """Masks of a fixed seed."""
         return self.masking(batch_size, grid, torch.Generator().manual_seed(0))

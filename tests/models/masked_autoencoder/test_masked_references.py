@@ -16,6 +16,7 @@ from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import constant
 from blueberry_video.tasks.masked_pixels import MaskedPixels
+from blueberry_video.tasks.settings import Optimization
 
 TUBELET, PATCH, CHANNELS = 2, 4, 3
 WIDTH, HEADS, DECODER_WIDTH, DEPTH = 16, 2, 32, 2
@@ -194,7 +195,7 @@ def load(path, file: Weights, **wrapping) -> MaskedAutoencoder:
 
 
 def own_loss(model: MaskedAutoencoder, video: Tensor, **options) -> Tensor:
-    module = MaskedPixels(model, lambda groups: torch.optim.SGD(groups), constant, **options).double()
+    module = MaskedPixels(model, Optimization(torch.optim.SGD, constant), **options).double()
     values = module.shared_step({"video": video}, "val")  # masks of validation are drawn from seed 0
     return next(value for name, value in values.items() if name in ("loss", "loss_image"))
 
