@@ -94,8 +94,8 @@ def read_content(path: str | Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(
-            f"{path} cannot be read: it is damaged, or holds objects that require running code. Use a complete file, or "
-            "save only its state dict with torch.save, in a session that trusts it."
+            f"{path} cannot be read: it is damaged, or holds objects that require running code. Use a complete file, "
+            "or save only its state dict with torch.save, in a session that trusts it."
         ) from error
 
 

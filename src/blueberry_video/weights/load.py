@@ -53,6 +53,21 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str | 
         parameter.requires_grad_(trainable[name])
 
 
+def check_layout(layout: str, settings: Mapping[str, tuple[Any, Any]]) -> None:
+    """Checks that a model can be saved in a published layout.
+
+    Args:
+        layout: name of the layout, for the error message.
+        settings: key -> (value of the model, value that the layout requires).
+
+    Raises:
+        ValueError: a setting has no counterpart in the layout; the message names key and value.
+    """
+    for key, (value, required) in settings.items():
+        if value != required:
+            raise ValueError(f"{key}={value!r} has no counterpart in {layout}, which requires {key}={required!r}.")
+
+
 def different_settings(loaded: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     """Lists the settings that differ, as ``key=theirs (here ours)``; empty if all shared keys agree."""
     shared = [key for key in loaded if key in own and loaded[key] != own[key]]
