@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from blueberry_video.weights.diffusers_folder import read_source
-from blueberry_video.weights.load import load_strictly
+from blueberry_video.weights.load import different_settings, load_strictly
 
 
 class Encoder(nn.Module):
@@ -127,13 +127,10 @@ class Encoder(nn.Module):
         norm = {name for name in weights.keys() ^ own.keys() if name.startswith("norm.")}
         weights = {name: value for name, value in weights.items() if name not in norm}
         weights |= {name: value for name, value in own.items() if name in norm}
-        heads = config.get("num_attention_heads")
-        if None not in (heads, self.num_heads) and heads != self.num_heads:
-            raise ValueError(
-                f"num_attention_heads={heads} of the weights in {source} differs from num_heads={self.num_heads} of the "
-                f"encoder: set model.encoder.num_heads={heads}."
-            )
         fix = "Choose the model.encoder variant of the file, or a different init_from."
+        settings = {} if self.num_heads is None else {"num_attention_heads": self.num_heads}
+        if found := different_settings(config, settings):
+            raise ValueError(f"the config of {source} does not fit {type(self).__name__}: {found}. {fix}")
         load_strictly(self, weights, source, fix)
         note = f" (without the final norm: {', '.join(sorted(norm))})" if norm else ""
         return f"loaded {len(own)} encoder tensors from {source}{note}"
