@@ -199,7 +199,9 @@ def load_pretrained(path: Path, config: VideoMAEConfig) -> MaskedAutoencoder:
 
 
 def load_finetuned(path: Path, config: VideoMAEConfig) -> classifier.VideoClassifier:
-    return classifier.from_published(path, "action", config.num_frames, config.image_size, config.num_attention_heads)
+    return classifier.VideoClassifier.from_published(
+        path, "action", config.num_frames, config.image_size, config.num_attention_heads
+    )
 
 
 def assert_same_gradients(ours: nn.Module, theirs: dict[str, Tensor]) -> None:
