@@ -140,7 +140,7 @@ def write_folder(
     """
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder: choose another folder.")
+        raise FileExistsError(f"{folder} exists and is not an empty folder: choose a different folder.")
     with atomic_folder(folder) as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         pattern = f"{stem}{{suffix}}.safetensors"
