@@ -187,6 +187,8 @@ def test_saved_folder_loads_here_and_in_transformers(qkv_bias, tmp_path):
         loaded = tiny(qkv_bias=qkv_bias, num_classes={"verb": 5}).eval()
         assert str(tmp_path / "theirs") in method(loaded, tmp_path / "theirs")
         assert torch.equal(loaded(VIDEO)["verb"], model(VIDEO)["action"])
+        with pytest.raises(ValueError, match=r"num_attention_heads=2 \(here 4\)"):
+            method(VideoClassifier(VisionTransformer(16, 4, 8, 2, 16, 1, 4), {"verb": 5}), tmp_path / "theirs")
 
 
 @pytest.mark.parametrize(

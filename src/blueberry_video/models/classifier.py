@@ -12,7 +12,7 @@ from blueberry_video.models import vit
 from blueberry_video.models.encoder import Encoder
 from blueberry_video.nn.heads import ClassificationHead
 from blueberry_video.weights.diffusers_folder import TRANSFORMERS, read_source, write_folder
-from blueberry_video.weights.load import check_layout, load_strictly
+from blueberry_video.weights.load import check_config, check_layout, load_strictly
 
 
 class VideoClassifier(nn.Module):
@@ -123,9 +123,10 @@ class VideoClassifier(nn.Module):
             FileNotFoundError: there are no such weights.
             ValueError: tensors are missing, unexpected or of a different shape.
         """
-        state, own = read_source(source)[1], self.state_dict()
+        (config, state), own = read_source(source), self.state_dict()
         weights = state if state.keys() == own.keys() else convert_finetuned(state, self._only_label, source)
         fix = "Use fine-tuned weights, and the model variant and num_classes of these weights."
+        check_config(self, config, self.encoder.published_settings, source, fix)
         load_strictly(self, weights, source, fix)
         return f"loaded {len(weights)} tensors from {source}"
 
@@ -141,12 +142,9 @@ class VideoClassifier(nn.Module):
         """Builds a fine-tuned VideoMAE or OmniMAE of the size of published weights.
 
         Args:
-            source: a file in the original layout or that of transformers, a folder in the layout of transformers, or a
-                hub id, see :func:`~blueberry_video.weights.diffusers_folder.read_source`.
             label: label of the head.
-            num_frames, image_size: size of the clips. By default those in the folder's ``config.json``, or 16 and 224.
-            num_heads: heads of the encoder. By default those in the folder's ``config.json``, or those of the published
-                model of this width.
+            source, num_frames, image_size, num_heads: see
+                :meth:`blueberry_video.models.masked_autoencoder.MaskedAutoencoder.from_published`.
 
         Raises:
             FileNotFoundError: a file is missing.

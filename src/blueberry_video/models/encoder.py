@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from blueberry_video.weights.diffusers_folder import read_source
-from blueberry_video.weights.load import different_settings, load_strictly
+from blueberry_video.weights.load import check_config, load_strictly
 
 
 class Encoder(nn.Module):
@@ -72,6 +72,11 @@ class Encoder(nn.Module):
         """Number of tokens of a clip of size :attr:`video_size`."""
         return math.prod(self.grid(self.video_size))
 
+    @property
+    def published_settings(self) -> dict[str, int]:
+        """Settings that no tensor determines, under the names of ``config.json`` of transformers."""
+        return {} if self.num_heads is None else {"num_attention_heads": self.num_heads}
+
     def as_clip(self, video: Tensor) -> Tensor:
         """Checks the shape of a video float (B, C, T, H, W); repeats a single frame over a tubelet.
 
@@ -128,9 +133,7 @@ class Encoder(nn.Module):
         weights = {name: value for name, value in weights.items() if name not in norm}
         weights |= {name: value for name, value in own.items() if name in norm}
         fix = "Choose the model.encoder variant of the file, or a different init_from."
-        settings = {} if self.num_heads is None else {"num_attention_heads": self.num_heads}
-        if found := different_settings(config, settings):
-            raise ValueError(f"the config of {source} does not fit {type(self).__name__}: {found}. {fix}")
+        check_config(self, config, self.published_settings, source, fix)
         load_strictly(self, weights, source, fix)
         note = f" (without the final norm: {', '.join(sorted(norm))})" if norm else ""
         return f"loaded {len(own)} encoder tensors from {source}{note}"

@@ -68,6 +68,18 @@ def check_layout(layout: str, settings: Mapping[str, tuple[Any, Any]]) -> None:
             raise ValueError(f"{key}={value!r} has no counterpart in {layout}, which requires {key}={required!r}.")
 
 
+def check_config(
+    module: nn.Module, config: Mapping[str, Any], settings: Mapping[str, Any], source: str | Path, fix: str = ""
+) -> None:
+    """Checks that settings of a module, which no tensor determines, equal those of a published config.
+
+    Raises:
+        ValueError: settings differ; the message names them.
+    """
+    if found := different_settings(config, settings):
+        raise ValueError(f"the config of {source} does not fit {type(module).__name__}: {found}. {fix}".rstrip())
+
+
 def different_settings(loaded: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     """Lists the settings that differ, as ``key=theirs (here ours)``; empty if all shared keys agree."""
     shared = [key for key in loaded if key in own and loaded[key] != own[key]]

@@ -22,7 +22,7 @@ from blueberry_video.nn.blocks import Block
 from blueberry_video.nn.positions import sinusoid_table
 from blueberry_video.weights.diffusers_folder import TRANSFORMERS, read_source, write_folder
 from blueberry_video.weights.files import num_blocks
-from blueberry_video.weights.load import check_layout, different_settings, load_strictly
+from blueberry_video.weights.load import check_config, check_layout, load_strictly
 
 
 class MaskedAutoencoder(nn.Module):
@@ -150,12 +150,8 @@ class MaskedAutoencoder(nn.Module):
         """
         config, state = read_source(source)
         fix = "Choose the model variant of the weights."
-        heads = {
-            "num_attention_heads": self.encoder.num_heads,
-            "decoder_num_attention_heads": self.decoder_num_heads,
-        }
-        if found := different_settings(config, heads):
-            raise ValueError(f"the config of {source} does not fit this model: {found}. {fix}")
+        settings = self.encoder.published_settings | {"decoder_num_attention_heads": self.decoder_num_heads}
+        check_config(self, config, settings, source, fix)
         load_strictly(self, convert_published(state, source), source, fix)
         return f"loaded {len(self.state_dict())} tensors from {source}"
 
