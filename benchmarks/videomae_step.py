@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
 from blueberry_video.masking import TubeMasking
-from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder, convert_huggingface
+from blueberry_video.models.masked_autoencoder.convert import convert_huggingface
+from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD
 from blueberry_video.tasks.masked_pixels import masked_pixel_loss

@@ -1,7 +1,7 @@
-"""Augmentation of whole clips on the device: every frame of a clip gets the same crop, flip and hole.
+"""Augmentation of clips on the device, with the same crop, flip and erased box in all frames of a clip.
 
-Each module takes and gives video float (B, C, T, H, W) in [0, 1] and draws anew for every clip, from torch's global
-generator; several in a row are a ``torch.nn.Sequential``.
+Each module maps video float (B, C, T, H, W) in [0, 1] to the same and draws independently for each clip, from the
+global generator; ``torch.nn.Sequential`` combines modules.
 """
 
 import math
@@ -11,31 +11,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Where a crop may lie, in quarters (down, across) of the room it has: corners, sides, centre, and between them.
+# Offsets of a crop (down, across) in quarters of the largest offset: corners, sides, center, and between them.
 OFFSETS = ((0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2), (1, 1), (1, 3), (3, 1), (3, 3))
 
 
 class MultiScaleCrop(nn.Module):
-    """Random crop of one of several sizes, resized back: the only augmentation VideoMAE pre-trains with.
+    """Random crop of one of several sizes, resized: the only augmentation in the pre-training of VideoMAE.
 
-    Height and width are scales of the short side at most one step apart, all such pairs alike likely; the crop lies at
-    one of 13 fixed places (Temporal Segment Networks, arXiv 1608.00859).
+    Height and width are a pair of scales of the short side, at most one step apart, drawn uniformly from all such
+    pairs; the crop is at one of 13 fixed offsets (Temporal Segment Networks, arXiv 1608.00859).
 
     Args:
-        size: height and width of the result in pixels.
-        scales: crop sizes as shares of the short side, in (0, 1], largest first. A size within two pixels of ``size``
-            becomes ``size``, which saves the resize.
-        flip: probability of a left-right flip. Keep 0 where left and right are labels.
+        size: height and width of the output in pixels.
+        scales: crop sizes as fractions of the short side, in (0, 1], in descending order. A size within two pixels of
+            ``size`` becomes ``size``, which avoids the resize.
+        flip: probability of a horizontal flip; use 0 where left and right are labels.
 
     Raises:
-        ValueError: for scales outside (0, 1] or a flip outside [0, 1].
+        ValueError: ``scales`` are outside (0, 1], or ``flip`` is outside [0, 1].
     """
 
     def __init__(self, size: int, scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66), flip: float = 0.0):
         super().__init__()
         if not scales or not all(0 < scale <= 1 for scale in scales):
-            raise ValueError(f"augment.scales={scales} must be shares of the picture in (0, 1], at least one.")
-        _check_probability("flip", flip)
+            raise ValueError(f"augment.scales={scales} must be one or more fractions of the short side, in (0, 1].")
+        _check_probability("augment.flip", flip)
         self.size, self.scales, self.flip = size, tuple(scales), flip
         steps = range(len(scales))
         self._pairs = [(i, j) for i in steps for j in steps if abs(i - j) <= 1]
@@ -63,16 +63,16 @@ class MultiScaleCrop(nn.Module):
 
 
 class RandomResizedCrop(nn.Module):
-    """Random crop of any size and shape, resized to a square: what classifiers are fine-tuned with (Szegedy et al.,
-    arXiv 1409.4842; VideoMAE's fine-tuning has these defaults).
+    """Random crop of random area and aspect ratio, resized to a square, for fine-tuning of classifiers (Szegedy et al.,
+    arXiv 1409.4842; the defaults are those of VideoMAE).
 
     Args:
-        size: height and width of the result in pixels.
-        scale: least and greatest share of the picture's area.
-        ratio: least and greatest width over height; drawn evenly on a logarithmic scale.
+        size: height and width of the output in pixels.
+        scale: range of the fraction of the image's area.
+        ratio: range of width / height, drawn log-uniformly.
 
     Raises:
-        ValueError: for shares outside (0, 1], ratios that are not positive, or a range that ends before it begins.
+        ValueError: ``scale`` is outside (0, 1], ``ratio`` is not positive, or a range is in descending order.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class RandomResizedCrop(nn.Module):
         """(B, C, T, H, W) -> (B, C, T, size, size)."""
         height, width = video.shape[-2:]
         boxes, fits = random_boxes(len(video), height, width, self.scale, self.ratio)
-        boxes = torch.where(fits[:, None], boxes, torch.tensor(self._centred(height, width)))
+        boxes = torch.where(fits[:, None], boxes, torch.tensor(self._center_crop(height, width)))
         return torch.stack([self._resized(clip, *box) for clip, box in zip(video, boxes.tolist(), strict=True)])
 
-    def _centred(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """The largest box of an allowed ratio, in the middle."""
+    def _center_crop(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Largest centered box with a ratio in the range."""
         box_height = min(height, round(width / self.ratio[0]))
         box_width = min(width, round(height * self.ratio[1]))
         return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
@@ -104,18 +104,18 @@ class RandomResizedCrop(nn.Module):
 
 
 class HorizontalFlip(nn.Module):
-    """Mirrors a clip left to right. Not where left and right are labels, as in Something-Something.
+    """Random horizontal flip. Do not use it where left and right are labels, as in Something-Something.
 
     Args:
-        probability: for each clip.
+        probability: probability for each clip.
 
     Raises:
-        ValueError: for a probability outside [0, 1].
+        ValueError: ``probability`` is outside [0, 1].
     """
 
     def __init__(self, probability: float = 0.5):
         super().__init__()
-        _check_probability("probability", probability)
+        _check_probability("augment.probability", probability)
         self.probability = probability
 
     def forward(self, video: Tensor) -> Tensor:
@@ -125,22 +125,22 @@ class HorizontalFlip(nn.Module):
 
 
 class RandomErasing(nn.Module):
-    """Overwrites a box with noise, the same box in all frames of a clip (Zhong et al., arXiv 1708.04896; the defaults
-    are those of VideoMAE's fine-tuning).
+    """Random erasing: overwrites a random box, the same in all frames of a clip (Zhong et al., arXiv 1708.04896; the
+    defaults are those of the fine-tuning of VideoMAE).
 
-    Published models erase after normalising, with standard normal noise or zeros. Here pixels are still in [0, 1], so
-    noise has the mean and deviation that normalising takes out, and a constant is that mean.
+    Published models erase after normalization, with standard normal noise or zeros. Here pixels are in [0, 1] before
+    normalization, so noise has mean ``mean`` and standard deviation ``std``, and a constant is ``mean``.
 
     Args:
-        probability: for each clip.
-        area: least and greatest share of the picture.
-        ratio: least and greatest width over height; drawn evenly on a logarithmic scale.
-        mode: ``"noise"``: each value of each pixel and frame on its own; ``"constant"``: the mean colour.
-        mean, std: of the pixels, by channel; those that the task normalises with.
+        probability: probability for each clip.
+        area: range of the fraction of the image's area.
+        ratio: range of width / height, drawn log-uniformly.
+        mode: ``"noise"``, independent for each value, or ``"constant"``, the mean color.
+        mean, std: mean and standard deviation of the pixels per channel, as in the normalization of the task.
 
     Raises:
-        ValueError: for a probability or shares outside [0, 1], ratios that are not positive, a range that ends before
-            it begins, or an unknown mode.
+        ValueError: ``probability`` is outside [0, 1], ``area`` is outside (0, 1], ``ratio`` is not positive, a range is
+            in descending order, or ``mode`` is unknown.
     """
 
     mean: Tensor
@@ -156,7 +156,7 @@ class RandomErasing(nn.Module):
         std: tuple[float, ...] = (0.229, 0.224, 0.225),
     ):
         super().__init__()
-        _check_probability("probability", probability)
+        _check_probability("augment.probability", probability)
         _check_range("area", area, most=1.0)
         _check_range("ratio", ratio)
         if mode not in ("noise", "constant"):
@@ -172,28 +172,28 @@ class RandomErasing(nn.Module):
         video = video.clone()
         for index in (chosen & fits).nonzero().flatten().tolist():
             top, left, height, width = boxes[index].tolist()
-            hole = video[index, :, :, top : top + height, left : left + width]  # (C, T, h, w)
+            box = video[index, :, :, top : top + height, left : left + width]  # (C, T, h, w)
             if self.mode == "constant":
-                hole.copy_(self.mean.expand_as(hole))
+                box.copy_(self.mean.expand_as(box))
             else:
-                hole.normal_().mul_(self.std).add_(self.mean)
+                box.normal_().mul_(self.std).add_(self.mean)
         return video
 
 
 def random_boxes(
     count: int, height: int, width: int, area: tuple[float, float], ratio: tuple[float, float], attempts: int = 10
 ) -> tuple[Tensor, Tensor]:
-    """Boxes of random area, shape and place in a picture, drawn on the CPU.
+    """Boxes of random area, aspect ratio and position in an image, drawn on the CPU.
 
     Args:
         count: number of boxes.
-        height, width: of the picture in pixels.
-        area: range of a box's share of the picture, drawn evenly.
-        ratio: range of its width over its height, drawn evenly on a logarithmic scale.
-        attempts: draws a box, of which the first that fits into the picture is taken.
+        height, width: size of the image in pixels.
+        area: range of the fraction of the image's area, drawn uniformly.
+        ratio: range of width / height, drawn log-uniformly.
+        attempts: draws per box; the first that fits into the image is used.
 
     Returns:
-        (top, left, height, width) of each, long (count, 4), and which of them fit, bool (count,).
+        Long (count, 4), (top, left, height, width) of each box, and bool (count,), true for boxes that fit.
     """
     logs = [math.log(limit) for limit in ratio]
     pixels = torch.empty(count, attempts).uniform_(*area) * height * width
@@ -202,38 +202,36 @@ def random_boxes(
     fits = (heights >= 1) & (widths >= 1) & (heights <= height) & (widths <= width)
     first = fits.byte().argmax(dim=1, keepdim=True)
     sides = torch.cat([heights.gather(1, first), widths.gather(1, first)], dim=1)
-    places = (torch.rand(count, 2) * (torch.tensor([height, width]) - sides + 1)).floor()
-    return torch.cat([places, sides], dim=1).long(), fits.any(dim=1)
+    corners = (torch.rand(count, 2) * (torch.tensor([height, width]) - sides + 1)).floor()
+    return torch.cat([corners, sides], dim=1).long(), fits.any(dim=1)
 
 
 def _check_probability(key: str, value: float) -> None:
     if not 0 <= value <= 1:
-        raise ValueError(f"augment.{key}={value} is not a probability: use a number in [0, 1].")
+        raise ValueError(f"{key}={value} must be a probability, in [0, 1].")
 
 
 def _check_range(key: str, limits: tuple[float, float], most: float = math.inf) -> None:
     least, greatest = limits
     if not 0 < least <= greatest <= most:
         above = f", at most {most:g}" if most < math.inf else ""
-        raise ValueError(
-            f"augment.{key}={tuple(limits)} is not a range: give its least and greatest value, above 0{above}."
-        )
+        raise ValueError(f"augment.{key}={tuple(limits)} must be a range (smallest, largest) of values above 0{above}.")
 
 
 class Mixing(nn.Module):
-    """Mixes each clip with the one at the mirrored place in the batch, all by the same share.
+    """MixUp and CutMix: mixes each clip with the clip at the mirrored index of the batch, all with the same weight.
 
-    MixUp (Zhang et al., arXiv 1710.09412) adds them up; CutMix (Yun et al., arXiv 1905.04899) puts a box of the other
-    clip, the same in all frames, into this one. One of the two is drawn for each batch, with its share from a Beta
-    distribution. The defaults are those of VideoMAE's fine-tuning.
+    MixUp (Zhang et al., arXiv 1710.09412) is a weighted sum; CutMix (Yun et al., arXiv 1905.04899) copies a box of the
+    mirrored clip, the same in all frames, into the clip. One of the two is drawn for each batch, with its weight from a
+    Beta distribution. The defaults are those of the fine-tuning of VideoMAE.
 
     Args:
-        mixup_alpha, cutmix_alpha: both parameters of the Beta distribution; 0 switches that one off.
-        switch_prob: probability of CutMix where both are on.
-        prob: probability that a batch is mixed at all.
+        mixup_alpha, cutmix_alpha: both parameters of the Beta distribution; 0 disables MixUp or CutMix.
+        switch_prob: probability of CutMix if both are enabled.
+        prob: probability that a batch is mixed.
 
     Raises:
-        ValueError: for a negative alpha, both at 0, or probabilities outside [0, 1].
+        ValueError: an alpha is negative, both are 0, or a probability is outside [0, 1].
     """
 
     def __init__(
@@ -242,17 +240,20 @@ class Mixing(nn.Module):
         super().__init__()
         if min(mixup_alpha, cutmix_alpha) < 0 or max(mixup_alpha, cutmix_alpha) == 0:
             raise ValueError(
-                f"mixing.mixup_alpha={mixup_alpha}, mixing.cutmix_alpha={cutmix_alpha}: none may be negative, and one "
-                "must be above 0; to mix nothing, set task.mixing=null."
+                f"mixing.mixup_alpha={mixup_alpha} and mixing.cutmix_alpha={cutmix_alpha} must be at least 0, and one "
+                "of them above 0; to disable mixing, set task.mixing=null."
             )
-        for key, value in (("switch_prob", switch_prob), ("prob", prob)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"mixing.{key}={value} is not a probability: use a number in [0, 1].")
+        _check_probability("mixing.switch_prob", switch_prob)
+        _check_probability("mixing.prob", prob)
         self.mixup_alpha, self.cutmix_alpha, self.switch_prob, self.prob = mixup_alpha, cutmix_alpha, switch_prob, prob
 
     def forward(self, video: Tensor) -> tuple[Tensor, float]:
-        """Video (B, C, T, H, W) -> the mixed video, and the share in [0, 1] of each clip that is its own; for
-        CutMix that of the pixels that were in fact left. A share of 1 leaves the video as it was."""
+        """Mixes video (B, C, T, H, W).
+
+        Returns:
+            The mixed video and the weight of each original clip in [0, 1]; for CutMix, the fraction of its pixels
+            that are kept. The weight in an unmixed batch is 1.
+        """
         if torch.rand(()) >= self.prob:
             return video, 1.0
         cut = self.mixup_alpha == 0 or (self.cutmix_alpha > 0 and bool(torch.rand(()) < self.switch_prob))
@@ -262,7 +263,7 @@ class Mixing(nn.Module):
 
 
 def _cutmix(video: Tensor, own: float) -> tuple[Tensor, float]:
-    """A box of about ``1 - own`` of the area, cut off where it leaves the picture."""
+    """CutMix with a box of about ``1 - own`` of the area, clipped at the borders of the image."""
     height, width = video.shape[-2:]
     half_height, half_width = (int(side * (1 - own) ** 0.5) // 2 for side in (height, width))
     y, x = (int(torch.randint(side, ())) for side in (height, width))
@@ -274,13 +275,14 @@ def _cutmix(video: Tensor, own: float) -> tuple[Tensor, float]:
 
 
 def soft_targets(labels: Tensor, num_classes: int, own: float = 1.0, smoothing: float = 0.0) -> Tensor:
-    """Labels long (B,) -> probabilities (B, num_classes) of a batch that :class:`Mixing` has mixed.
+    """Target probabilities (B, num_classes) of a batch, mixed by :class:`Mixing`, with labels long (B,).
 
     Args:
-        labels: of the clips before mixing.
+        labels: labels of the clips before mixing.
         num_classes: number of classes.
-        own: share of each clip that is its own.
-        smoothing: spread over all classes, the right one included (Szegedy et al., arXiv 1512.00567).
+        own: weight of each original clip, as returned by :class:`Mixing`.
+        smoothing: label smoothing, spread over all classes, the correct one included (Szegedy et al., arXiv
+            1512.00567).
     """
     one_hot = torch.nn.functional.one_hot(labels, num_classes).float()
     smooth = one_hot * (1 - smoothing) + smoothing / num_classes

@@ -94,13 +94,13 @@ def published() -> dict[str, torch.Tensor]:
 
 
 def load(path) -> VideoClassifier:
-    return classifier.from_published(path, num_frames=4, image_size=16, num_heads=2)
+    return VideoClassifier.from_published(path, num_frames=4, image_size=16, num_heads=2)
 
 
 def test_published_head_gets_the_given_label(tmp_path):
     torch.save({"model": published()}, tmp_path / "ok.pth")
     assert load(tmp_path / "ok.pth")(VIDEO)["action"].shape == (2, 5)
-    named = classifier.from_published(tmp_path / "ok.pth", "verb", num_frames=4, image_size=16, num_heads=2)
+    named = VideoClassifier.from_published(tmp_path / "ok.pth", "verb", num_frames=4, image_size=16, num_heads=2)
     assert set(named(VIDEO)) == {"verb"}
 
 
@@ -163,6 +163,50 @@ def test_transformers_computes_the_same_logits_from_converted_weights():
     with torch.no_grad():
         expected = theirs(VIDEO.transpose(1, 2)).logits
     torch.testing.assert_close(model(VIDEO)["action"], expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("qkv_bias", ["qv", "none"])
+def test_saved_folder_loads_here_and_in_transformers(qkv_bias, tmp_path):
+    model = noisy(qkv_bias=qkv_bias, num_classes={"action": 5, "other": 2})
+    model.save_published(tmp_path / "saved", "action")
+    again = VideoClassifier.from_published(tmp_path / "saved").eval()
+    assert again.config() == model.config("action")
+    assert torch.equal(again(VIDEO)["action"], model(VIDEO)["action"])
+    assert VideoClassifier.from_published(tmp_path / "saved", num_frames=8).encoder.num_tokens == 16
+
+    theirs, found = VideoMAEForVideoClassification.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    theirs.eval().fc_norm.eps = 1e-6
+    expected = theirs(VIDEO.transpose(1, 2)).logits
+    torch.testing.assert_close(model(VIDEO)["action"], expected, atol=1e-5, rtol=1e-5)
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    for method in (VideoClassifier.load_published, VideoClassifier.load_finetuned):
+        loaded = tiny(qkv_bias=qkv_bias, num_classes={"verb": 5}).eval()
+        assert str(tmp_path / "theirs") in method(loaded, tmp_path / "theirs")
+        assert torch.equal(loaded(VIDEO)["verb"], model(VIDEO)["action"])
+        with pytest.raises(ValueError, match=r"num_attention_heads=2 \(here 4\)"):
+            method(VideoClassifier(VisionTransformer(16, 4, 8, 2, 16, 1, 4), {"verb": 5}), tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_classes": {"a": 2, "b": 3}}, r"num_classes=\{'a': 2, 'b': 3\}.*\ba, b\b"),
+        ({"pooling": "attentive"}, "pooling='attentive'.*'mean'"),
+        ({"head_norm": False}, "head_norm=False.*True"),
+        ({"qkv_bias": "qkv"}, r"encoder\.qkv_bias='qkv'"),
+    ],
+)
+def test_settings_without_a_counterpart_in_videomae_raise(changes, expected, tmp_path):
+    with pytest.raises(ValueError, match=expected):
+        tiny(**{"num_classes": {"action": 5}, **changes}).save_published(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    encoder = VisionTransformer(16, 4, 8, 2, embed_dim=16, depth=1, num_heads=2)
+    with pytest.raises(ValueError, match=r"encoder\.final_norm=True.*False"):
+        VideoClassifier(encoder, {"action": 5}).save_published(tmp_path / "none")
 
 
 @pytest.mark.parametrize(

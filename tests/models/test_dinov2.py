@@ -123,16 +123,16 @@ def test_position_interpolation_equals_the_original(offset, changes):
     table = model.pos_embed[0, 1:].unflatten(0, (3, 3))
     rows = resized(table.flatten(1), 5, (5 + offset) / 3).unflatten(1, (3, 16))
     both = resized(rows.transpose(0, 1).flatten(1), 2, (2 + offset) / 3).unflatten(1, (5, 16)).transpose(0, 1)
-    torch.testing.assert_close(model._places(5, 2), both.flatten(0, 1), atol=1e-5, rtol=1e-5)
-    assert torch.equal(model._places(3, 3), model.pos_embed[0, 1:])
+    torch.testing.assert_close(model._positions(5, 2), both.flatten(0, 1), atol=1e-5, rtol=1e-5)
+    assert torch.equal(model._positions(3, 3), model.pos_embed[0, 1:])
 
 
 def test_registers_default_to_antialiased_interpolation_without_offset():
     model = tiny(num_registers=1)
     table = model.pos_embed[0, 1:].unflatten(0, (3, 3)).permute(2, 0, 1)[None]
     expected = F.interpolate(table, size=(2, 2), mode="bicubic", antialias=True)[0].flatten(1).T
-    torch.testing.assert_close(model._places(2, 2), expected)
-    assert not torch.allclose(tiny()._places(2, 2), expected, atol=1e-2)
+    torch.testing.assert_close(model._positions(2, 2), expected)
+    assert not torch.allclose(tiny()._positions(2, 2), expected, atol=1e-2)
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_layouts_round_trip(variant, tmp_path):
         assert again.keys() == model.state_dict().keys()
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.items())
     torch.save(dinov2.to_original(model.state_dict()), tmp_path / "original.pth")
-    loaded = dinov2.from_published(tmp_path / "original.pth", image_size=12, num_heads=2).eval()
+    loaded = DINOv2.from_published(tmp_path / "original.pth", image_size=12, num_heads=2).eval()
     video = clips(1, (16, 8))
     assert torch.equal(loaded(video), model(video))
     initialized = DINOv2(**SIZES, **variant, weights=str(tmp_path / "original.pth")).eval()
@@ -174,9 +174,47 @@ def test_saved_folders_round_trip_with_transformers(variant, tmp_path):
     theirs_now = again.eval()(images[:, :, 0]).last_hidden_state[:, before:]
     torch.testing.assert_close(theirs_now, model(images), atol=1e-5, rtol=1e-5)
     other.save_pretrained(tmp_path / "saved")
-    loaded = dinov2.from_published(tmp_path / "saved" / "model.safetensors", image_size=12, num_heads=2).eval()
+    loaded = DINOv2.from_published(tmp_path / "saved" / "model.safetensors", image_size=12, num_heads=2).eval()
     expected = other(images[:, :, 0]).last_hidden_state[:, before:]
     torch.testing.assert_close(loaded(images), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_saved_folder_loads_here_and_in_transformers(variant, tmp_path):
+    model = tiny(**variant, interpolate_offset=0.0)
+    model.save_published(tmp_path)
+    kind = type(theirs(**variant))
+    other, found = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    images = clips(1, (16, 8))
+    expected = other.eval()(images[:, :, 0]).last_hidden_state[:, 1 + variant.get("num_registers", 0) :]
+    torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
+    again = DINOv2.from_published(tmp_path).eval()
+    assert again.config() == model.config()
+    assert torch.equal(again(images), model(images))
+    initialized = tiny(**variant, interpolate_offset=0.0, depth=2, weights=str(tmp_path))
+    initialized.load_published(tmp_path)
+    assert torch.equal(initialized(images), model(images))
+    with pytest.raises(ValueError, match=r"num_attention_heads=2 \(here 4\)"):
+        tiny(**variant, num_heads=4).load_published(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"interpolate_offset": None}, r"interpolate_offset=0\.1\b.*\b0\.0\b"),
+        ({"interpolate_antialias": True}, "interpolate_antialias=True.*False"),
+        ({"num_registers": 1, "interpolate_antialias": False}, "interpolate_antialias=False.*WithRegisters.*True"),
+        ({"final_norm": False}, "final_norm=False"),
+        ({"mlp_ratio": 3.5}, r"mlp_ratio=3\.5\b"),
+    ],
+)
+def test_settings_without_a_counterpart_in_transformers_raise(changes, expected, tmp_path):
+    with pytest.raises(ValueError, match=expected):
+        tiny(**{"interpolate_offset": 0.0, **changes}).save_published(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_published_names_and_shapes():
@@ -201,10 +239,10 @@ def test_missing_weight_raises_with_its_name(tmp_path):
     del state["blocks.1.ls2.gamma"]
     torch.save(state, tmp_path / "wrong.pth")
     with pytest.raises(ValueError, match=r"(?si)missing.*blocks\.1\.ls2\.gamma"):
-        dinov2.from_published(tmp_path / "wrong.pth", num_heads=2)
+        DINOv2.from_published(tmp_path / "wrong.pth", num_heads=2)
     torch.save({name: value for name, value in state.items() if "ls1" not in name}, tmp_path / "wrong.pth")
     with pytest.raises(ValueError, match=r"(?s)wrong\.pth.*DINOv2.*blocks\.0\.ls1\.gamma"):
-        dinov2.from_published(tmp_path / "wrong.pth", num_heads=2)
+        DINOv2.from_published(tmp_path / "wrong.pth", num_heads=2)
 
 
 # ---- encoder contract ------------------------------------------------------------------------------------------------
@@ -280,4 +318,4 @@ def test_bad_arguments_raise(changes):
 def test_num_heads_is_required_for_a_narrow_file(tmp_path):
     torch.save(dinov2.to_original(tiny().state_dict()), tmp_path / "narrow.pth")
     with pytest.raises(ValueError, match=r"(?s)narrow\.pth.*\b16\b.*\b64\b.*num_heads"):
-        dinov2.from_published(tmp_path / "narrow.pth", image_size=12)
+        DINOv2.from_published(tmp_path / "narrow.pth", image_size=12)

@@ -10,7 +10,6 @@ from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.sprites import Sprites
 from blueberry_video.evaluation.trivial import trivial_patch_losses
 from blueberry_video.masking import ByModality, DualMasking, RandomMasking, TubeMasking
-from blueberry_video.models.masked_autoencoder import model as masked_autoencoder
 from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder, decoder_flops
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import warmup_cosine
@@ -208,7 +207,7 @@ def test_model_and_encoder_load_from_the_checkpoint_of_a_run(tmp_path, trainer):
     module, fit = task(), trainer()
     fit.fit(module, datamodule=data())
     fit.save_checkpoint(tmp_path / "own.ckpt")
-    again = masked_autoencoder.from_published(tmp_path / "own.ckpt", 4, 16, num_heads=2, decoder_num_heads=2)
+    again = MaskedAutoencoder.from_published(tmp_path / "own.ckpt", 4, 16, num_heads=2, decoder_num_heads=2)
     for name, value in module.model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     encoder = model().encoder

@@ -4,8 +4,10 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from blueberry_video.weights import files as weight_files
+from blueberry_video.weights.diffusers_folder import read_source
 
 
 def test_files_without_weights_raise(tmp_path):
@@ -39,3 +41,17 @@ def test_num_blocks_is_the_last_index_plus_one():
     state = {f"blocks.{index}.weight": torch.ones(1) for index in range(11)} | {"blocks_of_another.40.w": torch.ones(1)}
     assert weight_files.num_blocks(state, "blocks") == 11
     assert weight_files.num_blocks(state, "decoder") == 0
+
+
+@pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
+def test_source_is_a_file_or_a_folder_with_a_config(stem, tmp_path):
+    file = tmp_path / f"{stem}.safetensors"
+    save_file({"model.weight": torch.ones(2)}, file)
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        read_source(tmp_path)
+    (tmp_path / "config.json").write_text('{"num_frames": 8}')
+    for source, expected in ((file, {}), (tmp_path, {"num_frames": 8})):
+        config, state = read_source(source)
+        assert config == expected
+        assert torch.equal(state.pop("weight"), torch.ones(2))
+        assert not state

@@ -1,4 +1,4 @@
-"""Embeddings of clips as pictures."""
+"""Videos of embeddings of clips."""
 
 import torch
 from einops import repeat
@@ -12,20 +12,20 @@ from blueberry_video.models.jepa.model import JEPA
 def latent_pictures(
     model: JEPA, video: Tensor, inputs: Tensor, latents: Tensor, keep: Tensor, target: Tensor
 ) -> list[Tensor]:
-    """Clips, what the encoder sees of them, the embeddings to predict, and those with the predictions put in.
+    """Renders clips, their visible patches, target embeddings, and the same with the predicted embeddings inserted.
 
     Args:
-        model: predicts.
+        model: the JEPA that predicts embeddings.
         video: (B, C, T, H, W) in [0, 1].
-        inputs: the same video, normalised as the encoder wants it.
-        latents: (B, N, D), the embeddings to predict, of all tokens.
+        inputs: the same video, normalized as the encoder requires.
+        latents: (B, N, D), the target embeddings of all tokens.
         keep: (B, N_visible) indices of the visible tokens.
-        target: (B, N_target) indices of the predicted ones.
+        target: (B, N_target) indices of the predicted tokens.
 
     Returns:
-        Four videos (B, 3, T, H, W) in [0, 1]. Both of embeddings have the same colours: red, green and blue are the
-        first three principal components of ``latents`` over clips and places, of which three standard deviations to
-        either side fill the range. Each token is a block of the size of its patch.
+        Four videos (B, 3, T, H, W) in [0, 1]. In both videos of embeddings, red, green and blue are the first three
+        principal components of ``latents`` over clips and positions; the range covers three standard deviations to
+        either side. Each token is a block of the size of its patch.
     """
     encoder = model.encoder
     predicted = model(inputs, keep, target).to(latents.dtype)
@@ -37,9 +37,9 @@ def latent_pictures(
     (t, h, w), (pt, ph, pw) = encoder.grid(video.shape), encoder.patch_size
     pt = min(pt, video.shape[2])  # a single frame
 
-    def coloured(embeddings: Tensor) -> Tensor:
-        parts = (embeddings.float() - mean) @ directions[:3].T / scale  # (B, N, 3), of unit variance over latents
+    def render(embeddings: Tensor) -> Tensor:
+        components = (embeddings.float() - mean) @ directions[:3].T / scale  # (B, N, 3), of unit variance over latents
         pattern = "b (t h w) c -> b c (t pt) (h ph) (w pw)"
-        return repeat((parts / 6 + 0.5).clamp(0, 1), pattern, t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+        return repeat((components / 6 + 0.5).clamp(0, 1), pattern, t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
 
-    return [video, hide(encoder, video, keep), coloured(latents), coloured(filled)]
+    return [video, hide(encoder, video, keep), render(latents), render(filled)]

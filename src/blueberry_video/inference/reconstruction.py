@@ -1,4 +1,4 @@
-"""What a masked autoencoder makes of the hidden patches, as a video."""
+"""Videos of the predictions of a masked autoencoder."""
 
 import torch
 from torch import Tensor
@@ -10,21 +10,21 @@ from blueberry_video.nn.patches import normalize_patches, patchify, unpatchify
 
 @torch.no_grad()
 def reconstruct(model: MaskedAutoencoder, video: Tensor, inputs: Tensor, keep: Tensor, target: Tensor) -> Tensor:
-    """Fills the hidden patches of ``video`` with the model's prediction.
+    """Replaces the target patches of a video with the predictions of a model; visible patches are unchanged.
 
-    The model predicts patches of zero mean and unit variance, so the **true** mean and standard deviation of each
-    hidden patch are put back: the picture shows the texture and the edges the model found, not the colours. How targets
-    kept from dividing by zero makes no difference that could be seen.
+    The model predicts patches of zero mean and unit variance. They are scaled to the **true** mean and standard
+    deviation of each patch, so the result shows predicted texture and edges, not predicted colors. The small constant
+    in the normalization of the targets is ignored, without a visible effect.
 
     Args:
         model: the autoencoder.
         video: (B, C, T, H, W) in [0, 1].
-        inputs: the same video, normalised as the encoder wants it.
+        inputs: the same video, normalized as the encoder requires.
         keep: (B, N_visible) indices of the visible tokens.
-        target: (B, N_target) indices of the predicted ones.
+        target: (B, N_target) indices of the predicted tokens.
 
     Returns:
-        (B, C, T, H, W) in [0, 1]: visible patches as they are, others as predicted, black where neither is.
+        (B, C, T, H, W) in [0, 1]; patches that are neither visible nor predicted are black.
     """
     encoder = model.encoder
     patches = patchify(encoder.as_clip(video), encoder.patch_size)  # (B, N, P, C)
@@ -38,14 +38,14 @@ def reconstruct(model: MaskedAutoencoder, video: Tensor, inputs: Tensor, keep: T
 
 
 def hide(encoder: Encoder, video: Tensor, keep: Tensor) -> Tensor:
-    """The video (B, C, T, H, W) as the model sees it: patches that are not in ``keep`` (B, N_visible) in black."""
+    """Blackens the patches of a video (B, C, T, H, W) that are not in ``keep`` (B, N_visible)."""
     patches = patchify(encoder.as_clip(video), encoder.patch_size)
     rows = torch.arange(len(video), device=video.device)[:, None]
-    seen = torch.zeros_like(patches)
-    seen[rows, keep] = patches[rows, keep]
-    return _as_video(encoder, seen, video)
+    visible = torch.zeros_like(patches)
+    visible[rows, keep] = patches[rows, keep]
+    return _as_video(encoder, visible, video)
 
 
 def _as_video(encoder: Encoder, patches: Tensor, like: Tensor) -> Tensor:
-    """Patches (B, N, P, C) as a video of the shape of ``like``: a single frame was repeated to be cut."""
+    """Converts patches (B, N, P, C) to a video of the shape of ``like``; a single frame has been repeated before."""
     return unpatchify(patches, encoder.grid(like.shape), encoder.patch_size)[:, :, : like.shape[2]]

@@ -5,38 +5,40 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from blueberry_video.weights.files import read_weights
-from blueberry_video.weights.load import load_strictly
+from blueberry_video.weights.diffusers_folder import read_source
+from blueberry_video.weights.load import check_config, load_strictly
 
 
 class Encoder(nn.Module):
-    """Turns a video into tokens: ``encoder(video, keep=None) -> (B, N or N_kept, D)``.
+    """Base class of encoders from a video to tokens: ``encoder(video, keep=None) -> (B, N or N_kept, D)``.
 
-    A subclass writes ``forward(video, keep=None)``: ``video`` float (B, C, T, H, W), ``keep`` indices (B, N_kept) of
-    the tokens to look at, in (t, h, w) raster order; all of them if ``None``.
+    A subclass defines ``forward(video, keep=None)``: ``video`` float (B, C, T, H, W), ``keep`` indices (B, N_kept) of
+    the visible tokens in (t, h, w) raster order, or ``None`` for all tokens.
 
     Args:
         image_size: height and width in pixels; a multiple of ``patch_size``.
-        num_frames: frames a clip; a multiple of ``tubelet_size``.
+        num_frames: frames per clip; a multiple of ``tubelet_size``.
         patch_size: height and width of a patch in pixels.
-        tubelet_size: frames a patch spans.
+        tubelet_size: frames per patch.
         embed_dim: width D of the tokens.
-        in_channels: colour channels C.
-        images: take single frames (T = 1) as well as clips: each is repeated over a tubelet, so that it becomes 1 x h x
-            w tokens with the positions of a clip's first ones (OmniMAE, arXiv 2206.08356).
+        in_channels: number of channels C.
+        images: also accept single frames (T = 1). A frame is repeated over a tubelet, which yields 1 x h x w tokens at
+            the positions of the first tokens of a clip (OmniMAE, arXiv 2206.08356).
 
     Attributes:
         embed_dim: width of the tokens.
-        patch_size: pixels a token stands for, (t, h, w).
-        video_size: the shape (C, T, H, W) it was built for.
-        images: whether it takes single frames, too.
-        levels: depths that lie side by side in its tokens, each ``embed_dim / levels`` wide.
+        patch_size: size of a patch (t, h, w) in frames and pixels.
+        video_size: shape (C, T, H, W) of a clip.
+        images: single frames are accepted.
+        levels: number of depths that are concatenated in a token, each ``embed_dim / levels`` wide.
+        num_heads: attention heads, or ``None``.
 
     Raises:
-        ValueError: for sizes that the patches do not divide.
+        ValueError: a size is not a multiple of the patch size.
     """
 
     levels: int = 1
+    num_heads: int | None = None
 
     def __init__(
         self,
@@ -55,37 +57,41 @@ class Encoder(nn.Module):
         ):
             if size < patch or size % patch:
                 nearest = max(round(size / patch), 1) * patch
-                raise ValueError(f"{key}={size} is not a multiple of {by}={patch}: the nearest that is, is {nearest}.")
+                raise ValueError(f"{key}={size} must be a multiple of {by}={patch}: the nearest is {nearest}.")
         self.embed_dim, self.images = embed_dim, images
         self.patch_size: tuple[int, int, int] = (tubelet_size, patch_size, patch_size)
         self.video_size: tuple[int, int, int, int] = (in_channels, num_frames, image_size, image_size)
 
     def grid(self, video_shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Shape (…, T, H, W) of a video -> number of tokens along (t, h, w); of a single frame (1, h, w)."""
+        """Number of tokens along (t, h, w) of a video of shape (…, T, H, W); (1, h, w) for a single frame."""
         t, h, w = (size // patch for size, patch in zip(video_shape[-3:], self.patch_size, strict=True))
         return 1 if video_shape[-3] == 1 else t, h, w
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of a whole clip of the size this encoder was built for."""
+        """Number of tokens of a clip of size :attr:`video_size`."""
         return math.prod(self.grid(self.video_size))
 
+    @property
+    def published_settings(self) -> dict[str, int]:
+        """Settings that no tensor determines, under the names of ``config.json`` of transformers."""
+        return {} if self.num_heads is None else {"num_attention_heads": self.num_heads}
+
     def as_clip(self, video: Tensor) -> Tensor:
-        """The video float (B, C, T, H, W) as patches are cut from it: a single frame repeated over a tubelet.
+        """Checks the shape of a video float (B, C, T, H, W); repeats a single frame over a tubelet.
 
         Raises:
-            ValueError: for another (C, T, H, W) than this encoder was built for, or for a single frame if it takes no
-                images.
+            ValueError: (C, T, H, W) is not :attr:`video_size`, nor, with ``images``, that of a single frame.
         """
         channels, _, *size = self.video_size
         if self.images and tuple(video.shape[1:]) == (channels, 1, *size):
             return video.expand(-1, -1, self.patch_size[0], -1, -1)
         if tuple(video.shape[1:]) != self.video_size:
-            single = f" or, for images, (C, 1, H, W) = {(channels, 1, *size)}" if self.images else ""
+            single = f" or, for single frames, {(channels, 1, *size)}" if self.images else ""
             fix = "" if self.images or video.shape[2] != 1 else "; single frames need model.encoder.images=true"
             raise ValueError(
-                f"the video has (C, T, H, W) = {tuple(video.shape[1:])} but the encoder was built for "
-                f"{self.video_size}{single}: give the data and model.encoder the same num_frames and image_size{fix}."
+                f"the video has (C, T, H, W) = {tuple(video.shape[1:])}, but the encoder requires {self.video_size}"
+                f"{single}: use the same num_frames and image_size in data and model.encoder{fix}."
             )
         return video
 
@@ -97,7 +103,7 @@ class Encoder(nn.Module):
             source: origin of the weights, for error messages.
 
         Raises:
-            ValueError: the state dict is of another architecture.
+            ValueError: the state dict is of a different architecture.
         """
         return state
 
@@ -108,23 +114,26 @@ class Encoder(nn.Module):
         encoder without its final norm.
 
         Args:
-            source: a weight file, see :func:`~blueberry_video.weights.files.read_weights`.
+            source: a weight file, a folder in the layout of transformers, or a hub id, see
+                :func:`~blueberry_video.weights.diffusers_folder.read_source`.
 
         Returns:
             A sentence on what was loaded.
 
         Raises:
             FileNotFoundError: there are no such weights.
-            ValueError: tensors are missing, unexpected or of another shape; the message names them.
+            ValueError: tensors are missing, unexpected or of a different shape, or the number of heads differs from
+                that in the folder's ``config.json``; the message names them.
         """
-        state, own = read_weights(source), self.state_dict()
+        (config, state), own = read_source(source), self.state_dict()
         inner = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
         is_own = {name for name in own if not name.startswith("norm.")} <= inner.keys()
         weights = inner if is_own else self.convert_published(state, source)
         norm = {name for name in weights.keys() ^ own.keys() if name.startswith("norm.")}
         weights = {name: value for name, value in weights.items() if name not in norm}
         weights |= {name: value for name, value in own.items() if name in norm}
-        fix = "Choose the model.encoder variant that the file was made with, or another init_from."
+        fix = "Choose the model.encoder variant of the file, or a different init_from."
+        check_config(self, config, self.published_settings, source, fix)
         load_strictly(self, weights, source, fix)
         note = f" (without the final norm: {', '.join(sorted(norm))})" if norm else ""
         return f"loaded {len(own)} encoder tensors from {source}{note}"

@@ -1,16 +1,16 @@
-"""The plain video vision transformer: the encoder of VideoMAE (arXiv 2203.12602; github.com/MCG-NJU/VideoMAE), of
-VideoMAE V2 and, with a bias on the keys, of OmniMAE (github.com/facebookresearch/omnivore); with other positions, of
-V-JEPA (arXiv 2404.08471; github.com/facebookresearch/jepa) and V-JEPA 2 (arXiv 2506.09985).
+"""Plain video vision transformer: the encoder of VideoMAE (arXiv 2203.12602; github.com/MCG-NJU/VideoMAE), of VideoMAE
+V2 and, with a bias on the keys, of OmniMAE (github.com/facebookresearch/omnivore); with different positions, of V-JEPA
+(arXiv 2404.08471; github.com/facebookresearch/jepa) and V-JEPA 2 (arXiv 2506.09985).
 
-Unusual about it: VideoMAE's positions are a fixed 1-D sinusoid over the flattened token index; its keys have no bias.
-V-JEPA's are a fixed 3-D sine-cosine table, V-JEPA 2 turns queries and keys instead. None are in the state dict; there
-is no class token. Parameter names are those of the original code.
+VideoMAE has a fixed 1-D sinusoid over the flattened token index and no bias on the keys; V-JEPA has a fixed 3-D
+sine-cosine table; V-JEPA 2 has rotary positions. Positions are not in the state dict. There is no class token.
+Parameter names are those of the original code.
 """
 
 import math
 import re
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,33 +21,34 @@ from blueberry_video.nn.embeddings import TubeletEmbed
 from blueberry_video.nn.positions import resize_table, sincos_3d_table, sinusoid_table
 from blueberry_video.nn.rope import RotaryPositions
 from blueberry_video.weights.files import JEPA_FILE, num_blocks
-from blueberry_video.weights.load import load_strictly
+from blueberry_video.weights.load import check_layout, load_strictly
+
+VIDEOMAE = "the layout of transformers' VideoMAE"
 
 
 class VisionTransformer(Encoder):
-    """Encoder of video float (B, C, T, H, W), normalised with ImageNet mean and standard deviation -> tokens (B, N,
-    D).
+    """Vision transformer: video float (B, C, T, H, W), normalized with ImageNet mean and std -> tokens (B, N, D).
 
     Args:
         image_size, num_frames, patch_size, tubelet_size, embed_dim, in_channels: see
             :class:`~blueberry_video.models.encoder.Encoder`.
         depth: number of blocks.
         num_heads: attention heads.
-        mlp_ratio: hidden over outer width of the MLPs.
-        qkv_bias: which projections have a bias, see :class:`~blueberry_video.nn.attention.Attention`.
-        drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
-        final_norm: LayerNorm after the last block. Published fine-tuned models have none: their classifier normalises
+        mlp_ratio: ratio of the hidden width of the MLPs to ``embed_dim``.
+        qkv_bias: projections with a bias, see :class:`~blueberry_video.nn.attention.Attention`.
+        drop_path: stochastic depth rate of the last block; rates grow linearly from 0 at the first block.
+        final_norm: LayerNorm after the last block. Published fine-tuned models have none: their classifier normalizes
             the mean of the tokens.
-        images: take single frames (B, C, 1, H, W), too; see :class:`~blueberry_video.models.encoder.Encoder`.
-        positions: ``"sinusoid"`` over the token index (VideoMAE); ``"sincos_3d"`` (V-JEPA), stretched over clips of
-            another length or size; ``"rope_3d"`` (V-JEPA 2), which such clips need nothing for.
-        rope_quirk: turn as the published weights of V-JEPA 2 do, see :mod:`blueberry_video.nn.rope`.
+        images: also accept single frames, see :class:`~blueberry_video.models.encoder.Encoder`.
+        positions: ``"sinusoid"`` over the token index (VideoMAE); ``"sincos_3d"`` (V-JEPA), interpolated for clips of
+            a different length or size; ``"rope_3d"`` (V-JEPA 2), defined for any length and size.
+        rope_quirk: rotation of the published weights of V-JEPA 2, see :mod:`blueberry_video.nn.rope`.
         init: ``"xavier"`` (VideoMAE, :func:`init_weights`) or ``"trunc_normal"`` (V-JEPA,
             :func:`~blueberry_video.nn.blocks.init_trunc_normal`).
 
     Raises:
-        ValueError: for sizes the patches do not divide, unknown positions or init; in ``forward`` for a video of a
-            shape that these positions do not fit.
+        ValueError: a size is not a multiple of the patch size, or ``positions`` or ``init`` is unknown; in
+            ``forward``, the shape of the video does not fit the positions.
     """
 
     positions: Tensor
@@ -77,7 +78,7 @@ class VisionTransformer(Encoder):
         if init not in ("xavier", "trunc_normal"):
             raise ValueError(f"init={init!r} is unknown: choose 'xavier' or 'trunc_normal'.")
         self.patch_embed = TubeletEmbed(in_channels, embed_dim, self.patch_size)
-        self.position_kind, grid = positions, self.grid(self.video_size)
+        self.num_heads, self.position_kind, grid = num_heads, positions, self.grid(self.video_size)
         if positions != "rope_3d":
             sinusoid = positions == "sinusoid"
             table = sinusoid_table(self.num_tokens, embed_dim) if sinusoid else sincos_3d_table(grid, embed_dim)
@@ -92,7 +93,7 @@ class VisionTransformer(Encoder):
             init_trunc_normal(self)
 
     def as_clip(self, video: Tensor) -> Tensor:
-        """As :meth:`Encoder.as_clip`; with 3-D positions, of any length and size that the patches divide."""
+        """See :meth:`Encoder.as_clip`; with 3-D positions, T, H and W are any multiples of the patch size."""
         if self.position_kind == "sinusoid":
             return super().as_clip(video)
         channels, tubelet = self.video_size[0], self.patch_size[0]
@@ -101,13 +102,13 @@ class VisionTransformer(Encoder):
         whole = all(size and size % patch == 0 for size, patch in zip(video.shape[-3:], self.patch_size))
         if video.shape[1] != channels or not whole:
             raise ValueError(
-                f"the video has (C, T, H, W) = {tuple(video.shape[1:])} but the encoder takes {channels} channels and "
-                f"cuts T, H, W into patches of {self.patch_size}: give a video of multiples of these."
+                f"the video has (C, T, H, W) = {tuple(video.shape[1:])}, but the encoder requires C = {channels} and "
+                f"multiples of patch_size={self.patch_size} as T, H and W."
             )
         return video
 
     def forward(self, video: Tensor, keep: Tensor | None = None) -> Tensor:
-        """(B, C, T, H, W) and, optionally, indices (B, N_kept) of the visible tokens -> (B, N or N_kept, D)."""
+        """Encodes all tokens, or the visible ones ``keep`` (B, N_kept): (B, C, T, H, W) -> (B, N or N_kept, D)."""
         x = self.patch_embed(self.as_clip(video), keep)
         grid, rotation = self.grid(video.shape), None
         if self.rope is not None:
@@ -120,7 +121,7 @@ class VisionTransformer(Encoder):
         return self.norm(x)
 
     def _positions(self, grid: tuple[int, int, int]) -> Tensor:
-        """The table (t * h * w, D) of a clip of this grid; a single frame has the places of a clip's first tokens."""
+        """Position table (t * h * w, D) of a clip of this grid; a single frame has the first positions of a clip."""
         built = self.grid(self.video_size)
         length = built[0] if grid[0] == 1 and self.images else grid[0]
         return resize_table(self.positions, built, (length, *grid[1:]))[: math.prod(grid)]
@@ -145,13 +146,12 @@ class VisionTransformer(Encoder):
         Args:
             weights: as :func:`encoder_weights` returns them.
             source: origin of the weights, for error messages.
-            num_frames, image_size: size of the clips; positions are computed, so no tensor determines them.
+            num_frames, image_size: size of the clips, which no tensor determines.
             num_heads: defaults to that of the published model of this width; no tensor determines it.
-            images: also accept single frames, as OmniMAE does.
-            positions, rope_quirk: see :class:`VisionTransformer`.
+            images, positions, rope_quirk: see :class:`VisionTransformer`.
 
         Raises:
-            ValueError: a tensor is missing, unexpected or of another shape.
+            ValueError: a tensor is missing, unexpected or of a different shape.
         """
         embed_dim, in_channels, tubelet_size, patch_size = weights["patch_embed.proj.weight"].shape[:4]
         encoder = cls(
@@ -175,9 +175,9 @@ class VisionTransformer(Encoder):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Xavier-uniform matrices, zero biases.
+    """Initializes a linear layer: Xavier-uniform weight, zero bias.
 
-    LayerNorm (1, 0), the patch convolution and the q and v biases (0) keep the values they are made with.
+    LayerNorm (1, 0), the patch convolution and the q and v biases (0) keep the initialization of PyTorch.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
@@ -185,7 +185,7 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-# Names within a block: transformers' VideoMAE (from version 5) -> ours, beside query, key and value: one matrix here.
+# Names within a block: transformers' VideoMAE (from version 5) -> ours; query, key and value are one matrix here.
 HUGGINGFACE_BLOCK = {
     "attention.attention.query.bias": "attn.q_bias",
     "attention.attention.value.bias": "attn.v_bias",
@@ -203,11 +203,10 @@ HUGGINGFACE_BLOCK = {
 
 
 def convert_huggingface_blocks(state: dict[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
-    """Transformer blocks of transformers' VideoMAE, ``<source>.<i>.…``, under the names of this package,
-    ``<target>.<i>.…``.
+    """Converts blocks of transformers' VideoMAE, ``<source>.<i>.…``, to the names of this package, ``<target>.<i>.…``.
 
-    Query, key and value become one matrix. Keys have no bias; a query or value bias is read by its name in either
-    layout (``query.bias`` from transformers 5, ``q_bias`` before). Unknown names stay, for a strict load to report.
+    Query, key and value become one matrix. Biases have the names of transformers 5 (``query.bias``) or earlier
+    (``q_bias``). Unknown names are kept, so that a strict load reports them.
     """
     before_5 = {f"attention.attention.{part}_bias": f"attn.{part}_bias" for part in "qv"}
     ours = HUGGINGFACE_BLOCK | before_5 | {"attention.attention.query.weight": "attn.qkv.weight"}
@@ -224,10 +223,10 @@ def convert_huggingface_blocks(state: dict[str, Tensor], source: str, target: st
 
 
 def to_huggingface_blocks(state: dict[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
-    """The inverse of :func:`convert_huggingface_blocks`, in the layout of transformers 5.
+    """Inverse of :func:`convert_huggingface_blocks`, in the layout of transformers 5.
 
     Raises:
-        ValueError: if keys have a bias, which transformers' VideoMAE has no place for.
+        ValueError: the keys have a bias, which transformers' VideoMAE does not support.
     """
     theirs = {our: their for their, our in HUGGINGFACE_BLOCK.items()}
     converted = {}
@@ -236,17 +235,17 @@ def to_huggingface_blocks(state: dict[str, Tensor], source: str, target: str) ->
             continue
         index, inner = name.removeprefix(f"{source}.").split(".", 1)
         if inner == "attn.qkv.bias":
-            raise ValueError(f"{name} biases the keys, which VideoMAE cannot hold: this model has qkv_bias='qkv'.")
+            raise ValueError(f"{name} has no counterpart in {VIDEOMAE}: qkv_bias='qkv' must be 'qv' or 'none'.")
         if inner == "attn.qkv.weight":
             for part, matrix in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                converted[f"{target}.{index}.attention.attention.{part}.weight"] = matrix
+                converted[f"{target}.{index}.attention.attention.{part}.weight"] = matrix.clone()
         else:
             converted[f"{target}.{index}.{theirs.get(inner, inner)}"] = value
     return converted
 
 
 def convert_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder of transformers' ``VideoMAE…`` models (keys ``videomae.…`` or bare) as :class:`VisionTransformer`."""
+    """Converts the encoder of transformers' ``VideoMAE…`` models (``videomae.…`` or without this prefix)."""
     prefix = "videomae." if any(name.startswith("videomae.") for name in state) else ""
     state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     converted = convert_huggingface_blocks(state, "encoder.layer", "blocks")
@@ -258,10 +257,10 @@ def convert_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of :func:`convert_huggingface`: a :class:`VisionTransformer`'s weights as ``videomae.…``.
+    """Inverse of :func:`convert_huggingface`, with the prefix ``videomae.``.
 
     Raises:
-        ValueError: if keys have a bias, which transformers' VideoMAE has no place for.
+        ValueError: see :func:`to_huggingface_blocks`.
     """
     converted = to_huggingface_blocks(state, "blocks", "videomae.encoder.layer")
     for name, value in state.items():
@@ -271,10 +270,69 @@ def to_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def convert_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder of an original VideoMAE file, or of one of this package, as a :class:`VisionTransformer`'s.
+def huggingface_config(encoder: Encoder) -> dict[str, Any]:
+    """Settings of an encoder as ``config.json`` of transformers' VideoMAE holds them.
 
-    Pre-training files keep it under ``encoder.``, fine-tuning files at the top, beside ``fc_norm.`` and ``head.``.
+    Settings of training alone (``drop_path``, ``init``) are left out.
+
+    Raises:
+        ValueError: a setting has no counterpart in VideoMAE; the message names key and value.
+    """
+    check_layout(VIDEOMAE, {"model.encoder": (type(encoder).__name__, VisionTransformer.__name__)})
+    assert isinstance(encoder, VisionTransformer)
+    state, (channels, num_frames, image_size, _) = encoder.state_dict(), encoder.video_size
+    bias = qkv_bias(state, "blocks.0")
+    settings = {"positions": (encoder.position_kind, "sinusoid"), "images": (encoder.images, False)}
+    settings |= {"qkv_bias": (bias, bias if bias == "none" else "qv")}
+    check_layout(VIDEOMAE, {f"model.encoder.{key}": values for key, values in settings.items()})
+    return {
+        "model_type": "videomae",
+        "image_size": image_size,
+        "patch_size": encoder.patch_size[1],
+        "num_channels": channels,
+        "num_frames": num_frames,
+        "tubelet_size": encoder.patch_size[0],
+        "hidden_size": encoder.embed_dim,
+        "num_hidden_layers": len(encoder.blocks),
+        "num_attention_heads": encoder.num_heads,
+        "intermediate_size": len(state["blocks.0.mlp.fc1.bias"]),
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "qv_bias": bias == "qv",
+        "use_mean_pooling": "norm.weight" not in state,  # transformers' name for "no LayerNorm after the encoder"
+    }
+
+
+def settings_of_config(
+    config: dict[str, Any], num_frames: int | None, image_size: int | None, num_heads: int | None
+) -> dict[str, Any]:
+    """Arguments of :meth:`VisionTransformer.from_weights` that no tensor determines.
+
+    Each is the explicit value if there is one, else that of ``config.json`` of transformers' VideoMAE, else that of the
+    published models.
+
+    Raises:
+        ValueError: the config has a setting that no published model has.
+    """
+    size = config.get("image_size", 224)
+    height, width = size if isinstance(size, list) else (size, size)
+    for key, value, required in (
+        ("image_size", [height, width], [height, height]),
+        ("hidden_act", config.get("hidden_act", "gelu"), "gelu"),
+    ):
+        if value != required:
+            raise ValueError(f"{key}={value!r} in config.json is not supported: it must be {required!r}.")
+    return {
+        "num_frames": num_frames or config.get("num_frames", 16),
+        "image_size": image_size or height,
+        "num_heads": num_heads or config.get("num_attention_heads"),
+    }
+
+
+def convert_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Extracts the encoder of an original VideoMAE file, or of a file of this package.
+
+    Its names begin with ``encoder.`` in pre-training files; in fine-tuning files they have no prefix.
     """
     if "encoder.patch_embed.proj.weight" in state:
         return {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
@@ -282,32 +340,32 @@ def convert_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def convert_omnimae(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder of an OmniMAE file (keys ``trunk.…``) as a :class:`VisionTransformer`'s.
+    """Converts the encoder of an OmniMAE file (keys ``trunk.…``).
 
-    The file holds the position table as a buffer. It is left out here, once it has been found to be the one this
-    package computes. The convolution has a number of its own there, behind what repeats a picture.
+    The position table in the file is compared with the computed one and dropped. The convolution is item 1 of a
+    sequence in the file, after the module that repeats an image.
 
     Raises:
-        ValueError: for other positions.
+        ValueError: see :func:`check_positions`.
     """
     check_positions(state, "trunk.pos_embed")
-    others = ("trunk.decoder.", "trunk.mask_token", "trunk.pos_embed")
-    names = [name for name in state if name.startswith("trunk.") and not name.startswith(others)]
+    ignored = ("trunk.decoder.", "trunk.mask_token", "trunk.pos_embed")
+    names = [name for name in state if name.startswith("trunk.") and not name.startswith(ignored)]
     return {re.sub(r"^trunk\.(patch_embed\.proj\.)?(\d\.)?", r"\1", name): state[name] for name in names}
 
 
 def to_omnimae(state: dict[str, Tensor], num_frames: int = 16, image_size: int = 224) -> dict[str, Tensor]:
-    """The inverse of :func:`convert_omnimae`: a :class:`VisionTransformer`'s weights as ``trunk.…``, with positions.
+    """Inverse of :func:`convert_omnimae`, with the position table.
 
     Args:
-        state: the weights of the encoder.
-        num_frames, image_size: of its clips, which tell the length of the position table.
+        state: state dict of the encoder.
+        num_frames, image_size: size of the clips, which determines the length of the position table.
 
     Raises:
-        ValueError: if keys have no bias, as in VideoMAE: OmniMAE's have.
+        ValueError: the keys have no bias.
     """
     if "blocks.0.attn.qkv.bias" not in state:
-        raise ValueError("blocks.0.attn.qkv.bias is missing: OmniMAE's encoder has qkv_bias='qkv', this one has not.")
+        raise ValueError("blocks.0.attn.qkv.bias is missing: the layout of OmniMAE requires qkv_bias='qkv'.")
     width, _, tubelet_size, *patch_size = state["patch_embed.proj.weight"].shape
     num_tokens = num_frames // tubelet_size * math.prod(image_size // size for size in patch_size)
     converted = {"trunk.pos_embed": sinusoid_table(num_tokens, width)[None]}
@@ -317,10 +375,10 @@ def to_omnimae(state: dict[str, Tensor], num_frames: int = 16, image_size: int =
 
 
 def check_positions(state: dict[str, Tensor], name: str) -> None:
-    """A position table in a file, (1, N, D), is the sinusoid of this package; that it is missing does no harm.
+    """Checks that a position table (1, N, D) in a state dict, if present, is the sinusoid that this package computes.
 
     Raises:
-        ValueError: if it is another: computed positions would not be those the weights were trained with.
+        ValueError: the table differs, so that the weights were trained with different positions.
     """
     if name not in state:
         return
@@ -328,16 +386,16 @@ def check_positions(state: dict[str, Tensor], name: str) -> None:
     expected = sinusoid_table(*table.shape[-2:])
     if table.shape != (1, *expected.shape) or (table.float() - expected).abs().max() > 1e-5:
         raise ValueError(
-            f"{name} in the file, {tuple(table.shape)}, is not the 1-D sinusoid over the flattened tokens that this "
-            "package computes: learned or other positions cannot be loaded."
+            f"{name} of shape {tuple(table.shape)} is not the 1-D sinusoid over the flattened tokens: learned or "
+            "different positions cannot be loaded."
         )
 
 
 def encoder_weights(state: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """The encoder in a published state dict of any layout, under the names of :class:`VisionTransformer`.
+    """Extracts the encoder of a published state dict in any layout, under the names of :class:`VisionTransformer`.
 
     Raises:
-        ValueError: if there is no VideoMAE or OmniMAE encoder in it, or one with other positions.
+        ValueError: there is no VideoMAE or OmniMAE encoder, or its positions differ (:func:`check_positions`).
     """
     if any("embeddings.patch_embeddings.proj." in name for name in state):
         raise ValueError(f"{source} holds an encoder and a predictor, {JEPA_FILE}")
@@ -354,10 +412,10 @@ def encoder_weights(state: dict[str, Tensor], source: str | Path) -> dict[str, T
 
 
 def head_width(width: int) -> int:
-    """Published models have heads of 64 channels, ViT-H (encoder and VideoMAE's decoder) of 80, ViT-g of 88."""
+    """Channels per head of published models: 64; 80 in ViT-H (encoder and VideoMAE's decoder), 88 in ViT-g."""
     return {640: 80, 1280: 80, 1408: 88}.get(width, 64)
 
 
 def qkv_bias(state: dict[str, Tensor], block: str) -> str:
-    """Which projections of a block, such as ``blocks.0``, have a bias: as :class:`VisionTransformer` names it."""
+    """Value of ``qkv_bias`` of :class:`VisionTransformer` for a block of a state dict, such as ``blocks.0``."""
     return "qv" if f"{block}.attn.q_bias" in state else "qkv" if f"{block}.attn.qkv.bias" in state else "none"

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from blueberry_video.atomic import atomic_folder
-from blueberry_video.weights.files import read_weights, resolve
+from blueberry_video.weights.files import read_weights, resolve, without_prefixes
 
 CONFIG = "config.json"
-WEIGHTS = ("diffusion_pytorch_model", "model")  # file names of diffusers and of transformers
+DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # file names of weights
 MAX_SHARD_BYTES = 5_000_000_000
 
 # A tensor name that occurs in one architecture only -> that architecture. The first match counts.
@@ -44,26 +44,39 @@ def family(state: dict[str, Tensor]) -> str:
     return f"an unknown architecture ({', '.join(sorted(state)[:3])}, …)"
 
 
-def read_published(
-    source: str | Path, expected: str, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
-) -> tuple[dict, dict[str, Tensor]]:
-    """Config and state dict of published weights, under the names of diffusers.
+def read_source(source: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """Config and state dict of published weights, under the names of the files.
 
     Args:
         source: a folder (see :func:`read_folder`), a weight file (see
             :func:`~blueberry_video.weights.files.read_weights`), or a hub id.
-        expected: the required architecture, see :func:`family`.
-        convert: converts a state dict in the original layout to that of diffusers.
 
     Returns:
         The config, empty for a file, and the state dict.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, or of another architecture; the message names it.
+        ValueError: a file is damaged.
     """
     path = resolve(source)
-    config, state = read_folder(path) if path.is_dir() else ({}, read_weights(path))
+    return read_folder(path) if path.is_dir() else ({}, read_weights(path))
+
+
+def read_published(
+    source: str | Path, expected: str, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> tuple[dict, dict[str, Tensor]]:
+    """Config and state dict of a source (see :func:`read_source`), under the names of diffusers.
+
+    Args:
+        source: a folder, a weight file, or a hub id.
+        expected: the required architecture, see :func:`family`.
+        convert: converts a state dict in the original layout to that of diffusers.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or of a different architecture; the message names it.
+    """
+    config, state = read_source(source)
     found = family(state)
     if found != expected and not found.startswith(f"{expected} in "):
         raise ValueError(f"{source} holds {found}, not {expected}: choose the model for these weights.")
@@ -81,46 +94,54 @@ def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     if not (folder / CONFIG).is_file() and (folder / "transformer" / CONFIG).is_file():
         folder = folder / "transformer"
     if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{folder} holds no {CONFIG}: give a model folder as diffusers saves it.")
-    stem = next((name for name in WEIGHTS if list(folder.glob(f"{name}*.safetensors*"))), WEIGHTS[0])
+        raise FileNotFoundError(f"{folder} holds no {CONFIG}: give a model folder of diffusers or transformers.")
+    names = (DIFFUSERS, TRANSFORMERS)
+    stem = next((name for name in names if list(folder.glob(f"{name}*.safetensors*"))), DIFFUSERS)
     index = folder / f"{stem}.safetensors.index.json"
     try:
         config = json.loads((folder / CONFIG).read_text())
         shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{folder}: its {CONFIG} or index is damaged ({error}): download the folder again.") from error
-    names = sorted(shards) or [f"{stem}.safetensors"]
-    if missing := [name for name in names if not (folder / name).is_file()]:
+    files = sorted(shards) or [f"{stem}.safetensors"]
+    if missing := [name for name in files if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: download the missing files.")
     state: dict[str, Tensor] = {}
-    for name in names:
+    for name in files:
         try:
             state |= load_file(folder / name)
         except SafetensorError as error:
             raise ValueError(f"{folder / name} is damaged and cannot be read: download it again.") from error
-    return config, state
+    return config, without_prefixes(state)
 
 
 def write_folder(
-    folder: str | Path, config: dict, state: dict[str, Tensor], max_shard_size: int = MAX_SHARD_BYTES
+    folder: str | Path,
+    config: dict,
+    state: dict[str, Tensor],
+    max_shard_size: int = MAX_SHARD_BYTES,
+    *,
+    stem: str = DIFFUSERS,
 ) -> None:
-    """Writes a model folder that :func:`read_folder`, and ``from_pretrained`` of diffusers, read.
+    """Writes a model folder that :func:`read_folder` and ``from_pretrained`` of diffusers or transformers load.
 
     The folder appears under its name once it is complete.
 
     Args:
         folder: must not exist, or be empty.
-        config: settings of the model, with its class as ``_class_name``.
+        config: settings of the model, with its class as ``_class_name`` (diffusers) or ``architectures``
+            (transformers).
         state: tensors by name.
         max_shard_size: largest size of a safetensors file in bytes.
+        stem: name of the weight files, :data:`DIFFUSERS` or :data:`TRANSFORMERS`.
 
     Raises:
         FileExistsError: the folder is a file, or not empty.
     """
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder: choose another folder.")
+        raise FileExistsError(f"{folder} exists and is not an empty folder: choose a different folder.")
     with atomic_folder(folder) as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        pattern = f"{WEIGHTS[0]}{{suffix}}.safetensors"
+        pattern = f"{stem}{{suffix}}.safetensors"
         save_torch_state_dict(state, partial, filename_pattern=pattern, max_shard_size=max_shard_size)

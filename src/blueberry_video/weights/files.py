@@ -14,25 +14,24 @@ from torch import Tensor
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 JEPA_FILE = (
-    "as files of V-JEPA do: read it with blueberry_video.models.jepa.model.from_published, which takes the name of the "
-    "encoder. The state_dict() of that encoder, saved with torch.save, can be given here."
+    "as files of V-JEPA do: use blueberry_video.models.jepa.JEPA.from_published, which takes the name of the encoder. "
+    "The state_dict() of that encoder, saved with torch.save, is also accepted here."
 )
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a published or own checkpoint file, without its wrapping.
+    """Returns the state dict of a published weight file or of a checkpoint of a run.
 
     Args:
         path: a ``.safetensors`` file, or a torch file: bare, or wrapped in ``model`` (VideoMAE), ``module``
             (DeepSpeed) or ``state_dict`` (Lightning).
 
     Returns:
-        Tensors by name; names without the prefixes ``module.``, ``model.`` and ``backbone.``.
+        Tensors by name, without the prefixes ``module.``, ``model.`` and ``backbone.``.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, holds no state dict, several (V-JEPA), or objects that only running code
-            would restore.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, holds no state dict, several (V-JEPA), or objects that only code can restore.
     """
     content = read_content(path)
     for wrapping in ("model", "module", "state_dict"):
@@ -49,22 +48,19 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def without_prefixes(content: dict) -> dict[str, Tensor]:
-    """The tensors of a state dict, their names without ``module.``, ``model.`` and ``backbone.`` in front."""
+    """Returns the tensors of a state dict, without the prefixes ``module.``, ``model.`` and ``backbone.``."""
     prefix = re.compile(r"^(module\.|model\.|backbone\.)+")
     return {prefix.sub("", name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
 def resolve(source: str | Path) -> Path:
-    """Local path of weights, downloaded from the Hugging Face hub where ``source`` is a repository id.
+    """Returns the local path of weights; a hub repository is downloaded first.
 
     Args:
-        source: a file, a folder, or a hub id such as ``THUDM/CogVideoX-2b``. An existing path is never taken for an id.
-
-    Returns:
-        The file or folder.
+        source: a file, a folder, or a hub id such as ``THUDM/CogVideoX-2b``. An existing path takes precedence.
 
     Raises:
-        FileNotFoundError: there is neither such a path nor such a repository, or the hub cannot be reached.
+        FileNotFoundError: neither the path nor the repository exists, or the hub cannot be reached.
     """
     path = Path(source)
     if path.exists() or path.suffix in WEIGHT_SUFFIXES or not re.fullmatch(r"[\w-]+/[\w.-]+", str(source)):
@@ -82,7 +78,7 @@ def resolve(source: str | Path) -> Path:
 
 
 def read_content(path: str | Path) -> object:
-    """All that a checkpoint file holds, its tensors on the CPU.
+    """Returns the whole content of a checkpoint file, with tensors on the CPU.
 
     Raises:
         FileNotFoundError, ValueError: see :func:`read_weights`.
@@ -93,31 +89,31 @@ def read_content(path: str | Path) -> object:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # Beside the weights, the original files keep the arguments of their run: an argparse namespace, plain data.
+        # The original files also hold the arguments of their run, as an argparse namespace: plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(
-            f"{path} cannot be read: it is damaged, or holds objects that would have to run code. Give a whole file, "
-            "or save its state dict alone with torch.save, in a session that trusts it."
+            f"{path} cannot be read: it is damaged, or holds objects that require running code. Use a complete file, "
+            "or save only its state dict with torch.save, in a session that trusts it."
         ) from error
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """State dict of the model in a Lightning checkpoint of a run, without the prefix ``model.``.
+    """Returns the state dict of the model in a Lightning checkpoint of a run, without the prefix ``model.``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or no checkpoint of a run.
+        ValueError: the file is damaged, or not a checkpoint of a run.
     """
     content = read_content(path)
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
-        raise ValueError(f"{path} is no checkpoint of a run: it has no state_dict.")
+        raise ValueError(f"{path} is not a checkpoint of a run: it has no state_dict.")
     return {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
 
 
 def num_blocks(state: dict[str, Tensor], prefix: str) -> int:
-    """How many blocks ``<prefix>.<i>.…`` a state dict has."""
+    """Number of blocks ``<prefix>.<i>.…`` in a state dict."""
     numbers = (int(name[len(prefix) + 1 :].split(".")[0]) for name in state if name.startswith(f"{prefix}."))
     return 1 + max(numbers, default=-1)

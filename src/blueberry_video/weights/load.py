@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def mismatches(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> str:
-    """Differences between two state dicts in names and shapes, as text; empty if there are none.
+    """Describes the differences between two state dicts in names and shapes; empty if there are none.
 
     Args:
         own: the state dict of the module.
@@ -22,15 +22,15 @@ def mismatches(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> str:
     if shapes:
         name = min(shapes)
         sizes = f"{tuple(loaded[name].shape)} instead of {tuple(own[name].shape)}"
-        found.append(f"{len(shapes)} of another shape, such as {name} {sizes}")
+        found.append(f"{len(shapes)} of a different shape, such as {name} {sizes}")
     return "; ".join(found)
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str | Path, fix: str = "") -> None:
-    """Loads a state dict whose names and shapes must be exactly those of the module.
+    """Loads a state dict with exactly the names and shapes of the module.
 
-    Values are converted to the dtype and device of the module. A module on the meta device takes the tensors
-    themselves, in their own dtype.
+    Values are converted to the dtype and device of the module. A module on the meta device is assigned the tensors
+    themselves, in their dtype.
 
     Args:
         module: the module to load into.
@@ -39,7 +39,7 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str | 
         fix: a sentence for the error message on what to change.
 
     Raises:
-        ValueError: tensors are missing, unexpected or of another shape; the message names one of each kind.
+        ValueError: tensors are missing, unexpected or of a different shape; the message names one of each kind.
     """
     own = module.state_dict()
     if found := mismatches(own, state):
@@ -53,10 +53,34 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str | 
         parameter.requires_grad_(trainable[name])
 
 
-def different_settings(loaded: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """Settings of ``loaded`` that have another value in ``own``, as ``key=theirs (here ours)``; empty if all agree.
+def check_layout(layout: str, settings: Mapping[str, tuple[Any, Any]]) -> None:
+    """Checks that a model can be saved in a published layout.
 
-    Keys that only one of the two has are not compared.
+    Args:
+        layout: name of the layout, for the error message.
+        settings: key -> (value of the model, value that the layout requires).
+
+    Raises:
+        ValueError: a setting has no counterpart in the layout; the message names key and value.
     """
+    for key, (value, required) in settings.items():
+        if value != required:
+            raise ValueError(f"{key}={value!r} has no counterpart in {layout}, which requires {key}={required!r}.")
+
+
+def check_config(
+    module: nn.Module, config: Mapping[str, Any], settings: Mapping[str, Any], source: str | Path, fix: str = ""
+) -> None:
+    """Checks that settings of a module, which no tensor determines, equal those of a published config.
+
+    Raises:
+        ValueError: settings differ; the message names them.
+    """
+    if found := different_settings(config, settings):
+        raise ValueError(f"the config of {source} does not fit {type(module).__name__}: {found}. {fix}".rstrip())
+
+
+def different_settings(loaded: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """Lists the settings that differ, as ``key=theirs (here ours)``; empty if all shared keys agree."""
     shared = [key for key in loaded if key in own and loaded[key] != own[key]]
     return ", ".join(f"{key}={loaded[key]} (here {own[key]})" for key in shared)

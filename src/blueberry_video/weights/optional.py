@@ -1,14 +1,14 @@
-"""Optional packages, imported when what needs them is built."""
+"""Lazy import of optional packages."""
 
 import importlib
 from typing import Any
 
 
 def import_extra(package: str, extra: str = "pretrained") -> Any:
-    """The package.
+    """Imports an optional package.
 
     Raises:
-        ImportError: it is not installed; the message names the extra that holds it.
+        ImportError: it is not installed; the message names the extra to install.
     """
     try:
         return importlib.import_module(package)
@@ -20,25 +20,24 @@ def import_extra(package: str, extra: str = "pretrained") -> Any:
 
 
 def load_part(loader: Any, path: str, subfolder: str | None, what: str, **options: Any) -> Any:
-    """``loader.from_pretrained`` of a local folder or hub id.
+    """Calls ``loader.from_pretrained`` for a local folder or hub id.
 
     Args:
         loader: a class of transformers or diffusers.
         path: the folder or id.
-        subfolder: of it; None where the files lie in it.
-        what: for the message.
-        options: what else ``from_pretrained`` is given.
+        subfolder: subfolder with the files, or ``None``.
+        what: name of the part, for the message.
+        options: further arguments of ``from_pretrained``.
 
     Raises:
-        FileNotFoundError: there is no such folder or id, or what it holds is of an unknown kind.
+        FileNotFoundError: the folder or id does not exist, or the class cannot read its files.
     """
     where = {} if subfolder is None else {"subfolder": subfolder}
     try:
         return loader.from_pretrained(path, **where, **options)
-    except (OSError, ValueError) as error:  # what the libraries raise for missing or foreign files
+    except (OSError, ValueError) as error:  # raised by the libraries for missing or foreign files
         reason = str(error).strip().split("\n")[0]
         raise FileNotFoundError(
-            f"no {what} could be loaded from {'/'.join(filter(None, (path, subfolder)))} ({reason}): give a folder as "
-            "diffusers writes it (with text_encoder/, tokenizer/, vae/, …) or the id of one on the hub, and the right "
-            "subfolder."
+            f"no {what} could be loaded from {'/'.join(filter(None, (path, subfolder)))} ({reason}): use a folder in "
+            "the layout of diffusers (with text_encoder/, tokenizer/, vae/, …) or a hub id, and the right subfolder."
         ) from error

@@ -11,7 +11,6 @@ from transformers.models.videomae import modeling_videomae
 
 from blueberry_video.config import CONF
 from blueberry_video.masking import DualMasking, TubeMasking
-from blueberry_video.models.masked_autoencoder import model as masked_autoencoder
 from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder, decoder_flops
 from blueberry_video.models.vit import VisionTransformer
 
@@ -196,7 +195,7 @@ def save(path, **changes):
 
 
 def load(path) -> MaskedAutoencoder:
-    return masked_autoencoder.from_published(path, num_frames=4, image_size=16, num_heads=2, decoder_num_heads=2)
+    return MaskedAutoencoder.from_published(path, num_frames=4, image_size=16, num_heads=2, decoder_num_heads=2)
 
 
 @pytest.mark.parametrize(

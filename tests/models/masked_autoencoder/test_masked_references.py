@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from blueberry_video.masking import ByModality, DualMasking, RandomMasking, TubeMasking
-from blueberry_video.models.masked_autoencoder import model as masked_autoencoder
+from blueberry_video.models.masked_autoencoder import convert
 from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import constant
@@ -188,7 +188,7 @@ def omnimae_file(tokens: int = 32) -> Weights:
 def load(path, file: Weights, **wrapping) -> MaskedAutoencoder:
     torch.save(wrapping or file, path)
     decoder_heads = None if "head.weight" in file else HEADS  # OmniMAE has 16 at every size
-    return masked_autoencoder.from_published(path, 4, 16, HEADS, decoder_heads).double()
+    return MaskedAutoencoder.from_published(path, 4, 16, HEADS, decoder_heads).double()
 
 
 # ---- comparisons -----------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_omnimae_equals_the_reference_in_loss_and_all_gradients(frames, tmp_path
     ours = own_loss(model, video, masking=masking, eps_under_root=True)
     theirs.backward()
     ours.backward()
-    gradients = masked_autoencoder.convert_omnimae({name: value.grad for name, value in weights.items()})
+    gradients = convert.convert_omnimae({name: value.grad for name, value in weights.items()})
     assert_same(ours, theirs, model, gradients)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 from blueberry_video.models import classifier, vit
-from blueberry_video.models.masked_autoencoder import model as masked_autoencoder
+from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
 from blueberry_video.nn.patches import gather_tokens
 from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD
 from blueberry_video.tasks.masked_pixels import masked_pixel_loss
@@ -193,13 +193,15 @@ PRETRAINED_LAYOUTS = [
 FINETUNED_LAYOUTS = [*SHARED_LAYOUTS, "finetuned.pth", "finetuned-deepspeed.pt", "finetuned-backbone.pth"]
 
 
-def load_pretrained(path: Path, config: VideoMAEConfig) -> masked_autoencoder.MaskedAutoencoder:
+def load_pretrained(path: Path, config: VideoMAEConfig) -> MaskedAutoencoder:
     heads, decoder_heads = config.num_attention_heads, config.decoder_num_attention_heads
-    return masked_autoencoder.from_published(path, config.num_frames, config.image_size, heads, decoder_heads)
+    return MaskedAutoencoder.from_published(path, config.num_frames, config.image_size, heads, decoder_heads)
 
 
 def load_finetuned(path: Path, config: VideoMAEConfig) -> classifier.VideoClassifier:
-    return classifier.from_published(path, "action", config.num_frames, config.image_size, config.num_attention_heads)
+    return classifier.VideoClassifier.from_published(
+        path, "action", config.num_frames, config.image_size, config.num_attention_heads
+    )
 
 
 def assert_same_gradients(ours: nn.Module, theirs: dict[str, Tensor]) -> None:
@@ -363,7 +365,7 @@ def test_positions_equal_transformers_table():
     config = hf_config("odd-sizes")
     reference = VideoMAEForPreTraining(config)
     encoder = vit.VisionTransformer(12, 3, 4, 1, embed_dim=47, depth=1, num_heads=1)
-    model = masked_autoencoder.MaskedAutoencoder(encoder, decoder_dim=24, decoder_depth=1, decoder_num_heads=3)
+    model = MaskedAutoencoder(encoder, decoder_dim=24, decoder_depth=1, decoder_num_heads=3)
     torch.testing.assert_close(encoder.positions, reference.videomae.embeddings.position_embeddings[0])
     torch.testing.assert_close(model.decoder_positions, reference.position_embeddings[0])
 
