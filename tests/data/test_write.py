@@ -73,7 +73,7 @@ def test_interrupted_writing_leaves_no_folder(tmp_path: Path):
     assert not (tmp_path / "d").exists()
     FolderWriter({"train": Sprites("train", 40)}, num_workers=0)(tmp_path / "d")
     assert len(list((tmp_path / "d" / "videos").iterdir())) == 40
-    assert not list(tmp_path.glob("*partial*"))
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_concurrent_processes_write_once(tmp_path: Path):
