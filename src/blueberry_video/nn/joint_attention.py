@@ -25,7 +25,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = No
     """
     if isinstance(mask, BlockMask):
         compiled = q.is_cuda and not torch.compiler.is_compiling()
-        return (_compiled_flex_attention() if compiled else flex_attention)(q, k, v, block_mask=mask)
+        flex: Callable[..., Tensor] = _compiled_flex_attention() if compiled else flex_attention
+        return flex(q, k, v, block_mask=mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

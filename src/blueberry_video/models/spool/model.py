@@ -5,7 +5,7 @@ Lookback and lookahead heads attend to at most ``local_frame_range`` previous or
 learned *context frames*, before the first and after the last frame, attend to the whole video, and every frame attends
 to them, so that distant frames interact from the second block on. The means of their outputs are the video's vector.
 
-In place of the original's ``backbone_name``, the config has a backbone, any encoder that takes single frames. It is
+Instead of the original's ``backbone_name``, the config has a backbone, any encoder that takes single frames. It is
 chosen by its name in conf/model/: `override /model@model.encoder.backbone: dinov2/small` in an experiment, or
 ``model@model.encoder.backbone=dinov2/small`` on the command line.
 
