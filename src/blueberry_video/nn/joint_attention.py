@@ -6,7 +6,7 @@ the frames of its own and earlier chunks. Generated frames never change, so thei
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = No
     ``mask`` is bool, broadcast to (B, heads, N, M), true where attended, or a block mask for FlexAttention.
     """
     if isinstance(mask, BlockMask):
-        compiled = q.is_cuda and not torch.compiler.is_compiling()
-        flex: Callable[..., Tensor] = _compiled_flex_attention() if compiled else flex_attention
+        flex: Any = flex_attention
+        if q.is_cuda and not torch.compiler.is_compiling():
+            flex = _compiled_flex_attention()
         return flex(q, k, v, block_mask=mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
