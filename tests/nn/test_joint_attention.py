@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask
 
 from blueberry_video.nn.joint_attention import (
     KeyValueCache,
-    _block_causal,
+    _mask_mod,
     attend,
     block_causal,
     block_causal_mask,
@@ -35,8 +35,8 @@ def test_mask_without_text():
 def test_masks_with_a_cache_are_the_last_rows_of_the_whole_mask():
     whole = block_causal_mask(3, 6, 2, 2)
     assert torch.equal(block_causal(3, 6, 2, 2), whole)
-    assert torch.equal(block_causal(3, 4, 2, 2, first=2), whole[3 + 2 * 2 :])
-    assert block_causal(3, 2, 2, 2, first=4) is None  # the last chunk attends to all tokens
+    assert torch.equal(block_causal(3, 4, 2, 2, first_frame=2), whole[3 + 2 * 2 :])
+    assert block_causal(3, 2, 2, 2, first_frame=4) is None  # the last chunk attends to all tokens
     assert whole[3 + 4 * 2 :].all()
 
 
@@ -51,11 +51,11 @@ def test_attend_is_masked_softmax_attention():
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_block_mask_equals_the_dense_mask():
-    """flex_attention runs uncompiled on the CPU, with the mask function that is used on CUDA."""
+    """FlexAttention runs uncompiled on the CPU, with the mask function that is used on CUDA."""
     q, k, v = torch.randn(3, 1, 2, 11, 16)
-    blocks = create_block_mask(_block_causal(3, 4, 2, 2, True), None, None, 11, 11, device="cpu")
+    blocks = create_block_mask(_mask_mod(3, 4, 2, 2, True), None, None, 11, 11, device="cpu")
     expected = attend(q, k, v, block_causal_mask(3, 4, 2, 2))
-    torch.testing.assert_close(flex_attention(q, k, v, block_mask=blocks), expected, **CLOSE)
+    torch.testing.assert_close(attend(q, k, v, blocks), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("chunk", [0, -2])
@@ -66,10 +66,10 @@ def test_chunk_below_one_raises(chunk):
 
 def test_cache_keeps_the_first_tokens_and_overwrites_the_rest():
     cache, keys, values = KeyValueCache(), torch.randn(2, 3, 10, 4), torch.randn(2, 3, 10, 4)
-    cache.join(0, keys[:, :, :6], values[:, :, :6], kept=0)
-    cache.join(0, torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4), kept=4)  # an earlier denoising step
-    joined = cache.join(0, keys[:, :, 4:], values[:, :, 4:], kept=4)
-    torch.testing.assert_close(joined, (keys, values), atol=0, rtol=0)
+    cache.update(0, keys[:, :, :6], values[:, :, :6], kept=0)
+    cache.update(0, torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4), kept=4)  # an earlier denoising step
+    updated = cache.update(0, keys[:, :, 4:], values[:, :, 4:], kept=4)
+    torch.testing.assert_close(updated, (keys, values), atol=0, rtol=0)
     assert cache.num_tokens() == 10
     assert cache.num_tokens(layer=1) == 0
 
@@ -77,7 +77,7 @@ def test_cache_keeps_the_first_tokens_and_overwrites_the_rest():
 def test_misuse_of_the_cache_raises():
     cache, x = KeyValueCache(), torch.zeros(2, 1, 3, 4)
     with pytest.raises(ValueError, match=r"cache.*\b0 tokens.*\b3\b"):
-        cache.join(0, x, x, kept=3)
-    cache.join(0, x, x, kept=0)
-    with pytest.raises(ValueError, match=r"cache.*\b2\b.*\b1\b.*KeyValueCache"):
-        cache.join(0, x[:1], x[:1], kept=3)
+        cache.update(0, x, x, kept=3)
+    cache.update(0, x, x, kept=0)
+    with pytest.raises(ValueError, match=r"cache.*batch size 2\b.*\b1\b.*KeyValueCache"):
+        cache.update(0, x[:1], x[:1], kept=3)

@@ -33,7 +33,7 @@ def test_half_precision_times_are_not_rounded_further():
 
 @pytest.mark.parametrize("dim", [0, 7])
 def test_odd_or_zero_width_raises(dim):
-    with pytest.raises(ValueError, match=rf"(?i)sinusoid.*\b{dim}\b"):
+    with pytest.raises(ValueError, match=rf"dim={dim}\b.*sinusoid"):
         sinusoidal(torch.zeros(1), dim)
 
 

@@ -14,8 +14,8 @@ class Attention(nn.Module):
     Args:
         dim: width of the tokens.
         num_heads: number of heads; must divide ``dim``.
-        qkv_bias: ``"qkv"`` biases all three projections (ViT), ``"qv"`` only query and value (BEiT, VideoMAE: a bias
-            on the keys shifts all scores of a row alike and cancels in the softmax), ``"none"`` biases nothing.
+        qkv_bias: projections with a bias: ``"qkv"`` all three (ViT); ``"qv"`` query and value (BEiT, VideoMAE: a bias
+            on the keys shifts all scores of a row equally and cancels in the softmax); ``"none"``.
 
     Raises:
         ValueError: if ``num_heads`` does not divide ``dim`` or ``qkv_bias`` is unknown.
@@ -24,7 +24,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qkv_bias: str = "qkv"):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads={num_heads} does not divide the width {dim}: choose a divisor of {dim}.")
+            raise ValueError(f"num_heads={num_heads} must be a positive divisor of the width dim={dim}.")
         if qkv_bias not in ("qkv", "qv", "none"):
             raise ValueError(f"qkv_bias={qkv_bias!r} is unknown: choose 'qkv', 'qv' or 'none'.")
         self.num_heads = num_heads
@@ -34,7 +34,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D); with ``rotation``, queries and keys are turned by the positions of their tokens."""
+        """(B, N, D) -> (B, N, D); ``rotation`` applies rotary position embedding to queries and keys."""
         bias: Tensor | None = self.qkv.bias
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])

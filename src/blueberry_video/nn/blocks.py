@@ -1,4 +1,4 @@
-"""Transformer blocks."""
+"""Pre-norm transformer block, stochastic depth and an initialization."""
 
 import math
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from blueberry_video.nn.rope import Rotation
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops a residual branch for whole samples while training (Huang et al., arXiv 1603.09382).
+    """Stochastic depth: drops a residual branch for whole samples during training (Huang et al., arXiv 1603.09382).
 
     Kept samples are scaled by 1 / (1 - rate), so the expectation does not change.
     """
@@ -21,7 +21,7 @@ class DropPath(nn.Module):
     def __init__(self, rate: float):
         super().__init__()
         if not 0 <= rate < 1:
-            raise ValueError(f"drop_path={rate} is not a rate: use a number in [0, 1).")
+            raise ValueError(f"drop_path={rate} must be in [0, 1).")
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,11 +32,7 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block:
-
-    attention and MLP, each behind a LayerNorm and added to its input. (B, N, D) -> (B, N, D), with rotary positions
-    where a rotation is given.
-    """
+    """Pre-norm transformer block of attention and MLP: (B, N, D) -> (B, N, D), with an optional rotary embedding."""
 
     def __init__(
         self,
@@ -60,10 +56,11 @@ class Block(nn.Module):
 
 
 def init_trunc_normal(transformer: nn.Module) -> None:
-    """V-JEPA's: matrices and patch convolution normal with a deviation of 0.02, zero biases.
+    """Initializes a transformer as V-JEPA does: linear and 3-D convolution weights truncated normal with std 0.02, zero
+    biases.
 
-    What block i of ``transformer.blocks`` adds to its input (the last matrices of attention and MLP) begins smaller, by
-    1 / sqrt(2 (i + 1)). LayerNorm (1, 0) and what is no layer keep the values they are made with.
+    The output projections of attention and MLP in block i of ``transformer.blocks`` are scaled by 1 / sqrt(2 (i + 1)).
+    LayerNorm and bare parameters keep their values.
     """
     for module in transformer.modules():
         if isinstance(module, nn.Linear | nn.Conv3d):

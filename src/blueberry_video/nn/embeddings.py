@@ -1,4 +1,4 @@
-"""From pixels to tokens."""
+"""Patch embedding of videos."""
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -8,10 +8,10 @@ from blueberry_video.nn.patches import gather_tokens
 
 
 class TubeletEmbed(nn.Module):
-    """Cuts a video into non-overlapping (t, h, w) patches and projects each to a token: one strided 3-D convolution.
+    """Patch embedding by a strided 3-D convolution over non-overlapping (t, h, w) patches.
 
-    (B, C, T, H, W) -> (B, T/t * H/h * W/w, dim), time outermost; with indices ``keep`` (B, N_kept) of patches, those
-    alone: (B, N_kept, dim).
+    (B, C, T, H, W) -> (B, T/t * H/h * W/w, dim), time outermost; with patch indices ``keep`` (B, N_kept), only these:
+    (B, N_kept, dim).
     """
 
     def __init__(self, in_channels: int, dim: int, patch_size: tuple[int, int, int]):
@@ -21,7 +21,7 @@ class TubeletEmbed(nn.Module):
     def forward(self, video: Tensor, keep: Tensor | None = None) -> Tensor:
         if keep is None:
             return rearrange(self.proj(video), "b d t h w -> b (t h w) d")
-        # The convolution as a matrix product, which can leave hidden patches out: at a ratio of 0.9 a tenth of the work
+        # A matrix product, which skips the masked patches: at a mask ratio of 0.9 a tenth of the work
         pt, ph, pw = self.proj.kernel_size
         pattern = "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)"
         patches = gather_tokens(rearrange(video, pattern, pt=pt, ph=ph, pw=pw), keep)

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, Linear: (..., D) -> (..., D) through ``hidden_dim``."""
+    """Linear, GELU, Linear: (..., D) -> (..., D)."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -17,19 +17,16 @@ class Mlp(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, activation, Linear: (..., D) -> (..., D).
+    """Linear, activation, Linear, with the parameter names of diffusers: (..., D) -> (..., D).
 
-    Args:
-        dim: D.
-        hidden_dim: width in between.
-        activation: ``"gelu"``, in its tanh approximation, or ``"silu"``.
+    ``activation`` is ``"gelu"``, in the tanh approximation, or ``"silu"``.
     """
 
     def __init__(self, dim: int, hidden_dim: int, activation: str = "gelu"):
         super().__init__()
         act = nn.GELU(approximate="tanh") if activation == "gelu" else nn.SiLU()
         self.net = nn.Sequential(nn.Sequential(), act, nn.Linear(hidden_dim, dim))
-        self.net[0].add_module("proj", nn.Linear(dim, hidden_dim))  # a name of its own, as in the published files
+        self.net[0].add_module("proj", nn.Linear(dim, hidden_dim))  # named as in the published files
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)

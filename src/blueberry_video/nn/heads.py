@@ -1,4 +1,4 @@
-"""From tokens to one vector a clip, or one a question."""
+"""Attentive pooling of tokens and a classification head."""
 
 import torch
 import torch.nn.functional as F
@@ -10,19 +10,18 @@ from blueberry_video.nn.feed_forward import Mlp
 
 
 class AttentivePool(nn.Module):
-    """Learnable queries that attend to all tokens, then an MLP: the probe of V-JEPA (arXiv 2404.08471). (B, N, D) ->
-    (B, D).
+    """Attentive pooling (V-JEPA, arXiv 2404.08471): learned queries attend to all tokens, followed by an MLP.
 
     Args:
         dim: width of the tokens.
         num_heads: attention heads.
-        mlp_ratio: hidden over outer width of the MLPs.
+        mlp_ratio: hidden width of the MLPs over ``dim``.
         norm_eps: of the LayerNorms; 1e-5 in the probes published with V-JEPA and V-JEPA 2, 1e-6 in transformers.
-        depth: 1, or more to have ``depth - 1`` blocks of self-attention before: V-JEPA 2's probe has 4 in all.
-        num_queries: see :meth:`ask`.
+        depth: number of blocks, the first ``depth - 1`` of them self-attention; 4 in V-JEPA 2's probe.
+        num_queries: number of learned queries.
 
     Raises:
-        ValueError: if ``num_heads`` does not divide ``dim``, or for a depth or number of queries below 1.
+        ValueError: if ``num_heads`` does not divide ``dim``, or ``depth`` or ``num_queries`` is below 1.
     """
 
     no_weight_decay = ("query",)
@@ -38,9 +37,9 @@ class AttentivePool(nn.Module):
     ):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads={num_heads} does not divide the width {dim}: choose a divisor of {dim}.")
+            raise ValueError(f"num_heads={num_heads} must be a positive divisor of the width dim={dim}.")
         if depth < 1 or num_queries < 1:
-            raise ValueError(f"attentive pooling of depth={depth} with num_queries={num_queries}: both are 1 or more.")
+            raise ValueError(f"depth={depth} and num_queries={num_queries} of attentive pooling must be at least 1.")
         self.num_heads = num_heads
         self.query = nn.Parameter(torch.zeros(1, num_queries, dim))
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
@@ -52,7 +51,7 @@ class AttentivePool(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, norm_eps=norm_eps) for _ in range(depth - 1))
 
     def ask(self, tokens: Tensor) -> Tensor:
-        """What each query finds: (B, N, D) -> (B, num_queries, D)."""
+        """Pooled vector of each query: (B, N, D) -> (B, num_queries, D)."""
         for block in self.blocks:
             tokens = block(tokens)
         query = self.query.expand(tokens.shape[0], -1, -1)
@@ -62,16 +61,15 @@ class AttentivePool(nn.Module):
         return query + self.mlp(self.norm2(query))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """What the first query finds: (B, N, D) -> (B, D)."""
+        """Pooled vector of the first query: (B, N, D) -> (B, D)."""
         return self.ask(tokens)[:, 0]
 
 
 class ClassificationHead(nn.Module):
-    """Pools the tokens of a clip and scores its classes, one linear layer a label: (B, N, D) -> {label: (B, classes)}.
+    """Pooling of tokens and one linear classifier per label: (B, N, D) -> {label: logits (B, classes)}.
 
-    With mean pooling it is the head VideoMAE fine-tunes with (mean over tokens, LayerNorm, linear layer initialised a
-    thousand times smaller); with attentive pooling and without LayerNorm the probe of V-JEPA, and of V-JEPA 2 with a
-    depth of 4.
+    Mean pooling gives VideoMAE's fine-tuning head (mean over tokens, LayerNorm, linear layer initialized a thousand
+    times smaller); attentive pooling without LayerNorm V-JEPA's probe, with a depth of 4 V-JEPA 2's.
 
     Args:
         dim: width of the tokens.
@@ -80,11 +78,11 @@ class ClassificationHead(nn.Module):
         num_heads: attention heads of the attentive pooling.
         dropout: on the pooled vector.
         init_scale: factor on the initial weights of the linear layers.
-        pool_depth: blocks of the attentive pooling, see :class:`AttentivePool`.
+        pool_depth: ``depth`` of :class:`AttentivePool`.
         final_norm: LayerNorm on the pooled vector.
 
     Raises:
-        ValueError: for an unknown pooling, or no label.
+        ValueError: if ``pooling`` is unknown or ``num_classes`` empty.
     """
 
     def __init__(
@@ -102,7 +100,7 @@ class ClassificationHead(nn.Module):
         if pooling not in ("mean", "attentive"):
             raise ValueError(f"pooling={pooling!r} is unknown: choose 'mean' or 'attentive'.")
         if not num_classes:
-            raise ValueError("num_classes is empty: name at least one label with its number of classes: {motion: 8}.")
+            raise ValueError("num_classes={} must name at least one label with its class count, such as {motion: 8}.")
         self.pool = AttentivePool(dim, num_heads, depth=pool_depth) if pooling == "attentive" else None
         self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if final_norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)

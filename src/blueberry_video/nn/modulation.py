@@ -1,8 +1,7 @@
-"""Modulation of tokens by a condition: adaptive LayerNorm (Peebles and Xie, arXiv 2212.09748), with one condition for a
-whole clip or one for every frame.
+"""adaLN modulation (Peebles and Xie, arXiv 2212.09748) with one conditioning vector per clip or per frame.
 
-Shift, scale and gate are (B, K, D) for tokens (B, N, D): K = 1, the same for all, or K the number of frames, whose
-N / K tokens are neighbours. They are never spread out to the size of the tokens.
+Shift, scale and gate are (B, K, D) for tokens (B, N, D): K = 1, or K frames of N / K consecutive tokens each. They are
+never expanded to the size of the tokens.
 """
 
 import torch
@@ -10,12 +9,12 @@ from torch import Tensor
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift, in one pass over the tokens x (B, N, D); shift and scale (B, K, D)."""
+    """Computes x * (1 + scale) + shift in one pass over x (B, N, D); shift and scale are (B, K, D)."""
     return torch.addcmul(shift[:, :, None], _frames(x, shift), 1 + scale[:, :, None]).flatten(1, 2)
 
 
 def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """x + gate * branch, what a block adds to its input: x and branch (B, N, D), the gate (B, K, D)."""
+    """Gated residual x + gate * branch: x and branch (B, N, D), gate (B, K, D)."""
     return torch.addcmul(_frames(x, gate), gate[:, :, None], _frames(branch, gate)).flatten(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Position tables."""
+"""Sinusoidal position tables."""
 
 import torch
 import torch.nn.functional as F
@@ -16,30 +16,27 @@ def sinusoid_table(num_positions: int, dim: int) -> Tensor:
 
 
 def sinusoid(positions: Tensor, dim: int) -> Tensor:
-    """The rows (N, dim) of :func:`sinusoid_table` at any positions (N,), in float64 and on their device."""
+    """Rows (N, dim) of :func:`sinusoid_table` at arbitrary positions (N,), float64 on their device."""
     channel = torch.arange(dim, dtype=torch.float64, device=positions.device)
     angle = positions.double()[:, None] / 10000 ** (2 * (channel // 2) / dim)
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos())
 
 
 def sincos_3d_table(grid: tuple[int, int, int], dim: int) -> Tensor:
-    """Fixed 3-D sine-cosine table (t * h * w, dim), float32, in raster order: V-JEPA's (arXiv 2404.08471).
+    """Fixed 3-D sine-cosine table of V-JEPA (arXiv 2404.08471): (t * h * w, dim), float32, in raster order.
 
     Time, row and column have 2 * ceil(dim / 6) channels each, in this order: the sines of all frequencies, then the
-    cosines. What goes beyond ``dim``, at the end of the columns', is cut off. Frequency i of an axis with d channels is
-    10000^(-2i / d).
+    cosines. The table is truncated to ``dim`` channels. Frequency i of an axis with d channels is 10000^(-2i / d).
     """
     half = -(-dim // 6)
     frequency = 10000 ** (-torch.arange(half, dtype=torch.float64) / half)
-    places = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
-    angles = [place.flatten()[:, None] * frequency for place in places]  # three of (t * h * w, half)
+    positions = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
+    angles = [position.flatten()[:, None] * frequency for position in positions]  # three of (t * h * w, half)
     return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)[:, :dim].float()
 
 
 def resize_table(table: Tensor, grid: tuple[int, int, int], new_grid: tuple[int, int, int]) -> Tensor:
-    """The positions (N, D) of a grid (t, h, w) stretched over those of another, trilinearly, as V-JEPA's encoder does
-    for clips of another length or size: the first token and the last stay at the ends.
-    """
+    """Resizes a position table (N, D) trilinearly from ``grid`` to ``new_grid`` (t, h, w), as V-JEPA's encoder does."""
     if grid == new_grid:
         return table
     volume = table.T.unflatten(1, grid)[None]  # (1, D, t, h, w)

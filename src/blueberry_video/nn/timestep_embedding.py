@@ -1,4 +1,4 @@
-"""What tells a diffusion model the time: a sinusoid of it (Ho et al., arXiv 2006.11239), and an MLP over that."""
+"""Timestep embedding of diffusion models: sinusoid (Ho et al., arXiv 2006.11239) and MLP."""
 
 import math
 
@@ -6,21 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PERIOD = 10000.0  # frequency i of n turns by PERIOD ** (-i / n) a unit of time
+PERIOD = 10000.0  # frequency i of n is PERIOD ** (-i / n) radians per unit of time
 
 
 def sinusoidal(t: Tensor, dim: int) -> Tensor:
-    """Cosines, then sines, of times at ``dim // 2`` frequencies: (...) -> (..., dim), float32 whatever ``t`` is.
+    """Sinusoidal embedding (...) -> (..., dim), always float32: cosines, then sines, at ``dim // 2`` frequencies.
 
     Args:
-        t: times in the unit of the model, [0, 1000] in CogVideoX and HunyuanVideo; need not be whole numbers.
-        dim: channels; even.
+        t: timesteps in the unit of the model, [0, 1000] in CogVideoX and HunyuanVideo; may be fractional.
+        dim: number of channels; even.
 
     Raises:
         ValueError: if ``dim`` is odd or below 2.
     """
     if dim < 2 or dim % 2:
-        raise ValueError(f"a sinusoid needs an even number of channels, a cosine and a sine each, not {dim}.")
+        raise ValueError(f"dim={dim} of the sinusoid must be even and at least 2.")
     half = dim // 2
     frequency = torch.exp(-math.log(PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angle = t.float()[..., None] * frequency  # (..., dim / 2)
@@ -28,13 +28,7 @@ def sinusoidal(t: Tensor, dim: int) -> Tensor:
 
 
 class TimestepMLP(nn.Module):
-    """Linear, SiLU, Linear: (..., in_dim) -> (..., out_dim), in the precision of its weights.
-
-    Args:
-        in_dim: channels of the sinusoid, or of another condition.
-        dim: hidden width.
-        out_dim: width of the condition that modulates the blocks.
-    """
+    """Linear, SiLU, Linear: (..., in_dim) -> hidden width ``dim`` -> (..., out_dim), in the dtype of the weights."""
 
     def __init__(self, in_dim: int, dim: int, out_dim: int):
         super().__init__()

@@ -193,7 +193,7 @@ def test_compiles_to_one_graph():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((8, 3, 2, 1, 1), r"num_attention_heads=3\b.*\b8\b"),
+        ((8, 3, 2, 1, 1), r"num_attention_heads=3\b.*=8\b"),
         (
             (8, 4, 2, 1, 1),
             r"num_lookback_heads=2\b.*num_lookahead_heads=1\b.*num_attention_heads=4\b.*num_lookahead_heads=2\b",
@@ -212,7 +212,7 @@ def test_bad_arguments_raise(arguments, expected):
 
 def test_wrong_layout_or_backend_raises():
     qkv = [torch.zeros(1, 1, 7, 4)] * 3
-    with pytest.raises(ValueError, match=r"q\b.*\b7\b.*\[1, 4, 1\]"):
+    with pytest.raises(ValueError, match=r"q has 7\b.*\[1, 4, 1\]"):
         frame_attention(*qkv, FrameLayout(4, 1, 1), Heads(1, 1, "both"))
     with pytest.raises(ValueError, match=r"backend='fast'.*'banded'.*'flex'.*'reference'"):
         frame_attention(*qkv, FrameLayout(5, 1, 1), Heads(1, 1, "both"), backend="fast")

@@ -110,7 +110,7 @@ def test_invalid_captions_raise():
         text()(["a red square", "a blue square"])
     with pytest.raises(ValueError, match=r"'a red square moves left'.*\b5\b.*length=5\b.*\b6\b"):
         text(length=5)(CAPTIONS)
-    with pytest.raises(ValueError, match=r"vocabulary.*learn"):
+    with pytest.raises(ValueError, match=r"vocabulary=null.*learn"):
         text(vocabulary=None)(CAPTIONS)
     with pytest.raises(ValueError, match=r"word.*vocabulary"):
         text(vocabulary=None).learn(["", "…"])

@@ -1,4 +1,4 @@
-"""What a text encoder gives to a transformer."""
+"""Base class and output of text encoders."""
 
 from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple
@@ -12,8 +12,8 @@ class TextTokens(NamedTuple):
 
     Attributes:
         tokens: (B, L, D) float.
-        mask: (B, L) bool: which of the tokens are text, not padding. A network may ignore it (CogVideoX does).
-        pooled: (B, P) float, one vector a caption, or None.
+        mask: padding mask (B, L) bool, true at text. A network may ignore it, as CogVideoX does.
+        pooled: (B, P) float, one vector per caption, or None.
     """
 
     tokens: Tensor
@@ -22,20 +22,20 @@ class TextTokens(NamedTuple):
 
 
 class TextEncoder(nn.Module, ABC):
-    """Base of what turns captions into tokens.
+    """Base class of text encoders.
 
     Args:
         text_dim: D, width of a token.
-        length: L, tokens a caption, padding included.
+        length: L, tokens per caption, padding included.
         pooled_dim: P, width of the pooled vector; 0 for none.
-        unconditional: what stands for "no caption": ``zeros`` (every token zero, none of them padding) or ``empty``,
-            the encoding of "". A network must be asked for the one that it was trained with.
+        unconditional: unconditional text: ``zeros`` (all tokens zero, none masked) or ``empty``, the encoding of "".
+            Sampling must use the one from training.
 
     Attributes:
-        frozen: whether a caption's tokens never change, so that they may be computed once and stored.
+        frozen: the tokens of a caption never change, so they can be cached.
 
     Raises:
-        ValueError: for another ``unconditional``, or a size out of range.
+        ValueError: for an unknown ``unconditional``, or a size out of range.
     """
 
     frozen: bool
@@ -48,16 +48,16 @@ class TextEncoder(nn.Module, ABC):
             raise ValueError(f"unconditional={unconditional!r} is unknown: choose 'zeros' or 'empty'.")
         for key, value, least in (("text_dim", text_dim, 1), ("length", length, 1), ("pooled_dim", pooled_dim, 0)):
             if value < least:
-                raise ValueError(f"{key}={value} of the text encoder is too small: use at least {least}.")
+                raise ValueError(f"{key}={value} of the text encoder must be at least {least}.")
         self.text_dim, self.length, self.pooled_dim = text_dim, length, pooled_dim
         self._unconditional = unconditional
 
     @abstractmethod
     def forward(self, captions: list[str]) -> TextTokens:
-        """Tokens (B, L, D), mask (B, L) and pooled (B, P) of B captions, on the device of the parameters."""
+        """Encodes B captions to tokens (B, L, D), mask (B, L) and pooled (B, P), on the device of the parameters."""
 
     def unconditional(self, batch_size: int) -> TextTokens:
-        """What a network is given in the place of captions, for guidance and where training drops one."""
+        """Unconditional text for classifier-free guidance and caption dropout."""
         if self._unconditional == "empty":
             return self([""] * batch_size)
         like = next(self.parameters())

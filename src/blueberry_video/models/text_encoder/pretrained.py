@@ -1,6 +1,6 @@
-"""Published text encoders, run by transformers: T5 as CogVideoX reads it, LLaMA and CLIP as HunyuanVideo reads them.
+"""Published text encoders, run by transformers: T5 for CogVideoX, LLaMA and CLIP for HunyuanVideo.
 
-Captions longer than an encoder takes are cut off at its end, as the published pipelines do.
+Captions that exceed the length of an encoder are truncated, as in the published pipelines.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import torch
 from blueberry_video.models.text_encoder.base import TextEncoder, TextTokens
 from blueberry_video.weights.optional import import_extra, load_part
 
-HUNYUAN_TEMPLATE = (  # what HunyuanVideo's weights were trained to read around a caption
+HUNYUAN_TEMPLATE = (  # prompt of HunyuanVideo's training
     "<|start_header_id|>system<|end_header_id|>\n\nDescribe the video by detailing the following aspects: "
     "1. The main content and theme of the video."
     "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
@@ -25,21 +25,21 @@ HUNYUAN_CROP = 95  # tokens of the template before the caption, of LLaMA 3's tok
 
 
 class T5Text(TextEncoder):
-    """The T5 v1.1 encoder of CogVideoX: the last hidden states, padding included.
+    """T5 v1.1 text encoder of CogVideoX: the last hidden states, padding included.
 
-    The encoder attends to padding and so does the network, as in training: the mask only tells which tokens are text.
+    The encoder and the network attend to padding, as in training; the mask only marks the text.
 
     Args:
         path: a local folder or hub id as diffusers writes it, such as ``THUDM/CogVideoX-2b``.
-        length: tokens a caption: 226, CogVideoX-1.5 224.
-        unconditional: see :class:`.base.TextEncoder`; CogVideoX is trained with zeros and sampled
-            with the encoding of "".
+        length: tokens per caption: 226, in CogVideoX-1.5 224.
+        unconditional: see :class:`.base.TextEncoder`; CogVideoX is trained with zeros and sampled with the encoding of
+            "".
         dtype: of weights and tokens. float16 overflows.
         encoder_folder, tokenizer_folder: below ``path``; None for ``path`` itself.
 
     Raises:
         ImportError: transformers is not installed.
-        FileNotFoundError: no encoder or tokenizer at that place, or one of an unknown kind.
+        FileNotFoundError: ``path`` has no encoder or tokenizer, or one of an unknown kind.
     """
 
     frozen = True
@@ -61,7 +61,7 @@ class T5Text(TextEncoder):
         self.vocabulary = _digest(tokenizer)
 
     def train(self, mode: bool = True) -> "T5Text":
-        """Stays in evaluation mode: it is frozen."""
+        """Stays in evaluation mode, since the encoder is frozen."""
         return super().train(False)
 
     @torch.no_grad()
@@ -71,23 +71,21 @@ class T5Text(TextEncoder):
 
 
 class HunyuanText(TextEncoder):
-    """The two text encoders of HunyuanVideo: hidden states of a LLaMA that is told to describe a video, and CLIP's
-    pooled vector.
+    """Text encoders of HunyuanVideo: hidden states of LLaMA with a prompt template, and CLIP's pooled vector.
 
     Args:
         path: a local folder or hub id as diffusers writes it, such as ``hunyuanvideo-community/HunyuanVideo``.
-        length: tokens a caption, without the template.
-        template: what stands around a caption (``{}``).
-        crop_start: tokens of the template before the caption, which the network does not see.
-        hidden_state_skip_layer: layers at the end of the LLaMA that are left out.
-        pooled_length: tokens that CLIP reads.
-        unconditional: see :class:`~blueberry_video.models.text_encoder.base.TextEncoder`.
+        length: tokens per caption, without the template.
+        template: prompt with ``{}`` for the caption.
+        crop_start: number of template tokens before the caption, which are removed from the output.
+        hidden_state_skip_layer: number of final layers of LLaMA that are skipped.
+        pooled_length: token length of CLIP.
+        unconditional: see :class:`.base.TextEncoder`.
         dtype: of weights and tokens.
 
     Raises:
-        ImportError: transformers is not installed.
-        FileNotFoundError: no encoder or tokenizer at that place, or one of an unknown kind.
-        ValueError: a template without ``{}``.
+        ImportError, FileNotFoundError: see :class:`T5Text`.
+        ValueError: ``template`` lacks ``{}``.
     """
 
     frozen = True
@@ -104,7 +102,7 @@ class HunyuanText(TextEncoder):
         dtype: Literal["float32", "bfloat16"] = "float32",
     ):
         if "{}" not in template:
-            raise ValueError(f"template={template!r} has no place for the caption: write {{}} there.")
+            raise ValueError(f"template={template!r} must contain {{}} for the caption.")
         transformers = import_extra("transformers")
         tokenizers = [
             load_part(transformers.AutoTokenizer, path, name, "tokenizer") for name in ("tokenizer", "tokenizer_2")
@@ -119,34 +117,34 @@ class HunyuanText(TextEncoder):
         self.vocabulary = "".join(map(_digest, tokenizers))
 
     def train(self, mode: bool = True) -> "HunyuanText":
-        """Stays in evaluation mode: it is frozen."""
+        """Stays in evaluation mode, since the encoder is frozen."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, captions: list[str]) -> TextTokens:
-        told = [self.template.format(caption) for caption in captions]
-        found = _tokenized(self.tokenizer, told, self.length + self.crop_start, self.language.device)
+        prompts = [self.template.format(caption) for caption in captions]
+        found = _tokenized(self.tokenizer, prompts, self.length + self.crop_start, self.language.device)
         states = self.language(**found, output_hidden_states=True).hidden_states[self.hidden_state]
-        read = _tokenized(self.clip_tokenizer, captions, self.pooled_length, self.clip.device)
+        clip = _tokenized(self.clip_tokenizer, captions, self.pooled_length, self.clip.device)
         return TextTokens(
             tokens=states[:, self.crop_start :],
             mask=found["attention_mask"][:, self.crop_start :].bool(),
-            pooled=self.clip(read["input_ids"]).pooler_output,
+            pooled=self.clip(clip["input_ids"]).pooler_output,
         )
 
 
-def _frozen(loader: Any, path: str, subfolder: str | None, what: str, dtype: str) -> Any:
-    model = load_part(loader, path, subfolder, what, dtype=getattr(torch, dtype))
+def _frozen(loader: Any, path: str, subfolder: str | None, name: str, dtype: str) -> Any:
+    model = load_part(loader, path, subfolder, name, dtype=getattr(torch, dtype))
     return model.requires_grad_(False).eval()
 
 
 def _digest(tokenizer: Any) -> str:
-    """Changes with the words and the special tokens of a tokenizer: a part of the encoder's fingerprint."""
+    """Hash of the vocabulary and special tokens of a tokenizer, part of the encoder's fingerprint."""
     known = (tokenizer.get_vocab(), tokenizer.special_tokens_map)
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _tokenized(tokenizer: Any, texts: list[str], length: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Numbers and mask (B, length), padded or cut off."""
+    """Token ids and padding mask (B, length), padded or truncated."""
     found = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return {key: found[key].to(device) for key in ("input_ids", "attention_mask")}
