@@ -2,6 +2,7 @@
 github.com/facebookresearch/vjepa2) and transformers' ``VJEPA2Model``, to and from the names of this package.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,9 +63,9 @@ class Published(NamedTuple):
     @property
     def positions(self) -> str | None:
         """``predictor_positions`` of the weights; ``None`` if undetermined. V-JEPA 2 has 10 mask tokens."""
-        if self.layout == "huggingface" or len(self.state.get("predictor.mask_tokens", ())) == 10:
-            return "rope_3d" if self.layout != "run" else None
-        return "sincos_3d" if any(name.endswith("pos_embed") for name in position_tables(self.content)) else None
+        if self.layout == "huggingface" or (self.content and len(self.state["predictor.mask_tokens"]) == 10):
+            return "rope_3d"
+        return "sincos_3d" if position_tables(self.content) else None
 
 
 def read_published(source: str | Path, which: str) -> Published:
@@ -123,12 +124,18 @@ def settings_of_weights(state: dict[str, Tensor], source: str | Path) -> dict[st
         "tubelet_size": patches.shape[2],
         "patch_size": patches.shape[3],
         "num_hidden_layers": files.num_blocks(state, "encoder.blocks"),
-        "mlp_ratio": hidden / patches.shape[0],
+        "mlp_ratio": _ratio(hidden, patches.shape[0]),
         "pred_hidden_size": dim,
         "pred_num_hidden_layers": files.num_blocks(state, "predictor.blocks"),
-        "pred_mlp_ratio": predictor_hidden / dim,
+        "pred_mlp_ratio": _ratio(predictor_hidden, dim),
         "pred_num_mask_tokens": len(mask_tokens),
     }
+
+
+def _ratio(hidden: int, dim: int) -> float:
+    """MLP ratio for which transformers' ``int(dim * ratio)`` is exactly ``hidden``."""
+    ratio = hidden / dim
+    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
