@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from blueberry_video.models.jepa.world_model import CONDITIONS, WorldModel, block_causal_mask, from_published
+from blueberry_video.models.jepa.world_model import CONDITIONS, WorldModel, block_causal_mask
 from blueberry_video.models.vit import VisionTransformer
 
 B, T, S, D, A, K = 2, 4, 4, 12, 3, 2  # frames of 2 x 2 patches
@@ -208,7 +208,9 @@ def test_published_weights_load_and_compute_the_same(tmp_path, capsys):
     for parameter in built.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     torch.save(original(built), tmp_path / "ac.pt")
-    loaded = from_published(tmp_path / "ac.pt", num_frames=4, image_size=16, num_heads=2, predictor_num_heads=2)
+    loaded = WorldModel.from_published(
+        tmp_path / "ac.pt", num_frames=4, image_size=16, num_heads=2, predictor_num_heads=2
+    )
     assert re.search("'encoder'.*'predictor'", capsys.readouterr().out)
     video, actions, states = torch.randn(1, 3, 3, 16, 16), torch.randn(1, 2, 5), torch.randn(1, 2, K)
     torch.testing.assert_close(loaded.encode_frames(video), built.encode_frames(video))
@@ -232,7 +234,7 @@ def test_files_of_other_models_raise(tmp_path, lost, error, text):
     (content if lost in content else content["predictor"]).pop(lost)
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(error, match=f"(?s){text}"):
-        from_published(tmp_path / "other.pt", 4, 16, 2, 2)
+        WorldModel.from_published(tmp_path / "other.pt", 4, 16, 2, 2)
 
 
 @pytest.mark.parametrize(

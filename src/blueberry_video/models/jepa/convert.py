@@ -307,7 +307,10 @@ def world_model_to_original(state: dict[str, Tensor]) -> dict[str, dict[str, Ten
     which the original loads strictly, is zero.
     """
     dim, action_dim = state["predictor.action_encoder.weight"].shape
-    predictor = {"extrinsics_encoder.weight": torch.zeros(dim, action_dim - 1), "extrinsics_encoder.bias": torch.zeros(dim)}
+    predictor = {
+        "extrinsics_encoder.weight": torch.zeros(dim, action_dim - 1),
+        "extrinsics_encoder.bias": torch.zeros(dim),
+    }
     for name, value in part(state, "predictor").items():
         predictor[name if name.startswith(("action_encoder.", "state_encoder.")) else f"predictor_{name}"] = value
     return {
