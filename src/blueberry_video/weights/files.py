@@ -14,8 +14,8 @@ from torch import Tensor
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 JEPA_FILE = (
-    "as files of V-JEPA do: read it with blueberry_video.models.jepa.JEPA.from_published, which takes the name of the "
-    "encoder. The state_dict() of that encoder, saved with torch.save, can be given here."
+    "as files of V-JEPA do: read it with blueberry_video.models.jepa.model.JEPA.from_published, which takes the name "
+    "of the encoder. The state_dict() of that encoder, saved with torch.save, can be given here."
 )
 
 

@@ -3,6 +3,7 @@
 The references are tiny and random in **every** parameter: zero biases and mask tokens would hide a dropped one.
 """
 
+import json
 import math
 import re
 from pathlib import Path
@@ -239,6 +240,68 @@ def test_transformers_file_loads(tmp_path: Path, capsys: pytest.CaptureFixture):
         JEPA.from_published(tmp_path / "model.safetensors", "target_encoder")
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saved_folder_loads_in_transformers_and_back(tmp_path, name):
+    config = hf_config(name)
+    model = randomized(built(config))
+    model.save_published(tmp_path / "saved")
+    reference, report = VJEPA2Model.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(report.values()), report
+    for key, value in model.config.items():
+        assert getattr(reference.config, key) == value
+    video, keep, target = clips_and_masks(config, name)
+    expected = reference.eval()(video.transpose(1, 2), context_mask=[keep], target_mask=[target])
+    back = JEPA.from_published(tmp_path / "saved", "encoder").eval()
+    assert back.config == model.config  # clip size and heads are read from config.json
+    fresh = built(config)
+    assert "'encoder'" in fresh.load_published(tmp_path / "saved", "encoder")
+    for read in (model, back, fresh):
+        tokens = read.encoder(video)
+        torch.testing.assert_close(tokens, expected.last_hidden_state, **TOLERANCE)
+        predicted = read.predictor(gather_tokens(tokens, keep), keep, target, mask_index=1)
+        torch.testing.assert_close(predicted, expected.predictor_output.last_hidden_state, **TOLERANCE)
+    with pytest.raises(FileExistsError, match="saved"):
+        model.save_published(tmp_path / "saved")
+
+
+def test_folder_of_transformers_loads_with_its_settings_unless_arguments_replace_them(tmp_path):
+    config = hf_config("other-widths")
+    randomized(VJEPA2ForVideoClassification(config)).save_pretrained(tmp_path)
+    model = JEPA.from_published(tmp_path, "encoder")
+    assert model.encoder.video_size == (1, 3, 20, 20)
+    assert (model.encoder.blocks[0].attn.num_heads, model.predictor.blocks[0].attn.num_heads) == (2, 3)
+    model = JEPA.from_published(tmp_path, "encoder", num_frames=5, image_size=24, num_heads=1, predictor_num_heads=1)
+    assert model.encoder.video_size == (1, 5, 24, 24)
+    assert (model.encoder.blocks[0].attn.num_heads, model.predictor.blocks[0].attn.num_heads) == (1, 1)
+    with pytest.raises(ValueError, match=r"(?<!pred_)num_attention_heads=2 \(here 1\).*pred_num_attention_heads=3"):
+        model.load_published(tmp_path, "encoder")
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"layer_norm_eps": 1e-5}))
+    with pytest.raises(ValueError, match=r"layer_norm_eps=1e-05 \(here 1e-06\)"):
+        JEPA.from_published(tmp_path, "encoder")
+
+
+@pytest.mark.parametrize(
+    ("encoder_changes", "changes", "pattern"),
+    [
+        ({"rope_quirk": False}, {}, r"model\.encoder\.rope_quirk=false\b.*\btrue\b"),
+        ({}, {"rope_quirk": False}, r"model\.rope_quirk=false\b.*\btrue\b"),
+        ({"positions": "sincos_3d"}, {}, r"model\.encoder\.positions=sincos_3d\b.*\brope_3d\b"),
+        ({}, {"predictor_positions": "sincos_3d"}, r"model\.predictor_positions=sincos_3d\b.*\brope_3d\b"),
+        ({"qkv_bias": "qv"}, {}, r"model\.encoder\.qkv_bias=qv\b.*\bqkv\b"),
+        ({"final_norm": False}, {}, r"model\.encoder\.final_norm=false\b.*\btrue\b"),
+        ({}, {"predictor_context": True}, r"model\.predictor_context=true\b.*\bfalse\b"),
+    ],
+)
+def test_models_that_transformers_cannot_represent_raise(tmp_path, encoder_changes, changes, pattern):
+    options = {"positions": "rope_3d", "rope_quirk": True, "qkv_bias": "qkv", **encoder_changes}
+    encoder = VisionTransformer(32, 4, 8, 2, 32, 1, 2, **options)
+    model = JEPA(encoder, 24, 1, 2, **{"rope_quirk": True, **changes})
+    with pytest.raises(ValueError, match=pattern):
+        model.save_published(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 # ---- reference of V-JEPA ---------------------------------------------------------------------------------------------
 
 GRID, SIZES = (2, 4, 4), {"image_size": 32, "num_frames": 4, "patch_size": 8, "tubelet_size": 2}
@@ -395,6 +458,46 @@ def test_v_jepa_2_file_loads_and_its_position_tables_are_ignored(tmp_path):
     assert read.encoder.position_kind == "rope_3d"  # the number of heads also defaults to that of the published models
     video, keep, target = torch.randn(1, 3, 4, 32, 32), torch.tensor([[0, 9, 20]]), torch.tensor([[5, 31]])
     assert torch.equal(read(video, keep, target, 1), model(video, keep, target, 1))
+
+
+@pytest.mark.parametrize("which", ["encoder", "target_encoder"])
+@pytest.mark.parametrize("layout", ["original", "run"])
+def test_weights_load_into_a_model(tmp_path, layout, which):
+    trained, model, path = vjepa(), vjepa(), tmp_path / "weights.pt"
+    with torch.no_grad():
+        trained.target_encoder.norm.bias += 1.0
+        for parameter in model.parameters():
+            parameter.zero_()
+    state = trained.state_dict()
+    run = {"state_dict": {f"model.{name}": value for name, value in state.items()}}
+    torch.save(run if layout == "run" else convert.to_original(state, GRID), path)
+    assert re.search(rf"weights\.pt.*'{which}'.*'target_encoder'", model.load_published(path, which))
+    for part, source in (("encoder", which), ("target_encoder", "target_encoder"), ("predictor", "predictor")):
+        loaded, expected = model.get_submodule(part).state_dict(), trained.get_submodule(source).state_dict()
+        torch.testing.assert_close(loaded, expected, rtol=0, atol=0)
+
+
+def test_weights_of_a_different_model_raise(tmp_path):
+    model = vjepa()
+    torch.save(convert.to_original(model.state_dict(), GRID), tmp_path / "vjepa.pt")
+    encoder = VisionTransformer(**SIZES, embed_dim=32, depth=2, num_heads=2, qkv_bias="qkv", positions="rope_3d")
+    rotary = JEPA(encoder, 18, 2, 3)
+    with pytest.raises(ValueError, match=r"predictor_positions='sincos_3d'.*predictor_positions='rope_3d'"):
+        rotary.load_published(tmp_path / "vjepa.pt", "encoder")
+    torch.save(model.state_dict(), tmp_path / "run.pt")
+    with pytest.raises(ValueError, match=r"run\.pt.*predictor\.blocks\.0\..*18.*instead of.*24"):
+        JEPA(model.encoder, 24, 2, 3, predictor_positions="sincos_3d").load_published(tmp_path / "run.pt", "encoder")
+    with pytest.raises(ValueError, match=r"run\.pt.*config.*load_published"):
+        JEPA.from_published(tmp_path / "run.pt", "encoder")
+
+
+def test_a_teacher_keeps_its_weights(tmp_path):
+    encoder, teacher = vjepa().encoder, vjepa().encoder
+    model = JEPA(encoder, 18, 2, 3, predictor_positions="sincos_3d", ema=False, teacher=teacher)
+    torch.nn.init.constant_(teacher.norm.bias, 7.0)
+    torch.save(vjepa().state_dict(), tmp_path / "run.pt")
+    assert "target encoder" not in model.load_published(tmp_path / "run.pt", "encoder")
+    assert model.target_encoder.norm.bias.unique().tolist() == [7.0]
 
 
 def test_without_a_target_encoder_in_the_file_the_encoder_is_copied(tmp_path, capsys):

@@ -156,9 +156,7 @@ class AnticipationHead(nn.Module):
     def __init__(self, dim: int, num_classes: dict[str, int], num_heads: int = 16, depth: int = 4):
         super().__init__()
         if not num_classes:
-            raise ValueError(
-                "num_classes is empty: give at least one label with its number of classes, such as {verb: 97}."
-            )
+            raise ValueError("num_classes is empty: give at least one label with its classes, such as {verb: 97}.")
         self.pool = AttentivePool(dim, num_heads, depth=depth, num_queries=len(num_classes))
         self.linear = nn.ModuleDict({name: nn.Linear(dim, count) for name, count in num_classes.items()})
 

@@ -82,8 +82,8 @@ def read_published(source: str | Path, which: str) -> Published:
     path, layout, config = files.resolve(source), "run", {}
     content = {} if path.is_dir() or path.suffix == ".safetensors" else files.read_content(path)
     parts = {name for name, part in content.items() if isinstance(part, dict)} if isinstance(content, dict) else set()
-    if isinstance(content, dict) and parts & {*ENCODERS, "predictor"}:
-        layout, held = "original", parts
+    if isinstance(content, dict) and (held := parts & {*ENCODERS, "predictor"}):
+        layout = "original"
     else:
         content = {}
         config, state = read_folder(path) if path.is_dir() else ({}, files.read_weights(path))
@@ -297,7 +297,7 @@ def convert_world_model(content: dict[str, dict[str, Tensor]]) -> dict[str, Tens
     if "action_encoder.weight" not in networks["predictor"]:
         raise ValueError(
             "the predictor in the file has no action_encoder, so it is not conditioned on actions: read V-JEPA and "
-            "V-JEPA 2 with blueberry_video.models.jepa.JEPA.from_published."
+            "V-JEPA 2 with blueberry_video.models.jepa.model.JEPA.from_published."
         )
     return {name: v for name, v in _flat(networks).items() if not name.startswith("predictor.extrinsics_encoder.")}
 
@@ -307,10 +307,8 @@ def world_model_to_original(state: dict[str, Tensor]) -> dict[str, dict[str, Ten
     which the original loads strictly, is zero.
     """
     dim, action_dim = state["predictor.action_encoder.weight"].shape
-    predictor = {
-        "extrinsics_encoder.weight": torch.zeros(dim, action_dim - 1),
-        "extrinsics_encoder.bias": torch.zeros(dim),
-    }
+    shapes = {"extrinsics_encoder.weight": (dim, action_dim - 1), "extrinsics_encoder.bias": (dim,)}
+    predictor = {name: torch.zeros(shape) for name, shape in shapes.items()}
     for name, value in part(state, "predictor").items():
         predictor[name if name.startswith(("action_encoder.", "state_encoder.")) else f"predictor_{name}"] = value
     return {
@@ -323,7 +321,7 @@ def _network(content: dict[str, dict[str, Tensor]], name: str) -> dict[str, Tens
     """State dict ``name`` of an original file, without the prefixes of its names."""
     if not isinstance(content.get(name), dict):
         found = ", ".join(repr(key) for key, value in content.items() if isinstance(value, dict))
-        raise ValueError(f"the file holds no {name!r}, only {found}: give a file with an encoder and a 'predictor'.")
+        raise ValueError(f"the file holds no {name!r}, only {found}: give a file with 'encoder' and 'predictor'.")
     return files.without_prefixes(content[name])
 
 

@@ -285,7 +285,8 @@ class JEPA(nn.Module):
         ):
             if value != required:
                 raise ValueError(f"{key}={str(value).lower()} must be {str(required).lower()} for VJEPA2Model.")
-        assert turn is not None and predictor_turn is not None
+        assert turn is not None
+        assert predictor_turn is not None
         sizes = convert.settings_of_weights(state, "the model")
         return convert.CONSTANTS | {
             **sizes,
