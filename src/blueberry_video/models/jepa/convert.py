@@ -79,7 +79,8 @@ def read_published(source: str | Path, which: str) -> Published:
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged, lacks the encoder, or its config has settings that no published model has.
     """
-    path, layout, config = files.resolve(source), "run", {}
+    path, layout = files.resolve(source), "run"
+    config: dict[str, Any] = {}
     content = {} if path.is_dir() or path.suffix == ".safetensors" else files.read_content(path)
     parts = {name for name, part in content.items() if isinstance(part, dict)} if isinstance(content, dict) else set()
     if isinstance(content, dict) and (held := parts & {*ENCODERS, "predictor"}):
