@@ -132,7 +132,7 @@ class Predictor(nn.Module):
                 number, or of another batch, or a length below 1.
         """
         if self.rope is None:
-            raise ValueError("only a predictor with predictor_positions='rope_3d' has positions after the end of a clip.")
+            raise ValueError("only a predictor with predictor_positions='rope_3d' has positions after a clip.")
         skips = torch.as_tensor(skip, device=tokens.device)
         if skips.shape not in ((), tokens.shape[:1]) or skips.dtype == torch.bool or skips.is_floating_point():
             raise ValueError(
