@@ -28,8 +28,9 @@ from transformers import VJEPA2Config, VJEPA2Model
 
 from blueberry_video.inference.reconstruction import hide
 from blueberry_video.masking import Masks, MultiBlockMasking
+from blueberry_video.models.jepa.convert import convert_huggingface
 from blueberry_video.models.jepa.losses import latent_loss
-from blueberry_video.models.jepa.model import JEPA, convert_huggingface
+from blueberry_video.models.jepa.model import JEPA
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.nn.patches import gather_tokens
 

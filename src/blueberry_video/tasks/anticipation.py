@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blueberry_video.evaluation.metrics import accuracy, mean_class_recall, recalled_by_class, shuffle_frames
-from blueberry_video.models.jepa.anticipator import Anticipator, load_weights
-from blueberry_video.models.jepa.model import read_weights
+from blueberry_video.models.jepa.anticipator import Anticipator
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.nn.patches import gather_tokens
 from blueberry_video.tasks.base import Task
@@ -113,8 +112,7 @@ class Anticipation(Task):
             )
 
     def load_weights(self, path: str | Path) -> str:
-        said = load_weights(self.model, read_weights(path, self.weights_of))
-        return f"{said}; from {path}, its {self.weights_of!r}"
+        return self.model.load_published(path, self.weights_of)
 
     def shared_step(self, batch: dict, stage: str) -> dict[str, Tensor]:
         gap = self._gaps(len(batch["video"]), stage).to(batch["video"].device)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from blueberry_video.models.jepa import model as jepa
-from blueberry_video.models.jepa.anticipator import AnticipationHead, Anticipator, load_weights
+from blueberry_video.models.jepa import convert
+from blueberry_video.models.jepa.anticipator import AnticipationHead, Anticipator
 from blueberry_video.models.jepa.model import JEPA
 from blueberry_video.models.vit import VisionTransformer
 
@@ -75,13 +75,13 @@ def test_loads_encoder_and_predictor_of_a_jepa(which, layout, tmp_path):
         torch.nn.init.normal_(parameter, std=0.3)
     state = trained.state_dict()
     own = {"state_dict": {f"model.{name}": value for name, value in state.items()}}
-    torch.save(own if layout == "own" else jepa.to_original(state), tmp_path / "jepa.pt")
+    torch.save(own if layout == "own" else convert.to_original(state), tmp_path / "jepa.pt")
     network = model()
-    load_weights(network, jepa.read_weights(tmp_path / "jepa.pt", which))
+    network.load_published(tmp_path / "jepa.pt", which)
     torch.testing.assert_close(network.encoder.state_dict(), getattr(trained, which).state_dict())
     torch.testing.assert_close(network.predictor.state_dict(), trained.predictor.state_dict())
     without_predictor = model(sees="past")
-    load_weights(without_predictor, jepa.read_weights(tmp_path / "jepa.pt", which))
+    without_predictor.load_published(tmp_path / "jepa.pt", which)
     torch.testing.assert_close(without_predictor.encoder.state_dict(), getattr(trained, which).state_dict())
 
 
@@ -89,25 +89,25 @@ def test_own_weights_load_with_the_head(tmp_path):
     trained, network = model(), model()
     torch.nn.init.normal_(trained.head.pool.query)
     torch.save(trained.state_dict(), tmp_path / "own.pt")
-    load_weights(network, jepa.read_weights(tmp_path / "own.pt", "encoder"))
+    network.load_published(tmp_path / "own.pt", "encoder")
     torch.testing.assert_close(network.state_dict(), trained.state_dict())
 
 
 def test_weights_that_do_not_fit_raise(tmp_path):
     torch.save(JEPA(encoder(), **PREDICTOR | {"predictor_depth": 3}).state_dict(), tmp_path / "deeper.pt")
-    with pytest.raises(ValueError, match=r"(?s)\b12\b.*predictor\.blocks\.2"):
-        load_weights(model(), jepa.read_weights(tmp_path / "deeper.pt", "encoder"))
+    with pytest.raises(ValueError, match=r"(?s)\b12 unexpected.*predictor\.blocks\.2"):
+        model().load_published(tmp_path / "deeper.pt", "encoder")
     torch.save(model().state_dict(), tmp_path / "own.pt")
     with pytest.raises(ValueError, match=r"(?s)(?=.*own\.pt).*'target_encoder'.*task\.weights_of=encoder"):
-        jepa.read_weights(tmp_path / "own.pt", "target_encoder")
+        convert.read_published(tmp_path / "own.pt", "target_encoder")
     with pytest.raises(ValueError, match=r"(?s)(?=.*own\.pt).*'teacher'.*task\.weights_of=encoder"):
-        jepa.read_weights(tmp_path / "own.pt", "teacher")
+        convert.read_published(tmp_path / "own.pt", "teacher")
 
 
 def test_context_projection_of_the_predictor_is_ignored(tmp_path):
     trained, network = JEPA(encoder(), **PREDICTOR, predictor_context=True), model()
     torch.save(trained.state_dict(), tmp_path / "dense.pt")
-    load_weights(network, jepa.read_weights(tmp_path / "dense.pt", "encoder"))
+    network.load_published(tmp_path / "dense.pt", "encoder")
     torch.testing.assert_close(network.predictor.mask_tokens, trained.predictor.mask_tokens)
 
 
@@ -116,7 +116,7 @@ def test_head_with_different_classes_is_ignored_and_reported(classes, tmp_path):
     trained, network = model(), Anticipator(encoder(), classes, **PREDICTOR, num_heads=2, pool_depth=2)
     before = {name: value.clone() for name, value in network.head.state_dict().items()}
     torch.save(trained.state_dict(), tmp_path / "own.pt")
-    report = load_weights(network, jepa.read_weights(tmp_path / "own.pt", "encoder"))
+    report = network.load_published(tmp_path / "own.pt", "encoder")
     assert re.search(r"head.*num_classes", report)
     torch.testing.assert_close(network.head.state_dict(), before, rtol=0, atol=0)
     torch.testing.assert_close(network.encoder.state_dict(), trained.encoder.state_dict())
@@ -127,7 +127,7 @@ def test_original_probe_converts_to_the_head():
     head = AnticipationHead(8, {"verb": 3, "noun": 4, "action": 5}, num_heads=2, depth=3)
     renamed = {}
     for name, value in head.state_dict().items():
-        for theirs, ours in jepa.ORIGINAL_PROBE[:2] + jepa.ORIGINAL_PROBE[3:]:
+        for theirs, ours in convert.ORIGINAL_PROBE[:2] + convert.ORIGINAL_PROBE[3:]:
             if name.startswith(ours) and (ours != "pool." or not name.startswith(("pool.blocks", "pool.query"))):
                 name = theirs + name.removeprefix(ours)
         name = name.replace("cross_attention_block.xattn.norm", "cross_attention_block.norm")
@@ -135,7 +135,7 @@ def test_original_probe_converts_to_the_head():
         parts = name.split(".")
         name = ".".join([f"{parts[1]}_classifier", *parts[2:]]) if parts[0] == "linear" else name
         renamed[f"module.{name}"] = value
-    converted = jepa.convert_probe(renamed, "action")
+    converted = convert.convert_probe(renamed, "action")
     assert converted.keys() == head.state_dict().keys()
     head.load_state_dict(converted)
 

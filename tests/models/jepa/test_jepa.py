@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate, layer_norm
 from blueberry_video.config import CONF
 from blueberry_video.masking import MultiBlockMasking
 from blueberry_video.models.encoder import Encoder
-from blueberry_video.models.jepa import model as jepa
+from blueberry_video.models.jepa import convert
 from blueberry_video.models.jepa.model import JEPA
 from blueberry_video.models.jepa.predictor import Predictor
 from blueberry_video.models.vit import VisionTransformer
@@ -390,18 +390,18 @@ def test_own_checkpoint_initializes_an_encoder(tmp_path, positions):
 
 
 def test_published_files_with_several_networks_raise_in_load_encoder(tmp_path):
-    torch.save(jepa.to_original(model().state_dict()), tmp_path / "vitl.pt")
+    torch.save(convert.to_original(model().state_dict()), tmp_path / "vitl.pt")
     with pytest.raises(ValueError, match=r"(?s)vitl\.pt.*V-JEPA.*\.jepa\."):
         encoder("rope_3d").load_published(tmp_path / "vitl.pt")
-    torch.save(jepa.to_huggingface(model().state_dict()), tmp_path / "hf.pt")
+    torch.save(convert.to_huggingface(model().state_dict()), tmp_path / "hf.pt")
     with pytest.raises(ValueError, match=r"(?s)encoder.*predictor.*V-JEPA.*\.jepa\."):
         encoder("rope_3d").load_published(tmp_path / "hf.pt")
 
 
 def test_encoder_of_a_published_file_loads_from_its_state_dict(tmp_path):
-    torch.save(jepa.to_original(model().state_dict()), tmp_path / "vitl.pt")
+    torch.save(convert.to_original(model().state_dict()), tmp_path / "vitl.pt")
     sizes = {"num_frames": 4, "image_size": 16, "num_heads": 2, "predictor_num_heads": 2}
-    read = jepa.from_published(tmp_path / "vitl.pt", "target_encoder", positions="rope_3d", **sizes)
+    read = JEPA.from_published(tmp_path / "vitl.pt", "target_encoder", positions="rope_3d", **sizes)
     torch.save(read.encoder.state_dict(), tmp_path / "encoder.pt")
     fresh = encoder("rope_3d", rope_quirk=True)
     fresh.load_published(tmp_path / "encoder.pt")

@@ -3,6 +3,7 @@
 The references are tiny and random in **every** parameter: zero biases and mask tokens would hide a dropped one.
 """
 
+import json
 import math
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import VJEPA2Config, VJEPA2ForVideoClassification, VJEPA2Model
 
 from blueberry_video.masking import MultiBlockMasking
-from blueberry_video.models.jepa import model as jepa
+from blueberry_video.models.jepa import convert
 from blueberry_video.models.jepa.model import JEPA
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.nn.heads import ClassificationHead
@@ -120,7 +121,7 @@ def assert_same_gradients(ours: nn.Module, theirs: dict[str, Tensor]) -> None:
 def test_encoder_and_predictor_equal_transformers_in_features_and_gradients(name):
     config = hf_config(name)
     reference, model = randomized(VJEPA2Model(config)), built(config)
-    model.load_state_dict(jepa.convert_huggingface(reference.state_dict()))
+    model.load_state_dict(convert.convert_huggingface(reference.state_dict()))
     video, keep, target = clips_and_masks(config, name)
     theirs = reference(video.transpose(1, 2), context_mask=[keep], target_mask=[target])
 
@@ -134,7 +135,7 @@ def test_encoder_and_predictor_equal_transformers_in_features_and_gradients(name
     (predicted * weights).sum().backward()
     (theirs.predictor_output.last_hidden_state * weights).sum().backward()
     gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in reference.named_parameters()}
-    converted = jepa.convert_huggingface(gradients)
+    converted = convert.convert_huggingface(gradients)
     assert converted.keys() == dict(model.named_parameters()).keys()
     assert_same_gradients(model, converted)
     assert converted["predictor.mask_tokens"][1].abs().max() > 1e-5
@@ -143,7 +144,7 @@ def test_encoder_and_predictor_equal_transformers_in_features_and_gradients(name
 def test_without_masks_all_tokens_are_predicted_from_all_tokens():
     config = hf_config("heads-of-16")
     reference, model = randomized(VJEPA2Model(config)), built(config)
-    model.load_state_dict(jepa.convert_huggingface(reference.state_dict()))
+    model.load_state_dict(convert.convert_huggingface(reference.state_dict()))
     video = clips_and_masks(config, "heads-of-16")[0]
     every = torch.arange(32).expand(2, -1)
     predicted = model.predictor(model.encoder(video), every, every, mask_index=1)
@@ -176,7 +177,7 @@ def test_visible_tokens_keep_their_positions():
 def test_probe_equals_transformers_in_logits_and_gradients(name):
     config = hf_config(name)
     reference, model = randomized(VJEPA2ForVideoClassification(config)), built(config)
-    model.load_state_dict(jepa.convert_huggingface(reference.state_dict()))
+    model.load_state_dict(convert.convert_huggingface(reference.state_dict()))
     head = ClassificationHead(
         config.hidden_size,
         {"action": 5},
@@ -185,7 +186,7 @@ def test_probe_equals_transformers_in_logits_and_gradients(name):
         pool_depth=1 + config.num_pooler_layers,
         final_norm=False,
     )
-    head.load_state_dict(jepa.convert_probe(reference.state_dict(), "action"))
+    head.load_state_dict(convert.convert_probe(reference.state_dict(), "action"))
     video = clips_and_masks(config, name)[0]
     logits, expected = head(model.encoder(video))["action"], reference(video.transpose(1, 2)).logits
     torch.testing.assert_close(logits, expected, **TOLERANCE)
@@ -193,23 +194,23 @@ def test_probe_equals_transformers_in_logits_and_gradients(name):
     expected.square().sum().backward()
     gradients = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
     probe = {name: value for name, value in gradients.items() if name.startswith(("pooler.", "classifier."))}
-    converted = jepa.convert_probe(probe, "action")
+    converted = convert.convert_probe(probe, "action")
     assert converted.keys() == dict(head.named_parameters()).keys()
     assert_same_gradients(head, converted)
-    converted = jepa.convert_huggingface(gradients)
+    converted = convert.convert_huggingface(gradients)
     assert_same_gradients(model.encoder, {name.removeprefix("encoder."): value for name, value in converted.items()})
 
 
 def test_weights_round_trip_with_transformers():
     config = hf_config("other-widths")
     reference, model = VJEPA2Model(config), randomized(built(config))
-    state = jepa.to_huggingface(model.state_dict())
+    state = convert.to_huggingface(model.state_dict())
     reference.load_state_dict(state)  # strict
-    back = jepa.convert_huggingface(reference.state_dict())
+    back = convert.convert_huggingface(reference.state_dict())
     assert back.keys() == model.state_dict().keys()
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in back.items())
     with pytest.raises(ValueError, match=r"'target_encoder'.*'encoder'.*'predictor'"):
-        jepa.to_huggingface(model.state_dict(), "target_encoder")
+        convert.to_huggingface(model.state_dict(), "target_encoder")
 
 
 def test_target_encoder_converts_to_transformers():
@@ -218,15 +219,15 @@ def test_target_encoder_converts_to_transformers():
     with torch.no_grad():
         model.target_encoder.norm.bias.fill_(3.0)
     name = "encoder.layernorm.bias"
-    assert jepa.to_huggingface(model.state_dict(), "target_encoder")[name].tolist() == [3.0] * 32
-    assert not jepa.to_huggingface(model.state_dict())[name].any()
+    assert convert.to_huggingface(model.state_dict(), "target_encoder")[name].tolist() == [3.0] * 32
+    assert not convert.to_huggingface(model.state_dict())[name].any()
 
 
 def test_transformers_file_loads(tmp_path: Path, capsys: pytest.CaptureFixture):
     config = hf_config("other-widths")
     reference = randomized(VJEPA2ForVideoClassification(config))
     save_file(reference.state_dict(), tmp_path / "model.safetensors")
-    model = jepa.from_published(
+    model = JEPA.from_published(
         tmp_path / "model.safetensors", "encoder", num_frames=3, image_size=20, num_heads=2, predictor_num_heads=3
     )
     assert "'encoder'" in capsys.readouterr().out
@@ -236,7 +237,69 @@ def test_transformers_file_loads(tmp_path: Path, capsys: pytest.CaptureFixture):
     predicted = model.predictor(gather_tokens(model.encoder(video), keep), keep, target, mask_index=1)
     torch.testing.assert_close(predicted, expected.predictor_output.last_hidden_state, **TOLERANCE)
     with pytest.raises(ValueError, match=r"(?s)model\.safetensors.*which='target_encoder'.*'encoder'"):
-        jepa.from_published(tmp_path / "model.safetensors", "target_encoder")
+        JEPA.from_published(tmp_path / "model.safetensors", "target_encoder")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saved_folder_loads_in_transformers_and_back(tmp_path, name):
+    config = hf_config(name)
+    model = randomized(built(config))
+    model.save_published(tmp_path / "saved")
+    reference, report = VJEPA2Model.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(report.values()), report
+    for key, value in model.config.items():
+        assert getattr(reference.config, key) == value
+    video, keep, target = clips_and_masks(config, name)
+    expected = reference.eval()(video.transpose(1, 2), context_mask=[keep], target_mask=[target])
+    back = JEPA.from_published(tmp_path / "saved", "encoder").eval()
+    assert back.config == model.config  # clip size and heads are read from config.json
+    fresh = built(config)
+    assert "'encoder'" in fresh.load_published(tmp_path / "saved", "encoder")
+    for read in (model, back, fresh):
+        tokens = read.encoder(video)
+        torch.testing.assert_close(tokens, expected.last_hidden_state, **TOLERANCE)
+        predicted = read.predictor(gather_tokens(tokens, keep), keep, target, mask_index=1)
+        torch.testing.assert_close(predicted, expected.predictor_output.last_hidden_state, **TOLERANCE)
+    with pytest.raises(FileExistsError, match="saved"):
+        model.save_published(tmp_path / "saved")
+
+
+def test_folder_of_transformers_loads_with_its_settings_unless_arguments_replace_them(tmp_path):
+    config = hf_config("other-widths")
+    randomized(VJEPA2ForVideoClassification(config)).save_pretrained(tmp_path)
+    model = JEPA.from_published(tmp_path, "encoder")
+    assert model.encoder.video_size == (1, 3, 20, 20)
+    assert (model.encoder.blocks[0].attn.num_heads, model.predictor.blocks[0].attn.num_heads) == (2, 3)
+    model = JEPA.from_published(tmp_path, "encoder", num_frames=5, image_size=24, num_heads=1, predictor_num_heads=1)
+    assert model.encoder.video_size == (1, 5, 24, 24)
+    assert (model.encoder.blocks[0].attn.num_heads, model.predictor.blocks[0].attn.num_heads) == (1, 1)
+    with pytest.raises(ValueError, match=r"(?<!pred_)num_attention_heads=2 \(here 1\).*pred_num_attention_heads=3"):
+        model.load_published(tmp_path, "encoder")
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"layer_norm_eps": 1e-5}))
+    with pytest.raises(ValueError, match=r"layer_norm_eps=1e-05 \(here 1e-06\)"):
+        JEPA.from_published(tmp_path, "encoder")
+
+
+@pytest.mark.parametrize(
+    ("encoder_changes", "changes", "pattern"),
+    [
+        ({"rope_quirk": False}, {}, r"model\.encoder\.rope_quirk=false\b.*\btrue\b"),
+        ({}, {"rope_quirk": False}, r"model\.rope_quirk=false\b.*\btrue\b"),
+        ({"positions": "sincos_3d"}, {}, r"model\.encoder\.positions=sincos_3d\b.*\brope_3d\b"),
+        ({}, {"predictor_positions": "sincos_3d"}, r"model\.predictor_positions=sincos_3d\b.*\brope_3d\b"),
+        ({"qkv_bias": "qv"}, {}, r"model\.encoder\.qkv_bias=qv\b.*\bqkv\b"),
+        ({"final_norm": False}, {}, r"model\.encoder\.final_norm=false\b.*\btrue\b"),
+        ({}, {"predictor_context": True}, r"model\.predictor_context=true\b.*\bfalse\b"),
+    ],
+)
+def test_models_that_transformers_cannot_represent_raise(tmp_path, encoder_changes, changes, pattern):
+    options = {"positions": "rope_3d", "rope_quirk": True, "qkv_bias": "qkv", **encoder_changes}
+    encoder = VisionTransformer(32, 4, 8, 2, 32, 1, 2, **options)
+    model = JEPA(encoder, 24, 1, 2, **{"rope_quirk": True, **changes})
+    with pytest.raises(ValueError, match=pattern):
+        model.save_published(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 # ---- reference of V-JEPA ---------------------------------------------------------------------------------------------
@@ -320,7 +383,7 @@ def vjepa(embed_dim: int = 32, num_heads: int = 2) -> JEPA:
 
 
 def original_weights(model: JEPA) -> dict[str, dict[str, Tensor]]:
-    content = jepa.to_original(dict(model.named_parameters()), tables=GRID)
+    content = convert.to_original(dict(model.named_parameters()), tables=GRID)
     return {part: {n.removeprefix("module.backbone."): w for n, w in ws.items()} for part, ws in content.items()}
 
 
@@ -370,8 +433,8 @@ def test_v_jepa_file_loads_with_the_chosen_encoder(tmp_path, capsys, which, pref
     model = vjepa()
     with torch.no_grad():
         model.target_encoder.norm.bias += 1.0
-    path = saved(jepa.to_original(model.state_dict(), GRID), tmp_path / "vjepa.pth.tar", prefix)
-    read = jepa.from_published(path, which, num_frames=4, image_size=32, num_heads=2, predictor_num_heads=3)
+    path = saved(convert.to_original(model.state_dict(), GRID), tmp_path / "vjepa.pth.tar", prefix)
+    read = JEPA.from_published(path, which, num_frames=4, image_size=32, num_heads=2, predictor_num_heads=3)
     assert re.search(f"'{which}'.*'target_encoder'", capsys.readouterr().out)
     assert read.encoder.position_kind == "sincos_3d"
     for part, source in (("encoder", which), ("target_encoder", "target_encoder"), ("predictor", "predictor")):
@@ -388,48 +451,88 @@ def test_v_jepa_2_file_loads_and_its_position_tables_are_ignored(tmp_path):
         **SIZES, embed_dim=128, depth=1, num_heads=2, qkv_bias="qkv", positions="rope_3d", rope_quirk=True
     )
     model = randomized(JEPA(encoder, 72, 1, 12, num_mask_tokens=10, rope_quirk=True))
-    content = jepa.to_original(model.state_dict())
+    content = convert.to_original(model.state_dict())
     content["encoder"]["module.backbone.pos_embed"] = torch.randn(1, 99, 128)  # published files hold this unused table
     content["predictor"]["module.backbone.predictor_pos_embed"] = torch.randn(1, 99, 72)
-    read = jepa.from_published(saved(content, tmp_path / "vitl.pt"), "encoder", num_frames=4, image_size=32).eval()
+    read = JEPA.from_published(saved(content, tmp_path / "vitl.pt"), "encoder", num_frames=4, image_size=32).eval()
     assert read.encoder.position_kind == "rope_3d"  # the number of heads also defaults to that of the published models
     video, keep, target = torch.randn(1, 3, 4, 32, 32), torch.tensor([[0, 9, 20]]), torch.tensor([[5, 31]])
     assert torch.equal(read(video, keep, target, 1), model(video, keep, target, 1))
 
 
+@pytest.mark.parametrize("which", ["encoder", "target_encoder"])
+@pytest.mark.parametrize("layout", ["original", "run"])
+def test_weights_load_into_a_model(tmp_path, layout, which):
+    trained, model, path = vjepa(), vjepa(), tmp_path / "weights.pt"
+    with torch.no_grad():
+        trained.target_encoder.norm.bias += 1.0
+        for parameter in model.parameters():
+            parameter.zero_()
+    state = trained.state_dict()
+    run = {"state_dict": {f"model.{name}": value for name, value in state.items()}}
+    torch.save(run if layout == "run" else convert.to_original(state, GRID), path)
+    assert re.search(rf"weights\.pt.*'{which}'.*'target_encoder'", model.load_published(path, which))
+    for part, source in (("encoder", which), ("target_encoder", "target_encoder"), ("predictor", "predictor")):
+        loaded, expected = model.get_submodule(part).state_dict(), trained.get_submodule(source).state_dict()
+        torch.testing.assert_close(loaded, expected, rtol=0, atol=0)
+
+
+def test_weights_of_a_different_model_raise(tmp_path):
+    model = vjepa()
+    torch.save(convert.to_original(model.state_dict(), GRID), tmp_path / "vjepa.pt")
+    encoder = VisionTransformer(**SIZES, embed_dim=32, depth=2, num_heads=2, qkv_bias="qkv", positions="rope_3d")
+    rotary = JEPA(encoder, 18, 2, 3)
+    with pytest.raises(ValueError, match=r"predictor_positions='sincos_3d'.*predictor_positions='rope_3d'"):
+        rotary.load_published(tmp_path / "vjepa.pt", "encoder")
+    torch.save(model.state_dict(), tmp_path / "run.pt")
+    with pytest.raises(ValueError, match=r"run\.pt.*predictor\.blocks\.0\..*18.*instead of.*24"):
+        JEPA(model.encoder, 24, 2, 3, predictor_positions="sincos_3d").load_published(tmp_path / "run.pt", "encoder")
+    with pytest.raises(ValueError, match=r"run\.pt.*config.*load_published"):
+        JEPA.from_published(tmp_path / "run.pt", "encoder")
+
+
+def test_a_teacher_keeps_its_weights(tmp_path):
+    encoder, teacher = vjepa().encoder, vjepa().encoder
+    model = JEPA(encoder, 18, 2, 3, predictor_positions="sincos_3d", ema=False, teacher=teacher)
+    torch.nn.init.constant_(teacher.norm.bias, 7.0)
+    torch.save(vjepa().state_dict(), tmp_path / "run.pt")
+    assert "target encoder" not in model.load_published(tmp_path / "run.pt", "encoder")
+    assert model.target_encoder.norm.bias.unique().tolist() == [7.0]
+
+
 def test_without_a_target_encoder_in_the_file_the_encoder_is_copied(tmp_path, capsys):
-    content = jepa.to_original(vjepa().state_dict(), GRID)
+    content = convert.to_original(vjepa().state_dict(), GRID)
     del content["target_encoder"]
     sizes = {"num_frames": 4, "image_size": 32, "num_heads": 2, "predictor_num_heads": 3}
     path = saved(content, tmp_path / "vjepa.pt")
-    read = jepa.from_published(path, "encoder", **sizes)
+    read = JEPA.from_published(path, "encoder", **sizes)
     assert torch.equal(read.target_encoder.norm.bias, read.encoder.norm.bias)
     assert re.search("'encoder'.*'encoder'", capsys.readouterr().out)
     with pytest.raises(ValueError, match=r"'target_encoder'.*which='encoder'.*'encoder', 'predictor'"):
-        jepa.from_published(path, "target_encoder", **sizes)
+        JEPA.from_published(path, "target_encoder", **sizes)
 
 
 @pytest.mark.parametrize("part", ["encoder.pos_embed", "predictor.predictor_pos_embed"])
 def test_position_tables_that_differ_from_the_computed_ones_raise(tmp_path, part):
-    content, (part, name) = jepa.to_original(vjepa().state_dict(), GRID), part.split(".")
+    content, (part, name) = convert.to_original(vjepa().state_dict(), GRID), part.split(".")
     content[part][f"module.backbone.{name}"] = content[part][f"module.backbone.{name}"] + 1e-3
     path, sizes = saved(content, tmp_path / "vjepa.pt"), {"num_heads": 2, "predictor_num_heads": 3}
     with pytest.raises(ValueError, match=rf"{part}\.{name}.*\(1, 32, \d+\).*\(2, 4, 4\).*num_frames.*image_size"):
-        jepa.from_published(path, "encoder", num_frames=4, image_size=32, **sizes)
+        JEPA.from_published(path, "encoder", num_frames=4, image_size=32, **sizes)
 
 
 def test_sizes_that_differ_from_the_file_raise(tmp_path):
-    path = saved(jepa.to_original(vjepa().state_dict(), GRID), tmp_path / "vjepa.pt")
+    path = saved(convert.to_original(vjepa().state_dict(), GRID), tmp_path / "vjepa.pt")
     with pytest.raises(ValueError, match=r"encoder\.pos_embed.*\(1, 32, 32\).*\(4, 4, 4\).*num_frames.*image_size"):
-        jepa.from_published(path, "encoder", num_frames=8, image_size=32, num_heads=2, predictor_num_heads=3)
+        JEPA.from_published(path, "encoder", num_frames=8, image_size=32, num_heads=2, predictor_num_heads=3)
 
 
 def test_missing_weight_raises_with_its_name(tmp_path):
-    content = jepa.to_original(vjepa().state_dict(), GRID)
+    content = convert.to_original(vjepa().state_dict(), GRID)
     del content["predictor"]["module.backbone.predictor_norm.bias"]
     path = saved(content, tmp_path / "vjepa.pt")
     with pytest.raises(ValueError, match=r"predictor\.norm\.bias"):
-        jepa.from_published(path, "encoder", num_frames=4, image_size=32, num_heads=2, predictor_num_heads=3)
+        JEPA.from_published(path, "encoder", num_frames=4, image_size=32, num_heads=2, predictor_num_heads=3)
 
 
 def test_probe_of_an_original_file_converts():
@@ -442,6 +545,6 @@ def test_probe_of_an_original_file_converts():
         names |= {f"pool.{part}.{kind}": f"{cross}.{part}.{kind}" for part in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")}
     original = {names.get(name, f"module.pooler.{name[5:]}"): value for name, value in head.state_dict().items()}
     assert "module.pooler.blocks.1.attn.qkv.weight" in original
-    converted = jepa.convert_probe(original, "action")
+    converted = convert.convert_probe(original, "action")
     assert converted.keys() == head.state_dict().keys()
     assert all(torch.equal(value, head.state_dict()[name]) for name, value in converted.items())

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from blueberry_video.models.jepa.world_model import CONDITIONS, WorldModel, block_causal_mask, from_published
+from blueberry_video.models.jepa.world_model import CONDITIONS, WorldModel, block_causal_mask
 from blueberry_video.models.vit import VisionTransformer
 
 B, T, S, D, A, K = 2, 4, 4, 12, 3, 2  # frames of 2 x 2 patches
@@ -208,7 +208,8 @@ def test_published_weights_load_and_compute_the_same(tmp_path, capsys):
     for parameter in built.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     torch.save(original(built), tmp_path / "ac.pt")
-    loaded = from_published(tmp_path / "ac.pt", num_frames=4, image_size=16, num_heads=2, predictor_num_heads=2)
+    sizes = {"num_frames": 4, "image_size": 16, "num_heads": 2, "predictor_num_heads": 2}
+    loaded = WorldModel.from_published(tmp_path / "ac.pt", **sizes)
     assert re.search("'encoder'.*'predictor'", capsys.readouterr().out)
     video, actions, states = torch.randn(1, 3, 3, 16, 16), torch.randn(1, 2, 5), torch.randn(1, 2, K)
     torch.testing.assert_close(loaded.encode_frames(video), built.encode_frames(video))
@@ -216,6 +217,23 @@ def test_published_weights_load_and_compute_the_same(tmp_path, capsys):
     torch.testing.assert_close(loaded(latents, actions, states), built(latents, actions, states))
     built.predictor.rope_quirk = False
     assert not torch.allclose(loaded(latents, actions, states), built(latents, actions, states), atol=1e-3)
+
+
+def test_saved_weights_round_trip_in_the_original_layout(tmp_path):
+    built, loaded = published(), published()
+    for parameter in built.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    built.save_published(tmp_path / "ac.pt")
+    content, expected = torch.load(tmp_path / "ac.pt", weights_only=True), original(built)
+    assert content.keys() == {"encoder", "predictor"}
+    for part, weights in content.items():
+        assert weights.keys() == expected[part].keys()
+    assert content["predictor"]["module.extrinsics_encoder.weight"].shape == (24, 4)
+    assert re.search(r"ac\.pt.*'encoder'.*'predictor'", loaded.load_published(tmp_path / "ac.pt"))
+    torch.testing.assert_close(loaded.state_dict(), built.state_dict(), rtol=0, atol=0)
+    wider = WorldModel(encoder(qkv_bias="qkv"), 6, K, predictor_dim=24, predictor_depth=2, predictor_num_heads=2)
+    with pytest.raises(ValueError, match=r"ac\.pt.*action_encoder\.weight \(24, 5\).*\(24, 6\)"):
+        wider.load_published(tmp_path / "ac.pt")
 
 
 @pytest.mark.parametrize(
@@ -232,7 +250,7 @@ def test_files_of_other_models_raise(tmp_path, lost, error, text):
     (content if lost in content else content["predictor"]).pop(lost)
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(error, match=f"(?s){text}"):
-        from_published(tmp_path / "other.pt", 4, 16, 2, 2)
+        WorldModel.from_published(tmp_path / "other.pt", 4, 16, 2, 2)
 
 
 @pytest.mark.parametrize(

@@ -1,41 +1,43 @@
-"""Action anticipation with V-JEPA 2 (arXiv 2506.09985; github.com/facebookresearch/vjepa2, evals/action_anticipation_
-frozen): what will be done, told from what has been seen and from what the predictor expects to come.
+"""Action anticipation with V-JEPA 2 (arXiv 2506.09985; github.com/facebookresearch/vjepa2,
+evals/action_anticipation_frozen): classification of a future action.
 
-Unusual about it: the encoder sees only the past. The predictor is asked for the tokens of a moment some time after it,
-whose distance may differ from clip to clip, and a head with a query a label looks at both.
+Unusual about it: the encoder receives only past frames. The predictor predicts the tokens of a later time, at a
+distance that may differ between clips, and a head with one query per label attends to both.
 """
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from blueberry_video.models.encoder import Encoder
+from blueberry_video.models.jepa.convert import read_published
 from blueberry_video.models.jepa.predictor import Predictor
 from blueberry_video.nn.heads import AttentivePool
 from blueberry_video.weights.load import load_strictly
 
 
 class Anticipator(nn.Module):
-    """Video float (B, C, T, H, W), normalised as the encoder wants it -> logits {label: (B, classes)} of what comes.
+    """Video float (B, C, T, H, W), normalized as the encoder requires -> logits {label: (B, classes)} of the future.
 
     Args:
-        encoder: of any length of video: one with rotary positions, as V-JEPA 2's.
+        encoder: accepts clips of any length, with rotary positions as in V-JEPA 2.
         num_classes: number of classes of each label, such as ``{verb: 97, noun: 300, action: 3806}``.
         predictor_dim, predictor_depth, predictor_num_heads, predictor_mlp_ratio, num_mask_tokens, rope_quirk: see
-            :class:`~blueberry_video.models.jepa.JEPA`, whose weights fit.
-        mask_index: which mask token the predictor uses; the published weights take 1.
-        length: tubelets that are predicted.
-        sees: what the head looks at: the tokens of the ``"past"``, those of the ``"future"``, or ``"both"``.
-        num_heads, pool_depth: of the :class:`~blueberry_video.models.jepa.anticipator.AnticipationHead`.
-        freeze: train the head alone; encoder and predictor then stay in evaluation mode.
+            :class:`~blueberry_video.models.jepa.JEPA`, which has compatible weights.
+        mask_index: index of the mask token; 1 for the published weights.
+        length: number of tubelets to predict.
+        sees: input of the head: tokens of the ``"past"``, of the ``"future"``, or ``"both"``.
+        num_heads, pool_depth: see :class:`~blueberry_video.models.jepa.anticipator.AnticipationHead`.
+        freeze: train only the head; encoder and predictor then stay in evaluation mode.
 
     Attributes:
-        num_classes: label -> number of its classes.
-        predictor: ``None`` where the head sees the past alone.
+        num_classes: number of classes by label.
+        predictor: ``None`` with ``sees="past"``.
 
     Raises:
-        ValueError: for an unknown ``sees``, a length below 1, or a mask token that is not there.
+        ValueError: ``sees`` is unknown, ``length`` is below 1, or ``mask_index`` is out of range.
     """
 
     def __init__(
@@ -89,13 +91,13 @@ class Anticipator(nn.Module):
         return self
 
     def forward(self, video: Tensor, skip: int | Tensor = 0) -> dict[str, Tensor]:
-        """Scores what comes ``skip`` tubelets after the video: the same for all, or one for each (B,)."""
+        """Logits of the time ``skip`` tubelets after the video; ``skip`` is one number, or one per clip (B,)."""
         with torch.no_grad() if self.freeze else nullcontext():
             tokens = self._tokens(video, skip)
         return self.head(tokens)
 
     def _tokens(self, video: Tensor, skip: int | Tensor) -> Tensor:
-        """(B, N, D): the past's, behind them the future's."""
+        """(B, N, D): tokens of the past, then of the future."""
         past = self.encoder(video)
         if self.predictor is None:
             return past
@@ -105,55 +107,56 @@ class Anticipator(nn.Module):
     def _frozen(self) -> list[nn.Module]:
         return [part for part in (self.encoder, self.predictor) if part is not None and self.freeze]
 
+    def load_published(self, source: str | Path, which: str) -> str:
+        """Loads encoder and predictor strictly, and the head if the source has one of the same shape.
 
-def load_weights(model: Anticipator, weights: dict[str, Tensor]) -> str:
-    """Puts encoder and predictor into a model, strictly, and the head where it is there, too, and fits.
+        A predictor is ignored with ``sees="past"``, its projection of visible tokens always.
 
-    Args:
-        model: the model to fill; without a predictor of its own it leaves out that of the weights, and always the
-            predictor's projection of visible tokens.
-        weights: ``encoder.…``, ``predictor.…`` and perhaps ``head.…``.
+        Args:
+            source: weights of a :class:`~blueberry_video.models.jepa.JEPA`, published or of a run, or of a run of this
+                model; see :func:`~blueberry_video.models.jepa.convert.read_published`.
+            which: encoder of the source to load: ``"encoder"`` or ``"target_encoder"``.
 
-    Returns:
-        One sentence on what was loaded, and on a head that was left out.
+        Returns:
+            A sentence on what was loaded, and on a head that was ignored.
 
-    Raises:
-        ValueError: if weights of encoder or predictor are missing, left over, or of other shapes.
-    """
-    own = model.state_dict()
-    unused = "predictor." if model.predictor is None else "predictor.proj_context."
-    weights = {name: value for name, value in weights.items() if not name.startswith(unused)}
-    theirs, ours = ({n: value.shape for n, value in state.items() if n.startswith("head.")} for state in (weights, own))
-    head = "is theirs" if theirs == ours else "starts anew"
-    if theirs and theirs != ours:
-        weights = {name: value for name, value in weights.items() if name not in theirs}
-        head += ": theirs was left out, since it has not this model's num_classes and pool_depth"
-    kept = {name: value for name, value in own.items() if theirs != ours and name in ours}
-    fix = "Give model the sizes of encoder and predictor (embed_dim, depth, num_mask_tokens, …) of the file."
-    load_strictly(model, kept | weights, "the file", fix)
-    return f"loaded {len(weights)} tensors; the head {head}"
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: tensors of encoder or predictor are missing, unexpected or of another shape.
+        """
+        unused = ("target_encoder.", "predictor." if self.predictor is None else "predictor.proj_context.")
+        weights = {n: v for n, v in read_published(source, which).state.items() if not n.startswith(unused)}
+        own = {name: value for name, value in self.state_dict().items() if name.startswith("head.")}
+        loaded = {name: value for name, value in weights.items() if name.startswith("head.")}
+        report = "the head is loaded"
+        if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in loaded.items()}:
+            report = "the head is not loaded" + (": num_classes or pool_depth differ" if loaded else "")
+            weights = {name: value for name, value in weights.items() if name not in loaded}
+        fix = "Give the model the sizes of encoder and predictor (embed_dim, depth, num_mask_tokens, …) of the weights."
+        load_strictly(self, own | weights, source, fix)
+        return f"loaded {len(weights)} tensors from {source}, with its {which!r}; {report}"
 
 
 class AnticipationHead(nn.Module):
-    """Scores what comes next, such as verb, noun and action: the probe of V-JEPA 2 on EPIC-KITCHENS-100 (arXiv
-    2506.09985). (B, N, D) -> {label: (B, classes)}.
+    """Classification head for several labels, such as verb, noun and action: the probe of V-JEPA 2 on
+    EPIC-KITCHENS-100 (arXiv 2506.09985). (B, N, D) -> {label: (B, classes)}.
 
-    Each label has a query of its own in one attentive pooling, and one linear layer. The tokens are those of the
-    encoder on what has been seen and, behind them, what the predictor expects of the future.
+    Each label has a query in one attentive pooling, and a linear layer. The tokens are those of the encoder, followed
+    by those that the predictor predicts.
 
     Args:
         dim: width of the tokens.
         num_classes: number of classes of each label, such as ``{"verb": 97, "noun": 300, "action": 3806}``.
-        num_heads, depth: of the :class:`AttentivePool`.
+        num_heads, depth: see :class:`AttentivePool`.
 
     Raises:
-        ValueError: if there is no label, or ``num_heads`` does not divide ``dim``.
+        ValueError: ``num_classes`` is empty, or ``num_heads`` does not divide ``dim``.
     """
 
     def __init__(self, dim: int, num_classes: dict[str, int], num_heads: int = 16, depth: int = 4):
         super().__init__()
         if not num_classes:
-            raise ValueError("num_classes is empty: name at least one label with its number of classes: {verb: 97}.")
+            raise ValueError("num_classes is empty: give at least one label with its classes, such as {verb: 97}.")
         self.pool = AttentivePool(dim, num_heads, depth=depth, num_queries=len(num_classes))
         self.linear = nn.ModuleDict({name: nn.Linear(dim, count) for name, count in num_classes.items()})
 

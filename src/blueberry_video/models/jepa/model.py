@@ -1,51 +1,49 @@
-"""Joint-embedding predictive architectures of video: V-JEPA (arXiv 2404.08471; github.com/facebookresearch/jepa) and
+"""Joint-embedding predictive architectures for video: V-JEPA (arXiv 2404.08471; github.com/facebookresearch/jepa) and
 V-JEPA 2 (arXiv 2506.09985; github.com/facebookresearch/vjepa2).
 
-Unusual about them: nothing is reconstructed. A narrow predictor, told the places of hidden tokens, guesses the features
-that a slow copy of the encoder gives them when it sees the whole clip. The encoder runs on the visible tokens alone.
-Each kind of mask has a mask token of its own. V-JEPA adds sine-cosine positions in the predictor, too; V-JEPA 2 turns
-queries and keys, and puts visible and mask tokens in the order of their places.
+Unusual about them: no pixels are reconstructed. A narrow predictor receives the positions of hidden tokens and predicts
+their features, which the target encoder, an EMA of the encoder, computes from the whole clip. The encoder runs on the
+visible tokens only. Each kind of mask has a separate mask token. V-JEPA adds sine-cosine positions in the predictor,
+too; V-JEPA 2 rotates queries and keys, and sorts visible and mask tokens by position.
 """
 
 import copy
-import re
+import json
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
+from blueberry_video.atomic import atomic_folder
 from blueberry_video.models import vit
 from blueberry_video.models.encoder import Encoder
+from blueberry_video.models.jepa import convert
 from blueberry_video.models.jepa.predictor import Predictor
-from blueberry_video.nn.positions import sincos_3d_table
-from blueberry_video.weights import files as weight_files
-from blueberry_video.weights.load import load_strictly
-
-Grid = tuple[int, int, int]  # tokens along (t, h, w)
+from blueberry_video.weights.load import different_settings, load_strictly
 
 
 class JEPA(nn.Module):
-    """An encoder of visible tokens, a predictor, and what gives the features to predict.
+    """Encoder of visible tokens, predictor of hidden ones, and the encoder that computes the prediction targets.
 
     Args:
         encoder: any encoder of this package.
-        predictor_dim, predictor_depth, predictor_num_heads, predictor_mlp_ratio: see
+        predictor_dim, predictor_depth, predictor_num_heads, predictor_mlp_ratio, num_mask_tokens: see
             :class:`~blueberry_video.models.jepa.predictor.Predictor`.
-        num_mask_tokens: kinds of masks it is trained with.
         predictor_positions: ``"sincos_3d"`` (V-JEPA) or ``"rope_3d"`` (V-JEPA 2).
-        predictor_context: predict the features of visible tokens, too, with a projection of their own (V-JEPA 2.1).
-        rope_quirk: of the predictor; the encoder has its own.
-        ema: take the targets from a copy of the encoder that follows it slowly (see :meth:`update_target`); without it
-            and without ``teacher``, they come from the encoder itself.
-        teacher: another encoder, with its patches, that gives the targets and is never trained; then ``ema`` must be
-            false.
+        predictor_context: also predict the features of visible tokens, with a separate projection (V-JEPA 2.1).
+        rope_quirk: of the predictor; the encoder has a separate argument.
+        ema: compute the targets with an EMA of the encoder (see :meth:`update_target`); if false and without
+            ``teacher``, with the encoder itself.
+        teacher: frozen encoder with the same patches that computes the targets; requires ``ema=False``.
 
     Attributes:
-        target_encoder: the copy or the teacher, in evaluation mode and without gradients; ``None`` if there is none.
+        target_encoder: the EMA or the teacher, in evaluation mode and without gradients; otherwise ``None``.
 
     Raises:
-        ValueError: for ``ema`` with a teacher, or a teacher of other patches.
+        ValueError: ``ema`` with a teacher, or a teacher with a different patch size.
     """
 
     def __init__(
@@ -64,11 +62,11 @@ class JEPA(nn.Module):
     ):
         super().__init__()
         if ema and teacher is not None:
-            raise ValueError("model.ema=true copies the encoder, but model.teacher is given, too: set model.ema=false.")
+            raise ValueError("model.ema=true and model.teacher exclude each other: set model.ema=false.")
         if teacher is not None and teacher.patch_size != encoder.patch_size:
             raise ValueError(
-                f"the teacher's patches, {teacher.patch_size}, are not those of the encoder, {encoder.patch_size}: "
-                "their tokens would not stand for the same pixels."
+                f"the patch size of the teacher, {teacher.patch_size}, must be that of the encoder, "
+                f"{encoder.patch_size}, so that their tokens cover the same pixels."
             )
         self.encoder = encoder
         self.target_encoder: Encoder | None = copy.deepcopy(encoder) if ema else teacher
@@ -100,9 +98,9 @@ class JEPA(nn.Module):
         """Predicts the features of hidden tokens.
 
         Args:
-            video: (B, C, T, H, W), normalised as the encoder wants it.
-            keep, target: (B, N_context) and (B, N_target), indices of the tokens to see and to predict.
-            mask_index: which kind of mask this is.
+            video: (B, C, T, H, W), normalized as the encoder requires.
+            keep, target: indices (B, N_context) of visible tokens and (B, N_target) of tokens to predict.
+            mask_index: kind of mask, which selects the mask token.
 
         Returns:
             (B, N_target, D), to be compared with :meth:`targets` at ``target``.
@@ -110,13 +108,11 @@ class JEPA(nn.Module):
         return self.predictor(self.encoder(video, keep), keep, target, mask_index, self.encoder.grid(video.shape))
 
     def targets(self, video: Tensor, gradient: bool = False) -> Tensor:
-        """What to predict: the features (B, N, D) of every token, the encoder having seen them all; LayerNorm'ed
-        without affine.
+        """Prediction targets: features (B, N, D) of all tokens of the whole clip, after a LayerNorm without affine.
 
         Args:
-            video: (B, C, T, H, W), normalised as the encoder wants it.
-            gradient: let gradients through to the encoder, where there is no other. Nothing then keeps the encoder from
-                making all features alike, unless the loss does.
+            video: (B, C, T, H, W), normalized as the encoder requires.
+            gradient: without a target encoder, backpropagate to the encoder. Only the loss can then prevent collapse.
         """
         encoder = self.encoder if self.target_encoder is None else self.target_encoder
         with torch.set_grad_enabled(gradient and torch.is_grad_enabled()):
@@ -125,309 +121,179 @@ class JEPA(nn.Module):
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
-        """Moves the target encoder towards the encoder: target = momentum * target + (1 - momentum) * encoder.
+        """Updates the target encoder: target = momentum * target + (1 - momentum) * encoder.
 
         Args:
-            momentum: in [0, 1]; V-JEPA's goes from 0.998 to 1, V-JEPA 2's is 0.99925. 0 makes the target an exact copy.
+            momentum: in [0, 1]; from 0.998 to 1 in V-JEPA, 0.99925 in V-JEPA 2. 0 copies the encoder.
 
         Raises:
-            ValueError: for another momentum, or if the target does not follow the encoder.
+            ValueError: ``momentum`` is out of range, or the target encoder is not an EMA.
         """
         if not 0 <= momentum <= 1:
             raise ValueError(f"an EMA momentum of {momentum} is outside [0, 1]: V-JEPA 2 uses 0.99925.")
         if self.target_encoder is None or not self.follows:
-            raise ValueError("there is no target encoder that follows the encoder: set model.ema=true.")
+            raise ValueError("there is no EMA of the encoder to update: set model.ema=true.")
         for target, online in zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True):
             target.lerp_(online, 1 - momentum)
 
+    # ---- published weights ----
 
-# ---- published weights -----------------------------------------------------------------------------------------------
+    @classmethod
+    def from_published(
+        cls,
+        source: str | Path,
+        which: str,
+        num_frames: int | None = None,
+        image_size: int | None = None,
+        positions: str | None = None,
+        num_heads: int | None = None,
+        predictor_num_heads: int | None = None,
+    ) -> Self:
+        """Builds V-JEPA from an original file, or V-JEPA 2 from an original file or transformers. Prints a report.
 
-HUGGINGFACE = (  # parts of names: transformers' VJEPA2Model -> ours, beside query, key and value: one matrix here
-    ("encoder.embeddings.patch_embeddings.proj.", "encoder.patch_embed.proj."),
-    ("predictor.embeddings.predictor_embeddings.", "predictor.embed."),
-    ("predictor.embeddings.mask_tokens", "predictor.mask_tokens"),
-    (".layernorm.", ".norm."),
-    (".layer.", ".blocks."),
-    (".attention.proj.", ".attn.proj."),
-)
+        Args:
+            source: an original file with ``encoder``, ``predictor`` and ``target_encoder``, a transformers file or
+                folder, or a hub id.
+            which: encoder of the source that becomes :attr:`encoder`: ``"target_encoder"``, which the papers evaluate,
+                or ``"encoder"``, which training continues from. transformers has only an ``"encoder"``.
+            num_frames, image_size: size of the clips; no tensor determines it. Defaults to ``config.json`` of a
+                folder, then to 16 and 224.
+            positions: ``"sincos_3d"`` (V-JEPA) or ``"rope_3d"`` (V-JEPA 2). Defaults to ``"rope_3d"`` for transformers
+                and for 10 mask tokens. Position tables in files of V-JEPA 2 are ignored, as in the original.
+            num_heads, predictor_num_heads: no tensor determines them. Default to ``config.json`` of a folder, then to
+                the published models.
 
+        Returns:
+            The model. Without a target encoder in the source, its target encoder is a copy of :attr:`encoder`.
 
-def convert_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of transformers' ``VJEPA2Model``, or of that in a ``VJEPA2ForVideoClassification``, as ``encoder.…``
-    and ``predictor.…`` of a :class:`JEPA`. Unknown names stay, for a strict load to report.
-    """
-    prefix = "vjepa2." if any(name.startswith("vjepa2.") for name in state) else ""
-    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    converted = {}
-    for name, value in state.items():
-        if re.search(r"\.attention\.(key|value)\.", name):
-            continue
-        if ".attention.query." in name:
-            parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-            name, value = name.replace(".attention.query.", ".attn.qkv."), torch.cat([state[part] for part in parts])
-        for theirs, ours in HUGGINGFACE:
-            name = name.replace(theirs, ours)
-        converted[name] = value.flatten(0, 2) if name == "predictor.mask_tokens" else value  # (M, 1, 1, D) there
-    return converted
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the weights are damaged, lack the encoder, or have position tables that cannot be computed.
+        """
+        published = convert.read_published(source, which)
+        if published.layout == "run":
+            raise ValueError(
+                f"{source} holds weights of a run, which do not determine the model: build it from the config of the "
+                "run and call its load_published."
+            )
+        state, config = published.state, published.config
+        settings = convert.settings_of_weights(state, source)
+        positions = positions or published.positions or "sincos_3d"
+        is_rope, width = positions == "rope_3d", settings["hidden_size"]
+        num_heads = num_heads or config.get("num_attention_heads") or width // (80 if width == 1280 else 64)
+        encoder = vit.VisionTransformer.from_weights(
+            convert.part(state, "encoder"),
+            source,
+            num_frames or config.get("frames_per_clip", 16),
+            image_size or config.get("crop_size", 224),
+            num_heads,
+            positions=positions,
+            rope_quirk=is_rope,
+        )
+        model = cls(
+            encoder,
+            predictor_dim=settings["pred_hidden_size"],
+            predictor_depth=settings["pred_num_hidden_layers"],
+            predictor_num_heads=predictor_num_heads
+            or config.get("pred_num_attention_heads")
+            or (12 if is_rope else num_heads),
+            predictor_mlp_ratio=settings["pred_mlp_ratio"],
+            num_mask_tokens=settings["pred_num_mask_tokens"],
+            predictor_positions=positions,
+            rope_quirk=is_rope,
+        )
+        print(f"{model._load(published, source, which)}; positions {positions}")
+        return model
 
+    def load_published(self, source: str | Path, which: str) -> str:
+        """Loads weights, see :meth:`from_published`, or those of a run, into this model. A teacher keeps its weights.
 
-def to_huggingface(state: dict[str, Tensor], which: str = "encoder") -> dict[str, Tensor]:
-    """The inverse of :func:`convert_huggingface`: a :class:`JEPA`'s weights as ``VJEPA2Model`` loads them strictly.
+        Returns:
+            A sentence on what was loaded.
 
-    Its positions are always those with the quirk: a model trained without gives other features there.
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the weights are damaged, lack the encoder, or are of a different model; the message names the
+                tensors or settings that differ.
+        """
+        published = convert.read_published(source, which)
+        positions = "sincos_3d" if self.predictor.rope is None else "rope_3d"
+        if published.positions not in (None, positions):
+            raise ValueError(
+                f"{source} has weights of predictor_positions={published.positions!r}, but the model has "
+                f"predictor_positions={positions!r}: choose the model=vjepa/… or model=vjepa2/… of these weights."
+            )
+        if published.layout == "huggingface":
+            heads = {key: value for key, value in published.config.items() if key.endswith("num_attention_heads")}
+            if found := different_settings(heads, self.config):
+                raise ValueError(f"{source} has different settings: {found}. Choose the model of these weights.")
+        return self._load(published, source, which)
 
-    Args:
-        state: the weights of a :class:`JEPA`.
-        which: ``"encoder"`` or ``"target_encoder"``: it has room for one.
-
-    Raises:
-        ValueError: if there is no such encoder.
-    """
-    encoder = _part(state, which)
-    renamed = {f"encoder.{name}": value for name, value in encoder.items()}
-    renamed |= {name: value for name, value in state.items() if name.startswith("predictor.")}
-    converted = {}
-    for name, value in renamed.items():
-        for theirs, ours in HUGGINGFACE:
-            name = name.replace(ours, theirs)
-        if ".attn.qkv." in name:
-            for part, matrix in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                converted[name.replace(".attn.qkv.", f".attention.{part}.")] = matrix
+    def _load(self, published: convert.Published, source: str | Path, which: str) -> str:
+        """Loads weights strictly and returns a sentence on what was loaded."""
+        if self.predictor.rope is None:
+            convert.check_positions(published.content, self.encoder.grid(self.encoder.video_size))
+        weights = {n: value for n, value in published.state.items() if n.startswith(("encoder.", "predictor."))}
+        target = "target_encoder" if any(n.startswith("target_encoder.") for n in published.state) else which
+        if self.follows:
+            targets = convert.part(published.state, "encoder" if target == which else target)
         else:
-            converted[name] = value[:, None, None] if name.endswith("mask_tokens") else value
-    return converted
+            targets = {} if self.target_encoder is None else self.target_encoder.state_dict()
+        state = weights | {f"target_encoder.{name}": value for name, value in targets.items()}
+        load_strictly(self, state, source, "Choose the model with the sizes of these weights.")
+        note = f", the target encoder its {target!r}" if self.follows else ""
+        return f"loaded {len(weights)} tensors from {source}: the encoder is its {which!r}{note}"
 
+    def save_published(self, folder: str | Path, which: str = "encoder") -> None:
+        """Writes a folder that transformers' ``VJEPA2Model.from_pretrained`` loads.
 
-def convert_original(content: dict[str, dict[str, Tensor]], which: str) -> dict[str, Tensor]:
-    """The weights in a file of the jepa or the vjepa2 repository under the names of a :class:`JEPA`.
+        Args:
+            folder: must not exist, or be empty.
+            which: ``"encoder"`` or ``"target_encoder"``: ``VJEPA2Model`` has one encoder.
 
-    Position tables are left out: see :func:`check_positions`.
+        Raises:
+            FileExistsError: the folder is a file, or not empty.
+            ValueError: ``VJEPA2Model`` cannot represent the model; the message names the setting.
+        """
+        config, state, folder = self.config, convert.to_huggingface(self.state_dict(), which), Path(folder)
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise FileExistsError(f"{folder} exists and is not an empty folder: choose another folder.")
+        with atomic_folder(folder) as partial:
+            (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            save_torch_state_dict(state, partial, filename_pattern="model{suffix}.safetensors")
 
-    Args:
-        content: all that the file holds: state dicts by name.
-        which: ``"encoder"``, the trained one, or ``"target_encoder"``, its average, which the papers evaluate: what
-            becomes ``encoder.…``.
+    @property
+    def config(self) -> dict[str, Any]:
+        """Settings of this model as ``config.json`` of transformers' ``VJEPA2Model`` holds them.
 
-    Returns:
-        ``encoder.…``, ``predictor.…`` and, where the file has it, ``target_encoder.…``.
-
-    Raises:
-        ValueError: if the file has no such encoder, or no predictor.
-    """
-    for name in (which, "predictor"):
-        if not isinstance(content.get(name), dict):
-            found = ", ".join(repr(key) for key, value in content.items() if isinstance(value, dict))
-            raise ValueError(f"the file holds no {name!r}: choose which='encoder' or 'target_encoder'; it has {found}.")
-    sources = {"encoder": which} | ({"target_encoder": "target_encoder"} if "target_encoder" in content else {})
-    converted: dict[str, Tensor] = {}
-    for ours, theirs in sources.items():
-        weights = weight_files.without_prefixes(content[theirs])
-        converted |= {f"{ours}.{name}": value for name, value in weights.items() if name != "pos_embed"}
-    predictor = weight_files.without_prefixes(content["predictor"])
-    tokens = sorted((name for name in predictor if name.startswith("mask_tokens.")), key=lambda name: int(name[12:]))
-    converted["predictor.mask_tokens"] = torch.cat([predictor[name].flatten(0, 1) for name in tokens])
-    for name, value in predictor.items():
-        if name not in tokens and name != "predictor_pos_embed":
-            converted[f"predictor.{name.removeprefix('predictor_')}"] = value
-    return converted
-
-
-def to_original(state: dict[str, Tensor], tables: Grid | None = None) -> dict[str, dict[str, Tensor]]:
-    """The inverse of :func:`convert_original`, to be saved with ``torch.save``.
-
-    Args:
-        state: the weights of a :class:`JEPA`.
-        tables: tokens (t, h, w) of the clips of a model with sine-cosine positions, whose tables V-JEPA's files hold.
-    """
-    predictor: dict[str, Tensor] = {}
-    for name, value in _part(state, "predictor").items():
-        if name == "mask_tokens":
-            predictor |= {f"mask_tokens.{i}": token.view(1, 1, -1) for i, token in enumerate(value)}
-        else:
-            predictor[f"predictor_{name}"] = value
-    encoders = [part for part in ("encoder", "target_encoder") if any(name.startswith(f"{part}.") for name in state)]
-    content = {part: _part(state, part) for part in encoders} | {"predictor": predictor}
-    if tables is not None:
-        for part in encoders:
-            content[part]["pos_embed"] = sincos_3d_table(tables, len(content[part]["patch_embed.proj.bias"]))[None]
-        predictor["predictor_pos_embed"] = sincos_3d_table(tables, len(predictor["predictor_embed.bias"]))[None]
-    return {
-        part: {f"module.backbone.{name}": value for name, value in weights.items()} for part, weights in content.items()
-    }
-
-
-def check_positions(content: dict[str, dict[str, Tensor]], grid: Grid) -> None:
-    """The position tables in an original file are the sine-cosine of this package; that one is missing does no harm.
-
-    Args:
-        content: all that the file holds.
-        grid: tokens (t, h, w) of the clips that the model is built for.
-
-    Raises:
-        ValueError: for another table: computed positions would not be those the weights were trained with.
-    """
-    for part in ("encoder", "target_encoder", "predictor"):
-        for name, table in weight_files.without_prefixes(content.get(part) or {}).items():
-            if not name.endswith("pos_embed"):
-                continue
-            expected = sincos_3d_table(grid, table.shape[-1])
-            if table.shape[1:] != expected.shape or (table[0].float() - expected).abs().max() > 1e-5:
-                raise ValueError(
-                    f"{part}.{name} in the file, {tuple(table.shape)}, is not the 3-D sine-cosine of a grid of {grid} "
-                    "tokens: give the num_frames and image_size the weights were trained with. The model then takes "
-                    "clips of other sizes, too."
-                )
-
-
-def read_weights(path: str | Path, which: str) -> dict[str, Tensor]:
-    """``encoder.…`` and ``predictor.…`` in a file of either repository, of transformers, or of a run of this package;
-    of a run that anticipates also ``head.…``.
-
-    Args:
-        path: the file.
-        which: ``"encoder"`` or ``"target_encoder"``: what becomes ``encoder.…``.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, or has no such encoder.
-    """
-    content = weight_files.read_content(path)
-    original = content if isinstance(content, dict) and isinstance(content.get("predictor"), dict) else None
-    if original is not None:
-        held = {name for name, part in original.items() if isinstance(part, dict)}
-    else:
-        state = weight_files.read_weights(path)
-        if any("embeddings.patch_embeddings." in name for name in state):
-            state = convert_huggingface(state)
-        held = {name.split(".")[0] for name in state}
-    if which not in held:
-        others = (f"say task.weights_of={name}" for name in ("encoder", "target_encoder") if name in held)
-        fix = next(others, "give a file of V-JEPA or V-JEPA 2")
-        raise ValueError(f"there is no {which!r} among the weights in {path}, but {sorted(held)}: {fix}.")
-    if original is not None:
-        state, which = convert_original(original, which), "encoder"
-    rest = {name: value for name, value in state.items() if name.startswith(("predictor.", "head."))}
-    return {f"encoder.{name}": value for name, value in _part(state, which).items()} | rest
-
-
-def from_published(
-    path: str | Path,
-    which: str,
-    num_frames: int = 16,
-    image_size: int = 224,
-    positions: str | None = None,
-    num_heads: int | None = None,
-    predictor_num_heads: int | None = None,
-) -> JEPA:
-    """A V-JEPA or V-JEPA 2 from a file of its repository, or a V-JEPA 2 from one of transformers. Prints what it took.
-
-    Args:
-        path: a torch file with ``encoder``, ``predictor`` and ``target_encoder``, or a transformers file.
-        which: ``"encoder"`` or ``"target_encoder"``: which of the file's encoders becomes :attr:`JEPA.encoder`. The
-            papers evaluate the target encoder; training goes on from the encoder. A transformers file has only an
-            ``"encoder"``.
-        num_frames, image_size: of the clips; no weight tells them.
-        positions: ``"sincos_3d"`` (V-JEPA) or ``"rope_3d"`` (V-JEPA 2). By default what the number of mask tokens
-            tells: V-JEPA 2 has 10. Its files may hold position tables, too, which its models do not use.
-        num_heads, predictor_num_heads: no weight tells them either; by default what the published models have.
-
-    Returns:
-        The model; its target encoder has the file's weights, or if it has none those of :attr:`JEPA.encoder`.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, has no such encoder, or other positions than computed ones.
-    """
-    content = weight_files.read_content(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no state dicts: give a file of V-JEPA, or of transformers' VJEPA2Model.")
-    is_huggingface = any("embeddings.patch_embeddings." in name for name in content)
-    if is_huggingface and which != "encoder":
-        raise ValueError(f"{path} is a transformers file, which has one encoder: which={which!r} must be 'encoder'.")
-    state = convert_huggingface(content) if is_huggingface else convert_original(content, which)
-    positions = positions or ("rope_3d" if len(state["predictor.mask_tokens"]) == 10 or is_huggingface else "sincos_3d")
-    encoder_weights, width = _part(state, "encoder"), len(state["encoder.patch_embed.proj.bias"])
-    num_heads = num_heads or width // (80 if width == 1280 else 64)
-    encoder = vit.VisionTransformer.from_weights(
-        encoder_weights, path, num_frames, image_size, num_heads, positions=positions, rope_quirk=positions == "rope_3d"
-    )
-    if positions == "sincos_3d":
-        check_positions(content, encoder.grid(encoder.video_size))
-    dim = len(state["predictor.embed.bias"])
-    model = JEPA(
-        encoder,
-        predictor_dim=dim,
-        predictor_depth=weight_files.num_blocks(state, "predictor.blocks"),
-        predictor_num_heads=predictor_num_heads or (12 if positions == "rope_3d" else num_heads),
-        predictor_mlp_ratio=len(state["predictor.blocks.0.mlp.fc1.bias"]) / dim,
-        num_mask_tokens=len(state["predictor.mask_tokens"]),
-        predictor_positions=positions,
-        rope_quirk=positions == "rope_3d",
-    )
-    has_target = any(name.startswith("target_encoder.") for name in state)
-    copied = {} if has_target else {f"target_encoder.{name}": value for name, value in encoder_weights.items()}
-    load_strictly(model, state | copied, path)
-    print(
-        f"V-JEPA weights from {path}: the encoder is the file's {which!r}, the target encoder its "
-        f"{'target_encoder' if has_target else which!r}; positions {positions}"
-    )
-    return model
-
-
-def _part(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-    """The weights ``<part>.…``, without that prefix.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    found = {name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")}
-    if not found:
-        raise ValueError(f"there is no {part!r} among these weights, but {sorted({n.split('.')[0] for n in state})}.")
-    return found
-
-
-ORIGINAL_PROBE = (  # parts of names: V-JEPA's and V-JEPA 2's probes -> ours
-    ("pooler.query_tokens", "pool.query"),
-    ("pooler.cross_attention_block.xattn.", "pool."),
-    ("pooler.cross_attention_block.", "pool."),
-    ("pooler.blocks.", "pool.blocks."),
-)
-HUGGINGFACE_PROBE = (  # the same of VJEPA2ForVideoClassification
-    ("pooler.query_tokens", "pool.query"),
-    ("pooler.cross_attention_layer.cross_attn.q_proj.", "pool.q."),
-    ("pooler.cross_attention_layer.cross_attn.k_proj.", "pool.kv."),
-    ("pooler.cross_attention_layer.", "pool."),
-    ("pooler.self_attention_layers.", "pool.blocks."),
-    (".self_attn.q_proj.", ".attn.qkv."),
-    (".self_attn.out_proj.", ".attn.proj."),
-    (".layer_norm", ".norm"),
-)
-
-
-def convert_probe(state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
-    """The attentive probe of an original file, or of transformers' ``VJEPA2ForVideoClassification``, under the names of
-    a :class:`~blueberry_video.nn.heads.ClassificationHead` with attentive pooling and no final norm, or of an
-    :class:`~blueberry_video.models.jepa.anticipator.AnticipationHead`.
-
-    Args:
-        state: its weights; what does not belong to the probe is passed over. Original files hold a list of probes, one
-            a learning rate: give one of them.
-        label: name for the one head of these files; those of anticipation have three: verb, noun and action.
-    """
-    state = weight_files.without_prefixes(state)
-    converted: dict[str, Tensor] = {}
-    names = HUGGINGFACE_PROBE if "classifier.weight" in state else ORIGINAL_PROBE
-    for name, value in state.items():
-        is_merged = re.search(r"\.(self_attn\.[kv]|cross_attn\.v)_proj\.", name)  # into one matrix, below
-        if is_merged or not re.match(r"pooler\.|linear\.|((verb|noun|action)_)?classifier\.", name):
-            continue
-        if ".self_attn.q_proj." in name:
-            value = torch.cat([state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
-        elif ".cross_attn.k_proj." in name:
-            value = torch.cat([state[name.replace(".k_proj.", f".{part}_proj.")] for part in "kv"])
-        for theirs, ours in names:
-            name = name.replace(theirs, ours)
-        name = re.sub(r"^(verb|noun|action)_classifier", r"linear.\1", name)
-        converted[re.sub(r"^(linear\b(?=\.(weight|bias)$)|classifier)", f"linear.{label}", name)] = value
-    return converted
+        Raises:
+            ValueError: ``VJEPA2Model`` cannot represent the model; the message names the setting.
+        """
+        encoder, predictor, state = self.encoder, self.predictor, self.state_dict()
+        if not isinstance(encoder, vit.VisionTransformer):
+            raise ValueError(f"model.encoder={type(encoder).__name__} must be a VisionTransformer for VJEPA2Model.")
+        turn, predictor_turn = encoder.rope, predictor.rope
+        for key, value, required in (
+            ("model.encoder.positions", encoder.position_kind, "rope_3d"),
+            ("model.predictor_positions", "sincos_3d" if predictor_turn is None else "rope_3d", "rope_3d"),
+            ("model.encoder.rope_quirk", turn is not None and turn.quirk, True),
+            ("model.rope_quirk", predictor_turn is not None and predictor_turn.quirk, True),
+            ("model.encoder.qkv_bias", vit.qkv_bias(state, "encoder.blocks.0"), "qkv"),
+            ("model.encoder.final_norm", isinstance(encoder.norm, nn.LayerNorm), True),
+            ("model.predictor_context", predictor.proj_context is not None, False),
+            ("model.teacher.embed_dim", predictor.proj.out_features, encoder.embed_dim),
+        ):
+            if value != required:
+                raise ValueError(f"{key}={str(value).lower()} must be {str(required).lower()} for VJEPA2Model.")
+        assert turn is not None
+        assert predictor_turn is not None
+        sizes = convert.settings_of_weights(state, "the model")
+        return convert.CONSTANTS | {
+            **sizes,
+            "architectures": ["VJEPA2Model"],
+            "model_type": "vjepa2",
+            "frames_per_clip": encoder.video_size[1],
+            "crop_size": encoder.video_size[2],
+            "num_attention_heads": sizes["hidden_size"] // turn.head_dim,
+            "pred_num_attention_heads": sizes["pred_hidden_size"] // predictor_turn.head_dim,
+        }

@@ -1,6 +1,4 @@
-"""The predictor of V-JEPA (arXiv 2404.08471) and V-JEPA 2 (arXiv 2506.09985): from features of visible tokens to those
-of hidden ones.
-"""
+"""Predictor of V-JEPA (arXiv 2404.08471) and V-JEPA 2 (arXiv 2506.09985)."""
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +10,15 @@ from blueberry_video.nn.rope import RotaryPositions
 
 
 class Predictor(nn.Module):
-    """Visible tokens and the places of hidden ones -> what features the hidden ones have.
+    """Predicts the features of hidden tokens from the visible tokens and the positions of the hidden ones.
 
     Args:
         embed_dim: width D of the encoder's tokens.
         grid: tokens (t, h, w) of the usual clip.
         dim, depth, num_heads: width, blocks and heads.
         mlp_ratio: hidden over outer width of the MLPs.
-        num_mask_tokens: kinds of masks; each has a mask token, which begins at zero.
-        positions: ``"sincos_3d"`` (V-JEPA) or ``"rope_3d"`` (V-JEPA 2, which also sorts its tokens by place).
+        num_mask_tokens: kinds of masks; each has a mask token, initialized to zero.
+        positions: ``"sincos_3d"`` (V-JEPA) or ``"rope_3d"`` (V-JEPA 2, which also sorts its tokens by position).
         rope_quirk: see :mod:`blueberry_video.nn.rope`.
         out_dim: width of the targets; by default ``embed_dim``.
         levels: depths of the encoder that its tokens hold side by side: with several, two layers narrow them (V-JEPA
@@ -101,13 +99,13 @@ class Predictor(nn.Module):
         mask_index: int = 0,
         grid: tuple[int, int, int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`forward`, and what comes out at the visible tokens, through a projection of its own: (B, N_target,
-        out_dim) and (B, N_context, out_dim); ``None`` if there is no such projection.
+        """As :meth:`forward`, and the outputs at the visible tokens through a separate projection: (B, N_target,
+        out_dim) and (B, N_context, out_dim); ``None`` without ``context``.
         """
         x = self._run(context, keep, target, mask_index, grid)
         visible, hidden = x.tensor_split([keep.shape[1]], dim=1)
-        said = None if self.proj_context is None else self.proj_context(self.norm(visible))
-        return self.proj(self.norm(hidden)), said
+        context_output = None if self.proj_context is None else self.proj_context(self.norm(visible))
+        return self.proj(self.norm(hidden)), context_output
 
     def ahead(
         self,
@@ -117,7 +115,7 @@ class Predictor(nn.Module):
         length: int = 1,
         mask_index: int = 0,
     ) -> Tensor:
-        """What is expected to come after a clip.
+        """Predicts the tokens after the end of a clip.
 
         Args:
             tokens: (B, t * h * w, D), all of the encoder on the clip.
@@ -134,7 +132,7 @@ class Predictor(nn.Module):
                 number, or of another batch, or a length below 1.
         """
         if self.rope is None:
-            raise ValueError("only a predictor with predictor_positions='rope_3d' has places beyond the clip's end.")
+            raise ValueError("only a predictor with predictor_positions='rope_3d' has positions after a clip.")
         skips = torch.as_tensor(skip, device=tokens.device)
         if skips.shape not in ((), tokens.shape[:1]) or skips.dtype == torch.bool or skips.is_floating_point():
             raise ValueError(

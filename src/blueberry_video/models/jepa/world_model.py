@@ -1,56 +1,59 @@
-"""V-JEPA 2-AC: what a frozen encoder will see next, given an action (arXiv 2506.09985;
+"""V-JEPA 2-AC: action-conditioned prediction of the features of a frozen encoder (arXiv 2506.09985;
 github.com/facebookresearch/vjepa2).
 
-Unusual about it: the encoder sees every frame alone, as a still picture repeated over its tubelet, and is never
-trained; all that is learned is a predictor in the space of its tokens. A step of the predictor's sequence is an action
-token, a state token and the patches of one frame, and attention is block-causal: every token sees all tokens of its
-own step and of the steps before. The outputs at the patches of a step are the patches of the next frame. There are no
-position embeddings: patches turn by time, row and column, the action and the state by time alone.
+Unusual about it: the frozen encoder receives each frame separately, as an image repeated over a tubelet; only a
+predictor of its tokens is trained. A step of the predictor's sequence is an action token, a state token and the patches
+of one frame. Attention is block-causal: every token attends to all tokens of the same and of earlier steps. The outputs
+at the patches of a step are the patches of the next frame. Positions are rotary: by time, row and column for patches,
+by time only for the action and the state.
 
-Letters: B batch, T frames, S patches a frame, D the encoder's width, A and K the widths of actions and states.
+Letters: B batch, T frames, S patches per frame, D width of the encoder, A and K widths of actions and states.
 """
 
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from blueberry_video.atomic import atomic_file
 from blueberry_video.models import vit
 from blueberry_video.models.encoder import Encoder
+from blueberry_video.models.jepa import convert
 from blueberry_video.nn.blocks import init_trunc_normal
 from blueberry_video.nn.feed_forward import Mlp
 from blueberry_video.nn.rope import Rotation, channels_per_axis, grid_positions, rotate, rotation
-from blueberry_video.weights import files as weight_files
+from blueberry_video.weights.files import num_blocks, read_content, resolve
 from blueberry_video.weights.load import load_strictly
 
-CONDITIONS = 2  # tokens of a step that are no patches: the action, then the state
+CONDITIONS = 2  # tokens of a step before its patches: the action, then the state
 
-Past = tuple[Tensor, Tensor]  # a layer's rotated keys and values of the steps so far, (B, heads, N, head_dim)
+Past = tuple[Tensor, Tensor]  # KV cache of a layer: rotated keys and values (B, heads, N, head_dim)
 
 
 class WorldModel(nn.Module):
-    """Predicts the encoder's tokens of the next frames from those of the first, the actions and the states.
+    """Predicts the latents of future frames from those of the first frame, the actions and the states.
 
-    Latents are the encoder's tokens after a LayerNorm without parameters, (B, T, S, D); so are predictions.
+    Latents (B, T, S, D) are tokens of the encoder after a LayerNorm without affine; so are predictions.
 
     Args:
-        encoder: takes single frames (``images=True``); it stays frozen and in evaluation mode.
-        action_dim: A, the width of an action; of discrete actions their number, each then a one-hot vector.
-        state_dim: K, the width of a state.
-        predictor_dim, predictor_depth, predictor_num_heads: of the predictor.
+        encoder: accepts single frames (``images=True``); it is frozen and stays in evaluation mode.
+        action_dim: width A of an action; the number of discrete actions, which are one-hot vectors.
+        state_dim: width K of a state.
+        predictor_dim, predictor_depth, predictor_num_heads: width, blocks and heads of the predictor.
         mlp_ratio: hidden over outer width of its MLPs.
         rope_quirk: rotate as the published weights do, see :mod:`blueberry_video.nn.rope`.
-        starts_as_copy: the untrained predictor gives every frame back as it is, so that training goes on from the
-            trivial prediction in place of finding it first. The published one starts from small random numbers.
+        starts_as_copy: initialize the predictor to the identity, so that training starts from the trivial prediction.
+            The published model starts from small random weights.
 
     Raises:
-        ValueError: if the encoder takes no single frames, for widths below 1, heads too narrow to rotate, or a
-            predictor too narrow to start as a copy; in use, for latents, actions or states of other shapes.
+        ValueError: the encoder does not accept single frames, a width is below 1, heads are too narrow for rotary
+            positions, or the predictor is too narrow for ``starts_as_copy``; in ``forward`` and :meth:`rollout`,
+            latents, actions or states have invalid shapes.
     """
 
     def __init__(
@@ -68,12 +71,12 @@ class WorldModel(nn.Module):
         super().__init__()
         if not encoder.images:
             raise ValueError(
-                "model.encoder.images=false: a world model shows its encoder every frame alone. Write "
-                "`model.encoder.images=true`; it changes no weights."
+                "model.encoder.images=false: a world model encodes each frame separately. Set "
+                "model.encoder.images=true; it changes no weights."
             )
         for key, width in (("action_dim", action_dim), ("state_dim", state_dim)):
             if width < 1:
-                raise ValueError(f"model.{key}={width} must be at least 1, the number of values of one.")
+                raise ValueError(f"model.{key}={width} must be at least 1.")
         self.encoder = encoder.requires_grad_(False)
         self.action_dim, self.state_dim = action_dim, state_dim
         _, height, width = encoder.grid(encoder.video_size)
@@ -98,20 +101,20 @@ class WorldModel(nn.Module):
 
     @torch.no_grad()
     def encode_frames(self, video: Tensor) -> Tensor:
-        """Latents of every frame by itself: (B, C, T, H, W), normalised as the encoder wants it -> (B, T, S, D)."""
+        """Latents of each frame separately: (B, C, T, H, W), normalized as the encoder requires -> (B, T, S, D)."""
         tokens = self.encoder(rearrange(video, "b c t h w -> (b t) c 1 h w"))
         return F.layer_norm(tokens, tokens.shape[-1:]).unflatten(0, (len(video), -1))
 
     def forward(self, latents: Tensor, actions: Tensor, states: Tensor) -> Tensor:
-        """Predicts every frame from the true ones before it (teacher forcing).
+        """Predicts each frame from the true frames before it (teacher forcing).
 
         Args:
-            latents: (B, T, S, D) of all frames; the last is not looked at.
-            actions: (B, T-1, A), action t leading from frame t to t + 1.
-            states: (B, T, K) or (B, T-1, K); the last of T is not looked at.
+            latents: (B, T, S, D) of all frames; the last is ignored.
+            actions: (B, T-1, A); action t leads from frame t to t + 1.
+            states: (B, T, K) or (B, T-1, K); the last of T is ignored.
 
         Returns:
-            (B, T-1, S, D): of frames 1 to T - 1.
+            (B, T-1, S, D), latents of frames 1 to T - 1.
         """
         steps = latents.shape[1] - 1
         if states.shape[1] == steps + 1:
@@ -120,18 +123,15 @@ class WorldModel(nn.Module):
         return self.predictor(latents[:, :-1], actions, states)[0]
 
     def rollout(self, latents: Tensor, actions: Tensor, states: Tensor) -> Tensor:
-        """Predicts frames one after the other, each from the first frame and the predictions so far.
-
-        A token sees nothing later, so what was computed for a step stays right: its keys and values are kept, and
-        every step only computes its own tokens.
+        """Predicts frames autoregressively from the first frame, with a KV cache.
 
         Args:
             latents: (B, 1, S, D) of the first frame.
             actions: (B, T', A), T' of at least 1.
-            states: (B, T', K) in which the actions are taken; more are not looked at.
+            states: (B, T', K) in which the actions are taken; further states are ignored.
 
         Returns:
-            (B, T', S, D): of the T' frames after the first.
+            (B, T', S, D), latents of the T' frames after the first.
         """
         steps = actions.shape[1]
         states = states[:, :steps]
@@ -145,28 +145,99 @@ class WorldModel(nn.Module):
 
     def _check(self, latents: Tensor, actions: Tensor, states: Tensor, steps: int, frames: int | None = None) -> None:
         if steps < 1:
-            raise ValueError("there is nothing to predict: give at least two frames, or one frame and one action.")
+            raise ValueError("there is no frame to predict: pass at least two frames, or one frame and one action.")
         frames = steps + 1 if frames is None else frames
         patches = (math.prod(self.predictor.grid), self.encoder.embed_dim)
         wanted = {
-            "latents": (latents, (frames, *patches), "as encode_frames gives them"),
+            "latents": (latents, (frames, *patches), "the output of encode_frames"),
             "actions": (actions, (steps, self.action_dim), f"model.action_dim={self.action_dim}"),
             "states": (states, (steps, self.state_dim), f"model.state_dim={self.state_dim}"),
         }
         for name, (value, shape, origin) in wanted.items():
             if tuple(value.shape) != (len(latents), *shape):
                 raise ValueError(
-                    f"{name} have the shape {tuple(value.shape)} but must have {(len(latents), *shape)}: batch, steps "
-                    f"and what follows ({origin}). Bring the data and the model together."
+                    f"{name} have the shape {tuple(value.shape)}, but {(len(latents), *shape)} is required ({origin}): "
+                    "use data and a model of the same sizes."
                 )
+
+    # ---- published weights ----
+
+    @classmethod
+    def from_published(
+        cls,
+        source: str | Path,
+        num_frames: int = 16,
+        image_size: int = 256,
+        num_heads: int | None = None,
+        predictor_num_heads: int = 16,
+    ) -> Self:
+        """Builds V-JEPA 2-AC, encoder included, from an original file. Prints a report.
+
+        Args:
+            source: a torch file with ``encoder`` and ``predictor``.
+            num_frames, image_size: size of the clips; no tensor determines it.
+            num_heads, predictor_num_heads: no tensor determines them; default to the published model.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged or of a different model.
+        """
+        state = _read_published(source)
+        weights = convert.part(state, "encoder")
+        heads = num_heads or len(weights["patch_embed.proj.bias"]) // 64
+        encoder = vit.VisionTransformer.from_weights(
+            weights, source, num_frames, image_size, heads, images=True, positions="rope_3d", rope_quirk=True
+        )
+        dim, action_dim = state["predictor.action_encoder.weight"].shape
+        model = cls(
+            encoder,
+            action_dim,
+            state["predictor.state_encoder.weight"].shape[1],
+            dim,
+            num_blocks(state, "predictor.blocks"),
+            predictor_num_heads,
+            state["predictor.blocks.0.mlp.fc1.weight"].shape[0] / dim,
+            rope_quirk=True,
+        )
+        print(f"V-JEPA 2-AC for frames of {image_size} pixels: {model._load(state, source)}")
+        return model
+
+    def load_published(self, source: str | Path) -> str:
+        """Loads weights, see :meth:`from_published`, into this model.
+
+        Returns:
+            A sentence on what was loaded.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, or tensors are missing, unexpected or of another shape.
+        """
+        return self._load(_read_published(source), source)
+
+    def _load(self, state: dict[str, Tensor], source: str | Path) -> str:
+        load_strictly(self, state, source, "Choose the model=world_model/… with the sizes of these weights.")
+        return f"loaded {len(state)} tensors from {source}: its 'encoder' and 'predictor'"
+
+    def save_published(self, path: str | Path) -> None:
+        """Writes a torch file in the layout of V-JEPA 2-AC; an existing file is replaced."""
+        content = convert.world_model_to_original(self.state_dict())
+        with atomic_file(Path(path)) as file:
+            torch.save(content, file)
+
+
+def _read_published(source: str | Path) -> dict[str, Tensor]:
+    content = read_content(resolve(source))
+    if not isinstance(content, dict):
+        raise ValueError(f"{source} holds no state dicts: give a file of V-JEPA 2-AC.")
+    return convert.convert_world_model(content)
 
 
 class Predictor(nn.Module):
-    """The block-causal transformer of a :class:`WorldModel`.
+    """Block-causal transformer of a :class:`WorldModel`.
 
     Args:
-        grid: patches of a frame along (h, w).
-        embed_dim: D, the encoder's width.
+        grid: patch grid (h, w) of a frame.
+        embed_dim: width D of the encoder.
         action_dim, state_dim: A and K.
         dim, depth, num_heads, mlp_ratio, rope_quirk: see :class:`WorldModel`.
     """
@@ -196,15 +267,15 @@ class Predictor(nn.Module):
     def forward(
         self, latents: Tensor, actions: Tensor, states: Tensor, past: list[Past] | None = None
     ) -> tuple[Tensor, list[Past]]:
-        """The frames after ``latents``, and what the next steps need of these.
+        """Predicts the frame after each of ``latents``.
 
         Args:
-            latents: (B, T, S, D) of T frames that follow one another.
+            latents: (B, T, S, D) of T consecutive frames.
             actions, states: (B, T, A) and (B, T, K) at these frames.
-            past: of all steps before the first of these, as returned; ``None`` at the start.
+            past: KV cache of all earlier steps, as returned; ``None`` at the first step.
 
         Returns:
-            (B, T, S, D), normalised as latents are, and keys and values of every layer so far.
+            Predictions (B, T, S, D), normalized like latents, and the KV cache of each layer.
         """
         conditions = torch.stack([self.action_encoder(actions), self.state_encoder(states)], dim=2)  # (B, T, 2, dim)
         x = torch.cat([conditions, self.embed(latents)], dim=2)
@@ -222,19 +293,19 @@ class Predictor(nn.Module):
 
     @torch.no_grad()
     def start_as_copy(self) -> None:
-        """Sets the weights so that the output is the input: blocks add nothing, and ``proj`` undoes ``embed``.
+        """Initializes to the identity: the residual branches are zero, and ``proj`` inverts ``embed``.
 
         Raises:
-            ValueError: if ``dim`` is not above ``embed_dim``.
+            ValueError: ``dim`` is not above ``embed_dim``.
         """
         dim, embed_dim = self.embed.weight.shape
         if dim <= embed_dim:
             raise ValueError(
-                f"model.starts_as_copy=true needs model.predictor_dim={dim} above the encoder's width of {embed_dim}: "
-                "what is narrower cannot hold a copy. Widen it, or set model.starts_as_copy=false."
+                f"model.starts_as_copy=true requires model.predictor_dim={dim} above the width of the encoder, "
+                f"{embed_dim}: increase it, or set model.starts_as_copy=false."
             )
         columns = torch.randn_like(self.embed.weight)
-        columns -= columns.mean(dim=0)  # the norm before proj takes means away
+        columns -= columns.mean(dim=0)  # the norm before proj removes the mean
         rotation, _ = torch.linalg.qr(columns)
         self.embed.weight.copy_(rotation)
         self.proj.weight.copy_(rotation.T)
@@ -243,109 +314,37 @@ class Predictor(nn.Module):
             nn.init.zeros_(block.mlp.fc2.weight)
 
     def _rotation(self, first: int, steps: int, like: Tensor) -> Rotation:
-        """Of the tokens of ``steps`` steps from number ``first`` on; (steps * tokens, head_dim)."""
+        """Rotation (steps * tokens, head_dim) of the tokens of ``steps`` steps, the first of index ``first``."""
         patches = grid_positions((1, *self.grid))
-        places = torch.cat([patches.new_zeros(CONDITIONS, 3), patches]).repeat(steps, 1, 1)  # (steps, tokens, 3)
-        places[..., 0] = torch.arange(first, first + steps)[:, None]
-        cos, sin = rotation(places.flatten(0, 1), self.head_dim, self.rope_quirk)
-        dtype = torch.promote_types(like.dtype, torch.float32)  # half precision would round the places
+        positions = torch.cat([patches.new_zeros(CONDITIONS, 3), patches]).repeat(steps, 1, 1)  # (steps, tokens, 3)
+        positions[..., 0] = torch.arange(first, first + steps)[:, None]
+        cos, sin = rotation(positions.flatten(0, 1), self.head_dim, self.rope_quirk)
+        dtype = torch.promote_types(like.dtype, torch.float32)  # half precision would round the positions
         return Rotation(cos.to(like.device, dtype), sin.to(like.device, dtype))
 
 
-def convert_original(content: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The weights in a file of the vjepa2 repository under the names of a :class:`WorldModel`.
-
-    Left out is the encoder of the camera's pose, which the published model has and does not use.
-
-    Args:
-        content: all that the file holds: state dicts by name, of which ``encoder`` and ``predictor`` are read.
-
-    Raises:
-        ValueError: if one of them is missing, or the predictor takes no actions.
-    """
-    missing = [name for name in ("encoder", "predictor") if not isinstance(content.get(name), dict)]
-    if missing:
-        raise ValueError(
-            f"the file holds no {missing[0]!r}: V-JEPA 2-AC's has the state dicts 'encoder' and 'predictor'."
-        )
-    encoder, predictor = (weight_files.without_prefixes(content[name]) for name in ("encoder", "predictor"))
-    if "action_encoder.weight" not in predictor:
-        raise ValueError(
-            "the file's predictor has no action_encoder, so it is not that of an action-conditioned model: read V-JEPA "
-            "and V-JEPA 2 with blueberry_video.models.jepa.model.from_published."
-        )
-    converted = {f"encoder.{name}": value for name, value in encoder.items() if name != "pos_embed"}
-    for name, value in predictor.items():
-        if not name.startswith("extrinsics_encoder."):
-            converted[f"predictor.{name.removeprefix('predictor_')}"] = value
-    return converted
-
-
-def from_published(
-    path: str | Path,
-    num_frames: int = 16,
-    image_size: int = 256,
-    num_heads: int | None = None,
-    predictor_num_heads: int = 16,
-) -> WorldModel:
-    """The V-JEPA 2-AC in a file of its repository, encoder and all. Prints what it took.
-
-    Args:
-        path: a torch file with ``encoder`` and ``predictor``.
-        num_frames, image_size: of the clips; no weight tells them.
-        num_heads, predictor_num_heads: no weight tells them either; by default what the published model has.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged or another model's.
-    """
-    content = weight_files.read_content(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no state dicts: give a file of V-JEPA 2-AC.")
-    state = convert_original(content)
-    weights = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
-    heads = num_heads or len(weights["patch_embed.proj.bias"]) // 64
-    encoder = vit.VisionTransformer.from_weights(
-        weights, path, num_frames, image_size, heads, images=True, positions="rope_3d", rope_quirk=True
-    )
-    dim, action_dim = state["predictor.action_encoder.weight"].shape
-    model = WorldModel(
-        encoder,
-        action_dim,
-        state["predictor.state_encoder.weight"].shape[1],
-        dim,
-        weight_files.num_blocks(state, "predictor.blocks"),
-        predictor_num_heads,
-        state["predictor.blocks.0.mlp.fc1.weight"].shape[0] / dim,
-        rope_quirk=True,
-    )
-    load_strictly(model, state, path)
-    print(f"V-JEPA 2-AC weights from {path}: the file's 'encoder' and 'predictor', for frames of {image_size} pixels")
-    return model
-
-
 def block_causal_mask(first: int, steps: int, tokens: int, device: torch.device) -> Tensor:
-    """Which keys a query sees: bool (steps * tokens, (first + steps) * tokens), true for those of its step or earlier.
+    """Attention mask, bool (steps * tokens, (first + steps) * tokens): true for keys of the same or an earlier step.
 
     Args:
-        first: steps before the first query's.
-        steps: steps of the queries.
-        tokens: of a step.
-        device: of the mask.
+        first: number of steps before the first query.
+        steps: number of steps of the queries.
+        tokens: tokens per step.
+        device: device of the mask.
     """
     step = torch.arange(first + steps, device=device).repeat_interleave(tokens)
     return step[first * tokens :, None] >= step
 
 
 class CausalAttention(nn.Module):
-    """Multi-head attention of some steps to themselves and to those before.
+    """Multi-head attention of some steps to themselves and to the cached steps before.
 
     Args:
         dim: width of the tokens.
-        num_heads: must divide it.
+        num_heads: number of heads; must divide ``dim``.
 
     Raises:
-        ValueError: if it does not, or heads are too narrow to rotate.
+        ValueError: ``num_heads`` does not divide ``dim``, or heads are too narrow for rotary positions.
     """
 
     def __init__(self, dim: int, num_heads: int):
@@ -355,20 +354,20 @@ class CausalAttention(nn.Module):
                 f"model.predictor_num_heads={num_heads} does not divide model.predictor_dim={dim}: choose a divisor."
             )
         self.num_heads = num_heads
-        channels_per_axis(dim // num_heads)  # too narrow heads are refused here, not at the first step
+        channels_per_axis(dim // num_heads)  # raises here, not in forward
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(
         self, x: Tensor, turn: Rotation, mask: Tensor | None = None, past: Past | None = None
     ) -> tuple[Tensor, Past]:
-        """(B, N, dim) -> (B, N, dim), and the keys and values of these tokens and all before them.
+        """(B, N, dim) -> (B, N, dim), and the KV cache with these tokens appended.
 
         Args:
-            x: the tokens.
-            turn: their rotation.
-            mask: (N, N_past + N) bool: which keys each sees; all if ``None``.
-            past: keys and values of the N_past tokens before.
+            x: tokens.
+            turn: rotation of the tokens.
+            mask: attention mask (N, N_past + N), bool; ``None`` attends to all.
+            past: KV cache of the N_past tokens before.
         """
         q, k, v = rearrange(self.qkv(x), "b n (part h d) -> part b h n d", part=3, h=self.num_heads)
         q, k = rotate(q, turn), rotate(k, turn)
@@ -379,7 +378,7 @@ class CausalAttention(nn.Module):
 
 
 class CausalBlock(nn.Module):
-    """Pre-norm transformer block over :class:`CausalAttention`, whose arguments and results it shares."""
+    """Pre-norm transformer block with :class:`CausalAttention`, with the same arguments and results."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
         super().__init__()
