@@ -1,6 +1,5 @@
 """Base class of text-to-video diffusion transformers: input checks, activation checkpointing, published weights."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,8 +18,8 @@ Grid = tuple[int, int, int]  # along (t, h, w)
 class DiffusionTransformer(nn.Module):
     """Diffusion transformer: noisy latents (B, in_channels, T, H, W), timestep and text -> (B, out_channels, T, H, W).
 
-    A subclass implements :meth:`settings_of`, :meth:`config` and ``forward(latents, timestep, text, text_mask=None,
-    pooled=None, guidance=None, cache=None, first_frame=0)``:
+    A subclass implements :meth:`convert`, :meth:`settings_of`, :meth:`config` and ``forward(latents, timestep, text,
+    text_mask=None, pooled=None, guidance=None, cache=None, first_frame=0)``:
 
     - ``latents``: (B, in_channels, T, H, W), with the channels of the image conditioning appended.
     - ``timestep``: float in [0, 1000], 0 clean, 1000 noise: (B,), or one per frame (B, T) (Diffusion Forcing, arXiv
@@ -37,7 +36,6 @@ class DiffusionTransformer(nn.Module):
 
     Attributes:
         family: name of the architecture in :mod:`~blueberry_video.weights.diffusers_folder`.
-        convert: converts a state dict in the original layout to that of diffusers.
         flexible: constructor arguments in which loaded weights may differ from the model.
         patch_size: (t, h, w).
         pooled_dim: width of the pooled text embedding; 0 for none.
@@ -48,7 +46,6 @@ class DiffusionTransformer(nn.Module):
     """
 
     family: ClassVar[str]
-    convert: ClassVar[Callable[[dict[str, Tensor]], dict[str, Tensor]]]
     flexible: ClassVar[tuple[str, ...]] = ("causal_chunk", "image_condition")
     in_channels: int
     out_channels: int
@@ -140,6 +137,11 @@ class DiffusionTransformer(nn.Module):
             )
 
     # ---- published weights ----
+
+    @staticmethod
+    def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Converts a state dict from the original layout to that of diffusers."""
+        raise NotImplementedError
 
     @classmethod
     def settings_of(cls, state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:

@@ -98,8 +98,8 @@ class CogVideoX(DiffusionTransformer):
         dim = num_heads * head_dim
         if causal_chunk < 0 or causal_chunk % tubelet_size:
             raise ValueError(
-                f"causal_chunk={causal_chunk} must be a multiple of tubelet_size={tubelet_size}, the frames of a patch, "
-                "or 0 for full attention."
+                f"causal_chunk={causal_chunk} must be a multiple of tubelet_size={tubelet_size}, or 0 for full "
+                "attention."
             )
         if in_channels not in (out_channels, 2 * out_channels):
             raise ValueError(
@@ -172,7 +172,7 @@ class CogVideoX(DiffusionTransformer):
         self.positions.check(size, first_frame)
 
     def _condition(self, timestep: Tensor) -> Condition:
-        """Condition: shared by text and video for (B,); for (B, T), of timestep 0 for text, per patch frame for video."""
+        """One condition for text and video from (B,); from (B, T), one per patch frame, and timestep 0 for text."""
         frames = timestep[:, None] if timestep.ndim == 1 else timestep[:, :: self.patch_size[0]]
         video = self._embedded(frames)
         return Condition(video if timestep.ndim == 1 else self._embedded(text_timestep(frames)[:, None]), video)
