@@ -18,13 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blueberry_video.models.cogvideox.blocks import (
-    AdaptiveNorm,
-    CogVideoXBlock,
-    Condition,
-    ExpertNorm,
-    PatchEmbedding,
-)
+from blueberry_video.models.cogvideox.blocks import AdaptiveNorm, CogVideoXBlock, Condition, ExpertNorm, PatchEmbedding
 from blueberry_video.models.cogvideox.convert import FREE_SETTINGS, PUBLISHED_SETTINGS, convert_sat, settings_of
 from blueberry_video.models.cogvideox.positions import CogVideoXPositions, sincos_positions
 from blueberry_video.models.diffusion_transformer import DiffusionTransformer, Grid, text_timestep

@@ -5,9 +5,9 @@
 import torch
 from torch import Tensor
 
+from blueberry_video.models.diffusion_transformer import Grid
 from blueberry_video.nn.rope import Rotation, axes_rotation
 
-Grid = tuple[int, int, int]  # along (t, h, w)
 POSITIONS = ("sincos", "rope", "rope_and_table")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from blueberry_video.models.diffusion_transformer import text_timestep
 from blueberry_video.models.hunyuan_video.token_refiner import SINUSOID
 from blueberry_video.models.hunyuan_video.transformer import (
-    Conditions,
+    Condition,
     DualStreamTransformer,
     init_weights,
     padding_mask,
@@ -40,19 +40,12 @@ class HunyuanVideo(DualStreamTransformer):
         in_channels: channels of the latents; with ``image_condition="latent_concat"`` those of
             :func:`~blueberry_video.diffusion.conditioning.concat_image`: 2 C + 1.
         out_channels: channels of the output.
-        patch_size: latent frames, rows and columns per token, (t, h, w).
-        num_heads, head_dim: attention heads; the width D is their product.
-        depth: dual-stream blocks.
-        single_depth: single-stream blocks.
-        refiner_depth: blocks of the token refiner.
-        mlp_ratio: hidden over outer width of the MLPs.
-        text_dim: width of the text encoder's tokens.
         pooled_dim: width of the pooled text embedding; 0 for none (no published model).
         embedded_guidance: take the guidance scale as an input, as the distilled model does.
         image_condition: conditioning on the first frame: ``None``, ``"latent_concat"`` (along channels, see
             ``concat_image``) or ``"token_replace"`` (it replaces the first latent frame, at timestep 0).
-        rope_axes, rope_theta, causal_chunk, checkpointing: see
-            :class:`~blueberry_video.models.hunyuan_video.transformer.DualStreamTransformer`.
+        patch_size, num_heads, head_dim, depth, single_depth, refiner_depth, mlp_ratio, text_dim, rope_axes, rope_theta,
+            causal_chunk, checkpointing: see :class:`.transformer.DualStreamTransformer`.
         zero_init: zero modulation and output, see :func:`.transformer.init_weights`.
 
     Raises:
@@ -144,8 +137,8 @@ class HunyuanVideo(DualStreamTransformer):
             still = self._embedded(torch.zeros_like(of_text)[:, None]) + self._constant(pooled, None)
             video = torch.cat([still, output.expand(-1, self.grid(latents)[0], -1)[:, 1:]], dim=1)
         embedded = None if first_frame else self.context_embedder(text.to(dtype), of_text, text_mask)
-        conditions = Conditions(video, text_condition, output)
-        return self.run(latents, embedded, text.shape[1], text_mask, conditions, cache, first_frame)
+        condition = Condition(video, text_condition, output)
+        return self.run(latents, embedded, text.shape[1], text_mask, condition, cache, first_frame)
 
     def _embedded(self, timesteps: Tensor) -> Tensor:
         """(B, K) -> (B, K, D)."""
@@ -174,7 +167,7 @@ class HunyuanVideo(DualStreamTransformer):
             needed = f"a scale per clip, {(batch,)}" if self.embedded_guidance else "None"
             raise ValueError(
                 f"guidance has the shape {given}: with embedded_guidance={self.embedded_guidance} it must be {needed}. "
-                "Only the guidance-distilled model takes a scale; all others run twice, with and without text."
+                "Only the guidance-distilled model takes a scale; a model without it runs twice, with and without text."
             )
 
     # ---- published weights ----

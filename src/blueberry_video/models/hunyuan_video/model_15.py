@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from blueberry_video.models.diffusion_transformer import check_tokens, text_timestep
 from blueberry_video.models.hunyuan_video.token_refiner import SINUSOID
 from blueberry_video.models.hunyuan_video.transformer import (
-    Conditions,
+    Condition,
     DualStreamTransformer,
     init_weights,
     padding_mask,
@@ -71,7 +71,7 @@ class HunyuanVideo15(DualStreamTransformer):
         image_dim: width of the image encoder's tokens.
         meanflow: take the end of a step as a second timestep, as the super-resolution models do.
         patch_size, num_heads, head_dim, refiner_depth, mlp_ratio, rope_axes, rope_theta, causal_chunk, checkpointing:
-            see :class:`~blueberry_video.models.hunyuan_video.transformer.DualStreamTransformer`.
+            see :class:`.transformer.DualStreamTransformer`.
         zero_init: zero modulation and output, see :func:`.transformer.init_weights`.
 
     Raises:
@@ -174,7 +174,13 @@ class HunyuanVideo15(DualStreamTransformer):
                 f"it must be {tuple(timestep.shape) if self.meanflow else None}."
             )
         of_text = text_timestep(timestep)
-        streams = self._streams(text, text_mask, letters, letters_mask, image)
+        streams: list[tuple[int, Tensor, Tensor | None]] = [(TEXT, text, text_mask)]
+        if letters is not None:
+            check_tokens("letters", letters, letters_mask, len(text), "letters_dim", self.letters_dim)
+            streams.append((LETTERS, letters, letters_mask))
+        if image is not None:
+            check_tokens("image", image, None, len(text), "image_dim", self.image_dim)
+            streams.append((IMAGE, image, None))
         text_mask = padding_mask(_joint_mask([(tokens, mask) for _, tokens, mask in streams]))
         embedded = None
         if not first_frame:
@@ -182,28 +188,10 @@ class HunyuanVideo15(DualStreamTransformer):
         condition, text_condition = self._embedded(timestep.reshape(len(timestep), -1), end_timestep), None
         if timestep.ndim == 2:
             text_condition = self._embedded(of_text[:, None], of_text if self.meanflow else None)
-        conditions = Conditions(condition, text_condition, condition)
+        modulation = Condition(condition, text_condition, condition)
         text_len = sum(tokens.shape[1] for _, tokens, _ in streams)
         latents = latents.to(self.proj_out.weight.dtype)
-        return self.run(latents, embedded, text_len, text_mask, conditions, cache, first_frame)
-
-    def _streams(
-        self,
-        text: Tensor,
-        text_mask: Tensor | None,
-        letters: Tensor | None,
-        letters_mask: Tensor | None,
-        image: Tensor | None,
-    ) -> list[tuple[int, Tensor, Tensor | None]]:
-        """Type, tokens and padding mask of each encoder with tokens."""
-        streams = [(TEXT, text, text_mask)]
-        if letters is not None:
-            check_tokens("letters", letters, letters_mask, len(text), "letters_dim", self.letters_dim)
-            streams.append((LETTERS, letters, letters_mask))
-        if image is not None:
-            check_tokens("image", image, None, len(text), "image_dim", self.image_dim)
-            streams.append((IMAGE, image, None))
-        return streams
+        return self.run(latents, embedded, text_len, text_mask, modulation, cache, first_frame)
 
     def _embed(self, kind: int, tokens: Tensor, mask: Tensor | None, timestep: Tensor) -> Tensor:
         tokens = tokens.to(self.proj_out.weight.dtype)

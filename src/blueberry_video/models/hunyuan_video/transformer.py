@@ -22,7 +22,7 @@ from blueberry_video.nn.rope import Rotation, axes_rotation
 from blueberry_video.nn.timestep_embedding import TimestepMLP
 
 
-class Conditions(NamedTuple):
+class Condition(NamedTuple):
     """Inputs of the adaLN modulation."""
 
     video: Tensor  # (B, K, D)
@@ -110,7 +110,7 @@ class DualStreamTransformer(DiffusionTransformer):
         text: Tensor | None,
         text_len: int,
         text_mask: Tensor | None,
-        conditions: Conditions,
+        condition: Condition,
         cache: KeyValueCache | None = None,
         first_frame: int = 0,
     ) -> Tensor:
@@ -121,7 +121,7 @@ class DualStreamTransformer(DiffusionTransformer):
             text: (B, L, D); ``None`` where the cache holds it.
             text_len: L in either case.
             text_mask: bool (B, L), false at padding, or ``None``.
-            conditions: see :class:`Conditions`.
+            condition: see :class:`Condition`.
             cache, first_frame: of causal models: the cache holds the text and the frames before ``first_frame``.
         """
         t, h, w = grid = self.grid(latents)
@@ -133,16 +133,16 @@ class DualStreamTransformer(DiffusionTransformer):
             cache,
             text_len + first_frame * h * w if first_frame else 0,
         )
-        x, (condition, text_condition, _) = self.x_embedder(latents), conditions
+        x, (video_condition, text_condition, output_condition) = self.x_embedder(latents), condition
         for layer, block in enumerate(self.transformer_blocks):
-            of_text = condition if text_condition is None else text_condition
-            x, text = self.run_block(block, x, text, condition, of_text, shared=shared, layer=layer)
+            of_text = video_condition if text_condition is None else text_condition
+            x, text = self.run_block(block, x, text, video_condition, of_text, shared=shared, layer=layer)
         if len(self.single_transformer_blocks):
             x = x if text is None else torch.cat([text, x], dim=1)
             for layer, block in enumerate(self.single_transformer_blocks, len(self.transformer_blocks)):
-                x = self.run_block(block, x, condition, text_condition, shared=shared, layer=layer)
+                x = self.run_block(block, x, video_condition, text_condition, shared=shared, layer=layer)
             x = x[:, text_queries:]
-        scale, shift = self.norm_out(conditions.output)
+        scale, shift = self.norm_out(output_condition)
         return self.unpatchify(self.proj_out(normalize(x, shift, scale)), grid)
 
     # ---- published weights ----
