@@ -20,12 +20,7 @@ from torch import Tensor, nn
 
 from blueberry_video.models.diffusion_transformer import text_timestep
 from blueberry_video.models.hunyuan_video.token_refiner import SINUSOID
-from blueberry_video.models.hunyuan_video.transformer import (
-    Condition,
-    DualStreamTransformer,
-    init_weights,
-    padding_mask,
-)
+from blueberry_video.models.hunyuan_video.transformer import Condition, DualStreamTransformer, padding_mask
 from blueberry_video.nn.joint_attention import KeyValueCache
 from blueberry_video.nn.timestep_embedding import TimestepMLP, sinusoidal
 from blueberry_video.weights.files import num_blocks
@@ -46,7 +41,7 @@ class HunyuanVideo(DualStreamTransformer):
             ``concat_image``) or ``"token_replace"`` (it replaces the first latent frame, at timestep 0).
         patch_size, num_heads, head_dim, depth, single_depth, refiner_depth, mlp_ratio, text_dim, rope_axes, rope_theta,
             causal_chunk, checkpointing: see :class:`.transformer.DualStreamTransformer`.
-        zero_init: zero modulation and output, see :func:`.transformer.init_weights`.
+        zero_init: zero modulation and output, see :meth:`.transformer.DualStreamTransformer.init_weights`.
 
     Raises:
         ValueError: for settings that do not fit together.
@@ -110,7 +105,7 @@ class HunyuanVideo(DualStreamTransformer):
             self.time_text_embed["text_embedder"] = TimestepMLP(pooled_dim, dim, dim)
         if embedded_guidance:
             self.time_text_embed["guidance_embedder"] = TimestepMLP(SINUSOID, dim, dim)
-        init_weights(self, zero_init)
+        self.init_weights(zero_init)
 
     def forward(
         self,

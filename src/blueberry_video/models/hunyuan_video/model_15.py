@@ -17,12 +17,7 @@ from torch import Tensor, nn
 
 from blueberry_video.models.diffusion_transformer import check_tokens, text_timestep
 from blueberry_video.models.hunyuan_video.token_refiner import SINUSOID
-from blueberry_video.models.hunyuan_video.transformer import (
-    Condition,
-    DualStreamTransformer,
-    init_weights,
-    padding_mask,
-)
+from blueberry_video.models.hunyuan_video.transformer import Condition, DualStreamTransformer, padding_mask
 from blueberry_video.nn.joint_attention import KeyValueCache
 from blueberry_video.nn.timestep_embedding import TimestepMLP, sinusoidal
 from blueberry_video.weights.diffusers_folder import write_folder
@@ -72,7 +67,7 @@ class HunyuanVideo15(DualStreamTransformer):
         meanflow: take the end of a step as a second timestep, as the super-resolution models do.
         patch_size, num_heads, head_dim, refiner_depth, mlp_ratio, rope_axes, rope_theta, causal_chunk, checkpointing:
             see :class:`.transformer.DualStreamTransformer`.
-        zero_init: zero modulation and output, see :func:`.transformer.init_weights`.
+        zero_init: zero modulation and output, see :meth:`.transformer.DualStreamTransformer.init_weights`.
 
     Raises:
         ValueError: for settings that do not fit together.
@@ -131,7 +126,7 @@ class HunyuanVideo15(DualStreamTransformer):
         if meanflow:
             self.time_embed["timestep_embedder_r"] = TimestepMLP(SINUSOID, dim, dim)
         self.cond_type_embed = nn.Embedding(3, dim)
-        init_weights(self, zero_init)
+        self.init_weights(zero_init)
 
     @property
     def image_dropout(self) -> float:

@@ -99,6 +99,29 @@ class DualStreamTransformer(DiffusionTransformer):
         self.norm_out = Modulation(dim, 2)
         self.proj_out = nn.Linear(dim, t * h * w * out_channels)
 
+    def init_weights(self, zero_init: bool) -> None:
+        """Initializes as DiT does (Peebles and Xie, arXiv 2212.09748), for training from scratch.
+
+        Matrices and the patch convolution (as a matrix) are Xavier-uniform; MLPs of timesteps and conditions and
+        embedding tables are normal (std 0.02); biases are 0; norms are (1, 0). With ``zero_init`` modulation and output
+        projection are 0: blocks are the identity, and the output is 0.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                nn.init.xavier_uniform_(module.weight.flatten(1) if isinstance(module, nn.Conv3d) else module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, TimestepMLP):
+                nn.init.normal_(module.linear_1.weight, std=0.02)
+                nn.init.normal_(module.linear_2.weight, std=0.02)
+            elif isinstance(module, Modulation) and zero_init:
+                nn.init.zeros_(module.linear.weight)
+        if zero_init:
+            nn.init.zeros_(self.proj_out.weight)
+
     def check_inputs(self, latents: Tensor, timestep: Tensor, *inputs: Any) -> None:
         super().check_inputs(latents, timestep, *inputs)
         if timestep.ndim == 2 and self.patch_size[0] > 1:
@@ -229,27 +252,3 @@ def padding_mask(mask: Tensor | None) -> Tensor | None:
     if mask is None or torch.compiler.is_compiling() or not bool(mask.all()):
         return mask
     return None
-
-
-def init_weights(model: nn.Module, zero_init: bool) -> None:
-    """Initializes as DiT does (Peebles and Xie, arXiv 2212.09748), for training from scratch.
-
-    Matrices and the patch convolution (as a matrix) are Xavier-uniform; MLPs of timesteps and conditions, and embedding
-    tables, are normal (std 0.02); biases are 0; norms are (1, 0). With ``zero_init`` modulation and output projection
-    are 0: blocks are the identity, and the output is 0.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv3d):
-            nn.init.xavier_uniform_(module.weight.flatten(1) if isinstance(module, nn.Conv3d) else module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-    for module in model.modules():
-        if isinstance(module, TimestepMLP):
-            nn.init.normal_(module.linear_1.weight, std=0.02)
-            nn.init.normal_(module.linear_2.weight, std=0.02)
-        elif isinstance(module, Modulation) and zero_init:
-            nn.init.zeros_(module.linear.weight)
-    if zero_init and isinstance(model, DualStreamTransformer):
-        nn.init.zeros_(model.proj_out.weight)
