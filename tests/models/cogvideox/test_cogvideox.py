@@ -381,6 +381,12 @@ def test_weights_of_a_different_variant_raise_with_its_name(other: str, differen
         build("2b").load_published(tmp_path)
 
 
+def test_a_file_of_a_different_version_raises_with_its_name(tmp_path: Path):
+    save_file(build("1.5").state_dict(), tmp_path / "a.safetensors")  # without a config
+    with pytest.raises(ValueError, match=r"CogVideoX1\.5.*tubelet_size=2\b.*\b1\b"):
+        build("2b").load_published(tmp_path / "a.safetensors")
+
+
 def test_weights_load_in_the_dtype_of_the_model(tmp_path: Path):
     model = build("5b_i2v")
     model.to(torch.bfloat16).save_published(tmp_path)

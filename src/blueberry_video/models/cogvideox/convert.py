@@ -101,7 +101,7 @@ def settings_of(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, A
         (config.get("patch_size_t") or 2, config.get("patch_size", 2)) if is_linear else (1, patches.shape[2])
     )
     native, frames = (300, 81) if is_linear else (60, 49)
-    rotary = config.get("use_rotary_positional_embeddings", tubelet > 1 or dim > 1920)
+    rotary = tubelet > 1 or config.get("use_rotary_positional_embeddings", dim > 1920)
     return {
         "num_heads": dim // head_dim,
         "head_dim": head_dim,
