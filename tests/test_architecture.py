@@ -36,7 +36,9 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "precompute": ANYTHING,
     "export": ANYTHING,
 }
-SHARED_IN_ROOM = {"models": {"encoder", "vit", "dinov2", "classifier"}}  # what a family may import besides itself
+SHARED_IN_ROOM = {  # what a family may import besides itself
+    "models": {"encoder", "diffusion_transformer", "vit", "dinov2", "classifier"},
+}
 
 
 def module_name(file: Path, source: Path) -> str:

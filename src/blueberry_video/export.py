@@ -63,11 +63,11 @@ def run(source: Path, out: Path, dtype: str = "float32", merge: bool = False) ->
     if not isinstance(model, TextToVideo):
         raise ValueError(f"{folder} trained a {type(model).__name__}: only diffusion transformers are exported.")
     overflowing = {name.rpartition(".")[2] for name in HALF_OVERFLOWS}
-    places = getattr(model.transformer, "places", None)
+    positions = getattr(model.transformer, "positions", None)
     if (
         dtype == "float16"
         and type(model.transformer).__name__ in overflowing
-        and (places is None or places.kind != "sincos")
+        and (positions is None or positions.kind != "sincos")
     ):
         raise ValueError(
             f"dtype=float16 overflows in {type(model.transformer).__name__}, which was trained in bfloat16, and gives "

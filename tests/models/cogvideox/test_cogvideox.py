@@ -68,7 +68,7 @@ def build(name: str = "2b", **changes) -> CogVideoX:
 
 def inputs(model: CogVideoX, *size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Latents of size ``size`` (defaults to the training size), one timestep per clip, and text embeddings."""
-    size = size or model.places.latent_size
+    size = size or model.positions.latent_size
     text = torch.randn(2, model.text_len, model.text_dim)
     return torch.randn(2, model.in_channels, *size), torch.tensor([999.0, 17.0]), text
 
@@ -80,7 +80,7 @@ def diffusers_of(model: CogVideoX) -> CogVideoXTransformer3DModel:
     return theirs
 
 
-def run_diffusers(theirs: CogVideoXTransformer3DModel, latents: Tensor, time: Tensor, text: Tensor) -> Tensor:
+def run_diffusers(theirs: CogVideoXTransformer3DModel, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
     """Output of diffusers' model, with the rotary positions that its pipeline computes."""
     config, (t, h, w) = theirs.config, latents.shape[2:]
     rotary = None
@@ -93,7 +93,7 @@ def run_diffusers(theirs: CogVideoXTransformer3DModel, latents: Tensor, time: Te
         rotary = get_3d_rotary_pos_embed(config.attention_head_dim, None, grid_type="slice", **sizes)
     offset = None if config.ofs_embed_dim is None else torch.full((1,), 2.0)
     frames_first = latents.transpose(1, 2)
-    output = theirs(frames_first, text, time, ofs=offset, image_rotary_emb=rotary, return_dict=False)[0]
+    output = theirs(frames_first, text, timestep, ofs=offset, image_rotary_emb=rotary, return_dict=False)[0]
     return output.transpose(1, 2)
 
 
@@ -104,10 +104,10 @@ def run_diffusers(theirs: CogVideoXTransformer3DModel, latents: Tensor, time: Te
 def test_outputs_and_all_gradients_equal_diffusers(name: str):
     ours = build(name)
     theirs = diffusers_of(ours)
-    latents, time, text = inputs(ours)
+    latents, timestep, text = inputs(ours)
     leaves = [latents.requires_grad_(), text.requires_grad_()]
-    output, expected = ours(latents, time, text), run_diffusers(theirs, latents, time, text)
-    assert output.shape == (2, ours.out_channels, *ours.places.latent_size)
+    output, expected = ours(latents, timestep, text), run_diffusers(theirs, latents, timestep, text)
+    assert output.shape == (2, ours.out_channels, *ours.positions.latent_size)
     torch.testing.assert_close(output, expected, **TOLERANCE)
 
     weight = torch.randn_like(output)
@@ -142,9 +142,9 @@ def test_half_precision_weights_equal_diffusers():
             for norm in (block.attn1.norm_q, block.attn1.norm_k):
                 norm.weight.fill_(1.5)  # otherwise attention is nearly uniform and positions have no effect
     ours = ours.to(torch.bfloat16)
-    latents, time, text = inputs(ours)
-    output = ours(latents, time, text)
-    expected = run_diffusers(diffusers_of(ours).to(torch.bfloat16), latents.bfloat16(), time, text.bfloat16())
+    latents, timestep, text = inputs(ours)
+    output = ours(latents, timestep, text)
+    expected = run_diffusers(diffusers_of(ours).to(torch.bfloat16), latents.bfloat16(), timestep, text.bfloat16())
     assert output.dtype == torch.bfloat16
     # The operations round in a different order; without rotation the difference is at least 0.03.
     torch.testing.assert_close(output, expected, atol=0.02, rtol=0)
@@ -189,21 +189,21 @@ def test_equal_timesteps_per_frame_equal_one_timestep_per_clip(name: str):
     model = build(name)
     latents, noisy, text = inputs(model)
     clean, num_frames = torch.zeros(2), latents.shape[2]
-    by_frame = [model(latents, time[:, None].expand(-1, num_frames), text) for time in (clean, noisy)]
+    by_frame = [model(latents, timestep[:, None].expand(-1, num_frames), text) for timestep in (clean, noisy)]
     torch.testing.assert_close(by_frame[0], model(latents, clean, text), **TOLERANCE)
 
     condition = model._condition
-    model._condition = lambda time: condition(time)._replace(text=condition(clean).text)
+    model._condition = lambda timestep: condition(timestep)._replace(text=condition(clean).text)
     torch.testing.assert_close(by_frame[1], model(latents, noisy, text), **TOLERANCE)
 
 
 def test_timestep_of_a_frame_applies_to_its_tokens():
     model = build("2b", depth=0)
     latents, _, text = inputs(model)
-    times = torch.tensor([[0.0, 500.0, 999.0], [20.0, 20.0, 700.0]])
-    output = model(latents, times, text)
+    timesteps = torch.tensor([[0.0, 500.0, 999.0], [20.0, 20.0, 700.0]])
+    output = model(latents, timesteps, text)
     for frame in range(3):
-        expected = model(latents, times[:, frame], text)
+        expected = model(latents, timesteps[:, frame], text)
         torch.testing.assert_close(output[:, :, frame], expected[:, :, frame], **TOLERANCE)
 
 
@@ -211,20 +211,20 @@ def test_timestep_of_a_frame_applies_to_its_tokens():
 def test_no_leakage_from_later_chunks(name: str, chunk: int):
     model = build(name, causal_chunk=chunk, num_frames=6)
     latents, _, text = inputs(model)
-    time = torch.rand(2, 6).mul(1000)
+    timestep = torch.rand(2, 6).mul(1000)
     if model.patch_size[0] == 2:
-        time = time[:, ::2].repeat_interleave(2, dim=1)
-    output = model(latents, time, text)
+        timestep = timestep[:, ::2].repeat_interleave(2, dim=1)
+    output = model(latents, timestep, text)
     for start in range(0, 6, chunk):
-        changed, other_time = latents.clone(), time.clone()
+        changed, other_timestep = latents.clone(), timestep.clone()
         changed[:, :, start:] += 1
-        other_time[:, start:] = 3.0
-        result = model(changed, other_time, text)
+        other_timestep[:, start:] = 3.0
+        result = model(changed, other_timestep, text)
         torch.testing.assert_close(result[:, :, :start], output[:, :, :start], **TOLERANCE)
         assert (result[:, :, start:] - output[:, :, start:]).abs().amax(dim=(0, 1, 3, 4)).min() > 1e-3
     earlier = latents.clone()
     earlier[:, :, 0] += 1
-    assert (model(earlier, time, text) - output).abs().amax(dim=(0, 1, 3, 4)).min() > 1e-4, "no effect of the past"
+    assert (model(earlier, timestep, text) - output).abs().amax(dim=(0, 1, 3, 4)).min() > 1e-4, "no effect of the past"
 
 
 @pytest.mark.parametrize(("name", "chunk", "calls"), [
@@ -240,14 +240,14 @@ def test_no_leakage_from_later_chunks(name: str, chunk: int):
 def test_cached_chunks_equal_one_masked_pass(name: str, chunk: int, calls: tuple[int, ...]):
     model = build(name, causal_chunk=chunk, num_frames=6)
     latents, _, text = inputs(model)
-    time = torch.rand(2, 6).mul(1000)[:, :1].expand(-1, 6) + torch.arange(6)[None] // 2
-    expected = model(latents, time, text)
+    timestep = torch.rand(2, 6).mul(1000)[:, :1].expand(-1, 6) + torch.arange(6)[None] // 2
+    expected = model(latents, timestep, text)
     cache, first, parts = KeyValueCache(), 0, []
     for length in calls:
         part = slice(first, first + length)
         # An earlier denoising step, which must leave no trace in the cache.
-        model(torch.randn_like(latents[:, :, part]), time[:, part] * 0, text, cache=cache, first_frame=first)
-        parts.append(model(latents[:, :, part], time[:, part], text, cache=cache, first_frame=first))
+        model(torch.randn_like(latents[:, :, part]), timestep[:, part] * 0, text, cache=cache, first_frame=first)
+        parts.append(model(latents[:, :, part], timestep[:, part], text, cache=cache, first_frame=first))
         first += length
     torch.testing.assert_close(torch.cat(parts, dim=2), expected, **TOLERANCE)
 
@@ -260,11 +260,11 @@ def test_activation_checkpointing_recomputes_blocks_and_keeps_gradients(changes:
     model, runs = build("5b", **changes), []
     model.transformer_blocks[0].register_forward_pre_hook(lambda *_: runs.append(model.checkpointing))
     latents, _, text = inputs(model)
-    time = torch.rand(2, 3).mul(1000)
+    timestep = torch.rand(2, 3).mul(1000)
     gradients = []
     for model.checkpointing in (False, True):
         model.zero_grad()
-        model(latents, time, text).square().mean().backward()
+        model(latents, timestep, text).square().mean().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     torch.testing.assert_close(*gradients, atol=0, rtol=0)
     assert runs == [False, True, True]
@@ -273,12 +273,12 @@ def test_activation_checkpointing_recomputes_blocks_and_keeps_gradients(changes:
 def test_zero_init_starts_at_zero_and_trains():
     model = build("1.5_i2v", zero_init=True)
     cogvideox.init_weights(model)
-    latents, time, text = inputs(model)
+    latents, timestep, text = inputs(model)
     target = torch.randn(2, 4, 4, 8, 12)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
     for step in range(4):
-        output = model(latents, time, text)
+        output = model(latents, timestep, text)
         assert step > 0 or output.abs().max() == 0
         loss = (output - target).square().mean()
         optimizer.zero_grad()
@@ -291,12 +291,12 @@ def test_zero_init_starts_at_zero_and_trains():
 
 def test_zero_initialized_blocks_are_the_identity():
     model = CogVideoX(**{**TINY, "zero_init": True})
-    latents, time, text = inputs(model)
+    latents, timestep, text = inputs(model)
     with torch.no_grad():
         model.proj_out.weight.normal_()
-    output = model(latents, time, text)
+    output = model(latents, timestep, text)
     model.transformer_blocks = model.transformer_blocks[:0]
-    torch.testing.assert_close(model(latents, time, text), output, atol=0, rtol=0)
+    torch.testing.assert_close(model(latents, timestep, text), output, atol=0, rtol=0)
     assert output.abs().max() > 0.1
 
 
@@ -358,7 +358,7 @@ def test_original_file_loads(tmp_path: Path, capsys):
     model = build("1.5_i2v")
     torch.save({"module": to_sat(model.state_dict(), depth=2)}, tmp_path / "mp_rank_00_model_states.pt")
     read = CogVideoX.from_published(tmp_path / "mp_rank_00_model_states.pt")
-    assert read.places.latent_size == (21, 300, 300)
+    assert read.positions.latent_size == (21, 300, 300)
     assert re.search(r"CogVideoX1\.5.*\b2\b.*\b32\b.*-I2V", capsys.readouterr().out)
     small = build("1.5_i2v")
     small.load_published(tmp_path / "mp_rank_00_model_states.pt")
@@ -377,8 +377,14 @@ def test_original_file_loads(tmp_path: Path, capsys):
 )
 def test_weights_of_a_different_variant_raise_with_its_name(other: str, difference: str, tmp_path: Path):
     build(other).save_published(tmp_path)
-    with pytest.raises(ValueError, match=f"(?s){difference}.*model=cogvideox/"):
+    with pytest.raises(ValueError, match=f"(?s){difference}.*model=text_to_video/"):
         build("2b").load_published(tmp_path)
+
+
+def test_a_file_of_a_different_version_raises_with_its_name(tmp_path: Path):
+    save_file(build("1.5").state_dict(), tmp_path / "a.safetensors")  # without a config
+    with pytest.raises(ValueError, match=r"CogVideoX1\.5.*tubelet_size=2\b.*\b1\b"):
+        build("2b").load_published(tmp_path / "a.safetensors")
 
 
 def test_weights_load_in_the_dtype_of_the_model(tmp_path: Path):
@@ -464,26 +470,26 @@ def test_invalid_sizes_raise(changes: dict, message: str):
         ("5b", {"text": (2, 7, 12)}, r"\b7\b.*text_len=6\b"),
         ("2b", {"text": (2, 6, 11)}, r"\(2, 6, 11\).*text_dim=12\b"),
         ("2b", {"text": (1, 6, 12)}, r"\(1, 6, 12\).*B=2\b"),
-        ("2b", {"time": (2, 2)}, r"time\b.*\(2, 2\).*\(2,\).*\(2, 3\)"),
-        ("2b", {"time": ()}, r"time\b.*\(\).*\(2,\).*\(2, 3\)"),
-        ("1.5", {"time": (2, 4)}, r"\b2\b.*frames.*time"),
+        ("2b", {"timestep": (2, 2)}, r"timestep\b.*\(2, 2\).*\(2,\).*\(2, 3\)"),
+        ("2b", {"timestep": ()}, r"timestep\b.*\(\).*\(2,\).*\(2, 3\)"),
+        ("1.5", {"timestep": (2, 4)}, r"\b2\b.*frames.*timestep"),
         ("2b", {"guidance": (2,)}, "CogVideoX.*guidance.*None"),
     ],
 )
 def test_invalid_input_raises_with_the_expected_value(name: str, shapes: dict, message: str):
     model = build(name)
-    latents, time, text = inputs(model)
-    arguments = {"latents": latents, "time": time, "text": text}
+    latents, timestep, text = inputs(model)
+    arguments = {"latents": latents, "timestep": timestep, "text": text}
     with pytest.raises(ValueError, match=message):
         model(**arguments | {key: torch.rand(shape) for key, shape in shapes.items()})
 
 
 def test_misuse_of_chunks_and_cache_raises():
     causal, full = build("5b", causal_chunk=2), build("5b")
-    latents, time, text = inputs(causal)
-    frames = time[:, None].expand(-1, 3)
+    latents, timestep, text = inputs(causal)
+    frames = timestep[:, None].expand(-1, 3)
     with pytest.raises(ValueError, match=r"causal.*\(B, T\)"):
-        causal(latents, time, text)
+        causal(latents, timestep, text)
     with pytest.raises(ValueError, match=r"cache.*causal_chunk"):
         full(latents, frames, text, cache=KeyValueCache())
     for first, cache in ((2, None), (1, KeyValueCache()), (-2, KeyValueCache())):

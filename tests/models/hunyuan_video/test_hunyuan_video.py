@@ -76,7 +76,7 @@ def inputs(model: HunyuanVideo, padded: bool = False, frames: int = 3, length: i
     """Batch of two clips, with texts of different lengths if ``padded``."""
     given = {
         "latents": torch.randn(2, model.in_channels, frames, 4, 6),
-        "time": torch.tensor([500.25, 13.5]),
+        "timestep": torch.tensor([500.25, 13.5]),
         "text": torch.randn(2, length, model.text_dim),
         "pooled": torch.randn(2, model.pooled_dim),
     }
@@ -90,7 +90,7 @@ def inputs(model: HunyuanVideo, padded: bool = False, frames: int = 3, length: i
 def their_output(model: HunyuanVideoTransformer3DModel, given: dict[str, Tensor]) -> Tensor:
     mask = given.get("text_mask", torch.ones(given["text"].shape[:2], dtype=torch.bool))
     guidance = given["guidance"] * 1000 if "guidance" in given else None
-    return model(given["latents"], given["time"], given["text"], mask, given["pooled"], guidance).sample
+    return model(given["latents"], given["timestep"], given["text"], mask, given["pooled"], guidance).sample
 
 
 def causal(chunk: int = 1, **changes) -> HunyuanVideo:
@@ -113,7 +113,7 @@ def causal(chunk: int = 1, **changes) -> HunyuanVideo:
 
 
 def causal_inputs(model: HunyuanVideo, frames: int, padded: bool = True) -> dict[str, Tensor]:
-    return inputs(model, padded, frames) | {"time": torch.rand(2, frames) * 1000}
+    return inputs(model, padded, frames) | {"timestep": torch.rand(2, frames) * 1000}
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole-text", "padded-text"])
@@ -189,8 +189,8 @@ def test_text_does_not_depend_on_the_timesteps_of_frames():
     model, texts = causal(1), []
     model.transformer_blocks[-1].register_forward_hook(lambda block, given, result: texts.append(result[1]))
     given = causal_inputs(model, 3)
-    for time in (given["time"], given["time"] / 3):
-        model(**given | {"time": time})
+    for timestep in (given["timestep"], given["timestep"] / 3):
+        model(**given | {"timestep": timestep})
     assert torch.equal(*texts)
 
 
@@ -200,10 +200,10 @@ def test_no_leakage_from_later_chunks(chunk: int):
     given = causal_inputs(model, frames)
     output = model(**given)
     for changed in range(frames):
-        latents, time = given["latents"].clone(), given["time"].clone()
+        latents, timestep = given["latents"].clone(), given["timestep"].clone()
         latents[:, :, changed] += 1
-        time[:, changed] = 3
-        difference = (model(**given | {"latents": latents, "time": time}) - output).abs().amax(dim=(0, 1, 3, 4))
+        timestep[:, changed] = 3
+        difference = (model(**given | {"latents": latents, "timestep": timestep}) - output).abs().amax(dim=(0, 1, 3, 4))
         first_seen = changed // chunk * chunk
         assert (difference[:first_seen] == 0).all()
         assert (difference[first_seen:] > 1e-4).all(), "its own chunk and all later ones depend on it"
@@ -217,7 +217,7 @@ def test_cached_chunks_equal_one_masked_pass(chunk: int, parts: tuple[int, ...],
     whole, cache, first = model(**given), KeyValueCache(), 0
     for part in parts:
         here = slice(first, first + part)
-        piece = given | {"latents": given["latents"][:, :, here], "time": given["time"][:, here]}
+        piece = given | {"latents": given["latents"][:, :, here], "timestep": given["timestep"][:, here]}
         noise = torch.randn_like(piece["latents"])
         model(**piece | {"latents": noise}, cache=cache, first_frame=first)  # an earlier denoising step, overwritten
         output = model(**piece, cache=cache, first_frame=first)
@@ -227,16 +227,16 @@ def test_cached_chunks_equal_one_masked_pass(chunk: int, parts: tuple[int, ...],
 
 def test_zero_timesteps_per_frame_equal_a_zero_timestep_per_clip():
     _, model = pair("guidance")
-    given = inputs(model, padded=True) | {"time": torch.zeros(2)}
-    torch.testing.assert_close(model(**given | {"time": torch.zeros(2, 3)}), model(**given), **TOLERANCE)
+    given = inputs(model, padded=True) | {"timestep": torch.zeros(2)}
+    torch.testing.assert_close(model(**given | {"timestep": torch.zeros(2, 3)}), model(**given), **TOLERANCE)
 
 
 def test_timestep_of_a_frame_modulates_this_frame():
     model = causal(1)  # the last frame attends to all frames, and no other frame attends to it
     given = causal_inputs(model, 3)
-    later = given["time"].clone()
+    later = given["timestep"].clone()
     later[:, 2] /= 2
-    difference = (model(**given | {"time": later}) - model(**given)).abs().amax(dim=(0, 1, 3, 4))
+    difference = (model(**given | {"timestep": later}) - model(**given)).abs().amax(dim=(0, 1, 3, 4))
     assert (difference[:2] == 0).all()
     assert difference[2] > 1e-3
 
@@ -458,8 +458,8 @@ def test_invalid_settings_raise(changes: dict, expected: str):
         ({"latents": torch.zeros(2, 4, 3, 5, 6)}, r"\b5\b.*patch_size=\(1, 2, 2\).*\b4\b"),
         ({"latents": torch.zeros(2, 4, 3, 4, 7)}, r"\b7\b.*patch_size=\(1, 2, 2\).*\b8\b"),
         ({"latents": torch.zeros(2, 4, 0, 4, 6)}, r"\b0\b.*patch_size=\(1, 2, 2\).*\b1\b"),
-        ({"time": torch.zeros(2, 4)}, r"time.*\(2, 4\).*\(2,\).*\(2, 3\)"),
-        ({"time": torch.zeros(())}, r"time.*\(\).*\(2,\).*\(2, 3\)"),
+        ({"timestep": torch.zeros(2, 4)}, r"timestep.*\(2, 4\).*\(2,\).*\(2, 3\)"),
+        ({"timestep": torch.zeros(())}, r"timestep.*\(\).*\(2,\).*\(2, 3\)"),
         ({"text": torch.zeros(2, 5, 8)}, r"text.*\(2, 5, 8\).*text_dim ?= ?16\b"),
         ({"text": torch.zeros(1, 5, 16)}, r"text.*\(1, 5, 16\).*B ?= ?2\b"),
         ({"text_mask": torch.ones(2, 4, dtype=torch.bool)}, r"text_mask.*\(2, 4\).*\(2, 5\)"),
@@ -491,7 +491,7 @@ def test_invalid_timesteps_or_cache_of_a_causal_model_raise():
     model = causal(2)
     given = causal_inputs(model, 2)
     with pytest.raises(ValueError, match=r"causal_chunk=2\b.*\(B, T\)"):
-        model(**given | {"time": torch.zeros(2)})
+        model(**given | {"timestep": torch.zeros(2)})
     for first in (1, -2):
         with pytest.raises(ValueError, match=rf"first_frame={first}\b.*causal_chunk=2\b"):
             model(**given, cache=KeyValueCache(), first_frame=first)
@@ -500,7 +500,7 @@ def test_invalid_timesteps_or_cache_of_a_causal_model_raise():
     with pytest.raises(ValueError, match=r"cache.*\b0 tokens.*first_frame.*\b17\b"):
         model(**given, cache=KeyValueCache(), first_frame=2)
     with pytest.raises(ValueError, match=r"patch_size=\(3, 2, 2\)"):
-        pair("patches-in-time")[1](**inputs(pair("patches-in-time")[1]) | {"time": torch.zeros(2, 3)})
+        pair("patches-in-time")[1](**inputs(pair("patches-in-time")[1]) | {"timestep": torch.zeros(2, 3)})
 
 
 def test_weights_with_rectangular_patches_load_but_are_not_written_for_diffusers(tmp_path: Path):

@@ -69,7 +69,9 @@ def pair(variant: str = "plain") -> tuple[HunyuanVideo15Transformer3DModel, Huny
 
 
 def causal(chunk: int) -> HunyuanVideo15:
-    model = HunyuanVideo15(**HunyuanVideo15.settings_of(pair()[1].state_dict()) | SETTINGS | {"causal_chunk": chunk})
+    model = HunyuanVideo15(
+        **HunyuanVideo15.settings_of(pair()[1].state_dict(), {}) | SETTINGS | {"causal_chunk": chunk}
+    )
     randomize(model)
     return model
 
@@ -81,7 +83,7 @@ def inputs(model: HunyuanVideo15, letters: bool = True, image: bool = True, fram
     """Batch of two clips, with texts and letters of different lengths."""
     given = {
         "latents": torch.randn(2, model.in_channels, frames, 4, 6),
-        "time": torch.tensor([500.25, 13.5]),
+        "timestep": torch.tensor([500.25, 13.5]),
         "text": torch.randn(2, 5, model.text_dim),
         "text_mask": torch.arange(5) < torch.tensor([[3], [5]]),
     }
@@ -91,22 +93,22 @@ def inputs(model: HunyuanVideo15, letters: bool = True, image: bool = True, fram
     if image:
         given["image"] = torch.randn(2, 3, model.image_dim)
     if model.meanflow:
-        given["end_time"] = torch.tensor([400.5, 0.0])
+        given["end_timestep"] = torch.tensor([400.5, 0.0])
     return given
 
 
 def causal_inputs(model: HunyuanVideo15, frames: int) -> dict[str, Tensor]:
-    return inputs(model, frames=frames) | {"time": torch.rand(2, frames) * 1000}
+    return inputs(model, frames=frames) | {"timestep": torch.rand(2, frames) * 1000}
 
 
 def their_output(model: HunyuanVideo15Transformer3DModel, given: dict[str, Tensor]) -> Tensor:
     """Output of diffusers' model; as in its pipelines, absent inputs are zeros, and absent letters are also masked."""
     return model(
         given["latents"],
-        given["time"],
+        given["timestep"],
         given["text"],
         given["text_mask"],
-        given.get("end_time"),
+        given.get("end_timestep"),
         given.get("letters", torch.zeros(2, 4, model.config.text_embed_2_dim)),
         given.get("letters_mask", torch.zeros(2, 4, dtype=torch.bool)),
         given.get("image", torch.zeros(2, 3, model.config.image_embed_dim)),
@@ -152,7 +154,7 @@ def test_cached_chunks_equal_one_masked_pass(parts: tuple[int, ...]):
     whole, cache, first = model(**given), KeyValueCache(), 0
     for part in parts:
         here = slice(first, first + part)
-        piece = given | {"latents": given["latents"][:, :, here], "time": given["time"][:, here]}
+        piece = given | {"latents": given["latents"][:, :, here], "timestep": given["timestep"][:, here]}
         torch.testing.assert_close(model(**piece, cache=cache, first_frame=first), whole[:, :, here], **TOLERANCE)
         first += part
 
@@ -160,10 +162,12 @@ def test_cached_chunks_equal_one_masked_pass(parts: tuple[int, ...]):
 def test_no_leakage_from_later_chunks():
     model = causal(2)
     given = causal_inputs(model, 4)
-    latents, time = given["latents"].clone(), given["time"].clone()
+    latents, timestep = given["latents"].clone(), given["timestep"].clone()
     latents[:, :, 2:] += 1
-    time[:, 2:] = 3
-    difference = (model(**given | {"latents": latents, "time": time}) - model(**given)).abs().amax(dim=(0, 1, 3, 4))
+    timestep[:, 2:] = 3
+    difference = (
+        (model(**given | {"latents": latents, "timestep": timestep}) - model(**given)).abs().amax(dim=(0, 1, 3, 4))
+    )
     assert (difference[:2] == 0).all()
     assert (difference[2:] > 1e-3).all()
 
@@ -193,7 +197,7 @@ def test_every_parameter_except_the_last_text_layers_receives_a_gradient(variant
 
 
 def test_zero_init_gives_zero_output():
-    settings = HunyuanVideo15.settings_of(pair()[1].state_dict()) | SETTINGS
+    settings = HunyuanVideo15.settings_of(pair()[1].state_dict(), {}) | SETTINGS
     model = HunyuanVideo15(**settings)
     assert not model(**inputs(model)).any()
     assert HunyuanVideo15(**settings, zero_init=False)(**inputs(model)).any()
@@ -253,7 +257,7 @@ def test_published_model_has_the_published_number_of_parameters(monkeypatch: pyt
     [
         ({"pooled": torch.zeros(2, 8)}, r"HunyuanVideo-1\.5.*pooled.*None"),
         ({"guidance": torch.zeros(2)}, r"HunyuanVideo-1\.5.*guidance.*None"),
-        ({"end_time": torch.zeros(2)}, r"end_time.*\(2,\).*meanflow=False.*None"),
+        ({"end_timestep": torch.zeros(2)}, r"end_timestep.*\(2,\).*meanflow=False.*None"),
         ({"letters": torch.zeros(2, 4, 3)}, r"letters.*\(2, 4, 3\).*letters_dim ?= ?12\b"),
         ({"letters_mask": torch.ones(2, 4)}, r"letters_mask.*torch\.float32.*torch\.bool"),
         ({"image": torch.zeros(1, 3, 6)}, r"image.*\(1, 3, 6\).*B ?= ?2\b"),
@@ -267,7 +271,7 @@ def test_invalid_inputs_raise(changes: dict, expected: str):
         model(**inputs(model) | changes)
 
 
-def test_meanflow_requires_end_time():
+def test_meanflow_requires_end_timestep():
     _, model = pair("meanflow")
-    with pytest.raises(ValueError, match=r"end_time.*None.*meanflow=True.*\(2,\)"):
-        model(**inputs(model) | {"end_time": None})
+    with pytest.raises(ValueError, match=r"end_timestep.*None.*meanflow=True.*\(2,\)"):
+        model(**inputs(model) | {"end_timestep": None})

@@ -118,10 +118,12 @@ def test_hunyuan_video_15_file_loads(meanflow: bool, tmp_path: Path, monkeypatch
     assert sum(value.numel() for value in file.values()) == sum(value.numel() for value in model.state_dict().values())
     file = {f"model.diffusion_model.{name}": value.contiguous() for name, value in file.items()}  # ComfyUI's prefix
     save_file(file, tmp_path / "a.safetensors")
-    latents, time = torch.randn(2, 9, 2, 2, 2), torch.tensor([500.0, 3.5])
+    latents, timestep = torch.randn(2, 9, 2, 2, 2), torch.tensor([500.0, 3.5])
     letters, image = torch.randn(2, 3, 12), torch.randn(2, 2, 6)
-    given = (latents, time, torch.randn(2, 3, 16), None, None, None, None, 0, letters, None, image)
-    assert_same(HunyuanVideo15.from_published(tmp_path / "a.safetensors"), model, *given, time if meanflow else None)
+    given = (latents, timestep, torch.randn(2, 3, 16), None, None, None, None, 0, letters, None, image)
+    assert_same(
+        HunyuanVideo15.from_published(tmp_path / "a.safetensors"), model, *given, timestep if meanflow else None
+    )
 
 
 def test_unknown_names_raise(tmp_path: Path):

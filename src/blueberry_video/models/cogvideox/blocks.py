@@ -1,9 +1,8 @@
-"""Blocks of CogVideoX (arXiv 2408.06072): text and video as one sequence with the same weights, also in the LayerNorms;
-only shift, scale and gate are others for each ("expert" adaptive LayerNorm). Parameter names are those of diffusers'
-state dicts.
+"""Blocks of CogVideoX (arXiv 2408.06072): text and video as one sequence with shared weights, LayerNorms included; only
+shift, scale and gate are separate for each ("expert" adaptive LayerNorm). Parameter names are those of diffusers.
 
 Letters: B clips, T H W latent frames, rows and columns, N video tokens, L text tokens, D width, E width of the
-condition, K conditions of a clip: 1, or the number of frames of patches.
+condition, K conditions per clip: 1, or the number of frames of patches.
 """
 
 import functools
@@ -19,21 +18,21 @@ from blueberry_video.nn.modulation import gated, modulate
 
 
 class Condition(NamedTuple):
-    """What modulates: SiLU of the embedded time, of the text (B, 1, E) and of the video (B, K, E)."""
+    """SiLU of the timestep embedding, the input of the modulation: of the text (B, 1, E), of the video (B, K, E)."""
 
     text: Tensor
     video: Tensor
 
 
 class PatchEmbedding(nn.Module):
-    """Cuts latents into patches (t, h, w) as wide as the transformer; beside it the projection of the text.
+    """Patch embedding of latents, with the projection of text tokens and the position table.
 
     Args:
         in_channels: C.
         patch_size: (t, h, w).
         text_dim: width of a text token.
         dim: D.
-        table: positions (1, L + N, D) over [text, video], if there are: loaded with the weights, never trained.
+        table: positions (1, L + N, D) over [text, video], a buffer: in the state dict, not trained. ``None``: no table.
     """
 
     pos_embedding: Tensor | None
@@ -63,8 +62,9 @@ class PatchEmbedding(nn.Module):
 
 
 class ExpertNorm(nn.Module):
-    """One LayerNorm for text and video, and what modulates each: (text (B, L, D), video (B, N, D)) -> both normalised
-    and modulated, and their gates (B, 1, D) and (B, K, D).
+    """Expert adaptive LayerNorm: one LayerNorm, with separate modulation of text and video.
+
+    (text (B, L, D), video (B, N, D)) -> both normalized and modulated, and their gates (B, 1, D) and (B, K, D).
     """
 
     def __init__(self, dim: int, condition_dim: int):
@@ -81,7 +81,7 @@ class ExpertNorm(nn.Module):
 
 
 class CogVideoXBlock(nn.Module):
-    """Attention and MLP over [text, video]: (text (B, L, D), video (B, N, D)) -> the same shapes.
+    """Transformer block over [text, video]: (text (B, L, D), video (B, N, D)) -> the same shapes.
 
     Args:
         dim: D; a multiple of ``num_heads``.
@@ -104,20 +104,20 @@ class CogVideoXBlock(nn.Module):
             text: (B, L, D); empty where the cache holds it.
             video: (B, N, D).
             condition: see :class:`Condition`.
-            shared: rotation and mask over [text, video], and the cache.
-            layer: the block's place in the cache.
+            shared: rotation and attention mask over [text, video], and the KV cache.
+            layer: index of the block in the cache.
         """
         sizes = (text.shape[1], video.shape[1])
-        text_seen, video_seen, text_gate, gate = self.norm1(text, video, condition)
-        of_text, of_video = self.attn1(torch.cat([text_seen, video_seen], dim=1), shared, layer).split(sizes, dim=1)
+        normed_text, normed_video, text_gate, gate = self.norm1(text, video, condition)
+        of_text, of_video = self.attn1(torch.cat([normed_text, normed_video], dim=1), shared, layer).split(sizes, dim=1)
         text, video = gated(text, text_gate, of_text), gated(video, gate, of_video)
-        text_seen, video_seen, text_gate, gate = self.norm2(text, video, condition)
-        of_text, of_video = self.ff(torch.cat([text_seen, video_seen], dim=1)).split(sizes, dim=1)
+        normed_text, normed_video, text_gate, gate = self.norm2(text, video, condition)
+        of_text, of_video = self.ff(torch.cat([normed_text, normed_video], dim=1)).split(sizes, dim=1)
         return gated(text, text_gate, of_text), gated(video, gate, of_video)
 
 
 class AdaptiveNorm(nn.Module):
-    """LayerNorm, shifted and scaled by the condition of the video: (B, N, D), (B, K, E) -> (B, N, D)."""
+    """Adaptive LayerNorm of the output: video (B, N, D), condition (B, K, E) -> (B, N, D)."""
 
     def __init__(self, dim: int, condition_dim: int):
         super().__init__()

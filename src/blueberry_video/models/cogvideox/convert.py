@@ -1,9 +1,8 @@
-"""Conversion of CogVideoX weights and settings: SAT (SwissArmyTransformer; github.com/THUDM/CogVideo) to the
-names of diffusers, which this package uses.
+"""Conversion of CogVideoX weights and settings from SAT (SwissArmyTransformer; github.com/THUDM/CogVideo) to diffusers,
+whose names this package uses.
 """
 
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +10,7 @@ from torch import Tensor
 
 from blueberry_video.weights.files import num_blocks
 
-FAMILY = "CogVideoX"
-
-SAT = (  # the beginnings of names in the original files, and what they become; blocks and norms of heads apart
+SAT = (  # prefixes of names in SAT and in diffusers, except those of blocks and of the norms of heads
     ("time_embed.0.", "time_embedding.linear_1."),
     ("time_embed.2.", "time_embedding.linear_2."),
     ("ofs_embed.0.", "ofs_embedding.linear_1."),
@@ -32,19 +29,19 @@ SAT_BLOCK = {  # names within a block
     "mlp.dense_h_to_4h": "ff.net.0.proj",
     "mlp.dense_4h_to_h": "ff.net.2",
 }
-# Computed tables, and embeddings of SAT's language models that CogVideoX never uses.
+# Computed tables, and embeddings of SAT's language models that CogVideoX does not use.
 SAT_UNUSED = re.compile(r"mixins\.pos_embed\.freqs_|transformer\.(word|position)_embeddings\.|.*embed_tokens")
 
 
 def convert_sat(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of an original file, ``mp_rank_00_model_states.pt``, under the names of
+    """Converts the weights of an original file, ``mp_rank_00_model_states.pt``, to the names of
     :class:`~blueberry_video.models.cogvideox.CogVideoX`.
 
-    The modulation of a block, twelve parts, is that of attention and MLP of the video, then of the text; query, key and
-    value are one matrix. Unknown names stay, for a strict load to report.
+    The modulation of a block has twelve parts: attention and MLP of the video, then of the text. Query, key and value
+    are one matrix. Unknown names are kept, so that a strict load reports them.
 
     Args:
-        state: tensors by name, with or without ``model.diffusion_model.`` in front.
+        state: tensors by name, with or without the prefix ``model.diffusion_model.``.
     """
     converted: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -72,7 +69,7 @@ def convert_sat(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-PUBLISHED_SETTINGS = {  # entries of diffusers' config that are the same for all published models
+PUBLISHED_SETTINGS = {  # entries of diffusers' config that are equal in all published models
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
     "dropout": 0.0,
@@ -84,50 +81,43 @@ PUBLISHED_SETTINGS = {  # entries of diffusers' config that are the same for all
     "temporal_interpolation_scale": 1.0,
     "timestep_activation_fn": "silu",
 }
+# Constructor arguments that no tensor shape determines.
+FREE_SETTINGS = ("text_len", "num_frames", "height", "width", "spatial_scale", "causal_chunk")
 
 
-def settings_of_weights(state: dict[str, Tensor], source: str | Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Constructor arguments of ``CogVideoX`` that follow from the shapes of a state dict.
+def settings_of(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments of ``CogVideoX``: sizes from the shapes of a state dict, ``FREE_SETTINGS`` from a config.
 
     The shape of a linear patch embedding determines only the number of pixels of a patch: the patch size is taken from
     ``config``, or is that of CogVideoX 1.5. Without a config, positions are rotary in 1.5 and in models wider than 2B.
 
     Raises:
-        ValueError: a tensor is missing.
+        KeyError: a tensor is missing.
     """
-    try:
-        patches, dim = state["patch_embed.proj.weight"], len(state["patch_embed.proj.bias"])
-        head_dim = len(state["transformer_blocks.0.attn1.norm_q.weight"])
-        time_dim, out_pixels = len(state["time_embedding.linear_2.bias"]), len(state["proj_out.bias"])
-    except KeyError as error:
-        raise ValueError(f"{source} lacks {error}: it is damaged, or not the whole transformer.") from error
+    patches, dim = state["patch_embed.proj.weight"], len(state["patch_embed.proj.bias"])
+    head_dim = len(state["transformer_blocks.0.attn1.norm_q.weight"])
+    is_linear = patches.ndim == 2
     tubelet, patch = (
-        (1, patches.shape[2]) if patches.ndim == 4 else (config.get("patch_size_t", 2), config.get("patch_size", 2))
+        (config.get("patch_size_t") or 2, config.get("patch_size", 2)) if is_linear else (1, patches.shape[2])
     )
-    rotary = config.get("use_rotary_positional_embeddings", tubelet > 1 or dim > 1920)
+    native, frames = (300, 81) if is_linear else (60, 49)
+    rotary = tubelet > 1 or config.get("use_rotary_positional_embeddings", dim > 1920)
     return {
         "num_heads": dim // head_dim,
         "head_dim": head_dim,
         "depth": num_blocks(state, "transformer_blocks"),
-        "in_channels": patches.shape[1] if patches.ndim == 4 else patches.shape[1] // (tubelet * patch**2),
-        "out_channels": out_pixels // (tubelet * patch**2),
+        "in_channels": patches.shape[1] // (tubelet * patch**2 if is_linear else 1),
+        "out_channels": len(state["proj_out.bias"]) // (tubelet * patch**2),
         "text_dim": state["patch_embed.text_proj.weight"].shape[1],
-        "time_dim": time_dim,
+        "time_dim": len(state["time_embedding.linear_2.bias"]),
         "patch_size": patch,
         "tubelet_size": tubelet,
         "offset": "ofs_embedding.linear_1.weight" in state,
         "positions": "rope_and_table" if "patch_embed.pos_embedding" in state else "rope" if rotary else "sincos",
-    }
-
-
-def settings_of_config(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
-    """Constructor arguments of ``CogVideoX`` that no tensor shape determines: from ``config``, or as published."""
-    native, frames = (60, 49) if state["patch_embed.proj.weight"].ndim == 4 else (300, 81)
-    return {
         "text_len": config.get("max_text_seq_length", 226),
         "num_frames": (config.get("sample_frames", frames) - 1) // 4 + 1,
         "height": config.get("sample_height", native),
-        "width": config.get("sample_width", 90 if native == 60 else native),
+        "width": config.get("sample_width", native if is_linear else 90),
         "spatial_scale": config.get("spatial_interpolation_scale", 1.875),
         "causal_chunk": config.get("causal_chunk", 0),
     }

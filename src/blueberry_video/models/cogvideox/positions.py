@@ -1,25 +1,25 @@
-"""Positions of CogVideoX (arXiv 2408.06072): 2B's sines and cosines, added to the tokens of the video; where the rotary
-ones of 5B and 1.5 lie on the picture; 5B-I2V's table over text and video, added beside them.
+"""Positions of CogVideoX (arXiv 2408.06072): the additive sine-cosine embedding of 2B, the rotary embedding of 5B and
+1.5, and the additional table over text and video of 5B-I2V.
 """
 
 import torch
 from torch import Tensor
 
+from blueberry_video.models.diffusion_transformer import Grid
 from blueberry_video.nn.rope import Rotation, axes_rotation
 
-Grid = tuple[int, int, int]  # along (t, h, w)
 POSITIONS = ("sincos", "rope", "rope_and_table")
 
 
-class ExpertPositions:
-    """Where the tokens of a clip are; see :class:`~blueberry_video.models.cogvideox.CogVideoX` for the arguments.
+class CogVideoXPositions:
+    """Positions of the tokens of a clip; see :class:`~blueberry_video.models.cogvideox.CogVideoX` for the arguments.
 
     Args:
         kind: one of ``POSITIONS``.
-        num_heads, head_dim: of the attention.
-        patch_size: (t, h, w); more than one frame goes with ``"rope"``, which is then not stretched.
+        num_heads, head_dim: attention heads.
+        patch_size: (t, h, w); more than one frame requires ``"rope"``, which is then not stretched.
         latent_size: latent frames, rows and columns in training.
-        spatial_scale: by which rows and columns are divided, of ``"sincos"``.
+        spatial_scale: divisor of rows and columns for ``"sincos"``.
 
     Raises:
         ValueError: for sizes that do not fit each other, or an unknown kind.
@@ -36,57 +36,49 @@ class ExpertPositions:
                 "share 2, 3 and 3 eighths of the channels, in pairs. Make head_dim a multiple of 16."
             )
         if patch_size[0] > 1 and kind != "rope":
-            raise ValueError(f"tubelet_size={patch_size[0]} goes with positions='rope' alone, not with {kind!r}.")
+            raise ValueError(f"tubelet_size={patch_size[0]} requires positions='rope', not {kind!r}.")
         if latent_size[1] % patch_size[1] or latent_size[2] % patch_size[2]:
             raise ValueError(
-                f"height={latent_size[1]} and width={latent_size[2]} are no whole number of patches of patch_size="
-                f"{patch_size[1]}: choose multiples of {patch_size[1]}."
+                f"height={latent_size[1]} and width={latent_size[2]} must be multiples of patch_size={patch_size[1]}."
             )
         self.kind, self.dim, self.head_dim = kind, num_heads * head_dim, head_dim
         self.patch_size, self.latent_size, self.spatial_scale = patch_size, latent_size, spatial_scale
 
     def check(self, size: Grid, first_frame: int) -> None:
-        """There are positions for latents of ``size`` (T, H, W) whose first frame is the clip's ``first_frame``.
+        """Checks that latents of ``size`` (T, H, W), starting at ``first_frame`` of the clip, have positions.
 
         Raises:
-            ValueError: if not; the message names the nearest size, or the argument to change.
+            ValueError: they do not; the message names the argument to change.
         """
-        patches = list(zip(size, self.patch_size, strict=True))
-        if any(n < 1 or n % patch for n, patch in patches):
-            nearest = tuple(max(1, round(n / patch)) * patch for n, patch in patches)
-            raise ValueError(
-                f"latents of T, H, W = {size} are no whole number of patches of {self.patch_size}: the nearest are "
-                f"{nearest}."
-            )
         num_frames, height, width = self.latent_size
         if self.patch_size[0] > 1 and (size[1] > height or size[2] > width):
             raise ValueError(
                 f"latents of {size[1]} x {size[2]} are larger than the model's height={height} and width={width}: "
-                "enlarge these, no weight depends on them."
+                "increase these, no weight depends on them."
             )
         if self.kind == "rope_and_table" and (size[1:] != (height, width) or first_frame + size[0] > num_frames):
             raise ValueError(
-                f"latents of {first_frame + size[0]} x {size[1]} x {size[2]} have no places in the model's table: give "
-                f"exactly height={height} and width={width}, and at most num_frames={num_frames}."
+                f"latents of {first_frame + size[0]} x {size[1]} x {size[2]} exceed the position table of the model: "
+                f"use exactly height={height} and width={width}, and at most num_frames={num_frames}."
             )
 
     def joint_table(self, text_len: int) -> Tensor:
-        """What a table over [text, video] (1, L + N, D) begins with: nothing, then sines and cosines."""
+        """Initial position table over [text, video] (1, L + N, D): zeros for the text, sines and cosines for video."""
         video = sincos_positions(self._native(), self.dim, self.spatial_scale)
         return torch.cat([video.new_zeros(text_len, self.dim), video])[None]
 
     def rotation(self, grid: Grid, first: int, text_len: int, device: torch.device) -> Rotation | None:
-        """Of [text, video] (L + N, 1, head_dim), for queries and keys (B, L + N, heads, head_dim)."""
+        """Rotation of [text, video] (L + N, 1, head_dim), for queries and keys (B, L + N, heads, head_dim)."""
         if self.kind == "sincos":
             return None
         t, h, w = grid
         rows, columns = torch.arange(h, device=device).float(), torch.arange(w, device=device).float()
         if self.patch_size[0] == 1:
             rows, columns = stretched_grid((h, w), self._native()[1:], device)
-        time = torch.arange(first, first + t, device=device).float()
-        places = torch.cat([rows.new_zeros(text_len, 3), torch.cartesian_prod(time, rows, columns)])
+        frames = torch.arange(first, first + t, device=device).float()
+        positions = torch.cat([rows.new_zeros(text_len, 3), torch.cartesian_prod(frames, rows, columns)])
         eighth = self.head_dim // 8
-        turn = axes_rotation(places, (2 * eighth, 3 * eighth, 3 * eighth))
+        turn = axes_rotation(positions, (2 * eighth, 3 * eighth, 3 * eighth))
         return Rotation(turn.cos[:, None], turn.sin[:, None])
 
     def _native(self) -> Grid:
@@ -95,30 +87,30 @@ class ExpertPositions:
 
 
 def sincos_positions(grid: Grid, dim: int, spatial_scale: float, first: int = 0) -> Tensor:
-    """2B's fixed positions (t * h * w, dim), float32, in raster order.
+    """Sine-cosine position embedding of 2B: (t * h * w, dim), float32, in raster order.
 
-    The first quarter of the channels tells the time, three eighths the column, the last three the row, each with the
-    sines of all frequencies before the cosines. Rows and columns are divided by ``spatial_scale``; the time begins at
+    The first quarter of the channels encodes the frame, three eighths the column, the last three the row; each part has
+    the sines of all frequencies before the cosines. Rows and columns are divided by ``spatial_scale``; frames start at
     ``first``.
     """
     t, h, w = grid
 
-    def waves(places: Tensor, channels: int) -> Tensor:
+    def waves(positions: Tensor, channels: int) -> Tensor:
         frequency = 10000 ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
-        angle = places.double()[:, None] * frequency
+        angle = positions.double()[:, None] * frequency
         return torch.cat([angle.sin(), angle.cos()], dim=1).float()
 
-    time = waves(torch.arange(first, first + t), dim // 4)[:, None, None]
+    frame = waves(torch.arange(first, first + t), dim // 4)[:, None, None]
     row = waves(torch.arange(h, dtype=torch.float64) / spatial_scale, dim // 8 * 3)[None, :, None]
     column = waves(torch.arange(w, dtype=torch.float64) / spatial_scale, dim // 8 * 3)[None, None]
-    return torch.cat([part.expand(t, h, w, -1) for part in (time, column, row)], dim=-1).flatten(0, 2)
+    return torch.cat([part.expand(t, h, w, -1) for part in (frame, column, row)], dim=-1).flatten(0, 2)
 
 
 def stretched_grid(size: tuple[int, int], native: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Places of 5B's rows (h,) and columns (w,), in patches of the native grid: the published ones.
+    """Row positions (h,) and column positions (w,) of 5B, in patches of the native grid, as published.
 
-    The grid is scaled to fit into the native one and centred in it; but its last place is (h - 1) / h of the way from 0
-    to the end of the scaled grid, not from its beginning.
+    The grid is scaled to fit into the native one and centered in it; but the last position is (h - 1) / h of the way
+    from 0, rather than from the start of the scaled grid, to its end.
     """
     (h, w), (height, width) = size, native
     if h / w > height / width:

@@ -1,9 +1,9 @@
-"""Blocks of HunyuanVideo (arXiv 2412.03603) for text and video: first a stream each, that meet only in attention, then
-one stream of both.
+"""Blocks of HunyuanVideo (arXiv 2412.03603): dual-stream blocks, in which text and video interact only in attention,
+and single-stream blocks over both.
 
-Unusual about them: the text has no positions, the video's queries and keys are turned by time, row and column; queries
-and keys are normalised head by head. What modulates a stream is a condition of every frame, (B, T, D), or one of the
-whole clip, (B, 1, D). Parameter names are those of diffusers' state dicts.
+The text has no positions; queries and keys of the video are rotated by time, row and column. Queries and keys are
+normalized per head. Each stream is modulated by one condition per frame, (B, T, D), or per clip, (B, 1, D). Parameter
+names are those of diffusers.
 
 Letters: B clips, N video tokens, L text tokens, D width, K conditions: 1, or the number T of frames.
 """
@@ -24,7 +24,7 @@ HEAD_NORM = functools.partial(nn.RMSNorm, eps=EPS)
 
 
 class Modulation(nn.Module):
-    """Linear(SiLU(condition)): (B, K, D) -> ``parts`` tensors (B, K, D)."""
+    """adaLN modulation, Linear(SiLU(condition)): (B, K, D) -> ``parts`` tensors (B, K, D)."""
 
     def __init__(self, dim: int, parts: int):
         super().__init__()
@@ -36,12 +36,12 @@ class Modulation(nn.Module):
 
 
 def normalize(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without parameters, then shift and scale (B, K, D): (B, N, D) -> (B, N, D)."""
+    """Adaptive LayerNorm with shift and scale (B, K, D): (B, N, D) -> (B, N, D)."""
     return modulate(F.layer_norm(x, x.shape[-1:], eps=EPS), shift, scale)
 
 
 class JointAttention(HeadNormProjections):
-    """Attention of two streams over both, each with projections of its own; only the video is turned.
+    """Joint attention of two streams with separate projections; only the video has rotary positions.
 
     (video (B, N, D), text (B, L, D) or ``None``) -> the same shapes.
     """
@@ -70,7 +70,7 @@ class JointAttention(HeadNormProjections):
 
 
 class DualStreamBlock(nn.Module):
-    """A stream of video and one of text, with weights of their own, that meet in attention.
+    """Dual-stream block: video and text with separate weights and joint attention.
 
     (video (B, N, D), text (B, L, D)) -> the same shapes.
 
@@ -102,15 +102,15 @@ class DualStreamBlock(nn.Module):
             condition: (B, K, D) of the video.
             text_condition: (B, 1, D).
             shared: see :class:`Shared`.
-            layer: the block's place in the cache.
+            layer: index of the block in the cache.
         """
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.norm1(condition)
-        seen = normalize(video, shift, scale)
+        normed = normalize(video, shift, scale)
         if text is None:
-            attended, _ = self.attn(seen, None, shared, layer)
+            attended, _ = self.attn(normed, None, shared, layer)
         else:
             text_shift, text_scale, text_gate, *text_mlp = self.norm1_context(text_condition)
-            attended, update = self.attn(seen, normalize(text, text_shift, text_scale), shared, layer)
+            attended, update = self.attn(normed, normalize(text, text_shift, text_scale), shared, layer)
             text = gated(text, text_gate, update)
             text = gated(text, text_mlp[2], self.ff_context(normalize(text, text_mlp[0], text_mlp[1])))
         video = gated(video, gate, attended)
@@ -118,7 +118,7 @@ class DualStreamBlock(nn.Module):
 
 
 class SingleStreamBlock(nn.Module):
-    """Text and video as one sequence with the same weights; attention and MLP side by side: (B, L + N, D) -> same.
+    """Single-stream block: parallel attention and MLP over [text, video], (B, L + N, D) -> (B, L + N, D).
 
     Args:
         dim: D; a multiple of ``num_heads``.
@@ -140,11 +140,11 @@ class SingleStreamBlock(nn.Module):
     ) -> Tensor:
         """
         Args:
-            x: [text, video], or the video alone where the cache holds the text.
+            x: [text, video], or only the video where the cache holds the text.
             condition: (B, K, D) of the video.
-            text_condition: (B, 1, D); ``None`` if the video's, then with K = 1, is that of all tokens.
+            text_condition: (B, 1, D); ``None``: ``condition``, with K = 1, applies to all tokens.
             shared: see :class:`Shared`.
-            layer: the block's place in the cache.
+            layer: index of the block in the cache.
         """
         parts: tuple[Tensor, ...] = (x,)
         conditions: tuple[Tensor, ...] = (condition,)
@@ -152,9 +152,9 @@ class SingleStreamBlock(nn.Module):
             parts = x.split((shared.text_len, x.shape[1] - shared.text_len), dim=1)
             conditions = (text_condition, condition)
         shifts, scales, gates = zip(*(self.norm(each) for each in conditions), strict=True)
-        seen = _joined([normalize(*each) for each in zip(parts, shifts, scales, strict=True)])
-        attended = self.attn(seen, shared, layer)
-        update = self.proj_out(torch.cat([attended, self.act_mlp(self.proj_mlp(seen))], dim=-1))
+        normed = _joined([normalize(*each) for each in zip(parts, shifts, scales, strict=True)])
+        attended = self.attn(normed, shared, layer)
+        update = self.proj_out(torch.cat([attended, self.act_mlp(self.proj_mlp(normed))], dim=-1))
         updates = update.split([part.shape[1] for part in parts], dim=1)
         return _joined([gated(*each) for each in zip(parts, gates, updates, strict=True)])
 

@@ -1,5 +1,4 @@
-"""Conversion of HunyuanVideo and HunyuanVideo-1.5 weights: Tencent's layout to the names of diffusers, which this
-package uses.
+"""Conversion of HunyuanVideo and HunyuanVideo-1.5 weights from Tencent's layout to diffusers', which this package uses.
 
 Besides names, three things differ: query, key and value are one matrix (in 1.5 only in the refiner); the first matrix
 of a single-stream block also holds the first MLP matrix; the shift and scale halves of the last modulation are swapped.
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from blueberry_video.weights.files import num_blocks
 
-# (pattern, what it becomes), each applied to the name in turn.
+# (pattern, replacement), applied to a name in this order.
 RENAMES = (
     (r"^(model\.)?diffusion_model\.", ""),
     (r"^img_in\.", "x_embedder."),
@@ -58,11 +57,11 @@ RENAMES = (
     (r"^final_layer\.linear\.", "proj_out."),
     (r"^final_layer\.adaLN_modulation\.1\.", "norm_out.linear."),
 )
-TIMES = {  # of the first version, and of 1.5
+TIMESTEP_RENAMES = {  # is it 1.5 -> timestep embedding
     False: ((r"^time_in\.", "time_text_embed.timestep_embedder."),),
     True: ((r"^time_in\.", "time_embed.timestep_embedder."), (r"^time_r_in\.", "time_embed.timestep_embedder_r.")),
 }
-SPLITS = {  # a matrix whose rows belong to several of ours
+SPLITS = {  # fused matrix -> matrices that its rows are split into
     ".attn.qkv.": (".attn.to_q.", ".attn.to_k.", ".attn.to_v."),
     ".attn.added_qkv.": (".attn.add_q_proj.", ".attn.add_k_proj.", ".attn.add_v_proj."),
     ".linear1.": (".attn.to_q.", ".attn.to_k.", ".attn.to_v.", ".proj_mlp."),
@@ -70,12 +69,12 @@ SPLITS = {  # a matrix whose rows belong to several of ours
 
 
 def convert_tencent(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in Tencent's layout, of either version, in diffusers'.
+    """Converts a state dict of either version from Tencent's layout to diffusers'.
 
-    Names that are not known stay as they are, for a strict load to report.
+    Unknown names are kept, so that a strict load reports them.
     """
     is_15 = any(name.endswith("byt5_in.fc1.weight") for name in state)
-    renames = (*RENAMES, *TIMES[is_15])
+    renames = (*RENAMES, *TIMESTEP_RENAMES[is_15])
     converted = {}
     for name, value in state.items():
         for pattern, replacement in renames:
@@ -99,9 +98,8 @@ def _width(state: dict[str, Tensor]) -> int:
 
 
 def settings_of_weights(state: dict[str, Tensor], config: dict) -> dict:
-    """Constructor arguments that HunyuanVideo and HunyuanVideo-1.5 share, for a state dict under diffusers' names.
-
-    Sizes follow from the tensor shapes; settings that no shape determines come from ``config``, or are as published.
+    """Constructor arguments that HunyuanVideo and HunyuanVideo-1.5 share; see
+    :meth:`~blueberry_video.models.diffusion_transformer.DiffusionTransformer.settings_of`.
     """
     dim, in_channels, *patch_size = state["x_embedder.proj.weight"].shape
     head_dim = len(state["transformer_blocks.0.attn.norm_q.weight"])

@@ -1,13 +1,13 @@
 """HunyuanVideo (arXiv 2412.03603; Tencent's weights, in their layout and in diffusers').
 
-Unusual about it: text is no context of the video but a stream beside it, with weights of its own in the first blocks
-and the video's in the rest; attention always sees both. The text, of a language model, passes a refiner that knows the
-time. Modulation comes from the time, one pooled embedding of the text and, in the distilled model, the scale of the
-guidance that it imitates. Positions are whole numbers turned with a base of 256.
+Text is a stream parallel to the video, with separate weights in the first blocks and shared ones in the rest; attention
+is joint in all blocks. The text tokens of a language model pass through a refiner, conditioned on the timestep.
+Modulation comes from the timestep, a pooled text embedding and, in the distilled model, the guidance scale that it
+imitates. Rotary positions are integers, with a base of 256.
 
-Here a clip may have a time for every frame (Diffusion Forcing, arXiv 2407.01392), and attention may be causal by chunks
-of frames; text is then at time 0, and sees text alone. Text stands in front of the video, as the cache needs it; no
-number depends on that.
+In addition, a clip may have a timestep per frame (Diffusion Forcing, arXiv 2407.01392), and attention may be causal by
+chunks of frames; the text then has timestep 0 and attends only to itself. The text is prepended to the video, as the KV
+cache requires; no output depends on this order.
 
 Letters: B clips, C latent channels, T latent frames, H W latent rows and columns, L text tokens, D width.
 """
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blueberry_video.models.diffusion_transformer import text_timestep
 from blueberry_video.models.hunyuan_video.token_refiner import SINUSOID
-from blueberry_video.models.hunyuan_video.transformer import DualStreamTransformer, init_weights, padding_of
+from blueberry_video.models.hunyuan_video.transformer import Condition, DualStreamTransformer, padding_mask
 from blueberry_video.nn.joint_attention import KeyValueCache
 from blueberry_video.nn.timestep_embedding import TimestepMLP, sinusoidal
 from blueberry_video.weights.files import num_blocks
@@ -28,29 +29,22 @@ IMAGE_CONDITIONS = (None, "latent_concat", "token_replace")
 
 
 class HunyuanVideo(DualStreamTransformer):
-    """Latents (B, C, T, H, W) at a time in [0, 1000], and text, -> (B, out_channels, T, H, W).
+    """HunyuanVideo transformer: latents (B, C, T, H, W), timestep and text -> (B, out_channels, T, H, W).
 
     Args:
         in_channels: channels of the latents; with ``image_condition="latent_concat"`` those of
-            :func:`concat_image`: 2 C + 1.
+            :func:`~blueberry_video.diffusion.conditioning.concat_image`: 2 C + 1.
         out_channels: channels of the output.
-        patch_size: latent frames, rows and columns a token, (t, h, w).
-        num_heads, head_dim: of the attention; the width D is their product.
-        depth: blocks of two streams.
-        single_depth: blocks of one stream.
-        refiner_depth: blocks of the text's refiner.
-        mlp_ratio: hidden over outer width of the MLPs.
-        text_dim: width of the text encoder's tokens.
-        pooled_dim: width of the pooled text embedding; 0: there is none (no published model).
-        embedded_guidance: takes a guidance scale as an input, as the distilled model does.
-        image_condition: how the first frame is given: ``None``, ``"latent_concat"`` (beside the latents, see
-            :func:`concat_image`), ``"token_replace"`` (in place of the first frame, which is then at time 0).
-        rope_axes, rope_theta, causal_chunk, checkpointing: see
-            :class:`~blueberry_video.models.hunyuan_video.transformer.DualStreamTransformer`.
-        zero_init: modulation and output begin at 0, see :func:`.transformer.init_weights`.
+        pooled_dim: width of the pooled text embedding; 0 for none (no published model).
+        embedded_guidance: take the guidance scale as an input, as the distilled model does.
+        image_condition: conditioning on the first frame: ``None``, ``"latent_concat"`` (along channels, see
+            ``concat_image``) or ``"token_replace"`` (it replaces the first latent frame, at timestep 0).
+        patch_size, num_heads, head_dim, depth, single_depth, refiner_depth, mlp_ratio, text_dim, rope_axes, rope_theta,
+            causal_chunk, checkpointing: see :class:`.transformer.DualStreamTransformer`.
+        zero_init: zero modulation and output, see :meth:`.transformer.DualStreamTransformer.init_weights`.
 
     Raises:
-        ValueError: for settings that do not fit together; in ``forward`` for inputs that do not.
+        ValueError: for settings that do not fit together.
     """
 
     family = "HunyuanVideo"
@@ -111,12 +105,12 @@ class HunyuanVideo(DualStreamTransformer):
             self.time_text_embed["text_embedder"] = TimestepMLP(pooled_dim, dim, dim)
         if embedded_guidance:
             self.time_text_embed["guidance_embedder"] = TimestepMLP(SINUSOID, dim, dim)
-        init_weights(self, zero_init)
+        self.init_weights(zero_init)
 
     def forward(
         self,
         latents: Tensor,
-        time: Tensor,
+        timestep: Tensor,
         text: Tensor,
         text_mask: Tensor | None = None,
         pooled: Tensor | None = None,
@@ -124,48 +118,29 @@ class HunyuanVideo(DualStreamTransformer):
         cache: KeyValueCache | None = None,
         first_frame: int = 0,
     ) -> Tensor:
-        """
-        Args:
-            latents: (B, C, T, H, W).
-            time: float in [0, 1000], (B,) or (B, T): a time a frame.
-            text: (B, L, text_dim).
-            text_mask: bool (B, L), false at padding.
-            pooled: (B, pooled_dim).
-            guidance: the scale itself, such as 6.0, (B,); only with ``embedded_guidance``.
-            cache: of a causal model: keeps keys and values of what is evaluated.
-            first_frame: index of the first of ``latents``; the text and the frames before it are in the cache.
-        """
-        self.check(latents, time, text, text_mask, cache, first_frame)
-        self._check_conditions(len(latents), pooled, guidance)
+        """See :class:`~blueberry_video.models.diffusion_transformer.DiffusionTransformer`."""
+        self.check_inputs(latents, timestep, text, text_mask, cache, first_frame)
+        self._check_conditioning(len(latents), pooled, guidance)
         dtype = self.proj_out.weight.dtype
-        latents, text_mask = latents.to(dtype), padding_of(text_mask)
-        clip_time = time if time.ndim == 1 else torch.zeros_like(time[:, 0])
+        latents, text_mask, of_text = latents.to(dtype), padding_mask(text_mask), text_timestep(timestep)
         constant = self._constant(pooled, guidance)
-        out_condition = self._of_time(time.reshape(len(time), -1)) + constant  # (B, K, D)
-        text_condition = None if time.ndim == 1 else self._of_time(clip_time[:, None]) + constant
-        condition = out_condition
+        output = self._embedded(timestep.reshape(len(timestep), -1)) + constant  # (B, K, D)
+        text_condition = None if timestep.ndim == 1 else self._embedded(of_text[:, None]) + constant
+        video = output
         if self.image_condition == "token_replace" and not first_frame:
-            text_condition = out_condition if text_condition is None else text_condition
-            still = self._of_time(torch.zeros_like(clip_time)[:, None]) + self._constant(pooled, None)
-            condition = torch.cat([still, out_condition.expand(-1, self.grid(latents)[0], -1)[:, 1:]], dim=1)
-        embedded = None if first_frame else self.context_embedder(text.to(dtype), clip_time, text_mask)
-        return self.run(
-            latents,
-            embedded,
-            text.shape[1],
-            text_mask,
-            condition,
-            text_condition,
-            out_condition,
-            cache,
-            first_frame,
-        )
+            text_condition = output if text_condition is None else text_condition
+            still = self._embedded(torch.zeros_like(of_text)[:, None]) + self._constant(pooled, None)
+            video = torch.cat([still, output.expand(-1, self.grid(latents)[0], -1)[:, 1:]], dim=1)
+        embedded = None if first_frame else self.context_embedder(text.to(dtype), of_text, text_mask)
+        condition = Condition(video, text_condition, output)
+        return self.run(latents, embedded, text.shape[1], text_mask, condition, cache, first_frame)
 
-    def _of_time(self, time: Tensor) -> Tensor:
-        return self.time_text_embed["timestep_embedder"](sinusoidal(time, SINUSOID))
+    def _embedded(self, timesteps: Tensor) -> Tensor:
+        """(B, K) -> (B, K, D)."""
+        return self.time_text_embed["timestep_embedder"](sinusoidal(timesteps, SINUSOID))
 
     def _constant(self, pooled: Tensor | None, guidance: Tensor | None) -> Tensor | float:
-        """What does not depend on the time: (B, 1, D), or 0."""
+        """Part of the condition that does not depend on the timestep: (B, 1, D), or 0."""
         constant: Tensor | float = 0.0
         if pooled is not None:
             constant = self.time_text_embed["text_embedder"](pooled)[:, None]
@@ -174,7 +149,7 @@ class HunyuanVideo(DualStreamTransformer):
             constant = constant + self.time_text_embed["guidance_embedder"](of_guidance)[:, None]
         return constant
 
-    def _check_conditions(self, batch: int, pooled: Tensor | None, guidance: Tensor | None) -> None:
+    def _check_conditioning(self, batch: int, pooled: Tensor | None, guidance: Tensor | None) -> None:
         shape = None if pooled is None else tuple(pooled.shape)
         expected = (batch, self.pooled_dim) if self.pooled_dim else None
         if shape != expected:
@@ -184,17 +159,16 @@ class HunyuanVideo(DualStreamTransformer):
             )
         if (guidance is not None) != self.embedded_guidance or (guidance is not None and guidance.shape != (batch,)):
             given = None if guidance is None else tuple(guidance.shape)
-            needed = f"a scale a clip, {(batch,)}" if self.embedded_guidance else "None"
+            needed = f"a scale per clip, {(batch,)}" if self.embedded_guidance else "None"
             raise ValueError(
                 f"guidance has the shape {given}: with embedded_guidance={self.embedded_guidance} it must be {needed}. "
-                "Only the guidance-distilled model takes a scale; others are called twice, with and without text."
+                "Only the guidance-distilled model takes a scale; a model without it runs twice, with and without text."
             )
 
     # ---- published weights ----
 
     @classmethod
-    def settings_of(cls, state: dict[str, Tensor], config: dict | None = None) -> dict[str, Any]:
-        config = config or {}
+    def settings_of(cls, state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
         settings = super().settings_of(state, config)
         pooled = state.get("time_text_embed.text_embedder.linear_1.weight")
         concatenated = settings["in_channels"] == 2 * settings["out_channels"] + 1

@@ -1,9 +1,9 @@
 """HunyuanVideo-1.5 (Tencent; weights in its layout and in diffusers').
 
-Unusual about it, beside HunyuanVideo: it has blocks of two streams only, and no pooled text; the text stream takes
-tokens of three encoders side by side, each marked by an embedding of its kind: a language model's, refined; ByT5's, of
-the letters to be drawn; of image-to-video an image encoder's. One network does text- and image-to-video: beside the
-noisy latents it always sees the clean first frame, or zeros, and a channel that says which.
+Unlike HunyuanVideo, it has only dual-stream blocks, and no pooled text. The text stream concatenates the tokens of up
+to three encoders, each with an added type embedding: a language model's, refined; ByT5's, of the letters to be drawn;
+for image-to-video an image encoder's. One network does text- and image-to-video: the clean first frame, or zeros, and a
+channel that marks it are always concatenated to the noisy latents.
 
 Letters: B clips, C latent channels, T latent frames, H W latent rows and columns, L text tokens, D width.
 """
@@ -15,18 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blueberry_video.models.diffusion_transformer import check_tokens, text_timestep
 from blueberry_video.models.hunyuan_video.token_refiner import SINUSOID
-from blueberry_video.models.hunyuan_video.transformer import DualStreamTransformer, check_text, init_weights, padding_of
+from blueberry_video.models.hunyuan_video.transformer import Condition, DualStreamTransformer, padding_mask
 from blueberry_video.nn.joint_attention import KeyValueCache
 from blueberry_video.nn.timestep_embedding import TimestepMLP, sinusoidal
 from blueberry_video.weights.diffusers_folder import write_folder
 
-LETTERS_HIDDEN = 2048  # width inside the projection of ByT5's tokens
-TEXT, LETTERS, IMAGE = range(3)  # rows of the embedding of kinds
+LETTERS_HIDDEN = 2048  # hidden width of the projection of ByT5's tokens
+TEXT, LETTERS, IMAGE = range(3)  # rows of the type embedding
 
 
 class LettersProjection(nn.Module):
-    """ByT5's tokens (B, L, letters_dim) -> (B, L, D)."""
+    """Projection of ByT5's tokens: (B, L, letters_dim) -> (B, L, D)."""
 
     def __init__(self, letters_dim: int, dim: int):
         super().__init__()
@@ -40,7 +41,7 @@ class LettersProjection(nn.Module):
 
 
 class ImageProjection(nn.Module):
-    """An image encoder's tokens (B, L, image_dim) -> (B, L, D)."""
+    """Projection of an image encoder's tokens: (B, L, image_dim) -> (B, L, D)."""
 
     def __init__(self, image_dim: int, dim: int):
         super().__init__()
@@ -54,32 +55,26 @@ class ImageProjection(nn.Module):
 
 
 class HunyuanVideo15(DualStreamTransformer):
-    """Latents (B, 2 C + 1, T, H, W) at a time in [0, 1000], and text, -> (B, C, T, H, W).
+    """HunyuanVideo-1.5 transformer: latents (B, 2 C + 1, T, H, W), timestep and text -> (B, C, T, H, W).
 
     Args:
         in_channels: 2 C + 1: noisy latents, the clean first frame or zeros, and the channel that marks it.
         out_channels: C.
-        patch_size: latent frames, rows and columns a token, (t, h, w).
-        num_heads, head_dim: of the attention; the width D is their product.
-        depth: blocks, all of two streams.
-        refiner_depth: blocks of the text's refiner.
-        mlp_ratio: hidden over outer width of the MLPs.
+        depth: blocks, all dual-stream.
         text_dim: width of the language model's tokens.
         letters_dim: width of ByT5's tokens.
         image_dim: width of the image encoder's tokens.
-        meanflow: takes the end of a step as a second time, as the super-resolution models do.
-        rope_axes, rope_theta, causal_chunk, checkpointing: see
-            :class:`~blueberry_video.models.hunyuan_video.transformer.DualStreamTransformer`.
-        zero_init: modulation and output begin at 0, see :func:`.transformer.init_weights`.
+        meanflow: take the end of a step as a second timestep, as the super-resolution models do.
+        patch_size, num_heads, head_dim, refiner_depth, mlp_ratio, rope_axes, rope_theta, causal_chunk, checkpointing:
+            see :class:`.transformer.DualStreamTransformer`.
+        zero_init: zero modulation and output, see :meth:`.transformer.DualStreamTransformer.init_weights`.
 
     Raises:
-        ValueError: for settings that do not fit together; in ``forward`` for inputs that do not.
+        ValueError: for settings that do not fit together.
     """
 
     family = "HunyuanVideo-1.5"
     diffusers_class = "HunyuanVideo15Transformer3DModel"
-    pooled_dim = 0
-    embedded_guidance = False
     image_condition = "optional"
 
     def __init__(
@@ -131,7 +126,7 @@ class HunyuanVideo15(DualStreamTransformer):
         if meanflow:
             self.time_embed["timestep_embedder_r"] = TimestepMLP(SINUSOID, dim, dim)
         self.cond_type_embed = nn.Embedding(3, dim)
-        init_weights(self, zero_init)
+        self.init_weights(zero_init)
 
     @property
     def image_dropout(self) -> float:
@@ -142,7 +137,7 @@ class HunyuanVideo15(DualStreamTransformer):
     def forward(
         self,
         latents: Tensor,
-        time: Tensor,
+        timestep: Tensor,
         text: Tensor,
         text_mask: Tensor | None = None,
         pooled: Tensor | None = None,
@@ -152,90 +147,67 @@ class HunyuanVideo15(DualStreamTransformer):
         letters: Tensor | None = None,
         letters_mask: Tensor | None = None,
         image: Tensor | None = None,
-        end_time: Tensor | None = None,
+        end_timestep: Tensor | None = None,
     ) -> Tensor:
-        """
+        """See :class:`~blueberry_video.models.diffusion_transformer.DiffusionTransformer`.
+
         Args:
             latents: (B, 2 C + 1, T, H, W), see :func:`~blueberry_video.diffusion.conditioning.concat_image`.
-            time: float in [0, 1000], (B,) or (B, T): a time a frame.
-            text: (B, L, text_dim).
-            text_mask: bool (B, L), false at padding.
-            pooled, guidance: ``None``; other families take them.
-            cache, first_frame: see :class:`~blueberry_video.models.hunyuan_video.HunyuanVideo`.
-            letters: ByT5's tokens (B, L', letters_dim); ``None``: nothing is to be written in the video.
+            pooled, guidance: must be ``None``.
+            letters: ByT5's tokens (B, L', letters_dim); ``None``: no text is drawn in the video.
             letters_mask: bool (B, L'), false at padding.
             image: tokens (B, L'', image_dim) of the first frame; ``None``: text-to-video.
-            end_time: of the shape of ``time``; with ``meanflow`` only.
+            end_timestep: of the shape of ``timestep``; only with ``meanflow``.
         """
-        self.check(latents, time, text, text_mask, cache, first_frame)
+        self.check_inputs(latents, timestep, text, text_mask, cache, first_frame)
         if pooled is not None or guidance is not None:
             raise ValueError("HunyuanVideo-1.5 takes neither pooled text nor a guidance scale: pass None for both.")
-        if (end_time is not None) != self.meanflow or (end_time is not None and end_time.shape != time.shape):
+        shape = None if end_timestep is None else end_timestep.shape
+        if shape != (timestep.shape if self.meanflow else None):
             raise ValueError(
-                f"end_time has the shape {None if end_time is None else tuple(end_time.shape)}: with "
-                f"meanflow={self.meanflow} it must be {tuple(time.shape) if self.meanflow else None}."
+                f"end_timestep has the shape {None if shape is None else tuple(shape)}: with meanflow={self.meanflow} "
+                f"it must be {tuple(timestep.shape) if self.meanflow else None}."
             )
-        dtype = self.proj_out.weight.dtype
-        clip_time = time if time.ndim == 1 else torch.zeros_like(time[:, 0])
-        streams = self._streams(text, text_mask, letters, letters_mask, image)
-        text_mask = padding_of(_all_masks([(tokens, mask) for _, tokens, mask in streams]))
-        embedded = None
-        if not first_frame:
-            embedded = torch.cat([self._embed(*stream, clip_time) for stream in streams], dim=1)
-        condition = self._of_time(time.reshape(len(time), -1), end_time)
-        text_condition = None
-        if time.ndim == 2:
-            text_condition = self._of_time(clip_time[:, None], clip_time if self.meanflow else None)
-        return self.run(
-            latents.to(dtype),
-            embedded,
-            sum(tokens.shape[1] for _, tokens, _ in streams),
-            text_mask,
-            condition,
-            text_condition,
-            condition,
-            cache,
-            first_frame,
-        )
-
-    def _streams(
-        self,
-        text: Tensor,
-        text_mask: Tensor | None,
-        letters: Tensor | None,
-        letters_mask: Tensor | None,
-        image: Tensor | None,
-    ) -> list[tuple[int, Tensor, Tensor | None]]:
-        """Kind, tokens and mask of every encoder that there are tokens of."""
-        streams = [(TEXT, text, text_mask)]
+        of_text = text_timestep(timestep)
+        streams: list[tuple[int, Tensor, Tensor | None]] = [(TEXT, text, text_mask)]
         if letters is not None:
-            check_text("letters", letters, "letters_mask", letters_mask, len(text), "letters_dim", self.letters_dim)
+            check_tokens("letters", letters, letters_mask, len(text), "letters_dim", self.letters_dim)
             streams.append((LETTERS, letters, letters_mask))
         if image is not None:
-            check_text("image", image, "image_mask", None, len(text), "image_dim", self.image_dim)
+            check_tokens("image", image, None, len(text), "image_dim", self.image_dim)
             streams.append((IMAGE, image, None))
-        return streams
+        text_mask = padding_mask(_joint_mask([(tokens, mask) for _, tokens, mask in streams]))
+        embedded = None
+        if not first_frame:
+            embedded = torch.cat([self._embed(*stream, of_text) for stream in streams], dim=1)
+        condition, text_condition = self._embedded(timestep.reshape(len(timestep), -1), end_timestep), None
+        if timestep.ndim == 2:
+            text_condition = self._embedded(of_text[:, None], of_text if self.meanflow else None)
+        modulation = Condition(condition, text_condition, condition)
+        text_len = sum(tokens.shape[1] for _, tokens, _ in streams)
+        latents = latents.to(self.proj_out.weight.dtype)
+        return self.run(latents, embedded, text_len, text_mask, modulation, cache, first_frame)
 
-    def _embed(self, kind: int, tokens: Tensor, mask: Tensor | None, time: Tensor) -> Tensor:
+    def _embed(self, kind: int, tokens: Tensor, mask: Tensor | None, timestep: Tensor) -> Tensor:
         tokens = tokens.to(self.proj_out.weight.dtype)
         if kind == TEXT:
-            embedded = self.context_embedder(tokens, time, padding_of(mask))
+            embedded = self.context_embedder(tokens, timestep, padding_mask(mask))
         else:
             embedded = (self.context_embedder_2 if kind == LETTERS else self.image_embedder)(tokens)
         return embedded + self.cond_type_embed.weight[kind]
 
-    def _of_time(self, time: Tensor, end_time: Tensor | None) -> Tensor:
+    def _embedded(self, timesteps: Tensor, end_timesteps: Tensor | None) -> Tensor:
         """(B, K) -> (B, K, D)."""
-        embedded = self.time_embed["timestep_embedder"](sinusoidal(time, SINUSOID))
-        if end_time is None:
+        embedded = self.time_embed["timestep_embedder"](sinusoidal(timesteps, SINUSOID))
+        if end_timesteps is None:
             return embedded
-        end = sinusoidal(end_time.reshape(time.shape), SINUSOID)
+        end = sinusoidal(end_timesteps.reshape(timesteps.shape), SINUSOID)
         return embedded + self.time_embed["timestep_embedder_r"](end)
 
     # ---- published weights ----
 
     @classmethod
-    def settings_of(cls, state: dict[str, Tensor], config: dict | None = None) -> dict[str, Any]:
+    def settings_of(cls, state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
         return super().settings_of(state, config) | {
             "letters_dim": len(state["context_embedder_2.norm.weight"]),
             "image_dim": len(state["image_embedder.norm_in.weight"]),
@@ -247,8 +219,8 @@ class HunyuanVideo15(DualStreamTransformer):
 
         Args:
             folder: must not exist, or be empty.
-            task: ``"t2v"`` or ``"i2v"``, which diffusers' pipelines read.
-            target_size: shorter side of the videos of their pipelines in pixels: 640 (480p) or 960 (720p).
+            task: ``"t2v"`` or ``"i2v"``, read by diffusers' pipelines.
+            target_size: shorter side of the videos of these pipelines in pixels: 640 (480p) or 960 (720p).
 
         Raises:
             FileExistsError: the folder exists and is not empty.
@@ -261,14 +233,12 @@ class HunyuanVideo15(DualStreamTransformer):
         return super().config() | {
             "text_embed_2_dim": self.letters_dim,
             "image_embed_dim": self.image_dim,
-            "target_size": 640,
-            "task_type": "t2v",
             "use_meanflow": self.meanflow,
         }
 
 
-def _all_masks(parts: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
-    """The masks of tokens side by side, or ``None`` if there are none."""
+def _joint_mask(parts: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
+    """Concatenated padding masks of token sequences, or ``None`` if there are none."""
     if all(mask is None for _, mask in parts):
         return None
     ones = [tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask for tokens, mask in parts]

@@ -1,8 +1,8 @@
-"""HunyuanVideo's token refiner (arXiv 2412.03603): a small bidirectional transformer over a language model's tokens,
-which themselves only see the text before them.
+"""Token refiner of HunyuanVideo (arXiv 2412.03603): a small bidirectional transformer over the causal text tokens of a
+language model.
 
-Unusual about it: the time and the mean of the text only gate what its blocks add, they shift and scale nothing. Padding
-is hidden from all tokens; the outputs at padding mean nothing and must be hidden from whoever comes after.
+The timestep and the mean of the text only gate the residual branches; there is no shift or scale. Padding is masked;
+the outputs at padding are meaningless and must be masked in the following layers.
 """
 
 import torch
@@ -14,11 +14,11 @@ from blueberry_video.nn.feed_forward import FeedForward
 from blueberry_video.nn.modulation import gated
 from blueberry_video.nn.timestep_embedding import TimestepMLP, sinusoidal
 
-SINUSOID = 256  # channels of the sinusoid of a time
+SINUSOID = 256  # channels of the sinusoidal timestep embedding
 
 
 class RefinerAttention(nn.Module):
-    """Plain attention of text over text: (B, L, D) -> (B, L, D)."""
+    """Self-attention of the text: (B, L, D) -> (B, L, D)."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -33,7 +33,7 @@ class RefinerAttention(nn.Module):
 
 
 class RefinerBlock(nn.Module):
-    """Attention and MLP, each behind a LayerNorm and gated by the condition: (B, L, D) -> (B, L, D)."""
+    """Pre-norm block of attention and MLP, both gated by the condition: (B, L, D) -> (B, L, D)."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -49,7 +49,7 @@ class RefinerBlock(nn.Module):
 
 
 class RefinerBlocks(nn.Module):
-    """``depth`` blocks, one after the other."""
+    """Sequence of ``depth`` refiner blocks."""
 
     def __init__(self, dim: int, num_heads: int, depth: int):
         super().__init__()
@@ -62,7 +62,7 @@ class RefinerBlocks(nn.Module):
 
 
 class TokenRefiner(nn.Module):
-    """Text tokens of a language model (B, L, text_dim) -> (B, L, D).
+    """Token refiner: text tokens of a language model (B, L, text_dim) -> (B, L, D).
 
     Args:
         text_dim: width of the language model.
@@ -83,21 +83,21 @@ class TokenRefiner(nn.Module):
         self.proj_in = nn.Linear(text_dim, dim)
         self.token_refiner = RefinerBlocks(dim, num_heads, depth)
 
-    def forward(self, text: Tensor, time: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, text: Tensor, timestep: Tensor, mask: Tensor | None = None) -> Tensor:
         """
         Args:
             text: (B, L, text_dim).
-            time: (B,) in [0, 1000].
-            mask: bool (B, L), false at padding; ``None``: there is none.
+            timestep: (B,) in [0, 1000].
+            mask: bool (B, L), false at padding; ``None``: no padding.
         """
         keys = None
         if mask is None:
             mean = text.mean(dim=1)
         else:
-            count = mask.sum(dim=1, keepdim=True).clamp(min=1)  # a text of padding alone has a mean of 0
+            count = mask.sum(dim=1, keepdim=True).clamp(min=1)  # the mean of a fully padded text is 0
             mean = (torch.where(mask[..., None], text, 0).float().sum(dim=1) / count).to(text.dtype)
             first = torch.arange(mask.shape[1], device=mask.device) == 0
             keys = (mask | (first & ~mask.any(dim=1, keepdim=True)))[:, None, None]  # no row of a softmax is empty
         embed = self.time_text_embed
-        condition = embed["timestep_embedder"](sinusoidal(time, SINUSOID)) + embed["text_embedder"](mean)
+        condition = embed["timestep_embedder"](sinusoidal(timestep, SINUSOID)) + embed["text_embedder"](mean)
         return self.token_refiner(self.proj_in(text), condition[:, None], keys)
