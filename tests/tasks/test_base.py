@@ -172,7 +172,7 @@ def evaluate(rank: int, world_size: int, folder: str) -> None:
     task = Classification(
         VideoClassifier(Tiny().encoder, {name: len(names) for name, names in clips.classes.items()}), OPTIMIZATION
     )
-    data = DataModule(Sprites("train", 8, num_frames=4, image_size=16), clips, batch_size=3, test=clips)
+    data = DataModule(Sprites("train", 8, num_frames=4, image_size=16), clips, batch_size=2, test=clips)
     silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = lightning.Trainer(
         accelerator="cpu", devices=world_size, strategy="ddp" if world_size > 1 else "auto",
@@ -185,7 +185,7 @@ def evaluate(rank: int, world_size: int, folder: str) -> None:
 
 
 def test_metrics_are_the_same_on_any_number_of_processes(tmp_path):
-    """5 clips: batches of 3 and 2 on one process, of 2 and 1 on two, of which the last has 1 and 1."""
+    """5 clips: batches of 2, 2 and 1 on one process; of 2 and 1, then of 1 and 1 on two."""
     evaluate(0, 1, str(tmp_path))
     torch.multiprocessing.spawn(evaluate, (2, str(tmp_path)), nprocs=2)
     one, two = (torch.load(tmp_path / str(number)) for number in (1, 2))

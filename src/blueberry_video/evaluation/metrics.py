@@ -77,6 +77,34 @@ def shuffle_frames(video: Tensor, generator: torch.Generator | None = None) -> T
     return video.gather(2, order[:, None, :, None, None].expand_as(video))
 
 
+class Means:
+    """Means by name over the items of all batches and processes.
+
+    Sums and numbers of items are reduced separately. Lightning's mean over processes truncates the number of clips to
+    an integer, and torchmetrics' MeanMetric either drops NaN or ignores weights.
+    """
+
+    def __init__(self) -> None:
+        self._totals: dict[str, tuple[Tensor, int]] = {}  # sum and number of items
+
+    def add(self, name: str, value: Tensor, count: int) -> None:
+        """Adds the mean ``value`` of ``count`` items, or a vector with one value per item."""
+        value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
+        added, count = (value.sum(), len(value)) if value.ndim else (value * count, count)
+        total, known = self._totals.get(name, (torch.zeros_like(added), 0))
+        self._totals[name] = total + added, known + count
+
+    def compute(self) -> dict[str, Tensor]:
+        """Returns the means, and resets. All processes must call it, with the same names; each gets the same result."""
+        totals, self._totals = self._totals, {}
+        if not totals:
+            return {}
+        pairs = torch.stack([torch.stack([total, total.new_tensor(count)]) for total, count in totals.values()])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(pairs)
+        return dict(zip(totals, pairs[:, 0] / pairs[:, 1], strict=True))
+
+
 class ClassCounts:
     """Number of items of each class per label, over batches and processes."""
 

@@ -13,8 +13,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric
 
+from blueberry_video.evaluation.metrics import Means
 from blueberry_video.models.encoder import Encoder
 from blueberry_video.optim import decayed_names, parameter_groups
 from blueberry_video.tasks.settings import ClipInput, Optimization
@@ -65,7 +65,7 @@ class Task(lightning.LightningModule, ABC):
         self.augment = self.input.augment  # a submodule: it moves to the device
         self._decayed: set[str] | None = None
         self._step_values: dict[str, list[Tensor]] = {}  # of the batches of the running optimizer step
-        self._means: dict[str, MeanMetric] = {}  # of the running validation or test epoch
+        self._means = Means()  # of the running validation or test epoch
         for name, values in (("pixel_mean", mean or IMAGENET_MEAN), ("pixel_std", std or IMAGENET_STD)):
             self.register_buffer(name, torch.tensor(list(values)).view(-1, 1, 1, 1), persistent=False)
 
@@ -143,7 +143,7 @@ class Task(lightning.LightningModule, ABC):
         self._evaluation_step(batch, "test")
 
     def on_validation_epoch_start(self) -> None:
-        self._means.clear()
+        self._means = Means()
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -163,13 +163,10 @@ class Task(lightning.LightningModule, ABC):
 
     def _evaluation_step(self, batch: dict, stage: str) -> None:
         for name, value in self.shared_step(batch, stage).items():
-            mean = self._means.setdefault(name, MeanMetric(nan_strategy="disable").to(self.device))
-            # Lightning's own mean over processes truncates the number of clips
-            mean.update(value.detach(), None if value.ndim else len(batch["video"]))
+            self._means.add(name, value, len(batch["video"]))
 
     def _log_epoch(self, stage: str) -> None:
-        means = {name: mean.compute() for name, mean in self._means.items()}
-        self._means.clear()
+        means = self._means.compute()
         values = means | self.epoch_metrics(means)
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, sync_dist=True)
 
