@@ -17,7 +17,7 @@ from blueberry_video.diffusion.lora import (
     LoRA,
     add_adapters,
     drop_frozen,
-    forgive_frozen,
+    ignore_frozen,
     load_adapters,
     plain,
     save_adapters,
@@ -97,7 +97,7 @@ class TextToVideo(nn.Module):
         if lora is not None:
             add_adapters(transformer, lora)
             self._register_state_dict_hook(drop_frozen)
-            self.register_load_state_dict_post_hook(forgive_frozen)
+            self.register_load_state_dict_post_hook(ignore_frozen)
         self._check()
 
     @property
