@@ -74,7 +74,7 @@ def test_generate_equals_manual_image_conditioning(scale: float):
 
     def conditioned(text):
         given = image_channels(IMAGES, 4)
-        return lambda noisy, t: transformer(torch.cat([noisy, given], 1), objective.network_time(t), text.tokens)
+        return lambda noisy, t: transformer(torch.cat([noisy, given], 1), objective.network_timestep(t), text.tokens)
 
     conditional, base = conditioned(model.text(captions)), conditioned(model.text.unconditional(2))
     generator = torch.Generator().manual_seed(5)

@@ -6,13 +6,19 @@ import pytest
 import torch
 
 from blueberry_video.config.signatures import signature
-from blueberry_video.diffusion.timesteps import LogitNormalTimes, TimeSampler, TokenShift, UniformTimes, shift_times
+from blueberry_video.diffusion.timesteps import (
+    LogitNormalTimes,
+    TimestepSampler,
+    TokenShift,
+    UniformTimes,
+    shift_timesteps,
+)
 
 SAMPLERS = [UniformTimes(), UniformTimes(shift=3.0), LogitNormalTimes(), LogitNormalTimes(0.5, 2.0, shift=7.0)]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_times_have_the_given_shape_and_are_in_0_1(sampler: TimeSampler):
+def test_times_have_the_given_shape_and_are_in_0_1(sampler: TimestepSampler):
     for times, shape in ((sampler(7), (7,)), (sampler(7, 5), (7, 5))):
         assert times.shape == shape
         assert times.dtype == torch.float32
@@ -56,7 +62,7 @@ def test_uniform_times_are_uniform():
 
 
 @pytest.mark.parametrize("sampler", [UniformTimes(), LogitNormalTimes()])
-def test_times_per_frame_are_independent(sampler: TimeSampler):
+def test_times_per_frame_are_independent(sampler: TimestepSampler):
     correlation = torch.corrcoef(sampler(5000, 4).T) - torch.eye(4)
     assert correlation.abs().max() < 0.06
 
@@ -64,14 +70,14 @@ def test_times_per_frame_are_independent(sampler: TimeSampler):
 @pytest.mark.parametrize("shift", [1.0, 3.0, 7.0])
 def test_shift_divides_the_signal_to_noise_ratio_of_a_flow(shift: float):
     t = torch.linspace(0, 1, 11)
-    shifted = shift_times(t, shift)
+    shifted = shift_timesteps(t, shift)
     torch.testing.assert_close(shifted, torch.tensor([shift * u / (1 + (shift - 1) * u) for u in t.tolist()]))
     assert (shifted[0], shifted[-1]) == (0, 1)
     ratio = (1 / t[1:-1] - 1).square() / (1 / shifted[1:-1] - 1).square()
     torch.testing.assert_close(ratio, torch.full((9,), shift**2), rtol=1e-4, atol=0)
     generators = [torch.Generator().manual_seed(1) for _ in range(2)]
     plain, moved = (UniformTimes(shift=s)(50, generator=g) for s, g in zip((1.0, shift), generators))
-    torch.testing.assert_close(moved, shift_times(plain, shift))
+    torch.testing.assert_close(moved, shift_timesteps(plain, shift))
 
 
 def test_token_shift_grows_with_tokens_and_the_root_of_frames():

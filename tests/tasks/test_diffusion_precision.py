@@ -6,7 +6,7 @@ import torch
 from blueberry_video.diffusion.objectives import FlowMatching, VPrediction
 from blueberry_video.diffusion.samplers import FlowEuler
 from blueberry_video.diffusion.timesteps import LogitNormalTimes, UniformTimes
-from blueberry_video.evaluation.noise_fraction import times_at_noise_fraction
+from blueberry_video.evaluation.noise_fraction import timesteps_at_noise_fraction
 from blueberry_video.models.autoencoder.base import sample
 from blueberry_video.models.cogvideox import CogVideoX
 from blueberry_video.models.hunyuan_video import HunyuanVideo
@@ -28,9 +28,9 @@ def drawn() -> list[torch.Tensor]:
         UniformTimes(stratified=True)(64, generator=seeded(0)),
         UniformTimes()(64, 3, generator=seeded(0)),
         LogitNormalTimes()(64, generator=seeded(0)),
-        FlowEuler(50, 7.0).times(FlowMatching()),
-        times_at_noise_fraction(VPrediction(), shares),
-        *VPrediction().levels(shares),
+        FlowEuler(50, 7.0).timesteps(FlowMatching()),
+        timesteps_at_noise_fraction(VPrediction(), shares),
+        *VPrediction().alpha_sigma(shares),
         sample(torch.ones(1, 4, 1, 2, 2, dtype=torch.float32), seeded(0)),
     ]
 
