@@ -115,6 +115,6 @@ def test_bad_arguments_raise():
         LogitNormalTimes(std=0.0)
     with pytest.raises(ValueError, match=r"low_tokens=4096\b.*high_tokens=4096\b"):
         TokenShift(low_tokens=4096)
-    with pytest.raises(ValueError, match=r"2 x 2\b.*-0\.796\b.*low_shift"):
+    with pytest.raises(ValueError, match=r"shift=-0\.796\b.*2 x 2\b.*low_shift"):
         TokenShift(low_tokens=1000, low_shift=0.1, high_tokens=2000, high_shift=1.0)((1, 2, 2))
     assert math.isfinite(TokenShift()((1, 1, 1)))

@@ -97,7 +97,7 @@ class _Continuation:
 
     def __call__(self, noisy: Tensor, t: Tensor) -> Tensor:
         """The output (B, C, T, H, W) for the next frames, at times ``t`` (B,)."""
-        time = self._objective.network_time(t)[:, None].expand(-1, noisy.shape[2])
+        time = self._objective.network_timestep(t)[:, None].expand(-1, noisy.shape[2])
         before = self._num_finished
         if self._cache is not None:
             return self._network(noisy, time, cache=self._cache, first_frame=before)
@@ -114,4 +114,4 @@ class _Continuation:
 
     def _time(self, frames: Tensor, t: float) -> Tensor:
         times = torch.full((frames.shape[0], frames.shape[2]), t, device=frames.device)
-        return self._objective.network_time(times)
+        return self._objective.network_timestep(times)

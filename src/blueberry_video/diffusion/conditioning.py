@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blueberry_video.diffusion.image_noise import ImageNoise, image_channels
 from blueberry_video.diffusion.text_to_video import TextToVideo, repeated
-from blueberry_video.diffusion.timesteps import TimeSampler
+from blueberry_video.diffusion.timesteps import TimestepSampler
 from blueberry_video.models.autoencoder.base import fingerprint, sample
 from blueberry_video.models.text_encoder.base import TextTokens
 
@@ -23,7 +23,7 @@ def takes_image(model: TextToVideo, dropout: float) -> bool:
 
 
 def check_settings(
-    model: TextToVideo, caption_dropout: float, image_dropout: float, frame_times: TimeSampler | None
+    model: TextToVideo, caption_dropout: float, image_dropout: float, frame_times: TimestepSampler | None
 ) -> None:
     """Judges how a network is to be trained.
 

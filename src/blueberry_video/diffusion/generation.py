@@ -37,7 +37,7 @@ def conditioned(
 
     def network(latents: Tensor, t: Tensor) -> Tensor:
         given = with_first_frame(model, latents, image, shown)
-        return model(given, objective.network_time(t), text, _scales(embedded, latents))
+        return model(given, objective.network_timestep(t), text, _scales(embedded, latents))
 
     return network
 

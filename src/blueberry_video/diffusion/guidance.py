@@ -107,7 +107,7 @@ class DynamicGuidance(Guidance):
 
     def scale_at(self, t: Tensor, objective: Objective, steps: int) -> Tensor:
         legacy = self.mode == "legacy"
-        progress = (steps - objective.network_time(t).double()) / steps if legacy else 1 - t.double()
+        progress = (steps - objective.network_timestep(t).double()) / steps if legacy else 1 - t.double()
         # 64 bits: the legacy progress to the fifth is in the millions
         power = progress.sign() * progress.abs() ** self.exponent
         return (1 + self.scale * (1 - (math.pi * power).cos()) / 2).to(t.dtype)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blueberry_video.diffusion.objectives import FlowMatching, Objective, VPrediction
-from blueberry_video.evaluation.noise_fraction import flow_error_factor, times_at_noise_fraction
+from blueberry_video.evaluation.noise_fraction import flow_error_factor, timesteps_at_noise_fraction
 from blueberry_video.evaluation.trivial import trivial_denoising_losses
 from blueberry_video.models.text_encoder.base import TextTokens
 from blueberry_video.nn.noise import standard_normal
@@ -77,7 +77,7 @@ def _errors(
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """Returns mean squared errors by name, (B,) each, at noise fractions ``fraction`` (B,) with new noise."""
-    t = times_at_noise_fraction(objective, fraction)
+    t = timesteps_at_noise_fraction(objective, fraction)
     noise = standard_normal(clean.shape, generator, clean.device)
     noisy, target = objective.noisy(clean, noise, t), objective.target(clean, noise, t)
     factor = flow_error_factor(objective, t)

@@ -11,7 +11,7 @@ from torch import Tensor
 from blueberry_video.diffusion.objectives import Objective, VPrediction
 
 
-def times_at_noise_fraction(objective: Objective, fraction: Tensor, resolution: int = 1000) -> Tensor:
+def timesteps_at_noise_fraction(objective: Objective, fraction: Tensor, resolution: int = 1000) -> Tensor:
     """Returns the times at which an objective has the given noise fractions.
 
     Args:
@@ -25,7 +25,7 @@ def times_at_noise_fraction(objective: Objective, fraction: Tensor, resolution: 
     if not isinstance(objective, VPrediction):
         return fraction
     grid = objective.snap(torch.linspace(0, 1, resolution + 1, dtype=torch.float32, device=fraction.device))
-    signal, noise = objective.levels(grid)
+    signal, noise = objective.alpha_sigma(grid)
     known = noise / (signal + noise)
     above = torch.searchsorted(known, fraction.contiguous()).clamp(1, resolution)
     is_nearer = fraction - known[above - 1] < known[above] - fraction
@@ -40,5 +40,5 @@ def flow_error_factor(objective: Objective, t: Tensor) -> Tensor:
     """
     if not isinstance(objective, VPrediction):
         return torch.ones_like(t)
-    signal, noise = objective.levels(t)
+    signal, noise = objective.alpha_sigma(t)
     return (signal + noise).square()

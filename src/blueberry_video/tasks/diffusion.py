@@ -21,7 +21,7 @@ from blueberry_video.diffusion.image_noise import ImageNoise
 from blueberry_video.diffusion.objectives import Objective
 from blueberry_video.diffusion.samplers import Sampler
 from blueberry_video.diffusion.text_to_video import TextToVideo
-from blueberry_video.diffusion.timesteps import TimeSampler
+from blueberry_video.diffusion.timesteps import TimestepSampler
 from blueberry_video.evaluation.denoising import denoising_losses
 from blueberry_video.models.text_encoder.base import TextTokens
 from blueberry_video.models.text_encoder.words import WordText
@@ -66,7 +66,7 @@ class Diffusion(Task):
         optimizer: Callable[[list[dict]], Optimizer],
         schedule: Callable[[int, int], float],
         objective: Objective,
-        times: TimeSampler,
+        times: TimestepSampler,
         sampler: Sampler,
         guidance: Guidance,
         augment: nn.Module | None = None,
