@@ -11,7 +11,7 @@ from blueberry_video.callbacks import EMA
 from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.latents import LatentClips
 from blueberry_video.data.moving_shapes import MovingShapes
-from blueberry_video.diffusion.conditioning import latents_of, text_of, without_some
+from blueberry_video.diffusion.conditioning import drop_captions, latents_of, text_of
 from blueberry_video.diffusion.guidance import ConstantGuidance
 from blueberry_video.diffusion.objectives import FlowMatching, VPrediction
 from blueberry_video.diffusion.samplers import DDIM
@@ -106,7 +106,7 @@ def test_frames_have_separate_times_with_frame_times(trainer):
     module.trainer = trainer()
     assert module._times_of(torch.zeros(4, 3, 8, 16, 16)).shape == (4, 8)
     assert task()._latent_size is None
-    with pytest.raises(ValueError, match=r"task\.frame_times=true"):
+    with pytest.raises(ValueError, match=r"task\.frame_timesteps=true"):
         task(model(causal_chunk=2))
 
 
@@ -127,7 +127,7 @@ def test_frames_of_one_patch_share_a_time(trainer):
 
 
 def test_stratified_frame_times_raise():
-    with pytest.raises(ValueError, match=r"(?s)(?=.*task\.times\.stratified=true)(?=.*task\.frame_times=true)"):
+    with pytest.raises(ValueError, match=r"(?s)(?=.*task\.timesteps\.stratified=true)(?=.*task\.frame_timesteps=true)"):
         task(frame_times=True, times=UniformTimes(stratified=True))
     task(times=UniformTimes(stratified=True))
 
@@ -223,7 +223,7 @@ def test_caption_dropout_has_the_given_share_and_uses_the_unconditional_text():
     network.text.learn(many["caption"])
     text = text_of(network, many)
     torch.manual_seed(0)
-    kept, none, some = (without_some(network, text, share) for share in (0.0, 1.0, 0.5))
+    kept, none, some = (drop_captions(network, text, share) for share in (0.0, 1.0, 0.5))
     assert torch.equal(kept.tokens, text.tokens)
     assert torch.equal(none.tokens, network.text.unconditional(36).tokens)
     assert torch.equal(none.mask, network.text.unconditional(36).mask)

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from blueberry_video.diffusion.causal_sampling import generate_causally
-from blueberry_video.diffusion.conditioning import encoded_images, given_frames, replace_first, with_first_frame
+from blueberry_video.diffusion.conditioning import (
+    encoded_images,
+    num_conditioning_frames,
+    replace_first,
+    with_first_frame,
+)
 from blueberry_video.diffusion.guidance import Guidance
 from blueberry_video.diffusion.objectives import Objective
 from blueberry_video.diffusion.samplers import Network, Sampler
@@ -109,7 +114,7 @@ def generate_latents(
         told = conditioned(model, text, objective, image, scale)
         base = None if unconditional is None else conditioned(model, unconditional, objective, image, scale)
         latents = sampler(guidance(told, base, objective, sampler.steps), noise, objective, generator)
-    if image is not None and given_frames(model, image):
+    if image is not None and num_conditioning_frames(model, image):
         latents = replace_first(latents, image)
     return latents[:, :, latents.shape[2] - num_frames :]
 

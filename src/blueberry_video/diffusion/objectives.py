@@ -1,5 +1,5 @@
-"""Prediction targets and noise schedules: v-prediction (CogVideoX, arXiv 2408.06072), flow matching (HunyuanVideo, arXiv
-2412.03603).
+"""Prediction targets and noise schedules: v-prediction (CogVideoX, arXiv 2408.06072) and flow matching
+(HunyuanVideo, arXiv 2412.03603).
 
 Noisy latents are x_t = alpha_t * clean + sigma_t * noise; objectives differ in the coefficients and in the target. The
 schedule of CogVideoX has a shifted signal-to-noise ratio, rescaled to zero terminal SNR (arXiv 2305.08891). Its
@@ -71,8 +71,8 @@ class Objective(ABC):
 class VPrediction(Objective):
     """v-prediction, alpha_t * noise - sigma_t * clean, with ``num_steps`` discrete noise levels.
 
-    t = 0 is the clean latent, and t in (k / num_steps, (k + 1) / num_steps] is step k of the published schedule, so that
-    t uniform in [0, 1) draws every step with equal probability.
+    t = 0 is the clean latent, and t in (k / num_steps, (k + 1) / num_steps] is step k of the published schedule, so
+    that t uniform in [0, 1) draws every step with equal probability.
 
     Args:
         num_steps: number of steps of the schedule.

@@ -282,7 +282,12 @@ class TextToVideo(nn.Module):
                 )
 
 
-def repeated(text: TextTokens, batch_size: int) -> TextTokens:
-    """One encoded caption, ``batch_size`` times."""
-    tokens, mask, pooled = (None if part is None else part.expand(batch_size, *part.shape[1:]) for part in text)
+def map_text(function: Callable[..., Tensor], *texts: TextTokens) -> TextTokens:
+    """Applies a function to tokens, masks and, unless one is ``None``, pooled embeddings."""
+    tokens, mask, pooled = (None if any(x is None for x in parts) else function(*parts) for parts in zip(*texts))
     return TextTokens(cast(Tensor, tokens), cast(Tensor, mask), pooled)
+
+
+def repeated(text: TextTokens, batch_size: int) -> TextTokens:
+    """Expands one encoded caption to a batch."""
+    return map_text(lambda part: part.expand(batch_size, *part.shape[1:]), text)

@@ -130,8 +130,8 @@ class Diffusion(Task):
         generator = None if train else torch.Generator().manual_seed(seed)  # validation is always the same
         noise_on_image = self.image_noise if train else None
         clean, image = conditioning.latents_of(self.model, batch, generator, noise_on_image, self.image_dropout)
-        shown = conditioning.shown_images(image, self.image_dropout) if train else None
-        text, given = conditioning.text_of(self.model, batch), conditioning.given_frames(self.model, image)
+        shown = conditioning.draw_image_mask(image, self.image_dropout) if train else None
+        text, given = conditioning.text_of(self.model, batch), conditioning.num_conditioning_frames(self.model, image)
 
         def ask(noisy: Tensor, t: Tensor, told: TextTokens) -> Tensor:
             return conditioned(self.model, told, self.objective, image, self.guidance.embedded, shown)(noisy, t)
@@ -140,10 +140,10 @@ class Diffusion(Task):
             return ask(F.pad(noisy, (0, 0, 0, 0, given, 0)), t, told)[:, :, given:]
 
         if generator is not None:  # frames that are given are neither noised nor judged
-            others = conditioning.of_others(self.model, batch, text, self._spare_captions)
+            others = conditioning.mismatched_text(self.model, batch, text, self._spare_captions)
             return denoising_losses(ask_rest, self.objective, clean[:, :, given:], text, others, generator)
         t, noise = self._times_of(clean), standard_normal(clean.shape, None, clean.device)
-        text = conditioning.without_some(self.model, text, self.caption_dropout)
+        text = conditioning.drop_captions(self.model, text, self.caption_dropout)
         output = ask(self.objective.noisy(clean, noise, t), t, text).float()
         error = output - self.objective.target(clean, noise, t)
         return {"loss": error[:, :, given:].square().mean()}
