@@ -346,18 +346,6 @@ def captions_of(dataset: Any) -> Iterable[str]:
     return (dataset[index].get("caption", "") for index in range(len(dataset)))
 
 
-def check_buckets(dataset: Any, model: TextToVideo) -> None:
-    """Checks that autoencoder and network support the size of every bucket; the ValueError names the bucket."""
-    for name, size in getattr(dataset, "sizes", {}).items():
-        try:
-            if hasattr(dataset, "made_of"):  # stored latents
-                model.check_latents(size)
-            else:
-                model.check_clip(*size)
-        except ValueError as error:
-            raise ValueError(f"the bucket {name} does not fit the model: {error}") from error
-
-
 def latent_size(data: Any, clip: dict, model: TextToVideo) -> tuple[int, int, int]:
     """Returns the latent size (t, h, w) of a validation clip, the size of samples, and checks all datasets.
 
@@ -366,27 +354,29 @@ def latent_size(data: Any, clip: dict, model: TextToVideo) -> tuple[int, int, in
         clip: first clip of ``val``.
 
     Raises:
-        ValueError: if autoencoder or network do not support the size or a bucket, or stored latents are of a different
-            autoencoder.
+        ValueError: if the model does not support the size of the clip or of a bucket (which is named), or stored
+            latents or text are of a different autoencoder or text encoder.
     """
     for dataset in filter(None, (data.train, data.val, data.test)):
-        check_buckets(dataset, model)
+        for name, size in getattr(dataset, "sizes", {}).items():
+            try:
+                if hasattr(dataset, "made_of"):  # stored latents
+                    model.check_latents(size)
+                else:
+                    model.check_clip(*size)
+            except ValueError as error:
+                raise ValueError(f"the bucket {name} does not match the model: {error}") from error
     if "moments" not in clip:
         frames, _, height, width = clip["video"].shape
         return model.check_clip(frames, height, width)
-    check_latents(data.train, model)
+    for key, part in (("autoencoder", model.autoencoder), ("text", model.text)):
+        writer = data.train.made_of[key]
+        own = None if part is None else f"{type(part).__name__}/{fingerprint(part)}"
+        if None not in (writer, own) and writer != own:
+            raise ValueError(
+                f"{data.train.folder} was written by {writer}, and model.{key} is {own}: choose the {key} that wrote "
+                "it, or run `make latents EXP=…` again into a new folder (OUT=…)."
+            )
     t, h, w = clip["moments"].shape[1:]
     model.check_latents((t, h, w))
     return t, h, w
-
-
-def check_latents(dataset: Any, model: TextToVideo) -> None:
-    """Checks that stored latents and text are of the model's autoencoder and text encoder; raises a ValueError."""
-    for key, part in (("autoencoder", model.autoencoder), ("text", model.text)):
-        made_with = dataset.made_of[key]
-        own = None if part is None else f"{type(part).__name__}/{fingerprint(part)}"
-        if None not in (made_with, own) and made_with != own:
-            raise ValueError(
-                f"{dataset.folder} was written by {made_with}, and model.{key} is {own}: choose the {key} that wrote "
-                "it, or run `make latents EXP=…` again into a new folder (OUT=…)."
-            )

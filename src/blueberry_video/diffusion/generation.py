@@ -9,12 +9,7 @@ import torch
 from torch import Tensor
 
 from blueberry_video.diffusion.causal_sampling import generate_causally
-from blueberry_video.diffusion.conditioning import (
-    encoded_images,
-    num_conditioning_frames,
-    replace_first,
-    with_first_frame,
-)
+from blueberry_video.diffusion.conditioning import encoded_images, replace_first, with_first_frame
 from blueberry_video.diffusion.guidance import Guidance
 from blueberry_video.diffusion.objectives import Objective
 from blueberry_video.diffusion.samplers import Network, Sampler
@@ -42,7 +37,7 @@ def conditioned(
 
     def network(latents: Tensor, t: Tensor) -> Tensor:
         latents = with_first_frame(model, latents, image, image_mask)
-        return model(latents, objective.network_timestep(t), text, _scales(embedded, latents))
+        return model(latents, objective.network_timestep(t), text, embedded)
 
     return network
 
@@ -53,7 +48,7 @@ def conditioned_causally(model: TextToVideo, text: TextTokens, embedded: float |
 
     def network(latents: Tensor, timestep: Tensor, /, *, cache: KeyValueCache | None, first_frame: int) -> Tensor:
         latents = with_first_frame(model, latents, None)
-        return model(latents, timestep, text, _scales(embedded, latents), cache, first_frame)
+        return model(latents, timestep, text, embedded, cache, first_frame)
 
     return network
 
@@ -109,15 +104,13 @@ def generate_latents(
                 f"model.transformer.causal_chunk={chunk} does not support image conditioning: set causal_chunk=0."
             )
         causal = conditioned_causally(model, text, scale)
-        causal_base = None if unconditional is None else conditioned_causally(model, unconditional, scale)
-        latents = generate_causally(
-            causal, causal_base, noise, chunk, sampler, guidance, objective, generator=generator
-        )
+        base = None if unconditional is None else conditioned_causally(model, unconditional, scale)
+        latents = generate_causally(causal, base, noise, chunk, sampler, guidance, objective, generator=generator)
     else:
         network = conditioned(model, text, objective, image, scale)
-        base = None if unconditional is None else conditioned(model, unconditional, objective, image, scale)
-        latents = sampler(guidance(network, base, objective, sampler.steps), noise, objective, generator)
-    if image is not None and num_conditioning_frames(model, image):
+        without = None if unconditional is None else conditioned(model, unconditional, objective, image, scale)
+        latents = sampler(guidance(network, without, objective, sampler.steps), noise, objective, generator)
+    if image is not None and model.shape.image_condition == "token_replace":
         latents = replace_first(latents, image)
     return latents[:, :, latents.shape[2] - num_frames :]
 
@@ -156,10 +149,3 @@ def generate(
     unconditional = model.unconditional(len(captions)) if guidance.unconditional else None
     latents = generate_latents(model, text, unconditional, noise, sampler, guidance, objective, image, generator)
     return model.autoencoder.decode(latents)
-
-
-def _scales(embedded: float | None, latents: Tensor) -> Tensor | None:
-    """Returns the embedded guidance scale (B,) of every clip."""
-    if embedded is None:
-        return None
-    return torch.full((len(latents),), embedded, dtype=torch.float32, device=latents.device)

@@ -59,13 +59,8 @@ class Objective(ABC):
             raise ValueError(
                 f"noise of shape {tuple(noise.shape)} must have the shape of latents {tuple(clean.shape)}."
             )
-        alpha, sigma = self._coefficients(clean, t)
+        alpha, sigma = self.alpha_sigma(over_latents(t, clean))
         return (alpha * _wide(clean) + sigma * _wide(noise)).to(clean.dtype)
-
-    def _coefficients(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns alpha_t and sigma_t in a shape that broadcasts over latents (B, C, T, H, W)."""
-        alpha, sigma = self.alpha_sigma(over_latents(t, latents))
-        return alpha, sigma
 
 
 class VPrediction(Objective):
@@ -125,15 +120,15 @@ class VPrediction(Objective):
         return (t * self.num_steps).round() / self.num_steps
 
     def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = self._coefficients(clean, t)
+        alpha, sigma = self.alpha_sigma(over_latents(t, clean))
         return alpha * _wide(noise) - sigma * _wide(clean)
 
     def to_clean(self, output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = self._coefficients(noisy, t)
+        alpha, sigma = self.alpha_sigma(over_latents(t, noisy))
         return alpha * _wide(noisy) - sigma * _wide(output)
 
     def to_noise(self, output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = self._coefficients(noisy, t)
+        alpha, sigma = self.alpha_sigma(over_latents(t, noisy))
         return sigma * _wide(noisy) + alpha * _wide(output)
 
     def _index(self, t: Tensor) -> Tensor:
@@ -156,11 +151,11 @@ class FlowMatching(Objective):
         return _wide(noise) - _wide(clean)
 
     def to_clean(self, output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
-        _, sigma = self._coefficients(noisy, t)
+        _, sigma = self.alpha_sigma(over_latents(t, noisy))
         return _wide(noisy) - sigma * _wide(output)
 
     def to_noise(self, output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
-        alpha, _ = self._coefficients(noisy, t)
+        alpha, _ = self.alpha_sigma(over_latents(t, noisy))
         return _wide(noisy) + alpha * _wide(output)
 
 

@@ -150,7 +150,7 @@ class TextToVideo(nn.Module):
         latents: Tensor,
         timestep: Tensor,
         text: TextTokens,
-        guidance: Tensor | None = None,
+        guidance: float | None = None,
         cache: KeyValueCache | None = None,
         first_frame: int = 0,
     ) -> Tensor:
@@ -160,13 +160,14 @@ class TextToVideo(nn.Module):
             latents: (B, in_channels, T, H, W), noisy, with the image conditioning.
             timestep: (B,), one per clip, or (B, T), one per frame, in [0, 1000].
             text: encoded captions.
-            guidance: (B,), scale of embedded guidance.
+            guidance: scale of embedded guidance.
             cache, first_frame: KV cache and index of the first frame, for causal transformers.
         """
         if timestep.ndim == 1 and self.shape.causal_chunk:
             timestep = timestep[:, None].expand(-1, latents.shape[2])
         pooled = text.pooled if self.shape.pooled_dim else None
-        return self.transformer(latents, timestep, text.tokens, text.mask, pooled, guidance, cache, first_frame)
+        scale = guidance if guidance is None else latents.new_full((len(latents),), guidance, dtype=torch.float32)
+        return self.transformer(latents, timestep, text.tokens, text.mask, pooled, scale, cache, first_frame)
 
     def check_clip(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Returns the latent size (t, h, w) of a clip with the given size in pixels.
@@ -210,9 +211,7 @@ class TextToVideo(nn.Module):
             return f"loaded {len(self.state_dict())} tensors from {path}"
         if path.name == FILE:
             if self.lora is None:
-                raise ValueError(
-                    f"{path} has adapters, but model.lora=null: set lora.rank and lora.targets as trained."
-                )
+                raise ValueError(f"{path} has adapters, but model.lora=null: set its rank and targets as in training.")
             load_adapters(self.transformer, self.lora, path)
             return f"loaded the adapters from {path}"
         with plain(self.transformer):

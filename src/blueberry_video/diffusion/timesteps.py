@@ -40,7 +40,8 @@ class TokenShift:
                 f"low_tokens={low_tokens} must be below high_tokens={high_tokens}, and low_shift={low_shift} and "
                 f"high_shift={high_shift} above 0."
             )
-        self._low, self._high = (low_tokens, low_shift), (high_tokens, high_shift)
+        self._low_tokens, self._low_shift = low_tokens, low_shift
+        self._slope = (high_shift - low_shift) / (high_tokens - low_tokens)
 
     def __call__(self, grid: tuple[int, int, int]) -> float:
         """Returns the shift of a clip with a patch grid (t, h, w).
@@ -48,9 +49,7 @@ class TokenShift:
         Raises:
             ValueError: if the line is not above 0 for frames of this size.
         """
-        (low_tokens, low_shift), (high_tokens, high_shift) = self._low, self._high
-        slope = (high_shift - low_shift) / (high_tokens - low_tokens)
-        shift = low_shift + slope * (grid[1] * grid[2] - low_tokens)
+        shift = self._low_shift + self._slope * (grid[1] * grid[2] - self._low_tokens)
         if shift <= 0:
             raise ValueError(f"shift={shift:.3g} for frames of {grid[1]} x {grid[2]} tokens: raise low_shift.")
         return shift * math.sqrt(grid[0])
