@@ -149,11 +149,13 @@ def latents_of(
             :func:`check_image`.
     """
     autoencoder = model.autoencoder
-    if autoencoder is None and "moments" not in batch:
-        raise ValueError("model.autoencoder=null requires stored latents: choose data=latents, or model/autoencoder=….")
     with torch.no_grad():
-        stored = autoencoder is None or "moments" in batch
-        moments = batch["moments"] if stored else autoencoder.encode(batch["video"] * 2 - 1)
+        if "moments" in batch:
+            moments = batch["moments"]
+        elif autoencoder is None:
+            raise ValueError("model.autoencoder=null requires data=latents: choose that, or model/autoencoder=….")
+        else:
+            moments = autoencoder.encode(batch["video"] * 2 - 1)
         latents = (sample if autoencoder is None else autoencoder.latents)(moments, generator)
     if not (finite := latents.isfinite().flatten(1).all(dim=1)).all():
         names = ", ".join(str(name) for name, good in zip(batch["id"], finite.tolist()) if not good)
