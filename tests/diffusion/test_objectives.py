@@ -9,7 +9,7 @@ from torch import Tensor
 
 from blueberry_video.diffusion.objectives import FlowMatching, Objective, VPrediction
 
-STEPS = (torch.arange(1000) + 1) / 1000  # the times of the published steps
+STEPS = (torch.arange(1000) + 1) / 1000  # the timesteps of the published steps
 OBJECTIVES = [VPrediction(), VPrediction(snr_shift=1.0), FlowMatching()]
 SHAPE = (3, 2, 4, 5, 6)  # B, C, T, H, W
 
@@ -62,12 +62,12 @@ def test_timestep_of_a_flow_is_not_rounded():
 
 @pytest.mark.parametrize("t", [0.001, 0.02, 0.5, 0.999, 1.0])
 def test_published_loss_equals_the_error_of_the_velocity(t: float):
-    (clean, noise), objective, times = draw(torch.float64), VPrediction(), torch.full((3,), t)
-    noisy, output = objective.noisy(clean, noise, times), torch.randn(SHAPE, dtype=torch.float64)
-    published = (objective.to_clean(output, noisy, times) - clean).square() / (
-        1 - objective.alpha_sigma(times)[0][0] ** 2
+    (clean, noise), objective, timesteps = draw(torch.float64), VPrediction(), torch.full((3,), t)
+    noisy, output = objective.noisy(clean, noise, timesteps), torch.randn(SHAPE, dtype=torch.float64)
+    published = (objective.to_clean(output, noisy, timesteps) - clean).square() / (
+        1 - objective.alpha_sigma(timesteps)[0][0] ** 2
     )
-    velocity = (output - objective.target(clean, noise, times)).square()
+    velocity = (output - objective.target(clean, noise, timesteps)).square()
     torch.testing.assert_close(published, velocity, rtol=1e-3, atol=1e-3)
     assert published.mean().item() == pytest.approx(velocity.mean().item(), rel=1e-3 if t < 0.01 else 1e-5)
 
@@ -82,7 +82,7 @@ def test_target_recovers_clean_latents_and_noise(objective: Objective, shape: tu
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_time_0_is_clean_and_time_1_is_noise(objective: Objective):
+def test_timestep_0_is_clean_and_timestep_1_is_noise(objective: Objective):
     (clean, noise), (zero, one) = draw(), (torch.zeros(3), torch.ones(3))
     assert torch.equal(objective.noisy(clean, noise, zero), clean)
     assert torch.equal(objective.noisy(clean, noise, one), noise)
@@ -99,7 +99,7 @@ def test_timesteps_per_frame(objective: Objective):
     assert objective.network_timestep(t).shape == (3, 4)
 
 
-def test_uniform_times_are_uniform_over_steps():
+def test_uniform_timesteps_are_uniform_over_steps():
     counts = VPrediction().network_timestep((torch.arange(10_000) + 0.5) / 10_000).long().bincount()
     assert counts.tolist() == [10] * 1000
 
@@ -127,7 +127,7 @@ def test_targets_and_estimates_are_float32(objective: Objective):
 
 
 @pytest.mark.parametrize("shape", [(), (2,), (3, 5), (3, 4, 1)])
-def test_times_of_invalid_shape_raise(shape: tuple[int, ...]):
+def test_timesteps_of_invalid_shape_raise(shape: tuple[int, ...]):
     clean, noise = draw()
     with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}.*\(3, 2, 4, 5, 6\).*\(B,\).*\(B, T\)"):
         FlowMatching().noisy(clean, noise, torch.rand(shape))

@@ -18,12 +18,12 @@ SAMPLERS = [UniformTimes(), UniformTimes(shift=3.0), LogitNormalTimes(), LogitNo
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_times_have_the_given_shape_and_are_in_0_1(sampler: TimestepSampler):
-    for times, shape in ((sampler(7), (7,)), (sampler(7, 5), (7, 5))):
-        assert times.shape == shape
-        assert times.dtype == torch.float32
-        assert times.min() >= 0
-        assert times.max() <= 1
+def test_timesteps_have_the_given_shape_and_are_in_0_1(sampler: TimestepSampler):
+    for timesteps, shape in ((sampler(7), (7,)), (sampler(7, 5), (7, 5))):
+        assert timesteps.shape == shape
+        assert timesteps.dtype == torch.float32
+        assert timesteps.min() >= 0
+        assert timesteps.max() <= 1
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 8])
@@ -31,12 +31,12 @@ def test_times_have_the_given_shape_and_are_in_0_1(sampler: TimestepSampler):
 def test_strata_of_all_ranks_partition_0_1(world_size: int, batch_size: int):
     sampler, count = UniformTimes(stratified=True), world_size * batch_size
     drawn = [sampler(batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
-    for rank, times in enumerate(drawn):
-        assert ((times * world_size).floor() == rank).all(), "outside the slice of the rank"
+    for rank, timesteps in enumerate(drawn):
+        assert ((timesteps * world_size).floor() == rank).all(), "outside the slice of the rank"
     assert (torch.cat(drawn) * count).floor().tolist() == list(range(count))
 
 
-def test_times_within_a_slice_are_uniform():
+def test_timesteps_within_a_slice_are_uniform():
     sampler = UniformTimes(stratified=True)
     within = torch.cat([sampler(4, rank=1, world_size=2) * 8 for _ in range(1000)]) % 1
     assert within.mean().item() == pytest.approx(0.5, abs=0.02)
@@ -56,13 +56,13 @@ def test_logits_are_normal():
     assert logits.std().item() == pytest.approx(2.0, abs=0.05)
 
 
-def test_uniform_times_are_uniform():
-    times = UniformTimes()(20_000).sort().values
-    assert (times - torch.linspace(0, 1, 20_000)).abs().max() < 0.02  # Kolmogorov-Smirnov
+def test_uniform_timesteps_are_uniform():
+    timesteps = UniformTimes()(20_000).sort().values
+    assert (timesteps - torch.linspace(0, 1, 20_000)).abs().max() < 0.02  # Kolmogorov-Smirnov
 
 
 @pytest.mark.parametrize("sampler", [UniformTimes(), LogitNormalTimes()])
-def test_times_per_frame_are_independent(sampler: TimestepSampler):
+def test_timesteps_per_frame_are_independent(sampler: TimestepSampler):
     correlation = torch.corrcoef(sampler(5000, 4).T) - torch.eye(4)
     assert correlation.abs().max() < 0.06
 
@@ -91,7 +91,7 @@ def test_token_shift_grows_with_tokens_and_the_root_of_frames():
     assert torch.equal(by_tokens, UniformTimes(shift=shift((9, 64, 64)))(50, generator=generators[1]))
 
 
-def test_times_are_drawn_from_the_generator():
+def test_timesteps_are_drawn_from_the_generator():
     first, second, other = (UniformTimes()(4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)

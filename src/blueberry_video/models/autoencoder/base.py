@@ -45,7 +45,7 @@ class Autoencoder(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, video: Tensor) -> Tensor:
-        """Encodes videos (B, 3, T, H, W) in [-1, 1] to moments (B, 2C, t, h, w): means and log-variances, not scaled."""
+        """Encodes videos (B, 3, T, H, W) in [-1, 1] to moments (B, 2C, t, h, w): unscaled means and log-variances."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

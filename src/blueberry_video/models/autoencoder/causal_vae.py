@@ -60,7 +60,7 @@ class CausalVideoVAE(Autoencoder):
         levels = len(dims) - 1
         if time_stride not in (legal := [2**n for n in range(levels + 1)]):
             raise ValueError(
-                f"time_stride={time_stride} is not supported by the {levels} halvings between {len(dims)} dims: use one "
+                f"time_stride={time_stride} is impossible with the {levels} halvings between {len(dims)} dims: use one "
                 f"of {', '.join(map(str, legal))}, or add a level."
             )
         super().__init__(channels, (time_stride, patch_size * 2**levels, patch_size * 2**levels))
