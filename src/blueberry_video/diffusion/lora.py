@@ -129,14 +129,18 @@ def load_adapters(network: nn.Module, lora: LoRA, path: str | Path) -> None:
     peft.set_peft_model_state_dict(network, weights)
 
 
-def drop_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
-    """State dict hook that removes frozen parameters."""
+def exclude_frozen(module: nn.Module) -> None:
+    """Excludes frozen parameters from the state dict of a module, and from the keys required to load one."""
+    module._register_state_dict_hook(_drop_frozen)
+    module.register_load_state_dict_post_hook(_ignore_frozen)
+
+
+def _drop_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             state.pop(f"{prefix}{name}", None)
 
 
-def ignore_frozen(module: nn.Module, keys: Any) -> None:
-    """Post hook of ``load_state_dict`` that ignores missing frozen parameters."""
+def _ignore_frozen(module: nn.Module, keys: Any) -> None:
     frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
     keys.missing_keys[:] = [name for name in keys.missing_keys if not any(name.endswith(own) for own in frozen)]

@@ -19,6 +19,7 @@ from blueberry_video.diffusion.objectives import FlowMatching, Objective
 from blueberry_video.diffusion.timesteps import shift_timesteps
 from blueberry_video.nn.noise import standard_normal
 
+Generator = torch.Generator | None  # None: torch's global generator
 # (latents (B, C, T, H, W), timesteps (B,) in [0, 1]) -> output in the shape of the latents
 Network = Callable[[Tensor, Tensor], Tensor]
 Prediction = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # (latents, t) -> predicted clean latents and noise
@@ -58,9 +59,7 @@ class Sampler(ABC):
         return timesteps
 
     @torch.no_grad()
-    def __call__(
-        self, denoise: Network, noise: Tensor, objective: Objective, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def __call__(self, denoise: Network, noise: Tensor, objective: Objective, generator: Generator = None) -> Tensor:
         """Samples clean latents.
 
         Args:
@@ -102,9 +101,7 @@ class Sampler(ABC):
         return clean.to(noise.dtype)
 
     @abstractmethod
-    def _sample(
-        self, predict: Prediction, latents: Tensor, schedule: Schedule, generator: torch.Generator | None
-    ) -> Tensor:
+    def _sample(self, predict: Prediction, latents: Tensor, schedule: Schedule, generator: Generator) -> Tensor:
         """Denoises ``latents`` over the schedule."""
 
 
@@ -115,9 +112,7 @@ class DDIM(Sampler):
     evaluates next, and may end at noisy latents; this one does not.
     """
 
-    def _sample(
-        self, predict: Prediction, latents: Tensor, schedule: Schedule, generator: torch.Generator | None
-    ) -> Tensor:
+    def _sample(self, predict: Prediction, latents: Tensor, schedule: Schedule, generator: Generator) -> Tensor:
         for (t, _, _), (_, alpha, sigma) in pairwise(schedule):
             clean, noise = predict(latents, t)
             latents = alpha * clean + sigma * noise
@@ -132,9 +127,7 @@ class DPMSolverSDE(Sampler):
     previous prediction, and the last step, which has sigma = 0, do not extrapolate.
     """
 
-    def _sample(
-        self, predict: Prediction, latents: Tensor, schedule: Schedule, generator: torch.Generator | None
-    ) -> Tensor:
+    def _sample(self, predict: Prediction, latents: Tensor, schedule: Schedule, generator: Generator) -> Tensor:
         previous: Tensor | None = None
         previous_h = math.inf
         for (t, last_alpha, last_sigma), (_, alpha, sigma) in pairwise(schedule):
@@ -171,9 +164,7 @@ class FlowEuler(Sampler):
             )
         return super().timesteps(objective)
 
-    def _sample(
-        self, predict: Prediction, latents: Tensor, schedule: Schedule, generator: torch.Generator | None
-    ) -> Tensor:
+    def _sample(self, predict: Prediction, latents: Tensor, schedule: Schedule, generator: Generator) -> Tensor:
         for (t, _, _), (next_t, _, _) in pairwise(schedule):
             clean, noise = predict(latents, t)
             latents = latents + (next_t - t) * (noise - clean)

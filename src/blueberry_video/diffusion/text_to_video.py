@@ -11,16 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from blueberry_video.diffusion.frozen import Frozen
-from blueberry_video.diffusion.lora import (
-    FILE,
-    LoRA,
-    add_adapters,
-    drop_frozen,
-    ignore_frozen,
-    load_adapters,
-    plain,
-    save_adapters,
-)
+from blueberry_video.diffusion.lora import FILE, LoRA, add_adapters, exclude_frozen, load_adapters, plain, save_adapters
 from blueberry_video.models.autoencoder.base import Autoencoder
 from blueberry_video.models.text_encoder.base import TextEncoder, TextTokens
 from blueberry_video.nn.joint_attention import KeyValueCache
@@ -94,8 +85,7 @@ class TextToVideo(nn.Module):
         self._unconditional: TextTokens | None = None  # cache, for frozen encoders
         if lora is not None:
             add_adapters(transformer, lora)
-            self._register_state_dict_hook(drop_frozen)
-            self.register_load_state_dict_post_hook(ignore_frozen)
+            exclude_frozen(self)
         self._check()
 
     @property

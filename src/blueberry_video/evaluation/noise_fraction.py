@@ -1,5 +1,5 @@
-"""Noise fraction, sigma / (alpha + sigma), of noisy latents alpha * clean + sigma * noise: a noise level in one unit for
-all objectives.
+"""Noise fraction, sigma / (alpha + sigma), of noisy latents alpha * clean + sigma * noise: a noise level in one unit
+for all objectives.
 
 For flow matching it equals the timestep, so losses of other objectives are reported in the unit of a flow. At the same
 noise fraction, the velocity of one objective determines that of another, and the flow's squared error is the squared
