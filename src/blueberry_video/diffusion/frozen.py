@@ -19,9 +19,7 @@ class Frozen(Generic[Part]):
     """
 
     def __init__(self, part: Part | Callable[[], Part]):
-        self._part = part
-        if self.is_built:
-            self._freeze()
+        self._part = part.requires_grad_(False).eval() if isinstance(part, nn.Module) else part
 
     @property
     def is_built(self) -> bool:
@@ -30,12 +28,8 @@ class Frozen(Generic[Part]):
     def get(self) -> Part:
         """Returns the module, built on first use."""
         if not self.is_built:
-            self._part = cast(Callable[[], Part], self._part)()
-            self._freeze()
+            self._part = cast(Callable[[], Part], self._part)().requires_grad_(False).eval()
         return cast(Part, self._part)
-
-    def _freeze(self) -> None:
-        cast(nn.Module, self._part).requires_grad_(False).eval()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
