@@ -70,12 +70,12 @@ def run(source: Path, out: Path, dtype: str = "float32", merge: bool = False) ->
         and (positions is None or positions.kind != "sincos")
     ):
         raise ValueError(
-            f"dtype=float16 overflows in {type(model.transformer).__name__}, which was trained in bfloat16, and gives "
-            "black or NaN videos: use DTYPE=bfloat16."
+            f"dtype=float16 overflows in {type(model.transformer).__name__}, which was trained in bfloat16, and "
+            "produces black or NaN videos: use DTYPE=bfloat16."
         )
     if model.lora is not None and model.lora.base is not None:
         model.load_published(model.lora.base)
-    model.load_published(weights_file(folder))  # a checkpoint holds the averaged weights under the trained ones' names
+    model.load_published(weights_file(folder))  # checkpoints hold EMA weights under the names of the trained ones
     return model.to(getattr(torch, dtype)).save_published(out, merge)
 
 

@@ -97,8 +97,11 @@ def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:
     task = instantiate(config.task, _partial_=True)(model=model, optimization=optimization)
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback]
     loggers = [MetricsCSV(folder), *([instantiate(config.logger, run=folder)] if config.logger else [])]
-    create_trainer = instantiate(config.trainer, _partial_=True)
-    trainer = create_trainer(callbacks=callbacks, logger=loggers, default_root_dir=folder.path)
+    options: dict[str, Any] = {"callbacks": callbacks, "logger": loggers, "default_root_dir": folder.path}
+    interval = config.trainer.get("val_check_interval")
+    if isinstance(interval, int):  # Lightning counts batches
+        options["val_check_interval"] = interval * config.trainer.get("accumulate_grad_batches", 1)
+    trainer = instantiate(config.trainer, _partial_=True)(**options)
     return data, model, task, trainer
 
 

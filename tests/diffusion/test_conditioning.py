@@ -12,15 +12,15 @@ from blueberry_video.diffusion.conditioning import (
     captions_of,
     check_image,
     different_captions,
+    draw_image_mask,
+    drop_captions,
     encoded_images,
     first_frames,
     latents_of,
-    of_others,
-    shown_images,
+    mismatched_text,
+    pad_to_patches,
     takes_image,
-    whole_patches,
     with_first_frame,
-    without_some,
 )
 from blueberry_video.diffusion.generation import generate, generate_latents
 from blueberry_video.diffusion.guidance import ConstantGuidance, EmbeddedGuidance, NoGuidance
@@ -92,16 +92,16 @@ def test_with_first_frame_follows_the_conditioning_of_each_family():
     channels = cogvideox(in_channels=6)
     concat = hunyuan(in_channels=7, image_condition="latent_concat")
     replaced = hunyuan(image_condition="token_replace")
-    given = with_first_frame(channels, NOISY, IMAGE)
-    assert torch.equal(given[:, :3], NOISY)
-    assert torch.equal(given[:, 3:, :1], IMAGE)
-    assert given[:, 3:, 1:].abs().sum() == 0
-    given = with_first_frame(concat, NOISY, IMAGE)
-    assert given.shape[1] == 7
-    assert given[:, 6].mean(dim=(0, 2, 3)).tolist() == [1, 0, 0, 0]
-    given = with_first_frame(replaced, NOISY, IMAGE)
-    assert torch.equal(given[:, :, :1], IMAGE)
-    assert torch.equal(given[:, :, 1:], NOISY[:, :, 1:])
+    conditioned = with_first_frame(channels, NOISY, IMAGE)
+    assert torch.equal(conditioned[:, :3], NOISY)
+    assert torch.equal(conditioned[:, 3:, :1], IMAGE)
+    assert conditioned[:, 3:, 1:].abs().sum() == 0
+    conditioned = with_first_frame(concat, NOISY, IMAGE)
+    assert conditioned.shape[1] == 7
+    assert conditioned[:, 6].mean(dim=(0, 2, 3)).tolist() == [1, 0, 0, 0]
+    conditioned = with_first_frame(replaced, NOISY, IMAGE)
+    assert torch.equal(conditioned[:, :, :1], IMAGE)
+    assert torch.equal(conditioned[:, :, 1:], NOISY[:, :, 1:])
     assert cogvideox().shape.image_condition is None
 
 
@@ -130,26 +130,26 @@ def test_image_is_the_first_frame_of_a_batch():
     assert latents_of(cogvideox(), batch, None)[1] is None
 
 
-@pytest.mark.parametrize("how", FAMILIES)
-def test_dropped_image_and_its_mask_are_zeros(how: str):
-    network = FAMILIES[how]()
-    assert network.shape.image_condition == how
-    given = with_first_frame(network, NOISY, IMAGE, torch.tensor([True, False]))
-    assert torch.equal(given[:1], with_first_frame(network, NOISY[:1], IMAGE[:1]))
-    if how == "token_replace":
-        assert not given[1, :, 0].any()
-        assert torch.equal(given[1, :, 1:], NOISY[1, :, 1:])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_dropped_image_and_its_mask_are_zeros(kind: str):
+    network = FAMILIES[kind]()
+    assert network.shape.image_condition == kind
+    conditioned = with_first_frame(network, NOISY, IMAGE, torch.tensor([True, False]))
+    assert torch.equal(conditioned[:1], with_first_frame(network, NOISY[:1], IMAGE[:1]))
+    if kind == "token_replace":
+        assert not conditioned[1, :, 0].any()
+        assert torch.equal(conditioned[1, :, 1:], NOISY[1, :, 1:])
     else:
-        assert torch.equal(given[1, :3], NOISY[1])
-        assert not given[1, 3:].any()
-    if how == "optional":
-        assert torch.equal(given[1:], with_first_frame(network, NOISY[1:], None))
+        assert torch.equal(conditioned[1, :3], NOISY[1])
+        assert not conditioned[1, 3:].any()
+    if kind == "optional":
+        assert torch.equal(conditioned[1:], with_first_frame(network, NOISY[1:], None))
 
 
-@pytest.mark.parametrize(("how", "share"), {"channels": 0.05, "latent_concat": 0, "token_replace": 0}.items())
-def test_published_dropout_of_images(how: str, share: float):
-    assert FAMILIES[how]().shape.image_dropout == share
-    assert takes_image(FAMILIES[how](), 1.0)
+@pytest.mark.parametrize(("kind", "share"), {"channels": 0.05, "latent_concat": 0, "token_replace": 0}.items())
+def test_published_dropout_of_images(kind: str, share: float):
+    assert FAMILIES[kind]().shape.image_dropout == share
+    assert takes_image(FAMILIES[kind](), 1.0)
 
 
 def test_optional_image_is_used_only_with_dropout_below_one_and_several_frames():
@@ -165,11 +165,11 @@ def test_optional_image_is_used_only_with_dropout_below_one_and_several_frames()
 
 def test_dropout_of_images_has_its_probability():
     torch.manual_seed(0)
-    shown = shown_images(torch.zeros(2000, 1, 1, 1, 1), 0.7)
+    shown = draw_image_mask(torch.zeros(2000, 1, 1, 1, 1), 0.7)
     assert abs(shown.float().mean() - 0.3) < 0.04
-    assert shown_images(IMAGE, 0.0) is None
-    assert shown_images(None, 0.5) is None
-    assert not shown_images(IMAGE, 1.0).any()
+    assert draw_image_mask(IMAGE, 0.0) is None
+    assert draw_image_mask(None, 0.5) is None
+    assert not draw_image_mask(IMAGE, 1.0).any()
 
 
 def test_image_noise_is_added_to_the_pixels_of_the_image_only():
@@ -231,13 +231,13 @@ def test_invalid_image_shapes_raise(shape: tuple[int, ...]):
 
 def test_frames_are_padded_at_the_front_and_removed_after_sampling():
     latents = torch.randn(1, 3, 5, 8, 8)
-    filled = whole_patches(latents, 2)
+    filled = pad_to_patches(latents, 2)
     assert torch.equal(filled[:, :, 1:], latents)
     assert torch.equal(filled[:, :, 0], latents[:, :, 0])
-    assert whole_patches(latents[:, :, 1:], 2).shape[2] == 4
+    assert pad_to_patches(latents[:, :, 1:], 2).shape[2] == 4
     network = cogvideox(tubelet_size=2, num_frames=6)
     inputs: list[torch.Tensor] = []
-    network.transformer.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+    network.transformer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     text, settings = network.text(["disc"]), (DDIM(2), NoGuidance(), FlowMatching(), None)
     sample = generate_latents(network, text, None, latents, *settings, torch.Generator().manual_seed(3))
     assert sample.shape == latents.shape
@@ -270,20 +270,20 @@ def numbered(size: int) -> TextTokens:
     ("captions", "indices"), [("abc", [2, 0, 1]), ("aab", [2, 2, 1]), ("baaa", [3, 0, 0, 0]), ("abab", [3, 0, 1, 2])]
 )
 def test_every_clip_gets_a_different_caption(captions: str, indices: list[int]):
-    others = of_others(cogvideox(), {"caption": list(captions)}, numbered(len(captions)), [])
-    assert others.tokens.flatten().tolist() == others.pooled.flatten().tolist() == indices
+    mismatched = mismatched_text(cogvideox(), {"caption": list(captions)}, numbered(len(captions)), [])
+    assert mismatched.tokens.flatten().tolist() == mismatched.pooled.flatten().tolist() == indices
 
 
 def test_equal_captions_are_replaced_from_the_dataset():
     network, text = cogvideox(), numbered(2)
     network.text.set_vocabulary(("disc", "square"))
     batch = {"caption": ["disc", "disc"]}
-    assert of_others(network, batch, text, []) is None
+    assert mismatched_text(network, batch, text, []) is None
     spare = different_captions([{"caption": "disc"}, {"caption": "disc"}, {"caption": "square"}])
     for caption, other in (("disc", "square"), ("square", "disc")):
-        others = of_others(network, {"caption": [caption] * 2}, text, spare)
-        assert torch.equal(others.tokens, network.text([other] * 2).tokens)
-        assert torch.equal(others.mask, network.text([other] * 2).mask)
+        mismatched = mismatched_text(network, {"caption": [caption] * 2}, text, spare)
+        assert torch.equal(mismatched.tokens, network.text([other] * 2).tokens)
+        assert torch.equal(mismatched.mask, network.text([other] * 2).mask)
     assert different_captions([{"caption": "disc"}, {"caption": "disc"}]) == []
 
 
@@ -301,10 +301,10 @@ def test_stored_captions_come_with_their_embeddings():
     )
     network = TextToVideo(cogvideox().transformer)
     for caption, number in (("disc", 2.0), ("square", 0.0)):
-        others = of_others(network, {"caption": [caption] * 3}, numbered(3), different_captions(clips))
-        assert others.tokens.flatten().tolist() == [number] * 3
-        assert others.mask.shape == (3, 1)
-        assert others.pooled is None
+        mismatched = mismatched_text(network, {"caption": [caption] * 3}, numbered(3), different_captions(clips))
+        assert mismatched.tokens.flatten().tolist() == [number] * 3
+        assert mismatched.mask.shape == (3, 1)
+        assert mismatched.pooled is None
 
 
 def test_captions_of_rows_method_or_clips():
@@ -339,9 +339,9 @@ class Spanning(Autoencoder):
         return latents
 
 
-@pytest.mark.parametrize("how", FAMILIES)
-def test_image_is_encoded_separately(how: str):
-    network = TextToVideo(FAMILIES[how]().transformer, WordText(8, 8, ["disc"]), Spanning())
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_image_is_encoded_separately(kind: str):
+    network = TextToVideo(FAMILIES[kind]().transformer, WordText(8, 8, ["disc"]), Spanning())
     batch = {"video": torch.rand(2, 3, 4, 8, 8), "id": ["a", "b"]}
     _, image = latents_of(network, batch, None)
     torch.testing.assert_close(image, encoded_images(network, batch["video"][:, :, :1] * 2 - 1))
@@ -373,11 +373,11 @@ def test_without_dropout_captions_are_returned_unchanged():
     network = cogvideox()
     text = network.text(["disc"] * 4)
     state = torch.get_rng_state()
-    assert without_some(network, text, 0.0) is text
+    assert drop_captions(network, text, 0.0) is text
     assert torch.equal(torch.get_rng_state(), state)
     network.text.unconditional = None  # fails if it is called
     torch.manual_seed(0)
-    assert without_some(network, text, 1e-9) is text
+    assert drop_captions(network, text, 1e-9) is text
 
 
 class Elsewhere(TorchFunctionMode):
@@ -401,9 +401,9 @@ def test_generators_are_on_the_device_of_the_result():
             torch.randn(2, generator=on_cpu, device="meta")
         assert sample(Pixels().encode(video), on_cpu).is_meta
         latents, image = latents_of(network, {"video": video, "id": ["a", "b"]}, on_cpu)
-        text = without_some(network, network.text(["disc"] * 2), 1.0)
+        text = drop_captions(network, network.text(["disc"] * 2), 1.0)
         _, noisy = latents_of(network, {"video": video, "id": ["a", "b"]}, None, ImageNoise())
         settings = DPMSolverSDE(3), ConstantGuidance(), VPrediction()
         made = generate(network, ["disc"] * 2, (5, 8, 8), *settings, video[:, :, :1], on_cpu)
-    assert all(found.is_meta for found in (latents, image, text.tokens, noisy, shown_images(image, 0.5), made))
+    assert all(found.is_meta for found in (latents, image, text.tokens, noisy, draw_image_mask(image, 0.5), made))
     assert made.shape == (2, 3, 5, 8, 8)

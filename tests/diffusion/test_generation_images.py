@@ -44,9 +44,9 @@ def network(image_condition: str) -> TextToVideo:
     return TextToVideo(Still(image_condition), WordText(8, 8, ["disc"]), Pixels())
 
 
-@pytest.mark.parametrize("how", CHANNELS)
-def test_oracle_of_static_clips_samples_the_image(how: str):
-    model = network(how)
+@pytest.mark.parametrize("kind", CHANNELS)
+def test_oracle_of_static_clips_samples_the_image(kind: str):
+    model = network(kind)
     generator = torch.Generator().manual_seed(0)
     made = generate(
         model, ["disc", "disc"], (4, 2, 2), FlowEuler(4), ConstantGuidance(3.0), FlowMatching(), IMAGES, generator
@@ -55,9 +55,9 @@ def test_oracle_of_static_clips_samples_the_image(how: str):
     torch.testing.assert_close(made, IMAGES.expand_as(made), atol=1e-4, rtol=0)
     assert len(model.transformer.inputs) == 8, "with and without the caption in every step"
     for latents in model.transformer.inputs:
-        given = latents if how == "token_replace" else latents[:, 3:6]
+        given = latents if kind == "token_replace" else latents[:, 3:6]
         torch.testing.assert_close(given[:, :, :1], IMAGES)
-        assert how == "token_replace" or not given[:, :, 1:].any()
+        assert kind == "token_replace" or not given[:, :, 1:].any()
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -74,7 +74,7 @@ def test_generate_equals_manual_image_conditioning(scale: float):
 
     def conditioned(text):
         given = image_channels(IMAGES, 4)
-        return lambda noisy, t: transformer(torch.cat([noisy, given], 1), objective.network_time(t), text.tokens)
+        return lambda noisy, t: transformer(torch.cat([noisy, given], 1), objective.network_timestep(t), text.tokens)
 
     conditional, base = conditioned(model.text(captions)), conditioned(model.text.unconditional(2))
     generator = torch.Generator().manual_seed(5)

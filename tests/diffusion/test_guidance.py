@@ -38,11 +38,11 @@ def test_constant_scale_mixes_the_two_outputs(scale: float):
 @pytest.mark.parametrize("steps", [10, 50])
 def test_legacy_scale_equals_the_pipeline(steps: int):
     """The legacy scale uses the network's timestep, 999 … 19, in place of the index of the sampler's step."""
-    times = DDIM(steps).times(VPrediction())[:-1]
-    scales = DynamicGuidance(6.0, mode="legacy").scale_at(times, VPrediction(), steps)
+    timesteps = DDIM(steps).timesteps(VPrediction())[:-1]
+    scales = DynamicGuidance(6.0, mode="legacy").scale_at(timesteps, VPrediction(), steps)
     expected = [
         1 + 6.0 * ((1 - math.cos(math.pi * ((steps - step) / steps) ** 5.0)) / 2)
-        for step in VPrediction().network_time(times).long().tolist()
+        for step in VPrediction().network_timestep(timesteps).long().tolist()
     ]
     assert scales.tolist() == pytest.approx(expected, abs=1e-5)
     assert scales.diff().min() < 0, "the published scale is not monotonic"
@@ -50,8 +50,8 @@ def test_legacy_scale_equals_the_pipeline(steps: int):
 
 @pytest.mark.parametrize("objective", [VPrediction(), FlowMatching()])
 def test_cosine_scale_rises_from_1_to_the_full_scale(objective):
-    times = DDIM(50).times(objective)
-    scales = DynamicGuidance(6.0).scale_at(times, objective, 50)
+    timesteps = DDIM(50).timesteps(objective)
+    scales = DynamicGuidance(6.0).scale_at(timesteps, objective, 50)
     expected = [1 + 6.0 * (1 - math.cos(math.pi * (done / 50) ** 5)) / 2 for done in range(51)]
     assert scales.tolist() == pytest.approx(expected, abs=1e-4)
     assert scales[0] == 1

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from blueberry_video.diffusion.objectives import FlowMatching, Objective, VPrediction
 
-STEPS = (torch.arange(1000) + 1) / 1000  # the times of the published steps
+STEPS = (torch.arange(1000) + 1) / 1000  # the timesteps of the published steps
 OBJECTIVES = [VPrediction(), VPrediction(snr_shift=1.0), FlowMatching()]
 SHAPE = (3, 2, 4, 5, 6)  # B, C, T, H, W
 
@@ -31,7 +31,7 @@ def draw(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("snr_shift", [1.0, 3.0])
 @pytest.mark.parametrize("zero", [True, False])
 def test_noise_levels_equal_diffusers(snr_shift: float, zero: bool):
-    signal, noise = VPrediction(snr_shift=snr_shift, zero_terminal_snr=zero).levels(STEPS)
+    signal, noise = VPrediction(snr_shift=snr_shift, zero_terminal_snr=zero).alpha_sigma(STEPS)
     power = scheduler(snr_shift, zero).alphas_cumprod
     assert signal.dtype == noise.dtype == torch.float32
     torch.testing.assert_close(signal, power.sqrt().float(), rtol=1e-6, atol=0)
@@ -44,7 +44,7 @@ def test_noisy_latents_and_velocities_equal_diffusers():
     objective, t = VPrediction(), STEPS[steps]
     torch.testing.assert_close(objective.noisy(clean, noise, t), scheduler().add_noise(clean, noise, steps))
     torch.testing.assert_close(objective.target(clean, noise, t), scheduler().get_velocity(clean, noise, steps))
-    assert objective.network_time(t).tolist() == steps.tolist()
+    assert objective.network_timestep(t).tolist() == steps.tolist()
 
 
 def test_flow_equals_diffusers():
@@ -53,19 +53,21 @@ def test_flow_equals_diffusers():
     t = peer.sigmas[[10, 500, 990]]
     expected = peer.scale_noise(clean, peer.timesteps[[10, 500, 990]], noise)
     torch.testing.assert_close(FlowMatching().noisy(clean, noise, t), expected)
-    torch.testing.assert_close(FlowMatching().network_time(t), peer.timesteps[[10, 500, 990]])
+    torch.testing.assert_close(FlowMatching().network_timestep(t), peer.timesteps[[10, 500, 990]])
 
 
 def test_timestep_of_a_flow_is_not_rounded():
-    assert FlowMatching().network_time(torch.tensor([0.12345])).item() == pytest.approx(123.45)
+    assert FlowMatching().network_timestep(torch.tensor([0.12345])).item() == pytest.approx(123.45)
 
 
 @pytest.mark.parametrize("t", [0.001, 0.02, 0.5, 0.999, 1.0])
 def test_published_loss_equals_the_error_of_the_velocity(t: float):
-    (clean, noise), objective, times = draw(torch.float64), VPrediction(), torch.full((3,), t)
-    noisy, output = objective.noisy(clean, noise, times), torch.randn(SHAPE, dtype=torch.float64)
-    published = (objective.to_clean(output, noisy, times) - clean).square() / (1 - objective.levels(times)[0][0] ** 2)
-    velocity = (output - objective.target(clean, noise, times)).square()
+    (clean, noise), objective, timesteps = draw(torch.float64), VPrediction(), torch.full((3,), t)
+    noisy, output = objective.noisy(clean, noise, timesteps), torch.randn(SHAPE, dtype=torch.float64)
+    published = (objective.to_clean(output, noisy, timesteps) - clean).square() / (
+        1 - objective.alpha_sigma(timesteps)[0][0] ** 2
+    )
+    velocity = (output - objective.target(clean, noise, timesteps)).square()
     torch.testing.assert_close(published, velocity, rtol=1e-3, atol=1e-3)
     assert published.mean().item() == pytest.approx(velocity.mean().item(), rel=1e-3 if t < 0.01 else 1e-5)
 
@@ -80,11 +82,11 @@ def test_target_recovers_clean_latents_and_noise(objective: Objective, shape: tu
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_time_0_is_clean_and_time_1_is_noise(objective: Objective):
+def test_timestep_0_is_clean_and_timestep_1_is_noise(objective: Objective):
     (clean, noise), (zero, one) = draw(), (torch.zeros(3), torch.ones(3))
     assert torch.equal(objective.noisy(clean, noise, zero), clean)
     assert torch.equal(objective.noisy(clean, noise, one), noise)
-    assert objective.network_time(zero).tolist() == [0.0] * 3
+    assert objective.network_timestep(zero).tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -94,11 +96,11 @@ def test_timesteps_per_frame(objective: Objective):
         whole = getattr(objective, name)(clean, noise, t)
         frames = [getattr(objective, name)(clean[:, :, [f]], noise[:, :, [f]], t[:, f]) for f in range(4)]
         assert torch.equal(whole, torch.cat(frames, dim=2))
-    assert objective.network_time(t).shape == (3, 4)
+    assert objective.network_timestep(t).shape == (3, 4)
 
 
-def test_uniform_times_are_uniform_over_steps():
-    counts = VPrediction().network_time((torch.arange(10_000) + 0.5) / 10_000).long().bincount()
+def test_uniform_timesteps_are_uniform_over_steps():
+    counts = VPrediction().network_timestep((torch.arange(10_000) + 0.5) / 10_000).long().bincount()
     assert counts.tolist() == [10] * 1000
 
 
@@ -125,7 +127,7 @@ def test_targets_and_estimates_are_float32(objective: Objective):
 
 
 @pytest.mark.parametrize("shape", [(), (2,), (3, 5), (3, 4, 1)])
-def test_times_of_invalid_shape_raise(shape: tuple[int, ...]):
+def test_timesteps_of_invalid_shape_raise(shape: tuple[int, ...]):
     clean, noise = draw()
     with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}.*\(3, 2, 4, 5, 6\).*\(B,\).*\(B, T\)"):
         FlowMatching().noisy(clean, noise, torch.rand(shape))

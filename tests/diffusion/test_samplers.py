@@ -30,7 +30,7 @@ def oracle(clean: Tensor, objective: Objective) -> Network:
     """Network with the exact output for the clip ``clean``."""
 
     def denoise(noisy: Tensor, t: Tensor) -> Tensor:
-        signal, level = objective.levels(over_latents(t, noisy))
+        signal, level = objective.alpha_sigma(over_latents(t, noisy))
         return objective.target(clean, (noisy - signal * clean) / level, t)
 
     return denoise
@@ -76,11 +76,11 @@ def test_ddim_steps_equal_diffusers(steps: int, snr_shift: float):
     scheduler = CogVideoXDDIMScheduler(snr_shift_scale=snr_shift, **PUBLISHED)
     scheduler.set_timesteps(steps)
     objective = VPrediction(snr_shift=snr_shift)
-    times = DDIM(steps).times(objective)
-    assert objective.network_time(times[:-1]).tolist() == scheduler.timesteps.tolist()
+    timesteps = DDIM(steps).timesteps(objective)
+    assert objective.network_timestep(timesteps[:-1]).tolist() == scheduler.timesteps.tolist()
     path = trajectory(DDIM(steps), torch.randn(SHAPE), objective)
     for i, step in enumerate(scheduler.timesteps):
-        output = some_network(path[i], times[i].expand(2))
+        output = some_network(path[i], timesteps[i].expand(2))
         expected = scheduler.step(output, step, path[i], return_dict=False)[0]
         torch.testing.assert_close(path[i + 1], expected, rtol=0, atol=5e-6)
 
@@ -89,13 +89,13 @@ def test_ddim_steps_equal_diffusers(steps: int, snr_shift: float):
 def test_dpm_solver_steps_equal_diffusers(steps: int, monkeypatch: pytest.MonkeyPatch):
     scheduler = CogVideoXDPMScheduler(**PUBLISHED)
     scheduler.set_timesteps(steps)
-    times = DPMSolverSDE(steps).times(VPrediction())
+    timesteps = DPMSolverSDE(steps).timesteps(VPrediction())
     path = trajectory(DPMSolverSDE(steps), torch.randn(SHAPE), VPrediction(), torch.Generator().manual_seed(3))
     generator, before = torch.Generator().manual_seed(3), None
     for i, step in enumerate(scheduler.timesteps):
         drawn = torch.randn(SHAPE, generator=generator)
         monkeypatch.setattr(scheduling_dpm_cogvideox, "randn_tensor", lambda *_, noise=drawn, **__: noise)
-        output = some_network(path[i], times[i].expand(2))
+        output = some_network(path[i], timesteps[i].expand(2))
         back = scheduler.timesteps[i - 1] if i else None
         expected, before = scheduler.step(output, before, step, back, path[i], return_dict=False)
         torch.testing.assert_close(path[i + 1], expected, rtol=0, atol=5e-6)
@@ -106,18 +106,18 @@ def test_dpm_solver_steps_equal_diffusers(steps: int, monkeypatch: pytest.Monkey
 def test_flow_euler_steps_equal_diffusers(steps: int, shift: float):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1])
-    times = FlowEuler(steps, shift).times(FlowMatching())
-    torch.testing.assert_close(times, scheduler.sigmas, rtol=0, atol=1e-6)
-    torch.testing.assert_close(FlowMatching().network_time(times[:-1]), scheduler.timesteps, rtol=1e-6, atol=0)
+    timesteps = FlowEuler(steps, shift).timesteps(FlowMatching())
+    torch.testing.assert_close(timesteps, scheduler.sigmas, rtol=0, atol=1e-6)
+    torch.testing.assert_close(FlowMatching().network_timestep(timesteps[:-1]), scheduler.timesteps, rtol=1e-6, atol=0)
     path = trajectory(FlowEuler(steps, shift), torch.randn(SHAPE), FlowMatching())
     for i, step in enumerate(scheduler.timesteps):
-        output = some_network(path[i], times[i].expand(2))
+        output = some_network(path[i], timesteps[i].expand(2))
         expected = scheduler.step(output, step, path[i], return_dict=False)[0]
         torch.testing.assert_close(path[i + 1], expected, rtol=0, atol=5e-6)
 
 
 def test_the_shift_is_applied_once():
-    assert FlowEuler(50, shift=7.0).times(FlowMatching())[-2].item() == pytest.approx(0.125)
+    assert FlowEuler(50, shift=7.0).timesteps(FlowMatching())[-2].item() == pytest.approx(0.125)
     twice = FlowMatchEulerDiscreteScheduler(shift=7.0)
     twice.set_timesteps(50)
     assert twice.sigmas[-2].item() < 0.06
@@ -136,9 +136,9 @@ def test_any_number_of_steps_ends_at_the_clean_latents(steps: int):
     """diffusers has the same timesteps if they do not divide 1000, but its last step may end at noisy latents."""
     scheduler = CogVideoXDDIMScheduler(**PUBLISHED)
     scheduler.set_timesteps(steps)
-    times = DDIM(steps).times(VPrediction())
-    assert VPrediction().network_time(times[:-1]).tolist() == scheduler.timesteps.tolist()
-    assert times[-1] == 0
+    timesteps = DDIM(steps).timesteps(VPrediction())
+    assert VPrediction().network_timestep(timesteps[:-1]).tolist() == scheduler.timesteps.tolist()
+    assert timesteps[-1] == 0
 
 
 def test_dpm_solver_draws_from_the_generator():

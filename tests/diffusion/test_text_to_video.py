@@ -257,15 +257,22 @@ def test_diffusers_loads_the_adapters_and_their_scale(tmp_path: Path):
     torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_adapters_of_a_different_rank_raise(tmp_path: Path):
+def test_adapters_of_a_different_rank_or_of_different_layers_raise(tmp_path: Path):
     model = adapted()
     train(model)
     file = save_adapters(model.transformer, model.lora, tmp_path)
     fresh = adapted()
     load_adapters(fresh.transformer, fresh.lora, file)
     torch.testing.assert_close(fresh.state_dict(), model.state_dict())
-    with pytest.raises(ValueError, match=r"(?s)pytorch_lora_weights\.safetensors.*lora\.rank"):
-        load_adapters(adapted(rank=3).transformer, LoRA(rank=3), file)
+    for changes, expected in (
+        ({"rank": 3}, r"\(2, 32\).*\(3, 32\).*lora\.rank"),
+        ({"targets": ("to_q",)}, r"\b4\b.*\b2\b.*to_out\.0\.lora_A.*lora\.targets"),
+    ):
+        other = adapted(**changes)
+        before = {name: value.clone() for name, value in other.state_dict().items()}
+        with pytest.raises(ValueError, match=rf"pytorch_lora_weights\.safetensors.*{expected}"):
+            load_adapters(other.transformer, other.lora, file)
+        torch.testing.assert_close(other.state_dict(), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

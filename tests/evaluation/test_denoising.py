@@ -26,7 +26,7 @@ def oracle(objective: Objective, error_at):
 
     def denoise(noisy, t, text):
         clean = torch.full_like(noisy, 0.5)
-        signal, level = (value.view(-1, 1, 1, 1, 1) for value in objective.levels(t))
+        signal, level = (value.view(-1, 1, 1, 1, 1) for value in objective.alpha_sigma(t))
         noise = (noisy - signal * clean) / level
         return objective.target(clean, noise, t) + error_at(t, text).view(-1, 1, 1, 1, 1)
 

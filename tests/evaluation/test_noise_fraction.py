@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from blueberry_video.diffusion.objectives import AddedNoise, FlowMatching, VPrediction
-from blueberry_video.evaluation.noise_fraction import flow_error_factor, times_at_noise_fraction
+from blueberry_video.evaluation.noise_fraction import flow_error_factor, timesteps_at_noise_fraction
 
 FRACTIONS = torch.linspace(0.1, 1, 200)
 
@@ -12,17 +12,17 @@ FRACTIONS = torch.linspace(0.1, 1, 200)
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_times_have_the_requested_noise_fraction(shift: float):
     objective = VPrediction(snr_shift=shift)
-    signal, noise = objective.levels(times_at_noise_fraction(objective, FRACTIONS))
+    signal, noise = objective.alpha_sigma(timesteps_at_noise_fraction(objective, FRACTIONS))
     torch.testing.assert_close(noise / (signal + noise), FRACTIONS, rtol=0, atol=4e-3)  # 1000 timesteps, coarse near 0
 
 
 def test_fractions_outside_the_schedule_map_to_its_first_and_last_timestep():
     objective = VPrediction()
-    assert times_at_noise_fraction(objective, torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.001, 1.0])
+    assert timesteps_at_noise_fraction(objective, torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.001, 1.0])
 
 
 def test_a_flow_is_not_converted():
-    assert torch.equal(times_at_noise_fraction(FlowMatching(), FRACTIONS), FRACTIONS)
+    assert torch.equal(timesteps_at_noise_fraction(FlowMatching(), FRACTIONS), FRACTIONS)
     assert torch.equal(flow_error_factor(FlowMatching(), FRACTIONS), torch.ones_like(FRACTIONS))
 
 
@@ -43,6 +43,6 @@ def test_added_noise_ignores_time_and_inverts_its_noising():
     clean, noise = torch.randn(2, 2, 3, 2, 2, 2)
     noisy = objective.noisy(clean, noise, t)
     assert torch.equal(noisy, clean + noise)
-    assert objective.network_time(t).tolist() == [0, 0]
+    assert objective.network_timestep(t).tolist() == [0, 0]
     torch.testing.assert_close(objective.to_clean(noise, noisy, t), clean)
     assert torch.equal(objective.target(clean, noise, t), objective.to_noise(noise, noisy, t))

@@ -88,7 +88,7 @@ def test_denoising_losses_of_a_flow_have_known_values():
 def test_denoising_losses_equal_loops(shape):
     clean, noise, t = torch.randn(3, 2, 2, 4, 4), torch.randn(3, 2, 2, 4, 4), torch.rand(shape)
     objective = VPrediction()
-    signal, level = objective.levels(t)
+    signal, level = objective.alpha_sigma(t)
     sums = {"zero": 0.0, "mean": 0.0}
     for b, f in itertools.product(range(3), range(2)):
         a, s = (x[b, f] if len(shape) == 2 else x[b] for x in (signal, level))

@@ -1,7 +1,9 @@
 """Task base class: preparation of batches, and learning rates."""
 
+import os
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -10,9 +12,11 @@ from torch import Tensor, nn
 
 from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.sprites import Sprites
+from blueberry_video.models.classifier import VideoClassifier
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import warmup_cosine
 from blueberry_video.tasks.base import Task, repeat_clips
+from blueberry_video.tasks.classification import Classification
 from blueberry_video.tasks.settings import ClipInput, Optimization
 
 OPTIMIZATION = Optimization(partial(torch.optim.SGD, lr=0.1), warmup_cosine)
@@ -123,6 +127,72 @@ def test_learning_rate_scales_with_the_global_batch(run, accumulate, scale):
     assert task.rates[:2] == pytest.approx([0.1 * scale, 0.1 * scale])
 
 
+def test_learning_rate_scales_with_the_clips_of_a_step_in_short_epochs(run):
+    """An epoch has 4 batches of 2 clips, so that no step accumulates more than 4 batches."""
+    task = run(max_steps=1, accumulate=16, schedule=lambda step, total: 1.0, lr_batch_size=256)
+    assert task.rates[0] == pytest.approx(0.1 * 8 / 256)
+
+
+class Gradients(lightning.Callback):
+    """Callback that records gradients and the logged loss of each optimizer step."""
+
+    def __init__(self):
+        self.gradients, self.losses = [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradients.append(torch.cat([p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step > len(self.losses):
+            self.losses.append(trainer.logged_metrics["train/loss"].item())
+
+
+def test_every_accumulated_step_is_the_mean_over_its_batches(run):
+    """4 batches an epoch: steps of 3 batches and of 1. At a learning rate of 0 weights stay the same."""
+    frozen = {"optimizer": partial(torch.optim.SGD, lr=0.0)}
+    single, accumulated = Gradients(), Gradients()
+    run(max_steps=4, callbacks=[single], **frozen)
+    run(max_steps=2, accumulate=3, callbacks=[accumulated], **frozen)
+    for values, expected in (("gradients", single.gradients), ("losses", [torch.tensor(x) for x in single.losses])):
+        found = [torch.as_tensor(value) for value in getattr(accumulated, values)]
+        torch.testing.assert_close(found[0], torch.stack(expected[:3]).mean(dim=0))
+        torch.testing.assert_close(found[1], expected[3])
+
+
+def evaluate(rank: int, world_size: int, folder: str) -> None:
+    """Validates and tests a classifier on 5 clips, and writes the metrics of rank 0."""
+    torch.set_num_threads(1)
+    if world_size > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", TORCHELASTIC_RUN_ID="test", RANK=str(rank), LOCAL_RANK=str(rank))
+        os.environ.update(WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+        store = torch.distributed.FileStore(f"{folder}/store", world_size)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    clips = Sprites("val", 5, num_frames=4, image_size=16)
+    task = Classification(
+        VideoClassifier(Tiny().encoder, {name: len(names) for name, names in clips.classes.items()}), OPTIMIZATION
+    )
+    data = DataModule(Sprites("train", 8, num_frames=4, image_size=16), clips, batch_size=2, test=clips)
+    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=world_size, strategy="ddp" if world_size > 1 else "auto",
+        use_distributed_sampler=False, default_root_dir=folder, **silent,
+    )  # fmt: skip
+    metrics = trainer.validate(task, datamodule=data, verbose=False)[0]
+    metrics |= trainer.test(task, datamodule=data, verbose=False)[0]
+    if rank == 0:
+        torch.save(metrics, f"{folder}/{world_size}")
+
+
+def test_metrics_are_the_same_on_any_number_of_processes(tmp_path):
+    """5 clips: batches of 2, 2 and 1 on one process; of 2 and 1, then of 1 and 1 on two."""
+    evaluate(0, 1, str(tmp_path))
+    torch.multiprocessing.spawn(evaluate, (2, str(tmp_path)), nprocs=2)
+    one, two = (torch.load(tmp_path / str(number)) for number in (1, 2))
+    assert one == pytest.approx(two, rel=1e-5)
+    assert {"val/loss", "val/motion", "val/motion_trivial", "val/motion_within_pairs", "test/loss"} <= one.keys()
+
+
 def test_layer_decay_scales_each_rate_once_and_keeps_the_schedule(run):
     """In addition to the scaling with the batch size; the logged rate is that of the head."""
 
@@ -173,7 +243,10 @@ def test_repeat_clips_keeps_values_aligned():
 def test_images_have_a_separate_number_of_repeats():
     task = Recorder(Tiny(), OPTIMIZATION, ClipInput(repeats=4, image_repeats=2))
     sizes = []
-    task._step = lambda batch, stage: sizes.append(len(batch["video"])) or {"loss": None}
+    task.shared_step = lambda batch, stage: sizes.append(len(batch["video"])) or {"loss": torch.zeros(())}
+    task.log = task.log_dict = lambda *_, **options: None
+    optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
+    task._trainer = SimpleNamespace(accumulate_grad_batches=1, num_training_batches=2, optimizers=[optimizer])
     for frames in (4, 1):
         task.training_step({"video": torch.zeros(3, 3, frames, 16, 16)}, 0)
     assert sizes == [12, 6]

@@ -12,12 +12,12 @@ from blueberry_video.callbacks import EMA
 from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.latents import LatentClips
 from blueberry_video.data.moving_shapes import MovingShapes
-from blueberry_video.diffusion.conditioning import latents_of, text_of, without_some
+from blueberry_video.diffusion.conditioning import drop_captions, latents_of, text_of
 from blueberry_video.diffusion.guidance import ConstantGuidance
 from blueberry_video.diffusion.objectives import FlowMatching, VPrediction
 from blueberry_video.diffusion.samplers import DDIM
 from blueberry_video.diffusion.text_to_video import TextToVideo
-from blueberry_video.diffusion.timesteps import UniformTimes
+from blueberry_video.diffusion.timesteps import UniformTimesteps
 from blueberry_video.evaluation.generated_shapes import GeneratedShapes
 from blueberry_video.models.autoencoder.base import Autoencoder, Pixels
 from blueberry_video.models.autoencoder.causal_vae import CausalVideoVAE
@@ -40,7 +40,7 @@ def model(autoencoder=None, vocabulary=None, **changes) -> TextToVideo:
 def task(network: TextToVideo | None = None, lr: float = 3e-3, **changes) -> Diffusion:
     parts = {
         "objective": FlowMatching(),
-        "timesteps": UniformTimes(),
+        "timesteps": UniformTimesteps(),
         "sampler": DDIM(2),
         "guidance": ConstantGuidance(2.0),
     }
@@ -130,8 +130,8 @@ def test_frames_of_one_patch_share_a_timestep(trainer):
 
 def test_stratified_frame_timesteps_raise():
     with pytest.raises(ValueError, match=r"(?s)(?=.*task\.timesteps\.stratified=true)(?=.*task\.frame_timesteps=true)"):
-        task(frame_timesteps=True, timesteps=UniformTimes(stratified=True))
-    task(timesteps=UniformTimes(stratified=True))
+        task(frame_timesteps=True, timesteps=UniformTimesteps(stratified=True))
+    task(timesteps=UniformTimesteps(stratified=True))
 
 
 def test_a_causal_network_trains_validates_and_samples(trainer):
@@ -225,7 +225,7 @@ def test_caption_dropout_has_the_given_share_and_uses_the_unconditional_text():
     network.text.learn(many["caption"])
     text = text_of(network, many)
     torch.manual_seed(0)
-    kept, none, some = (without_some(network, text, share) for share in (0.0, 1.0, 0.5))
+    kept, none, some = (drop_captions(network, text, share) for share in (0.0, 1.0, 0.5))
     assert torch.equal(kept.tokens, text.tokens)
     assert torch.equal(none.tokens, network.text.unconditional(36).tokens)
     assert torch.equal(none.mask, network.text.unconditional(36).mask)

@@ -17,7 +17,7 @@ from blueberry_video.diffusion.image_noise import ImageNoise
 from blueberry_video.diffusion.objectives import FlowMatching
 from blueberry_video.diffusion.samplers import DDIM
 from blueberry_video.diffusion.text_to_video import TextToVideo
-from blueberry_video.diffusion.timesteps import UniformTimes
+from blueberry_video.diffusion.timesteps import UniformTimesteps
 from blueberry_video.models.autoencoder.base import Autoencoder, Pixels
 from blueberry_video.models.cogvideox.model import CogVideoX
 from blueberry_video.models.text_encoder.words import WordText
@@ -71,7 +71,7 @@ def cogvideox(seed: int = 0) -> TextToVideo:
 
 def task(network: TextToVideo, **changes) -> Diffusion:
     optimization = Optimization(partial(torch.optim.AdamW, lr=3e-3), constant)
-    parts = {"objective": FlowMatching(), "timesteps": UniformTimes(), "sampler": DDIM(2), "guidance": NoGuidance()}
+    parts = {"objective": FlowMatching(), "timesteps": UniformTimesteps(), "sampler": DDIM(2), "guidance": NoGuidance()}
     module = Diffusion(network, optimization, **{**parts, **changes})
     module.trainer = lightning.Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
     return module

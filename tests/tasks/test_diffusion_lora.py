@@ -15,7 +15,7 @@ from blueberry_video.diffusion.lora import LoRA
 from blueberry_video.diffusion.objectives import FlowMatching
 from blueberry_video.diffusion.samplers import DDIM
 from blueberry_video.diffusion.text_to_video import TextToVideo
-from blueberry_video.diffusion.timesteps import UniformTimes
+from blueberry_video.diffusion.timesteps import UniformTimesteps
 from blueberry_video.models.autoencoder.base import Pixels
 from blueberry_video.models.cogvideox.model import CogVideoX
 from blueberry_video.models.text_encoder.words import WordText
@@ -43,7 +43,7 @@ def fit(published: Path, tmp_path: Path, trainer) -> Callable[..., tuple[TextToV
     def run(steps: int, resume: Path | None = None) -> tuple[TextToVideo, EMA, Path]:
         model = network(steps, LoRA(base=str(published), rank=2, targets=["to_q", "to_v"]))
         optimization = Optimization(partial(torch.optim.AdamW, lr=0.01), constant)
-        task = Diffusion(model, optimization, FlowMatching(), UniformTimes(), DDIM(2), NoGuidance())
+        task = Diffusion(model, optimization, FlowMatching(), UniformTimesteps(), DDIM(2), NoGuidance())
         ema = EMA(decay=0.5, warmup=False)
         fitted = trainer(StepSeed(0), ema, max_steps=steps, limit_val_batches=1)
         clips = DataModule(MovingShapes("train", 1, 12), MovingShapes("val", 1, 12), 4)

@@ -5,8 +5,8 @@ import torch
 
 from blueberry_video.diffusion.objectives import FlowMatching, VPrediction
 from blueberry_video.diffusion.samplers import FlowEuler
-from blueberry_video.diffusion.timesteps import LogitNormalTimes, UniformTimes
-from blueberry_video.evaluation.noise_fraction import times_at_noise_fraction
+from blueberry_video.diffusion.timesteps import LogitNormalTimesteps, UniformTimesteps
+from blueberry_video.evaluation.noise_fraction import timesteps_at_noise_fraction
 from blueberry_video.models.autoencoder.base import sample
 from blueberry_video.models.cogvideox import CogVideoX
 from blueberry_video.models.hunyuan_video import HunyuanVideo
@@ -24,13 +24,13 @@ def drawn() -> list[torch.Tensor]:
     seeded = torch.Generator().manual_seed
     shares = torch.linspace(0, 1, 7, dtype=torch.float32)
     return [
-        UniformTimes()(64, generator=seeded(0)),
-        UniformTimes(stratified=True)(64, generator=seeded(0)),
-        UniformTimes()(64, 3, generator=seeded(0)),
-        LogitNormalTimes()(64, generator=seeded(0)),
-        FlowEuler(50, 7.0).times(FlowMatching()),
-        times_at_noise_fraction(VPrediction(), shares),
-        *VPrediction().levels(shares),
+        UniformTimesteps()(64, generator=seeded(0)),
+        UniformTimesteps(stratified=True)(64, generator=seeded(0)),
+        UniformTimesteps()(64, 3, generator=seeded(0)),
+        LogitNormalTimesteps()(64, generator=seeded(0)),
+        FlowEuler(50, 7.0).timesteps(FlowMatching()),
+        timesteps_at_noise_fraction(VPrediction(), shares),
+        *VPrediction().alpha_sigma(shares),
         sample(torch.ones(1, 4, 1, 2, 2, dtype=torch.float32), seeded(0)),
     ]
 

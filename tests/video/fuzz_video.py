@@ -94,7 +94,7 @@ class Run:
 
 
 def process_damaged(run: Run) -> str:
-    """Damages the base, writes it beside nothing else, and processes it."""
+    """Writes a damaged copy of the base to a new folder, and processes it."""
     _, data = damaged(run)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"damaged{run.base.suffix}")
@@ -194,8 +194,8 @@ def swap(data: bytearray, rng: random.Random) -> str:
 def resize_box(data: bytearray, rng: random.Random) -> str:
     """The sizes and counts of an mp4's boxes; in a file without any, four bytes anywhere."""
     names = rb"moov|trak|mdia|minf|stbl|stsd|stsz|stts|ctts|stsc|stco|stss|mdat|ftyp|moof|traf|trun|avc1|mvhd|tkhd|elst"
-    places = [match.start() for match in re.finditer(names, data)]
-    at = rng.choice(places) + rng.choice([-4, 4, 8, 12]) if places else rng.randrange(len(data))
+    starts = [match.start() for match in re.finditer(names, data)]
+    at = rng.choice(starts) + rng.choice([-4, 4, 8, 12]) if starts else rng.randrange(len(data))
     value = rng.choice([0, 1, 7, 0xFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, rng.getrandbits(32)])
     at = max(0, min(at, len(data) - 4))
     data[at : at + 4] = value.to_bytes(4, "big")
@@ -214,11 +214,11 @@ def damaged(run: Run) -> tuple[str, bytes]:
     """What was done to the base of a run, and the bytes that it left; one kind of damage, at times two."""
     rng = random.Random(f"damage {run.seed} {run.number}")
     data = bytearray(run.base.read_bytes())
-    said = []
+    applied = []
     for _ in range(rng.choice([1, 1, 1, 2])):
         if data:
-            said.append(rng.choice(DAMAGES)(data, rng))
-    return ", ".join(said), bytes(data)
+            applied.append(rng.choice(DAMAGES)(data, rng))
+    return ", ".join(applied), bytes(data)
 
 
 # the campaign
@@ -291,11 +291,11 @@ def in_pool(function, items, arguments: argparse.Namespace) -> Iterator[Outcome]
 
 def one_run(arguments: argparse.Namespace, base: Path) -> bool:
     run = Run(base, arguments.seed, arguments.only)
-    said, data = damaged(run)
+    applied, data = damaged(run)
     kept = Path.cwd() / f"damaged_{run.seed}_{run.number}{base.suffix}"
     kept.write_bytes(data)
     [outcome] = in_pool(process_damaged, [run], arguments)
-    print(f"{base.name}: {said}; kept as {kept}\n{kind(outcome)} in {outcome.seconds:.2f} s")
+    print(f"{base.name}: {applied}; kept as {kept}\n{kind(outcome)} in {outcome.seconds:.2f} s")
     if outcome.error is not None:
         print(outcome.error, *getattr(outcome.error, "__notes__", []), sep="\n")
     return outcome.error is None or isinstance(outcome.error, VideoError)

@@ -50,6 +50,11 @@ class TrainBatches:
         return self.size // self.global_batch if self.drop_last else -(-self.size // self.global_batch)
 
     @property
+    def clips_per_batch(self) -> float:
+        """Mean number of clips of a global batch."""
+        return float(self.global_batch) if self.drop_last else self.size / len(self)
+
+    @property
     def sampler(self) -> "TrainBatches":
         """The object itself: Lightning calls ``set_epoch`` on the ``sampler`` of a batch sampler."""
         return self
@@ -121,6 +126,10 @@ class MixedTrainBatches(TrainBatches):
 
     def __len__(self) -> int:
         return sum(self.counts)
+
+    @property
+    def clips_per_batch(self) -> float:
+        return float(np.average([part.clips_per_batch for part in self.parts], weights=self.counts))
 
     @property
     def order(self) -> dict[str, Any]:

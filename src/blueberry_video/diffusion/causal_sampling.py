@@ -1,9 +1,9 @@
-"""Clips that are made chunk by chunk, by a transformer that is causal in time (Diffusion Forcing, arXiv 2407.01392;
-CausVid, arXiv 2412.07772).
+"""Chunk-wise sampling with transformers that are causal in time (Diffusion Forcing, arXiv 2407.01392; CausVid, arXiv
+2412.07772).
 
-A chunk is denoised while the frames before it stand at time 0, and then stays as it is. With a cache the network
-evaluates the frames of one chunk only, as often as the sampler has steps, and once more when they are clean, to write
-the keys and values that later chunks see. Without one it evaluates all frames so far every time, and says the same.
+A chunk is denoised while earlier frames have timestep 0, and is then final. With a KV cache, the network evaluates only
+the frames of one chunk, once per sampler step and once more when they are clean, to fill the cache for later chunks.
+Without a cache it evaluates all frames so far in every step; the samples are equal.
 """
 
 from typing import Protocol
@@ -18,10 +18,10 @@ from blueberry_video.nn.joint_attention import KeyValueCache
 
 
 class CausalNetwork(Protocol):
-    """A causal transformer with its text: ``functools.partial(transformer, text=…, text_mask=…, pooled=…)``."""
+    """Causal transformer with bound text: ``functools.partial(transformer, text=…, text_mask=…, pooled=…)``."""
 
     def __call__(
-        self, latents: Tensor, time: Tensor, /, *, cache: KeyValueCache | None, first_frame: int
+        self, latents: Tensor, timestep: Tensor, /, *, cache: KeyValueCache | None, first_frame: int
     ) -> Tensor: ...
 
 
@@ -38,35 +38,33 @@ def generate_causally(
     generator: torch.Generator | None = None,
     cached: bool = True,
 ) -> Tensor:
-    """Samples clean latents, ``chunk`` frames after the other.
+    """Samples clean latents chunk by chunk.
 
     Args:
-        conditional, unconditional: the network with the text and without; the second may be ``None`` where the
-            guidance does not need it.
+        conditional, unconditional: network with and without the text; the latter may be ``None`` if the guidance does
+            not require it.
         noise: (B, C, T, H, W), standard normal.
-        chunk: frames that are denoised together: the network's ``causal_chunk``. The last chunk may be shorter.
-        sampler, guidance, objective: as for other samples.
-        history: (B, C, T0, H, W), clean latents that the clip goes on from; T0 is a multiple of ``chunk``.
-        generator: of the noise that a stochastic sampler adds.
-        cached: whether to keep keys and values. Otherwise the same is computed with the whole mask.
+        chunk: frames per chunk, the network's ``causal_chunk``. The last chunk may be shorter.
+        sampler, guidance, objective: as for non-causal sampling.
+        history: clean latents (B, C, T0, H, W) that the clip continues; T0 is a multiple of ``chunk``.
+        generator: generator of the noise of a stochastic sampler.
+        cached: use a KV cache instead of the whole attention mask.
 
     Returns:
-        (B, C, T, H, W): the new frames.
+        New frames (B, C, T, H, W).
 
     Raises:
-        ValueError: for a chunk below 1, noise or a history of another shape, or a history that ends within a chunk.
+        ValueError: for a chunk below 1, noise or history of an invalid shape, or a history that ends within a chunk.
     """
     if chunk < 1:
-        raise ValueError(f"chunk={chunk}: a chunk has 1 frame or more, as many as the network's causal_chunk.")
+        raise ValueError(f"chunk={chunk} must be at least 1 frame, the causal_chunk of the network.")
     if noise.ndim != 5:
-        raise ValueError(f"noise of shape {tuple(noise.shape)}: latents are (B, C, T, H, W).")
+        raise ValueError(f"noise of shape {tuple(noise.shape)} must be (B, C, T, H, W).")
     finished = noise[:, :, :0] if history is None else history.to(noise.dtype)
     if (*finished.shape[:2], *finished.shape[3:]) != (*noise.shape[:2], *noise.shape[3:]):
         raise ValueError(f"history of {tuple(finished.shape)} for noise of {tuple(noise.shape)}: only T may differ.")
     if finished.shape[2] % chunk:
-        raise ValueError(
-            f"history of {finished.shape[2]} frames ends within a chunk of {chunk}: give a multiple of {chunk} frames."
-        )
+        raise ValueError(f"history of {finished.shape[2]} frames must be a multiple of chunk={chunk} frames.")
     with_text = _Continuation(conditional, objective, cached)
     without = _Continuation(unconditional, objective, cached) if guidance.unconditional and unconditional else None
     denoise = guidance(with_text, without, objective, sampler.steps)
@@ -80,7 +78,7 @@ def generate_causally(
 
 
 class _Continuation:
-    """The network as a sampler asks it: about the frames that follow those that are finished."""
+    """Causal network as a function of the frames that follow the finished frames, for samplers."""
 
     def __init__(self, network: CausalNetwork, objective: Objective, cached: bool):
         self._network, self._objective = network, objective
@@ -88,30 +86,26 @@ class _Continuation:
         self._finished: list[Tensor] = []
 
     def append(self, frames: Tensor) -> None:
-        """Clean frames (B, C, T, H, W) that follow; of none, nothing happens."""
+        """Appends clean frames (B, C, T, H, W) to the finished frames and to the KV cache; T may be 0."""
         if not frames.shape[2]:
             return
         if self._cache is not None:
-            self._network(frames, self._time(frames, 0.0), cache=self._cache, first_frame=self._num_finished)
+            self._network(frames, self._zero_timesteps(frames), cache=self._cache, first_frame=self._num_finished)
         self._finished.append(frames)
 
     def __call__(self, noisy: Tensor, t: Tensor) -> Tensor:
-        """The output (B, C, T, H, W) for the next frames, at times ``t`` (B,)."""
-        time = self._objective.network_time(t)[:, None].expand(-1, noisy.shape[2])
-        before = self._num_finished
+        """Returns the output (B, C, T, H, W) for the next frames at timesteps ``t`` (B,)."""
+        timestep = self._objective.network_timestep(t)[:, None].expand(-1, noisy.shape[2])
         if self._cache is not None:
-            return self._network(noisy, time, cache=self._cache, first_frame=before)
-        clean = [frames.to(noisy.dtype) for frames in self._finished]
-        times = [self._time(frames, 0.0) for frames in self._finished]
-        output = self._network(
-            torch.cat([*clean, noisy], dim=2), torch.cat([*times, time], 1), cache=None, first_frame=0
-        )
-        return output[:, :, before:]
+            return self._network(noisy, timestep, cache=self._cache, first_frame=self._num_finished)
+        latents = torch.cat([*(frames.to(noisy.dtype) for frames in self._finished), noisy], dim=2)
+        timesteps = torch.cat([*map(self._zero_timesteps, self._finished), timestep], dim=1)
+        return self._network(latents, timesteps, cache=None, first_frame=0)[:, :, self._num_finished :]
 
     @property
     def _num_finished(self) -> int:
         return sum(frames.shape[2] for frames in self._finished)
 
-    def _time(self, frames: Tensor, t: float) -> Tensor:
-        times = torch.full((frames.shape[0], frames.shape[2]), t, device=frames.device)
-        return self._objective.network_time(times)
+    def _zero_timesteps(self, frames: Tensor) -> Tensor:
+        """Returns the network timesteps (B, T) of clean frames."""
+        return self._objective.network_timestep(torch.zeros(frames.shape[0], frames.shape[2], device=frames.device))

@@ -1,4 +1,4 @@
-"""A frozen part of a network that is no part of its parameters."""
+"""Frozen submodules that are not part of the parameters of a network."""
 
 from collections.abc import Callable
 from typing import Any, Generic, Self, TypeVar, cast
@@ -9,33 +9,27 @@ Part = TypeVar("Part", bound=nn.Module)
 
 
 class Frozen(Generic[Part]):
-    """Holds a module beside another: it is not trained, averaged, cut into shards or saved with it.
+    """Frozen submodule that is excluded from the parent's parameters, state dict, EMA and sharding.
 
-    Copies share it: of a text encoder of 10 GB there is one. It may be built later, so that a config that names
-    published weights can be looked at without them. Whoever holds it moves it to its device.
+    Copies share it, because a text encoder may have 10 GB. The parent moves it to the device.
 
     Args:
-        part: a module, or what builds one.
+        part: a module, or a function that builds it on first use, so that a config with published weights can be
+            inspected without them.
     """
 
     def __init__(self, part: Part | Callable[[], Part]):
-        self._part = part
-        if self.is_built:
-            self._freeze()
+        self._part = part.requires_grad_(False).eval() if isinstance(part, nn.Module) else part
 
     @property
     def is_built(self) -> bool:
         return isinstance(self._part, nn.Module)
 
     def get(self) -> Part:
-        """The module, built if it has not been."""
+        """Returns the module, built on first use."""
         if not self.is_built:
-            self._part = cast(Callable[[], Part], self._part)()
-            self._freeze()
+            self._part = cast(Callable[[], Part], self._part)().requires_grad_(False).eval()
         return cast(Part, self._part)
-
-    def _freeze(self) -> None:
-        cast(nn.Module, self._part).requires_grad_(False).eval()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self

@@ -1,6 +1,6 @@
-"""Clips of captions, and of images: what joins a trained network, a sampler, a guidance and an autoencoder.
+"""Generation of clips from captions and images: combines network, sampler, guidance and autoencoder.
 
-Letters: B clips, C channels, T H W frames, rows and columns of latents.
+Shapes: B clips, C channels, T x H x W latent frames, rows and columns.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blueberry_video.diffusion.causal_sampling import generate_causally
-from blueberry_video.diffusion.conditioning import encoded_images, given_frames, replace_first, with_first_frame
+from blueberry_video.diffusion.conditioning import encoded_images, replace_first, with_first_frame
 from blueberry_video.diffusion.guidance import Guidance
 from blueberry_video.diffusion.objectives import Objective
 from blueberry_video.diffusion.samplers import Network, Sampler
@@ -25,30 +25,30 @@ def conditioned(
     objective: Objective,
     image: Tensor | None,
     embedded: float | None,
-    shown: Tensor | None = None,
+    image_mask: Tensor | None = None,
 ) -> Network:
-    """The network with its text and image, as a sampler asks it: latents and times (B,) in [0, 1] -> output.
+    """Binds text and image to a network: returns a function of latents and timesteps (B,) in [0, 1].
 
     Args:
-        model, text, objective: as for :func:`generate_latents`.
-        image, shown: see :func:`~blueberry_video.diffusion.conditioning.with_first_frame`.
-        embedded: the scale that a network with embedded guidance is told.
+        model, text, objective: see :func:`generate_latents`.
+        image, image_mask: see :func:`~blueberry_video.diffusion.conditioning.with_first_frame`.
+        embedded: scale of embedded guidance.
     """
 
     def network(latents: Tensor, t: Tensor) -> Tensor:
-        given = with_first_frame(model, latents, image, shown)
-        return model(given, objective.network_time(t), text, _scales(embedded, latents))
+        latents = with_first_frame(model, latents, image, image_mask)
+        return model(latents, objective.network_timestep(t), text, embedded)
 
     return network
 
 
 def conditioned_causally(model: TextToVideo, text: TextTokens, embedded: float | None) -> Callable[..., Tensor]:
-    """The causal network with its text, as :func:`~blueberry_video.diffusion.causal_sampling.generate_causally` asks
-    it: latents and times (B, T) in [0, 1000] -> output."""
+    """Binds text to a causal network, as a :class:`~blueberry_video.diffusion.causal_sampling.CausalNetwork`: returns a
+    function of latents and timesteps (B, T) in [0, 1000]."""
 
-    def network(latents: Tensor, time: Tensor, /, *, cache: KeyValueCache | None, first_frame: int) -> Tensor:
-        given = with_first_frame(model, latents, None)
-        return model(given, time, text, _scales(embedded, latents), cache, first_frame)
+    def network(latents: Tensor, timestep: Tensor, /, *, cache: KeyValueCache | None, first_frame: int) -> Tensor:
+        latents = with_first_frame(model, latents, None)
+        return model(latents, timestep, text, embedded, cache, first_frame)
 
     return network
 
@@ -65,33 +65,34 @@ def generate_latents(
     image: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Clean latents of texts.
+    """Samples clean latents for texts; with causal networks chunk by chunk, with a KV cache.
 
     Args:
         model: in evaluation mode.
-        text, unconditional: encoded captions, and what stands for none; ``None`` where the guidance does not need it.
+        text, unconditional: encoded captions, and the unconditional text, or ``None`` if the guidance does not require
+            it.
         noise: (B, C, T, H, W), standard normal.
-        sampler, guidance, objective: the last as in training.
-        image: latents (B, C, 1, H, W) of the first frame, of an image-to-video network.
-        generator: of the noise that a stochastic sampler adds, and of the frames that fill up patches of several: in
-            front, as in training, and taken away again.
+        sampler, guidance, objective: the objective is that of training.
+        image: latents (B, C, 1, H, W) of the first frame, for image-to-video networks.
+        generator: generator of the noise of a stochastic sampler, and of frames that are prepended to complete patches
+            in time and removed after sampling.
 
     Returns:
-        (B, C, T, H, W). Of a causal network they are made chunk by chunk, with a cache.
+        (B, C, T, H, W).
 
     Raises:
-        ValueError: if something does not fit the network.
-        FloatingPointError: the sampler's, where the network gives NaN.
+        ValueError: if inputs or guidance do not match the network.
+        FloatingPointError: if the network output is not finite.
     """
     if image is not None and (len(image), *image.shape[3:]) != (len(noise), *noise.shape[3:]):
         raise ValueError(
-            f"the image's latents are {tuple(image.shape)} and the noise is {tuple(noise.shape)}: give every clip one "
-            "image, of its size."
+            f"image latents of {tuple(image.shape)} must match the batch, height and width of the noise, "
+            f"{tuple(noise.shape)}."
         )
     if model.shape.embedded_guidance != (guidance.embedded is not None):
         raise ValueError(
             f"task.guidance is {type(guidance).__name__}, and the transformer has embedded_guidance="
-            f"{model.shape.embedded_guidance}: such a network needs EmbeddedGuidance, and no other takes it."
+            f"{model.shape.embedded_guidance}: use EmbeddedGuidance if and only if it is True."
         )
     num_frames, chunk, scale = noise.shape[2], model.shape.causal_chunk, guidance.embedded
     if missing := -num_frames % model.shape.patch_size[0]:
@@ -100,16 +101,16 @@ def generate_latents(
     if chunk:
         if image is not None:
             raise ValueError(
-                "a causal network goes on from frames, not from an image: model.transformer.causal_chunk=0."
+                f"model.transformer.causal_chunk={chunk} does not support image conditioning: set causal_chunk=0."
             )
-        told = conditioned_causally(model, text, scale)
+        causal = conditioned_causally(model, text, scale)
         base = None if unconditional is None else conditioned_causally(model, unconditional, scale)
-        latents = generate_causally(told, base, noise, chunk, sampler, guidance, objective, generator=generator)
+        latents = generate_causally(causal, base, noise, chunk, sampler, guidance, objective, generator=generator)
     else:
-        told = conditioned(model, text, objective, image, scale)
-        base = None if unconditional is None else conditioned(model, unconditional, objective, image, scale)
-        latents = sampler(guidance(told, base, objective, sampler.steps), noise, objective, generator)
-    if image is not None and given_frames(model, image):
+        network = conditioned(model, text, objective, image, scale)
+        without = None if unconditional is None else conditioned(model, unconditional, objective, image, scale)
+        latents = sampler(guidance(network, without, objective, sampler.steps), noise, objective, generator)
+    if image is not None and model.shape.image_condition == "token_replace":
         latents = replace_first(latents, image)
     return latents[:, :, latents.shape[2] - num_frames :]
 
@@ -124,34 +125,27 @@ def generate(
     images: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Videos (B, 3, T, H, W) in [-1, 1] of captions.
+    """Generates videos (B, 3, T, H, W) in [-1, 1] from captions.
 
     Args:
         model: with text encoder and autoencoder, in evaluation mode.
-        captions: B of them.
-        shape: latents (t, h, w) of a clip; with images, h and w are theirs.
-        sampler, guidance, objective: as for :func:`generate_latents`.
-        images: (B, 3, 1, H, W) in [-1, 1], with which the videos begin; ``None``: captions are all there is.
-        generator: of all noise, on the CPU.
+        captions: B captions.
+        shape: latent size (t, h, w) of a clip; h and w are those of the images if there are any.
+        sampler, guidance, objective: see :func:`generate_latents`.
+        images: first frames (B, 3, 1, H, W) in [-1, 1]; ``None`` for text-to-video.
+        generator: CPU generator of all noise.
 
     Raises:
-        ValueError: the model has no text encoder or no autoencoder.
-        ValueError, FloatingPointError: what :func:`generate_latents` raises.
+        ValueError, FloatingPointError: see :func:`generate_latents`; also if the model has no text encoder or no
+            autoencoder.
     """
     if model.text is None or model.autoencoder is None:
-        raise ValueError("a model with text=null or autoencoder=null cannot make videos of captions: give it both.")
+        raise ValueError("model.text=null or model.autoencoder=null: generation of videos requires both.")
     like = next(model.transformer.parameters())
     image = None if images is None else encoded_images(model, images.to(like.device), generator)
     shape = shape if image is None else (shape[0], image.shape[3], image.shape[4])
     noise = standard_normal((len(captions), model.shape.out_channels, *shape), generator, like.device)
     text = model.text(list(captions))
     unconditional = model.unconditional(len(captions)) if guidance.unconditional else None
-    made = generate_latents(model, text, unconditional, noise, sampler, guidance, objective, image, generator)
-    return model.autoencoder.decode(made)
-
-
-def _scales(embedded: float | None, latents: Tensor) -> Tensor | None:
-    """The scale of the guidance for every clip (B,) of ``latents``."""
-    if embedded is None:
-        return None
-    return torch.full((len(latents),), embedded, dtype=torch.float32, device=latents.device)
+    latents = generate_latents(model, text, unconditional, noise, sampler, guidance, objective, image, generator)
+    return model.autoencoder.decode(latents)

@@ -1,11 +1,9 @@
-"""How strongly a sample follows its text: classifier-free guidance (arXiv 2207.12598), unconditional + s * (conditional
-- unconditional), and the scales s of the published models.
+"""Classifier-free guidance (arXiv 2207.12598): unconditional + s * (conditional - unconditional), and published scales
 
-A guidance makes, of the network with a text and the network without, the one function that a sampler asks.
+A guidance combines the conditional and the unconditional network into the function that a sampler evaluates.
 """
 
 import math
-from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -15,12 +13,12 @@ from blueberry_video.diffusion.objectives import Objective, over_latents
 from blueberry_video.diffusion.samplers import Network
 
 
-class Guidance(ABC):
-    """Called ``guidance(conditional, unconditional, objective, steps)``.
+class Guidance:
+    """Base class of guidance, called as ``guidance(conditional, unconditional, objective, steps)``.
 
     Attributes:
-        unconditional: whether the network without a text is needed: twice the time.
-        embedded: the scale that the network itself is told, as its ``guidance``; None where it takes none.
+        unconditional: whether the unconditional output is required, which doubles the cost.
+        embedded: guidance scale that is an input of the network; ``None`` if it is not.
     """
 
     unconditional: bool = True
@@ -29,48 +27,44 @@ class Guidance(ABC):
     def __call__(
         self, conditional: Network, unconditional: Network | None, objective: Objective, steps: int
     ) -> Network:
-        """The guided network.
+        """Returns the guided network.
 
         Args:
-            conditional, unconditional: output (B, C, T, H, W) for latents (B, C, T, H, W) at times (B,), with the text
-                and without; the second may be ``None`` where it is not needed.
-            objective: that the network was trained with.
-            steps: of the sampler that will ask.
+            conditional, unconditional: network with and without the text; the latter may be ``None`` if not required.
+            objective: training objective of the network.
+            steps: number of steps of the sampler.
 
         Raises:
-            ValueError: if the unconditional network is needed and missing.
+            ValueError: if the unconditional network is required and missing.
         """
         if not self.unconditional:
             return conditional
         if unconditional is None:
-            raise ValueError(f"{type(self).__name__} needs the network without a text as well: give `unconditional`.")
-        without = unconditional
+            raise ValueError(f"{type(self).__name__} requires the network without text: pass `unconditional`.")
+        without_text = unconditional
 
         def guided(latents: Tensor, t: Tensor) -> Tensor:
-            base, told = without(latents, t).float(), conditional(latents, t).float()
-            return base + over_latents(self.scale_at(t, objective, steps), base) * (told - base)
+            base, output = without_text(latents, t).float(), conditional(latents, t).float()
+            return base + over_latents(self.scale_at(t, objective, steps), base) * (output - base)
 
         return guided
 
-    @abstractmethod
     def scale_at(self, t: Tensor, objective: Objective, steps: int) -> Tensor:
-        """The scale s at times ``t`` (B,), float32 (B,)."""
-
-
-class NoGuidance(Guidance):
-    """The text alone: s = 1."""
-
-    unconditional = False
-
-    def scale_at(self, t: Tensor, objective: Objective, steps: int) -> Tensor:
+        """Returns the guidance scale at timesteps ``t`` (B,), float32 (B,). Defaults to 1."""
         return torch.ones_like(t)
 
 
+class NoGuidance(Guidance):
+    """No guidance: s = 1."""
+
+    unconditional = False
+
+
 class ConstantGuidance(Guidance):
-    """The same scale at all times.
+    """Guidance with the same scale at all timesteps.
 
     Args:
-        scale: 0 ignores the text, 1 is the text alone, more exaggerates it; 6 as published with CogVideoX.
+        scale: 0 ignores the text, 1 is no guidance; 6 as published for CogVideoX.
 
     Raises:
         ValueError: for a negative scale.
@@ -84,37 +78,37 @@ class ConstantGuidance(Guidance):
 
 
 class DynamicGuidance(Guidance):
-    """From 1 at pure noise up to 1 + scale: s = 1 + scale * (1 - cos(π * progress^exponent)) / 2.
+    """Guidance that rises from 1 at pure noise to 1 + scale: s = 1 + scale * (1 - cos(π * progress^exponent)) / 2.
 
     Args:
         scale: 6 as published.
-        mode: ``cosine`` has a progress of 1 - t: the share of the steps that are done, as was meant, if the sampler's
-            ``shift`` is 1; with a larger one the scale rises late. ``legacy`` has (steps - network time) / steps, as
-            published in diffusers: the network's time counts 1000 steps, not those of the sampler, so that the scale
-            jumps up and down until the last few steps.
+        mode: ``cosine`` has progress 1 - t, which is the intended fraction of finished steps if the sampler's ``shift``
+            is 1; with a larger one the scale rises late. ``legacy`` has (steps - network timestep) / steps, as in
+            diffusers: the network timestep is in units of 1000 steps, not of the sampler's, so the scale oscillates
+            until the last few steps.
         exponent: 5 as published.
 
     Raises:
-        ValueError: for a negative scale, another mode, or an exponent that is not above 0.
+        ValueError: for a negative scale, an unknown mode, or an exponent that is not above 0.
     """
 
     def __init__(self, scale: float = 6.0, mode: Literal["cosine", "legacy"] = "cosine", exponent: float = 5.0):
         if mode not in ("cosine", "legacy"):
-            raise ValueError(f"mode={mode!r} of the guidance is neither 'cosine' nor 'legacy': choose one of these.")
+            raise ValueError(f"mode={mode!r} of the guidance must be 'cosine' or 'legacy'.")
         if exponent <= 0:
             raise ValueError(f"exponent={exponent} of the guidance must be above 0.")
         self.scale, self.mode, self.exponent = _not_negative(scale), mode, exponent
 
     def scale_at(self, t: Tensor, objective: Objective, steps: int) -> Tensor:
         legacy = self.mode == "legacy"
-        progress = (steps - objective.network_time(t).double()) / steps if legacy else 1 - t.double()
-        # 64 bits: the legacy progress to the fifth is in the millions
+        progress = (steps - objective.network_timestep(t).double()) / steps if legacy else 1 - t.double()
+        # float64: the legacy progress to the fifth power is in the millions
         power = progress.sign() * progress.abs() ** self.exponent
         return (1 + self.scale * (1 - (math.pi * power).cos()) / 2).to(t.dtype)
 
 
 class EmbeddedGuidance(Guidance):
-    """Of a distilled network, which is told the scale and asked once: HunyuanVideo.
+    """Guidance of a distilled network that receives the scale as input and is evaluated once: HunyuanVideo.
 
     Args:
         scale: 6 as published.
@@ -128,11 +122,8 @@ class EmbeddedGuidance(Guidance):
     def __init__(self, scale: float = 6.0):
         self.embedded = _not_negative(scale)
 
-    def scale_at(self, t: Tensor, objective: Objective, steps: int) -> Tensor:
-        return torch.ones_like(t)
-
 
 def _not_negative(scale: float) -> float:
     if scale < 0:
-        raise ValueError(f"scale={scale} of the guidance must not be negative: 1 is no guidance.")
+        raise ValueError(f"scale={scale} of the guidance must not be negative; 1 is no guidance.")
     return scale

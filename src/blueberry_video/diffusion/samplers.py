@@ -1,199 +1,171 @@
-"""From noise to clean latents in a few steps: DDIM (arXiv 2010.02502), DPM-Solver++ 2M SDE (arXiv 2211.01095) and
-Euler's method for flows.
+"""Samplers: DDIM (arXiv 2010.02502), DPM-Solver++ 2M SDE (arXiv 2211.01095) and Euler's method for flow matching.
 
-A sampler's times go from 1 to 0 in even steps ("trailing": the first is pure noise), are shifted towards noise once,
-and always end at the clean latent, whatever the number of steps. DDIM and the solver know nothing but the levels of
-signal and noise of an objective, so they serve every one; in a flow, DDIM is Euler's method.
+Timesteps descend from 1 to 0 with even spacing ("trailing": the first is pure noise), are shifted towards noise once,
+and always end at the clean latents, for any number of steps. DDIM and DPM-Solver++ use only alpha_t and sigma_t, so
+they support every objective; for flow matching, DDIM is Euler's method.
 
-The latents keep 32 bits from step to step, whatever the network computes in.
+Latents are at least float32 between steps, for any dtype of the network.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from blueberry_video.diffusion.objectives import FlowMatching, Objective
-from blueberry_video.diffusion.timesteps import shift_times
+from blueberry_video.diffusion.timesteps import shift_timesteps
 from blueberry_video.nn.noise import standard_normal
 
-Network = Callable[
-    [Tensor, Tensor], Tensor
-]  # latents (B, C, T, H, W) at times (B,) in [0, 1] -> output, as the latents
-Prediction = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # latents at a time -> the clean latents and the noise
+Generator = torch.Generator | None  # None: torch's global generator
+# (latents (B, C, T, H, W), timesteps (B,) in [0, 1]) -> output in the shape of the latents
+Network = Callable[[Tensor, Tensor], Tensor]
+Prediction = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # (latents, t) -> predicted clean latents and noise
+Schedule = Sequence[tuple[float, float, float]]  # t, alpha_t and sigma_t, from t = 1 to t = 0
 
 
 class Sampler(ABC):
-    """Called ``sampler(denoise, noise, objective, generator)``.
+    """Base class of samplers, called as ``sampler(denoise, noise, objective, generator)``.
 
     Args:
-        steps: evaluations of the network.
-        shift: s of :func:`blueberry_video.diffusion.timesteps.shift_times`, for flows; 1 keeps the even steps.
+        steps: number of network evaluations.
+        shift: timestep shift, see :func:`~blueberry_video.diffusion.timesteps.shift_timesteps`; for flow matching.
 
     Raises:
-        ValueError: for less than one step, or a shift that is not above 0.
+        ValueError: for fewer than one step, or a shift that is not above 0.
     """
 
     def __init__(self, steps: int = 50, shift: float = 1.0):
         if steps < 1:
-            raise ValueError(f"steps={steps} of a sampler: use 1 or more.")
+            raise ValueError(f"steps={steps} of the sampler must be at least 1.")
         if shift <= 0:
-            raise ValueError(f"shift={shift} of a sampler must be above 0: 1 shifts nothing.")
+            raise ValueError(f"shift={shift} of the sampler must be above 0; 1 is no shift.")
         self.steps, self.shift = steps, shift
 
-    def times(self, objective: Objective) -> Tensor:
-        """The times (steps + 1,) float32 that are visited, from 1 down to 0.
+    def timesteps(self, objective: Objective) -> Tensor:
+        """Returns the timesteps (steps + 1,), float32, from 1 to 0.
 
         Raises:
-            ValueError: for more steps than the objective has, or an objective that the sampler cannot follow.
+            ValueError: for more steps than the objective has, or an unsupported objective.
         """
-        times = objective.snap(shift_times(torch.linspace(1, 0, self.steps + 1, dtype=torch.float32), self.shift))
-        if (times.diff() >= 0).any():
-            raise ValueError(f"steps={self.steps} with shift={self.shift} are more than the objective has: take fewer.")
-        return times
+        even = torch.linspace(1, 0, self.steps + 1, dtype=torch.float32)
+        timesteps = objective.snap(shift_timesteps(even, self.shift))
+        if (timesteps.diff() >= 0).any():
+            raise ValueError(
+                f"steps={self.steps} with shift={self.shift} exceed the steps of the objective: use fewer steps."
+            )
+        return timesteps
 
     @torch.no_grad()
-    def __call__(
-        self, denoise: Network, noise: Tensor, objective: Objective, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def __call__(self, denoise: Network, noise: Tensor, objective: Objective, generator: Generator = None) -> Tensor:
         """Samples clean latents.
 
         Args:
-            denoise: the network, with its text and its guidance: ``denoise(noisy, t (B,)) -> output``.
+            denoise: conditioned and guided network, ``denoise(noisy, t (B,)) -> output``.
             noise: (B, C, T, H, W), standard normal.
-            objective: that the network was trained with.
-            generator: of the noise that a stochastic sampler adds; torch's global one if ``None``.
+            objective: training objective of the network.
+            generator: generator of the noise of a stochastic sampler; ``None`` for torch's global one.
 
         Returns:
             (B, C, T, H, W), in the dtype of ``noise``.
 
         Raises:
-            ValueError: for noise of another rank or with values that are not finite, an objective that the sampler
-                cannot follow, or an output of another shape than the noise.
-            FloatingPointError: if the network's output is not finite.
+            ValueError: for noise of a different rank or that is not finite, an unsupported objective, or an output of a
+                different shape than the noise.
+            FloatingPointError: if the network output is not finite.
         """
         if noise.ndim != 5 or not noise.isfinite().all():
-            raise ValueError(f"noise of shape {tuple(noise.shape)}: latents are (B, C, T, H, W), and finite numbers.")
-        times = self.times(objective)
+            raise ValueError(f"noise of shape {tuple(noise.shape)} must be (B, C, T, H, W) and finite.")
+        timesteps = self.timesteps(objective)
 
         def predict(latents: Tensor, t: float) -> tuple[Tensor, Tensor]:
-            time = torch.full((len(noise),), t, device=noise.device)
-            output = denoise(latents.to(noise.dtype), time)
+            timestep = torch.full((len(noise),), t, device=noise.device)
+            output = denoise(latents.to(noise.dtype), timestep)
             if output.shape != noise.shape:
                 raise ValueError(
-                    f"the network made {tuple(output.shape)} of latents {tuple(noise.shape)}: a sampler needs the "
-                    "same shape."
+                    f"the network output has shape {tuple(output.shape)}; it must equal that of the latents, "
+                    f"{tuple(noise.shape)}."
                 )
-            return objective.to_clean(output, latents, time), objective.to_noise(output, latents, time)
+            return objective.to_clean(output, latents, timestep), objective.to_noise(output, latents, timestep)
 
         wide = noise.to(torch.promote_types(noise.dtype, torch.float32))
-        clean = self._sample(predict, wide, times, objective, generator)
+        columns = (timesteps, *objective.alpha_sigma(timesteps))
+        schedule = list(zip(*(column.tolist() for column in columns), strict=True))
+        clean = self._sample(predict, wide, schedule, generator)
         if not clean.isfinite().all():
             raise FloatingPointError(
-                "the network's output is not finite: use bf16 or fp32 where weights were trained in bf16, not fp16."
+                "the network output is not finite: use bf16 or fp32, not fp16, for weights trained in bf16."
             )
         return clean.to(noise.dtype)
 
     @abstractmethod
-    def _sample(
-        self,
-        predict: Prediction,
-        latents: Tensor,
-        times: Tensor,
-        objective: Objective,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        """Takes ``latents`` through ``times``."""
+    def _sample(self, predict: Prediction, latents: Tensor, schedule: Schedule, generator: Generator) -> Tensor:
+        """Denoises ``latents`` over the schedule."""
 
 
 class DDIM(Sampler):
-    """Deterministic: keeps the noise that the network sees, and lowers its level.
+    """Deterministic sampler that keeps the predicted noise and lowers its level.
 
-    On ``num_steps`` that are no multiple of ``steps``, diffusers' scheduler for CogVideoX goes to times other than
-    those it evaluates next, and may end before the clean latent; this one does not.
+    If ``steps`` does not divide ``num_steps``, diffusers' scheduler for CogVideoX steps to different timesteps than it
+    evaluates next, and may end at noisy latents; this one does not.
     """
 
-    def _sample(
-        self,
-        predict: Prediction,
-        latents: Tensor,
-        times: Tensor,
-        objective: Objective,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        signals, levels = (values.tolist() for values in objective.levels(times))
-        for i, t in enumerate(times[:-1].tolist()):
+    def _sample(self, predict: Prediction, latents: Tensor, schedule: Schedule, generator: Generator) -> Tensor:
+        for (t, _, _), (_, alpha, sigma) in pairwise(schedule):
             clean, noise = predict(latents, t)
-            latents = signals[i + 1] * clean + levels[i + 1] * noise
+            latents = alpha * clean + sigma * noise
         return latents
 
 
 class DPMSolverSDE(Sampler):
-    """The sampler published with CogVideoX. With λ = log(signal / noise), a step h of λ keeps the share exp(-h) of the
-    noise, and replaces the rest by new noise; the clean latent is extrapolated from this step and the one before.
+    """DPM-Solver++ 2M SDE, the published sampler of CogVideoX.
 
-    The first step, which has nothing before it, and the last one, to no noise, take the clean latent as it is.
+    With λ = log(alpha / sigma), a step of h in λ keeps a fraction exp(-h) of the noise and replaces the rest by new
+    noise; the clean latents are extrapolated from the current and the previous prediction. The first step, which has no
+    previous prediction, and the last step, which has sigma = 0, do not extrapolate.
     """
 
-    def _sample(
-        self,
-        predict: Prediction,
-        latents: Tensor,
-        times: Tensor,
-        objective: Objective,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        signals, levels = (values.tolist() for values in objective.levels(times))
-        before: Tensor | None = None
-        h_before = math.inf
-        for i, t in enumerate(times[:-1].tolist()):
+    def _sample(self, predict: Prediction, latents: Tensor, schedule: Schedule, generator: Generator) -> Tensor:
+        previous: Tensor | None = None
+        previous_h = math.inf
+        for (t, last_alpha, last_sigma), (_, alpha, sigma) in pairwise(schedule):
             clean, _ = predict(latents, t)
-            signal, level = signals[i + 1], levels[i + 1]
-            kept = signals[i] * level / (levels[i] * signal)  # exp(-h): 0 from pure noise, and to none
+            kept = last_alpha * sigma / (last_sigma * alpha)  # exp(-h): 0 from pure noise and to clean latents
             h = -math.log(kept) if kept > 0 else math.inf
-            ahead = clean
-            if before is not None and level > 0:
-                ahead = torch.lerp(before, clean, 1 + h / (2 * h_before))
-            latents = level / levels[i] * kept * latents + signal * (1 - kept**2) * ahead
-            if level > 0:
-                latents = latents + level * math.sqrt(1 - kept**2) * standard_normal(
-                    latents.shape, generator, latents.device
-                )
-            before, h_before = clean, h
+            extrapolated = clean
+            if previous is not None and sigma > 0:
+                extrapolated = torch.lerp(previous, clean, 1 + h / (2 * previous_h))
+            latents = sigma / last_sigma * kept * latents + alpha * (1 - kept**2) * extrapolated
+            if sigma > 0:
+                noise = standard_normal(latents.shape, generator, latents.device)
+                latents = latents + sigma * math.sqrt(1 - kept**2) * noise
+            previous, previous_h = clean, h
         return latents
 
 
 class FlowEuler(Sampler):
-    """Follows the velocity of a flow in straight steps: the sampler of HunyuanVideo.
+    """Euler's method for flow matching, the published sampler of HunyuanVideo.
 
     Args:
-        steps: evaluations of the network.
-        shift: 7 for HunyuanVideo. It is applied once: diffusers' scheduler applies it twice where it is asked for a
-            number of steps rather than for times (its issue 13243).
+        steps: number of network evaluations.
+        shift: timestep shift, 7 for HunyuanVideo. It is applied once; diffusers' scheduler applies it twice if it
+            receives a number of steps instead of sigmas (its issue 13243).
     """
 
     def __init__(self, steps: int = 50, shift: float = 7.0):
         super().__init__(steps, shift)
 
-    def times(self, objective: Objective) -> Tensor:
+    def timesteps(self, objective: Objective) -> Tensor:
         if not isinstance(objective, FlowMatching):
             raise ValueError(
-                f"FlowEuler follows a flow, but the objective is {type(objective).__name__}: use DDIM or DPMSolverSDE."
+                f"FlowEuler requires FlowMatching, not {type(objective).__name__}: use DDIM or DPMSolverSDE."
             )
-        return super().times(objective)
+        return super().timesteps(objective)
 
-    def _sample(
-        self,
-        predict: Prediction,
-        latents: Tensor,
-        times: Tensor,
-        objective: Objective,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        for t, following in pairwise(times.tolist()):
+    def _sample(self, predict: Prediction, latents: Tensor, schedule: Schedule, generator: Generator) -> Tensor:
+        for (t, _, _), (next_t, _, _) in pairwise(schedule):
             clean, noise = predict(latents, t)
-            latents = latents + (following - t) * (noise - clean)
+            latents = latents + (next_t - t) * (noise - clean)
         return latents

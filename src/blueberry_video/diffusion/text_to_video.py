@@ -1,27 +1,17 @@
-"""A diffusion transformer with what it needs around it: a text encoder, and the autoencoder whose latents it models.
+"""Text-to-video model: diffusion transformer, text encoder and autoencoder of matching sizes.
 
-Any transformer of this package goes with any autoencoder and text encoder that have its sizes. Published ones
-are frozen: they are used by the network, but are no part of its parameters or its checkpoints.
+Published autoencoders and text encoders are frozen, and are not part of the model's parameters or checkpoints.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from blueberry_video.diffusion.frozen import Frozen
-from blueberry_video.diffusion.lora import (
-    FILE,
-    LoRA,
-    add_adapters,
-    drop_frozen,
-    forgive_frozen,
-    load_adapters,
-    plain,
-    save_adapters,
-)
+from blueberry_video.diffusion.lora import FILE, LoRA, add_adapters, exclude_frozen, load_adapters, plain, save_adapters
 from blueberry_video.models.autoencoder.base import Autoencoder
 from blueberry_video.models.text_encoder.base import TextEncoder, TextTokens
 from blueberry_video.nn.joint_attention import KeyValueCache
@@ -30,18 +20,18 @@ from blueberry_video.weights.load import load_strictly
 
 
 class Transformer(Protocol):
-    """Interface of a diffusion transformer, besides its ``forward``.
+    """Attributes and methods of a diffusion transformer, except ``forward``.
 
     Attributes:
-        in_channels, out_channels: channels of the input and of the latents it predicts.
+        in_channels, out_channels: channels of the input and of the predicted latents.
         text_dim, pooled_dim: widths of text tokens and of the pooled text embedding, 0 for none.
         patch_size: (t, h, w).
         embedded_guidance: whether the guidance scale is an input.
-        causal_chunk: latent frames of a chunk of causal attention; 0 for full attention.
-        image_condition: how the first frame is given: ``"channels"`` (CogVideoX: its latents, zero-padded to all
-            frames, along the channels), ``"latent_concat"`` (HunyuanVideo: the same, with a channel that marks the
-            frame), ``"token_replace"`` (HunyuanVideo: instead of the first latent frame), ``"optional"``
-            (HunyuanVideo-1.5: as ``latent_concat``, zeros without an image), or ``None`` for text-to-video.
+        causal_chunk: latent frames per chunk of causal attention; 0 for full attention.
+        image_condition: image conditioning: ``"channels"`` (CogVideoX: latents of the first frame, zero-padded to all
+            frames, concatenated along channels), ``"latent_concat"`` (HunyuanVideo: the same, with a mask channel),
+            ``"token_replace"`` (HunyuanVideo: the first latent frame is replaced), ``"optional"`` (HunyuanVideo-1.5: as
+            ``latent_concat``, zeros without an image), or ``None`` for text-to-video.
         image_dropout: share of training clips without image conditioning, as in published training.
     """
 
@@ -65,19 +55,18 @@ class Transformer(Protocol):
 
 
 class TextToVideo(nn.Module):
-    """Transformer, text encoder and autoencoder.
+    """Text-to-video model.
 
     Args:
-        transformer: such as :class:`~blueberry_video.models.cogvideox.CogVideoX`: from noisy latents, a time and text
-            to what the objective wants.
-        text: a text encoder; one that is not ``frozen`` is trained along. Or what builds a frozen one (in a config,
-            ``_partial_: true``): it is not loaded before :meth:`prepare`. ``None``: the text comes with the clips.
-        autoencoder: of videos and latents, never trained here; or what builds it. ``None``: clips come as latents, and
-            nothing can be shown.
-        lora: freeze the transformer and train low-rank adapters beside some of its matrices; ``None`` trains it all.
+        transformer: diffusion transformer, such as :class:`~blueberry_video.models.cogvideox.CogVideoX`.
+        text: text encoder, trained unless it is ``frozen``; or a function that builds a frozen one (in a config,
+            ``_partial_: true``), called by :meth:`prepare`. ``None``: clips have encoded text.
+        autoencoder: frozen autoencoder of videos, or a function that builds it. ``None``: clips are stored latents, and
+            are not decoded.
+        lora: settings of LoRA adapters, with the transformer frozen; ``None`` trains the whole transformer.
 
     Raises:
-        ValueError: if the parts do not fit each other.
+        ValueError: if the sizes of the parts do not match.
     """
 
     def __init__(
@@ -93,90 +82,88 @@ class TextToVideo(nn.Module):
         self.trained_text = text if is_trained else None
         self._text = None if text is None or is_trained else Frozen[TextEncoder](text)
         self._autoencoder = None if autoencoder is None else Frozen[Autoencoder](autoencoder)
-        self._unconditional: TextTokens | None = None  # of a frozen encoder
+        self._unconditional: TextTokens | None = None  # cache, for frozen encoders
         if lora is not None:
             add_adapters(transformer, lora)
-            self._register_state_dict_hook(drop_frozen)
-            self.register_load_state_dict_post_hook(forgive_frozen)
+            exclude_frozen(self)
         self._check()
 
     @property
     def text(self) -> TextEncoder | None:
-        """The text encoder, loaded where it has not been."""
+        """Text encoder, built on first use."""
         if self.trained_text is not None:
             return cast(TextEncoder, self.trained_text)
         return None if self._text is None else self._text.get()
 
     @property
     def autoencoder(self) -> Autoencoder | None:
-        """The autoencoder, loaded where it has not been."""
+        """Autoencoder, built on first use."""
         return None if self._autoencoder is None else self._autoencoder.get()
 
     @property
     def shape(self) -> Transformer:
-        """The transformer, as something with sizes."""
+        """The transformer, typed as :class:`Transformer`."""
         return cast(Transformer, self.transformer)
 
     def unconditional(self, batch_size: int) -> TextTokens:
-        """What stands for no caption. A frozen encoder says it once: it is as slow as it is large.
+        """Returns the unconditional text, cached for frozen encoders.
 
         Raises:
-            ValueError: there is no text encoder.
+            ValueError: if there is no text encoder.
         """
         if self.text is None:
-            raise ValueError("model.text is null, so nothing says what stands for no caption: choose a model.text.")
+            raise ValueError("model.text=null has no unconditional text: choose a model.text.")
         if self.trained_text is not None:
             return self.text.unconditional(batch_size)
         like = next(self.text.parameters())
         if self._unconditional is None or self._unconditional.tokens.device != like.device:
-            with torch.inference_mode(False), torch.no_grad():  # it is kept for later, also for training
+            with torch.inference_mode(False), torch.no_grad():  # cached, also for training
                 self._unconditional = self.text.unconditional(1)
         return repeated(self._unconditional, batch_size)
 
     def prepare(self, device: torch.device | None = None) -> None:
-        """Loads the parts that were to be built later, and moves what is frozen to a device.
+        """Builds the frozen parts and moves them to a device.
 
         Args:
-            device: by default that of the transformer.
+            device: defaults to the device of the transformer.
 
         Raises:
-            ValueError: if they do not fit the transformer; what loading them raises.
+            ValueError: if their sizes do not match the transformer; also the errors of building them.
         """
         device = next(self.transformer.parameters()).device if device is None else device
-        for part in self._beside():
+        for part in self._frozen_parts():
             part.get().to(device)
         self._check()
 
     def forward(
         self,
         latents: Tensor,
-        time: Tensor,
+        timestep: Tensor,
         text: TextTokens,
-        guidance: Tensor | None = None,
+        guidance: float | None = None,
         cache: KeyValueCache | None = None,
         first_frame: int = 0,
     ) -> Tensor:
-        """
-        Args:
-            latents: (B, in_channels, T, H, W), noisy; with what an image-to-video transformer is told of the image.
-            time: (B,) or (B, T) in [0, 1000]. Of a causal transformer, (B,) is the time of every frame.
-            text: encoded captions.
-            guidance: (B,), of a transformer with embedded guidance.
-            cache, first_frame: of a causal transformer.
+        """Returns the output (B, out_channels, T, H, W) of the transformer.
 
-        Returns:
-            (B, out_channels, T, H, W).
+        Args:
+            latents: (B, in_channels, T, H, W), noisy, with the image conditioning.
+            timestep: (B,), one per clip, or (B, T), one per frame, in [0, 1000].
+            text: encoded captions.
+            guidance: scale of embedded guidance.
+            cache, first_frame: KV cache and index of the first frame, for causal transformers.
         """
-        if time.ndim == 1 and self.shape.causal_chunk:
-            time = time[:, None].expand(-1, latents.shape[2])
+        if timestep.ndim == 1 and self.shape.causal_chunk:
+            timestep = timestep[:, None].expand(-1, latents.shape[2])
         pooled = text.pooled if self.shape.pooled_dim else None
-        return self.transformer(latents, time, text.tokens, text.mask, pooled, guidance, cache, first_frame)
+        scale = guidance if guidance is None else latents.new_full((len(latents),), guidance, dtype=torch.float32)
+        return self.transformer(latents, timestep, text.tokens, text.mask, pooled, scale, cache, first_frame)
 
     def check_clip(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Latents (t, h, w) of a clip of that size in pixels.
+        """Returns the latent size (t, h, w) of a clip with the given size in pixels.
 
         Raises:
-            ValueError: autoencoder or transformer cannot take it; the message names the nearest legal values.
+            ValueError: if autoencoder or transformer do not support it; the message names the nearest legal values.
         """
         if self.autoencoder is None:
             raise ValueError("model.autoencoder=null requires stored latents: choose data=latents, or an autoencoder.")
@@ -186,7 +173,7 @@ class TextToVideo(nn.Module):
         return size
 
     def check_latents(self, size: tuple[int, int, int]) -> None:
-        """The transformer can take latents (t, h, w), its frames filled up to whole patches.
+        """Checks that the transformer supports latents (t, h, w), with t padded to the patch size.
 
         Raises:
             ValueError: if not; the message names the nearest size, or the argument to change.
@@ -202,11 +189,11 @@ class TextToVideo(nn.Module):
                 (the adapters), or published weights of the transformer: a folder, a file or a hub id.
 
         Returns:
-            A sentence on what was loaded.
+            A message that names the loaded weights.
 
         Raises:
-            FileNotFoundError: there are no such weights.
-            ValueError: the weights do not fit the model; the message names what differs.
+            FileNotFoundError: if there are no such weights.
+            ValueError: if the weights do not match the model; the message names the difference.
         """
         path = Path(source)
         if path.suffix == ".ckpt":
@@ -214,29 +201,26 @@ class TextToVideo(nn.Module):
             return f"loaded {len(self.state_dict())} tensors from {path}"
         if path.name == FILE:
             if self.lora is None:
-                raise ValueError(
-                    f"{path} holds adapters, and model.lora is null: set model.lora, with the rank and targets of the "
-                    "file."
-                )
+                raise ValueError(f"{path} has adapters, but model.lora=null: set its rank and targets as in training.")
             load_adapters(self.transformer, self.lora, path)
             return f"loaded the adapters from {path}"
         with plain(self.transformer):
             return self.shape.load_published(source)
 
     def save_published(self, folder: str | Path, merge: bool = False) -> list[Path]:
-        """Writes the transformer to ``folder/transformer`` in the layout of diffusers; of a model with adapters only
-        the adapter file ``folder/pytorch_lora_weights.safetensors``.
+        """Writes the transformer to ``folder/transformer`` in the layout of diffusers; for a model with adapters only
+        ``folder/pytorch_lora_weights.safetensors``.
 
         Args:
             folder: created if it does not exist.
-            merge: add the adapters to the weights of the transformer, and write the transformer.
+            merge: write the transformer with merged adapters.
 
         Returns:
-            The folder or file that was written.
+            The written folder or file.
 
         Raises:
-            FileExistsError: it exists.
-            ValueError: diffusers has no such transformer.
+            FileExistsError: if it exists.
+            ValueError: if diffusers has no such transformer.
         """
         folder = Path(folder)
         if self.lora is not None and not merge:
@@ -250,39 +234,42 @@ class TextToVideo(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TextToVideo":
         super()._apply(fn, recurse)
         self._unconditional = None
-        for part in self._beside():
+        for part in self._frozen_parts():
             if part.is_built:
                 part.get()._apply(fn)
         return self
 
-    def _beside(self) -> list[Frozen]:
+    def _frozen_parts(self) -> list[Frozen]:
         return [part for part in (self._text, self._autoencoder) if part is not None]
 
     def _check(self) -> None:
-        """The parts that are there have the same sizes."""
-        wanted = self.shape
+        """Checks that the sizes of the parts that are built match."""
+        sizes = self.shape
         text = self.trained_text or (self._text.get() if self._text is not None and self._text.is_built else None)
-        faults: list[tuple[str, Any, str, Any]] = []
+        pairs: list[tuple[str, int, str, int]] = []
         if isinstance(text, TextEncoder):
-            faults.append(("transformer.text_dim", wanted.text_dim, "text.text_dim", text.text_dim))
-            if wanted.pooled_dim:
-                faults.append(("transformer.pooled_dim", wanted.pooled_dim, "text.pooled_dim", text.pooled_dim))
+            pairs.append(("transformer.text_dim", sizes.text_dim, "text.text_dim", text.text_dim))
+            if sizes.pooled_dim:
+                pairs.append(("transformer.pooled_dim", sizes.pooled_dim, "text.pooled_dim", text.pooled_dim))
             if text is not self.trained_text and not text.frozen:
-                raise ValueError(
-                    f"model.text is a {type(text).__name__}, which is trained: give it without `_partial_: true`."
-                )
+                raise ValueError(f"model.text={type(text).__name__} is trainable: remove `_partial_: true`.")
         if self._autoencoder is not None and self._autoencoder.is_built:
             channels = self._autoencoder.get().channels
-            faults.append(("transformer.out_channels", wanted.out_channels, "autoencoder.channels", channels))
-        for key, value, other, theirs in faults:
-            if value != theirs:
+            pairs.append(("transformer.out_channels", sizes.out_channels, "autoencoder.channels", channels))
+        for key, value, other_key, other in pairs:
+            if value != other:
                 raise ValueError(
-                    f"model.{key}={value} and model.{other}={theirs} disagree: write model.{key}={theirs}, or choose "
-                    f"another model.{other.partition('.')[0]}."
+                    f"model.{key}={value} must equal model.{other_key}={other}: set model.{key}={other}, or choose a "
+                    f"different model.{other_key.partition('.')[0]}."
                 )
+
+
+def map_text(function: Callable[..., Tensor], *texts: TextTokens) -> TextTokens:
+    """Applies a function to tokens, masks and, unless one is ``None``, pooled embeddings."""
+    tokens, mask, pooled = (None if any(x is None for x in parts) else function(*parts) for parts in zip(*texts))
+    return TextTokens(cast(Tensor, tokens), cast(Tensor, mask), pooled)
 
 
 def repeated(text: TextTokens, batch_size: int) -> TextTokens:
-    """One encoded caption, ``batch_size`` times."""
-    tokens, mask, pooled = (None if part is None else part.expand(batch_size, *part.shape[1:]) for part in text)
-    return TextTokens(cast(Tensor, tokens), cast(Tensor, mask), pooled)
+    """Expands one encoded caption to a batch."""
+    return map_text(lambda part: part.expand(batch_size, *part.shape[1:]), text)

@@ -1,8 +1,8 @@
-"""Which noise levels a diffusion model trains on: samplers of times in [0, 1], where 0 is clean and 1 pure noise.
+"""Timestep samplers of training: t in [0, 1], where 0 is clean and 1 is pure noise.
 
-Every sampler turns uniform random numbers into times by a quantile function, so that all can be stratified: numbers
-that share [0, 1] among the samples of all ranks make the mean loss vary less (CogVideoX calls it explicit uniform
-sampling, arXiv 2408.06072). They are drawn on the CPU, so that a run is repeatable on any device.
+Every sampler maps uniform random numbers by a quantile function, so that all can be stratified: numbers that partition
+[0, 1] among the samples of all ranks lower the variance of the mean loss (explicit uniform sampling in CogVideoX, arXiv
+2408.06072). Numbers are drawn on the CPU, so that runs are deterministic on any device.
 """
 
 import math
@@ -12,54 +12,56 @@ import torch
 from torch import Tensor
 
 
-def shift_times(t: Tensor, shift: float) -> Tensor:
-    """s t / (1 + (s - 1) t): moves times (any shape, in [0, 1]) towards noise for s > 1, by an SNR s² times lower in a
-    flow (arXiv 2403.03206). 0 and 1 stay.
+def shift_timesteps(t: Tensor, shift: float) -> Tensor:
+    """Returns s t / (1 + (s - 1) t), timesteps in [0, 1] of any shape, shifted towards noise for s > 1.
+
+    For flow matching, it divides the SNR by s² (arXiv 2403.03206). 0 and 1 are unchanged.
     """
     return shift * t / (1 + (shift - 1) * t)
 
 
 class TokenShift:
-    """A shift that grows with the size of a clip (Open-Sora 2, arXiv 2503.09642): linear in the tokens of a frame,
-    times the square root of the number of frames. Large pictures have more redundant pixels and stand more noise.
+    """Timestep shift that grows with the size of a clip (Open-Sora 2, arXiv 2503.09642).
+
+    It is linear in the tokens per frame, times the square root of the number of frames: large frames are more redundant
+    and require more noise.
 
     Args:
-        low_tokens, low_shift: tokens of a frame, and the shift there,
-        high_tokens, high_shift: a second point of the line.
+        low_tokens, low_shift: tokens per frame and shift of a first point of the line.
+        high_tokens, high_shift: a second point.
 
     Raises:
-        ValueError: for two points at the same place, or a shift that is not above 0.
+        ValueError: if high_tokens does not exceed low_tokens, or a shift is not above 0.
     """
 
     def __init__(self, low_tokens: int = 256, low_shift: float = 1.0, high_tokens: int = 4096, high_shift: float = 3.0):
         if low_tokens >= high_tokens or low_shift <= 0 or high_shift <= 0:
             raise ValueError(
-                f"a shift of {low_shift} at low_tokens={low_tokens} and of {high_shift} at high_tokens={high_tokens} "
-                "makes no line: the second number of tokens must be larger, both shifts above 0."
+                f"low_tokens={low_tokens} must be below high_tokens={high_tokens}, and low_shift={low_shift} and "
+                f"high_shift={high_shift} above 0."
             )
-        self._low, self._high = (low_tokens, low_shift), (high_tokens, high_shift)
+        self._low_tokens, self._low_shift = low_tokens, low_shift
+        self._slope = (high_shift - low_shift) / (high_tokens - low_tokens)
 
     def __call__(self, grid: tuple[int, int, int]) -> float:
-        """The shift of a clip of (t, h, w) tokens.
+        """Returns the shift of a clip with a patch grid (t, h, w).
 
         Raises:
-            ValueError: if the line is at 0 or below for frames this small.
+            ValueError: if the line is not above 0 for frames of this size.
         """
-        (low_tokens, low_shift), (high_tokens, high_shift) = self._low, self._high
-        slope = (high_shift - low_shift) / (high_tokens - low_tokens)
-        shift = low_shift + slope * (grid[1] * grid[2] - low_tokens)
+        shift = self._low_shift + self._slope * (grid[1] * grid[2] - self._low_tokens)
         if shift <= 0:
-            raise ValueError(f"the shift of frames of {grid[1]} x {grid[2]} tokens is {shift:.3g}: raise low_shift.")
+            raise ValueError(f"shift={shift:.3g} for frames of {grid[1]} x {grid[2]} tokens: raise low_shift.")
         return shift * math.sqrt(grid[0])
 
 
-class TimeSampler(ABC):
-    """Draws the times of a batch.
+class TimestepSampler(ABC):
+    """Base class of timestep samplers.
 
     Args:
-        shift: of every time, see :func:`shift_times`; or what computes it from the tokens of a clip.
-        stratified: cut [0, 1] into as many equal slices as there are samples on all ranks, rank after rank, and draw
-            one number in each. Times of single frames must be independent, and cannot be stratified.
+        shift: see :func:`shift_timesteps`; or a :class:`TokenShift`, which computes it from the patch grid.
+        stratified: partition [0, 1] into one slice per sample of all ranks, in order of ranks, and draw one number in
+            each. Timesteps per frame must be independent and cannot be stratified.
 
     Raises:
         ValueError: if ``shift`` is not above 0.
@@ -67,7 +69,7 @@ class TimeSampler(ABC):
 
     def __init__(self, shift: float | TokenShift = 1.0, stratified: bool = False):
         if not isinstance(shift, TokenShift) and shift <= 0:
-            raise ValueError(f"shift={shift} of the times must be above 0: 1 shifts nothing.")
+            raise ValueError(f"shift={shift} of the timesteps must be above 0; 1 is no shift.")
         self.shift, self.stratified = shift, stratified
 
     def __call__(
@@ -79,17 +81,17 @@ class TimeSampler(ABC):
         rank: int = 0,
         world_size: int = 1,
     ) -> Tensor:
-        """Times of a batch: float32 (B,), or (B, T) where ``num_frames`` is given: one a frame, independent (Diffusion
-        Forcing, arXiv 2407.01392).
+        """Returns timesteps of a batch: float32 (B,), or with ``num_frames`` (B, T), independent for every frame
+        (Diffusion Forcing, arXiv 2407.01392).
 
         Args:
             batch_size, num_frames: B and T.
-            grid: tokens (t, h, w) of a clip, for a shift that depends on them.
-            generator: of the random numbers; torch's global one if ``None``.
-            rank, world_size: which of how many processes this is, for stratified numbers.
+            grid: patch grid (t, h, w) of a clip, required by a TokenShift.
+            generator: random generator; ``None`` for torch's global one.
+            rank, world_size: rank of this process and number of processes, for stratified numbers.
 
         Raises:
-            ValueError: for times of frames from a stratified sampler, or if the shift needs a grid that is not given.
+            ValueError: for ``num_frames`` with a stratified sampler, or a TokenShift without a grid.
         """
         if num_frames is None:
             uniform = torch.rand(batch_size, generator=generator, dtype=torch.float32)
@@ -97,36 +99,34 @@ class TimeSampler(ABC):
                 first = rank * batch_size
                 uniform = (torch.arange(first, first + batch_size) + uniform) / (batch_size * world_size)
         elif self.stratified:
-            raise ValueError("stratified=true gives a time to each clip: set it to false for a time to each frame.")
+            raise ValueError("stratified=true requires one timestep per clip: set it to false for timesteps per frame.")
         else:
             uniform = torch.rand(batch_size, num_frames, generator=generator, dtype=torch.float32)
-        return shift_times(self._quantile(uniform), self._shift_of(grid))
+        shift = self.shift
+        if isinstance(shift, TokenShift):
+            if grid is None:
+                raise ValueError("a TokenShift depends on the size of the clips: pass their patch grid as `grid`.")
+            shift = shift(grid)
+        return shift_timesteps(self._quantile(uniform), shift)
 
     @abstractmethod
     def _quantile(self, uniform: Tensor) -> Tensor:
-        """The times below which the shares ``uniform`` of all lie."""
-
-    def _shift_of(self, grid: tuple[int, int, int] | None) -> float:
-        if not isinstance(self.shift, TokenShift):
-            return self.shift
-        if grid is None:
-            raise ValueError("a TokenShift depends on the size of the clips: call the sampler with their grid.")
-        return self.shift(grid)
+        """Quantile function of the distribution before the shift."""
 
 
-class UniformTimes(TimeSampler):
-    """Every time equally often, before the shift."""
+class UniformTimesteps(TimestepSampler):
+    """Timesteps uniform in [0, 1] before the shift."""
 
     def _quantile(self, uniform: Tensor) -> Tensor:
         return uniform
 
 
-class LogitNormalTimes(TimeSampler):
-    """Times whose logit is normal: the middle ones most often (Stable Diffusion 3, arXiv 2403.03206).
+class LogitNormalTimesteps(TimestepSampler):
+    """Timesteps with a normal logit, which favors the middle (Stable Diffusion 3, arXiv 2403.03206).
 
     Args:
-        mean, std: of the logit.
-        shift, stratified: see :class:`TimeSampler`.
+        mean, std: mean and standard deviation of the logit.
+        shift, stratified: see :class:`TimestepSampler`.
 
     Raises:
         ValueError: if ``std`` or ``shift`` is not above 0.
@@ -135,7 +135,7 @@ class LogitNormalTimes(TimeSampler):
     def __init__(self, mean: float = 0.0, std: float = 1.0, shift: float | TokenShift = 1.0, stratified: bool = False):
         super().__init__(shift, stratified)
         if std <= 0:
-            raise ValueError(f"std={std} of logit-normal times must be above 0.")
+            raise ValueError(f"std={std} of the logit-normal distribution must be above 0.")
         self.mean, self.std = mean, std
 
     def _quantile(self, uniform: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blueberry_video.diffusion.objectives import FlowMatching, Objective, VPrediction
-from blueberry_video.evaluation.noise_fraction import flow_error_factor, times_at_noise_fraction
+from blueberry_video.evaluation.noise_fraction import flow_error_factor, timesteps_at_noise_fraction
 from blueberry_video.evaluation.trivial import trivial_denoising_losses
 from blueberry_video.models.text_encoder.base import TextTokens
 from blueberry_video.nn.noise import standard_normal
@@ -22,7 +22,7 @@ from blueberry_video.nn.noise import standard_normal
 NUM_BINS = 10
 NEAR_PURE_NOISE = 0.95  # noise fraction above which only the text determines the clip
 
-Denoiser = Callable[[Tensor, Tensor, TextTokens], Tensor]  # (noisy latents, times (B,), text) -> output
+Denoiser = Callable[[Tensor, Tensor, TextTokens], Tensor]  # (noisy latents, timesteps (B,), text) -> output
 
 
 def denoising_losses(
@@ -36,15 +36,15 @@ def denoising_losses(
     """Returns mean squared errors of a denoiser.
 
     Args:
-        denoise: maps noisy latents (B, C, T, H, W), times (B,) in [0, 1] and text to the network output.
+        denoise: maps noisy latents (B, C, T, H, W), timesteps (B,) in [0, 1] and text to the network output.
         objective: training objective of the network.
         clean: latents (B, C, T, H, W).
         text: captions of the clips.
         shuffled_text: a different caption for each clip, or ``None`` if there is none.
-        generator: CPU generator of noise and times.
+        generator: CPU generator of noise and timesteps.
 
     Returns:
-        Scalars by name. ``loss`` is the mean over evenly spaced noise fractions in [0, 1] (the times of a flow),
+        Scalars by name. ``loss`` is the mean over evenly spaced noise fractions in [0, 1] (flow timesteps),
         ``loss_t00_10`` … ``loss_t90_100`` over each tenth, ``loss_t95`` over [0.95, 1]. ``loss_shuffled`` and
         ``loss_t95_shuffled`` use ``shuffled_text`` and the same noise. ``loss_trivial`` and ``loss_t95_trivial`` are
         of the mean of the clips in place of a network; for B = 1, where the mean is the clip itself, of zero, the mean
@@ -77,7 +77,7 @@ def _errors(
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """Returns mean squared errors by name, (B,) each, at noise fractions ``fraction`` (B,) with new noise."""
-    t = times_at_noise_fraction(objective, fraction)
+    t = timesteps_at_noise_fraction(objective, fraction)
     noise = standard_normal(clean.shape, generator, clean.device)
     noisy, target = objective.noisy(clean, noise, t), objective.target(clean, noise, t)
     factor = flow_error_factor(objective, t)
@@ -87,7 +87,7 @@ def _errors(
             continue
         error = (denoise(noisy, t, condition).float() - target).square().flatten(1).mean(dim=1)
         values |= {f"loss{name}": error, f"flow_loss{name}": error * factor}
-    for unit, unit_objective, times in (("loss", objective, t), ("flow_loss", FlowMatching(), fraction)):
-        constants = trivial_denoising_losses(unit_objective, clean, noise, times)
+    for unit, unit_objective, timesteps in (("loss", objective, t), ("flow_loss", FlowMatching(), fraction)):
+        constants = trivial_denoising_losses(unit_objective, clean, noise, timesteps)
         values[f"{unit}_trivial"] = constants["mean" if len(clean) > 1 else "zero"].expand(len(clean))
     return values

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 VIEW = re.compile(r".+#\d+(\.\d+)?")  # id of one view of a video
@@ -74,6 +75,65 @@ def shuffle_frames(video: Tensor, generator: torch.Generator | None = None) -> T
     """Shuffles the frames of each clip (B, C, T, H, W) in an independent random order, which removes the motion."""
     order = torch.rand(video.shape[0], video.shape[2], generator=generator).argsort(dim=1).to(video.device)
     return video.gather(2, order[:, None, :, None, None].expand_as(video))
+
+
+class Means:
+    """Means by name over the items of all batches and processes.
+
+    Sums and numbers of items are reduced separately. Lightning's mean over processes truncates the number of clips to
+    an integer, and torchmetrics' MeanMetric either drops NaN or ignores weights.
+    """
+
+    def __init__(self) -> None:
+        self._totals: dict[str, tuple[Tensor, int]] = {}  # sum and number of items
+
+    def add(self, name: str, value: Tensor, count: int) -> None:
+        """Adds the mean ``value`` of ``count`` items, or a vector with one value per item."""
+        value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
+        added, count = (value.sum(), len(value)) if value.ndim else (value * count, count)
+        total, known = self._totals.get(name, (torch.zeros_like(added), 0))
+        self._totals[name] = total + added, known + count
+
+    def compute(self) -> dict[str, Tensor]:
+        """Returns the means, and resets. All processes must call it, with the same names; each gets the same result."""
+        totals, self._totals = self._totals, {}
+        if not totals:
+            return {}
+        pairs = torch.stack([torch.stack([total, total.new_tensor(count)]) for total, count in totals.values()])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(pairs)
+        return dict(zip(totals, pairs[:, 0] / pairs[:, 1], strict=True))
+
+
+class ClassCounts:
+    """Number of items of each class per label, over batches and processes."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, Tensor] = {}
+
+    def add(self, labels: dict[str, Tensor]) -> None:
+        """Adds a batch: label -> classes, long (N,)."""
+        for name, classes in labels.items():
+            counts, known = classes.bincount(), self._counts.get(name, classes.new_zeros(0))
+            size = max(len(counts), len(known))
+            self._counts[name] = F.pad(counts, (0, size - len(counts))) + F.pad(known, (0, size - len(known)))
+
+    def majority_shares(self) -> dict[str, Tensor]:
+        """Returns label -> share of the most frequent class over the items of all processes, and resets.
+
+        All processes must call it; each gets the same result.
+        """
+        gathered = [{name: counts.cpu() for name, counts in self._counts.items()}]
+        self._counts = {}
+        if dist.is_available() and dist.is_initialized():
+            gathered = gathered * dist.get_world_size()
+            dist.all_gather_object(gathered, gathered[0])
+        shares = {}
+        for name in gathered[0]:
+            size = max(len(counts[name]) for counts in gathered)
+            total = torch.stack([F.pad(counts[name], (0, size - len(counts[name]))) for counts in gathered]).sum(dim=0)
+            shares[name] = total.max() / total.sum()
+        return shares
 
 
 class _Views(NamedTuple):

@@ -89,9 +89,8 @@ class ActionPrediction(Task):
             "rollout_trivial": prediction_loss(latents[:, :1].expand(-1, steps, -1, -1), latents),
         }
 
-    def on_validation_epoch_end(self) -> None:
-        logged = self.trainer.callback_metrics
-        self.log("val/rollout_share", logged["val/rollout"] / logged["val/rollout_trivial"], sync_dist=True)
+    def epoch_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"rollout_share": means["rollout"] / means["rollout_trivial"]}
 
     def tokens_per_clip(self, batch: dict) -> int:
         """Tokens of the predictor's sequence for a clip, including its last frame."""

@@ -153,22 +153,17 @@ class Anticipation(Task):
             counts = recalled_by_class(logits[name], label, self.recall_at)
             self._recalled[f"{name}_recall{suffix}"] = self._recalled.get(f"{name}_recall{suffix}", 0) + counts
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_whole_set("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_whole_set("test")
-
-    def _log_whole_set(self, stage: str) -> None:
-        """Logs metrics over the whole set."""
+    def epoch_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        values = {}
         for key, counts in self._recalled.items():
             counts = self.trainer.strategy.reduce(counts.float(), reduce_op="sum")
-            self.log(f"{stage}/{key}", mean_class_recall(counts))
+            values[key] = mean_class_recall(counts)
             if key.endswith("_recall"):
                 clips, occurring = counts[1], (counts[1] > 0).sum()
-                self.log(f"{stage}/{key}_trivial", (self.recall_at / occurring).clamp(max=1))
-                self.log(f"{stage}/{key.removesuffix('_recall')}_trivial", clips.max() / clips.sum())
+                values[f"{key}_trivial"] = (self.recall_at / occurring).clamp(max=1)
+                values[f"{key.removesuffix('_recall')}_trivial"] = clips.max() / clips.sum()
         self._recalled.clear()
+        return values
 
     def media(self, batch: dict) -> dict[str, Tensor]:
         """``clips``: one row per clip: the clip, and the validation input with its last frame repeated."""

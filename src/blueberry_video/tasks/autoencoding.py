@@ -104,15 +104,13 @@ class Autoencoding(Task):
             values[f"psnr_trivial_{name}"] = psnr(trivial, video)
         return values
 
-    def on_validation_epoch_end(self) -> None:
-        logged = self.trainer.callback_metrics
-        trivial = min(logged[f"val/reconstruction_trivial_{name}"] for name in TRIVIAL)
-        values = {
-            "val/reconstruction_trivial": trivial,
-            "val/reconstruction_share": logged["val/reconstruction"] / trivial,
-            "val/psnr_trivial": max(logged[f"val/psnr_trivial_{name}"] for name in TRIVIAL),
+    def epoch_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        trivial = min(means[f"reconstruction_trivial_{name}"] for name in TRIVIAL)
+        return {
+            "reconstruction_trivial": trivial,
+            "reconstruction_share": means["reconstruction"] / trivial,
+            "psnr_trivial": max(means[f"psnr_trivial_{name}"] for name in TRIVIAL),
         }
-        self.log_dict(values, sync_dist=True)
 
     @torch.no_grad()
     def media(self, batch: dict) -> dict[str, Tensor]:

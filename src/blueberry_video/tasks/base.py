@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from blueberry_video.evaluation.metrics import Means
 from blueberry_video.models.encoder import Encoder
 from blueberry_video.optim import decayed_names, parameter_groups
 from blueberry_video.tasks.settings import ClipInput, Optimization
@@ -63,6 +64,8 @@ class Task(lightning.LightningModule, ABC):
         self.model, self.optimization = model, optimization
         self.augment = self.input.augment  # a submodule: it moves to the device
         self._decayed: set[str] | None = None
+        self._step_values: dict[str, list[Tensor]] = {}  # of the batches of the running optimizer step
+        self._means = Means()  # of the running validation or test epoch
         for name, values in (("pixel_mean", mean or IMAGENET_MEAN), ("pixel_std", std or IMAGENET_STD)):
             self.register_buffer(name, torch.tensor(list(values)).view(-1, 1, 1, 1), persistent=False)
 
@@ -75,7 +78,8 @@ class Task(lightning.LightningModule, ABC):
             stage: ``"train"``, ``"val"`` or ``"test"``.
 
         Returns:
-            ``loss`` (scalar) and further scalars, each logged as ``<stage>/<name>``.
+            ``loss`` and further metrics, logged as ``<stage>/<name>``: scalars, the means over the clips of the batch,
+            or in evaluation also vectors, of which every element counts once in the mean over the set.
         """
 
     def media(self, batch: dict) -> dict[str, Tensor]:
@@ -118,41 +122,66 @@ class Task(lightning.LightningModule, ABC):
         batch = repeat_clips(batch, self._times(batch))
         if self.augment is not None:  # not on transfer: generators are seeded when the step begins
             batch = {**batch, "video": self.augment(batch["video"])}
-        return self._step(batch, "train")["loss"]
+        values = self.shared_step(batch, "train")
+        accumulate = self.trainer.accumulate_grad_batches
+        first = batch_idx - batch_idx % accumulate  # of the batches of this optimizer step
+        if batch_idx == first:
+            self._step_values = {}
+        for name, value in values.items():
+            self._step_values.setdefault(name, []).append(value.detach())
+        # the last batch of a step logs the mean over its batches
+        self.log_dict({f"train/{name}": torch.stack(found).mean() for name, found in self._step_values.items()})
+        # of the first group: that of the head, which layer decay does not change
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        batches = min(accumulate, int(self.trainer.num_training_batches) - first)  # fewer at the end of an epoch
+        return values["loss"] if batches == accumulate else values["loss"] * (accumulate / batches)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        self._step(batch, "val")
+        self._evaluation_step(batch, "val")
 
     def test_step(self, batch: dict, batch_idx: int) -> None:
-        self._step(batch, "test")
+        self._evaluation_step(batch, "test")
 
-    def _step(self, batch: dict, stage: str) -> dict[str, Tensor]:
-        values = self.shared_step(batch, stage)
-        training = stage == "train"
-        self.log_dict(
-            {f"{stage}/{name}": value.detach() for name, value in values.items()},
-            on_step=training,
-            on_epoch=not training,
-            batch_size=len(batch["video"]),
-            sync_dist=not training,
-        )
-        if training:
-            # the first group is that of the head, which layer decay does not change
-            self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_epoch=False)
-        return values
+    def on_validation_epoch_start(self) -> None:
+        self._means = Means()
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_epoch("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_epoch("test")
+
+    def epoch_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Metrics of a whole validation or test set; every process must return the same. Empty by default.
+
+        Args:
+            means: means over the set of everything that :meth:`shared_step` returned, by name.
+        """
+        return {}
+
+    def _evaluation_step(self, batch: dict, stage: str) -> None:
+        for name, value in self.shared_step(batch, stage).items():
+            self._means.add(name, value, len(batch["video"]))
+
+    def _log_epoch(self, stage: str) -> None:
+        means = self._means.compute()
+        values = means | self.epoch_metrics(means)
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         settings = self.optimization
         optimizer = settings.optimizer(parameter_groups(self, settings.layer_decay, self._decayed))
-        scale = 1.0 if settings.lr_batch_size is None else self._global_batch_size() / settings.lr_batch_size
-        for group in optimizer.param_groups:
-            group["lr"] *= scale * group["lr_scale"]
         total_steps = self.trainer.estimated_stepping_batches
         if math.isinf(total_steps):
             raise ValueError(
                 "trainer.max_steps=-1 and trainer.max_epochs=-1 leave the length of the learning-rate schedule "
                 "undefined: set one of them."
             )
+        scale = 1.0 if settings.lr_batch_size is None else self._clips_per_step() / settings.lr_batch_size
+        for group in optimizer.param_groups:
+            group["lr"] *= scale * group["lr_scale"]
         total_steps = int(total_steps)
         scheduler = LambdaLR(optimizer, lambda step: settings.schedule(min(step, total_steps - 1), total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -160,9 +189,12 @@ class Task(lightning.LightningModule, ABC):
     def _times(self, batch: dict) -> int:
         return self.input.image_repeats if batch["video"].shape[2] == 1 else self.input.repeats
 
-    def _global_batch_size(self) -> int:
-        per_device = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
-        return per_device * self.trainer.world_size * self.trainer.accumulate_grad_batches
+    def _clips_per_step(self) -> float:
+        """Mean number of clips of an optimizer step, over all processes."""
+        self.trainer.fit_loop.setup_data()
+        batches: Any = self.trainer.train_dataloader
+        accumulated = min(self.trainer.accumulate_grad_batches, self.trainer.num_training_batches)
+        return batches.batch_sampler.clips_per_batch * accumulated
 
 
 def repeat_clips(batch: dict, times: int) -> dict:

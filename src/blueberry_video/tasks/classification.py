@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blueberry_video.augmentation import Mixing, soft_targets
-from blueberry_video.evaluation.metrics import ViewScores, accuracy, shuffle_frames, within_pair_correct
+from blueberry_video.evaluation.metrics import ClassCounts, ViewScores, accuracy, shuffle_frames, within_pair_correct
 from blueberry_video.models.classifier import VideoClassifier
 from blueberry_video.tasks.base import Task
 from blueberry_video.tasks.settings import ClipInput, Optimization
@@ -57,7 +57,7 @@ class Classification(Task):
         self.mixing, self.label_smoothing = mixing, label_smoothing
         self.num_pictures = num_pictures
         self.untrained = copy.deepcopy(model) if model.freeze_encoder else None  # before init_from is loaded
-        self._class_counts: dict[str, Tensor] = {}
+        self._classes = ClassCounts()
         self._views = ViewScores()
 
     def load_weights(self, path: str | Path) -> str:
@@ -82,9 +82,9 @@ class Classification(Task):
             values["loss"] = values["loss"] + (control - control.detach())  # value of the probe, gradients of both
             values |= {f"{name}_random_init": accuracy(untrained[name], labels[name]) for name in logits if own == 1}
         if stage != "train":
-            self._count_classes(logits, labels)
+            self._classes.add(labels)
             self._views.add(batch.get("id", []), logits, labels)
-            values |= self._motion_controls(video, logits, labels, stage)
+            values |= self._motion_controls(video, logits, labels)
         return values
 
     def losses(self, inputs: Tensor, logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -98,7 +98,7 @@ class Classification(Task):
         return {"loss": soft_cross_entropy(logits, targets)}
 
     def _motion_controls(
-        self, video: Tensor, logits: dict[str, Tensor], labels: dict[str, Tensor], stage: str
+        self, video: Tensor, logits: dict[str, Tensor], labels: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Accuracies on shuffled frames, for labels that depend on the order of frames."""
         pairs = self.trainer.datamodule.reversal_pairs  # type: ignore[attr-defined]
@@ -111,32 +111,12 @@ class Classification(Task):
             values[f"{name}_within_pairs_trivial"] = video.new_tensor(0.5)
             for suffix, scores in (("", logits), ("_shuffled", shuffled)):
                 correct = within_pair_correct(scores[name], labels[name], pairs[name])
-                self._log_mean(f"{stage}/{name}_within_pairs{suffix}", correct)
+                values[f"{name}_within_pairs{suffix}"] = correct.float()
         return values
 
-    def _log_mean(self, key: str, values: Tensor) -> None:
-        """Logs a mean with each batch weighted by its number of values; also 0, because all processes must log."""
-        mean = values.float().sum() / max(len(values), 1)
-        self.log(key, mean, on_step=False, on_epoch=True, batch_size=len(values), sync_dist=True)
-
-    def _count_classes(self, logits: dict[str, Tensor], labels: dict[str, Tensor]) -> None:
-        for name, label in labels.items():
-            counts = label.bincount(minlength=logits[name].shape[1])
-            self._class_counts[name] = self._class_counts.get(name, 0) + counts
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_whole_set("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_whole_set("test")
-
-    def _log_whole_set(self, stage: str) -> None:
-        """Logs metrics over the whole set."""
-        for name, counts in self._class_counts.items():
-            counts = self.trainer.strategy.reduce(counts.float(), reduce_op="sum")
-            self.log(f"{stage}/{name}_trivial", counts.max() / counts.sum())
-        self._class_counts.clear()
-        self.log_dict({f"{stage}/{name}_views": value for name, value in self._views.accuracies().items()})
+    def epoch_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        values = {f"{name}_trivial": share for name, share in self._classes.majority_shares().items()}
+        return values | {f"{name}_views": torch.tensor(value) for name, value in self._views.accuracies().items()}
 
     def media(self, batch: dict) -> dict[str, Tensor]:
         """``clips``: one row per input clip."""

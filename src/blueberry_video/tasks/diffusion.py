@@ -1,5 +1,5 @@
 """Training of text- and image-to-video diffusion: CogVideoX (arXiv 2408.06072), HunyuanVideo (arXiv 2412.03603), and
-Diffusion Forcing (arXiv 2407.01392), which gives every frame a time of its own.
+Diffusion Forcing (arXiv 2407.01392), with a separate timestep for every frame.
 """
 
 import math
@@ -20,7 +20,7 @@ from blueberry_video.diffusion.image_noise import ImageNoise
 from blueberry_video.diffusion.objectives import Objective
 from blueberry_video.diffusion.samplers import Sampler
 from blueberry_video.diffusion.text_to_video import TextToVideo
-from blueberry_video.diffusion.timesteps import TimeSampler
+from blueberry_video.diffusion.timesteps import TimestepSampler
 from blueberry_video.evaluation.denoising import denoising_losses
 from blueberry_video.models.text_encoder.base import TextTokens
 from blueberry_video.models.text_encoder.words import WordText
@@ -30,29 +30,29 @@ from blueberry_video.tasks.settings import ClipInput, Optimization
 
 
 class Diffusion(Task):
-    """Trains a transformer to tell noise from clips.
+    """Trains a diffusion transformer on clips with captions.
 
-    Clips come with pixels, or as the moments of their latents (``data=latents``), and each has a caption. Logs ``loss``
-    and, in validation, where times and noise are the same in every epoch and run, everything that
-    :func:`~blueberry_video.evaluation.denoising.denoising_losses` tells.
+    Clips are pixels, or stored moments of their latents (``data=latents``). Logs ``loss`` and, in validation, where
+    timesteps and noise are the same in every epoch and run, the metrics of
+    :func:`~blueberry_video.evaluation.denoising.denoising_losses`.
 
     Args:
         model, optimization, input: see :class:`~blueberry_video.tasks.base.Task`.
-        objective: what noise is added, and what the network says of it.
-        timesteps: draws the timesteps of training.
-        sampler, guidance: for :meth:`generate`.
-        caption_dropout: share of the clips that are trained without their caption, for guidance.
-        image_noise: put on the first frame that an image-to-video network is given in training, not in validation.
-        image_dropout: share of the training clips that it is not given; validation has all, but with 1, which trains
-            HunyuanVideo-1.5 on text alone. ``None``: as published.
-        frame_timesteps: every frame has a time of its own: Diffusion Forcing.
-        prompts: captions of the clips that :meth:`media` shows; ``None`` for those of the first validation clips.
-        num_pictures: the largest number of clips it shows.
+        objective: noising process and prediction target.
+        timesteps: distribution of the training timesteps.
+        sampler, guidance: of :meth:`generate`.
+        caption_dropout: share of training clips without caption, for classifier-free guidance.
+        image_noise: noise on the conditioning image in training, not in validation.
+        image_dropout: share of training clips without conditioning image; validation always has it, except at 1, which
+            trains HunyuanVideo-1.5 on text only. ``None``: as published.
+        frame_timesteps: draw a separate timestep for every frame (Diffusion Forcing).
+        prompts: prompts of :meth:`media`; ``None`` for the captions of the first validation clips.
+        num_pictures: largest number of clips in :meth:`media`.
 
     Raises:
         ValueError: for a share outside [0, 1], a causal network without ``frame_timesteps``, or those with
-            ``stratified`` timesteps; when a run begins: clips of a size that autoencoder or network reject, latents
-            of a different autoencoder or without that of the image, or those and ``image_noise``; in a step: a clip
+            ``stratified`` timesteps; when a run begins: clips of a size that autoencoder or network reject, or stored
+            latents of a different autoencoder, without those of the image, or with ``image_noise``; in a step: a clip
             without caption, or with latents that are NaN.
     """
 
@@ -65,7 +65,7 @@ class Diffusion(Task):
         model: TextToVideo,
         optimization: Optimization,
         objective: Objective,
-        timesteps: TimeSampler,
+        timesteps: TimestepSampler,
         sampler: Sampler,
         guidance: Guidance,
         input: ClipInput | None = None,
@@ -101,13 +101,13 @@ class Diffusion(Task):
         super().setup(stage)
 
     def on_fit_start(self) -> None:
-        """Moves what is frozen to the device of the run: not all strategies do, as FSDP moves the network alone."""
+        """Moves the frozen parts to the device of the run, since FSDP moves the network only."""
         self.model.prepare(self.trainer.strategy.root_device)
 
     on_validation_start = on_test_start = on_fit_start
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
-        """As other tasks; of stored latents, ``video`` is their moments (B, 2C, t, h, w)."""
+        """Converts pixels as in :class:`Task`; for stored latents, ``video`` is their moments (B, 2C, t, h, w)."""
         if "moments" in batch:
             return {**batch, "video": batch["moments"]}
         return super().on_after_batch_transfer(batch, dataloader_idx)
@@ -116,33 +116,36 @@ class Diffusion(Task):
         seed = zlib.crc32("/".join(batch["id"]).encode())
         train = stage == "train"
         generator = None if train else torch.Generator().manual_seed(seed)  # validation is always the same
-        noise_on_image = self.image_noise if train else None
-        clean, image = conditioning.latents_of(self.model, batch, generator, noise_on_image, self.image_dropout)
-        shown = conditioning.shown_images(image, self.image_dropout) if train else None
-        text, given = conditioning.text_of(self.model, batch), conditioning.given_frames(self.model, image)
+        image_noise = self.image_noise if train else None
+        clean, image = conditioning.latents_of(self.model, batch, generator, image_noise, self.image_dropout)
+        image_mask = conditioning.draw_image_mask(image, self.image_dropout) if train else None
+        text, known = conditioning.text_of(self.model, batch), conditioning.num_conditioning_frames(self.model, image)
 
-        def ask(noisy: Tensor, t: Tensor, told: TextTokens) -> Tensor:
-            return conditioned(self.model, told, self.objective, image, self.guidance.embedded, shown)(noisy, t)
+        def predict(noisy: Tensor, t: Tensor, text: TextTokens) -> Tensor:
+            return conditioned(self.model, text, self.objective, image, self.guidance.embedded, image_mask)(noisy, t)
 
-        def ask_rest(noisy: Tensor, t: Tensor, told: TextTokens) -> Tensor:
-            return ask(F.pad(noisy, (0, 0, 0, 0, given, 0)), t, told)[:, :, given:]
+        def predict_rest(noisy: Tensor, t: Tensor, text: TextTokens) -> Tensor:
+            return predict(F.pad(noisy, (0, 0, 0, 0, known, 0)), t, text)[:, :, known:]
 
-        if generator is not None:  # frames that are given are neither noised nor judged
-            others = conditioning.of_others(self.model, batch, text, self._spare_captions)
-            return denoising_losses(ask_rest, self.objective, clean[:, :, given:], text, others, generator)
+        if generator is not None:  # conditioning frames have no noise and do not count
+            mismatched = conditioning.mismatched_text(self.model, batch, text, self._spare_captions)
+            return denoising_losses(predict_rest, self.objective, clean[:, :, known:], text, mismatched, generator)
         t, noise = self._timesteps_of(clean), standard_normal(clean.shape, None, clean.device)
-        text = conditioning.without_some(self.model, text, self.caption_dropout)
-        output = ask(self.objective.noisy(clean, noise, t), t, text).float()
+        text = conditioning.drop_captions(self.model, text, self.caption_dropout)
+        output = predict(self.objective.noisy(clean, noise, t), t, text).float()
         error = output - self.objective.target(clean, noise, t)
-        return {"loss": error[:, :, given:].square().mean()}
+        return {"loss": error[:, :, known:].square().mean()}
 
     def generate(
         self, captions: Sequence[str], generator: torch.Generator | None = None, images: Tensor | None = None
     ) -> Tensor:
-        """Videos (B, 3, T, H, W) in [-1, 1] of captions, as long as the validation clips, in evaluation mode.
+        """Generates videos (B, 3, T, H, W) in [-1, 1] of captions, with the frame count of the validation clips.
 
-        ``generator``: of all noise, on the CPU. ``images``: (B, 3, 1, H, W) in [-1, 1], with which videos of their
-        size begin, of an image-to-video network; without them videos are as large as the validation clips.
+        Args:
+            captions: B prompts.
+            generator: generator of all noise, on the CPU.
+            images: conditioning images (B, 3, 1, H, W) in [-1, 1], which determine the size of the videos; ``None``
+                for the size of the validation clips.
         """
         assert self._latent_size is not None, "setup runs first"
         was_training, model, size = self.model.training, self.model.eval(), self._latent_size
@@ -152,22 +155,22 @@ class Diffusion(Task):
             model.train(was_training)
 
     def media(self, batch: dict) -> dict[str, Tensor]:
-        """A row a prompt, always of the same noise: ``samples`` of the prompts alone, and ``samples_from_image`` that
-        begin as the clips of the batch; a network has the one or the other, and HunyuanVideo-1.5 both."""
-        model, made = self.model, dict[str, Tensor]()
+        """Samples of a fixed seed, one row per prompt: ``samples`` of text-to-video networks, ``samples_from_image``,
+        with the first frames of the batch, of image-to-video networks, and both of HunyuanVideo-1.5."""
+        model, videos = self.model, dict[str, Tensor]()
         if model.text is None or model.autoencoder is None:
-            return made
+            return videos
         prompts = (self.prompts or batch["caption"])[: self.num_pictures]
         if model.shape.image_condition in (None, "optional"):
-            made["samples"] = self.generate(prompts, torch.Generator().manual_seed(0))
+            videos["samples"] = self.generate(prompts, torch.Generator().manual_seed(0))
         if conditioning.takes_image(model, self.image_dropout):
             images = conditioning.first_frames(model, batch, torch.Generator().manual_seed(0))[: len(prompts)]
             generator = torch.Generator().manual_seed(0)
-            made["samples_from_image"] = self.generate(prompts[: len(images)], generator, images)
-        return {name: self.panels([(video.float() + 1) / 2]) for name, video in made.items()}
+            videos["samples_from_image"] = self.generate(prompts[: len(images)], generator, images)
+        return {name: self.panels([(video.float() + 1) / 2]) for name, video in videos.items()}
 
     def tokens_per_clip(self, batch: dict) -> int:
-        """Tokens of the video; those of the text do not count."""
+        """Number of video tokens of a clip, over all its repeats."""
         size, autoencoder = batch["video"].shape[2:], self.model.autoencoder
         if "moments" not in batch and autoencoder is not None:
             size = autoencoder.grid(*size)
@@ -180,6 +183,6 @@ class Diffusion(Task):
         t, h, w = (size // patch for size, patch in zip(clean.shape[2:], self.model.shape.patch_size))
         frames, ranks = t if self.frame_timesteps else None, self.trainer.world_size
         timesteps = self.timesteps(len(clean), frames, (t, h, w), rank=self.global_rank, world_size=ranks)
-        if frames is not None:  # those of a patch have the same
+        if frames is not None:  # frames of a patch share a timestep
             timesteps = timesteps.repeat_interleave(self.model.shape.patch_size[0], dim=1)
         return timesteps.to(clean.device)

@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blueberry_video.evaluation.metrics import accuracy
-from blueberry_video.evaluation.trivial import majority_share
+from blueberry_video.evaluation.metrics import ClassCounts, accuracy
 from blueberry_video.models.classifier import FrameClassifier
 from blueberry_video.tasks.base import Task
 from blueberry_video.tasks.settings import ClipInput, Optimization
@@ -33,7 +32,7 @@ class FrameClassification(Task):
     """Cross-entropy over one or several labels at every time step; labels are per clip or per frame.
 
     Logs ``loss``; for each label the accuracy over all time steps under its name, and ``<label>_first`` and
-    ``<label>_last`` at the first and last; in validation also ``<label>_trivial``, the share of a batch's most frequent
+    ``<label>_last`` at the first and last; in validation also ``<label>_trivial``, the share of the most frequent
     class.
 
     Args:
@@ -56,6 +55,7 @@ class FrameClassification(Task):
     ):
         super().__init__(model, optimization, input)
         self.num_pictures = num_pictures
+        self._classes = ClassCounts()
 
     def shared_step(self, batch: dict, stage: str) -> dict[str, Tensor]:
         logits = self.model(self.normalize(batch["video"]))
@@ -67,8 +67,11 @@ class FrameClassification(Task):
             values[f"{name}_first"] = accuracy(scores[:, 0], labels[:, 0])
             values[f"{name}_last"] = accuracy(scores[:, -1], labels[:, -1])
             if stage != "train":
-                values[f"{name}_trivial"] = scores.new_tensor(majority_share(labels.flatten()))
+                self._classes.add({name: labels.flatten()})
         return {"loss": torch.stack(losses).mean(), **values}
+
+    def epoch_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {f"{name}_trivial": share for name, share in self._classes.majority_shares().items()}
 
     def media(self, batch: dict) -> dict[str, Tensor]:
         """``clips``: one row per input clip."""

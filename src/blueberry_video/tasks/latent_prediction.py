@@ -158,11 +158,9 @@ class LatentPrediction(Task):
         trivial = trivial_latent_losses(latents, keep, target).items()
         return values | {f"loss_prediction_trivial_{name}": value for name, value in trivial}
 
-    def on_validation_epoch_end(self) -> None:
-        logged = self.trainer.callback_metrics
-        trivial = min(logged[f"val/loss_prediction_trivial_{name}"] for name in ("mean", "position", "clip"))
-        self.log("val/loss_prediction_trivial", trivial)
-        self.log("val/loss_share", logged["val/loss_prediction"] / trivial)
+    def epoch_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        trivial = min(means[f"loss_prediction_trivial_{name}"] for name in ("mean", "position", "clip"))
+        return {"loss_prediction_trivial": trivial, "loss_share": means["loss_prediction"] / trivial}
 
     @property
     def total_steps(self) -> int:

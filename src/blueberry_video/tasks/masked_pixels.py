@@ -79,7 +79,7 @@ class MaskedPixels(Task):
         self.masking = masking
         self.eps_under_root = eps_under_root
         self.num_pictures = num_pictures
-        self._decoder_mflops: dict[str, float] = {}
+        self._decoder_mflops: dict[str, Tensor] = {}
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -88,7 +88,8 @@ class MaskedPixels(Task):
         masks = self._validation_masks(1, grid)
         visible, tokens = masks.keep.shape[1], self.model.encoder.num_tokens
         for name, targets in (("", masks.target.shape[1]), ("_full", tokens - visible)):
-            self._decoder_mflops[f"val/decoder_mflops{name}"] = decoder_flops(self.model, visible, targets) / 1e6
+            mflops = decoder_flops(self.model, visible, targets) / 1e6
+            self._decoder_mflops[f"decoder_mflops{name}"] = torch.tensor(mflops)
 
     def shared_step(self, batch: dict, stage: str) -> dict[str, Tensor]:
         video, encoder = batch["video"], self.model.encoder
@@ -105,16 +106,13 @@ class MaskedPixels(Task):
         suffix = "_image" if encoder.images and video.shape[2] == 1 else ""
         return {f"{name}{suffix}": value for name, value in values.items()}
 
-    def on_validation_epoch_end(self) -> None:
-        logged = self.trainer.callback_metrics
+    def epoch_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        values = dict(self._decoder_mflops)
         for suffix in ("", "_image"):
-            if f"val/loss{suffix}" not in logged:
-                continue
-            trivial = min(logged[f"val/loss_trivial_{name}{suffix}"] for name in ("zero", "mean", "nearest"))
-            share = logged[f"val/loss{suffix}"] / trivial
-            values = {f"val/loss_trivial{suffix}": trivial, f"val/loss_share{suffix}": share}
-            self.log_dict(values, sync_dist=True)
-        self.log_dict(self._decoder_mflops, sync_dist=True)
+            if f"loss{suffix}" in means:
+                trivial = min(means[f"loss_trivial_{name}{suffix}"] for name in ("zero", "mean", "nearest"))
+                values |= {f"loss_trivial{suffix}": trivial, f"loss_share{suffix}": means[f"loss{suffix}"] / trivial}
+        return values
 
     def media(self, batch: dict) -> dict[str, Tensor]:
         """``reconstruction``: one row per clip: the clip, its visible patches, and the reconstruction."""

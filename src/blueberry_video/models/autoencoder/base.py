@@ -1,6 +1,6 @@
 """Base class of video autoencoders, and the identity autoencoder.
 
-Letters: B clips, T frames, H W rows and columns of pixels; C channels, t h w frames, rows and columns of latents.
+Shapes: B clips, T frames, H x W pixels; C channels, t x h x w latent frames, rows and columns.
 """
 
 import hashlib
@@ -15,21 +15,21 @@ from blueberry_video.nn.noise import standard_normal
 
 
 class Autoencoder(nn.Module, ABC):
-    """Base of an autoencoder of videos in [-1, 1].
+    """Base class of autoencoders of videos in [-1, 1].
 
-    The first frame is coded alone, later ones in groups, so that a clip has 1 + k · ``frame_step`` frames.
+    The first frame is encoded separately and later frames in groups, so clips have 1 + k · ``frame_step`` frames.
 
     Args:
-        channels: C.
-        stride: pixels (t, h, w) that a latent stands for.
-        frame_step: frames that may be added to the first one at a time: a multiple of ``stride[0]``; by default that.
+        channels: latent channels C.
+        stride: pixels (t, h, w) per latent.
+        frame_step: frames per group, a multiple of ``stride[0]`` and by default equal to it.
 
     Attributes:
-        first_frame_alone: whether the first latent frame depends on the first frame alone. In published autoencoders
-            norms span the frames of a clip, so that it is not that of the same picture as an image.
+        first_frame_alone: whether the first latent frame depends only on the first frame. In published autoencoders
+            norms span the frames of a clip, so it differs from the latents of the first frame as an image.
 
     Raises:
-        ValueError: a ``frame_step`` that is no multiple of the stride.
+        ValueError: if ``frame_step`` is not a multiple of the stride.
     """
 
     first_frame_alone: ClassVar[bool] = False
@@ -45,55 +45,51 @@ class Autoencoder(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, video: Tensor) -> Tensor:
-        """(B, 3, T, H, W) in [-1, 1] -> moments (B, 2C, t, h, w): means, then log-variances, not scaled."""
+        """Encodes videos (B, 3, T, H, W) in [-1, 1] to moments (B, 2C, t, h, w): unscaled means and log-variances."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, t, h, w), as :meth:`latents` gives them -> video (B, 3, T, H, W) in [-1, 1]."""
+        """Decodes normalized latents (B, C, t, h, w) to videos (B, 3, T, H, W) in [-1, 1]."""
 
     def latents(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Moments (B, 2C, t, h, w) -> a sample (B, C, t, h, w), normalised for the network that models it.
-
-        With a ``generator`` the noise is drawn from it, else from the global one.
-        """
+        """Samples normalized latents (B, C, t, h, w) from moments (B, 2C, t, h, w); see :func:`sample`."""
         return self.normalize(sample(moments, generator))
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """Scales latents to about zero mean and unit variance. The identity by default."""
+        """Scales latents to about zero mean and unit variance. Defaults to the identity."""
         return latents
 
     def image_latents(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """As :meth:`latents`, for the frame that an image-to-video network is given: some have another scale."""
+        """Samples latents for image conditioning, where some autoencoders use a different scale."""
         return self.latents(moments, generator)
 
     def grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(t, h, w) of the latents of a clip."""
+        """Returns the latent size (t, h, w) of a clip."""
         return (num_frames - 1) // self.stride[0] + 1, height // self.stride[1], width // self.stride[2]
 
     def check(self, num_frames: int, height: int, width: int, patch_size: tuple[int, int] = (1, 1)) -> None:
-        """Judges the size of a clip.
+        """Checks the size of a clip.
 
         Args:
-            num_frames, height, width: in pixels.
-            patch_size: rows and columns of latents that the network takes together.
+            num_frames, height, width: size in frames and pixels.
+            patch_size: rows and columns of latents per patch of the network.
 
         Raises:
-            ValueError: the autoencoder or the network cannot take it; the message names the nearest legal values.
+            ValueError: if it is not a multiple of strides and patches; the message names the nearest legal values.
         """
         if num_frames < 1 or (num_frames - 1) % self.frame_step:
             near = " or ".join(map(str, _neighbours(num_frames - 1, self.frame_step, offset=1, least=1)))
             raise ValueError(
-                f"num_frames={num_frames} is not 1 + a multiple of {self.frame_step}, as {type(self).__name__} codes "
-                f"the first frame alone and then {self.frame_step} at a time: use {near}."
+                f"num_frames={num_frames} must be 1 + a multiple of {self.frame_step}, because {type(self).__name__} "
+                f"encodes the first frame separately and then {self.frame_step} frames at a time: use {near}."
             )
         for key, value, stride, patch in zip(("height", "width"), (height, width), self.stride[1:], patch_size):
             unit = stride * patch
             if value < unit or value % unit:
                 near = " or ".join(map(str, _neighbours(value, unit, offset=0, least=unit)))
                 raise ValueError(
-                    f"{key}={value} is no multiple of {unit}, what a latent of {type(self).__name__} covers"
-                    f"{f' ({stride} pixels) times the patch of the network ({patch})' if patch > 1 else ''}: use "
-                    f"{near}."
+                    f"{key}={value} must be a multiple of {unit}, the stride of {type(self).__name__}"
+                    f"{f' ({stride}) times the patch size ({patch})' if patch > 1 else ''}: use {near}."
                 )
 
 
@@ -113,17 +109,20 @@ class Pixels(Autoencoder):
 
 
 def sample(moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Means and log-variances (B, 2C, t, h, w) -> draws (B, C, t, h, w), in the moments' dtype, computed in fp32."""
+    """Samples (B, C, t, h, w) from means and log-variances (B, 2C, t, h, w), computed in float32, in their dtype.
+
+    Noise is drawn from ``generator``, or from torch's global one.
+    """
     mean, log_variance = moments.float().chunk(2, dim=1)
     noise = standard_normal(mean.shape, generator, mean.device)
     return (mean + noise * (log_variance.clamp(max=20) / 2).exp()).to(moments.dtype)
 
 
 def fingerprint(module: nn.Module) -> str:
-    """16 hexadecimal digits that tell whether stored latents or text belong to a module.
+    """Returns 16 hexadecimal digits that identify the module that wrote stored latents or text.
 
-    They change with its class, with its public settings (numbers and words that are its attributes), and with the name,
-    type, shape or a value of any of its weights and buffers.
+    They change with its class, its public attributes (numbers, strings, tuples), and the name, dtype, shape or any
+    value of its parameters and buffers.
     """
     digest = hashlib.sha256(type(module).__qualname__.encode())
     settings = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
@@ -136,7 +135,7 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def _neighbours(value: int, step: int, offset: int, least: int) -> list[int]:
-    """The multiples of ``step`` around ``value``, each plus ``offset``, the nearest first, none below ``least``."""
+    """Returns the multiples of ``step`` around ``value``, plus ``offset``, nearest first, none below ``least``."""
     below = value // step * step
     found = sorted((below, below + step), key=lambda multiple: abs(multiple - value))
     return [multiple + offset for multiple in found if multiple + offset >= least] or [least]

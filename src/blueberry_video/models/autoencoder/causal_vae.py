@@ -1,12 +1,12 @@
-"""A small causal 3-D variational autoencoder, trained on the spot: latents for those who download nothing.
+"""Small causal 3-D variational autoencoder, to train from scratch.
 
-As in the video autoencoders of CogVideoX (arXiv 2408.06072) and HunyuanVideo (arXiv 2412.03603), the first frame is
-coded alone and later ones in groups, and a convolution sees a frame and those before it. Unlike there nothing is
-normalised over frames, so that causality is exact: no frame changes the latents of earlier ones. Norms are over the
-channels of a place (as in Wan's, arXiv 2503.20314): norms over a picture would take away how bright a plain one is.
+As in the autoencoders of CogVideoX (arXiv 2408.06072) and HunyuanVideo (arXiv 2412.03603), the first frame is encoded
+separately and later frames in groups, with causal convolutions. Unlike there, no norm spans frames, so causality is
+exact: no frame changes earlier latents. Norms are over the channels of each position (as in Wan, arXiv 2503.20314),
+because norms over a frame would remove the brightness of a uniform one.
 
-Letters: B clips, T frames, H W rows and columns (of whatever level), C channels. Inside, frames lie in the batch:
-(B T, C, H, W), where 2-D layers are fast.
+Shapes: B clips, T frames, H x W rows and columns (at any level), C channels. Layers work on (B T, C, H, W), because 2-D
+layers are fast.
 """
 
 import itertools
@@ -23,25 +23,25 @@ from blueberry_video.models.autoencoder.base import Autoencoder
 from blueberry_video.weights.files import read_weights
 from blueberry_video.weights.load import load_strictly
 
-_TAPS = 3  # frames that a convolution sees: its own and two before
+_TAPS = 3  # kernel size in time: the current frame and two earlier ones
 
 
 class CausalVideoVAE(Autoencoder):
-    """Videos (B, 3, T, H, W) in [-1, 1] to moments (B, 2C, t, h, w) and back.
+    """Causal video autoencoder: videos (B, 3, T, H, W) in [-1, 1] to moments (B, 2C, t, h, w) and back.
 
     Args:
-        channels: C.
-        dims: width at each level of resolution, the finest first. Each level after the first halves rows and columns.
-        patch_size: pixels, in rows and columns, that the first convolution takes together: a stride at no cost.
-        time_stride: frames that a latent stands for: 1, 2, 4, …; halved at the last levels.
-        depth: residual blocks a level, on each side.
-        weights: a checkpoint of the task ``autoencoding`` to begin with; None for random weights.
+        channels: latent channels C.
+        dims: width of each level, finest first. Each level after the first halves rows and columns.
+        patch_size: pixels, in rows and columns, that are folded into channels before the first convolution.
+        time_stride: frames per latent: 1, 2, 4, …; the last levels halve time.
+        depth: residual blocks per level, in encoder and decoder.
+        weights: checkpoint of the task ``autoencoding`` to load; None for random weights.
 
     Attributes:
-        latent_mean, latent_std: (C,) of the latents that training has met, by which :meth:`normalize` works.
+        latent_mean, latent_std: running statistics (C,) of latents in training, used by :meth:`normalize`.
 
     Raises:
-        ValueError: a time stride that the levels cannot make; weights that do not fit.
+        ValueError: if the levels do not support the time stride, or the weights do not match.
     """
 
     first_frame_alone = True
@@ -60,7 +60,7 @@ class CausalVideoVAE(Autoencoder):
         levels = len(dims) - 1
         if time_stride not in (legal := [2**n for n in range(levels + 1)]):
             raise ValueError(
-                f"time_stride={time_stride} cannot be made by the {levels} halvings between {len(dims)} dims: use one "
+                f"time_stride={time_stride} is impossible with the {levels} halvings between {len(dims)} dims: use one "
                 f"of {', '.join(map(str, legal))}, or add a level."
             )
         super().__init__(channels, (time_stride, patch_size * 2**levels, patch_size * 2**levels))
@@ -84,9 +84,10 @@ class CausalVideoVAE(Autoencoder):
             self.load_published(weights)
 
     def init_weights(self) -> None:
-        """Every layer begins with outputs as large as its inputs: PyTorch's own would shrink a clip layer by layer
-        until the noise of its latents, which begins with a deviation of e^-2, drowned it. What a residual block adds is
-        zero at first."""
+        """Initializes layers to keep the variance of their inputs, and residual branches to zero.
+
+        With PyTorch's default, the signal shrinks below the noise of the latents, which starts with a std of e^-2.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 seen = 1 if isinstance(module, nn.ConvTranspose2d) else module.weight[0, 0].numel()
@@ -107,7 +108,7 @@ class CausalVideoVAE(Autoencoder):
         return rearrange(self.to_moments(x), "(b t) c h w -> b c t h w", t=num_frames)
 
     def reconstruct(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, t, h, w) of the autoencoder's own scale -> video (B, 3, T, H, W), not held within [-1, 1]."""
+        """Decodes latents (B, C, t, h, w) that are not normalized to videos (B, 3, T, H, W), without clamping."""
         p, num_frames = self.patch_size, latents.shape[2]
         x = rearrange(latents, "b c t h w -> (b t) c h w")
         for layer in self.decoder:
@@ -122,7 +123,7 @@ class CausalVideoVAE(Autoencoder):
 
     @torch.no_grad()
     def track(self, latents: Tensor, momentum: float = 0.01) -> None:
-        """Moves ``latent_mean`` and ``latent_std`` towards those of ``latents`` (B, C, t, h, w)."""
+        """Updates the running statistics with latents (B, C, t, h, w)."""
         mean = latents.float().mean(dim=(0, 2, 3, 4))
         square = latents.float().square().mean(dim=(0, 2, 3, 4))
         mixed = (self.latent_std.square() + self.latent_mean.square()).lerp(square, momentum)
@@ -130,23 +131,20 @@ class CausalVideoVAE(Autoencoder):
         self.latent_std.copy_((mixed - self.latent_mean.square()).clamp(min=1e-6).sqrt())
 
     def load_published(self, source: str | Path) -> str:
-        """Loads a checkpoint of this package strictly.
-
-        Returns:
-            A sentence on what was loaded.
+        """Loads a checkpoint of this package strictly and returns a message that names it.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: tensors are missing, unexpected or of another shape.
+            FileNotFoundError: if there is no such file.
+            ValueError: if tensors are missing, unexpected or of a different shape.
         """
         state = read_weights(source)
-        fix = "Give a checkpoint of the task autoencoding, and the model settings that it was trained with."
+        fix = "Use a checkpoint of the task autoencoding, with the model settings of its training."
         load_strictly(self, state, source, fix)
         return f"loaded {len(state)} tensors from {source}"
 
 
 class ChannelNorm(nn.Module):
-    """Every place divided by the root mean square of its channels, then scaled: (B, C, H, W)."""
+    """RMSNorm over the channels of each position of (B, C, H, W)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -158,15 +156,15 @@ class ChannelNorm(nn.Module):
 
 
 class CausalConv(nn.Module):
-    """A convolution of 3 frames, of which the last is the frame itself: (B T, C, H, W) -> (B T', D, H, W).
+    """Causal convolution over 3 frames: (B T, C, H, W) -> (B T', D, H, W).
 
-    Before the first frame comes the first frame again. The frames that a convolution sees lie side by side in the
-    channels: one 2-D convolution, many times faster than a 3-D one on the CPU.
+    The first frame is repeated as padding. The 3 frames are concatenated along channels, for one 2-D convolution, which
+    is many times faster than a 3-D one on the CPU.
 
     Args:
         in_channels, out_channels: C and D.
-        kernel_size: rows and columns it sees, an odd number.
-        time_stride: 2 keeps every second frame, from the first on.
+        kernel_size: kernel size in rows and columns, odd.
+        time_stride: 2 keeps every second frame, starting with the first.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, time_stride: int = 1):
@@ -183,7 +181,7 @@ class CausalConv(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, added to the input: the first over space, the second over time."""
+    """Residual block with two layers of norm, SiLU and convolution: over space, then over time."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -198,7 +196,7 @@ class ResidualBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the rows and columns, and with ``time`` every second frame, from the first on; (B T, C, …) -> D channels."""
+    """Downsampling by 2 of rows and columns and, with ``time``, of frames, starting with the first."""
 
     def __init__(self, dim: int, out_dim: int, time: bool):
         super().__init__()
@@ -211,8 +209,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the rows and columns, and with ``time`` two frames for each but the first: the reverse of
-    :class:`Downsample`."""
+    """Upsampling by 2 of rows and columns and, with ``time``, of all frames but the first."""
 
     def __init__(self, dim: int, out_dim: int, time: bool):
         super().__init__()
@@ -223,7 +220,7 @@ class Upsample(nn.Module):
         if self.time is not None:
             pairs, _ = self.time(x, num_frames)
             frames = rearrange(pairs, "(b t) (two c) h w -> b (t two) c h w", t=num_frames, two=2)
-            x = frames[:, 1:].flatten(0, 1)  # the first frame is alone
+            x = frames[:, 1:].flatten(0, 1)  # the first frame is not doubled
             num_frames = 2 * num_frames - 1
         return self.space(x), num_frames
 

@@ -1,7 +1,4 @@
-"""Published video autoencoders as autoencoders: CogVideoX's, HunyuanVideo's and HunyuanVideo-1.5's, run by diffusers.
-
-They take and give (B, C, T, H, W), and know one number by which their latents are scaled for the network.
-"""
+"""Published video autoencoders of CogVideoX, HunyuanVideo and HunyuanVideo-1.5, run by diffusers."""
 
 from typing import Literal
 
@@ -15,23 +12,23 @@ FRAME_STEPS = {"AutoencoderKLCogVideoX": 8, "AutoencoderKLHunyuanVideo": 4, "Aut
 
 
 class PretrainedVAE(Autoencoder):
-    """A frozen autoencoder of a diffusers folder.
+    """Frozen autoencoder of a diffusers folder.
 
     Args:
-        path: a local folder or hub id, such as ``THUDM/CogVideoX-2b``.
-        subfolder: where in it the autoencoder lies; None for the folder itself.
-        frame_step: see :class:`.base.Autoencoder`; by default that of the class: 8 of CogVideoX, whose
-            version 1.5 wants 16, and 4 of HunyuanVideo.
-        dtype: of weights and latents. float16 overflows in all of them.
-        tiling: encode and decode in overlapping tiles: less memory, not quite the same latents.
+        path: local folder or hub id, such as ``THUDM/CogVideoX-2b``.
+        subfolder: subfolder of the autoencoder; None for the folder itself.
+        frame_step: see :class:`.base.Autoencoder`; defaults to 8 for CogVideoX, of which version 1.5 requires 16, and
+            to 4 for HunyuanVideo.
+        dtype: dtype of weights and latents. All of them overflow in float16.
+        tiling: encode and decode in overlapping tiles: less memory, slightly different latents.
 
     Attributes:
-        scale: by which latents are multiplied for the network.
+        scale: scaling factor of the latents.
 
     Raises:
-        ImportError: diffusers is not installed.
-        FileNotFoundError: there is no autoencoder at that place.
-        ValueError: it is of another class, or one that shifts its latents.
+        ImportError: if diffusers is not installed.
+        FileNotFoundError: if there is no autoencoder in the folder.
+        ValueError: if it is of an unsupported class, or shifts its latents.
     """
 
     def __init__(
@@ -46,10 +43,10 @@ class PretrainedVAE(Autoencoder):
         vae = load_part(diffusers.AutoModel, path, subfolder, "autoencoder", torch_dtype=getattr(torch, dtype))
         kind, known = type(vae).__name__, vae.config
         if kind not in FRAME_STEPS:
-            raise ValueError(f"{path} holds a {kind}, not a video autoencoder: choose one of {', '.join(FRAME_STEPS)}.")
+            raise ValueError(f"{path} is a {kind}, which is not supported: choose one of {', '.join(FRAME_STEPS)}.")
         if known.get("shift_factor") or known.get("latents_mean"):
             raise ValueError(
-                f"the {kind} in {path} shifts its latents, which this autoencoder does not: use a published one."
+                f"the {kind} in {path} shifts its latents, which is not supported: use a published autoencoder."
             )
         space = int(known.get("spatial_compression_ratio") or 2 ** (len(known.block_out_channels) - 1))
         time = int(known.temporal_compression_ratio)
@@ -61,7 +58,7 @@ class PretrainedVAE(Autoencoder):
             self.vae.enable_tiling()
 
     def train(self, mode: bool = True) -> "PretrainedVAE":
-        """Stays in evaluation mode: it is frozen."""
+        """Keeps evaluation mode, because the autoencoder is frozen."""
         return super().train(False)
 
     def encode(self, video: Tensor) -> Tensor:
@@ -77,5 +74,5 @@ class PretrainedVAE(Autoencoder):
         return latents * self.scale
 
     def image_latents(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """As :meth:`latents`; but CogVideoX-1.5-I2V was trained on images **divided** by the scale."""
+        """Samples latents of images, which for CogVideoX-1.5-I2V are **divided** by the scale."""
         return sample(moments, generator) * self.image_scale

@@ -1,5 +1,5 @@
-"""Conversion of CogVideoX weights and settings from SAT (SwissArmyTransformer; github.com/THUDM/CogVideo) to diffusers,
-whose names this package uses.
+"""Conversion of CogVideoX weights and settings from SAT (SwissArmyTransformer; github.com/THUDM/CogVideo) to the names of diffusers,
+which this package uses.
 """
 
 import re

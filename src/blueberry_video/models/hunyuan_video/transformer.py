@@ -75,7 +75,7 @@ class DualStreamTransformer(DiffusionTransformer):
         super().__init__()
         if len(rope_axes) != 3 or sum(rope_axes) != head_dim or any(dim % 2 or dim < 0 for dim in rope_axes):
             raise ValueError(
-                f"rope_axes={tuple(rope_axes)} must be three even numbers whose sum is head_dim={head_dim}, such as "
+                f"rope_axes={tuple(rope_axes)} must be three even numbers that sum to head_dim={head_dim}, such as "
                 "(16, 56, 56) for 128."
             )
         t, h, w = patch_size
