@@ -24,12 +24,11 @@ class Anticipator(nn.Module):
     Args:
         encoder: accepts clips of any length, with rotary positions as in V-JEPA 2.
         num_classes: number of classes of each label, such as ``{verb: 97, noun: 300, action: 3806}``.
-        predictor_dim, predictor_depth, predictor_num_heads, predictor_mlp_ratio, num_mask_tokens, rope_quirk: see
-            :class:`~blueberry_video.models.jepa.JEPA`, which has compatible weights.
+        predictor_dim, …, rope_quirk: see :class:`~blueberry_video.models.jepa.JEPA`, which has compatible weights.
         mask_index: index of the mask token; 1 for the published weights.
         length: number of tubelets to predict.
         sees: input of the head: tokens of the ``"past"``, of the ``"future"``, or ``"both"``.
-        num_heads, pool_depth: see :class:`~blueberry_video.models.jepa.anticipator.AnticipationHead`.
+        num_heads, pool_depth: see :class:`AnticipationHead`.
         freeze: train only the head; encoder and predictor then stay in evaluation mode.
 
     Attributes:
@@ -62,8 +61,7 @@ class Anticipator(nn.Module):
             raise ValueError(f"sees={sees!r} is unknown: choose 'past', 'future' or 'both'.")
         if length < 1 or not 0 <= mask_index < num_mask_tokens:
             raise ValueError(
-                f"length={length} must be 1 or more, and mask_index={mask_index} below num_mask_tokens="
-                f"{num_mask_tokens}."
+                f"length={length} must be at least 1, and mask_index={mask_index} below num_mask_tokens={num_mask_tokens}."
             )
         self.encoder, self.num_classes, self.freeze = encoder, dict(num_classes), freeze
         self.mask_index, self.length, self.sees = mask_index, length, sees
@@ -110,19 +108,18 @@ class Anticipator(nn.Module):
     def load_published(self, source: str | Path, which: str) -> str:
         """Loads encoder and predictor strictly, and the head if the source has one of the same shape.
 
-        A predictor is ignored with ``sees="past"``, its projection of visible tokens always.
+        The projection of visible tokens is ignored, and with ``sees="past"`` the whole predictor.
 
         Args:
             source: weights of a :class:`~blueberry_video.models.jepa.JEPA`, published or of a run, or of a run of this
-                model; see :func:`~blueberry_video.models.jepa.convert.read_published`.
+                model.
             which: encoder of the source to load: ``"encoder"`` or ``"target_encoder"``.
 
         Returns:
             A sentence on what was loaded, and on a head that was ignored.
 
         Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: tensors of encoder or predictor are missing, unexpected or of another shape.
+            FileNotFoundError, ValueError: see :meth:`JEPA.load_published`.
         """
         unused = ("target_encoder.", "predictor." if self.predictor is None else "predictor.proj_context.")
         weights = {n: v for n, v in read_published(source, which).state.items() if not n.startswith(unused)}
@@ -138,16 +135,14 @@ class Anticipator(nn.Module):
 
 
 class AnticipationHead(nn.Module):
-    """Classification head for several labels, such as verb, noun and action: the probe of V-JEPA 2 on
-    EPIC-KITCHENS-100 (arXiv 2506.09985). (B, N, D) -> {label: (B, classes)}.
+    """Classification head for several labels, such as verb, noun and action: (B, N, D) -> {label: (B, classes)}.
 
-    Each label has a query in one attentive pooling, and a linear layer. The tokens are those of the encoder, followed
-    by those that the predictor predicts.
+    The probe of V-JEPA 2 on EPIC-KITCHENS-100: each label has a query in one attentive pooling, and a linear layer.
 
     Args:
         dim: width of the tokens.
-        num_classes: number of classes of each label, such as ``{"verb": 97, "noun": 300, "action": 3806}``.
-        num_heads, depth: see :class:`AttentivePool`.
+        num_classes: number of classes of each label.
+        num_heads, depth: see :class:`~blueberry_video.nn.heads.AttentivePool`.
 
     Raises:
         ValueError: ``num_classes`` is empty, or ``num_heads`` does not divide ``dim``.
@@ -161,5 +156,5 @@ class AnticipationHead(nn.Module):
         self.linear = nn.ModuleDict({name: nn.Linear(dim, count) for name, count in num_classes.items()})
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
-        answers = self.pool.ask(tokens)  # (B, labels, D)
-        return {name: linear(answers[:, i]) for i, (name, linear) in enumerate(self.linear.items())}
+        pooled = self.pool.pool_queries(tokens)  # (B, labels, D)
+        return {name: linear(pooled[:, i]) for i, (name, linear) in enumerate(self.linear.items())}
