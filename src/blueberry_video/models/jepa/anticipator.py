@@ -15,7 +15,7 @@ from blueberry_video.models.encoder import Encoder
 from blueberry_video.models.jepa.convert import read_published
 from blueberry_video.models.jepa.predictor import Predictor
 from blueberry_video.nn.heads import AttentivePool
-from blueberry_video.weights.load import load_strictly
+from blueberry_video.weights.load import load_strictly, mismatches
 
 
 class Anticipator(nn.Module):
@@ -24,7 +24,8 @@ class Anticipator(nn.Module):
     Args:
         encoder: accepts clips of any length, with rotary positions as in V-JEPA 2.
         num_classes: number of classes of each label, such as ``{verb: 97, noun: 300, action: 3806}``.
-        predictor_dim, …, rope_quirk: see :class:`~blueberry_video.models.jepa.JEPA`, which has compatible weights.
+        predictor_dim, predictor_depth, predictor_num_heads, predictor_mlp_ratio, num_mask_tokens, rope_quirk: see
+            :class:`~blueberry_video.models.jepa.JEPA`, which has compatible weights.
         mask_index: index of the mask token; 1 for the published weights.
         length: number of tubelets to predict.
         sees: input of the head: tokens of the ``"past"``, of the ``"future"``, or ``"both"``.
@@ -61,7 +62,8 @@ class Anticipator(nn.Module):
             raise ValueError(f"sees={sees!r} is unknown: choose 'past', 'future' or 'both'.")
         if length < 1 or not 0 <= mask_index < num_mask_tokens:
             raise ValueError(
-                f"length={length} must be at least 1, and mask_index={mask_index} below num_mask_tokens={num_mask_tokens}."
+                f"length={length} must be at least 1, and mask_index={mask_index} in [0, num_mask_tokens="
+                f"{num_mask_tokens})."
             )
         self.encoder, self.num_classes, self.freeze = encoder, dict(num_classes), freeze
         self.mask_index, self.length, self.sees = mask_index, length, sees
@@ -89,7 +91,7 @@ class Anticipator(nn.Module):
         return self
 
     def forward(self, video: Tensor, skip: int | Tensor = 0) -> dict[str, Tensor]:
-        """Logits of the time ``skip`` tubelets after the video; ``skip`` is one number, or one per clip (B,)."""
+        """Predicts logits at ``skip`` tubelets after the video; ``skip`` is one number, or one per clip (B,)."""
         with torch.no_grad() if self.freeze else nullcontext():
             tokens = self._tokens(video, skip)
         return self.head(tokens)
@@ -126,7 +128,7 @@ class Anticipator(nn.Module):
         own = {name: value for name, value in self.state_dict().items() if name.startswith("head.")}
         loaded = {name: value for name, value in weights.items() if name.startswith("head.")}
         report = "the head is loaded"
-        if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in loaded.items()}:
+        if mismatches(own, loaded):
             report = "the head is not loaded" + (": num_classes or pool_depth differ" if loaded else "")
             weights = {name: value for name, value in weights.items() if name not in loaded}
         fix = "Give the model the sizes of encoder and predictor (embed_dim, depth, num_mask_tokens, …) of the weights."
