@@ -8,21 +8,19 @@ too; V-JEPA 2 rotates queries and keys, and sorts visible and mask tokens by pos
 """
 
 import copy
-import json
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
-from blueberry_video.atomic import atomic_folder
 from blueberry_video.models import vit
 from blueberry_video.models.encoder import Encoder
 from blueberry_video.models.jepa import convert
 from blueberry_video.models.jepa.predictor import Predictor
-from blueberry_video.weights.load import different_settings, load_strictly
+from blueberry_video.weights.diffusers_folder import TRANSFORMERS, write_folder
+from blueberry_video.weights.load import check_layout, different_settings, load_strictly
 
 
 class JEPA(nn.Module):
@@ -156,12 +154,10 @@ class JEPA(nn.Module):
                 folder, or a hub id.
             which: encoder of the source that becomes :attr:`encoder`: ``"target_encoder"``, which the papers evaluate,
                 or ``"encoder"``, which training continues from. transformers has only an ``"encoder"``.
-            num_frames, image_size: size of the clips; no tensor determines it. Defaults to ``config.json`` of a
-                folder, then to 16 and 224.
+            num_frames, image_size: size of the clips. Defaults to ``config.json`` of a folder, then to 16 and 224.
             positions: ``"sincos_3d"`` (V-JEPA) or ``"rope_3d"`` (V-JEPA 2). Defaults to ``"rope_3d"`` for transformers
                 and for 10 mask tokens. Position tables in files of V-JEPA 2 are ignored, as in the original.
-            num_heads, predictor_num_heads: no tensor determines them. Default to ``config.json`` of a folder, then to
-                the published models.
+            num_heads, predictor_num_heads: default to ``config.json`` of a folder, then to the published models.
 
         Returns:
             The model. Without a target encoder in the source, its target encoder is a copy of :attr:`encoder`.
@@ -174,7 +170,7 @@ class JEPA(nn.Module):
         if published.layout == "run":
             raise ValueError(
                 f"{source} holds weights of a run, which do not determine the model: build it from the config of the "
-                "run and call its load_published."
+                "run and call load_published."
             )
         state, config = published.state, published.config
         settings = convert.settings_of_weights(state, source)
@@ -255,12 +251,7 @@ class JEPA(nn.Module):
             FileExistsError: the folder is a file, or not empty.
             ValueError: ``VJEPA2Model`` cannot represent the model; the message names the setting.
         """
-        config, state, folder = self.config, convert.to_huggingface(self.state_dict(), which), Path(folder)
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            raise FileExistsError(f"{folder} exists and is not an empty folder: choose another folder.")
-        with atomic_folder(folder) as partial:
-            (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            save_torch_state_dict(state, partial, filename_pattern="model{suffix}.safetensors")
+        write_folder(folder, self.config, convert.to_huggingface(self.state_dict(), which), stem=TRANSFORMERS)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -273,18 +264,17 @@ class JEPA(nn.Module):
         if not isinstance(encoder, vit.VisionTransformer):
             raise ValueError(f"model.encoder={type(encoder).__name__} must be a VisionTransformer for VJEPA2Model.")
         turn, predictor_turn = encoder.rope, predictor.rope
-        for key, value, required in (
-            ("model.encoder.positions", encoder.position_kind, "rope_3d"),
-            ("model.predictor_positions", "sincos_3d" if predictor_turn is None else "rope_3d", "rope_3d"),
-            ("model.encoder.rope_quirk", turn is not None and turn.quirk, True),
-            ("model.rope_quirk", predictor_turn is not None and predictor_turn.quirk, True),
-            ("model.encoder.qkv_bias", vit.qkv_bias(state, "encoder.blocks.0"), "qkv"),
-            ("model.encoder.final_norm", isinstance(encoder.norm, nn.LayerNorm), True),
-            ("model.predictor_context", predictor.proj_context is not None, False),
-            ("model.teacher.embed_dim", predictor.proj.out_features, encoder.embed_dim),
-        ):
-            if value != required:
-                raise ValueError(f"{key}={str(value).lower()} must be {str(required).lower()} for VJEPA2Model.")
+        settings = {
+            "encoder.positions": (encoder.position_kind, "rope_3d"),
+            "predictor_positions": ("sincos_3d" if predictor_turn is None else "rope_3d", "rope_3d"),
+            "encoder.rope_quirk": (turn is not None and turn.quirk, True),
+            "rope_quirk": (predictor_turn is not None and predictor_turn.quirk, True),
+            "encoder.qkv_bias": (vit.qkv_bias(state, "encoder.blocks.0"), "qkv"),
+            "encoder.final_norm": (isinstance(encoder.norm, nn.LayerNorm), True),
+            "predictor_context": (predictor.proj_context is not None, False),
+            "teacher.embed_dim": (predictor.proj.out_features, encoder.embed_dim),
+        }
+        check_layout("VJEPA2Model", {f"model.{key}": values for key, values in settings.items()})
         assert turn is not None
         assert predictor_turn is not None
         sizes = convert.settings_of_weights(state, "the model")

@@ -8,6 +8,8 @@ from blueberry_video.nn.patches import gather_tokens
 from blueberry_video.nn.positions import resize_table, sincos_3d_table
 from blueberry_video.nn.rope import RotaryPositions
 
+Grid = tuple[int, int, int]  # number of tokens along (t, h, w)
+
 
 class Predictor(nn.Module):
     """Predicts the features of hidden tokens from the visible tokens and the positions of the hidden ones.
@@ -34,7 +36,7 @@ class Predictor(nn.Module):
     def __init__(
         self,
         embed_dim: int,
-        grid: tuple[int, int, int],
+        grid: Grid,
         dim: int = 384,
         depth: int = 12,
         num_heads: int = 12,
@@ -67,12 +69,7 @@ class Predictor(nn.Module):
         init_trunc_normal(self)
 
     def forward(
-        self,
-        context: Tensor,
-        keep: Tensor,
-        target: Tensor,
-        mask_index: int = 0,
-        grid: tuple[int, int, int] | None = None,
+        self, context: Tensor, keep: Tensor, target: Tensor, mask_index: int = 0, grid: Grid | None = None
     ) -> Tensor:
         """Predicts features of hidden tokens.
 
@@ -92,12 +89,7 @@ class Predictor(nn.Module):
         return self.both(context, keep, target, mask_index, grid)[0]
 
     def both(
-        self,
-        context: Tensor,
-        keep: Tensor,
-        target: Tensor,
-        mask_index: int = 0,
-        grid: tuple[int, int, int] | None = None,
+        self, context: Tensor, keep: Tensor, target: Tensor, mask_index: int = 0, grid: Grid | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Predicts features of hidden and visible tokens, see :meth:`forward`.
 
@@ -109,14 +101,7 @@ class Predictor(nn.Module):
         context_output = None if self.proj_context is None else self.proj_context(self.norm(visible))
         return self.proj(self.norm(hidden)), context_output
 
-    def ahead(
-        self,
-        tokens: Tensor,
-        grid: tuple[int, int, int],
-        skip: int | Tensor = 0,
-        length: int = 1,
-        mask_index: int = 0,
-    ) -> Tensor:
+    def ahead(self, tokens: Tensor, grid: Grid, skip: int | Tensor = 0, length: int = 1, mask_index: int = 0) -> Tensor:
         """Predicts the tokens after the end of a clip.
 
         Args:
@@ -150,17 +135,13 @@ class Predictor(nn.Module):
         target = first + torch.arange(length * h * w, device=tokens.device)
         return self(tokens, seen, target, mask_index, (t + int(skips.max()) + length, h, w))
 
-    def _run(
-        self, context: Tensor, keep: Tensor, target: Tensor, mask_index: int, grid: tuple[int, int, int] | None
-    ) -> Tensor:
+    def _run(self, context: Tensor, keep: Tensor, target: Tensor, mask_index: int, grid: Grid | None) -> Tensor:
         """Runs the blocks on visible and mask tokens: (B, N_context + N_target, dim), in the order given."""
         if keep.shape[1] == 0:
             raise ValueError("the mask leaves an empty context: lower its mask ratio.")
-        if not 0 <= mask_index < len(self.mask_tokens):
-            raise ValueError(
-                f"mask_index={mask_index} must be in [0, {len(self.mask_tokens)}): set model.num_mask_tokens to the number "
-                "of maskings."
-            )
+        kinds = len(self.mask_tokens)
+        if not 0 <= mask_index < kinds:
+            raise ValueError(f"mask_index={mask_index} must be in [0, {kinds}): increase model.num_mask_tokens.")
         grid, index = grid or self.grid, torch.cat([keep, target], dim=1)
         x = self.embed(context)
         mask_tokens = self.mask_tokens[mask_index].to(x.dtype).expand(*target.shape, -1)
