@@ -19,7 +19,8 @@ from blueberry_video.weights.load import load_strictly, mismatches
 
 
 class Anticipator(nn.Module):
-    """Video float (B, C, T, H, W), normalized as the encoder requires -> logits {label: (B, classes)} of the future.
+    """Classifier of future actions: video (B, C, T, H, W), normalized as the encoder requires -> logits
+    {label: (B, classes)}.
 
     Args:
         encoder: accepts clips of any length, with rotary positions as in V-JEPA 2.
@@ -69,16 +70,9 @@ class Anticipator(nn.Module):
         self.mask_index, self.length, self.sees = mask_index, length, sees
         self.predictor: Predictor | None = None
         if sees != "past":
-            self.predictor = Predictor(
-                encoder.embed_dim,
-                encoder.grid(encoder.video_size),
-                dim=predictor_dim,
-                depth=predictor_depth,
-                num_heads=predictor_num_heads,
-                mlp_ratio=predictor_mlp_ratio,
-                num_mask_tokens=num_mask_tokens,
-                rope_quirk=rope_quirk,
-            )
+            sizes = (predictor_dim, predictor_depth, predictor_num_heads, predictor_mlp_ratio, num_mask_tokens)
+            grid = encoder.grid(encoder.video_size)
+            self.predictor = Predictor(encoder.embed_dim, grid, *sizes, rope_quirk=rope_quirk)
         self.head = AnticipationHead(encoder.embed_dim, num_classes, num_heads, pool_depth)
         if freeze:
             for part in self._frozen():
@@ -93,16 +87,12 @@ class Anticipator(nn.Module):
     def forward(self, video: Tensor, skip: int | Tensor = 0) -> dict[str, Tensor]:
         """Predicts logits at ``skip`` tubelets after the video; ``skip`` is one number, or one per clip (B,)."""
         with torch.no_grad() if self.freeze else nullcontext():
-            tokens = self._tokens(video, skip)
+            tokens = self.encoder(video)
+            if self.predictor is not None:
+                grid = self.encoder.grid(video.shape)
+                future = self.predictor.ahead(tokens, grid, skip, self.length, self.mask_index)
+                tokens = future if self.sees == "future" else torch.cat([tokens, future], dim=1)
         return self.head(tokens)
-
-    def _tokens(self, video: Tensor, skip: int | Tensor) -> Tensor:
-        """(B, N, D): tokens of the past, then of the future."""
-        past = self.encoder(video)
-        if self.predictor is None:
-            return past
-        future = self.predictor.ahead(past, self.encoder.grid(video.shape), skip, self.length, self.mask_index)
-        return future if self.sees == "future" else torch.cat([past, future], dim=1)
 
     def _frozen(self) -> list[nn.Module]:
         return [part for part in (self.encoder, self.predictor) if part is not None and self.freeze]
@@ -121,7 +111,8 @@ class Anticipator(nn.Module):
             A sentence on what was loaded, and on a head that was ignored.
 
         Raises:
-            FileNotFoundError, ValueError: see :meth:`JEPA.load_published`.
+            FileNotFoundError: a file is missing.
+            ValueError: tensors of encoder or predictor are missing, unexpected or of a different shape.
         """
         unused = ("target_encoder.", "predictor." if self.predictor is None else "predictor.proj_context.")
         weights = {n: v for n, v in read_published(source, which).state.items() if not n.startswith(unused)}

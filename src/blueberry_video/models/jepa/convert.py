@@ -201,7 +201,8 @@ def to_huggingface(state: dict[str, Tensor], which: str = "encoder") -> dict[str
 
 
 def convert_original(content: dict[str, dict[str, Tensor]], which: str) -> dict[str, Tensor]:
-    """Weights of an original file of V-JEPA or V-JEPA 2 under the names of a :class:`~blueberry_video.models.jepa.JEPA`.
+    """Weights of an original file of V-JEPA or V-JEPA 2 under the names of
+    :class:`~blueberry_video.models.jepa.JEPA`.
 
     Position tables are dropped, see :func:`check_positions`.
 

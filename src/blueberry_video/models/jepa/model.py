@@ -1,10 +1,10 @@
 """Joint-embedding predictive architectures for video: V-JEPA (arXiv 2404.08471; github.com/facebookresearch/jepa) and
 V-JEPA 2 (arXiv 2506.09985; github.com/facebookresearch/vjepa2).
 
-Unusual about them: no pixels are reconstructed. A narrow predictor receives the positions of hidden tokens and predicts
-their features, which the target encoder, an EMA of the encoder, computes from the whole clip. The encoder runs on the
-visible tokens only. Each kind of mask has a separate mask token. V-JEPA adds sine-cosine positions in the predictor,
-too; V-JEPA 2 rotates queries and keys, and sorts visible and mask tokens by position.
+Unusual about them: no pixels are reconstructed. The encoder runs on the visible tokens only; a narrow predictor
+receives the positions of hidden tokens and predicts their features, which the target encoder, an EMA of the encoder,
+computes from the whole clip. Each kind of mask has a separate mask token. V-JEPA adds sine-cosine positions also in the
+predictor; V-JEPA 2 uses rotary positions and sorts visible and mask tokens by position.
 """
 
 import copy
@@ -69,14 +69,11 @@ class JEPA(nn.Module):
         self.encoder = encoder
         self.target_encoder: Encoder | None = copy.deepcopy(encoder) if ema else teacher
         self.follows = ema
+        sizes = (predictor_dim, predictor_depth, predictor_num_heads, predictor_mlp_ratio, num_mask_tokens)
         self.predictor = Predictor(
             encoder.embed_dim,
             encoder.grid(encoder.video_size),
-            dim=predictor_dim,
-            depth=predictor_depth,
-            num_heads=predictor_num_heads,
-            mlp_ratio=predictor_mlp_ratio,
-            num_mask_tokens=num_mask_tokens,
+            *sizes,
             positions=predictor_positions,
             rope_quirk=rope_quirk,
             out_dim=None if teacher is None else teacher.embed_dim,
@@ -177,22 +174,20 @@ class JEPA(nn.Module):
         positions = positions or published.positions or "sincos_3d"
         is_rope, width = positions == "rope_3d", settings["hidden_size"]
         num_heads = num_heads or config.get("num_attention_heads") or width // (80 if width == 1280 else 64)
+        predictor_heads = (
+            predictor_num_heads or config.get("pred_num_attention_heads") or (12 if is_rope else num_heads)
+        )
+        num_frames = num_frames or config.get("frames_per_clip", 16)
+        image_size = image_size or config.get("crop_size", 224)
+        weights = convert.part(state, "encoder")
         encoder = vit.VisionTransformer.from_weights(
-            convert.part(state, "encoder"),
-            source,
-            num_frames or config.get("frames_per_clip", 16),
-            image_size or config.get("crop_size", 224),
-            num_heads,
-            positions=positions,
-            rope_quirk=is_rope,
+            weights, source, num_frames, image_size, num_heads, positions=positions, rope_quirk=is_rope
         )
         model = cls(
             encoder,
             predictor_dim=settings["pred_hidden_size"],
             predictor_depth=settings["pred_num_hidden_layers"],
-            predictor_num_heads=predictor_num_heads
-            or config.get("pred_num_attention_heads")
-            or (12 if is_rope else num_heads),
+            predictor_num_heads=predictor_heads,
             predictor_mlp_ratio=settings["pred_mlp_ratio"],
             num_mask_tokens=settings["pred_num_mask_tokens"],
             predictor_positions=positions,

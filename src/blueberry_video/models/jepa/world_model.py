@@ -2,10 +2,9 @@
 github.com/facebookresearch/vjepa2).
 
 Unusual about it: the frozen encoder receives each frame separately, as an image repeated over a tubelet; only a
-predictor of its tokens is trained. A step of the predictor's sequence is an action token, a state token and the patches
-of one frame. Attention is block-causal: every token attends to all tokens of the same and of earlier steps. The outputs
-at the patches of a step are the patches of the next frame. Positions are rotary: by time, row and column for patches,
-by time only for the action and the state.
+predictor of its tokens is trained. A step of its sequence is an action token, a state token and the patches of a frame;
+its outputs at the patches are those of the next frame. Attention is block-causal: every token attends to all tokens of
+the same and of earlier steps. Rotary positions are time, row and column for patches, time only for action and state.
 
 Letters: B batch, T frames, S patches per frame, D width of the encoder, A and K widths of actions and states.
 """
@@ -70,10 +69,7 @@ class WorldModel(nn.Module):
     ):
         super().__init__()
         if not encoder.images:
-            raise ValueError(
-                "model.encoder.images=false: a world model encodes each frame separately. Set "
-                "model.encoder.images=true; it changes no weights."
-            )
+            raise ValueError("model.encoder.images=false cannot encode single frames: set model.encoder.images=true.")
         for key, width in (("action_dim", action_dim), ("state_dim", state_dim)):
             if width < 1:
                 raise ValueError(f"model.{key}={width} must be at least 1.")
@@ -175,12 +171,11 @@ class WorldModel(nn.Module):
 
         Args:
             source: a torch file with ``encoder`` and ``predictor``.
-            num_frames, image_size: size of the clips; no tensor determines it.
-            num_heads, predictor_num_heads: no tensor determines them; default to the published model.
+            num_frames, image_size: size of the clips.
+            num_heads, predictor_num_heads: default to the published model.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is damaged or of a different model.
+            FileNotFoundError, ValueError: see :meth:`load_published`.
         """
         state = _read_published(source)
         weights = convert.part(state, "encoder")
@@ -203,14 +198,11 @@ class WorldModel(nn.Module):
         return model
 
     def load_published(self, source: str | Path) -> str:
-        """Loads weights, see :meth:`from_published`, into this model.
-
-        Returns:
-            A sentence on what was loaded.
+        """Loads weights of an original file and returns a sentence on what was loaded.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, or tensors are missing, unexpected or of another shape.
+            ValueError: the file is damaged, or tensors are missing, unexpected or of a different shape.
         """
         return self._load(_read_published(source), source)
 
@@ -233,14 +225,7 @@ def _read_published(source: str | Path) -> dict[str, Tensor]:
 
 
 class Predictor(nn.Module):
-    """Block-causal transformer of a :class:`WorldModel`.
-
-    Args:
-        grid: patch grid (h, w) of a frame.
-        embed_dim: width D of the encoder.
-        action_dim, state_dim: A and K.
-        dim, depth, num_heads, mlp_ratio, rope_quirk: see :class:`WorldModel`.
-    """
+    """Block-causal transformer of a :class:`WorldModel` for frames of a patch grid (h, w)."""
 
     def __init__(
         self,
@@ -251,10 +236,13 @@ class Predictor(nn.Module):
         dim: int,
         depth: int,
         num_heads: int,
-        mlp_ratio: float = 4.0,
-        rope_quirk: bool = False,
+        mlp_ratio: float,
+        rope_quirk: bool,
     ):
         super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"model.predictor_num_heads={num_heads} must be a divisor of model.predictor_dim={dim}.")
+        channels_per_axis(dim // num_heads)  # raises here, not in forward
         self.grid, self.head_dim, self.rope_quirk = grid, dim // num_heads, rope_quirk
         self.embed = nn.Linear(embed_dim, dim)
         self.action_encoder = nn.Linear(action_dim, dim)
@@ -267,11 +255,10 @@ class Predictor(nn.Module):
     def forward(
         self, latents: Tensor, actions: Tensor, states: Tensor, past: list[Past] | None = None
     ) -> tuple[Tensor, list[Past]]:
-        """Predicts the frame after each of ``latents``.
+        """Predicts the frame after each of T consecutive frames.
 
         Args:
-            latents: (B, T, S, D) of T consecutive frames.
-            actions, states: (B, T, A) and (B, T, K) at these frames.
+            latents, actions, states: (B, T, S, D), (B, T, A) and (B, T, K) of these frames.
             past: KV cache of all earlier steps, as returned; ``None`` at the first step.
 
         Returns:
@@ -326,48 +313,31 @@ class Predictor(nn.Module):
 def block_causal_mask(first: int, steps: int, tokens: int, device: torch.device) -> Tensor:
     """Attention mask, bool (steps * tokens, (first + steps) * tokens): true for keys of the same or an earlier step.
 
-    Args:
-        first: number of steps before the first query.
-        steps: number of steps of the queries.
-        tokens: tokens per step.
-        device: device of the mask.
+    The queries are ``steps`` steps of ``tokens`` tokens, after ``first`` earlier steps.
     """
     step = torch.arange(first + steps, device=device).repeat_interleave(tokens)
     return step[first * tokens :, None] >= step
 
 
 class CausalAttention(nn.Module):
-    """Multi-head attention of some steps to themselves and to the cached steps before.
-
-    Args:
-        dim: width of the tokens.
-        num_heads: number of heads; must divide ``dim``.
-
-    Raises:
-        ValueError: ``num_heads`` does not divide ``dim``, or heads are too narrow for rotary positions.
-    """
+    """Multi-head attention to the tokens of given steps and to the KV cache of earlier steps."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(
-                f"model.predictor_num_heads={num_heads} does not divide model.predictor_dim={dim}: choose a divisor."
-            )
         self.num_heads = num_heads
-        channels_per_axis(dim // num_heads)  # raises here, not in forward
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(
         self, x: Tensor, turn: Rotation, mask: Tensor | None = None, past: Past | None = None
     ) -> tuple[Tensor, Past]:
-        """(B, N, dim) -> (B, N, dim), and the KV cache with these tokens appended.
+        """Attends (B, N, dim) -> (B, N, dim), and appends these tokens to the KV cache.
 
         Args:
             x: tokens.
             turn: rotation of the tokens.
-            mask: attention mask (N, N_past + N), bool; ``None`` attends to all.
-            past: KV cache of the N_past tokens before.
+            mask: bool (N, N_past + N); ``None`` attends to all.
+            past: KV cache of the N_past earlier tokens.
         """
         q, k, v = rearrange(self.qkv(x), "b n (part h d) -> part b h n d", part=3, h=self.num_heads)
         q, k = rotate(q, turn), rotate(k, turn)
