@@ -249,11 +249,10 @@ def to_original(state: dict[str, Tensor], tables: Grid | None = None) -> dict[st
 
 def position_tables(content: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     """Position tables (1, N, D) of an original file by name, such as ``encoder.pos_embed``."""
-    networks = {name: files.without_prefixes(content.get(name) or {}) for name in (*ENCODERS, "predictor")}
     return {
         f"{network}.{name}": table
-        for network, weights in networks.items()
-        for name, table in weights.items()
+        for network in (*ENCODERS, "predictor")
+        for name, table in files.without_prefixes(content.get(network) or {}).items()
         if name.endswith("pos_embed")
     }
 

@@ -76,17 +76,8 @@ class WorldModel(nn.Module):
         self.encoder = encoder.requires_grad_(False)
         self.action_dim, self.state_dim = action_dim, state_dim
         _, height, width = encoder.grid(encoder.video_size)
-        self.predictor = Predictor(
-            (height, width),
-            encoder.embed_dim,
-            action_dim,
-            state_dim,
-            predictor_dim,
-            predictor_depth,
-            predictor_num_heads,
-            mlp_ratio,
-            rope_quirk,
-        )
+        sizes = (predictor_dim, predictor_depth, predictor_num_heads, mlp_ratio)
+        self.predictor = Predictor((height, width), encoder.embed_dim, action_dim, state_dim, *sizes, rope_quirk)
         if starts_as_copy:
             self.predictor.start_as_copy()
 
@@ -184,16 +175,9 @@ class WorldModel(nn.Module):
             weights, source, num_frames, image_size, heads, images=True, positions="rope_3d", rope_quirk=True
         )
         dim, action_dim = state["predictor.action_encoder.weight"].shape
-        model = cls(
-            encoder,
-            action_dim,
-            state["predictor.state_encoder.weight"].shape[1],
-            dim,
-            num_blocks(state, "predictor.blocks"),
-            predictor_num_heads,
-            state["predictor.blocks.0.mlp.fc1.weight"].shape[0] / dim,
-            rope_quirk=True,
-        )
+        state_dim, depth = state["predictor.state_encoder.weight"].shape[1], num_blocks(state, "predictor.blocks")
+        mlp_ratio = state["predictor.blocks.0.mlp.fc1.weight"].shape[0] / dim
+        model = cls(encoder, action_dim, state_dim, dim, depth, predictor_num_heads, mlp_ratio, rope_quirk=True)
         print(f"V-JEPA 2-AC for frames of {image_size} pixels: {model._load(state, source)}")
         return model
 
