@@ -201,17 +201,11 @@ def to_huggingface(state: dict[str, Tensor], which: str = "encoder") -> dict[str
 
 
 def convert_original(content: dict[str, dict[str, Tensor]], which: str) -> dict[str, Tensor]:
-    """Weights of an original file of V-JEPA or V-JEPA 2 under the names of
-    :class:`~blueberry_video.models.jepa.JEPA`.
-
-    Position tables are dropped, see :func:`check_positions`.
+    """Weights of an original file of V-JEPA or V-JEPA 2, as in :class:`Published`, without its position tables.
 
     Args:
         content: state dicts of the file by name.
         which: ``"encoder"`` or ``"target_encoder"``: the encoder of the file that becomes ``encoder.…``.
-
-    Returns:
-        ``encoder.…``, ``predictor.…`` and, where the file has it, ``target_encoder.…``.
 
     Raises:
         ValueError: the file has no such encoder, or no predictor.
@@ -267,24 +261,23 @@ def check_positions(content: dict[str, dict[str, Tensor]], grid: Grid) -> None:
         expected = sincos_3d_table(grid, table.shape[-1])
         if table.shape[1:] != expected.shape or (table[0].float() - expected).abs().max() > 1e-5:
             raise ValueError(
-                f"{name} in the file, {tuple(table.shape)}, is not the 3-D sine-cosine table of a grid of {grid} "
-                "tokens: set num_frames and image_size to those the weights were trained with. The model also accepts "
-                "clips of other sizes."
+                f"{name} in the file, {tuple(table.shape)}, is not the 3-D sine-cosine table of the patch grid {grid}: "
+                "set num_frames and image_size to those of the weights. The model also accepts clips of other sizes."
             )
 
 
-def convert_world_model(content: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Weights of an original file of V-JEPA 2-AC under the names of a
-    :class:`~blueberry_video.models.jepa.WorldModel`.
+def read_world_model(source: str | Path) -> dict[str, Tensor]:
+    """Reads V-JEPA 2-AC from an original file, under the names of :class:`~blueberry_video.models.jepa.WorldModel`.
 
     The encoder of camera extrinsics, which the published model does not use, is dropped.
 
-    Args:
-        content: state dicts of the file by name.
-
     Raises:
-        ValueError: ``encoder`` or ``predictor`` is missing, or the predictor is not conditioned on actions.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, lacks ``encoder`` or ``predictor``, or has a predictor without actions.
     """
+    content = files.read_content(files.resolve(source))
+    if not isinstance(content, dict):
+        raise ValueError(f"{source} holds no state dicts: give a file of V-JEPA 2-AC.")
     networks = {name: _network(content, name) for name in ("encoder", "predictor")}
     if "action_encoder.weight" not in networks["predictor"]:
         raise ValueError(
@@ -295,7 +288,7 @@ def convert_world_model(content: dict[str, dict[str, Tensor]]) -> dict[str, Tens
 
 
 def world_model_to_original(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Inverse of :func:`convert_world_model`, to be saved with ``torch.save``.
+    """Inverse of :func:`read_world_model`, to be saved with ``torch.save``.
 
     The unused encoder of camera extrinsics, which the original loads strictly, is zero.
     """

@@ -26,7 +26,7 @@ from blueberry_video.models.jepa import convert
 from blueberry_video.nn.blocks import init_trunc_normal
 from blueberry_video.nn.feed_forward import Mlp
 from blueberry_video.nn.rope import Rotation, channels_per_axis, grid_positions, rotate, rotation
-from blueberry_video.weights.files import num_blocks, read_content, resolve
+from blueberry_video.weights.files import num_blocks
 from blueberry_video.weights.load import load_strictly
 
 CONDITIONS = 2  # tokens of a step before its patches: the action, then the state
@@ -106,7 +106,7 @@ class WorldModel(nn.Module):
         steps = latents.shape[1] - 1
         if states.shape[1] == steps + 1:
             states = states[:, :-1]
-        self._check(latents, actions, states, steps)
+        self._check(latents, actions, states, steps, steps + 1)
         return self.predictor(latents[:, :-1], actions, states)[0]
 
     def rollout(self, latents: Tensor, actions: Tensor, states: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class WorldModel(nn.Module):
         """
         steps = actions.shape[1]
         states = states[:, :steps]
-        self._check(latents, actions, states, steps, frames=1)
+        self._check(latents, actions, states, steps, 1)
         frame, past = latents, None
         predictions = []
         for t in range(steps):
@@ -130,10 +130,9 @@ class WorldModel(nn.Module):
             predictions.append(frame)
         return torch.cat(predictions, dim=1)
 
-    def _check(self, latents: Tensor, actions: Tensor, states: Tensor, steps: int, frames: int | None = None) -> None:
+    def _check(self, latents: Tensor, actions: Tensor, states: Tensor, steps: int, frames: int) -> None:
         if steps < 1:
             raise ValueError("there is no frame to predict: pass at least two frames, or one frame and one action.")
-        frames = steps + 1 if frames is None else frames
         patches = (math.prod(self.predictor.grid), self.encoder.embed_dim)
         wanted = {
             "latents": (latents, (frames, *patches), "the output of encode_frames"),
@@ -168,7 +167,7 @@ class WorldModel(nn.Module):
         Raises:
             FileNotFoundError, ValueError: see :meth:`load_published`.
         """
-        state = _read_published(source)
+        state = convert.read_world_model(source)
         weights = convert.part(state, "encoder")
         heads = num_heads or len(weights["patch_embed.proj.bias"]) // 64
         encoder = vit.VisionTransformer.from_weights(
@@ -188,7 +187,7 @@ class WorldModel(nn.Module):
             FileNotFoundError: there is no such file.
             ValueError: the file is damaged, or tensors are missing, unexpected or of a different shape.
         """
-        return self._load(_read_published(source), source)
+        return self._load(convert.read_world_model(source), source)
 
     def _load(self, state: dict[str, Tensor], source: str | Path) -> str:
         load_strictly(self, state, source, "Choose the model=world_model/… with the sizes of these weights.")
@@ -199,13 +198,6 @@ class WorldModel(nn.Module):
         content = convert.world_model_to_original(self.state_dict())
         with atomic_file(Path(path)) as file:
             torch.save(content, file)
-
-
-def _read_published(source: str | Path) -> dict[str, Tensor]:
-    content = read_content(resolve(source))
-    if not isinstance(content, dict):
-        raise ValueError(f"{source} holds no state dicts: give a file of V-JEPA 2-AC.")
-    return convert.convert_world_model(content)
 
 
 class Predictor(nn.Module):
