@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from blueberry_video.inference.planner import Belief, Box, CrossEntropyPlanner, Discrete, L1Ball
+from blueberry_video.inference.planner import ActionDistribution, Box, CrossEntropyPlanner, Discrete, L1Ball
 from blueberry_video.models.jepa.world_model import WorldModel
 from blueberry_video.models.vit import VisionTransformer
 
@@ -42,10 +42,10 @@ def test_box_clamps_every_channel_to_its_own_limit():
 
 @pytest.mark.parametrize("actions", [Box(3, 0.2), L1Ball(3, 0.2), Discrete(3)], ids=["box", "ball", "discrete"])
 def test_samples_and_plans_are_valid_actions(actions):
-    belief = actions.start(2, 5, CPU)
-    samples = actions.sample(belief, 500, seeded())
+    distribution = actions.start(2, 5, CPU)
+    samples = actions.sample(distribution, 500, seeded())
     assert samples.shape == (2, 500, 5, 3)
-    for found in (samples, actions.choose(belief)):
+    for found in (samples, actions.choose(distribution)):
         if isinstance(actions, Discrete):
             assert set(found.unique().tolist()) == {0.0, 1.0}
             assert (found.sum(dim=-1) == 1).all()
@@ -54,12 +54,12 @@ def test_samples_and_plans_are_valid_actions(actions):
             most = sizes.sum(dim=-1).max() if isinstance(actions, L1Ball) else sizes.max()
             assert most <= 0.2 + 1e-6
     assert not torch.equal(samples[0], samples[1])
-    assert torch.equal(samples, actions.sample(belief, 500, seeded()))
+    assert torch.equal(samples, actions.sample(distribution, 500, seeded()))
 
 
 def test_discrete_samples_follow_the_probabilities():
     shares = torch.tensor([[[0.7, 0.2, 0.1], [0.0, 1.0, 0.0]]])
-    samples = Discrete(3).sample(Belief(shares, torch.zeros_like(shares)), 5000, seeded())
+    samples = Discrete(3).sample(ActionDistribution(shares, torch.zeros_like(shares)), 5000, seeded())
     torch.testing.assert_close(samples.mean(dim=1), shares, atol=0.03, rtol=0)
 
 
@@ -68,7 +68,7 @@ def test_discrete_samples_follow_the_probabilities():
 
 @pytest.mark.parametrize(("mean_momentum", "std_momentum"), [(0.0, 0.0), (0.15, 0.4), (1.0, 1.0)])
 def test_momentum_mixes_the_old_and_new_distribution(mean_momentum, std_momentum):
-    old = Belief(torch.full((1, 1, 2), 4.0), torch.full((1, 1, 2), 3.0))
+    old = ActionDistribution(torch.full((1, 1, 2), 4.0), torch.full((1, 1, 2), 3.0))
     elites = torch.tensor([[[[1.0, 2.0]], [[3.0, 2.0]]]])  # mean (2, 2), unbiased std (sqrt 2, 0)
     new = Box(2, 9.0).refit(old, elites, mean_momentum, std_momentum)
     assert new.mean.flatten().tolist() == pytest.approx([2 * (1 - mean_momentum) + 4 * mean_momentum] * 2)

@@ -1,1 +1,1 @@
-"""What a trained model does."""
+"""Planning, reconstruction and visualization with trained models."""

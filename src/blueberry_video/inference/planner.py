@@ -1,14 +1,15 @@
 """Planning with a world model: the cross-entropy method of V-JEPA 2-AC (arXiv 2506.09985;
 github.com/facebookresearch/vjepa2).
 
-Action sequences are drawn from a distribution, the world model plays each out, and the distribution is fitted to those
-that end nearest to the goal, a picture; after a few rounds its centre is the plan. Only the first action is carried
-out, then all is planned again from the new picture (receding horizon).
+Action sequences are sampled from a distribution, the world model predicts the outcome of each, and the distribution is
+fitted to the elites, the sequences with the predictions nearest to a goal image. After several iterations the mean is
+the plan. Only its first action is executed before planning again from the new image (receding horizon).
 
-Unusual about it: a momentum m keeps the share m of the old distribution, so that with 0 it is the plain method; and
-several situations are planned for at once.
+Unusual about it: a momentum m keeps the share m of the old distribution, so 0 is the plain method; and plans are
+computed for a batch of situations.
 
-Letters: B situations, N samples, H horizon, A width of an action, K of a state, S patches, D the encoder's width.
+Letters: B batch of situations, N samples, H horizon, A width of an action, K width of a state, S patches, D width of
+the encoder.
 """
 
 from abc import ABC, abstractmethod
@@ -21,18 +22,18 @@ from torch import Tensor
 
 from blueberry_video.models.jepa.world_model import WorldModel
 
-Energy = Callable[[Tensor], Tensor]  # action sequences (B, N, H, A) -> how bad each is, (B, N)
+Energy = Callable[[Tensor], Tensor]  # action sequences (B, N, H, A) -> cost of each (B, N)
 
 
-class Belief(NamedTuple):
-    """A distribution over action sequences, independent in every step: (B, H, A) each."""
+class ActionDistribution(NamedTuple):
+    """Distribution of action sequences, independent in each step: (B, H, A) each."""
 
-    mean: Tensor  # of discrete actions the probability of each
-    std: Tensor  # of discrete actions 0
+    mean: Tensor  # of discrete actions: the probabilities
+    std: Tensor  # of discrete actions: 0
 
 
 class Actions(ABC):
-    """What a planner chooses from.
+    """Action space of a planner.
 
     Attributes:
         width: A, the width of an action vector.
@@ -41,69 +42,71 @@ class Actions(ABC):
     width: int
 
     @abstractmethod
-    def start(self, situations: int, horizon: int, device: torch.device) -> Belief:
-        """What is believed before the first round."""
+    def start(self, batch: int, horizon: int, device: torch.device) -> ActionDistribution:
+        """Initial distribution for each of ``batch`` situations."""
 
     @abstractmethod
-    def sample(self, belief: Belief, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws ``count`` sequences for each situation, (B, N, H, A)."""
+    def sample(self, distribution: ActionDistribution, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Samples ``count`` sequences per situation: (B, N, H, A)."""
 
-    def refit(self, belief: Belief, elites: Tensor, mean_momentum: float, std_momentum: float) -> Belief:
-        """The belief that the sequences ``elites`` (B, M, H, A) lead to; ``momentum`` is the share of the old one."""
+    def refit(
+        self, distribution: ActionDistribution, elites: Tensor, mean_momentum: float, std_momentum: float
+    ) -> ActionDistribution:
+        """Fits the distribution to ``elites`` (B, M, H, A); the momenta are the shares of the old one."""
         spread = elites.std(dim=1, correction=min(1, elites.shape[1] - 1))
-        return Belief(
-            torch.lerp(elites.mean(dim=1), belief.mean, mean_momentum), torch.lerp(spread, belief.std, std_momentum)
+        return ActionDistribution(
+            torch.lerp(elites.mean(dim=1), distribution.mean, mean_momentum),
+            torch.lerp(spread, distribution.std, std_momentum),
         )
 
     @abstractmethod
-    def choose(self, belief: Belief) -> Tensor:
-        """The plan: one sequence a situation, (B, H, A)."""
+    def choose(self, distribution: ActionDistribution) -> Tensor:
+        """Most likely valid sequence per situation, the plan: (B, H, A)."""
 
 
 class _Continuous(Actions):
-    """Vectors from normal distributions that begin around 0, each brought into what is allowed."""
+    """Vectors with normal distributions of initial mean 0, projected onto the valid actions."""
 
     def __init__(self, width: int, std: Sequence[float]):
         if width < 1 or any(size <= 0 for size in std):
             raise ValueError(
-                f"the planner's actions have width={width} and sizes {list(std)}: give at least one channel, and sizes "
-                "above 0."
+                f"planner.actions.width={width} must be at least 1, and the limit or radius, {list(std)}, above 0."
             )
         self.width, self._std = width, tuple(std)
 
     @abstractmethod
     def project(self, actions: Tensor) -> Tensor:
-        """The nearest allowed actions to (..., A)."""
+        """Nearest valid actions to (..., A)."""
 
-    def start(self, situations: int, horizon: int, device: torch.device) -> Belief:
-        std = torch.tensor(self._std, device=device).expand(situations, horizon, self.width)
-        return Belief(torch.zeros_like(std), std)
+    def start(self, batch: int, horizon: int, device: torch.device) -> ActionDistribution:
+        std = torch.tensor(self._std, device=device).expand(batch, horizon, self.width)
+        return ActionDistribution(torch.zeros_like(std), std)
 
-    def sample(self, belief: Belief, count: int, generator: torch.Generator | None = None) -> Tensor:
-        mean, std = belief.mean[:, None], belief.std[:, None]
+    def sample(self, distribution: ActionDistribution, count: int, generator: torch.Generator | None = None) -> Tensor:
+        mean, std = distribution.mean[:, None], distribution.std[:, None]
         source = mean.device if generator is None else generator.device
         noise = torch.randn(len(mean), count, *mean.shape[2:], generator=generator, device=source)
         return self.project(mean + std * noise.to(mean))
 
-    def choose(self, belief: Belief) -> Tensor:
-        return self.project(belief.mean)
+    def choose(self, distribution: ActionDistribution) -> Tensor:
+        return self.project(distribution.mean)
 
 
 class Box(_Continuous):
-    """Vectors whose channels lie within ±``limit``, one for all or one each.
+    """Vectors with each channel in [-limit, limit].
 
     Args:
         width: A.
-        limit: above 0; also the standard deviation of the first round.
+        limit: above 0, one for all channels or one per channel; also the initial standard deviation.
 
     Raises:
-        ValueError: for a limit of 0 or below, or as many limits as there are not channels.
+        ValueError: a limit is 0 or below, or the number of limits is not ``width``.
     """
 
     def __init__(self, width: int, limit: float | list[float]):
         limits = [limit] * width if isinstance(limit, int | float) else list(limit)
         if len(limits) != width:
-            raise ValueError(f"planner.actions.limit={limits} has {len(limits)} values for {width} channels: give one.")
+            raise ValueError(f"planner.actions.limit={limits} has {len(limits)} values for {width} channels: set one.")
         super().__init__(width, limits)
 
     def project(self, actions: Tensor) -> Tensor:
@@ -112,14 +115,14 @@ class Box(_Continuous):
 
 
 class L1Ball(_Continuous):
-    """Vectors whose absolute values add up to ``radius`` at most; others go to the nearest such point.
+    """Vectors in an L1 ball: the absolute values sum to at most ``radius``.
 
     Args:
         width: A.
-        radius: above 0; also the standard deviation of the first round. V-JEPA 2-AC: 0.075 (metres).
+        radius: above 0; also the initial standard deviation. V-JEPA 2-AC: 0.075 (meters).
 
     Raises:
-        ValueError: for a radius of 0 or below.
+        ValueError: the radius is 0 or below.
     """
 
     def __init__(self, width: int, radius: float = 0.075):
@@ -127,7 +130,7 @@ class L1Ball(_Continuous):
         self.radius = radius
 
     def project(self, actions: Tensor) -> Tensor:
-        """Duchi et al., ICML 2008: every channel comes nearer to 0 by the same amount, but not past it."""
+        """Projects by soft thresholding: all channels shrink by the same amount, at most to 0 (Duchi et al., 2008)."""
         sizes = actions.abs().sort(dim=-1, descending=True).values
         excess = sizes.cumsum(dim=-1) - self.radius
         shrink = (excess / torch.arange(1, self.width + 1, device=actions.device)).amax(dim=-1, keepdim=True)
@@ -135,51 +138,55 @@ class L1Ball(_Continuous):
 
 
 class Discrete(Actions):
-    """One of ``width`` actions in every step, as a one-hot vector. The plan takes the most probable of each step.
+    """One of ``width`` actions per step, as a one-hot vector. The plan holds the most probable action of each step.
 
     Raises:
-        ValueError: for less than two.
+        ValueError: ``width`` is below 2.
     """
 
     def __init__(self, width: int):
         if width < 2:
-            raise ValueError(f"planner.actions.width={width} leaves nothing to choose: give at least 2 actions.")
+            raise ValueError(f"planner.actions.width={width} must be at least 2 for discrete actions.")
         self.width = width
 
-    def start(self, situations: int, horizon: int, device: torch.device) -> Belief:
-        even = torch.full((situations, horizon, self.width), 1 / self.width, device=device)
-        return Belief(even, torch.zeros_like(even))
+    def start(self, batch: int, horizon: int, device: torch.device) -> ActionDistribution:
+        even = torch.full((batch, horizon, self.width), 1 / self.width, device=device)
+        return ActionDistribution(even, torch.zeros_like(even))
 
-    def sample(self, belief: Belief, count: int, generator: torch.Generator | None = None) -> Tensor:
-        source = belief.mean.device if generator is None else generator.device
-        rows = belief.mean.flatten(0, 1).to(source)  # (B * H, A)
-        drawn = torch.multinomial(rows, count, replacement=True, generator=generator).to(belief.mean.device)
-        return F.one_hot(drawn, self.width).to(belief.mean).unflatten(0, belief.mean.shape[:2]).transpose(1, 2)
+    def sample(self, distribution: ActionDistribution, count: int, generator: torch.Generator | None = None) -> Tensor:
+        source = distribution.mean.device if generator is None else generator.device
+        rows = distribution.mean.flatten(0, 1).to(source)  # (B * H, A)
+        drawn = torch.multinomial(rows, count, replacement=True, generator=generator).to(distribution.mean.device)
+        return (
+            F.one_hot(drawn, self.width).to(distribution.mean).unflatten(0, distribution.mean.shape[:2]).transpose(1, 2)
+        )
 
-    def refit(self, belief: Belief, elites: Tensor, mean_momentum: float, std_momentum: float) -> Belief:
-        return Belief(torch.lerp(elites.mean(dim=1), belief.mean, mean_momentum), belief.std)
+    def refit(
+        self, distribution: ActionDistribution, elites: Tensor, mean_momentum: float, std_momentum: float
+    ) -> ActionDistribution:
+        return ActionDistribution(torch.lerp(elites.mean(dim=1), distribution.mean, mean_momentum), distribution.std)
 
-    def choose(self, belief: Belief) -> Tensor:
-        return F.one_hot(belief.mean.argmax(dim=-1), self.width).to(belief.mean)
+    def choose(self, distribution: ActionDistribution) -> Tensor:
+        return F.one_hot(distribution.mean.argmax(dim=-1), self.width).to(distribution.mean)
 
 
 class CrossEntropyPlanner:
-    """Finds the actions that lead to a goal. The defaults are V-JEPA 2-AC's.
+    """Finds the actions that lead to a goal. The defaults are those of V-JEPA 2-AC.
 
     Args:
-        actions: what to choose from, of the world model's ``action_dim``.
-        samples: N, sequences drawn a round.
-        elites: how many of these, those of least energy, the next round is fitted to.
-        iterations: rounds.
-        horizon: H, actions a sequence.
-        mean_momentum, std_momentum: share of the old mean and standard deviation that is kept, in [0, 1]; the
+        actions: action space, of the ``action_dim`` of the world model.
+        samples: N, sequences sampled per iteration.
+        elites: number of samples of lowest energy to which the distribution is fitted.
+        iterations: number of iterations.
+        horizon: H, actions per sequence.
+        mean_momentum, std_momentum: shares of the old mean and standard deviation that are kept, in [0, 1]; the
             probabilities of discrete actions are a mean.
-        displacement: what an action adds to the state: A rows of K numbers, for the states of the later steps. ``None``
-            will do for a horizon of 1, in which there are none.
-        batch_size: most sequences the model plays out at once.
+        displacement: change of the state by each action: A rows of K numbers, from which the states of later steps are
+            computed. Required for a horizon above 1.
+        batch_size: maximum number of sequences per forward pass of the model.
 
     Raises:
-        ValueError: for a value out of range, or a longer horizon without ``displacement``.
+        ValueError: a value is out of range, or ``displacement`` is missing.
     """
 
     def __init__(
@@ -204,25 +211,19 @@ class CrossEntropyPlanner:
             if number < 1:
                 raise ValueError(f"planner.{key}={number} must be at least 1.")
         if elites > samples:
-            raise ValueError(
-                f"planner.elites={elites} are to be chosen from planner.samples={samples}, which are fewer: lower the "
-                "one or raise the other."
-            )
+            raise ValueError(f"planner.elites={elites} must be at most planner.samples={samples}.")
         for key, momentum in (("mean_momentum", mean_momentum), ("std_momentum", std_momentum)):
             if not 0 <= momentum <= 1:
-                raise ValueError(
-                    f"planner.{key}={momentum} is the share of the old distribution that is kept: use a number in [0, "
-                    "1], such as 0.15."
-                )
+                raise ValueError(f"planner.{key}={momentum}, the share of the old distribution, must be in [0, 1].")
         if displacement is None and horizon > 1:
             raise ValueError(
-                f"planner.horizon={horizon} needs planner.displacement, what each action adds to the state: the model "
-                "is told the state in which a later action is taken. Give it, or use horizon=1."
+                f"planner.horizon={horizon} requires planner.displacement, the change of the state by each action, as "
+                "the model is conditioned on the state of each step: set it, or use planner.horizon=1."
             )
         if displacement is not None and len(displacement) != actions.width:
             raise ValueError(
-                f"planner.displacement has {len(displacement)} rows for actions of width {actions.width}: give what "
-                "each adds to the state."
+                f"planner.displacement has {len(displacement)} rows for actions of width {actions.width}: set one row "
+                "per action channel, the change of the state by it."
             )
         self.actions, self.samples, self.elites, self.iterations = actions, samples, elites, iterations
         self.horizon, self.mean_momentum, self.std_momentum = horizon, mean_momentum, std_momentum
@@ -232,66 +233,66 @@ class CrossEntropyPlanner:
     def plan(
         self,
         model: WorldModel,
-        pictures: Tensor,
+        images: Tensor,
         states: Tensor,
         goals: Tensor,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The actions after which the world is to look like the goals.
+        """Plans the actions that lead from the images to the goals.
 
         Args:
-            model: in evaluation mode, as all it has is.
-            pictures: (B, C, H, W) of the situations, normalised as the encoder wants it, on the model's device.
-            states: (B, K) in them.
-            goals: (B, C, H, W), normalised likewise.
-            generator: of the draws, on any device; ``None`` takes the device's own.
+            model: in evaluation mode.
+            images: (B, C, H, W), normalized as the encoder requires, on the device of the model.
+            states: (B, K) at the images.
+            goals: (B, C, H, W), normalized likewise.
+            generator: random generator on any device; defaults to that of the device of the model.
 
         Returns:
-            (B, H, A), of which the first action is to be carried out.
+            (B, H, A), of which the first action is to be executed.
 
         Raises:
-            ValueError: if the actions are not the model's.
+            ValueError: the actions do not have the ``action_dim`` of the model.
         """
         if self.actions.width != model.action_dim:
             raise ValueError(
-                f"planner.actions.width={self.actions.width} and model.action_dim={model.action_dim} disagree: the "
-                "model must have been trained with the actions it plans."
+                f"planner.actions.width={self.actions.width} must equal model.action_dim={model.action_dim}, the width "
+                "of the actions that the model was trained with."
             )
-        start, goal = model.encode_frames(torch.stack([pictures, goals], dim=2)).unbind(dim=1)
+        start, goal = model.encode_frames(torch.stack([images, goals], dim=2)).unbind(dim=1)
         return self.minimize(
             lambda actions: self._distance(model, start, states, goal, actions), len(start), start.device, generator
         )
 
     @torch.no_grad()
     def minimize(
-        self, energy: Energy, situations: int, device: torch.device, generator: torch.Generator | None = None
+        self, energy: Energy, batch: int, device: torch.device, generator: torch.Generator | None = None
     ) -> Tensor:
-        """The method alone: action sequences of low energy, (B, H, A), for each of B situations."""
-        belief = self.actions.start(situations, self.horizon, device)
+        """Minimizes an energy over action sequences: (B, H, A) for ``batch`` situations."""
+        distribution = self.actions.start(batch, self.horizon, device)
         for _ in range(self.iterations):
-            sequences = self.actions.sample(belief, self.samples, generator)
+            sequences = self.actions.sample(distribution, self.samples, generator)
             best = energy(sequences).topk(self.elites, dim=1, largest=False).indices  # (B, elites)
-            elites = sequences[torch.arange(situations, device=device)[:, None], best]
-            belief = self.actions.refit(belief, elites, self.mean_momentum, self.std_momentum)
-        return self.actions.choose(belief)
+            elites = sequences[torch.arange(batch, device=device)[:, None], best]
+            distribution = self.actions.refit(distribution, elites, self.mean_momentum, self.std_momentum)
+        return self.actions.choose(distribution)
 
     def _distance(self, model: WorldModel, start: Tensor, states: Tensor, goal: Tensor, actions: Tensor) -> Tensor:
-        """Mean L1 between what a sequence leads to and the goal.
+        """Mean L1 distance (B, N) of the last prediction to the goal, for each sequence of ``actions`` (B, N, H, A).
 
-        start, goal (B, S, D), states (B, K), actions (B, N, H, A) -> (B, N).
+        start and goal are (B, S, D), states (B, K).
         """
         count = actions.shape[1]
-        passed = self.states_along(states, actions).flatten(0, 1)  # (B * N, H, K)
+        along = self.states_along(states, actions).flatten(0, 1)  # (B * N, H, K)
         situation = torch.arange(len(start), device=start.device).repeat_interleave(count)
         distances = []
         for rows in torch.arange(len(situation), device=start.device).split(self.batch_size):
             here = situation[rows]
-            reached = model.rollout(start[here, None], actions.flatten(0, 1)[rows], passed[rows])[:, -1]
+            reached = model.rollout(start[here, None], actions.flatten(0, 1)[rows], along[rows])[:, -1]
             distances.append((reached - goal[here]).abs().mean(dim=(1, 2)))
         return torch.cat(distances).view(-1, count)
 
     def states_along(self, states: Tensor, actions: Tensor) -> Tensor:
-        """In which state each action of a sequence is taken: (B, K) and (B, N, H, A) -> (B, N, H, K)."""
+        """State before each action of a sequence: (B, K) and (B, N, H, A) -> (B, N, H, K)."""
         along = states[:, None, None].expand(-1, *actions.shape[1:3], -1)
         if self.displacement is None:
             return along

@@ -50,7 +50,7 @@ class AttentivePool(nn.Module):
         nn.init.trunc_normal_(self.query, std=0.02)
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, norm_eps=norm_eps) for _ in range(depth - 1))
 
-    def ask(self, tokens: Tensor) -> Tensor:
+    def pool_queries(self, tokens: Tensor) -> Tensor:
         """Pooled vector of each query: (B, N, D) -> (B, num_queries, D)."""
         for block in self.blocks:
             tokens = block(tokens)
@@ -62,7 +62,7 @@ class AttentivePool(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Pooled vector of the first query: (B, N, D) -> (B, D)."""
-        return self.ask(tokens)[:, 0]
+        return self.pool_queries(tokens)[:, 0]
 
 
 class ClassificationHead(nn.Module):

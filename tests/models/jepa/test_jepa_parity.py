@@ -284,13 +284,13 @@ def test_folder_of_transformers_loads_with_its_settings_unless_arguments_replace
 @pytest.mark.parametrize(
     ("encoder_changes", "changes", "pattern"),
     [
-        ({"rope_quirk": False}, {}, r"model\.encoder\.rope_quirk=false\b.*\btrue\b"),
-        ({}, {"rope_quirk": False}, r"model\.rope_quirk=false\b.*\btrue\b"),
-        ({"positions": "sincos_3d"}, {}, r"model\.encoder\.positions=sincos_3d\b.*\brope_3d\b"),
-        ({}, {"predictor_positions": "sincos_3d"}, r"model\.predictor_positions=sincos_3d\b.*\brope_3d\b"),
-        ({"qkv_bias": "qv"}, {}, r"model\.encoder\.qkv_bias=qv\b.*\bqkv\b"),
-        ({"final_norm": False}, {}, r"model\.encoder\.final_norm=false\b.*\btrue\b"),
-        ({}, {"predictor_context": True}, r"model\.predictor_context=true\b.*\bfalse\b"),
+        ({"rope_quirk": False}, {}, r"model\.encoder\.rope_quirk=False\b.*=True\b"),
+        ({}, {"rope_quirk": False}, r"model\.rope_quirk=False\b.*=True\b"),
+        ({"positions": "sincos_3d"}, {}, r"model\.encoder\.positions='sincos_3d'.*='rope_3d'"),
+        ({}, {"predictor_positions": "sincos_3d"}, r"model\.predictor_positions='sincos_3d'.*='rope_3d'"),
+        ({"qkv_bias": "qv"}, {}, r"model\.encoder\.qkv_bias='qv'.*='qkv'"),
+        ({"final_norm": False}, {}, r"model\.encoder\.final_norm=False\b.*=True\b"),
+        ({}, {"predictor_context": True}, r"model\.predictor_context=True\b.*=False\b"),
     ],
 )
 def test_models_that_transformers_cannot_represent_raise(tmp_path, encoder_changes, changes, pattern):

@@ -15,11 +15,12 @@ from blueberry_video.models.encoder import Encoder
 from blueberry_video.models.jepa.convert import read_published
 from blueberry_video.models.jepa.predictor import Predictor
 from blueberry_video.nn.heads import AttentivePool
-from blueberry_video.weights.load import load_strictly
+from blueberry_video.weights.load import load_strictly, mismatches
 
 
 class Anticipator(nn.Module):
-    """Video float (B, C, T, H, W), normalized as the encoder requires -> logits {label: (B, classes)} of the future.
+    """Classifier of future actions: video (B, C, T, H, W), normalized as the encoder requires -> logits
+    {label: (B, classes)}.
 
     Args:
         encoder: accepts clips of any length, with rotary positions as in V-JEPA 2.
@@ -29,7 +30,7 @@ class Anticipator(nn.Module):
         mask_index: index of the mask token; 1 for the published weights.
         length: number of tubelets to predict.
         sees: input of the head: tokens of the ``"past"``, of the ``"future"``, or ``"both"``.
-        num_heads, pool_depth: see :class:`~blueberry_video.models.jepa.anticipator.AnticipationHead`.
+        num_heads, pool_depth: see :class:`AnticipationHead`.
         freeze: train only the head; encoder and predictor then stay in evaluation mode.
 
     Attributes:
@@ -62,23 +63,16 @@ class Anticipator(nn.Module):
             raise ValueError(f"sees={sees!r} is unknown: choose 'past', 'future' or 'both'.")
         if length < 1 or not 0 <= mask_index < num_mask_tokens:
             raise ValueError(
-                f"length={length} must be 1 or more, and mask_index={mask_index} below num_mask_tokens="
-                f"{num_mask_tokens}."
+                f"length={length} must be at least 1, and mask_index={mask_index} in [0, num_mask_tokens="
+                f"{num_mask_tokens})."
             )
         self.encoder, self.num_classes, self.freeze = encoder, dict(num_classes), freeze
         self.mask_index, self.length, self.sees = mask_index, length, sees
         self.predictor: Predictor | None = None
         if sees != "past":
-            self.predictor = Predictor(
-                encoder.embed_dim,
-                encoder.grid(encoder.video_size),
-                dim=predictor_dim,
-                depth=predictor_depth,
-                num_heads=predictor_num_heads,
-                mlp_ratio=predictor_mlp_ratio,
-                num_mask_tokens=num_mask_tokens,
-                rope_quirk=rope_quirk,
-            )
+            sizes = (predictor_dim, predictor_depth, predictor_num_heads, predictor_mlp_ratio, num_mask_tokens)
+            grid = encoder.grid(encoder.video_size)
+            self.predictor = Predictor(encoder.embed_dim, grid, *sizes, rope_quirk=rope_quirk)
         self.head = AnticipationHead(encoder.embed_dim, num_classes, num_heads, pool_depth)
         if freeze:
             for part in self._frozen():
@@ -91,18 +85,14 @@ class Anticipator(nn.Module):
         return self
 
     def forward(self, video: Tensor, skip: int | Tensor = 0) -> dict[str, Tensor]:
-        """Logits of the time ``skip`` tubelets after the video; ``skip`` is one number, or one per clip (B,)."""
+        """Predicts logits at ``skip`` tubelets after the video; ``skip`` is one number, or one per clip (B,)."""
         with torch.no_grad() if self.freeze else nullcontext():
-            tokens = self._tokens(video, skip)
+            tokens = self.encoder(video)
+            if self.predictor is not None:
+                grid = self.encoder.grid(video.shape)
+                future = self.predictor.ahead(tokens, grid, skip, self.length, self.mask_index)
+                tokens = future if self.sees == "future" else torch.cat([tokens, future], dim=1)
         return self.head(tokens)
-
-    def _tokens(self, video: Tensor, skip: int | Tensor) -> Tensor:
-        """(B, N, D): tokens of the past, then of the future."""
-        past = self.encoder(video)
-        if self.predictor is None:
-            return past
-        future = self.predictor.ahead(past, self.encoder.grid(video.shape), skip, self.length, self.mask_index)
-        return future if self.sees == "future" else torch.cat([past, future], dim=1)
 
     def _frozen(self) -> list[nn.Module]:
         return [part for part in (self.encoder, self.predictor) if part is not None and self.freeze]
@@ -110,11 +100,11 @@ class Anticipator(nn.Module):
     def load_published(self, source: str | Path, which: str) -> str:
         """Loads encoder and predictor strictly, and the head if the source has one of the same shape.
 
-        A predictor is ignored with ``sees="past"``, its projection of visible tokens always.
+        The projection of visible tokens is ignored, and with ``sees="past"`` the whole predictor.
 
         Args:
             source: weights of a :class:`~blueberry_video.models.jepa.JEPA`, published or of a run, or of a run of this
-                model; see :func:`~blueberry_video.models.jepa.convert.read_published`.
+                model.
             which: encoder of the source to load: ``"encoder"`` or ``"target_encoder"``.
 
         Returns:
@@ -122,14 +112,14 @@ class Anticipator(nn.Module):
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: tensors of encoder or predictor are missing, unexpected or of another shape.
+            ValueError: tensors of encoder or predictor are missing, unexpected or of a different shape.
         """
         unused = ("target_encoder.", "predictor." if self.predictor is None else "predictor.proj_context.")
         weights = {n: v for n, v in read_published(source, which).state.items() if not n.startswith(unused)}
         own = {name: value for name, value in self.state_dict().items() if name.startswith("head.")}
         loaded = {name: value for name, value in weights.items() if name.startswith("head.")}
         report = "the head is loaded"
-        if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in loaded.items()}:
+        if mismatches(own, loaded):
             report = "the head is not loaded" + (": num_classes or pool_depth differ" if loaded else "")
             weights = {name: value for name, value in weights.items() if name not in loaded}
         fix = "Give the model the sizes of encoder and predictor (embed_dim, depth, num_mask_tokens, …) of the weights."
@@ -138,16 +128,14 @@ class Anticipator(nn.Module):
 
 
 class AnticipationHead(nn.Module):
-    """Classification head for several labels, such as verb, noun and action: the probe of V-JEPA 2 on
-    EPIC-KITCHENS-100 (arXiv 2506.09985). (B, N, D) -> {label: (B, classes)}.
+    """Classification head for several labels, such as verb, noun and action: (B, N, D) -> {label: (B, classes)}.
 
-    Each label has a query in one attentive pooling, and a linear layer. The tokens are those of the encoder, followed
-    by those that the predictor predicts.
+    The probe of V-JEPA 2 on EPIC-KITCHENS-100: each label has a query in one attentive pooling, and a linear layer.
 
     Args:
         dim: width of the tokens.
-        num_classes: number of classes of each label, such as ``{"verb": 97, "noun": 300, "action": 3806}``.
-        num_heads, depth: see :class:`AttentivePool`.
+        num_classes: number of classes of each label.
+        num_heads, depth: see :class:`~blueberry_video.nn.heads.AttentivePool`.
 
     Raises:
         ValueError: ``num_classes`` is empty, or ``num_heads`` does not divide ``dim``.
@@ -161,5 +149,5 @@ class AnticipationHead(nn.Module):
         self.linear = nn.ModuleDict({name: nn.Linear(dim, count) for name, count in num_classes.items()})
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
-        answers = self.pool.ask(tokens)  # (B, labels, D)
-        return {name: linear(answers[:, i]) for i, (name, linear) in enumerate(self.linear.items())}
+        pooled = self.pool.pool_queries(tokens)  # (B, labels, D)
+        return {name: linear(pooled[:, i]) for i, (name, linear) in enumerate(self.linear.items())}

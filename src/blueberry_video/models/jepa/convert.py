@@ -1,4 +1,4 @@
-"""Conversion of V-JEPA, V-JEPA 2 and V-JEPA 2-AC weights: the original files (github.com/facebookresearch/jepa and
+"""Conversion of V-JEPA, V-JEPA 2 and V-JEPA 2-AC weights: original files (github.com/facebookresearch/jepa and
 github.com/facebookresearch/vjepa2) and transformers' ``VJEPA2Model``, to and from the names of this package.
 """
 
@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from blueberry_video.models.jepa.predictor import Grid
 from blueberry_video.nn.positions import sincos_3d_table
 from blueberry_video.weights import files
 from blueberry_video.weights.diffusers_folder import read_folder
 from blueberry_video.weights.load import different_settings
-
-Grid = tuple[int, int, int]  # tokens along (t, h, w)
 
 ENCODERS = ("encoder", "target_encoder")
 CONSTANTS = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True}  # the same in all configs of VJEPA2Model
@@ -69,7 +68,7 @@ class Published(NamedTuple):
 
 
 def read_published(source: str | Path, which: str) -> Published:
-    """Weights of a file of either original repository, of transformers or of a run of this package.
+    """Reads weights of either original repository, of transformers or of a run of this package.
 
     Args:
         source: a file, a transformers folder or a hub id.
@@ -102,13 +101,13 @@ def read_published(source: str | Path, which: str) -> Published:
     if layout == "original":
         state = convert_original(content, which)
     elif which != "encoder":
-        chosen = {f"encoder.{name}": value for name, value in part(state, which).items()}
-        state = {name: value for name, value in state.items() if not name.startswith("encoder.")} | chosen
+        state = {name: value for name, value in state.items() if not name.startswith("encoder.")}
+        state |= _prefixed(part(state, which), "encoder.")
     return Published(layout, state, config, content)
 
 
 def settings_of_weights(state: dict[str, Tensor], source: str | Path) -> dict[str, Any]:
-    """Settings that follow from the shapes of a state dict, under the keys of transformers' ``VJEPA2Config``.
+    """Settings that the shapes of a state dict determine, under the keys of transformers' ``VJEPA2Config``.
 
     Raises:
         ValueError: a tensor is missing.
@@ -155,8 +154,9 @@ def part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def convert_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of ``VJEPA2Model``, or of the one in ``VJEPA2ForVideoClassification``, as ``encoder.…`` and
-    ``predictor.…``. Unknown names are kept, for the strict loader to report.
+    """Weights of ``VJEPA2Model`` or ``VJEPA2ForVideoClassification`` as ``encoder.…`` and ``predictor.…``.
+
+    Unknown names are kept, so that the strict loader reports them.
     """
     prefix = "vjepa2." if any(name.startswith("vjepa2.") for name in state) else ""
     state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -176,16 +176,14 @@ def convert_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def to_huggingface(state: dict[str, Tensor], which: str = "encoder") -> dict[str, Tensor]:
     """Inverse of :func:`convert_huggingface`: weights that ``VJEPA2Model`` loads strictly.
 
-    ``VJEPA2Model`` always rotates with ``rope_quirk``: a model trained without it has different features there.
-
     Args:
-        state: state dict of a :class:`~blueberry_video.models.jepa.JEPA`.
+        state: state dict of a :class:`~blueberry_video.models.jepa.JEPA`; with ``rope_quirk``, as in ``VJEPA2Model``.
         which: ``"encoder"`` or ``"target_encoder"``: ``VJEPA2Model`` has one encoder.
 
     Raises:
         ValueError: there is no such encoder.
     """
-    renamed = {f"encoder.{name}": value for name, value in part(state, which).items()}
+    renamed = _prefixed(part(state, which), "encoder.")
     renamed |= {name: value for name, value in state.items() if name.startswith("predictor.")}
     converted = {}
     for name, value in renamed.items():
@@ -203,16 +201,11 @@ def to_huggingface(state: dict[str, Tensor], which: str = "encoder") -> dict[str
 
 
 def convert_original(content: dict[str, dict[str, Tensor]], which: str) -> dict[str, Tensor]:
-    """Weights of a file of the jepa or the vjepa2 repository under the names of a
-    :class:`~blueberry_video.models.jepa.JEPA`. Position tables are dropped, see :func:`check_positions`.
+    """Weights of an original file of V-JEPA or V-JEPA 2, as in :class:`Published`, without its position tables.
 
     Args:
         content: state dicts of the file by name.
-        which: encoder that becomes ``encoder.…``: ``"encoder"``, which is trained, or ``"target_encoder"``, its EMA,
-            which the papers evaluate.
-
-    Returns:
-        ``encoder.…``, ``predictor.…`` and, where the file has it, ``target_encoder.…``.
+        which: ``"encoder"`` or ``"target_encoder"``: the encoder of the file that becomes ``encoder.…``.
 
     Raises:
         ValueError: the file has no such encoder, or no predictor.
@@ -231,8 +224,7 @@ def to_original(state: dict[str, Tensor], tables: Grid | None = None) -> dict[st
 
     Args:
         state: state dict of a :class:`~blueberry_video.models.jepa.JEPA`.
-        tables: patch grid (t, h, w) of the clips of a model with sine-cosine positions: files of V-JEPA hold its
-            position tables.
+        tables: patch grid (t, h, w) of the position tables to add, as in files of V-JEPA.
     """
     predictor: dict[str, Tensor] = {}
     for name, value in part(state, "predictor").items():
@@ -246,28 +238,21 @@ def to_original(state: dict[str, Tensor], tables: Grid | None = None) -> dict[st
         for name in encoders:
             content[name]["pos_embed"] = sincos_3d_table(tables, len(content[name]["patch_embed.proj.bias"]))[None]
         predictor["predictor_pos_embed"] = sincos_3d_table(tables, len(predictor["predictor_embed.bias"]))[None]
-    return {
-        name: {f"module.backbone.{key}": value for key, value in weights.items()} for name, weights in content.items()
-    }
+    return {name: _prefixed(weights, "module.backbone.") for name, weights in content.items()}
 
 
 def position_tables(content: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     """Position tables (1, N, D) of an original file by name, such as ``encoder.pos_embed``."""
-    networks = {name: files.without_prefixes(content.get(name) or {}) for name in (*ENCODERS, "predictor")}
     return {
         f"{network}.{name}": table
-        for network, weights in networks.items()
-        for name, table in weights.items()
+        for network in (*ENCODERS, "predictor")
+        for name, table in files.without_prefixes(content.get(network) or {}).items()
         if name.endswith("pos_embed")
     }
 
 
 def check_positions(content: dict[str, dict[str, Tensor]], grid: Grid) -> None:
-    """Checks that the position tables of an original file, if any, are the sine-cosine tables of this package.
-
-    Args:
-        content: state dicts of the file by name.
-        grid: patch grid (t, h, w) of the clips that the model is built for.
+    """Checks that the position tables of an original file, if any, are the sine-cosine tables of a patch grid.
 
     Raises:
         ValueError: a table differs: the computed positions would not be those that the weights were trained with.
@@ -276,24 +261,23 @@ def check_positions(content: dict[str, dict[str, Tensor]], grid: Grid) -> None:
         expected = sincos_3d_table(grid, table.shape[-1])
         if table.shape[1:] != expected.shape or (table[0].float() - expected).abs().max() > 1e-5:
             raise ValueError(
-                f"{name} in the file, {tuple(table.shape)}, is not the 3-D sine-cosine table of a grid of {grid} "
-                "tokens: set num_frames and image_size to those the weights were trained with. The model also accepts "
-                "clips of other sizes."
+                f"{name} in the file, {tuple(table.shape)}, is not the 3-D sine-cosine table of the patch grid {grid}: "
+                "set num_frames and image_size to those of the weights. The model also accepts clips of other sizes."
             )
 
 
-def convert_world_model(content: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Weights of a V-JEPA 2-AC file of the vjepa2 repository under the names of a
-    :class:`~blueberry_video.models.jepa.WorldModel`.
+def read_world_model(source: str | Path) -> dict[str, Tensor]:
+    """Reads V-JEPA 2-AC from an original file, under the names of :class:`~blueberry_video.models.jepa.WorldModel`.
 
-    The encoder of camera extrinsics is dropped: the published model has one but does not use it.
-
-    Args:
-        content: state dicts of the file by name, of which ``encoder`` and ``predictor`` are read.
+    The encoder of camera extrinsics, which the published model does not use, is dropped.
 
     Raises:
-        ValueError: one of them is missing, or the predictor is not conditioned on actions.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, lacks ``encoder`` or ``predictor``, or has a predictor without actions.
     """
+    content = files.read_content(files.resolve(source))
+    if not isinstance(content, dict):
+        raise ValueError(f"{source} holds no state dicts: give a file of V-JEPA 2-AC.")
     networks = {name: _network(content, name) for name in ("encoder", "predictor")}
     if "action_encoder.weight" not in networks["predictor"]:
         raise ValueError(
@@ -304,18 +288,21 @@ def convert_world_model(content: dict[str, dict[str, Tensor]]) -> dict[str, Tens
 
 
 def world_model_to_original(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Inverse of :func:`convert_world_model`, to be saved with ``torch.save``. The unused encoder of camera extrinsics,
-    which the original loads strictly, is zero.
+    """Inverse of :func:`read_world_model`, to be saved with ``torch.save``.
+
+    The unused encoder of camera extrinsics, which the original loads strictly, is zero.
     """
     dim, action_dim = state["predictor.action_encoder.weight"].shape
     shapes = {"extrinsics_encoder.weight": (dim, action_dim - 1), "extrinsics_encoder.bias": (dim,)}
     predictor = {name: torch.zeros(shape) for name, shape in shapes.items()}
     for name, value in part(state, "predictor").items():
         predictor[name if name.startswith(("action_encoder.", "state_encoder.")) else f"predictor_{name}"] = value
-    return {
-        "encoder": {f"module.backbone.{name}": value for name, value in part(state, "encoder").items()},
-        "predictor": {f"module.{name}": value for name, value in predictor.items()},
-    }
+    encoder = _prefixed(part(state, "encoder"), "module.backbone.")
+    return {"encoder": encoder, "predictor": _prefixed(predictor, "module.")}
+
+
+def _prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value for name, value in state.items()}
 
 
 def _network(content: dict[str, dict[str, Tensor]], name: str) -> dict[str, Tensor]:
@@ -327,7 +314,7 @@ def _network(content: dict[str, dict[str, Tensor]], name: str) -> dict[str, Tens
 
 
 def _flat(networks: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """One state dict of several, without position tables and without ``predictor_`` in the names."""
+    """Merges state dicts, without position tables and without ``predictor_`` in the names."""
     return {
         f"{network}.{name.removeprefix('predictor_')}": value
         for network, weights in networks.items()
@@ -345,8 +332,7 @@ def convert_probe(state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
     :class:`~blueberry_video.models.jepa.anticipator.AnticipationHead`.
 
     Args:
-        state: state dict; tensors outside the probe are ignored. Original files hold a list of probes, one per
-            learning rate: pass one of them.
+        state: state dict; other tensors are ignored. Original files hold a list of probes, one per learning rate.
         label: name of the head in these files; probes of anticipation have three: verb, noun and action.
     """
     state = files.without_prefixes(state)

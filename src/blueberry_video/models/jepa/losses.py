@@ -1,4 +1,4 @@
-"""Losses of embeddings: how well hidden ones are predicted, and what keeps them from becoming all alike."""
+"""Losses on embeddings: prediction of hidden tokens, and a regularizer that prevents collapse."""
 
 import torch
 import torch.nn.functional as F
@@ -6,46 +6,46 @@ from torch import Tensor
 
 
 def latent_loss(predicted: Tensor, latents: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean absolute error of embeddings (B, K, D) in 32 bits at least, each token times its ``weight`` (B, K) where
-    there is one: the loss of V-JEPA (arXiv 2404.08471).
+    """Mean absolute error of embeddings (B, K, D), the loss of V-JEPA (arXiv 2404.08471), in float32 or wider.
+
+    ``weight`` (B, K) multiplies the error of each token.
     """
     error = (predicted.to(_wide(predicted)) - latents).abs()
     return error.mean() if weight is None else (error * weight.unsqueeze(-1)).mean()
 
 
 def context_weight(keep: Tensor, target: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """What a visible token counts in the loss of V-JEPA 2.1 (arXiv 2603.14482): 1 / sqrt(distance to the nearest hidden
-    one).
+    """Loss weight of each visible token in V-JEPA 2.1 (arXiv 2603.14482): 1 / sqrt(distance to the nearest hidden one).
 
     Args:
         keep: (B, K) indices of the visible tokens.
-        target: (B, N_target) indices of the hidden ones.
-        grid: number of tokens along (t, h, w): the distance is Euclidean in it.
+        target: (B, N_target) indices of the hidden tokens.
+        grid: patch grid (t, h, w), in which the distance is Euclidean.
 
     Returns:
-        (B, K): 1 beside a hidden token, less further away.
+        (B, K): 1 next to a hidden token, less at greater distance.
     """
-    places = torch.cartesian_prod(*(torch.arange(n, device=keep.device) for n in grid)).float()  # (N, 3)
-    return torch.cdist(places[keep], places[target]).amin(dim=2).rsqrt()
+    positions = torch.cartesian_prod(*(torch.arange(n, device=keep.device) for n in grid)).float()  # (N, 3)
+    return torch.cdist(positions[keep], positions[target]).amin(dim=2).rsqrt()
 
 
 def sigreg(embeddings: Tensor, directions: Tensor, knots: int = 17, reach: float = 3.0) -> Tensor:
-    """How far embeddings are from an isotropic standard normal distribution (SIGReg of LeJEPA, arXiv 2511.08544): the
-    Epps–Pulley statistic of their projections, mean over directions.
+    """Distance of embeddings from an isotropic standard normal distribution (SIGReg of LeJEPA, arXiv 2511.08544): the
+    mean Epps–Pulley statistic of their projections.
 
-    The characteristic function of each projection, at points t between 0 and ``reach``, is compared with that of the
-    standard normal, exp(-t² / 2), which is also the weight of the squared difference; the integral is the trapezoid
-    rule's. Where all N embeddings are equal it grows as N; for standard normal ones it is about 1.05, whatever N is.
+    The characteristic function of each projection, at points t in [0, ``reach``], is compared with that of the
+    standard normal, exp(-t² / 2), which also weights the squared difference; the integral uses the trapezoid rule. For
+    N equal embeddings the statistic grows as N; for standard normal ones it is about 1.05 for any N.
 
     Args:
-        embeddings: (…, N, D): N samples of each of the leading distributions, over which the mean is taken.
-        directions: (D, K), of any length, that the embeddings are projected on; normal random numbers, drawn anew for
-            every step, look at all of them in time.
-        knots: points of the trapezoid rule, 2 or more.
-        reach: the last of them.
+        embeddings: (…, N, D): N samples of each distribution; the result is the mean over the leading dimensions.
+        directions: (D, K) of any length, on which the embeddings are projected; normal random numbers, drawn again at
+            every step, cover all directions over time.
+        knots: number of points of the trapezoid rule, at least 2.
+        reach: the largest of these points.
 
     Returns:
-        A scalar, 0 or more, in 32 bits at least.
+        A nonnegative scalar, in float32 or wider.
     """
     points = torch.linspace(0, reach, knots, device=embeddings.device, dtype=_wide(embeddings))
     normal = (-points.square() / 2).exp()

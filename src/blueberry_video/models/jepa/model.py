@@ -1,28 +1,26 @@
 """Joint-embedding predictive architectures for video: V-JEPA (arXiv 2404.08471; github.com/facebookresearch/jepa) and
 V-JEPA 2 (arXiv 2506.09985; github.com/facebookresearch/vjepa2).
 
-Unusual about them: no pixels are reconstructed. A narrow predictor receives the positions of hidden tokens and predicts
-their features, which the target encoder, an EMA of the encoder, computes from the whole clip. The encoder runs on the
-visible tokens only. Each kind of mask has a separate mask token. V-JEPA adds sine-cosine positions in the predictor,
-too; V-JEPA 2 rotates queries and keys, and sorts visible and mask tokens by position.
+Unusual about them: no pixels are reconstructed. The encoder runs on the visible tokens only; a narrow predictor
+receives the positions of hidden tokens and predicts their features, which the target encoder, an EMA of the encoder,
+computes from the whole clip. Each kind of mask has a separate mask token. V-JEPA adds sine-cosine positions also in the
+predictor; V-JEPA 2 uses rotary positions and sorts visible and mask tokens by position.
 """
 
 import copy
-import json
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
-from blueberry_video.atomic import atomic_folder
 from blueberry_video.models import vit
 from blueberry_video.models.encoder import Encoder
 from blueberry_video.models.jepa import convert
 from blueberry_video.models.jepa.predictor import Predictor
-from blueberry_video.weights.load import different_settings, load_strictly
+from blueberry_video.weights.diffusers_folder import TRANSFORMERS, write_folder
+from blueberry_video.weights.load import check_layout, different_settings, load_strictly
 
 
 class JEPA(nn.Module):
@@ -71,14 +69,11 @@ class JEPA(nn.Module):
         self.encoder = encoder
         self.target_encoder: Encoder | None = copy.deepcopy(encoder) if ema else teacher
         self.follows = ema
+        sizes = (predictor_dim, predictor_depth, predictor_num_heads, predictor_mlp_ratio, num_mask_tokens)
         self.predictor = Predictor(
             encoder.embed_dim,
             encoder.grid(encoder.video_size),
-            dim=predictor_dim,
-            depth=predictor_depth,
-            num_heads=predictor_num_heads,
-            mlp_ratio=predictor_mlp_ratio,
-            num_mask_tokens=num_mask_tokens,
+            *sizes,
             positions=predictor_positions,
             rope_quirk=rope_quirk,
             out_dim=None if teacher is None else teacher.embed_dim,
@@ -156,12 +151,10 @@ class JEPA(nn.Module):
                 folder, or a hub id.
             which: encoder of the source that becomes :attr:`encoder`: ``"target_encoder"``, which the papers evaluate,
                 or ``"encoder"``, which training continues from. transformers has only an ``"encoder"``.
-            num_frames, image_size: size of the clips; no tensor determines it. Defaults to ``config.json`` of a
-                folder, then to 16 and 224.
+            num_frames, image_size: size of the clips. Defaults to ``config.json`` of a folder, then to 16 and 224.
             positions: ``"sincos_3d"`` (V-JEPA) or ``"rope_3d"`` (V-JEPA 2). Defaults to ``"rope_3d"`` for transformers
                 and for 10 mask tokens. Position tables in files of V-JEPA 2 are ignored, as in the original.
-            num_heads, predictor_num_heads: no tensor determines them. Default to ``config.json`` of a folder, then to
-                the published models.
+            num_heads, predictor_num_heads: default to ``config.json`` of a folder, then to the published models.
 
         Returns:
             The model. Without a target encoder in the source, its target encoder is a copy of :attr:`encoder`.
@@ -174,29 +167,27 @@ class JEPA(nn.Module):
         if published.layout == "run":
             raise ValueError(
                 f"{source} holds weights of a run, which do not determine the model: build it from the config of the "
-                "run and call its load_published."
+                "run and call load_published."
             )
         state, config = published.state, published.config
         settings = convert.settings_of_weights(state, source)
         positions = positions or published.positions or "sincos_3d"
         is_rope, width = positions == "rope_3d", settings["hidden_size"]
         num_heads = num_heads or config.get("num_attention_heads") or width // (80 if width == 1280 else 64)
+        predictor_heads = (
+            predictor_num_heads or config.get("pred_num_attention_heads") or (12 if is_rope else num_heads)
+        )
+        num_frames = num_frames or config.get("frames_per_clip", 16)
+        image_size = image_size or config.get("crop_size", 224)
+        weights = convert.part(state, "encoder")
         encoder = vit.VisionTransformer.from_weights(
-            convert.part(state, "encoder"),
-            source,
-            num_frames or config.get("frames_per_clip", 16),
-            image_size or config.get("crop_size", 224),
-            num_heads,
-            positions=positions,
-            rope_quirk=is_rope,
+            weights, source, num_frames, image_size, num_heads, positions=positions, rope_quirk=is_rope
         )
         model = cls(
             encoder,
             predictor_dim=settings["pred_hidden_size"],
             predictor_depth=settings["pred_num_hidden_layers"],
-            predictor_num_heads=predictor_num_heads
-            or config.get("pred_num_attention_heads")
-            or (12 if is_rope else num_heads),
+            predictor_num_heads=predictor_heads,
             predictor_mlp_ratio=settings["pred_mlp_ratio"],
             num_mask_tokens=settings["pred_num_mask_tokens"],
             predictor_positions=positions,
@@ -255,12 +246,7 @@ class JEPA(nn.Module):
             FileExistsError: the folder is a file, or not empty.
             ValueError: ``VJEPA2Model`` cannot represent the model; the message names the setting.
         """
-        config, state, folder = self.config, convert.to_huggingface(self.state_dict(), which), Path(folder)
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            raise FileExistsError(f"{folder} exists and is not an empty folder: choose another folder.")
-        with atomic_folder(folder) as partial:
-            (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            save_torch_state_dict(state, partial, filename_pattern="model{suffix}.safetensors")
+        write_folder(folder, self.config, convert.to_huggingface(self.state_dict(), which), stem=TRANSFORMERS)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -273,18 +259,17 @@ class JEPA(nn.Module):
         if not isinstance(encoder, vit.VisionTransformer):
             raise ValueError(f"model.encoder={type(encoder).__name__} must be a VisionTransformer for VJEPA2Model.")
         turn, predictor_turn = encoder.rope, predictor.rope
-        for key, value, required in (
-            ("model.encoder.positions", encoder.position_kind, "rope_3d"),
-            ("model.predictor_positions", "sincos_3d" if predictor_turn is None else "rope_3d", "rope_3d"),
-            ("model.encoder.rope_quirk", turn is not None and turn.quirk, True),
-            ("model.rope_quirk", predictor_turn is not None and predictor_turn.quirk, True),
-            ("model.encoder.qkv_bias", vit.qkv_bias(state, "encoder.blocks.0"), "qkv"),
-            ("model.encoder.final_norm", isinstance(encoder.norm, nn.LayerNorm), True),
-            ("model.predictor_context", predictor.proj_context is not None, False),
-            ("model.teacher.embed_dim", predictor.proj.out_features, encoder.embed_dim),
-        ):
-            if value != required:
-                raise ValueError(f"{key}={str(value).lower()} must be {str(required).lower()} for VJEPA2Model.")
+        settings = {
+            "encoder.positions": (encoder.position_kind, "rope_3d"),
+            "predictor_positions": ("sincos_3d" if predictor_turn is None else "rope_3d", "rope_3d"),
+            "encoder.rope_quirk": (turn is not None and turn.quirk, True),
+            "rope_quirk": (predictor_turn is not None and predictor_turn.quirk, True),
+            "encoder.qkv_bias": (vit.qkv_bias(state, "encoder.blocks.0"), "qkv"),
+            "encoder.final_norm": (isinstance(encoder.norm, nn.LayerNorm), True),
+            "predictor_context": (predictor.proj_context is not None, False),
+            "teacher.embed_dim": (predictor.proj.out_features, encoder.embed_dim),
+        }
+        check_layout("VJEPA2Model", {f"model.{key}": values for key, values in settings.items()})
         assert turn is not None
         assert predictor_turn is not None
         sizes = convert.settings_of_weights(state, "the model")

@@ -1,4 +1,4 @@
-"""Several depths of an encoder at once, for deep supervision (V-JEPA 2.1, arXiv 2603.14482)."""
+"""Multi-level encoder for deep supervision (V-JEPA 2.1, arXiv 2603.14482)."""
 
 from typing import cast
 
@@ -10,16 +10,16 @@ from blueberry_video.models.encoder import Encoder
 
 
 class MultiLevelEncoder(Encoder):
-    """Tokens of evenly spaced blocks of an encoder, each level with a LayerNorm of its own, side by side: the last
-    block's come last. (B, C, T, H, W) -> (B, N or N_kept, levels * D).
+    """Tokens of evenly spaced blocks of an encoder, each level after a separate LayerNorm, concatenated along channels:
+    (B, C, T, H, W) -> (B, N or N_kept, levels * D). The last block comes last.
 
     Args:
-        encoder: has its blocks, modules of (B, N, D) -> (B, N, D), as ``blocks``; it needs no norm after the last one.
-        levels: blocks to take; 4 of 12 are the 3rd, 6th, 9th and 12th.
+        encoder: its ``blocks`` are modules (B, N, D) -> (B, N, D); it needs no final norm.
+        levels: number of blocks; 4 of 12 are the 3rd, 6th, 9th and 12th.
 
     Raises:
-        ValueError: if the encoder has no ``blocks``, or fewer than ``levels``; in ``forward`` if what its blocks give
-            are not the tokens it gives itself.
+        ValueError: the encoder has fewer than ``levels`` blocks; in ``forward``, the outputs of its blocks do not have
+            the tokens of its output.
     """
 
     def __init__(self, encoder: Encoder, levels: int = 4):
@@ -28,7 +28,7 @@ class MultiLevelEncoder(Encoder):
         super().__init__(size, frames, patch, tubelet, levels * encoder.embed_dim, channels, encoder.images)
         depth = len(cast(nn.ModuleList, getattr(encoder, "blocks", [])))
         if not 1 <= levels <= depth:
-            raise ValueError(f"levels={levels} of an encoder of {depth} blocks: use a number from 1 to {depth}.")
+            raise ValueError(f"levels={levels} must be from 1 to {depth}, the number of blocks of the encoder.")
         self.encoder, self.levels = encoder, levels
         self.depths = [(level + 1) * depth // levels - 1 for level in range(levels)]
         self.norms = nn.ModuleList(nn.LayerNorm(encoder.embed_dim, eps=1e-6) for _ in range(levels))
@@ -48,14 +48,13 @@ class MultiLevelEncoder(Encoder):
         same = [isinstance(level, Tensor) and level.shape[:2] == tokens.shape[:2] for level in found]
         if same != [True] * self.levels:
             raise ValueError(
-                f"the blocks of a {type(self.encoder).__name__} do not give the tokens that it gives itself, "
-                f"(B, N) = {tuple(tokens.shape[:2])}: take levels of an encoder whose blocks do, such as a "
-                "VisionTransformer."
+                f"the blocks of {type(self.encoder).__name__} do not output the tokens of the encoder, (B, N) = "
+                f"{tuple(tokens.shape[:2])}: use an encoder such as VisionTransformer."
             )
         return torch.cat([norm(level) for norm, level in zip(self.norms, found, strict=True)], dim=-1)
 
 
 def normalize_levels(tokens: Tensor, levels: int) -> Tensor:
-    """LayerNorm without affine part of each of the ``levels`` that lie side by side in (…, levels * D)."""
+    """Applies a LayerNorm without affine to each of the levels that (…, levels * D) concatenates."""
     parts = tokens.unflatten(-1, (levels, -1))
     return F.layer_norm(parts, parts.shape[-1:]).flatten(-2)

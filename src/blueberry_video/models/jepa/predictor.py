@@ -8,25 +8,27 @@ from blueberry_video.nn.patches import gather_tokens
 from blueberry_video.nn.positions import resize_table, sincos_3d_table
 from blueberry_video.nn.rope import RotaryPositions
 
+Grid = tuple[int, int, int]  # number of tokens along (t, h, w)
+
 
 class Predictor(nn.Module):
     """Predicts the features of hidden tokens from the visible tokens and the positions of the hidden ones.
 
     Args:
         embed_dim: width D of the encoder's tokens.
-        grid: tokens (t, h, w) of the usual clip.
-        dim, depth, num_heads: width, blocks and heads.
-        mlp_ratio: hidden over outer width of the MLPs.
-        num_mask_tokens: kinds of masks; each has a mask token, initialized to zero.
+        grid: patch grid (t, h, w) of the default clip size.
+        dim, depth, num_heads: width, number of blocks and number of heads.
+        mlp_ratio: hidden width of the MLPs over ``dim``.
+        num_mask_tokens: number of kinds of masks; each has a mask token, initialized to zero.
         positions: ``"sincos_3d"`` (V-JEPA) or ``"rope_3d"`` (V-JEPA 2, which also sorts its tokens by position).
         rope_quirk: see :mod:`blueberry_video.nn.rope`.
-        out_dim: width of the targets; by default ``embed_dim``.
-        levels: depths of the encoder that its tokens hold side by side: with several, two layers narrow them (V-JEPA
+        out_dim: width of the targets; defaults to ``embed_dim``.
+        levels: number of encoder levels concatenated in its tokens; several are projected by a two-layer MLP (V-JEPA
             2.1, arXiv 2603.14482).
-        context: have a projection for visible tokens, too, see :meth:`both` (V-JEPA 2.1).
+        context: add a separate projection for visible tokens, see :meth:`both` (V-JEPA 2.1).
 
     Raises:
-        ValueError: for unknown positions, no mask token, or heads that the width does not fit.
+        ValueError: ``positions`` is unknown, ``num_mask_tokens`` is below 1, or ``num_heads`` does not fit ``dim``.
     """
 
     positions: Tensor
@@ -34,7 +36,7 @@ class Predictor(nn.Module):
     def __init__(
         self,
         embed_dim: int,
-        grid: tuple[int, int, int],
+        grid: Grid,
         dim: int = 384,
         depth: int = 12,
         num_heads: int = 12,
@@ -48,9 +50,9 @@ class Predictor(nn.Module):
     ):
         super().__init__()
         if positions not in ("sincos_3d", "rope_3d"):
-            raise ValueError(f"the predictor's positions={positions!r} are unknown: choose 'sincos_3d' or 'rope_3d'.")
+            raise ValueError(f"positions={positions!r} of the predictor is unknown: choose 'sincos_3d' or 'rope_3d'.")
         if num_mask_tokens < 1:
-            raise ValueError(f"num_mask_tokens={num_mask_tokens}: a predictor needs one a kind of mask.")
+            raise ValueError(f"num_mask_tokens={num_mask_tokens} must be at least 1, one per kind of mask.")
         self.grid = grid
         narrow = embed_dim // levels
         self.embed: nn.Module = nn.Linear(narrow, dim)
@@ -67,98 +69,79 @@ class Predictor(nn.Module):
         init_trunc_normal(self)
 
     def forward(
-        self,
-        context: Tensor,
-        keep: Tensor,
-        target: Tensor,
-        mask_index: int = 0,
-        grid: tuple[int, int, int] | None = None,
+        self, context: Tensor, keep: Tensor, target: Tensor, mask_index: int = 0, grid: Grid | None = None
     ) -> Tensor:
-        """Predicts features.
+        """Predicts features of hidden tokens.
 
         Args:
-            context: (B, N_context, D) of the encoder.
+            context: (B, N_context, D), output of the encoder.
             keep: (B, N_context) indices of these tokens.
             target: (B, N_target) indices of the tokens to predict.
-            mask_index: which mask token to use; V-JEPA 2's published weights were made for 1.
-            grid: tokens (t, h, w) of this clip, where it is not the usual one.
+            mask_index: index of the mask token; 1 for the published weights of V-JEPA 2.
+            grid: patch grid (t, h, w) of this clip; defaults to that of the constructor.
 
         Returns:
             (B, N_target, out_dim), in the order of ``target``.
 
         Raises:
-            ValueError: for a mask without context, or one without its mask token.
+            ValueError: the context is empty, or ``mask_index`` is out of range.
         """
         return self.both(context, keep, target, mask_index, grid)[0]
 
     def both(
-        self,
-        context: Tensor,
-        keep: Tensor,
-        target: Tensor,
-        mask_index: int = 0,
-        grid: tuple[int, int, int] | None = None,
+        self, context: Tensor, keep: Tensor, target: Tensor, mask_index: int = 0, grid: Grid | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`forward`, and the outputs at the visible tokens through a separate projection: (B, N_target,
-        out_dim) and (B, N_context, out_dim); ``None`` without ``context``.
+        """Predicts features of hidden and visible tokens, see :meth:`forward`.
+
+        Returns:
+            (B, N_target, out_dim), and (B, N_context, out_dim) through a separate projection, or ``None`` without one.
         """
         x = self._run(context, keep, target, mask_index, grid)
         visible, hidden = x.tensor_split([keep.shape[1]], dim=1)
         context_output = None if self.proj_context is None else self.proj_context(self.norm(visible))
         return self.proj(self.norm(hidden)), context_output
 
-    def ahead(
-        self,
-        tokens: Tensor,
-        grid: tuple[int, int, int],
-        skip: int | Tensor = 0,
-        length: int = 1,
-        mask_index: int = 0,
-    ) -> Tensor:
+    def ahead(self, tokens: Tensor, grid: Grid, skip: int | Tensor = 0, length: int = 1, mask_index: int = 0) -> Tensor:
         """Predicts the tokens after the end of a clip.
 
         Args:
-            tokens: (B, t * h * w, D), all of the encoder on the clip.
-            grid: its (t, h, w).
-            skip: steps in time between the end of the clip and what is predicted; of all clips, or of each (B,).
-            length: steps to predict.
-            mask_index: which mask token to use.
+            tokens: (B, t * h * w, D), all tokens of the encoder.
+            grid: patch grid (t, h, w) of the clip.
+            skip: number of steps between the end of the clip and the prediction, for all clips or per clip (B,).
+            length: number of steps to predict.
+            mask_index: index of the mask token.
 
         Returns:
             (B, length * h * w, out_dim).
 
         Raises:
-            ValueError: for sine-cosine positions, which end with the clip; for a skip that is negative, no whole
-                number, or of another batch, or a length below 1.
+            ValueError: the positions are sine-cosine, which end with the clip; ``skip`` is negative, not an integer or
+                of a different batch size; or ``length`` is below 1.
         """
         if self.rope is None:
             raise ValueError("only a predictor with predictor_positions='rope_3d' has positions after a clip.")
         skips = torch.as_tensor(skip, device=tokens.device)
         if skips.shape not in ((), tokens.shape[:1]) or skips.dtype == torch.bool or skips.is_floating_point():
             raise ValueError(
-                f"skip is {skips.dtype} of shape {tuple(skips.shape)}: it must be a whole number of tubelets, or one "
-                f"of each of the {len(tokens)} clips."
+                f"skip has the dtype {skips.dtype} and the shape {tuple(skips.shape)}: pass an integer number of "
+                f"tubelets, or one for each of the {len(tokens)} clips."
             )
         skips = skips.expand(len(tokens))
         if length < 1 or skips.min() < 0:
-            raise ValueError(f"skip={skip} and length={length} tubelets: skip is 0 or more, length 1 or more.")
+            raise ValueError(f"skip={skip} must be at least 0, and length={length} at least 1 (in tubelets).")
         t, h, w = grid
         seen = torch.arange(t * h * w, device=tokens.device).expand(len(tokens), -1)
         first = (t + skips[:, None]) * h * w
         target = first + torch.arange(length * h * w, device=tokens.device)
         return self(tokens, seen, target, mask_index, (t + int(skips.max()) + length, h, w))
 
-    def _run(
-        self, context: Tensor, keep: Tensor, target: Tensor, mask_index: int, grid: tuple[int, int, int] | None
-    ) -> Tensor:
-        """(B, N_context + N_target, dim): visible and hidden tokens, in the order given."""
+    def _run(self, context: Tensor, keep: Tensor, target: Tensor, mask_index: int, grid: Grid | None) -> Tensor:
+        """Runs the blocks on visible and mask tokens: (B, N_context + N_target, dim), in the order given."""
         if keep.shape[1] == 0:
-            raise ValueError("the mask leaves an empty context: nothing can be predicted from no token. Hide fewer.")
-        if not 0 <= mask_index < len(self.mask_tokens):
-            raise ValueError(
-                f"mask_index={mask_index}, but there are mask tokens for {len(self.mask_tokens)} kinds of masks: set "
-                "model.num_mask_tokens to the number of maskings."
-            )
+            raise ValueError("the mask leaves an empty context: lower its mask ratio.")
+        kinds = len(self.mask_tokens)
+        if not 0 <= mask_index < kinds:
+            raise ValueError(f"mask_index={mask_index} must be in [0, {kinds}): increase model.num_mask_tokens.")
         grid, index = grid or self.grid, torch.cat([keep, target], dim=1)
         x = self.embed(context)
         mask_tokens = self.mask_tokens[mask_index].to(x.dtype).expand(*target.shape, -1)

@@ -2,10 +2,9 @@
 github.com/facebookresearch/vjepa2).
 
 Unusual about it: the frozen encoder receives each frame separately, as an image repeated over a tubelet; only a
-predictor of its tokens is trained. A step of the predictor's sequence is an action token, a state token and the patches
-of one frame. Attention is block-causal: every token attends to all tokens of the same and of earlier steps. The outputs
-at the patches of a step are the patches of the next frame. Positions are rotary: by time, row and column for patches,
-by time only for the action and the state.
+predictor of its tokens is trained. A step of its sequence is an action token, a state token and the patches of a frame;
+its outputs at the patches are those of the next frame. Attention is block-causal: every token attends to all tokens of
+the same and of earlier steps. Rotary positions are time, row and column for patches, time only for action and state.
 
 Letters: B batch, T frames, S patches per frame, D width of the encoder, A and K widths of actions and states.
 """
@@ -27,7 +26,7 @@ from blueberry_video.models.jepa import convert
 from blueberry_video.nn.blocks import init_trunc_normal
 from blueberry_video.nn.feed_forward import Mlp
 from blueberry_video.nn.rope import Rotation, channels_per_axis, grid_positions, rotate, rotation
-from blueberry_video.weights.files import num_blocks, read_content, resolve
+from blueberry_video.weights.files import num_blocks
 from blueberry_video.weights.load import load_strictly
 
 CONDITIONS = 2  # tokens of a step before its patches: the action, then the state
@@ -70,27 +69,15 @@ class WorldModel(nn.Module):
     ):
         super().__init__()
         if not encoder.images:
-            raise ValueError(
-                "model.encoder.images=false: a world model encodes each frame separately. Set "
-                "model.encoder.images=true; it changes no weights."
-            )
+            raise ValueError("model.encoder.images=false cannot encode single frames: set model.encoder.images=true.")
         for key, width in (("action_dim", action_dim), ("state_dim", state_dim)):
             if width < 1:
                 raise ValueError(f"model.{key}={width} must be at least 1.")
         self.encoder = encoder.requires_grad_(False)
         self.action_dim, self.state_dim = action_dim, state_dim
         _, height, width = encoder.grid(encoder.video_size)
-        self.predictor = Predictor(
-            (height, width),
-            encoder.embed_dim,
-            action_dim,
-            state_dim,
-            predictor_dim,
-            predictor_depth,
-            predictor_num_heads,
-            mlp_ratio,
-            rope_quirk,
-        )
+        sizes = (predictor_dim, predictor_depth, predictor_num_heads, mlp_ratio)
+        self.predictor = Predictor((height, width), encoder.embed_dim, action_dim, state_dim, *sizes, rope_quirk)
         if starts_as_copy:
             self.predictor.start_as_copy()
 
@@ -119,7 +106,7 @@ class WorldModel(nn.Module):
         steps = latents.shape[1] - 1
         if states.shape[1] == steps + 1:
             states = states[:, :-1]
-        self._check(latents, actions, states, steps)
+        self._check(latents, actions, states, steps, steps + 1)
         return self.predictor(latents[:, :-1], actions, states)[0]
 
     def rollout(self, latents: Tensor, actions: Tensor, states: Tensor) -> Tensor:
@@ -135,7 +122,7 @@ class WorldModel(nn.Module):
         """
         steps = actions.shape[1]
         states = states[:, :steps]
-        self._check(latents, actions, states, steps, frames=1)
+        self._check(latents, actions, states, steps, 1)
         frame, past = latents, None
         predictions = []
         for t in range(steps):
@@ -143,10 +130,9 @@ class WorldModel(nn.Module):
             predictions.append(frame)
         return torch.cat(predictions, dim=1)
 
-    def _check(self, latents: Tensor, actions: Tensor, states: Tensor, steps: int, frames: int | None = None) -> None:
+    def _check(self, latents: Tensor, actions: Tensor, states: Tensor, steps: int, frames: int) -> None:
         if steps < 1:
             raise ValueError("there is no frame to predict: pass at least two frames, or one frame and one action.")
-        frames = steps + 1 if frames is None else frames
         patches = (math.prod(self.predictor.grid), self.encoder.embed_dim)
         wanted = {
             "latents": (latents, (frames, *patches), "the output of encode_frames"),
@@ -175,44 +161,33 @@ class WorldModel(nn.Module):
 
         Args:
             source: a torch file with ``encoder`` and ``predictor``.
-            num_frames, image_size: size of the clips; no tensor determines it.
-            num_heads, predictor_num_heads: no tensor determines them; default to the published model.
+            num_frames, image_size: size of the clips.
+            num_heads, predictor_num_heads: default to the published model.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is damaged or of a different model.
+            FileNotFoundError, ValueError: see :meth:`load_published`.
         """
-        state = _read_published(source)
+        state = convert.read_world_model(source)
         weights = convert.part(state, "encoder")
         heads = num_heads or len(weights["patch_embed.proj.bias"]) // 64
         encoder = vit.VisionTransformer.from_weights(
             weights, source, num_frames, image_size, heads, images=True, positions="rope_3d", rope_quirk=True
         )
         dim, action_dim = state["predictor.action_encoder.weight"].shape
-        model = cls(
-            encoder,
-            action_dim,
-            state["predictor.state_encoder.weight"].shape[1],
-            dim,
-            num_blocks(state, "predictor.blocks"),
-            predictor_num_heads,
-            state["predictor.blocks.0.mlp.fc1.weight"].shape[0] / dim,
-            rope_quirk=True,
-        )
+        state_dim, depth = state["predictor.state_encoder.weight"].shape[1], num_blocks(state, "predictor.blocks")
+        mlp_ratio = state["predictor.blocks.0.mlp.fc1.weight"].shape[0] / dim
+        model = cls(encoder, action_dim, state_dim, dim, depth, predictor_num_heads, mlp_ratio, rope_quirk=True)
         print(f"V-JEPA 2-AC for frames of {image_size} pixels: {model._load(state, source)}")
         return model
 
     def load_published(self, source: str | Path) -> str:
-        """Loads weights, see :meth:`from_published`, into this model.
-
-        Returns:
-            A sentence on what was loaded.
+        """Loads weights of an original file and returns a sentence on what was loaded.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, or tensors are missing, unexpected or of another shape.
+            ValueError: the file is damaged, or tensors are missing, unexpected or of a different shape.
         """
-        return self._load(_read_published(source), source)
+        return self._load(convert.read_world_model(source), source)
 
     def _load(self, state: dict[str, Tensor], source: str | Path) -> str:
         load_strictly(self, state, source, "Choose the model=world_model/… with the sizes of these weights.")
@@ -225,22 +200,8 @@ class WorldModel(nn.Module):
             torch.save(content, file)
 
 
-def _read_published(source: str | Path) -> dict[str, Tensor]:
-    content = read_content(resolve(source))
-    if not isinstance(content, dict):
-        raise ValueError(f"{source} holds no state dicts: give a file of V-JEPA 2-AC.")
-    return convert.convert_world_model(content)
-
-
 class Predictor(nn.Module):
-    """Block-causal transformer of a :class:`WorldModel`.
-
-    Args:
-        grid: patch grid (h, w) of a frame.
-        embed_dim: width D of the encoder.
-        action_dim, state_dim: A and K.
-        dim, depth, num_heads, mlp_ratio, rope_quirk: see :class:`WorldModel`.
-    """
+    """Block-causal transformer of a :class:`WorldModel` for frames of a patch grid (h, w)."""
 
     def __init__(
         self,
@@ -251,10 +212,13 @@ class Predictor(nn.Module):
         dim: int,
         depth: int,
         num_heads: int,
-        mlp_ratio: float = 4.0,
-        rope_quirk: bool = False,
+        mlp_ratio: float,
+        rope_quirk: bool,
     ):
         super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"model.predictor_num_heads={num_heads} must be a divisor of model.predictor_dim={dim}.")
+        channels_per_axis(dim // num_heads)  # raises here, not in forward
         self.grid, self.head_dim, self.rope_quirk = grid, dim // num_heads, rope_quirk
         self.embed = nn.Linear(embed_dim, dim)
         self.action_encoder = nn.Linear(action_dim, dim)
@@ -267,11 +231,10 @@ class Predictor(nn.Module):
     def forward(
         self, latents: Tensor, actions: Tensor, states: Tensor, past: list[Past] | None = None
     ) -> tuple[Tensor, list[Past]]:
-        """Predicts the frame after each of ``latents``.
+        """Predicts the frame after each of T consecutive frames.
 
         Args:
-            latents: (B, T, S, D) of T consecutive frames.
-            actions, states: (B, T, A) and (B, T, K) at these frames.
+            latents, actions, states: (B, T, S, D), (B, T, A) and (B, T, K) of these frames.
             past: KV cache of all earlier steps, as returned; ``None`` at the first step.
 
         Returns:
@@ -326,48 +289,31 @@ class Predictor(nn.Module):
 def block_causal_mask(first: int, steps: int, tokens: int, device: torch.device) -> Tensor:
     """Attention mask, bool (steps * tokens, (first + steps) * tokens): true for keys of the same or an earlier step.
 
-    Args:
-        first: number of steps before the first query.
-        steps: number of steps of the queries.
-        tokens: tokens per step.
-        device: device of the mask.
+    The queries are ``steps`` steps of ``tokens`` tokens, after ``first`` earlier steps.
     """
     step = torch.arange(first + steps, device=device).repeat_interleave(tokens)
     return step[first * tokens :, None] >= step
 
 
 class CausalAttention(nn.Module):
-    """Multi-head attention of some steps to themselves and to the cached steps before.
-
-    Args:
-        dim: width of the tokens.
-        num_heads: number of heads; must divide ``dim``.
-
-    Raises:
-        ValueError: ``num_heads`` does not divide ``dim``, or heads are too narrow for rotary positions.
-    """
+    """Multi-head attention to the tokens of given steps and to the KV cache of earlier steps."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(
-                f"model.predictor_num_heads={num_heads} does not divide model.predictor_dim={dim}: choose a divisor."
-            )
         self.num_heads = num_heads
-        channels_per_axis(dim // num_heads)  # raises here, not in forward
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(
         self, x: Tensor, turn: Rotation, mask: Tensor | None = None, past: Past | None = None
     ) -> tuple[Tensor, Past]:
-        """(B, N, dim) -> (B, N, dim), and the KV cache with these tokens appended.
+        """Attends (B, N, dim) -> (B, N, dim), and appends these tokens to the KV cache.
 
         Args:
             x: tokens.
             turn: rotation of the tokens.
-            mask: attention mask (N, N_past + N), bool; ``None`` attends to all.
-            past: KV cache of the N_past tokens before.
+            mask: bool (N, N_past + N); ``None`` attends to all.
+            past: KV cache of the N_past earlier tokens.
         """
         q, k, v = rearrange(self.qkv(x), "b n (part h d) -> part b h n d", part=3, h=self.num_heads)
         q, k = rotate(q, turn), rotate(k, turn)
