@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "export": ANYTHING,
 }
 SHARED_IN_ROOM = {  # what a family may import besides itself
-    "models": {"encoder", "diffusion_transformer", "vit", "dinov2", "classifier"},
+    "models": {"encoder", "diffusion_transformer", "vit", "dinov2", "classifier"}
 }
 
 

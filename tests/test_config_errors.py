@@ -372,10 +372,7 @@ def test_allow_targets_allows_one_name(experiment: Path):
 
 @pytest.mark.parametrize(
     "override",
-    [
-        "model.encoder._target_=blueberry_video.models.vit.pickle.loads",
-        "task.input.augment={_partial_: true}",
-    ],
+    ["model.encoder._target_=blueberry_video.models.vit.pickle.loads", "task.input.augment={_partial_: true}"],
 )
 def test_input_itself_is_not_suggested(experiment: Path, override: str):
     typed = override.rpartition("=")[2] if "_target_" in override else "task.input.augment._partial_"

@@ -113,10 +113,7 @@ def test_targets_of_unmixed_clips_are_one_hot():
     ("options", "text"),
     [
         ({"mixup_alpha": -0.1}, r"mixing\.mixup_alpha=-0\.1\b.*mixing\.cutmix_alpha=1\.0"),
-        (
-            {"mixup_alpha": 0.0, "cutmix_alpha": 0.0},
-            r"mixup_alpha=0\.0.*cutmix_alpha=0\.0.*task\.mixing=null",
-        ),
+        ({"mixup_alpha": 0.0, "cutmix_alpha": 0.0}, r"mixup_alpha=0\.0.*cutmix_alpha=0\.0.*task\.mixing=null"),
         ({"prob": 1.2}, r"mixing\.prob=1\.2\b.*\[0, 1\]"),
         ({"switch_prob": -1.0}, r"mixing\.switch_prob=-1\.0\b.*\[0, 1\]"),
     ],

@@ -5,13 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from blueberry_video.data.batches import (
-    MixedEvaluationBatches,
-    TrainBatches,
-    WeightedTrainBatches,
-    apportion,
-    collate,
-)
+from blueberry_video.data.batches import MixedEvaluationBatches, TrainBatches, WeightedTrainBatches, apportion, collate
 from blueberry_video.data.clips import at_epoch
 from blueberry_video.data.world import World
 

@@ -10,14 +10,7 @@ import pytest
 import torch
 
 from blueberry_video.data.batches import MixedEvaluationBatches, MixedTrainBatches
-from blueberry_video.data.buckets import (
-    Buckets,
-    LatentBuckets,
-    VideoBuckets,
-    nearest_shape,
-    num_tokens,
-    reading,
-)
+from blueberry_video.data.buckets import Buckets, LatentBuckets, VideoBuckets, nearest_shape, num_tokens, reading
 from blueberry_video.data.latents import LatentClips, LatentShards
 from blueberry_video.data.video_folder import VideoFolder
 from blueberry_video.data.write import write_video

@@ -139,10 +139,7 @@ def test_damaged_shard_raises_and_is_rewritten_after_removal(tmp_path: Path, dam
 def test_nan_and_infinite_latents_raise(tmp_path: Path, key: str, channel: int, value: float):
     clips = [clip(i) for i in range(4)]
     clips[2][key][channel].view(-1)[0] = value
-    with (
-        LatentShards(tmp_path, MADE_OF, 4, 4) as shards,
-        pytest.raises(ValueError, match=f"{key} .*'clip 2'"),
-    ):
+    with LatentShards(tmp_path, MADE_OF, 4, 4) as shards, pytest.raises(ValueError, match=f"{key} .*'clip 2'"):
         shards.write(0, clips)
     assert set(contents(tmp_path)) == {"manifest.json"}
 

@@ -196,10 +196,7 @@ def test_resizing(tmp_path: Path):
 def test_too_few_frames_raise_and_are_not_listed_as_broken(tmp_path: Path):
     make(tmp_path)
     clips = VideoFolder(tmp_path, num_frames=16)
-    with pytest.raises(
-        ValueError,
-        match=r"0\.mp4: num_frames=16 with stride=1 .*\b12\b.*data\.train\.pad=true",
-    ):
+    with pytest.raises(ValueError, match=r"0\.mp4: num_frames=16 with stride=1 .*\b12\b.*data\.train\.pad=true"):
         clips[0]
     assert not clips.skipped
     padded = VideoFolder(tmp_path, num_frames=16, pad=True)[0]
@@ -232,11 +229,7 @@ ROW = {"file_name": "0.mp4", "caption": "a", "labels": {"motion": "a"}}
     ("rows", "error", "message"),
     [
         ([ROW], ValueError, r"'1\.mp4'.*metadata\.jsonl"),
-        (
-            [ROW, {**ROW, "file_name": "1.mp4"}, {**ROW, "file_name": "videos/x.mp4"}],
-            FileNotFoundError,
-            r"'x\.mp4'",
-        ),
+        ([ROW, {**ROW, "file_name": "1.mp4"}, {**ROW, "file_name": "videos/x.mp4"}], FileNotFoundError, r"'x\.mp4'"),
         ([ROW, ROW], ValueError, r"line 2\b.*'0\.mp4'"),
         ([ROW, {"caption": "a"}], ValueError, r"line 2\b.*'caption'.*file_name"),
         ([ROW, {**ROW, "file_name": "../1.mp4"}], ValueError, r"file_name='\.\./1\.mp4'"),

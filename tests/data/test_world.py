@@ -449,10 +449,7 @@ def test_camera_positions_and_directions(camera):
         straight = (turn[..., 2] * towards).sum(-1)
         assert np.allclose(straight, 1) or camera == "pan"
         moves = {"position": np.ptp(position, axis=1).max() > 0.1, "turn": np.ptp(turn, axis=1).max() > 0.1}
-        assert moves == {
-            "position": camera in ("orbit", "dolly", "dnerf"),
-            "turn": camera in ("orbit", "pan", "dnerf"),
-        }
+        assert moves == {"position": camera in ("orbit", "dolly", "dnerf"), "turn": camera in ("orbit", "pan", "dnerf")}
         if camera == "orbit":
             assert np.degrees(np.abs(azimuth[0, -1] - azimuth[0, 0])) == pytest.approx(60)
         if camera == "dolly":

@@ -6,13 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blueberry_video.diffusion.guidance import (
-    ConstantGuidance,
-    DynamicGuidance,
-    EmbeddedGuidance,
-    Guidance,
-    NoGuidance,
-)
+from blueberry_video.diffusion.guidance import ConstantGuidance, DynamicGuidance, EmbeddedGuidance, Guidance, NoGuidance
 from blueberry_video.diffusion.objectives import FlowMatching, VPrediction
 from blueberry_video.diffusion.samplers import DDIM
 

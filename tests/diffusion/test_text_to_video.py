@@ -277,11 +277,7 @@ def test_adapters_of_a_different_rank_or_of_different_layers_raise(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("wrong", "expected"),
-    [
-        ({"rank": 0}, r"lora\.rank=0\b"),
-        ({"alpha": 0.0}, r"lora\.alpha=0\.0"),
-        ({"targets": ()}, r"lora\.targets=\[\]"),
-    ],
+    [({"rank": 0}, r"lora\.rank=0\b"), ({"alpha": 0.0}, r"lora\.alpha=0\.0"), ({"targets": ()}, r"lora\.targets=\[\]")],
 )
 def test_settings_of_adapters_out_of_range_raise(wrong: dict, expected: str):
     with pytest.raises(ValueError, match=expected):

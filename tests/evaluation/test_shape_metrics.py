@@ -9,14 +9,7 @@ from torch.utils.data import default_collate
 
 from blueberry_video.data.moving_shapes import MovingShapes
 from blueberry_video.evaluation.metrics import shuffle_frames
-from blueberry_video.evaluation.shape_metrics import (
-    COLOURS,
-    DIRECTIONS,
-    SHAPES,
-    accuracies,
-    caption_labels,
-    classify,
-)
+from blueberry_video.evaluation.shape_metrics import COLOURS, DIRECTIONS, SHAPES, accuracies, caption_labels, classify
 
 ALL_RIGHT = {"shape": 1.0, "colour": 1.0, "direction": 1.0}
 

@@ -127,11 +127,7 @@ def test_hide_is_not_in_place(shape, patch_size):
     before = video.clone()
     _, channels, frames, size, _ = shape
     small = encoder(
-        image_size=size,
-        num_frames=frames,
-        patch_size=patch_size[1],
-        tubelet_size=patch_size[0],
-        in_channels=channels,
+        image_size=size, num_frames=frames, patch_size=patch_size[1], tubelet_size=patch_size[0], in_channels=channels
     )
     hide(small, video, torch.tensor([[1]]))
     assert torch.equal(video, before)

@@ -300,10 +300,7 @@ def test_invalid_video_shapes_raise(shape, expected):
 
 
 @pytest.mark.parametrize("frames", [1, 2])
-@pytest.mark.parametrize(
-    ("keep", "expected"),
-    [([[3, 3]], "keep"), ([[3, 18]], r"keep.*\b3\b.*\b18\b")],
-)
+@pytest.mark.parametrize(("keep", "expected"), [([[3, 3]], "keep"), ([[3, 18]], r"keep.*\b3\b.*\b18\b")])
 def test_invalid_keep_raises(frames, keep, expected):
     with pytest.raises(ValueError, match=expected):
         tiny()(clips(frames, batch=1), torch.tensor(keep))

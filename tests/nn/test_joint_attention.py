@@ -4,13 +4,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from blueberry_video.nn.joint_attention import (
-    KeyValueCache,
-    _mask_mod,
-    attend,
-    block_causal,
-    block_causal_mask,
-)
+from blueberry_video.nn.joint_attention import KeyValueCache, _mask_mod, attend, block_causal, block_causal_mask
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}  # fp32 round-off; the order of summation differs
 

@@ -75,11 +75,7 @@ class Case:
     @property
     def layout(self) -> dict:
         lengths = torch.tensor(self.lengths)
-        return {
-            "lengths": lengths if self.ragged else None,
-            "segment_len": int(lengths.max()),
-            "chunk": self.chunk,
-        }
+        return {"lengths": lengths if self.ragged else None, "segment_len": int(lengths.max()), "chunk": self.chunk}
 
     def expected(self, inputs: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
         """y and the frame states of the dense reference."""

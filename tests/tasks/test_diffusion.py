@@ -205,10 +205,7 @@ def test_shuffled_captions_differ_from_the_caption_of_the_clip(size: int, traine
     )
     losses = []
     for captions in (["red", "red", "blue", "red"], ["red"] * 4):
-        clips, fit = (
-            DataModule(MovingShapes("train", 1), Captioned(captions), size, val_batch_size=size),
-            trainer(),
-        )
+        clips, fit = (DataModule(MovingShapes("train", 1), Captioned(captions), size, val_batch_size=size), trainer())
         fit.validate(task(network), clips, verbose=False)
         losses.append({name: value.item() for name, value in fit.callback_metrics.items()})
     expected = (3 * 1 + 4) / 4, (3 * 4 + 1) / 4  # own captions, shuffled captions

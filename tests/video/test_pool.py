@@ -174,10 +174,7 @@ def test_timeout_kills_the_worker_and_its_children():
 
 @pytest.mark.parametrize(
     ("order", "message"),
-    [
-        ("allocate", r"memory_bytes=209715200 \(\w*MemoryError"),
-        ("share", "memory_bytes=209715200 and"),
-    ],
+    [("allocate", r"memory_bytes=209715200 \(\w*MemoryError"), ("share", "memory_bytes=209715200 and")],
 )
 def test_memory_limit_kills_the_worker(order: str, message: str):
     outcomes = run([("allocate", 50), ("return", 4), (order, 400), ("return", 5)], memory=200)

@@ -13,14 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blueberry_video.video.errors import BrokenVideoError, FetchError
-from blueberry_video.video.quality import (
-    Stopwatch,
-    coverage,
-    error_rates,
-    frame_quality,
-    peak_memory,
-    wandb_table,
-)
+from blueberry_video.video.quality import Stopwatch, coverage, error_rates, frame_quality, peak_memory, wandb_table
 
 
 def duplicate_share(frames: Tensor) -> float:

@@ -23,13 +23,7 @@ import pytest
 import torch
 from PIL import Image
 
-from blueberry_video.video.errors import (
-    BrokenVideoError,
-    FetchError,
-    LimitError,
-    RefusedSourceError,
-    VideoError,
-)
+from blueberry_video.video.errors import BrokenVideoError, FetchError, LimitError, RefusedSourceError, VideoError
 from blueberry_video.video.source import open_source
 from blueberry_video.video.source_options import SourceOptions
 

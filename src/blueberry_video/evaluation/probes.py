@@ -14,15 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from blueberry_video.evaluation.end_of_run import log_end_of_run
-from blueberry_video.evaluation.supervised import (
-    LabelledClips,
-    Normalize,
-    Recipe,
-    encode,
-    fine_tune,
-    fit_probe,
-    score,
-)
+from blueberry_video.evaluation.supervised import LabelledClips, Normalize, Recipe, encode, fine_tune, fit_probe, score
 from blueberry_video.evaluation.trivial import majority_share
 from blueberry_video.models.encoder import Encoder
 from blueberry_video.nn.heads import ClassificationHead
@@ -51,12 +43,7 @@ class _EncoderEvaluation(Callback, ABC):
 
     @abstractmethod
     def learn(
-        self,
-        encoder: Encoder,
-        clips: LabelledClips,
-        num_classes: dict[str, int],
-        normalize: Normalize,
-        recipe: Recipe,
+        self, encoder: Encoder, clips: LabelledClips, num_classes: dict[str, int], normalize: Normalize, recipe: Recipe
     ) -> tuple[Encoder, ClassificationHead]:
         """Returns the encoder and, on the CPU, the head that together predict the labels."""
 
@@ -163,12 +150,7 @@ class Probe(_EncoderEvaluation):
         self.pooling = {"linear": "mean", "attentive": "attentive"}[pooling]
 
     def learn(
-        self,
-        encoder: Encoder,
-        clips: LabelledClips,
-        num_classes: dict[str, int],
-        normalize: Normalize,
-        recipe: Recipe,
+        self, encoder: Encoder, clips: LabelledClips, num_classes: dict[str, int], normalize: Normalize, recipe: Recipe
     ) -> tuple[Encoder, ClassificationHead]:
         tokens = encode(encoder, clips.video, normalize)
         return encoder, fit_probe(tokens, clips.labels, num_classes, self.pooling, recipe)
@@ -215,11 +197,6 @@ class FewLabels(_EncoderEvaluation):
         super().__init__(name, labels, num_labelled, val_clips, recipes, part)
 
     def learn(
-        self,
-        encoder: Encoder,
-        clips: LabelledClips,
-        num_classes: dict[str, int],
-        normalize: Normalize,
-        recipe: Recipe,
+        self, encoder: Encoder, clips: LabelledClips, num_classes: dict[str, int], normalize: Normalize, recipe: Recipe
     ) -> tuple[Encoder, ClassificationHead]:
         return fine_tune(encoder, clips, num_classes, normalize, recipe)

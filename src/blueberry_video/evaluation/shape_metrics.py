@@ -49,11 +49,7 @@ def classify(video: Tensor) -> dict[str, Tensor]:
     path = torch.stack([best // width, best % width], dim=2)  # (N, T, 2)
     direction = _direction(path, (height, width))
     found = score >= _LEAST_IOU
-    return {
-        "shape": shape.where(found, NONE),
-        "colour": colour,
-        "direction": direction.where(found, NONE),
-    }
+    return {"shape": shape.where(found, NONE), "colour": colour, "direction": direction.where(found, NONE)}
 
 
 def caption_labels(captions: list[str]) -> dict[str, Tensor]:

@@ -16,10 +16,7 @@ def gate(run: RunFolder) -> tuple[bool, str]:
     record = run.record
     title = f"{run.experiment} / {run.name}"
     if record["status"] != "finished":
-        return (
-            False,
-            f"{title}: status is {record['status']}, not finished. {record['error'] or ''}".rstrip(),
-        )
+        return (False, f"{title}: status is {record['status']}, not finished. {record['error'] or ''}".rstrip())
     verdicts = [Verdict(**verdict) for verdict in record["expected"]]
     if not verdicts:
         return False, f"{title}: `expected` is empty in its config: add `expected: {{val/motion: {{at_least: 0.6}}}}`."

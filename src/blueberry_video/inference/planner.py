@@ -231,12 +231,7 @@ class CrossEntropyPlanner:
 
     @torch.no_grad()
     def plan(
-        self,
-        model: WorldModel,
-        images: Tensor,
-        states: Tensor,
-        goals: Tensor,
-        generator: torch.Generator | None = None,
+        self, model: WorldModel, images: Tensor, states: Tensor, goals: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
         """Plans the actions that lead from the images to the goals.
 

@@ -42,12 +42,7 @@ class Task(lightning.LightningModule, ABC):
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimization: Optimization,
-        input: ClipInput | None = None,
-    ):
+    def __init__(self, model: nn.Module, optimization: Optimization, input: ClipInput | None = None):
         super().__init__()
         if not isinstance(model, self.trains):
             raise ValueError(

@@ -47,11 +47,7 @@ class FrameClassification(Task):
     model: FrameClassifier
 
     def __init__(
-        self,
-        model: FrameClassifier,
-        optimization: Optimization,
-        input: ClipInput | None = None,
-        num_pictures: int = 6,
+        self, model: FrameClassifier, optimization: Optimization, input: ClipInput | None = None, num_pictures: int = 6
     ):
         super().__init__(model, optimization, input)
         self.num_pictures = num_pictures

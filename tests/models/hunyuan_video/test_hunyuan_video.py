@@ -148,11 +148,7 @@ def test_text_padding_changes_nothing(chunk: int, where: str):
     given = causal_inputs(model, 4, padded=False) if chunk else inputs(model)
     padding = 100 * torch.randn(2, 3, 16)
     text = given["text"]
-    parts = {
-        "after": (text, padding),
-        "before": (padding, text),
-        "between": (text[:, :2], padding, text[:, 2:]),
-    }[where]
+    parts = {"after": (text, padding), "before": (padding, text), "between": (text[:, :2], padding, text[:, 2:])}[where]
     mask = torch.cat([torch.full(part.shape[:2], part is not padding) for part in parts], dim=1)
     padded = given | {"text": torch.cat(parts, dim=1), "text_mask": mask}
     torch.testing.assert_close(model(**padded), model(**given), **TOLERANCE)

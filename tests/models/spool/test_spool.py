@@ -183,10 +183,7 @@ def test_invalid_streaming_raises():
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", [vit, dino, hydra])
 def test_output_depends_on_visible_tokens_only(backbone):
-    model, keep = (
-        tiny(backbone()),
-        torch.tensor([[15, 0, 3, 6], [1, 4, 8, 12]]),
-    )  # per frame: 2, 1, 0, 1 and 1 each
+    model, keep = (tiny(backbone()), torch.tensor([[15, 0, 3, 6], [1, 4, 8, 12]]))  # per frame: 2, 1, 0, 1 and 1 each
     video = clips()
     expected = model(video, keep)
     changed = video.clone()

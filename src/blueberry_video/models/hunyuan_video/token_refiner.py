@@ -75,10 +75,7 @@ class TokenRefiner(nn.Module):
         super().__init__()
         self.depth = depth
         self.time_text_embed = nn.ModuleDict(
-            {
-                "timestep_embedder": TimestepMLP(SINUSOID, dim, dim),
-                "text_embedder": TimestepMLP(text_dim, dim, dim),
-            }
+            {"timestep_embedder": TimestepMLP(SINUSOID, dim, dim), "text_embedder": TimestepMLP(text_dim, dim, dim)}
         )
         self.proj_in = nn.Linear(text_dim, dim)
         self.token_refiner = RefinerBlocks(dim, num_heads, depth)
