@@ -64,9 +64,9 @@ class VideoInfo:
     codec: str
     pixel_format: str
     container: str
-    rotation: int
-    stream_index: int
-    lost: int
+    rotation: int = 0
+    stream_index: int = 0
+    lost: int = 0
 
 
 @dataclass(frozen=True, eq=False)

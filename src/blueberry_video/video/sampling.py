@@ -15,12 +15,13 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from blueberry_video.video.checks import check_at_least, check_choice
+from blueberry_video.video.checks import check_above_zero, check_at_least, check_between, check_choice
 from blueberry_video.video.errors import VideoError
 
 SAMPLERS = ("uniform", "random", "fixed_fps", "multi_clip")
@@ -57,20 +58,13 @@ class ClipSampling:
 
     def __post_init__(self) -> None:
         check_choice("sampler", self.sampler, SAMPLERS)
+        given = f"with sampler={self.sampler!r}"
         if (self.fps is not None) != (self.sampler == "fixed_fps"):
-            raise ValueError(
-                f"fps={self.fps} with sampler={self.sampler!r}: sampler=fixed_fps requires fps, and the other samplers "
-                "ignore it."
-            )
+            raise ValueError(f"fps={self.fps} {given}: sampler=fixed_fps requires fps, the other samplers ignore it.")
         if self.stride != 1 and self.sampler not in ("random", "multi_clip"):
-            raise ValueError(
-                f"stride={self.stride} with sampler={self.sampler!r}: only sampler=random and sampler=multi_clip use "
-                "stride."
-            )
+            raise ValueError(f"stride={self.stride} {given}: only sampler=random and sampler=multi_clip use stride.")
         if self.num_clips < 1 or (self.num_clips > 1 and self.sampler != "multi_clip"):
-            raise ValueError(
-                f"num_clips={self.num_clips} with sampler={self.sampler!r}: use sampler=multi_clip, and at least 1."
-            )
+            raise ValueError(f"num_clips={self.num_clips} {given}: use sampler=multi_clip, and at least 1.")
 
 
 @dataclass(frozen=True)
@@ -126,15 +120,12 @@ class SamplingOptions:
             object.__setattr__(self, "indices", tuple(self.indices))
         check_choice("sampling", self.sampling, STRATEGIES)
         check_choice("spacing", self.spacing, SPACINGS)
-        check_at_least(1, frame_factor=self.frame_factor, min_frames=self.min_frames)
+        counts = {key: getattr(self, key) for key in ("frame_factor", "min_frames", "candidates_per_frame")}
+        check_at_least(1, **counts)
         check_at_least(self.frame_factor, max_frames=self.max_frames)
-        check_at_least(1, candidates_per_frame=self.candidates_per_frame)
         check_at_least(self.frame_factor // 2 + 1, num_frames=self.num_frames)  # rounds to at least one factor
-        for key in ("fps", "base_interval"):
-            if getattr(self, key) is not None and not 0 < getattr(self, key) < math.inf:
-                raise ValueError(f"{key}={getattr(self, key)} is out of range: use a number above 0.")
-        if not 0 <= self.uniform_share <= 1:
-            raise ValueError(f"uniform_share={self.uniform_share} is outside 0 to 1: use a share such as 0.25.")
+        check_above_zero(True, fps=self.fps, base_interval=self.base_interval)
+        check_between(0, 1, uniform_share=self.uniform_share)
         given = [f"{k}={getattr(self, k)}" for k in ("fps", "num_frames", "indices") if getattr(self, k) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} contradict each other: set one of fps, num_frames and indices.")
@@ -176,12 +167,12 @@ def choose(
     """
     times = _checked_times(timestamps)
     if (scores is None) == (options.sampling == "adaptive" and options.indices is None):
-        problem = "requires scores" if scores is None else "ignores scores"
-        raise ValueError(
-            f"sampling={options.sampling!r} {problem}: pass one per frame of candidate_frames, with "
-            "sampling='adaptive' only."
-        )
+        problem = f"sampling={options.sampling!r} {'requires' if scores is None else 'ignores'} scores"
+        raise ValueError(f"{problem}: pass one per frame of candidate_frames, with sampling='adaptive' only.")
     first, last = time_range(times, options.video_start, options.video_end)
+    inside = sorted({int(k) for k in keyframes if first <= k <= last})
+    natural = len(inside) if options.sampling == "keyframes" else None
+    count = partial(_count, times, first, last, options, rate, natural)
     if options.indices is not None:
         chosen = _explicit(options.indices, first, last)
     elif options.sampling == "all":
@@ -190,18 +181,14 @@ def choose(
         limits = (options.min_frames, options.max_frames, options.frame_factor)
         chosen = [first + i for i in every_interval(times[first : last + 1], options.base_interval, *limits)]
     elif options.sampling == "keyframes":
-        inside = sorted({int(k) for k in keyframes if first <= k <= last})
-        chosen = prefer_keyframes(inside, first, last, _count(times, first, last, options, rate, len(inside)))
+        chosen = prefer_keyframes(inside, first, last, count())
     elif scores is not None:
-        count = _count(times, first, last, options, rate)
-        chosen = by_scores(scores, candidate_frames(times, options, rate), count, options.uniform_share)
+        chosen = by_scores(scores, candidate_frames(times, options, rate), count(), options.uniform_share)
+    elif options.by_time:
+        even = np.linspace(times[first], times[last], count())
+        chosen = [first + i for i in nearest(times[first : last + 1], even)]
     else:
-        count = _count(times, first, last, options, rate)
-        if options.by_time:
-            even = np.linspace(times[first], times[last], count)
-            chosen = [first + i for i in nearest(times[first : last + 1], even)]
-        else:
-            chosen = spread(first, last, count, options.spacing)
+        chosen = spread(first, last, count(), options.spacing)
     wanted = _rounded_count(options) if options.num_frames is not None else len(chosen)
     wanted = math.ceil(wanted / options.frame_factor) * options.frame_factor
     return chosen + [chosen[-1]] * (wanted - len(chosen))
@@ -209,11 +196,7 @@ def choose(
 
 def candidate_frames(timestamps: np.ndarray, options: SamplingOptions, rate: float | None = None) -> list[int]:
     """Returns the frames that ``sampling='adaptive'`` scores: ``candidates_per_frame`` per frame to take, spread evenly
-    over the range.
-
-    Raises:
-        ValueError, VideoError: as ``choose``.
-    """
+    over the range. Raises as :func:`choose`."""
     times = _checked_times(timestamps)
     first, last = time_range(times, options.video_start, options.video_end)
     count = _count(times, first, last, options, rate) * options.candidates_per_frame
@@ -342,10 +325,8 @@ def by_scores(
     """
     values, total = torch.as_tensor(scores, dtype=torch.float64).cpu(), len(candidates)
     if values.shape != (total,) or not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
-        raise ValueError(
-            f"scores of shape {tuple(values.shape)} for {total} candidate frames: pass one finite number of at least 0 "
-            "per frame."
-        )
+        found = f"scores of shape {tuple(values.shape)} for {total} candidate frames"
+        raise ValueError(f"{found}: pass one finite number of at least 0 per frame.")
     if not 1 <= num_frames <= total:
         raise ValueError(f"num_frames={num_frames} of {total} candidate frames: take at least one and at most all.")
     steps = values[1:].numpy()
@@ -414,8 +395,8 @@ def uniform(total: int, num_frames: int, pad: bool = False) -> list[int]:
     Raises:
         ValueError: ``total`` < ``num_frames`` without ``pad``, or a value below 1.
     """
-    if _too_short(total, num_frames, 1, pad):
-        return _padded(total, num_frames, 1)
+    if _slack(total, num_frames, 1, pad) < 0:
+        return _window(0, total, num_frames, 1)
     if num_frames == 1:
         return [total // 2]
     return [round(i * (total - 1) / (num_frames - 1)) for i in range(num_frames)]
@@ -430,27 +411,18 @@ def random_window(
         ValueError: the window of (num_frames - 1) · stride + 1 frames is longer than the video and ``pad`` is not set,
             or a value below 1.
     """
-    if _too_short(total, num_frames, stride, pad):
-        return _padded(total, num_frames, stride)
-    start = int(rng.integers(total - _span(num_frames, stride) + 1))
-    return list(range(start, start + _span(num_frames, stride), stride))
+    slack = _slack(total, num_frames, stride, pad)
+    start = int(rng.integers(slack + 1)) if slack >= 0 else 0
+    return _window(start, total, num_frames, stride)
 
 
 def windows(total: int, num_frames: int, num_clips: int, stride: int = 1, pad: bool = False) -> list[list[int]]:
     """Returns ``num_clips`` windows with starts spread evenly from the first possible to the last; the middle window
-    for ``num_clips=1``.
-
-    Raises:
-        ValueError: as ``random_window``.
-    """
-    if num_clips < 1:
-        raise ValueError(f"num_clips={num_clips} must be at least 1.")
-    if _too_short(total, num_frames, stride, pad):
-        return [_padded(total, num_frames, stride)] * num_clips
-    span = _span(num_frames, stride)
-    last = total - span
+    for ``num_clips=1``. Raises as :func:`random_window`."""
+    check_at_least(1, num_clips=num_clips)
+    last = max(_slack(total, num_frames, stride, pad), 0)
     starts = [last // 2] if num_clips == 1 else [round(i * last / (num_clips - 1)) for i in range(num_clips)]
-    return [list(range(start, start + span, stride)) for start in starts]
+    return [_window(start, total, num_frames, stride) for start in starts]
 
 
 def fixed_fps(
@@ -469,10 +441,8 @@ def fixed_fps(
         ValueError: the clip is longer than the video and ``pad`` is not set, or a value out of range.
     """
     if fps <= 0 or num_frames < 1 or not timestamps:
-        raise ValueError(
-            f"fps={fps} and num_frames={num_frames} on a video of {len(timestamps)} frames: use fps > 0 and at least "
-            "one frame."
-        )
+        found = f"fps={fps} and num_frames={num_frames} on a video of {len(timestamps)} frames"
+        raise ValueError(f"{found}: use fps > 0 and at least one frame.")
     slack = timestamps[-1] - timestamps[0] - (num_frames - 1) / fps
     if slack < -TOLERANCE and not pad:
         raise ValueError(
@@ -485,34 +455,29 @@ def fixed_fps(
     return [max(bisect_right(timestamps, start + i / fps + TOLERANCE) - 1, 0) for i in range(num_frames)]
 
 
-def _span(num_frames: int, stride: int) -> int:
-    return (num_frames - 1) * stride + 1
-
-
-def _too_short(total: int, num_frames: int, stride: int, pad: bool) -> bool:
+def _slack(total: int, num_frames: int, stride: int, pad: bool) -> int:
+    """Returns the frames of the video minus those that the window spans; negative only with ``pad``."""
+    window = f"num_frames={num_frames} with stride={stride}"
     if min(total, num_frames, stride) < 1:
+        raise ValueError(f"{window} of a video of {total} frames: each must be at least 1.")
+    span = (num_frames - 1) * stride + 1
+    if total < span and not pad:
         raise ValueError(
-            f"num_frames={num_frames} with stride={stride} of a video of {total} frames: each must be at least 1."
+            f"{window} requires a video of {span} frames, but this one has {total}: lower num_frames or stride, or set "
+            "pad=true to repeat the last frame."
         )
-    short = total < _span(num_frames, stride)
-    if short and not pad:
-        raise ValueError(
-            f"num_frames={num_frames} with stride={stride} requires a video of {_span(num_frames, stride)} frames, but "
-            f"this one has {total}: lower num_frames or stride, or set pad=true to repeat the last frame."
-        )
-    return short
+    return total - span
 
 
-def _padded(total: int, num_frames: int, stride: int) -> list[int]:
-    return [min(i * stride, total - 1) for i in range(num_frames)]
+def _window(start: int, total: int, num_frames: int, stride: int) -> list[int]:
+    """Returns every ``stride``-th frame from ``start``; the last frame of the video is repeated after its end."""
+    return [min(start + i * stride, total - 1) for i in range(num_frames)]
 
 
 def _checked_times(timestamps: np.ndarray) -> np.ndarray:
     times = np.asarray(timestamps, dtype=np.float64)
     if times.ndim != 1 or not len(times) or not np.isfinite(times).all() or (np.diff(times) < 0).any():
-        raise VideoError(
-            f"The timestamps of {times.size} frames are not ascending finite seconds: re-encode the video."
-        )
+        raise VideoError(f"The timestamps of {times.size} frames are not ascending finite seconds: re-encode it.")
     return times
 
 
