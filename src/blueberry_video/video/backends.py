@@ -153,22 +153,15 @@ READERS: dict[str, Callable[[OpenVideo, Sequence[int], str], Iterator[Tensor]]] 
 
 
 def check_backend(name: str) -> None:
-    """Checks that a backend exists.
-
-    Raises:
-        ValueError: the backend does not exist.
-    """
+    """Raises ValueError if a backend does not exist."""
     if name not in READERS:
         raise ValueError(f"backends has {name!r}, which does not exist: choose from {', '.join(READERS)}.")
 
 
 @functools.cache
 def backend_failure(name: str) -> str | None:
-    """Returns why a backend fails to decode a tiny clip in this process, or None if it works. Cached.
-
-    Raises:
-        ValueError: the backend does not exist.
-    """
+    """Returns why a backend fails to decode a tiny clip in this process, or None if it works. Cached. Raises ValueError
+    if the backend does not exist."""
     check_backend(name)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "tiny.avi")

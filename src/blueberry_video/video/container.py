@@ -130,8 +130,7 @@ def open_video(
     def opened() -> tuple[InputContainer, VideoStream]:
         # max_pixels stops frames that are larger than in the header
         options = {**PYAV_OPTIONS, "max_pixels": str(max_frame_pixels)}
-        # FFmpeg detects a long sequence of JPEG images as an image pipe
-        forced = "mjpeg" if kind == "mjpeg" else None
+        forced = "mjpeg" if kind == "mjpeg" else None  # FFmpeg detects a long one as an image pipe
         container = av.open(str(resolved), format=forced, options=options, metadata_errors="replace")
         try:
             stream = _choose_stream(container, stream_index, name)
@@ -251,10 +250,7 @@ def _index_frames(path: Path, name: str, opened: Opener) -> OpenVideo:
 def _decode_alone(packet: av.Packet, stream: VideoStream) -> VideoFrame | None:
     """Decodes a single packet, such as a keyframe; None on failure. Flushes the decoder, or leaves it broken."""
     try:
-        frames = [
-            *packet.decode(),
-            *stream.codec_context.decode(None),
-        ]  # drained, because threads wait for more packets
+        frames = [*packet.decode(), *stream.codec_context.decode(None)]  # drained: threads wait for more packets
         stream.codec_context.flush_buffers()
     except (av.error.InvalidDataError, av.error.EOFError):
         return None
@@ -276,9 +272,7 @@ def _first_frame(container: InputContainer, stream: VideoStream) -> VideoFrame |
 def _num_listed(stream: VideoStream, num_found: int) -> int:
     """Returns the number of packets in the header where it lists them (mp4, mov, avi), at least ``num_found``."""
     entries = stream.index_entries
-    if len(entries) <= num_found:
-        return num_found
-    return max(num_found, sum(entry.size > 0 for entry in entries))
+    return max(num_found, sum(entry.size > 0 for entry in entries) if len(entries) > num_found else 0)
 
 
 def _with_info(

@@ -73,9 +73,8 @@ def fetch(url: str, into: BinaryIO, max_bytes: int, timeout: float, allowed_netw
         except TimeoutError as error:
             raise FetchError(f"{_shown(parts)} did not finish within fetch_timeout={timeout:g} s: raise it.") from error
         except (OSError, http.client.HTTPException) as error:
-            raise FetchError(
-                f"{_shown(parts)} could not be fetched ({one_line(error)}): check the URL and the network."
-            ) from error
+            reason = f"{_shown(parts)} could not be fetched ({one_line(error)})"
+            raise FetchError(f"{reason}: check the URL and the network.") from error
         if location is None:
             return
         target = _parsed(location, base=parts.geturl())
@@ -88,26 +87,17 @@ def fetch(url: str, into: BinaryIO, max_bytes: int, timeout: float, allowed_netw
 
 
 def public_name(url: str) -> str:
-    """Returns scheme, host and path of a URL for messages. The query is left out, because it may hold a key.
-
-    Raises:
-        RefusedSourceError: the URL is ambiguous.
-    """
+    """Returns scheme, host and path of a URL for messages, without the query, which may hold a key. Raises
+    RefusedSourceError for an ambiguous URL."""
     return _shown(_parsed(url))
 
 
 def parse_networks(blocks: tuple[str, ...]) -> tuple[_Network, ...]:
-    """Parses CIDR blocks.
-
-    Raises:
-        ValueError: a block is not a CIDR block.
-    """
+    """Parses CIDR blocks; raises ValueError for anything else."""
     try:
         return tuple(ipaddress.ip_network(block) for block in blocks)
     except ValueError as error:
-        raise ValueError(
-            f"allowed_networks={blocks} must list CIDR blocks, for example '10.0.0.0/8': {error}."
-        ) from error
+        raise ValueError(f"allowed_networks={blocks} must list CIDR blocks such as '10.0.0.0/8': {error}.") from error
 
 
 def is_public(address: str) -> bool:
@@ -195,9 +185,8 @@ def _one_hop(
         if parts.scheme == "https":
             plain.settimeout(deadline.left())
             # a broken connection must not pass for the end of a body without a length
-            connection = ssl.create_default_context().wrap_socket(
-                plain, server_hostname=host, suppress_ragged_eofs=False
-            )
+            tls = ssl.create_default_context()
+            connection = tls.wrap_socket(plain, server_hostname=host, suppress_ragged_eofs=False)
         with connection:
             connection.settimeout(deadline.left())
             connection.sendall(request.encode("ascii"))

@@ -211,7 +211,7 @@ def to_pil(frames: Tensor) -> list[Image.Image]:
 
 
 def to_base64(frames: Tensor, image_format: str = "jpeg", jpeg_quality: int = 90) -> list[str]:
-    """Returns T data URIs, ``data:image/jpeg;base64,…``; raises as :func:`to_pil`, and for a wrong format or quality."""
+    """Returns T data URIs ``data:image/jpeg;base64,…``; raises as :func:`to_pil`, and for a wrong format or quality."""
     _check_image_format(image_format, jpeg_quality)
     _check(frames)
     settings = {"quality": jpeg_quality} if image_format == "jpeg" else {}

@@ -107,10 +107,8 @@ class Arrays(FrameList):
         super().__init__(len(frames), ((s[1:] if self._channels_first else s[:2]) for s in shapes), name, options)
         for number, frame in enumerate(frames):
             values = _numpy(frame)
-            legal = (
-                np.issubdtype(values.dtype, np.floating) and values.min() >= 0 and values.max() <= 1
-            )  # false for NaN
-            if values.dtype != np.uint8 and not legal:
+            is_float = np.issubdtype(values.dtype, np.floating)
+            if values.dtype != np.uint8 and not (is_float and values.min() >= 0 and values.max() <= 1):  # also for NaN
                 raise BrokenVideoError(
                     f"Frame {number} of {name} has {frame.dtype} values from {values.min()} to {values.max()}: pass "
                     "uint8, or floats in [0, 1]; divide by 255, or undo the normalization."
@@ -171,9 +169,8 @@ class Animation(FrameList):
         self._image: Image.Image | None = None
         self._position = 0  # of the last decoded frame
         with readable(name), opened_image(path) as image:
-            self._skipped = int(
-                getattr(image, "default_image", False)
-            )  # default image of a PNG, which is not part of the animation
+            # default image of a PNG, which is not part of the animation
+            self._skipped = int(getattr(image, "default_image", False))
             count, size = getattr(image, "n_frames", 1) - self._skipped, _size(image)
         if count * size[0] * size[1] > options.max_decoded_pixels:
             raise LimitError(
@@ -258,10 +255,7 @@ def readable(name: str) -> Iterator[None]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Returns the EXIF orientation, 1 to 8.
-
-    Ignored for a TIFF, which Pillow rotates itself, and for a PNG with EXIF data after the pixels.
-    """
+    """Returns the EXIF orientation, 1 to 8: 1 for a TIFF, which Pillow rotates, or a PNG with EXIF after pixels."""
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return 1
     return image.getexif().get(ExifTags.Base.Orientation, 1)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -98,8 +98,7 @@ def process_videos(
     Yields:
         ``Outcome``: ``value`` is the ProcessedVideo, or ``error`` the exception, with seconds and peak memory.
     """
-    processor = VideoProcessor(load_settings(model, overrides), hooks)
-    return processor.map(sources, workers, ordered, on_progress)
+    return VideoProcessor(load_settings(model, overrides), hooks).map(sources, workers, ordered, on_progress)
 
 
 def stream_video(
@@ -107,13 +106,8 @@ def stream_video(
 ) -> Iterator[VideoChunk]:
     """Processes a video of any length at constant memory, ``chunk_frames`` frames at a time; all frames by default.
 
-    The concatenated chunks equal the formatted video. Pixel budgets of a whole video apply to each chunk.
-
-    Args:
-        source, model, hooks, overrides: as ``process_video``.
-
-    Raises:
-        As ``process_video``.
+    The concatenated chunks equal the formatted video. Pixel budgets of a whole video apply to each chunk. Arguments and
+    exceptions are those of :func:`process_video`.
     """
     if not {"sampling", "fps", "num_frames", "indices"} & overrides.keys():
         overrides["sampling"] = "all"
@@ -159,18 +153,17 @@ class VideoProcessor:
             with watch.stage("quality"):
                 video = replace(video, quality=self._quality(video))
         with watch.stage("format"):
-            video = replace(video, frames=self._formatted(video))
+            times = torch.tensor(video.metadata.timestamps, dtype=torch.float64)
+            formatter = self.hooks.formatter
+            video = replace(video, frames=formatter(video) if formatter else self._format(video.pixels, times))
         seconds = time.perf_counter() - start
         rate = {"frames_per_second": video.metadata.num_frames / seconds, "peak_memory": float(peak_memory())}
         video = replace(video, timing=watch.seconds, quality={**video.quality, **rate}, cached=entry is not None)
         return self.hooks.postprocess(video) if self.hooks.postprocess else video
 
     def plan(self, source: Any) -> Plan:
-        """Returns the plan of a video; decodes nothing, except the candidate frames of ``sampling="adaptive"``.
-
-        Raises:
-            As ``process_video``.
-        """
+        """Returns the plan of a video; decodes nothing, except the candidate frames of ``sampling="adaptive"``. Raises
+        as :func:`process_video`."""
         with open_source(source, self.settings.source) as opened:
             return self._read(opened, lambda reader: self._plan(reader, Stopwatch()))
 
@@ -186,10 +179,9 @@ class VideoProcessor:
             if opened.frames is not None:
                 yield from self._chunks(FrameReader.of_frames(opened, settings.decode))
                 return
-            assert opened.path is not None
             options, limit = settings.decode, settings.source.max_frame_pixels
-            stream = (options.stream_index, options.num_threads)
-            with open_video(opened.path, *stream, max_frame_pixels=limit, name=opened.name) as video:
+            stream = (cast(Path, opened.path), options.stream_index, options.num_threads)
+            with open_video(*stream, max_frame_pixels=limit, name=opened.name) as video:
                 yield from self._chunks(FrameReader.of_video(video, options))
 
     def map(
@@ -202,15 +194,8 @@ class VideoProcessor:
         """Processes many videos in worker processes; see ``process_videos``."""
         run = replace(self.settings.run, isolate=False)
         function = partial(_process_one, replace(self.settings, run=run), self.hooks)
-        return run_in_processes(
-            function,
-            sources,
-            workers=workers,
-            timeout=run.timeout,
-            memory_bytes=run.process_memory_bytes,
-            ordered=ordered,
-            on_progress=on_progress,
-        )
+        limits: dict[str, Any] = {"workers": workers, "timeout": run.timeout, "memory_bytes": run.process_memory_bytes}
+        return run_in_processes(function, sources, **limits, ordered=ordered, on_progress=on_progress)
 
     # ---- stages ------------------------------------------------------------------------------------------------------
 
@@ -298,8 +283,6 @@ class VideoProcessor:
             missing=frames.missing,
             suspect=frames.suspect,
             memory=plan.memory,
-            timing={},
-            quality={},
             degraded=plan.degraded,
             failures=frames.failures,
         )
@@ -312,11 +295,6 @@ class VideoProcessor:
         shares = {"missing_share": video.missing, "suspect_share": video.suspect}
         shown = video.pixels if video.missing.all() else video.pixels[~video.missing]
         return {**covered, **frame_quality(shown), **{key: float(mask.float().mean()) for key, mask in shares.items()}}
-
-    def _formatted(self, video: ProcessedVideo) -> Any:
-        if self.hooks.formatter:
-            return self.hooks.formatter(video)
-        return self._format(video.pixels, torch.tensor(video.metadata.timestamps, dtype=torch.float64))
 
     def _format(self, pixels: Tensor, timestamps: Tensor) -> Formatted:
         tokens = self.settings.tokens
@@ -341,7 +319,7 @@ class VideoProcessor:
         with watch.stage("hash"):
             sections = asdict(self.settings)
             of_frames = {name: sections[name] for name in ("source", "decode", "sampling", "resize", "tokens", "run")}
-            return cache_key(source.content_hash(), of_frames, _versions())
+            return cache_key(source.content_hash(), of_frames, {package: _version(package) for package in PACKAGES})
 
 
 class _LateError(Exception):
@@ -353,11 +331,8 @@ def _process_one(settings: VideoSettings, hooks: Hooks, source: Any) -> Any:
     return VideoProcessor(settings, hooks)(source)
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "none"
-    return found
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"

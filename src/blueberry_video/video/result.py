@@ -75,8 +75,8 @@ class ProcessedVideo:
     missing: Tensor
     suspect: Tensor
     memory: dict[str, MemoryEstimate]
-    timing: dict[str, float]
-    quality: dict[str, float]
+    timing: dict[str, float] = field(default_factory=dict)
+    quality: dict[str, float] = field(default_factory=dict)
     degraded: tuple[str, ...] = ()
     failures: dict[str, str] = field(default_factory=dict)
     cached: bool = False
@@ -109,9 +109,8 @@ class VideoChunk:
 
 def to_entry(video: ProcessedVideo) -> Entry:
     """Converts a video to a cache entry."""
-    text = json.dumps(
-        [asdict(video.metadata), {k: asdict(m) for k, m in video.memory.items()}, video.degraded, video.failures]
-    )
+    memory = {precision: asdict(estimate) for precision, estimate in video.memory.items()}
+    text = json.dumps([asdict(video.metadata), memory, video.degraded, video.failures])
     return {"pixels": video.pixels, "missing": video.missing, "suspect": video.suspect}, text
 
 
@@ -127,8 +126,6 @@ def from_entry(entry: Entry, name: str) -> ProcessedVideo:
         missing=tensors["missing"],
         suspect=tensors["suspect"],
         memory={precision: MemoryEstimate(**estimate) for precision, estimate in memory.items()},
-        timing={},
-        quality={},
         degraded=tuple(degraded),
         failures=failures,
     )
