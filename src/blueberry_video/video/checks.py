@@ -1,7 +1,7 @@
 """Range checks shared by the options of several stages."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def check_choice(key: str, value: str, choices: Iterable[str]) -> None:
@@ -30,3 +30,12 @@ def check_between(low: float, high: float, **values: float) -> None:
     for key, value in values.items():
         if not low <= value <= high:
             raise ValueError(f"{key}={value} is out of range: use {low} to {high}.")
+
+
+def check_indices(indices: Sequence[int], num_frames: int, name: str) -> list[int]:
+    """Returns frame indices as a list; raises IndexError if it is empty or has an index outside 0 … num_frames - 1."""
+    found = [int(i) for i in indices]
+    if not found or min(found) < 0 or max(found) >= num_frames:
+        shown = f"Frame indices {found[:8]} are invalid for {name}, which has frames 0 to {num_frames - 1}"
+        raise IndexError(f"{shown}: use at least one index in this range.")
+    return found

@@ -160,9 +160,8 @@ def _choose_stream(container: InputContainer, stream_index: int | None, name: st
     videos = {stream.index: stream for stream in container.streams.video if stream.codec_context is not None}
     if stream_index is not None:
         if stream_index not in videos:
-            raise VideoError(
-                f"stream_index={stream_index} is not a video stream of {name}: use one of {sorted(videos)}, or null."
-            )
+            problem = f"stream_index={stream_index} is not a video stream of {name}"
+            raise VideoError(f"{problem}: use one of {sorted(videos)}, or null.")
         return videos[stream_index]
     if not videos:
         unknown = " of a known codec" if container.streams.video else ""
@@ -182,16 +181,12 @@ def _threads(stream: VideoStream) -> int:
 
 def _check_size(path: Path, name: str, stream: VideoStream, max_frame_pixels: int) -> None:
     if len(stream.index_entries) > path.stat().st_size:
-        raise LimitError(
-            f"{name} lists {len(stream.index_entries)} frames in {path.stat().st_size} bytes: its header is damaged, "
-            "or made to exhaust memory. Remove the file."
-        )
+        listed = f"{name} lists {len(stream.index_entries)} frames in {path.stat().st_size} bytes"
+        raise LimitError(f"{listed}: its header is damaged, or made to exhaust memory. Remove the file.")
     width, height = stream.codec_context.width, stream.codec_context.height
     if width * height > max_frame_pixels:
-        raise LimitError(
-            f"{name} has frames of {width}x{height} pixels, more than max_frame_pixels={max_frame_pixels}: scale the "
-            "video down, or raise max_frame_pixels."
-        )
+        found = f"{name} has frames of {width}x{height} pixels, more than max_frame_pixels={max_frame_pixels}"
+        raise LimitError(f"{found}: scale the video down, or raise max_frame_pixels.")
 
 
 def _index_packets(path: Path, name: str, opened: Opener) -> OpenVideo:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from blueberry_video.video.backends import READERS, DamagedError, backend_failure, check_backend, salvage
-from blueberry_video.video.checks import check_at_least, check_between
+from blueberry_video.video.checks import check_at_least, check_between, check_indices
 from blueberry_video.video.container import FAILURES, MAX_FRAME_PIXELS, OpenVideo, VideoInfo, open_video
 from blueberry_video.video.errors import BrokenVideoError, DamagedVideoError, one_line
 
@@ -120,13 +120,8 @@ def decode(path: str | Path, choose: Choice, options: DecodeOptions | None = Non
     """
 
     def work(video: OpenVideo, current: DecodeOptions) -> Frames:
-        chosen = [int(i) for i in (choose(video.info) if callable(choose) else choose)]
-        last = video.info.num_frames - 1
-        if not chosen or min(chosen) < 0 or max(chosen) > last:
-            raise IndexError(
-                f"Frame indices {chosen} are invalid for {video.info.name}, which has frames 0 to {last}: use at least "
-                "one index in this range."
-            )
+        chosen = choose(video.info) if callable(choose) else choose
+        chosen = check_indices(chosen, video.info.num_frames, video.info.name)
         wanted = sorted(set(chosen))
         [frames] = decode_in_chunks(video, wanted, replace(current, chunk_frames=len(wanted)))
         return in_order(frames, chosen)
@@ -194,9 +189,8 @@ def decode_in_chunks(video: OpenVideo, wanted: Sequence[int], options: DecodeOpt
         lost += int(missing.sum())
         if lost > options.max_missing_share * len(wanted):
             raise BrokenVideoError(
-                f"At least {lost} of {len(wanted)} requested frames of {video.info.name} cannot be decoded, more than "
-                f"max_missing_share={options.max_missing_share} ({_reasons(failures)}). Re-encode the file, remove it, "
-                "or raise max_missing_share."
+                f"{lost} or more of {len(wanted)} frames of {video.info.name} do not decode ({_reasons(failures)}): "
+                f"re-encode the file, remove it, or raise max_missing_share={options.max_missing_share}."
             )
         timestamps = torch.from_numpy(video.info.timestamps[list(indices)])
         yield Frames(pixels.permute(0, 3, 1, 2), indices, timestamps, missing, suspect, picture.backend, dict(failures))
@@ -207,10 +201,10 @@ def _pictures(
 ) -> Iterator[_Picture]:
     """Yields the picture of each wanted frame. Records the reasons of failed backends in ``failures``."""
     if video.info.lost and not options.salvage:
+        listed = video.info.num_frames
         raise DamagedVideoError(
-            f"{video.info.name} is truncated: its header lists {video.info.num_frames} frames, but it holds "
-            f"{video.info.num_frames - video.info.lost}. Replace or remove the file, or set salvage=true to use the "
-            "frames that it holds."
+            f"{video.info.name} is truncated: it lists {listed} frames, but holds {listed - video.info.lost}. "
+            "Replace or remove the file, or set salvage=true to use the frames that it holds."
         )
     position = 0
     kind: type[BrokenVideoError] = BrokenVideoError

@@ -79,9 +79,8 @@ def fetch(url: str, into: BinaryIO, max_bytes: int, timeout: float, allowed_netw
             return
         target = _parsed(location, base=parts.geturl())
         if (parts.scheme, target.scheme) == ("https", "http"):
-            raise RefusedSourceError(
-                f"{_shown(parts)} redirects from https to http ({_shown(target)}): use a URL that stays on https."
-            )
+            hop = f"{_shown(parts)} redirects from https to http ({_shown(target)})"
+            raise RefusedSourceError(f"{hop}: use a URL that stays on https.")
         parts = target
     raise FetchError(f"{_shown(parts)} redirects again after {MAX_REDIRECTS} redirects: use the final URL.")
 
@@ -155,14 +154,10 @@ def _parsed(url: str, base: str = "") -> SplitResult:
         raise RefusedSourceError("The URL contains a user name or password before '@': remove it.")
     authority = _AUTHORITY.fullmatch(parts.netloc)
     if not authority or len(authority["host"]) > 253 or int(authority["port"] or 1) > 65535:
-        raise RefusedSourceError(
-            "The URL has no valid host: write http(s)://host/path or http(s)://host:port/path, with international "
-            "names in xn-- form."
-        )
+        fix = "write http(s)://host/path or http(s)://host:port/path, with international names in xn-- form"
+        raise RefusedSourceError(f"The URL has no valid host: {fix}.")
     if not parts.path and (parts.query or parts.fragment):
-        raise RefusedSourceError(
-            "The URL has no '/' between the host and '?' or '#', which parsers read differently: add the '/'."
-        )
+        raise RefusedSourceError("The URL has no '/' before '?' or '#', which parsers read differently: add the '/'.")
     return parts
 
 
@@ -254,23 +249,18 @@ def _copy_body(name: str, response: http.client.HTTPResponse, into: BinaryIO, ma
     }
     for header, values in encodings.items():
         if any(value.strip().lower() not in ("", "identity") for value in values):
-            raise RefusedSourceError(
-                f"{name} returns {header}: {', '.join(values)[:60]}, although only identity was accepted, because a "
-                "compressed body can grow without bound. Serve the file uncompressed."
-            )
+            found = f"{name} returns {header}: {', '.join(values)[:60]}, although only identity was accepted"
+            raise RefusedSourceError(f"{found}: serve the file uncompressed, since a compressed body has no bound.")
     expected = response.length
+    too_long = f"more than max_bytes={max_bytes}: raise max_bytes, or shorten the video"
     if expected is not None and expected > max_bytes:
-        raise LimitError(
-            f"{name} has {expected} bytes, more than max_bytes={max_bytes}: raise max_bytes, or shorten the video."
-        )
+        raise LimitError(f"{name} has {expected} bytes, {too_long}.")
     buffer = bytearray(_PIECE)
     view, received = memoryview(buffer), 0
     while count := response.readinto(buffer):
         received += count
         if received > max_bytes:
-            raise LimitError(
-                f"{name} has more than max_bytes={max_bytes} bytes: raise max_bytes, or shorten the video."
-            )
+            raise LimitError(f"{name} has {received} bytes or more, {too_long}.")
         into.write(view[:count])
     if expected is not None and received < expected:
         raise FetchError(f"{name} ended after {received} of {expected} bytes: download it again.")

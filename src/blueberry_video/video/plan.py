@@ -64,9 +64,8 @@ def make_plan(info: VideoInfo, indices: Sequence[int], settings: VideoSettings) 
     available = psutil.virtual_memory().available
     if plan.frame_bytes > available:
         raise LimitError(
-            f"{len(plan.indices)} frames of {info.name} at {plan.width}x{plan.height} pixels, with the formatted "
-            f"output, require {plan.frame_bytes} bytes, but {available} are free: take fewer frames or pixels, or set "
-            "max_memory_bytes to reduce them automatically."
+            f"{len(plan.indices)} frames of {info.name} at {plan.width}x{plan.height} pixels require "
+            f"{plan.frame_bytes} bytes, but {available} are free: take fewer or smaller ones, or set max_memory_bytes."
         )
     return plan
 
@@ -94,7 +93,7 @@ def check_limits(info: VideoInfo, settings: VideoSettings) -> None:
     limit = settings.source.max_duration
     if info.duration > limit:
         raise LimitError(
-            f"{info.name} lasts {info.duration:.0f} s, above max_duration={limit:g}: cut it, or raise that."
+            f"{info.name} lasts {info.duration:.0f} s, above max_duration={limit:g}: cut it or raise that."
         )
 
 

@@ -34,6 +34,7 @@ from typing import Any, Generic, TypeVar
 
 import psutil
 
+from blueberry_video.video.checks import check_above_zero
 from blueberry_video.video.errors import KilledError, VideoError
 
 Item = TypeVar("Item")
@@ -112,10 +113,7 @@ def run_in_processes(
         ValueError: a limit that is not positive, or a function of an interactive session.
         RuntimeError: a worker could not import the function.
     """
-    limits = {"workers": workers, "timeout": timeout, "memory_bytes": memory_bytes}
-    for name, limit in limits.items():
-        if limit is not None and not limit > 0:
-            raise ValueError(f"{name}={limit} must be above 0.")
+    check_above_zero(workers=workers, timeout=timeout, memory_bytes=memory_bytes)
     if _STARTING in os.environ:
         raise RuntimeError(
             "run_in_processes was called while a worker process imports the main script: guard the call with "
@@ -139,10 +137,8 @@ def _setup(function: Callable, memory_bytes: int | None) -> bytes:
         data = multiprocessing.spawn.get_preparation_data("worker")
         main = {key: data[key] for key in ("init_main_from_name", "init_main_from_path") if key in data}
         if not main or not Path(data.get("init_main_from_path", os.sep)).exists():
-            raise ValueError(
-                f"function={function!r} is defined in an interactive session, which a worker cannot import: define it "
-                "in a file."
-            )
+            problem = f"function={function!r} is defined in an interactive session, which a worker cannot import"
+            raise ValueError(f"{problem}: define it in a file.")
     return pickle.dumps((main, pickled, memory_bytes))
 
 
@@ -246,10 +242,8 @@ class _Worker:
         try:
             parts = _pack(item)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise TypeError(
-                f"{_named(index, item)} cannot be pickled for a worker process ({error}): use items that pickle "
-                "supports, such as paths."
-            ) from error
+            problem = f"{_named(index, item)} cannot be pickled for a worker process ({error})"
+            raise TypeError(f"{problem}: use items that pickle supports, such as paths.") from error
         self._index, self._item, self._most = index, item, 0
         self._transfer = self._conversation(parts)
         self._moved = time.monotonic()  # time of the last transfer
@@ -302,9 +296,8 @@ class _Worker:
             seconds, kind = time.monotonic() - self._moved, "text"
             value = f"its result cannot be unpickled ({type(failure).__name__}: {failure})"
         if kind == "memory":
-            return self._killed(
-                f"ran out of memory_bytes={self._memory_bytes} ({value}) and was killed", _RAISE, seconds
-            )
+            reason = f"ran out of memory_bytes={self._memory_bytes} ({value}) and was killed"
+            return self._killed(reason, _RAISE, seconds)
         if kind == "value":
             return Outcome(self._index, self._item, value, None, seconds, self._peak)
         error = value if kind == "error" else VideoError(f"{_named(self._index, self._item)}: {value}")
@@ -313,9 +306,8 @@ class _Worker:
     def _killed(self, reason: str, fix: str, seconds: float | None = None) -> Outcome:
         self._kill()
         seconds = time.monotonic() - self._moved if seconds is None else seconds
-        error = KilledError(
-            f"{_named(self._index, self._item)}: its worker process {reason} after {seconds:.1f} s. {fix}"
-        )
+        name = _named(self._index, self._item)
+        error = KilledError(f"{name}: its worker process {reason} after {seconds:.1f} s. {fix}")
         return Outcome(self._index, self._item, None, error, seconds, self._peak)
 
     @property

@@ -85,10 +85,8 @@ class ResizeOptions:
         if self.image_size is not None:
             object.__setattr__(self, "image_size", _pair(self.image_size))
         if (self.resized_height is None) != (self.resized_width is None):
-            raise ValueError(
-                f"resized_height={self.resized_height} and resized_width={self.resized_width}: set both for an "
-                "explicit size, or neither for a size within the budgets."
-            )
+            given = f"resized_height={self.resized_height} and resized_width={self.resized_width}"
+            raise ValueError(f"{given}: set both for an explicit size, or neither for a size within the budgets.")
         if self.rule in ("crop", "cover", "stretch") and self.image_size is None:
             raise ValueError(f"rule={self.rule!r} requires image_size: one number of pixels, or [height, width].")
         if self.rule == "fill" and self.max_pixels is None:
@@ -361,9 +359,7 @@ def _within_budgets(
     """Returns ``rounded`` if its number of ``pixels`` is within the budgets, else ``size`` scaled to the nearer one."""
     (height, width), (min_pixels, max_pixels) = size, budgets
     if min_pixels > max_pixels:
-        raise ValueError(
-            f"min_pixels={min_pixels:g} is above max_pixels={max_pixels:g}: lower min_pixels or raise max_pixels."
-        )
+        raise ValueError(f"min_pixels={min_pixels:g} is above max_pixels={max_pixels:g}: lower it or raise max_pixels.")
     aspect = max(size) / min(size)
     if aspect > limit:
         raise LimitError(

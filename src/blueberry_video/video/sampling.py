@@ -132,10 +132,8 @@ class SamplingOptions:
         if self.indices is None and self.sampling == "uniform" and self.num_frames is None:
             raise ValueError("sampling='uniform' requires num_frames; for a rate use sampling='fps' with fps.")
         if self.sampling in ("duration", "all") and (self.fps is not None or self.num_frames is not None):
-            raise ValueError(
-                f"sampling={self.sampling!r} ignores fps={self.fps} and num_frames={self.num_frames}: remove them, or "
-                "use sampling='fps'."
-            )
+            problem = f"sampling={self.sampling!r} ignores fps={self.fps} and num_frames={self.num_frames}"
+            raise ValueError(f"{problem}: remove them, or use sampling='fps'.")
         if not 0 <= (self.video_start or 0) <= (math.inf if self.video_end is None else self.video_end):
             raise ValueError(
                 f"video_start={self.video_start} and video_end={self.video_end} are not a range: use seconds after the "
@@ -176,7 +174,10 @@ def choose(
     if options.indices is not None:
         chosen = _explicit(options.indices, first, last)
     elif options.sampling == "all":
-        chosen = _every(first, last, options.max_frames)
+        if last - first + 1 > options.max_frames:
+            problem = f"sampling='all' would take {last - first + 1} frames, above max_frames={options.max_frames}"
+            raise ValueError(f"{problem}: raise max_frames, choose a range, or use sampling='fps'.")
+        chosen = list(range(first, last + 1))
     elif options.sampling == "duration":
         limits = (options.min_frames, options.max_frames, options.frame_factor)
         chosen = [first + i for i in every_interval(times[first : last + 1], options.base_interval, *limits)]
@@ -445,10 +446,10 @@ def fixed_fps(
         raise ValueError(f"{found}: use fps > 0 and at least one frame.")
     slack = timestamps[-1] - timestamps[0] - (num_frames - 1) / fps
     if slack < -TOLERANCE and not pad:
+        found = f"the {len(timestamps)} frames of the video span {timestamps[-1] - timestamps[0]:.3g} s"
         raise ValueError(
-            f"num_frames={num_frames} at fps={fps} last {(num_frames - 1) / fps:.3g} s, but the {len(timestamps)} "
-            f"frames of the video span {timestamps[-1] - timestamps[0]:.3g} s: lower num_frames, raise fps, or set "
-            "pad=true to repeat the last frame."
+            f"num_frames={num_frames} at fps={fps} last {(num_frames - 1) / fps:.3g} s, but {found}: lower num_frames, "
+            "raise fps, or set pad=true to repeat the last frame."
         )
     start = timestamps[0] + max(slack, 0.0) * (rng.random() if rng is not None else 0.5)
     # rounding must not select the frame before one that starts at exactly this time
@@ -491,8 +492,7 @@ def _count(
         if wanted > max(total, options.frame_factor) and not options.pad_frames:
             raise ValueError(
                 f"num_frames={options.num_frames} (in multiples of {options.frame_factor}: {wanted}) exceeds the "
-                f"{total} frames of the video or its range: lower num_frames, or set pad_frames=true to repeat the "
-                "last frame."
+                f"{total} frames of the video or its range: lower it, or set pad_frames=true to repeat the last frame."
             )
         return min(wanted, total)
     limits = (options.min_frames, options.max_frames, options.frame_factor)
@@ -526,12 +526,3 @@ def _explicit(indices: Sequence[int], first: int, last: int) -> list[int]:
             f"video_start to video_end, has the frames {first} to {last}: choose at least one of these."
         )
     return list(indices)
-
-
-def _every(first: int, last: int, max_frames: int) -> list[int]:
-    if last - first + 1 > max_frames:
-        raise ValueError(
-            f"sampling='all' would take {last - first + 1} frames, above max_frames={max_frames}: raise max_frames, "
-            "choose a range, or use sampling='fps'."
-        )
-    return list(range(first, last + 1))

@@ -69,10 +69,8 @@ class VideoSettings:
             )
         detail, counted = self.format.detail, self.tokens.tile_detail
         if self.tokens.count == "tiles" and detail not in ("auto", counted):
-            raise ValueError(
-                f"detail={detail} differs from tile_detail={counted}, which determines the token count: also set "
-                f"tile_detail={detail}."
-            )
+            problem = f"detail={detail} differs from tile_detail={counted}, which determines the token count"
+            raise ValueError(f"{problem}: also set tile_detail={detail}.")
 
 
 def models(conf: Path = CONF) -> list[str]:
@@ -159,15 +157,13 @@ def _find(model: str | Path, conf: Path) -> Path:
             f"preprocessor_config.json (nothing is downloaded), or one of the models {', '.join(known) or '(none)'}."
         )
     if not known:
-        raise FileNotFoundError(
-            f"model={model!r} cannot be found, because the folder {conf} of model files does not exist: set model to "
-            "the path of a YAML file."
-        )
+        problem = f"model={model!r} cannot be found, because the folder {conf} of model files does not exist"
+        raise FileNotFoundError(f"{problem}: set model to the path of a YAML file.")
     near = get_close_matches(str(model), known, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(
-        f"model={model!r} does not exist: choose from {', '.join(known)}."
-        f"{f' Did you mean {near[0]!r}?' if near else ''} To add a model, create {conf / f'{model}.yaml'}, or pass the "
-        "path of a YAML file."
+        f"model={model!r} does not exist: choose from {', '.join(known)}.{hint} To add a model, create "
+        f"{conf / f'{model}.yaml'}, or pass the path of a YAML file."
     )
 
 
@@ -182,10 +178,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     assert isinstance(plain, dict)
     defaults = plain.pop("defaults", DEFAULTS)
     if defaults != DEFAULTS:
-        raise ValueError(
-            f"{file} has defaults: {defaults}: remove them, or write defaults: [{', '.join(DEFAULTS)}]; the general "
-            "settings are the only base of a model."
-        )
+        raise ValueError(f"{file} has defaults: {defaults}: remove them, or write defaults: [{', '.join(DEFAULTS)}].")
     return {str(key): value for key, value in plain.items()}
 
 
@@ -197,10 +190,8 @@ def _merge(values: Values, content: Mapping[str, Any], sections: Mapping[str, ty
             if section in section_of:
                 raise ValueError(f"{file}: `{section}` belongs under `{section_of[section]}:`.")
             near = get_close_matches(section, sections, n=1)
-            raise ValueError(
-                f"{file}: `{section}` is not a section: choose from {', '.join(sections)}."
-                f"{f' Did you mean `{near[0]}`?' if near else ''}"
-            )
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            raise ValueError(f"{file}: `{section}` is not a section: choose from {', '.join(sections)}.{hint}")
         if settings is None:
             continue
         if not isinstance(settings, Mapping):

@@ -211,9 +211,7 @@ def _open_path(text: str, options: SourceOptions) -> Source:
     other = next((name for name in names or ["no image"] if not name.lower().endswith(_IMAGE_SUFFIXES)), None)
     if other:
         allowed = f"only image files ({', '.join(_IMAGE_SUFFIXES)})"
-        raise RefusedSourceError(
-            f"The folder {path} holds {other}: pass a folder of {allowed}, or the path of one video."
-        )
+        raise RefusedSourceError(f"The folder {path} holds {other}: pass a folder of {allowed}, or one video.")
     return _open_frames([path / name for name in names], options, str(path))
 
 
@@ -225,9 +223,7 @@ def _open_frames(frames: Sequence | np.ndarray | Tensor, options: SourceOptions,
     kind = next((kind for kind in kinds if all(isinstance(frame, kind) for frame in frames)), None)
     if kind is None:
         found = ", ".join(sorted({type(frame).__name__ for frame in frames}))
-        raise TypeError(
-            f"{name} has mixed types ({found}): pass only image paths, PIL images, numpy arrays or tensors."
-        )
+        raise TypeError(f"{name} has mixed types ({found}): pass only image paths, PIL images, arrays or tensors.")
     if kind in kinds[2:]:
         return Source("frames", name, frames=Arrays(frames, name, options))
     if kind is kinds[0]:

@@ -83,10 +83,8 @@ class TokenOptions:
         not_negative = ("tokens_per_video", "tokens_per_mark", "tile_tokens", "reserved_tokens")
         check_at_least(0, **{key: getattr(self, key) for key in not_negative})
         if self.context_length is not None and self.reserved_tokens >= self.context_length:
-            raise ValueError(
-                f"reserved_tokens={self.reserved_tokens} must be below context_length={self.context_length}, or no "
-                "token remains for the video: lower it."
-            )
+            problem = f"reserved_tokens={self.reserved_tokens} must be below context_length={self.context_length}"
+            raise ValueError(f"{problem}, or no token remains for the video: lower it.")
 
     @property
     def size_step(self) -> int:
