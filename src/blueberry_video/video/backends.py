@@ -23,6 +23,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from torch import Tensor
 
+from blueberry_video.video.checks import check_choice
 from blueberry_video.video.container import FAILURES, OpenVideo, open_video
 from blueberry_video.video.errors import one_line
 from blueberry_video.video.picture import ToRGB
@@ -152,17 +153,11 @@ READERS: dict[str, Callable[[OpenVideo, Sequence[int], str], Iterator[Tensor]]] 
 }
 
 
-def check_backend(name: str) -> None:
-    """Raises ValueError if a backend does not exist."""
-    if name not in READERS:
-        raise ValueError(f"backends has {name!r}, which does not exist: choose from {', '.join(READERS)}.")
-
-
 @functools.cache
 def backend_failure(name: str) -> str | None:
     """Returns why a backend fails to decode a tiny clip in this process, or None if it works. Cached. Raises ValueError
     if the backend does not exist."""
-    check_backend(name)
+    check_choice("backends", name, READERS)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "tiny.avi")
         path.write_bytes(_tiny_clip())
@@ -223,8 +218,7 @@ def _reopened(video: OpenVideo, num_threads: int) -> Iterator[tuple[InputContain
 
 
 def _by_timestamp(video: OpenVideo, wanted: Sequence[int]) -> Iterator[VideoFrame]:
-    """Yields wanted frames by seeking to the keyframe before each and decoding forward. Stops at the first frame that
-    is not found."""
+    """Yields wanted frames, decoded from the keyframe before each. Stops at the first frame that is not found."""
     pts, container, stream = video.pts, video.container, video.stream
     if pts is None:
         return

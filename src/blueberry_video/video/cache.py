@@ -63,11 +63,8 @@ def cache_key(content_hash: str, settings: Any, versions: Mapping[str, str]) -> 
 
     Args:
         content_hash: hash of the bytes of the video.
-        settings: JSON-serializable settings; the order of keys is irrelevant, and a tuple equals a list.
+        settings: JSON-serializable settings, else TypeError; the order of keys is irrelevant, a tuple equals a list.
         versions: versions of everything that affects pixels, such as the decoders.
-
-    Raises:
-        TypeError: ``settings`` is not JSON-serializable.
     """
     try:
         text = json.dumps([content_hash, settings, dict(versions)], sort_keys=True, separators=(",", ":"))
@@ -215,11 +212,7 @@ class Cache:
         return entry
 
     def put(self, key: str, tensors: Mapping[str, Tensor], metadata: str) -> None:
-        """Stores an entry in memory and on disk.
-
-        Raises:
-            OSError: as in ``DiskCache.put``. The entry is then stored in memory only.
-        """
+        """Stores an entry in memory and on disk. If :meth:`DiskCache.put` raises OSError, it is in memory only."""
         self.memory.put(key, tensors, metadata)
         if self.disk is not None:
             self.disk.put(key, tensors, metadata)

@@ -89,8 +89,7 @@ class FrameReader:
         Args:
             sampling: the frames to take.
             rng, window: see ``choose_clip``; ignored for ``SamplingOptions``.
-            score: candidate frames uint8 (N, 3, h, w) → scores (N,) for ``sampling="adaptive"``; ``change_scores`` if
-                None.
+            score: candidate frames uint8 (N, 3, h, w) → scores (N,) of ``adaptive``; ``change_scores`` if None.
             max_decoded_pixels: limit on the candidate frames of ``sampling="adaptive"``.
 
         Raises:
@@ -134,8 +133,7 @@ class FrameReader:
             on_chunk: called with (frames done, frames in total) after each chunk.
 
         Returns:
-            Frames in the order of ``indices``, with contiguous ``pixels`` on the CPU; ``backend`` and ``failures`` are
-            those of the last chunk.
+            Frames in the order of ``indices``, ``pixels`` contiguous on the CPU, ``backend`` of the last chunk.
 
         Raises:
             BrokenVideoError: as ``decode_in_chunks``; and what ``resize`` and ``on_chunk`` raise.

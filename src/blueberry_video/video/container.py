@@ -1,10 +1,8 @@
 """Packet index of a video file: number of frames, timestamps, keyframes.
 
-PyAV reads all packets once, which defines "frame i" by display order and timestamp. The decoders of ``backends.py``
-only convert requested frames to pixels. A decoder with different timestamps fails on that file, so that falling back
-to the next decoder never changes which frame is returned.
-
-An ``OpenVideo`` exists only inside one call: it is never opened before a fork and never pickled.
+PyAV reads all packets once, which defines "frame i" by display order and timestamp. A decoder of ``backends.py`` with
+different timestamps fails on that file, so that falling back to the next one never changes which frame is returned. An
+``OpenVideo`` exists only inside one call: it is never opened before a fork and never pickled.
 """
 
 import os
@@ -115,8 +113,7 @@ def open_video(
         path: a local file.
         stream_index: index of a video stream; None selects FFmpeg's best stream.
         num_threads: decoding threads; 0 selects the number automatically.
-        by_decoding: index the decoded frames instead of the packets, for the rare codecs in which a packet is not one
-            frame. Decodes the whole file.
+        by_decoding: index the frames, decoding the whole file, for rare codecs in which a packet is not one frame.
         max_frame_pixels: maximum height × width; nothing above it is decoded.
         name: name in messages; defaults to the path.
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blueberry_video.video.backends import READERS, DamagedError, backend_failure, check_backend, salvage
-from blueberry_video.video.checks import check_at_least, check_between, check_indices
+from blueberry_video.video.backends import READERS, DamagedError, backend_failure, salvage
+from blueberry_video.video.checks import check_at_least, check_between, check_choice, check_indices
 from blueberry_video.video.container import FAILURES, MAX_FRAME_PIXELS, OpenVideo, VideoInfo, open_video
 from blueberry_video.video.errors import BrokenVideoError, DamagedVideoError, one_line
 
@@ -54,7 +54,7 @@ class DecodeOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "backends", tuple(self.backends))
         for name in self.backends:
-            check_backend(name)
+            check_choice("backends", name, READERS)
         if not self.backends:
             raise ValueError(f"backends=() is empty: use at least one of {', '.join(READERS)}.")
         check_between(0, 64, num_threads=self.num_threads)
@@ -142,8 +142,7 @@ def with_fallbacks(
     2. Without salvage, on an index built by decoding the whole file, if no backend agrees with the packet index.
     3. With salvage, on the packet index, if ``options.salvage`` is set.
 
-    Raises:
-        FileNotFoundError, RefusedSourceError, BrokenVideoError: as in ``decode``; and the exceptions of ``work``.
+    Raises as :func:`decode`, and the exceptions of ``work``.
     """
     strict, stream = replace(options, salvage=False), (options.stream_index, options.num_threads)
     opened = partial(open_video, path, *stream, max_frame_pixels=max_frame_pixels, name=name)

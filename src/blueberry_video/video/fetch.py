@@ -1,10 +1,9 @@
 """HTTP(S) downloads from untrusted URLs, protected against server-side request forgery.
 
 A host name can resolve to a private network, change its address between the check and the connection, or redirect to
-one. Therefore a single parser is used, each name is resolved once and every returned IP address is checked, the
-connection is made to a checked IP address and never to the name, and each redirect repeats all checks. Proxies of the
-environment are ignored. One deadline covers name resolution, connections, headers, redirects and body, so that a slow
-server cannot extend it.
+one. Therefore each URL is parsed and each name resolved once, every returned IP address is checked, the connection is
+made to a checked address and never to the name, and each redirect repeats all checks. Proxies of the environment are
+ignored. One deadline covers name resolution, connections, headers, redirects and body.
 """
 
 import http.client

@@ -147,12 +147,8 @@ class Pictures(FrameList):
 
 
 class Animation(FrameList):
-    """Frames of an animated WebP, PNG or TIFF file. Decodes forward and restarts only for an earlier frame.
-
-    Raises:
-        LimitError: the animation has more pixels than ``max_decoded_pixels``.
-        BrokenVideoError: the file cannot be read.
-    """
+    """Frames of an animated WebP, PNG or TIFF file. Decodes forward and restarts only for an earlier frame. Raises
+    LimitError above ``max_decoded_pixels``, and BrokenVideoError for an unreadable file."""
 
     def __init__(self, path: Path, name: str, options: SourceOptions):
         self._path = path
@@ -216,12 +212,7 @@ def opened_image(image: Path | Image.Image, name: str = "") -> AbstractContextMa
 
 
 def opened_file(path: Path, name: str = "") -> Image.Image:
-    """Opens an image file and reads its header. The caller closes it.
-
-    Raises:
-        LimitError: the image has more pixels than Pillow allows.
-        BrokenVideoError: the file cannot be read.
-    """
+    """Opens an image file and reads its header; raises as :func:`readable`. The caller closes it."""
     with readable(name or str(path)):
         opened = Image.open(path, formats=IMAGES)
         opened.filename = ""  # prevents memory mapping, which swaps height and width of a rotated TIFF
@@ -230,7 +221,7 @@ def opened_file(path: Path, name: str = "") -> Image.Image:
 
 @contextlib.contextmanager
 def readable(name: str) -> Iterator[None]:
-    """Context manager that converts Pillow's exceptions for broken images to a VideoError with the name."""
+    """Context manager that converts Pillow's exceptions to LimitError (too many pixels) or BrokenVideoError."""
     try:
         yield
     except VideoError:

@@ -1,12 +1,10 @@
 """Process pool for untrusted items: a worker is killed when it exceeds its time or memory limit, or crashes.
 
 A worker is a fresh interpreter in a separate session, so that its whole process group can be killed. It imports the
-function once and then processes one item after the other; the parent communicates with it over a socket and replaces it
-after a kill. Results are pickles with arrays and tensors as out-of-band buffers, received directly into their final
-memory: no files and no shared memory that a killed worker could leave over.
+function once and processes one item after the other, over a socket; the parent replaces it after a kill. Results are
+pickles with arrays and tensors as out-of-band buffers, so that a killed worker leaves no files or shared memory.
 
-A process limits time and memory and isolates crashes. It is not a sandbox: the function has the permissions of the
-user. Requires Linux (resource limits, /proc, signals of pipes).
+A worker is not a sandbox: the function has the permissions of the user. Requires Linux (resource limits, /proc).
 """
 
 import contextlib
@@ -29,6 +27,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -86,27 +85,24 @@ def run_in_processes(
 ) -> Generator[Outcome[Item, Value], None, None]:
     """Applies a function to every item in worker processes; a failed item does not stop the others.
 
-    Workers start on demand and end with the parent, when the returned generator is closed, or when an exception
-    (Ctrl-C) leaves it. Limits are checked while the caller waits for the next outcome. Each worker has a separate
-    temporary folder (TMPDIR), which is removed with it: return contents, not paths of temporary files.
+    Workers start on demand and end with the parent or the returned generator. Limits are checked while the caller waits
+    for the next outcome. Each worker has a separate temporary folder (TMPDIR), which is removed with it.
 
     Args:
-        function: importable by name, as pickle requires: defined at the top level of a module, or a ``partial`` of such
-            a function. torch, if imported by it, runs with one thread.
+        function: a function of the top level of a module, or a ``partial`` of one. torch in it runs with one thread.
         items: any iterable, consumed when a worker is free; at most ``workers`` items are in progress.
         workers: number of processes, with one item each at a time.
         timeout: seconds per item, or None.
-        memory_bytes: memory of a worker in addition to that after importing the function, or None: limits its private
-            writable memory (RLIMIT_DATA) and its resident memory (checked ten times per second). A worker that retains
-            more than half of it is replaced, so that the limit of an item does not depend on earlier items.
+        memory_bytes: memory of a worker in addition to that after importing the function, or None: private writable
+            memory (RLIMIT_DATA) and resident memory (checked ten times per second). A worker that retains more than
+            half of it is replaced, so that the limit of an item does not depend on earlier items.
         ordered: yield outcomes in the order of the items, where a slow item delays later ones; else as they finish.
         on_progress: called with the numbers of finished and of failed items after each item.
         errors: receives the count of each error type, by type name.
 
     Yields:
         One Outcome per item. Its error is the exception of the function; KilledError if its worker exceeded a limit,
-        ran out of memory, or ended (the message names the signal); VideoError with type and text if the exception or
-        the result of the function cannot be pickled.
+        ran out of memory, or ended; VideoError with type and text if the exception or the result cannot be pickled.
 
     Raises:
         TypeError: the function cannot be imported by name, or an item cannot be pickled.
@@ -119,8 +115,8 @@ def run_in_processes(
             "run_in_processes was called while a worker process imports the main script: guard the call with "
             "`if __name__ == '__main__':`, or move the function to a separate module."
         )
-    setup = _setup(function, memory_bytes)
-    return _outcomes(setup, iter(items), workers, timeout, memory_bytes, ordered, on_progress, errors)
+    start = partial(_Worker, _setup(function, memory_bytes), timeout, memory_bytes)
+    return _outcomes(start, iter(items), workers, ordered, on_progress, errors)
 
 
 def _setup(function: Callable, memory_bytes: int | None) -> bytes:
@@ -143,11 +139,9 @@ def _setup(function: Callable, memory_bytes: int | None) -> bytes:
 
 
 def _outcomes(
-    setup: bytes,
+    start: Callable[[], "_Worker"],
     items: Iterator,
     number: int,
-    timeout: float | None,
-    memory_bytes: int | None,
     ordered: bool,
     on_progress: Callable[[int, int], None] | None,
     errors: Counter[str] | None,
@@ -167,7 +161,7 @@ def _outcomes(
                     break
                 while idle and not idle[-1].reusable:
                     idle.pop().stop()
-                busy.append(idle.pop() if idle else _Worker(setup, timeout, memory_bytes))
+                busy.append(idle.pop() if idle else start())
                 try:
                     busy[-1].begin(taken, item, selector)
                 except TypeError as error:  # nothing was sent: the worker is unchanged

@@ -1,8 +1,7 @@
 """Video preprocessing for multimodal models: source → sample → decode → resize → tokens → format.
 
 Frames are resized as they are decoded, a few at a time, so that memory holds the resized video only. The plan of a
-video (frames, size, tokens, bytes) is computed from its packets before decoding; above a budget, the video is reduced
-in reported steps: fewer frames, then fewer pixels.
+video is computed from its packets before decoding; above a budget, it has fewer frames, then fewer pixels.
 """
 
 import contextlib
@@ -89,8 +88,8 @@ def process_videos(
     not stop the others.
 
     Args:
-        sources, model, hooks, overrides: as ``process_video``; sources is any iterable, consumed as videos are
-            processed.
+        sources: any iterable, consumed as videos are processed.
+        model, hooks, overrides: as ``process_video``.
         workers: number of processes.
         ordered: yield outcomes in the order of the sources, else as they finish.
         on_progress: called with (done, failed) after each video.
@@ -165,7 +164,8 @@ class VideoProcessor:
         """Returns the plan of a video; decodes nothing, except the candidate frames of ``sampling="adaptive"``. Raises
         as :func:`process_video`."""
         with open_source(source, self.settings.source) as opened:
-            return self._read(opened, lambda reader: self._plan(reader, Stopwatch()))
+            limit = self.settings.source.max_frame_pixels
+            return with_reader(opened, self.settings.decode, lambda reader: self._plan(reader, Stopwatch()), limit)
 
     def stream(self, source: Any) -> Iterator[VideoChunk]:
         """Streams one video; see ``stream_video``."""
@@ -199,9 +199,6 @@ class VideoProcessor:
 
     # ---- stages ------------------------------------------------------------------------------------------------------
 
-    def _read(self, source: Source, work: Callable[[FrameReader], Any]) -> Any:
-        return with_reader(source, self.settings.decode, work, self.settings.source.max_frame_pixels)
-
     def _decoded(self, source: Source, watch: Stopwatch) -> ProcessedVideo:
         """Runs all stages except quality and format."""
         begun = time.perf_counter()
@@ -216,7 +213,7 @@ class VideoProcessor:
                     return self._result(plan, reader, source, self._load(plan, reader, watch, begun + (limit or 0.0)))
             return self._result(plans[-1], reader, source, self._load(plans[-1], reader, watch))
 
-        return self._read(source, work)
+        return with_reader(source, self.settings.decode, work, self.settings.source.max_frame_pixels)
 
     def _plan(self, reader: FrameReader, watch: Stopwatch) -> Plan:
         check_limits(reader.info, self.settings)

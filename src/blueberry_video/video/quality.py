@@ -1,7 +1,4 @@
-"""Quality statistics of processed videos: temporal coverage, frame content, time and memory.
-
-The statistics are only reported, in the result and in a wandb table.
-"""
+"""Quality statistics of processed videos, for reports only: temporal coverage, frame content, time and memory."""
 
 import re
 import resource
@@ -108,10 +105,10 @@ def error_rates(outcomes: Iterable[object]) -> dict[str, float]:
 
 
 def wandb_table(rows: Iterable[Mapping[str, Any]]) -> "wandb.Table":
-    """Returns a wandb table with one row per video and a column for every key, in order of appearance.
+    """Returns a wandb table with one row per video and a column for every key, in order of appearance. Requires no run.
 
-    Nested mappings become columns ``key/inner``. Missing keys are None. Values that are neither numbers nor strings are
-    converted to strings. Requires no wandb run.
+    Nested mappings become columns ``key/inner``. Missing keys are None, and values that are neither numbers nor strings
+    become strings.
     """
     import wandb  # imported here, because it takes a second
 

@@ -5,10 +5,8 @@ Sizes are pure functions of numbers; ``video_size`` implements seven rules. The 
 0: it is at least one factor.
 
 Pixels: the exact mode equals torchvision's float bicubic interpolation with antialias, clamped and rounded (Keys'
-cubic, a = -0.5, as in PyTorch and Pillow), computed as small matrix products. Neighboring outputs read nearly the same
-few inputs, so 16 to 32 outputs are one dense block of weights times the rows or columns that they read: 3 to 5 times
-faster on a CPU than the gathering loops of ``F.interpolate``. Rows are processed in bands through buffers of bounded
-size.
+cubic, a = -0.5, as in PyTorch and Pillow). Neighboring outputs read nearly the same inputs, so 16 to 32 outputs are one
+dense block of weights times the rows or columns that they read: 3 to 5 times faster on a CPU than ``F.interpolate``.
 """
 
 import math
@@ -165,7 +163,9 @@ def video_size(height: int, width: int, num_frames: int, options: ResizeOptions)
     if options.rule == "fill" and options.max_pixels is not None:
         return fill(height, width, factor, options.max_pixels)
     if options.rule == "fit":
-        return _fit_size(height, width, options)
+        longer = (options.max_long_side or math.inf) / max(height, width)
+        scale = min(1.0, longer, (options.max_short_side or math.inf) / min(height, width))
+        return max(1, round(height * scale)), max(1, round(width * scale))
     if options.image_size is not None and options.rule in ("crop", "stretch"):
         return _pair(options.image_size)
     if options.image_size is not None and options.rule == "cover":
@@ -213,9 +213,9 @@ def resize(frames: Tensor, size: tuple[int, int], resample: str = "exact", inter
     Args:
         frames: uint8 (T, C, H, W), T at least 1.
         size: (height, width) in pixels.
-        resample: ``exact``: equal to float interpolation, clamped and rounded, up to one level where float sums in
-            a different order round a half differently (about 2 in 100,000 pixels of noise); ``fast``: PyTorch's uint8
-            kernels, up to about 20 levels off on noise, 3 to 15 times faster than float interpolation.
+        resample: ``exact``: equal to float interpolation, clamped and rounded, up to one level where a half rounds
+            differently (about 2 in 100,000 pixels of noise); ``fast``: PyTorch's uint8 kernels, up to about 20 levels
+            off on noise, 3 to 15 times faster than float interpolation.
         interpolation: ``bicubic`` or ``bilinear``.
 
     Raises:
@@ -345,12 +345,6 @@ def _smart_size(height: int, width: int, num_frames: int, options: ResizeOptions
     share = total / num_frames * options.temporal_factor
     limit = max(min(MAX_TOKENS * factor**2, share), int(low * 1.05))
     return smart_resize(height, width, factor, low, min(high, limit), options.max_aspect)
-
-
-def _fit_size(height: int, width: int, options: ResizeOptions) -> tuple[int, int]:
-    longer = (options.max_long_side or math.inf) / max(height, width)
-    scale = min(1.0, longer, (options.max_short_side or math.inf) / min(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def _within_budgets(

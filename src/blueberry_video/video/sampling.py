@@ -172,7 +172,13 @@ def choose(
     natural = len(inside) if options.sampling == "keyframes" else None
     count = partial(_count, times, first, last, options, rate, natural)
     if options.indices is not None:
-        chosen = _explicit(options.indices, first, last)
+        chosen = list(options.indices)
+        outside = [i for i in chosen if not first <= i <= last]
+        if outside or not chosen:
+            raise ValueError(
+                f"indices={chosen[:8]} contain the frames {outside[:8]}, but the video, or its range from video_start "
+                f"to video_end, has the frames {first} to {last}: choose at least one of these."
+            )
     elif options.sampling == "all":
         if last - first + 1 > options.max_frames:
             problem = f"sampling='all' would take {last - first + 1} frames, above max_frames={options.max_frames}"
@@ -256,11 +262,8 @@ def nearest(timestamps: np.ndarray, times: np.ndarray) -> list[int]:
 
 
 def time_range(timestamps: np.ndarray, start: float | None = None, end: float | None = None) -> tuple[int, int]:
-    """Returns the first and last frame from ``start`` to ``end``, in seconds after the first frame.
-
-    Raises:
-        ValueError: no frame in the range.
-    """
+    """Returns the first and last frame from ``start`` to ``end``, in seconds after the first frame. Raises ValueError
+    if the range has no frame."""
     shown = timestamps - timestamps[0]
     first = int(np.searchsorted(shown, (start or 0.0) - TOLERANCE))
     last = len(shown) - 1 if end is None else int(np.searchsorted(shown, end + TOLERANCE, side="right")) - 1
@@ -345,10 +348,7 @@ def change_scores(frames: Tensor) -> Tensor:
     """Returns the difference of each frame to the previous one: uint8 (N, 3, h, w) RGB to float32 (N,) in [0, 1].
 
     Mean absolute difference of luma and the two chroma channels (BT.601); 0 for the first frame. Frames about 160
-    pixels wide suffice: larger ones measure noise.
-
-    Raises:
-        ValueError: frames of a wrong dtype or shape.
+    pixels wide suffice: larger ones measure noise. Raises ValueError for a wrong dtype or shape.
     """
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3 or frames.numel() == 0:
         raise ValueError(f"frames are {frames.dtype} of shape {tuple(frames.shape)}: pass uint8 (N, 3, h, w).")
@@ -391,11 +391,7 @@ def choose_clip(
 
 def uniform(total: int, num_frames: int, pad: bool = False) -> list[int]:
     """Returns ``num_frames`` indices spread evenly over the video, including the first and last frame; the middle frame
-    for ``num_frames=1``.
-
-    Raises:
-        ValueError: ``total`` < ``num_frames`` without ``pad``, or a value below 1.
-    """
+    for ``num_frames=1``. Raises as :func:`random_window` with ``stride=1``."""
     if _slack(total, num_frames, 1, pad) < 0:
         return _window(0, total, num_frames, 1)
     if num_frames == 1:
@@ -516,13 +512,3 @@ def _limited(wanted: float, total: int, min_frames: int, max_frames: int, frame_
     least = math.ceil(min_frames / frame_factor) * frame_factor
     most = math.floor(min(max_frames, total) / frame_factor) * frame_factor
     return math.floor(min(max(wanted, least), most) / frame_factor) * frame_factor
-
-
-def _explicit(indices: Sequence[int], first: int, last: int) -> list[int]:
-    outside = [i for i in indices if not first <= i <= last]
-    if outside or not indices:
-        raise ValueError(
-            f"indices={list(indices)[:8]} contain the frames {outside[:8]}, but the video, or its range from "
-            f"video_start to video_end, has the frames {first} to {last}: choose at least one of these."
-        )
-    return list(indices)

@@ -95,23 +95,14 @@ def local_path(text: str, folder: bool = False) -> Path:
 
 
 def local_video(path: str | Path) -> tuple[Path, str]:
-    """Returns the resolved path and the container of a file that may be decoded.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        RefusedSourceError: a protocol string, a special file, or a playlist.
-        BrokenVideoError: the file is not a video.
-    """
+    """Returns the resolved path and the container of a file that may be decoded; raises as :func:`local_path` and
+    :func:`sniff`."""
     found = local_path(os.fspath(path))
     return found, sniff(found, str(found))
 
 
 def sniff(path: Path, name: str) -> str:
-    """Returns the container of a file, detected from its first bytes.
-
-    Args:
-        path: a regular file.
-        name: name of the file in messages.
+    """Returns the container of a regular file, detected from its first bytes. ``name`` is its name in messages.
 
     Raises:
         RefusedSourceError: the file is a playlist or description that refers to other files or URLs, or its name is an

@@ -1,11 +1,8 @@
 """Video sources: every supported input becomes a local file for a decoder, or a list of decoded frames.
 
 A decoder never receives a URL, a protocol string or a name that it could parse as one: URLs are fetched here, and
-bytes, streams and base64 are written to a private temporary file. It also never receives contents that make it open
-other files: a file is accepted only if its first bytes are those of a container that holds its own frames. Sources are
-refused before a decoder reads them, and special files (devices, pipes) before they are opened.
-
-In ISO files (mp4, mov) a ``dref`` entry may name an external file; FFmpeg ignores it by default (``enable_drefs``).
+bytes, streams and base64 are written to a private temporary file. ``sniff`` accepts only containers that hold their own
+frames. In ISO files (mp4, mov) a ``dref`` entry may name an external file; FFmpeg ignores it (``enable_drefs``).
 """
 
 import base64
@@ -182,10 +179,8 @@ def _open_stream(stream: BinaryIO, name: str, options: SourceOptions) -> Source:
 
 
 def _from_temporary_file(kind: str, name: str, options: SourceOptions, fill: Callable[[BinaryIO], object]) -> Source:
-    """Returns a source that reads from a private temporary file written by ``fill``.
-
-    The file is deleted when the source is closed or garbage collected, at the latest when the interpreter exits.
-    """
+    """Returns a source that reads from a private temporary file written by ``fill``, deleted when the source is closed
+    or garbage collected, at the latest when the interpreter exits."""
     descriptor, text = tempfile.mkstemp(prefix="blueberry-video-")
     path, owner = Path(text), os.getpid()
 

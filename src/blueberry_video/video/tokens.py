@@ -164,8 +164,7 @@ def count_tokens(
             ``UNKNOWN_TIME_DIGITS`` digits, an upper bound for videos of under a day.
 
     Raises:
-        ValueError: a number below 1, a size that is not a multiple of the step, or a number of timestamps other than
-            ``num_frames``.
+        ValueError: a number below 1, a size that is not a multiple of the step, or a wrong number of timestamps.
     """
     _check_video(num_frames, height, width, options)
     groups = _groups(num_frames, options)
@@ -176,8 +175,7 @@ def count_tokens(
     if timestamps is not None and options.mark in ("seconds", "clock"):
         if len(timestamps) != num_frames:
             raise ValueError(f"{len(timestamps)} timestamps for num_frames={num_frames}: pass one per frame.")
-        times = _group_times(timestamps, options.temporal_patch_size)
-        text += sum(len(_time_mark(time, options.mark)) - UNKNOWN_TIME_DIGITS for time in times)
+        text += _time_digits(timestamps, options) - groups * UNKNOWN_TIME_DIGITS
     return TokenCount(grid, groups * _per_group(height, width, options), text)
 
 
@@ -330,17 +328,14 @@ def _text(groups: int, options: TokenOptions) -> int:
     return options.tokens_per_video + groups * options.tokens_per_mark + digits
 
 
-def _group_times(timestamps: Sequence[float], size: int) -> list[float]:
-    """Returns the mean time of the first and last frame of each group, as in Qwen3-VL's processor."""
-    last = len(timestamps) - 1
-    return [(timestamps[i] + timestamps[min(i + size - 1, last)]) / 2 for i in range(0, len(timestamps), size)]
-
-
-def _time_mark(time: float, mark: str) -> str:
-    """Returns the digits of a time mark."""
-    if mark == "clock":
-        return f"{int(time // 60):02d}{int(time % 60):02d}"
-    return f"{time:.1f}".replace(".", "").lstrip("-")
+def _time_digits(timestamps: Sequence[float], options: TokenOptions) -> int:
+    """Returns the digits of the time marks: the mean time of each group's first and last frame, as in Qwen3-VL."""
+    digits, last = 0, len(timestamps) - 1
+    for i in range(0, len(timestamps), options.temporal_patch_size):
+        time = (timestamps[i] + timestamps[min(i + options.temporal_patch_size - 1, last)]) / 2
+        mark = f"{int(time // 60):02d}{int(time % 60):02d}" if options.mark == "clock" else f"{time:.1f}"
+        digits += sum(character.isdigit() for character in mark)
+    return digits
 
 
 def _largest_size(
