@@ -1,10 +1,8 @@
 """Four decoders with one interface: ascending frame indices in, an iterator of RGB tensors out.
 
-Each decoder raises if it cannot return exactly the frames of the packet index. Indices are sorted and decoded forward,
-because seeking back and forth dominates the decoding time of files with long GOPs.
-
-With PyAV, non-reference frames that are not requested are not decoded (``skip_frame``): in H.264 and MPEG-1, 2 and 4
-such a B-frame affects no other frame, so the result is bit-identical.
+Each decoder raises if it cannot return exactly the frames of the packet index. Frames are decoded forward, because
+seeking back and forth is slow in files with long GOPs. PyAV skips non-reference frames that are not requested: in H.264
+and MPEG-1, 2 and 4 such a B-frame affects no other frame, so the result is bit-identical.
 """
 
 import contextlib

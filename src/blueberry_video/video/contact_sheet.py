@@ -31,8 +31,7 @@ def contact_sheet(
     """Draws rows of thumbnails with timestamps. Missing frames have a red border, suspect ones an orange border.
 
     Args:
-        frames: uint8 (T, 3, H, W) RGB. Of more than 60 frames, 60 evenly spaced ones are drawn and a line is added to
-            the title.
+        frames: uint8 (T, 3, H, W) RGB. Of more than 60 frames, 60 evenly spaced ones are drawn; the title gets a line.
         timestamps: (T,) seconds.
         missing: bool (T,), True where a frame replaces one that could not be decoded.
         suspect: bool (T,), True where a frame was decoded after damage.

@@ -113,8 +113,7 @@ def decode(path: str | Path, choose: Choice, options: DecodeOptions | None = Non
         options: backends and behavior on failure; defaults to ``DecodeOptions()``.
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        RefusedSourceError: the file is a playlist or a script.
+        FileNotFoundError, RefusedSourceError: as :func:`probe`.
         IndexError: an index outside the file.
         BrokenVideoError: no backend could decode these frames.
     """

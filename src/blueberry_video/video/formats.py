@@ -3,8 +3,7 @@
 All functions take frames uint8 (T, 3, H, W) in RGB. Shapes: T frames, H, W pixels; p = ``patch_size``, m =
 ``merge_size``, tp = ``temporal_patch_size``; the grid is (t, h, w) = (⌈T / tp⌉, H / p, W / p).
 
-Pixels are converted to float in chunks of a few frames that are written into the result: peak memory is the result plus
-one chunk.
+Pixels are converted to float in chunks of a few frames, so that peak memory is the result plus one chunk.
 """
 
 import base64

@@ -403,8 +403,8 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}: worker processes require Linux.")
 
 
-# Messages: the number of parts and their sizes, then the parts. The generators serve both sides: on a non-blocking
-# socket they yield the event to wait for, on a blocking one they run to completion.
+# Messages: the number of parts and their sizes, then the parts. On a non-blocking socket the generators yield the event
+# to wait for, on a blocking one they run to completion.
 
 
 def _send(connection: socket.socket, parts: _Parts) -> _Transfer:

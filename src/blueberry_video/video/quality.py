@@ -86,8 +86,7 @@ class Stopwatch:
 def peak_memory() -> int:
     """Returns the peak resident set size of this process in bytes.
 
-    It includes Python and PyTorch (about 300 MB) and never decreases: the memory of one video is visible only if it is
-    the highest so far. GPU memory is excluded.
+    It includes Python and PyTorch (about 300 MB), excludes GPU memory and never decreases.
     """
     status = Path("/proc/self/status")
     # preferred on Linux, where getrusage starts at the peak of the parent program

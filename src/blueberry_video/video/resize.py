@@ -213,9 +213,8 @@ def resize(frames: Tensor, size: tuple[int, int], resample: str = "exact", inter
     Args:
         frames: uint8 (T, C, H, W), T at least 1.
         size: (height, width) in pixels.
-        resample: ``exact``: equal to float interpolation, clamped and rounded, up to one level where a half rounds
-            differently (about 2 in 100,000 pixels of noise); ``fast``: PyTorch's uint8 kernels, up to about 20 levels
-            off on noise, 3 to 15 times faster than float interpolation.
+        resample: ``exact``: float interpolation, off by one level in about 2 of 100,000 pixels of noise; ``fast``:
+            PyTorch's uint8 kernels, up to about 20 levels off on noise, 3 to 15 times faster than float interpolation.
         interpolation: ``bicubic`` or ``bilinear``.
 
     Raises:

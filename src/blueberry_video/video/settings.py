@@ -5,8 +5,7 @@ conf/video, a YAML file elsewhere, or a processor config saved by HuggingFace), 
 is a frozen dataclass next to the code that reads it. Its fields are the keys of the YAML, and field names are unique
 over all sections, so that an override needs no section.
 
-Types are checked here rather than by ``OmegaConf.structured``, which converts wrong types silently ("3" to 3, 1 to
-true), accepts three values for a pair, and does not support ``int | tuple[int, int]``.
+Types are checked here: ``OmegaConf.structured`` silently converts wrong types ("3" to 3) and lacks tuple unions.
 """
 
 import json
