@@ -123,7 +123,8 @@ class FrameReader:
         watch: Stopwatch | None = None,
         on_chunk: Callable[[int, int], None] | None = None,
     ) -> Frames:
-        """Decodes frames and resizes them chunk by chunk, so that memory holds the resized frames only.
+        """Decodes frames and resizes them chunk by chunk, so that memory holds the resized frames only. Raises as
+        :func:`decode_in_chunks`, and what ``resize`` and ``on_chunk`` raise.
 
         Args:
             indices: frame indices in any order; repetitions are decoded once.
@@ -134,9 +135,6 @@ class FrameReader:
 
         Returns:
             Frames in the order of ``indices``, ``pixels`` contiguous on the CPU, ``backend`` of the last chunk.
-
-        Raises:
-            BrokenVideoError: as ``decode_in_chunks``; and what ``resize`` and ``on_chunk`` raise.
         """
         wanted, watch, done = sorted(set(indices)), watch or Stopwatch(), 0
         masks = torch.zeros(2, len(wanted), dtype=torch.bool)

@@ -213,10 +213,7 @@ def candidate_frames(timestamps: np.ndarray, options: SamplingOptions, rate: flo
 def frame_rate(timestamps: np.ndarray) -> float:
     """Returns the frames per second: (n - 1) / (last - first), or the integer or NTSC rate (30000/1001, …) that matches
     the timestamps to a millisecond, the resolution of some containers. Counts are floors of products with the rate, so
-    29.999999 would lose two frames.
-
-    Raises:
-        VideoError: all timestamps are the same.
+    29.999999 would lose two frames. Raises VideoError if all timestamps are the same.
     """
     span = float(timestamps[-1] - timestamps[0])
     steps = len(timestamps) - 1
