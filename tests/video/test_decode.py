@@ -81,9 +81,9 @@ def test_pyav_works_and_a_failing_backend_has_a_reason():
         reason = backend_failure(name)
         assert reason
         assert len(reason) < 210
-    with pytest.raises(ValueError, match=r"backends .*'opencv'.*pyav, torchcodec"):
+    with pytest.raises(ValueError, match=r"backends.*'opencv'.*pyav, torchcodec"):
         backend_failure("opencv")
-    with pytest.raises(ValueError, match=r"backends .*'opencv'.*pyav, torchcodec"):
+    with pytest.raises(ValueError, match=r"backends.*'opencv'.*pyav, torchcodec"):
         DecodeOptions(backends=("pyav", "opencv"))
 
 

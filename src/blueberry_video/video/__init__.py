@@ -28,19 +28,11 @@ if TYPE_CHECKING:
     from blueberry_video.video.settings import load_settings, models
 
 _HOMES = {
-    "clip": ("load_clip",),
-    "errors": (
-        "BrokenVideoError",
-        "DamagedVideoError",
-        "FetchError",
-        "KilledError",
-        "LimitError",
-        "RefusedSourceError",
-        "VideoError",
-    ),
-    "process": ("Hooks", "VideoProcessor", "process_video", "process_videos", "stream_video"),
-    "result": ("ProcessedVideo", "VideoChunk", "VideoMetadata"),
-    "settings": ("load_settings", "models"),
+    "clip": "load_clip",
+    "errors": "BrokenVideoError DamagedVideoError FetchError KilledError LimitError RefusedSourceError VideoError",
+    "process": "Hooks VideoProcessor process_video process_videos stream_video",
+    "result": "ProcessedVideo VideoChunk VideoMetadata",
+    "settings": "load_settings models",
 }
 __all__ = [
     "BrokenVideoError",
@@ -67,6 +59,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Imports a public name on first access, so that worker processes which use one module do not import torch."""
     for home, names in _HOMES.items():
-        if name in names:
+        if name in names.split():
             return getattr(import_module(f"{__name__}.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,10 +1,8 @@
 """Four decoders with one interface: ascending frame indices in, an iterator of RGB tensors out.
 
-Each decoder raises if it cannot return exactly the frames of the packet index. Indices are sorted and decoded forward,
-because seeking back and forth dominates the decoding time of files with long GOPs.
-
-With PyAV, non-reference frames that are not requested are not decoded (``skip_frame``): in H.264 and MPEG-1, 2 and 4
-such a B-frame affects no other frame, so the result is bit-identical.
+Each decoder raises if it cannot return exactly the frames of the packet index. Frames are decoded forward, because
+seeking back and forth is slow in files with long GOPs. PyAV skips non-reference frames that are not requested: in H.264
+and MPEG-1, 2 and 4 such a B-frame affects no other frame, so the result is bit-identical.
 """
 
 import contextlib
@@ -23,6 +21,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from torch import Tensor
 
+from blueberry_video.video.checks import check_choice
 from blueberry_video.video.container import FAILURES, OpenVideo, open_video
 from blueberry_video.video.errors import one_line
 from blueberry_video.video.picture import ToRGB
@@ -152,24 +151,11 @@ READERS: dict[str, Callable[[OpenVideo, Sequence[int], str], Iterator[Tensor]]] 
 }
 
 
-def check_backend(name: str) -> None:
-    """Checks that a backend exists.
-
-    Raises:
-        ValueError: the backend does not exist.
-    """
-    if name not in READERS:
-        raise ValueError(f"backends has {name!r}, which does not exist: choose from {', '.join(READERS)}.")
-
-
 @functools.cache
 def backend_failure(name: str) -> str | None:
-    """Returns why a backend fails to decode a tiny clip in this process, or None if it works. Cached.
-
-    Raises:
-        ValueError: the backend does not exist.
-    """
-    check_backend(name)
+    """Returns why a backend fails to decode a tiny clip in this process, or None if it works. Cached. Raises ValueError
+    if the backend does not exist."""
+    check_choice("backends", name, READERS)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "tiny.avi")
         path.write_bytes(_tiny_clip())
@@ -230,8 +216,7 @@ def _reopened(video: OpenVideo, num_threads: int) -> Iterator[tuple[InputContain
 
 
 def _by_timestamp(video: OpenVideo, wanted: Sequence[int]) -> Iterator[VideoFrame]:
-    """Yields wanted frames by seeking to the keyframe before each and decoding forward. Stops at the first frame that
-    is not found."""
+    """Yields wanted frames, decoded from the keyframe before each. Stops at the first frame that is not found."""
     pts, container, stream = video.pts, video.container, video.stream
     if pts is None:
         return

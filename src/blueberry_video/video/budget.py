@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from blueberry_video.video.checks import check_choice
+from blueberry_video.video.checks import check_above_zero, check_choice
 
 OVERFLOWS = ("error", "fit", "ignore")
 
@@ -37,10 +37,8 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_choice("on_overflow", self.on_overflow, OVERFLOWS)
-        for key in ("max_memory_bytes", "max_seconds", "timeout", "process_memory_bytes"):
-            value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise ValueError(f"{key}={value} must be above 0: raise it, or use null for no limit.")
+        check_above_zero(max_memory_bytes=self.max_memory_bytes, max_seconds=self.max_seconds, timeout=self.timeout)
+        check_above_zero(process_memory_bytes=self.process_memory_bytes)
 
 
 def shrink(

@@ -18,6 +18,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from blueberry_video.atomic import atomic_file
+from blueberry_video.video.checks import check_above_zero, check_at_least
 
 Entry = tuple[dict[str, Tensor], str]
 
@@ -50,13 +52,8 @@ class CacheOptions:
     cache_disk_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.cache_memory_bytes < 0:
-            raise ValueError(f"cache_memory_bytes={self.cache_memory_bytes} must be at least 0, which disables it.")
-        if self.cache_disk_bytes is not None and self.cache_disk_bytes < 1:
-            raise ValueError(
-                f"cache_disk_bytes={self.cache_disk_bytes} must be at least 1: use null for no limit, or "
-                "cache_folder=null to disable the disk cache."
-            )
+        check_at_least(0, cache_memory_bytes=self.cache_memory_bytes)
+        check_above_zero(cache_disk_bytes=self.cache_disk_bytes)
         if self.cache_folder == "":
             raise ValueError('cache_folder="" must not be empty: use null to disable the disk cache.')
 
@@ -66,11 +63,8 @@ def cache_key(content_hash: str, settings: Any, versions: Mapping[str, str]) -> 
 
     Args:
         content_hash: hash of the bytes of the video.
-        settings: JSON-serializable settings; the order of keys is irrelevant, and a tuple equals a list.
+        settings: JSON-serializable settings, else TypeError; the order of keys is irrelevant, a tuple equals a list.
         versions: versions of everything that affects pixels, such as the decoders.
-
-    Raises:
-        TypeError: ``settings`` is not JSON-serializable.
     """
     try:
         text = json.dumps([content_hash, settings, dict(versions)], sort_keys=True, separators=(",", ":"))
@@ -218,21 +212,15 @@ class Cache:
         return entry
 
     def put(self, key: str, tensors: Mapping[str, Tensor], metadata: str) -> None:
-        """Stores an entry in memory and on disk.
-
-        Raises:
-            OSError: as in ``DiskCache.put``. The entry is then stored in memory only.
-        """
+        """Stores an entry in memory and on disk. If :meth:`DiskCache.put` raises OSError, it is in memory only."""
         self.memory.put(key, tensors, metadata)
         if self.disk is not None:
             self.disk.put(key, tensors, metadata)
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
+    copied = partial(Tensor.to, device="cpu", copy=True, memory_format=torch.contiguous_format)
+    return {name: copied(tensor.detach()) for name, tensor in tensors.items()}
 
 
 def _size(entry: tuple[Mapping[str, Tensor], str]) -> int:

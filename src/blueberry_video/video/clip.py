@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from blueberry_video.video.container import MAX_FRAME_PIXELS, OpenVideo, VideoInfo
-from blueberry_video.video.decode import DecodeOptions, Frames, decode_in_chunks, with_fallbacks
+from blueberry_video.video.decode import DecodeOptions, Frames, decode_in_chunks, in_order, with_fallbacks
 from blueberry_video.video.errors import LimitError
+from blueberry_video.video.frame_list import FrameList
 from blueberry_video.video.quality import Stopwatch
 from blueberry_video.video.resize import ResizeOptions, resize, resize_to, video_size
 from blueberry_video.video.sampling import (
@@ -64,8 +65,7 @@ class FrameReader:
     @classmethod
     def of_frames(cls, source: Source, options: DecodeOptions) -> "FrameReader":
         """Reader of a source of decoded frames or still images."""
-        assert source.frames is not None
-        frames, info = source.frames, _frames_info(source)
+        frames, info = cast(FrameList, source.frames), _frames_info(source)
 
         def read(indices: Sequence[int], chunk_frames: int) -> Iterator[Frames]:
             for start in range(0, len(indices), chunk_frames):
@@ -89,8 +89,7 @@ class FrameReader:
         Args:
             sampling: the frames to take.
             rng, window: see ``choose_clip``; ignored for ``SamplingOptions``.
-            score: candidate frames uint8 (N, 3, h, w) → scores (N,) for ``sampling="adaptive"``; ``change_scores`` if
-                None.
+            score: candidate frames uint8 (N, 3, h, w) → scores (N,) of ``adaptive``; ``change_scores`` if None.
             max_decoded_pixels: limit on the candidate frames of ``sampling="adaptive"``.
 
         Raises:
@@ -124,7 +123,8 @@ class FrameReader:
         watch: Stopwatch | None = None,
         on_chunk: Callable[[int, int], None] | None = None,
     ) -> Frames:
-        """Decodes frames and resizes them chunk by chunk, so that memory holds the resized frames only.
+        """Decodes frames and resizes them chunk by chunk, so that memory holds the resized frames only. Raises as
+        :func:`decode_in_chunks`, and what ``resize`` and ``on_chunk`` raise.
 
         Args:
             indices: frame indices in any order; repetitions are decoded once.
@@ -134,11 +134,7 @@ class FrameReader:
             on_chunk: called with (frames done, frames in total) after each chunk.
 
         Returns:
-            Frames in the order of ``indices``, with contiguous ``pixels`` on the CPU; ``backend`` and ``failures`` are
-            those of the last chunk.
-
-        Raises:
-            BrokenVideoError: as ``decode_in_chunks``; and what ``resize`` and ``on_chunk`` raise.
+            Frames in the order of ``indices``, ``pixels`` contiguous on the CPU, ``backend`` of the last chunk.
         """
         wanted, watch, done = sorted(set(indices)), watch or Stopwatch(), 0
         masks = torch.zeros(2, len(wanted), dtype=torch.bool)
@@ -156,13 +152,9 @@ class FrameReader:
             done += len(chunk.indices)
             if on_chunk:
                 on_chunk(done, len(wanted))
-        if list(indices) != wanted:
-            order = torch.from_numpy(np.searchsorted(wanted, indices))
-            pixels, masks = pixels[order], masks[:, order]
-        timestamps = torch.from_numpy(self.info.timestamps[list(indices)])
-        return replace(
-            chunk, pixels=pixels, indices=tuple(indices), timestamps=timestamps, missing=masks[0], suspect=masks[1]
-        )
+        times = torch.from_numpy(self.info.timestamps[wanted])
+        frames = Frames(pixels, tuple(wanted), times, masks[0], masks[1], chunk.backend, chunk.failures)
+        return in_order(frames, indices)
 
 
 def load_clip(
@@ -206,12 +198,8 @@ def with_reader(
     work: Callable[[FrameReader], Result],
     max_frame_pixels: int = MAX_FRAME_PIXELS,
 ) -> Result:
-    """Runs ``work`` on a reader of the source, with the fallbacks of ``decode.with_fallbacks``; ``work`` may therefore
-    run more than once.
-
-    Raises:
-        FileNotFoundError, RefusedSourceError, BrokenVideoError: as ``decode.decode``; and what ``work`` raises.
-    """
+    """Runs ``work`` on a reader of the source, with the fallbacks of :func:`with_fallbacks`; ``work`` may therefore run
+    more than once."""
     if isinstance(source, Source) and source.frames is not None:
         return work(FrameReader.of_frames(source, options))
 
@@ -223,11 +211,7 @@ def with_reader(
 
 
 def check_decoded(info: VideoInfo, indices: Sequence[int], max_decoded_pixels: float) -> None:
-    """Limits the pixels that are decoded.
-
-    Raises:
-        LimitError: more than ``max_decoded_pixels``.
-    """
+    """Raises LimitError if frames have more pixels to decode than ``max_decoded_pixels``."""
     count = len(set(indices))
     pixels = count * info.height * info.width
     if pixels > max_decoded_pixels:
@@ -243,8 +227,7 @@ def _chunk_frames(info: VideoInfo, options: DecodeOptions) -> int:
 
 def _frames_info(source: Source) -> VideoInfo:
     """``VideoInfo`` of decoded frames; the rate is 0 where their timestamps are unknown."""
-    frames = source.frames
-    assert frames is not None
+    frames = cast(FrameList, source.frames)
     known = frames.timestamps
     times = np.arange(len(frames), dtype=np.float64) if known is None else np.array(known, np.float64)
     span = float(times[-1] - times[0])
@@ -262,7 +245,4 @@ def _frames_info(source: Source) -> VideoInfo:
         codec=source.kind,
         pixel_format="rgb24",
         container=source.container or source.kind,
-        rotation=0,
-        stream_index=0,
-        lost=0,
     )

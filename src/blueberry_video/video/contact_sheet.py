@@ -31,8 +31,7 @@ def contact_sheet(
     """Draws rows of thumbnails with timestamps. Missing frames have a red border, suspect ones an orange border.
 
     Args:
-        frames: uint8 (T, 3, H, W) RGB. Of more than 60 frames, 60 evenly spaced ones are drawn and a line is added to
-            the title.
+        frames: uint8 (T, 3, H, W) RGB. Of more than 60 frames, 60 evenly spaced ones are drawn; the title gets a line.
         timestamps: (T,) seconds.
         missing: bool (T,), True where a frame replaces one that could not be decoded.
         suspect: bool (T,), True where a frame was decoded after damage.
@@ -50,9 +49,7 @@ def contact_sheet(
     total = len(frames)
     for name, values in (("timestamps", timestamps), ("missing", missing), ("suspect", suspect)):
         if values is not None and tuple(values.shape) != (total,):
-            raise ValueError(
-                f"{name} has shape {tuple(values.shape)}, but there are {total} frames: pass one value per frame."
-            )
+            raise ValueError(f"{name} has shape {tuple(values.shape)}, but there are {total} frames: pass one each.")
     shown = uniform(total, min(total, MAX_THUMBNAILS)) if total else []
     pictures = to_pil(frames[shown])
     colors = [_TEXT_COLOR] * total
@@ -68,7 +65,8 @@ def contact_sheet(
     if num_suspect := colors.count(_ORANGE):
         lines.append(f"{num_suspect} of {total} frames were decoded after damage: orange border.")
 
-    columns = min(columns or _columns(len(shown), pictures[0].width / pictures[0].height), len(shown))
+    for_3_to_2 = round(math.sqrt(1.5 * len(shown) * pictures[0].height / pictures[0].width))
+    columns = min(columns or min(max(for_3_to_2, 1), MAX_COLUMNS), len(shown))
     max_width = (MAX_WIDTH - _GAP) // columns - _GAP - 2 * _BORDER
     scale = min(_CELL / max(pictures[0].size), max_width / pictures[0].width)
     thumb_width, thumb_height = (max(round(side * scale), 1) for side in pictures[0].size)
@@ -94,11 +92,6 @@ def contact_sheet(
         label = (left + _BORDER, upper + thumb_height + 2 * _BORDER + 2)
         draw.text(label, _time(float(timestamps[i])), fill=colors[i], font=label_font)
     return sheet
-
-
-def _columns(count: int, aspect: float) -> int:
-    """Returns the number of columns of a 3:2 sheet of ``count`` thumbnails with width / height ``aspect``."""
-    return min(max(round(math.sqrt(1.5 * count / aspect)), 1), MAX_COLUMNS)
 
 
 def _time(seconds: float) -> str:

@@ -1,10 +1,8 @@
 """Packet index of a video file: number of frames, timestamps, keyframes.
 
-PyAV reads all packets once, which defines "frame i" by display order and timestamp. The decoders of ``backends.py``
-only convert requested frames to pixels. A decoder with different timestamps fails on that file, so that falling back
-to the next decoder never changes which frame is returned.
-
-An ``OpenVideo`` exists only inside one call: it is never opened before a fork and never pickled.
+PyAV reads all packets once, which defines "frame i" by display order and timestamp. A decoder of ``backends.py`` with
+different timestamps fails on that file, so that falling back to the next one never changes which frame is returned. An
+``OpenVideo`` exists only inside one call: it is never opened before a fork and never pickled.
 """
 
 import os
@@ -64,9 +62,9 @@ class VideoInfo:
     codec: str
     pixel_format: str
     container: str
-    rotation: int
-    stream_index: int
-    lost: int
+    rotation: int = 0
+    stream_index: int = 0
+    lost: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +113,7 @@ def open_video(
         path: a local file.
         stream_index: index of a video stream; None selects FFmpeg's best stream.
         num_threads: decoding threads; 0 selects the number automatically.
-        by_decoding: index the decoded frames instead of the packets, for the rare codecs in which a packet is not one
-            frame. Decodes the whole file.
+        by_decoding: index the frames, decoding the whole file, for rare codecs in which a packet is not one frame.
         max_frame_pixels: maximum height × width; nothing above it is decoded.
         name: name in messages; defaults to the path.
 
@@ -130,8 +127,7 @@ def open_video(
     def opened() -> tuple[InputContainer, VideoStream]:
         # max_pixels stops frames that are larger than in the header
         options = {**PYAV_OPTIONS, "max_pixels": str(max_frame_pixels)}
-        # FFmpeg detects a long sequence of JPEG images as an image pipe
-        forced = "mjpeg" if kind == "mjpeg" else None
+        forced = "mjpeg" if kind == "mjpeg" else None  # FFmpeg detects a long one as an image pipe
         container = av.open(str(resolved), format=forced, options=options, metadata_errors="replace")
         try:
             stream = _choose_stream(container, stream_index, name)
@@ -161,9 +157,8 @@ def _choose_stream(container: InputContainer, stream_index: int | None, name: st
     videos = {stream.index: stream for stream in container.streams.video if stream.codec_context is not None}
     if stream_index is not None:
         if stream_index not in videos:
-            raise VideoError(
-                f"stream_index={stream_index} is not a video stream of {name}: use one of {sorted(videos)}, or null."
-            )
+            problem = f"stream_index={stream_index} is not a video stream of {name}"
+            raise VideoError(f"{problem}: use one of {sorted(videos)}, or null.")
         return videos[stream_index]
     if not videos:
         unknown = " of a known codec" if container.streams.video else ""
@@ -183,16 +178,12 @@ def _threads(stream: VideoStream) -> int:
 
 def _check_size(path: Path, name: str, stream: VideoStream, max_frame_pixels: int) -> None:
     if len(stream.index_entries) > path.stat().st_size:
-        raise LimitError(
-            f"{name} lists {len(stream.index_entries)} frames in {path.stat().st_size} bytes: its header is damaged, "
-            "or made to exhaust memory. Remove the file."
-        )
+        listed = f"{name} lists {len(stream.index_entries)} frames in {path.stat().st_size} bytes"
+        raise LimitError(f"{listed}: its header is damaged, or made to exhaust memory. Remove the file.")
     width, height = stream.codec_context.width, stream.codec_context.height
     if width * height > max_frame_pixels:
-        raise LimitError(
-            f"{name} has frames of {width}x{height} pixels, more than max_frame_pixels={max_frame_pixels}: scale the "
-            "video down, or raise max_frame_pixels."
-        )
+        found = f"{name} has frames of {width}x{height} pixels, more than max_frame_pixels={max_frame_pixels}"
+        raise LimitError(f"{found}: scale the video down, or raise max_frame_pixels.")
 
 
 def _index_packets(path: Path, name: str, opened: Opener) -> OpenVideo:
@@ -251,10 +242,7 @@ def _index_frames(path: Path, name: str, opened: Opener) -> OpenVideo:
 def _decode_alone(packet: av.Packet, stream: VideoStream) -> VideoFrame | None:
     """Decodes a single packet, such as a keyframe; None on failure. Flushes the decoder, or leaves it broken."""
     try:
-        frames = [
-            *packet.decode(),
-            *stream.codec_context.decode(None),
-        ]  # drained, because threads wait for more packets
+        frames = [*packet.decode(), *stream.codec_context.decode(None)]  # drained: threads wait for more packets
         stream.codec_context.flush_buffers()
     except (av.error.InvalidDataError, av.error.EOFError):
         return None
@@ -276,9 +264,7 @@ def _first_frame(container: InputContainer, stream: VideoStream) -> VideoFrame |
 def _num_listed(stream: VideoStream, num_found: int) -> int:
     """Returns the number of packets in the header where it lists them (mp4, mov, avi), at least ``num_found``."""
     entries = stream.index_entries
-    if len(entries) <= num_found:
-        return num_found
-    return max(num_found, sum(entry.size > 0 for entry in entries))
+    return max(num_found, sum(entry.size > 0 for entry in entries) if len(entries) > num_found else 0)
 
 
 def _with_info(

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blueberry_video.video.backends import READERS, DamagedError, backend_failure, check_backend, salvage
+from blueberry_video.video.backends import READERS, DamagedError, backend_failure, salvage
+from blueberry_video.video.checks import check_at_least, check_between, check_choice, check_indices
 from blueberry_video.video.container import FAILURES, MAX_FRAME_PIXELS, OpenVideo, VideoInfo, open_video
 from blueberry_video.video.errors import BrokenVideoError, DamagedVideoError, one_line
 
@@ -53,18 +54,14 @@ class DecodeOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "backends", tuple(self.backends))
         for name in self.backends:
-            check_backend(name)
+            check_choice("backends", name, READERS)
         if not self.backends:
             raise ValueError(f"backends=() is empty: use at least one of {', '.join(READERS)}.")
-        if not 0 <= self.num_threads <= 64 or self.chunk_frames < 1:
-            raise ValueError(
-                f"num_threads={self.num_threads} must be 0 (automatic) to 64, and chunk_frames={self.chunk_frames} at "
-                "least 1."
-            )
+        check_between(0, 64, num_threads=self.num_threads)
+        check_at_least(1, chunk_frames=self.chunk_frames)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.decode_device):
             raise ValueError(f"decode_device={self.decode_device!r} is unknown: use cpu, cuda or cuda:0.")
-        if not 0 <= self.max_missing_share <= 1:
-            raise ValueError(f"max_missing_share={self.max_missing_share} must be between 0 and 1.")
+        check_between(0, 1, max_missing_share=self.max_missing_share)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +87,15 @@ class Frames:
     failures: dict[str, str] = field(default_factory=dict)
 
 
+def in_order(frames: Frames, indices: Sequence[int]) -> Frames:
+    """Returns frames of ascending distinct indices in the order of ``indices``, which may repeat."""
+    if tuple(indices) == frames.indices:
+        return frames
+    rows = torch.from_numpy(np.searchsorted(frames.indices, indices))
+    names = ("pixels", "timestamps", "missing", "suspect")
+    return replace(frames, indices=tuple(indices), **{name: getattr(frames, name)[rows] for name in names})
+
+
 class _Picture(NamedTuple):
     rgb: Tensor  # uint8 (H, W, 3)
     is_missing: bool
@@ -107,12 +113,19 @@ def decode(path: str | Path, choose: Choice, options: DecodeOptions | None = Non
         options: backends and behavior on failure; defaults to ``DecodeOptions()``.
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        RefusedSourceError: the file is a playlist or a script.
+        FileNotFoundError, RefusedSourceError: as :func:`probe`.
         IndexError: an index outside the file.
         BrokenVideoError: no backend could decode these frames.
     """
-    return with_fallbacks(path, options or DecodeOptions(), lambda video, now: decode_open(video, choose, now))
+
+    def work(video: OpenVideo, current: DecodeOptions) -> Frames:
+        chosen = choose(video.info) if callable(choose) else choose
+        chosen = check_indices(chosen, video.info.num_frames, video.info.name)
+        wanted = sorted(set(chosen))
+        [frames] = decode_in_chunks(video, wanted, replace(current, chunk_frames=len(wanted)))
+        return in_order(frames, chosen)
+
+    return with_fallbacks(path, options or DecodeOptions(), work)
 
 
 def with_fallbacks(
@@ -128,13 +141,10 @@ def with_fallbacks(
     2. Without salvage, on an index built by decoding the whole file, if no backend agrees with the packet index.
     3. With salvage, on the packet index, if ``options.salvage`` is set.
 
-    Raises:
-        FileNotFoundError, RefusedSourceError, BrokenVideoError: as in ``decode``; and the exceptions of ``work``.
+    Raises as :func:`decode`, and the exceptions of ``work``.
     """
-    strict = replace(options, salvage=False)
-    opened = partial(
-        open_video, path, options.stream_index, options.num_threads, max_frame_pixels=max_frame_pixels, name=name
-    )
+    strict, stream = replace(options, salvage=False), (options.stream_index, options.num_threads)
+    opened = partial(open_video, path, *stream, max_frame_pixels=max_frame_pixels, name=name)
     try:
         with opened() as video:
             return work(video, strict)
@@ -147,31 +157,6 @@ def with_fallbacks(
         raise first
     with opened() as video:
         return work(video, options)
-
-
-def decode_open(video: OpenVideo, choose: Choice, options: DecodeOptions) -> Frames:
-    """Decodes selected frames of an open file. See ``decode``."""
-    chosen = [int(i) for i in (choose(video.info) if callable(choose) else choose)]
-    last = video.info.num_frames - 1
-    if not chosen or min(chosen) < 0 or max(chosen) > last:
-        raise IndexError(
-            f"Frame indices {chosen} are invalid for {video.info.name}, which has frames 0 to {last}: use at least one "
-            "index in this range."
-        )
-    wanted = sorted(set(chosen))
-    [frames] = decode_in_chunks(video, wanted, replace(options, chunk_frames=len(wanted)))
-    if chosen == wanted:
-        return frames
-    row_of = {index: row for row, index in enumerate(wanted)}
-    rows = torch.tensor([row_of[index] for index in chosen])
-    return replace(
-        frames,
-        pixels=frames.pixels[rows],
-        indices=tuple(chosen),
-        timestamps=frames.timestamps[rows],
-        missing=frames.missing[rows],
-        suspect=frames.suspect[rows],
-    )
 
 
 def decode_in_chunks(video: OpenVideo, wanted: Sequence[int], options: DecodeOptions) -> Iterator[Frames]:
@@ -194,24 +179,19 @@ def decode_in_chunks(video: OpenVideo, wanted: Sequence[int], options: DecodeOpt
     for start in range(0, len(wanted), options.chunk_frames):
         indices = tuple(wanted[start : start + options.chunk_frames])
         missing, suspect = torch.zeros(2, len(indices), dtype=torch.bool)
-        pixels: Tensor | None = None
-        backend = ""
         for i, picture in zip(range(len(indices)), pictures):
-            if pixels is None:
+            if i == 0:
                 pixels = picture.rgb.new_empty(len(indices), *picture.rgb.shape)
             _copy(picture.rgb, pixels[i])
             missing[i], suspect[i] = picture.is_missing, picture.is_suspect
-            backend = picture.backend
-        assert pixels is not None
         lost += int(missing.sum())
         if lost > options.max_missing_share * len(wanted):
             raise BrokenVideoError(
-                f"At least {lost} of {len(wanted)} requested frames of {video.info.name} cannot be decoded, more than "
-                f"max_missing_share={options.max_missing_share} ({_reasons(failures)}). Re-encode the file, remove it, "
-                "or raise max_missing_share."
+                f"{lost} or more of {len(wanted)} frames of {video.info.name} do not decode ({_reasons(failures)}): "
+                f"re-encode the file, remove it, or raise max_missing_share={options.max_missing_share}."
             )
         timestamps = torch.from_numpy(video.info.timestamps[list(indices)])
-        yield Frames(pixels.permute(0, 3, 1, 2), indices, timestamps, missing, suspect, backend, dict(failures))
+        yield Frames(pixels.permute(0, 3, 1, 2), indices, timestamps, missing, suspect, picture.backend, dict(failures))
 
 
 def _pictures(
@@ -219,10 +199,10 @@ def _pictures(
 ) -> Iterator[_Picture]:
     """Yields the picture of each wanted frame. Records the reasons of failed backends in ``failures``."""
     if video.info.lost and not options.salvage:
+        listed = video.info.num_frames
         raise DamagedVideoError(
-            f"{video.info.name} is truncated: its header lists {video.info.num_frames} frames, but it holds "
-            f"{video.info.num_frames - video.info.lost}. Replace or remove the file, or set salvage=true to use the "
-            "frames that it holds."
+            f"{video.info.name} is truncated: it lists {listed} frames, but holds {listed - video.info.lost}. "
+            "Replace or remove the file, or set salvage=true to use the frames that it holds."
         )
     position = 0
     kind: type[BrokenVideoError] = BrokenVideoError

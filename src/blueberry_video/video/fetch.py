@@ -1,10 +1,9 @@
 """HTTP(S) downloads from untrusted URLs, protected against server-side request forgery.
 
 A host name can resolve to a private network, change its address between the check and the connection, or redirect to
-one. Therefore a single parser is used, each name is resolved once and every returned IP address is checked, the
-connection is made to a checked IP address and never to the name, and each redirect repeats all checks. Proxies of the
-environment are ignored. One deadline covers name resolution, connections, headers, redirects and body, so that a slow
-server cannot extend it.
+one. Therefore each URL is parsed and each name resolved once, every returned IP address is checked, the connection is
+made to a checked address and never to the name, and each redirect repeats all checks. Proxies of the environment are
+ignored. One deadline covers name resolution, connections, headers, redirects and body.
 """
 
 import http.client
@@ -73,41 +72,30 @@ def fetch(url: str, into: BinaryIO, max_bytes: int, timeout: float, allowed_netw
         except TimeoutError as error:
             raise FetchError(f"{_shown(parts)} did not finish within fetch_timeout={timeout:g} s: raise it.") from error
         except (OSError, http.client.HTTPException) as error:
-            raise FetchError(
-                f"{_shown(parts)} could not be fetched ({one_line(error)}): check the URL and the network."
-            ) from error
+            reason = f"{_shown(parts)} could not be fetched ({one_line(error)})"
+            raise FetchError(f"{reason}: check the URL and the network.") from error
         if location is None:
             return
         target = _parsed(location, base=parts.geturl())
         if (parts.scheme, target.scheme) == ("https", "http"):
-            raise RefusedSourceError(
-                f"{_shown(parts)} redirects from https to http ({_shown(target)}): use a URL that stays on https."
-            )
+            hop = f"{_shown(parts)} redirects from https to http ({_shown(target)})"
+            raise RefusedSourceError(f"{hop}: use a URL that stays on https.")
         parts = target
     raise FetchError(f"{_shown(parts)} redirects again after {MAX_REDIRECTS} redirects: use the final URL.")
 
 
 def public_name(url: str) -> str:
-    """Returns scheme, host and path of a URL for messages. The query is left out, because it may hold a key.
-
-    Raises:
-        RefusedSourceError: the URL is ambiguous.
-    """
+    """Returns scheme, host and path of a URL for messages, without the query, which may hold a key. Raises
+    RefusedSourceError for an ambiguous URL."""
     return _shown(_parsed(url))
 
 
 def parse_networks(blocks: tuple[str, ...]) -> tuple[_Network, ...]:
-    """Parses CIDR blocks.
-
-    Raises:
-        ValueError: a block is not a CIDR block.
-    """
+    """Parses CIDR blocks; raises ValueError for anything else."""
     try:
         return tuple(ipaddress.ip_network(block) for block in blocks)
     except ValueError as error:
-        raise ValueError(
-            f"allowed_networks={blocks} must list CIDR blocks, for example '10.0.0.0/8': {error}."
-        ) from error
+        raise ValueError(f"allowed_networks={blocks} must list CIDR blocks such as '10.0.0.0/8': {error}.") from error
 
 
 def is_public(address: str) -> bool:
@@ -165,14 +153,10 @@ def _parsed(url: str, base: str = "") -> SplitResult:
         raise RefusedSourceError("The URL contains a user name or password before '@': remove it.")
     authority = _AUTHORITY.fullmatch(parts.netloc)
     if not authority or len(authority["host"]) > 253 or int(authority["port"] or 1) > 65535:
-        raise RefusedSourceError(
-            "The URL has no valid host: write http(s)://host/path or http(s)://host:port/path, with international "
-            "names in xn-- form."
-        )
+        fix = "write http(s)://host/path or http(s)://host:port/path, with international names in xn-- form"
+        raise RefusedSourceError(f"The URL has no valid host: {fix}.")
     if not parts.path and (parts.query or parts.fragment):
-        raise RefusedSourceError(
-            "The URL has no '/' between the host and '?' or '#', which parsers read differently: add the '/'."
-        )
+        raise RefusedSourceError("The URL has no '/' before '?' or '#', which parsers read differently: add the '/'.")
     return parts
 
 
@@ -195,9 +179,8 @@ def _one_hop(
         if parts.scheme == "https":
             plain.settimeout(deadline.left())
             # a broken connection must not pass for the end of a body without a length
-            connection = ssl.create_default_context().wrap_socket(
-                plain, server_hostname=host, suppress_ragged_eofs=False
-            )
+            tls = ssl.create_default_context()
+            connection = tls.wrap_socket(plain, server_hostname=host, suppress_ragged_eofs=False)
         with connection:
             connection.settimeout(deadline.left())
             connection.sendall(request.encode("ascii"))
@@ -265,23 +248,18 @@ def _copy_body(name: str, response: http.client.HTTPResponse, into: BinaryIO, ma
     }
     for header, values in encodings.items():
         if any(value.strip().lower() not in ("", "identity") for value in values):
-            raise RefusedSourceError(
-                f"{name} returns {header}: {', '.join(values)[:60]}, although only identity was accepted, because a "
-                "compressed body can grow without bound. Serve the file uncompressed."
-            )
+            found = f"{name} returns {header}: {', '.join(values)[:60]}, although only identity was accepted"
+            raise RefusedSourceError(f"{found}: serve the file uncompressed, since a compressed body has no bound.")
     expected = response.length
+    too_long = f"more than max_bytes={max_bytes}: raise max_bytes, or shorten the video"
     if expected is not None and expected > max_bytes:
-        raise LimitError(
-            f"{name} has {expected} bytes, more than max_bytes={max_bytes}: raise max_bytes, or shorten the video."
-        )
+        raise LimitError(f"{name} has {expected} bytes, {too_long}.")
     buffer = bytearray(_PIECE)
     view, received = memoryview(buffer), 0
     while count := response.readinto(buffer):
         received += count
         if received > max_bytes:
-            raise LimitError(
-                f"{name} has more than max_bytes={max_bytes} bytes: raise max_bytes, or shorten the video."
-            )
+            raise LimitError(f"{name} has {received} bytes or more, {too_long}.")
         into.write(view[:count])
     if expected is not None and received < expected:
         raise FetchError(f"{name} ended after {received} of {expected} bytes: download it again.")

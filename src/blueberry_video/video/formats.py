@@ -3,8 +3,7 @@
 All functions take frames uint8 (T, 3, H, W) in RGB. Shapes: T frames, H, W pixels; p = ``patch_size``, m =
 ``merge_size``, tp = ``temporal_patch_size``; the grid is (t, h, w) = (⌈T / tp⌉, H / p, W / p).
 
-Pixels are converted to float in chunks of a few frames that are written into the result: peak memory is the result plus
-one chunk.
+Pixels are converted to float in chunks of a few frames, so that peak memory is the result plus one chunk.
 """
 
 import base64
@@ -19,7 +18,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from blueberry_video.video.checks import check_choice
+from blueberry_video.video.checks import check_at_least, check_between, check_choice
 
 FORMATS = ("tensor", "numpy", "pil", "base64", "huggingface", "openai")
 PICTURES = ("pil", "base64", "openai")
@@ -67,17 +66,12 @@ class PixelValues:
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("channels", self.channels, CHANNELS)
         if self.dtype == "uint8" and (self.rescale or mean is not None or std is not None):
-            raise ValueError(
-                f"dtype=uint8 with rescale={self.rescale}, mean={mean}, std={std}: these require a float "
-                "dtype. Choose one, or set rescale=false and remove mean and std."
-            )
-        given = [numbers for numbers in (mean, std) if numbers is not None]
-        valid = len(given) != 1 and all(len(numbers) == 3 and all(map(math.isfinite, numbers)) for numbers in given)
+            given = f"dtype=uint8 with rescale={self.rescale}, mean={mean}, std={std}"
+            raise ValueError(f"{given}: use a float dtype, or set rescale=false and remove mean and std.")
+        both = [numbers for numbers in (mean, std) if numbers is not None]
+        valid = len(both) != 1 and all(len(numbers) == 3 and all(map(math.isfinite, numbers)) for numbers in both)
         if not valid or (std is not None and min(std) <= 0):
-            raise ValueError(
-                f"mean={mean} and std={std}: set both to three finite numbers, one per channel, with std above 0; or "
-                "set neither."
-            )
+            raise ValueError(f"mean={mean} and std={std}: set both to three finite numbers, std above 0, or neither.")
         _check_device(self.device)
 
 
@@ -163,10 +157,8 @@ def format_frames(
 ) -> Formatted:
     """Converts frames uint8 (T, 3, H, W) with timestamps in seconds (T,) to the format in ``options``.
 
-    The three sizes are used only by ``format=huggingface`` with ``huggingface_layout=patches``.
-
-    Raises:
-        TypeError, ValueError: as the function of the format.
+    The three sizes are used only by ``format=huggingface`` with ``huggingface_layout=patches``. Raises as the function
+    of the format.
     """
     _check(frames, timestamps)
     o = options
@@ -206,31 +198,19 @@ def to_tensor(frames: Tensor, values: PixelValues = UNCHANGED, layout: str = "tc
 
 
 def to_numpy(frames: Tensor, values: PixelValues = UNCHANGED, layout: str = "thwc") -> np.ndarray:
-    """Returns :func:`to_tensor` as an array; frames converted on a device are copied to the CPU.
-
-    Raises:
-        TypeError, ValueError: as :func:`to_tensor`, and for ``dtype=bfloat16``.
-    """
+    """Returns :func:`to_tensor` as an array on the CPU. Raises also for ``dtype=bfloat16``."""
     _check_numpy_dtype(values.dtype)
     return to_tensor(frames, values, layout).cpu().numpy()
 
 
 def to_pil(frames: Tensor) -> list[Image.Image]:
-    """Returns T images of mode RGB.
-
-    Raises:
-        TypeError, ValueError: frames that are not uint8 (T, 3, H, W).
-    """
+    """Returns T images of mode RGB; raises as :func:`to_tensor`."""
     _check(frames)
     return [Image.fromarray(frame.permute(1, 2, 0).contiguous().cpu().numpy()) for frame in frames]
 
 
 def to_base64(frames: Tensor, image_format: str = "jpeg", jpeg_quality: int = 90) -> list[str]:
-    """Returns T data URIs, ``data:image/jpeg;base64,…``.
-
-    Raises:
-        TypeError, ValueError: as :func:`to_pil`, and for a format or quality out of range.
-    """
+    """Returns T data URIs ``data:image/jpeg;base64,…``; raises as :func:`to_pil`, and for a wrong format or quality."""
     _check_image_format(image_format, jpeg_quality)
     _check(frames)
     settings = {"quality": jpeg_quality} if image_format == "jpeg" else {}
@@ -250,11 +230,8 @@ def to_openai(
     detail: str = "auto",
 ) -> list[dict[str, Any]]:
     """Returns the ``content`` of a user message of OpenAI's chat completions: an ``image_url`` part per frame, preceded
-    by a ``text`` part with its time, ``[12.3 s]``, if timestamps (T,) in seconds are passed.
-
-    Raises:
-        TypeError, ValueError: as :func:`to_base64`, and for an unknown ``detail`` or a wrong number of timestamps.
-    """
+    by a ``text`` part with its time, ``[12.3 s]``, if timestamps (T,) in seconds are passed. Raises as
+    :func:`to_base64`, and for an unknown ``detail`` or a wrong number of timestamps."""
     check_choice("detail", detail, DETAILS)
     _check(frames, timestamps)
     parts: list[dict[str, Any]] = []
@@ -283,8 +260,7 @@ def to_huggingface(
         With ``patch_times=timestamps``: (t,) float64, the mean of each patch's first and last timestamp.
 
     Raises:
-        TypeError, ValueError: as :func:`to_patches`, and for an unknown ``patch_times`` or a wrong number of
-            timestamps.
+        TypeError, ValueError: as :func:`to_patches`; an unknown ``patch_times`` or a wrong number of timestamps.
     """
     check_choice("patch_times", patch_times, PATCH_TIMES)
     _check(frames, timestamps)
@@ -319,8 +295,7 @@ def to_patches(
     """
     _check(frames)
     p, m, tp = patch_size, merge_size, temporal_patch_size
-    if min(p, m, tp) < 1:
-        raise ValueError(f"patch_size={p}, merge_size={m}, temporal_patch_size={tp}: each must be at least 1.")
+    check_at_least(1, patch_size=p, merge_size=m, temporal_patch_size=tp)
     height, width = frames.shape[2:]
     if height % (p * m) or width % (p * m):
         near_height, near_width = (max(round(size / (p * m)), 1) * p * m for size in (height, width))
@@ -373,10 +348,8 @@ def _check(frames: Tensor, timestamps: Tensor | None = None) -> None:
     if frames.ndim != 4 or frames.shape[1] != 3 or 0 in frames.shape:
         raise ValueError(f"frames has the shape {tuple(frames.shape)}, but must be (T, 3, H, W) and not empty.")
     if timestamps is not None and timestamps.shape != frames.shape[:1]:
-        raise ValueError(
-            f"timestamps has the shape {tuple(timestamps.shape)}, but there are {len(frames)} frames: pass one time "
-            "in seconds per frame."
-        )
+        given = f"timestamps has the shape {tuple(timestamps.shape)}, but there are {len(frames)} frames"
+        raise ValueError(f"{given}: pass one time in seconds per frame.")
 
 
 def _check_numpy_dtype(dtype: str) -> None:
@@ -386,5 +359,4 @@ def _check_numpy_dtype(dtype: str) -> None:
 
 def _check_image_format(image_format: str, jpeg_quality: int) -> None:
     check_choice("image_format", image_format, IMAGE_FORMATS)
-    if not 1 <= jpeg_quality <= 100:
-        raise ValueError(f"jpeg_quality={jpeg_quality} is out of range: use 1 to 100, such as 90.")
+    check_between(1, 100, jpeg_quality=jpeg_quality)

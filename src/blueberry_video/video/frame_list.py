@@ -15,6 +15,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from blueberry_video.video.checks import check_indices
 from blueberry_video.video.errors import BrokenVideoError, LimitError, VideoError, one_line
 from blueberry_video.video.sniff import IMAGES
 from blueberry_video.video.source_options import SourceOptions
@@ -36,16 +37,13 @@ class FrameList(ABC):
         self._count, self._name, self._fps = count, name, options.frames_fps
         self.size = (0, 0)
         for number, size in enumerate(sizes):
+            found = f"Frame {number} of {name} is {size[0]} x {size[1]} (height x width)"
             if size[0] * size[1] > options.max_frame_pixels or 0 in size:
-                raise LimitError(
-                    f"Frame {number} of {name} is {size[0]} x {size[1]} (height x width), which must be 1 to "
-                    f"max_frame_pixels={options.max_frame_pixels} pixels: resize it, or raise max_frame_pixels."
-                )
+                limit = f"max_frame_pixels={options.max_frame_pixels}"
+                raise LimitError(f"{found}, but must be 1 to {limit} pixels: resize it, or raise max_frame_pixels.")
             if number and size != self.size:
-                raise BrokenVideoError(
-                    f"Frame {number} of {name} is {size[0]} x {size[1]} (height x width), but frame 0 is "
-                    f"{self.size[0]} x {self.size[1]}: resize all frames to the same size."
-                )
+                first = f"{self.size[0]} x {self.size[1]}"
+                raise BrokenVideoError(f"{found}, but frame 0 is {first}: resize all frames to the same size.")
             self.size = size
 
     def __len__(self) -> int:
@@ -66,12 +64,7 @@ class FrameList(ABC):
             IndexError: ``indices`` is empty, or an index is outside 0 … len - 1.
             BrokenVideoError: an image file cannot be decoded.
         """
-        indices = [int(i) for i in indices]
-        if not indices or min(indices) < 0 or max(indices) >= self._count:
-            raise IndexError(
-                f"Frame indices {indices[:8]} are invalid for {self._name}, which has frames 0 to {self._count - 1}: "
-                "use at least one index in this range."
-            )
+        indices = check_indices(indices, self._count, self._name)
         wanted = sorted(set(indices))
         with readable(self._name):
             loaded = dict(zip(wanted, self._load(wanted)))
@@ -101,20 +94,15 @@ class Arrays(FrameList):
         self._channels_first = shapes[0][0] in (1, 3, 4)  # also if both layouts match
         for number, shape in enumerate(shapes):
             if shape[0 if self._channels_first else 2] not in (1, 3, 4):
-                raise BrokenVideoError(
-                    f"Frame {number} of {name} has shape {shape}, but frame 0 has {shapes[0]}: use one layout for all."
-                )
+                found = f"Frame {number} of {name} has shape {shape}, but frame 0 has {shapes[0]}"
+                raise BrokenVideoError(f"{found}: use one layout for all.")
         super().__init__(len(frames), ((s[1:] if self._channels_first else s[:2]) for s in shapes), name, options)
         for number, frame in enumerate(frames):
             values = _numpy(frame)
-            legal = (
-                np.issubdtype(values.dtype, np.floating) and values.min() >= 0 and values.max() <= 1
-            )  # false for NaN
-            if values.dtype != np.uint8 and not legal:
-                raise BrokenVideoError(
-                    f"Frame {number} of {name} has {frame.dtype} values from {values.min()} to {values.max()}: pass "
-                    "uint8, or floats in [0, 1]; divide by 255, or undo the normalization."
-                )
+            is_float = np.issubdtype(values.dtype, np.floating)
+            if values.dtype != np.uint8 and not (is_float and values.min() >= 0 and values.max() <= 1):  # also for NaN
+                found = f"Frame {number} of {name} has {frame.dtype} values from {values.min()} to {values.max()}"
+                raise BrokenVideoError(f"{found}: pass uint8, or floats in [0, 1] without normalization.")
 
     def _load(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         for i in indices:
@@ -159,27 +147,21 @@ class Pictures(FrameList):
 
 
 class Animation(FrameList):
-    """Frames of an animated WebP, PNG or TIFF file. Decodes forward and restarts only for an earlier frame.
-
-    Raises:
-        LimitError: the animation has more pixels than ``max_decoded_pixels``.
-        BrokenVideoError: the file cannot be read.
-    """
+    """Frames of an animated WebP, PNG or TIFF file. Decodes forward and restarts only for an earlier frame. Raises
+    LimitError above ``max_decoded_pixels``, and BrokenVideoError for an unreadable file."""
 
     def __init__(self, path: Path, name: str, options: SourceOptions):
         self._path = path
         self._image: Image.Image | None = None
         self._position = 0  # of the last decoded frame
         with readable(name), opened_image(path) as image:
-            self._skipped = int(
-                getattr(image, "default_image", False)
-            )  # default image of a PNG, which is not part of the animation
+            # default image of a PNG, which is not part of the animation
+            self._skipped = int(getattr(image, "default_image", False))
             count, size = getattr(image, "n_frames", 1) - self._skipped, _size(image)
         if count * size[0] * size[1] > options.max_decoded_pixels:
-            raise LimitError(
-                f"{name} has {count} frames of {size[0]} x {size[1]} pixels, more than max_decoded_pixels="
-                f"{options.max_decoded_pixels}: raise max_decoded_pixels, or shorten the animation."
-            )
+            found = f"{name} has {count} frames of {size[0]} x {size[1]} pixels"
+            limit = f"max_decoded_pixels={options.max_decoded_pixels}"
+            raise LimitError(f"{found}, more than {limit}: raise that, or shorten the animation.")
         super().__init__(count, iter([size]), name, options)
 
     @functools.cached_property
@@ -230,12 +212,7 @@ def opened_image(image: Path | Image.Image, name: str = "") -> AbstractContextMa
 
 
 def opened_file(path: Path, name: str = "") -> Image.Image:
-    """Opens an image file and reads its header. The caller closes it.
-
-    Raises:
-        LimitError: the image has more pixels than Pillow allows.
-        BrokenVideoError: the file cannot be read.
-    """
+    """Opens an image file and reads its header; raises as :func:`readable`. The caller closes it."""
     with readable(name or str(path)):
         opened = Image.open(path, formats=IMAGES)
         opened.filename = ""  # prevents memory mapping, which swaps height and width of a rotated TIFF
@@ -244,7 +221,7 @@ def opened_file(path: Path, name: str = "") -> Image.Image:
 
 @contextlib.contextmanager
 def readable(name: str) -> Iterator[None]:
-    """Context manager that converts Pillow's exceptions for broken images to a VideoError with the name."""
+    """Context manager that converts Pillow's exceptions to LimitError (too many pixels) or BrokenVideoError."""
     try:
         yield
     except VideoError:
@@ -258,10 +235,7 @@ def readable(name: str) -> Iterator[None]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Returns the EXIF orientation, 1 to 8.
-
-    Ignored for a TIFF, which Pillow rotates itself, and for a PNG with EXIF data after the pixels.
-    """
+    """Returns the EXIF orientation, 1 to 8: 1 for a TIFF, which Pillow rotates, or a PNG with EXIF after pixels."""
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return 1
     return image.getexif().get(ExifTags.Base.Orientation, 1)

@@ -53,30 +53,19 @@ def make_plan(info: VideoInfo, indices: Sequence[int], settings: VideoSettings) 
     plan = _planned(info, indices, video_size(info.height, info.width, len(indices), resizing), settings)
     memory = run.max_memory_bytes
     if memory is not None:
-        plan = _reduced(
-            plan,
-            info,
-            settings,
-            lambda count, size: _frame_bytes(count, size, settings) <= memory,
-            f"max_memory_bytes={memory}",
-        )
+        why = f"max_memory_bytes={memory}"
+        plan = _reduced(plan, info, settings, why, lambda count, size: _frame_bytes(count, size, settings) <= memory)
     if run.on_overflow == "fit":
-        plan = _reduced(
-            plan,
-            info,
-            settings,
-            lambda count, size: fit(count, *size, tokens).fits,
-            f"context_length={tokens.context_length}",
-        )
+        why = f"context_length={tokens.context_length}"
+        plan = _reduced(plan, info, settings, why, lambda count, size: fit(count, *size, tokens).fits)
     if run.on_overflow == "error":
         validate(len(plan.indices), plan.height, plan.width, tokens)
     check_decoded(info, plan.indices, settings.source.max_decoded_pixels)
     available = psutil.virtual_memory().available
     if plan.frame_bytes > available:
         raise LimitError(
-            f"{len(plan.indices)} frames of {info.name} at {plan.width}x{plan.height} pixels, with the formatted "
-            f"output, require {plan.frame_bytes} bytes, but {available} are free: take fewer frames or pixels, or set "
-            "max_memory_bytes to reduce them automatically."
+            f"{len(plan.indices)} frames of {info.name} at {plan.width}x{plan.height} pixels require "
+            f"{plan.frame_bytes} bytes, but {available} are free: take fewer or smaller ones, or set max_memory_bytes."
         )
     return plan
 
@@ -100,15 +89,11 @@ def faster_plans(plan: Plan, info: VideoInfo, settings: VideoSettings) -> Iterat
 
 
 def check_limits(info: VideoInfo, settings: VideoSettings) -> None:
-    """Limits the duration before decoding.
-
-    Raises:
-        LimitError: longer than ``max_duration``.
-    """
-    if info.duration > settings.source.max_duration:
+    """Raises LimitError if a video is longer than ``max_duration``."""
+    limit = settings.source.max_duration
+    if info.duration > limit:
         raise LimitError(
-            f"{info.name} lasts {info.duration:.0f} s, longer than max_duration={settings.source.max_duration:g}: cut "
-            "it, or raise the limit."
+            f"{info.name} lasts {info.duration:.0f} s, above max_duration={limit:g}: cut it or raise that."
         )
 
 
@@ -117,7 +102,7 @@ def _planned(
     indices: Sequence[int],
     size: tuple[int, int],
     settings: VideoSettings,
-    degraded: tuple[str, ...] = (),
+    degraded: Sequence[str] = (),
 ) -> Plan:
     count = len(indices)
     times = (info.timestamps[list(indices)] - info.timestamps[0]).tolist()
@@ -128,12 +113,12 @@ def _planned(
         tokens=count_tokens(count, *size, settings.tokens, times),
         memory=memory_estimate(count, *size, settings.tokens),
         frame_bytes=_frame_bytes(count, size, settings),
-        degraded=degraded,
+        degraded=tuple(degraded),
     )
 
 
 def _reduced(
-    plan: Plan, info: VideoInfo, settings: VideoSettings, fits: Callable[[int, tuple[int, int]], bool], why: str
+    plan: Plan, info: VideoInfo, settings: VideoSettings, why: str, fits: Callable[[int, tuple[int, int]], bool]
 ) -> Plan:
     count, size, options = len(plan.indices), (plan.height, plan.width), settings.sampling
     if fits(count, size):
@@ -148,7 +133,7 @@ def _reduced(
         degraded.append(f"{count} → {fewer} frames ({why})")
     if smaller != size:
         degraded.append(f"{size[0]}x{size[1]} → {smaller[0]}x{smaller[1]} pixels ({why})")
-    return _planned(info, _thinned(plan.indices, fewer), smaller, settings, tuple(degraded))
+    return _planned(info, _thinned(plan.indices, fewer), smaller, settings, degraded)
 
 
 def _thinned(indices: Sequence[int], count: int) -> list[int]:

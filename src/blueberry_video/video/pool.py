@@ -1,12 +1,10 @@
 """Process pool for untrusted items: a worker is killed when it exceeds its time or memory limit, or crashes.
 
 A worker is a fresh interpreter in a separate session, so that its whole process group can be killed. It imports the
-function once and then processes one item after the other; the parent communicates with it over a socket and replaces it
-after a kill. Results are pickles with arrays and tensors as out-of-band buffers, received directly into their final
-memory: no files and no shared memory that a killed worker could leave over.
+function once and processes one item after the other, over a socket; the parent replaces it after a kill. Results are
+pickles with arrays and tensors as out-of-band buffers, so that a killed worker leaves no files or shared memory.
 
-A process limits time and memory and isolates crashes. It is not a sandbox: the function has the permissions of the
-user. Requires Linux (resource limits, /proc, signals of pipes).
+A worker is not a sandbox: the function has the permissions of the user. Requires Linux (resource limits, /proc).
 """
 
 import contextlib
@@ -29,11 +27,13 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import psutil
 
+from blueberry_video.video.checks import check_above_zero
 from blueberry_video.video.errors import KilledError, VideoError
 
 Item = TypeVar("Item")
@@ -85,44 +85,38 @@ def run_in_processes(
 ) -> Generator[Outcome[Item, Value], None, None]:
     """Applies a function to every item in worker processes; a failed item does not stop the others.
 
-    Workers start on demand and end with the parent, when the returned generator is closed, or when an exception
-    (Ctrl-C) leaves it. Limits are checked while the caller waits for the next outcome. Each worker has a separate
-    temporary folder (TMPDIR), which is removed with it: return contents, not paths of temporary files.
+    Workers start on demand and end with the parent or the returned generator. Limits are checked while the caller waits
+    for the next outcome. Each worker has a separate temporary folder (TMPDIR), which is removed with it.
 
     Args:
-        function: importable by name, as pickle requires: defined at the top level of a module, or a ``partial`` of such
-            a function. torch, if imported by it, runs with one thread.
+        function: a function of the top level of a module, or a ``partial`` of one. torch in it runs with one thread.
         items: any iterable, consumed when a worker is free; at most ``workers`` items are in progress.
         workers: number of processes, with one item each at a time.
         timeout: seconds per item, or None.
-        memory_bytes: memory of a worker in addition to that after importing the function, or None: limits its private
-            writable memory (RLIMIT_DATA) and its resident memory (checked ten times per second). A worker that retains
-            more than half of it is replaced, so that the limit of an item does not depend on earlier items.
+        memory_bytes: memory of a worker in addition to that after importing the function, or None: private writable
+            memory (RLIMIT_DATA) and resident memory (checked ten times per second). A worker that retains more than
+            half of it is replaced, so that the limit of an item does not depend on earlier items.
         ordered: yield outcomes in the order of the items, where a slow item delays later ones; else as they finish.
         on_progress: called with the numbers of finished and of failed items after each item.
         errors: receives the count of each error type, by type name.
 
     Yields:
         One Outcome per item. Its error is the exception of the function; KilledError if its worker exceeded a limit,
-        ran out of memory, or ended (the message names the signal); VideoError with type and text if the exception or
-        the result of the function cannot be pickled.
+        ran out of memory, or ended; VideoError with type and text if the exception or the result cannot be pickled.
 
     Raises:
         TypeError: the function cannot be imported by name, or an item cannot be pickled.
         ValueError: a limit that is not positive, or a function of an interactive session.
         RuntimeError: a worker could not import the function.
     """
-    limits = {"workers": workers, "timeout": timeout, "memory_bytes": memory_bytes}
-    for name, limit in limits.items():
-        if limit is not None and not limit > 0:
-            raise ValueError(f"{name}={limit} must be above 0.")
+    check_above_zero(workers=workers, timeout=timeout, memory_bytes=memory_bytes)
     if _STARTING in os.environ:
         raise RuntimeError(
             "run_in_processes was called while a worker process imports the main script: guard the call with "
             "`if __name__ == '__main__':`, or move the function to a separate module."
         )
-    setup = _setup(function, memory_bytes)
-    return _outcomes(setup, iter(items), workers, timeout, memory_bytes, ordered, on_progress, errors)
+    start = partial(_Worker, _setup(function, memory_bytes), timeout, memory_bytes)
+    return _outcomes(start, iter(items), workers, ordered, on_progress, errors)
 
 
 def _setup(function: Callable, memory_bytes: int | None) -> bytes:
@@ -139,19 +133,15 @@ def _setup(function: Callable, memory_bytes: int | None) -> bytes:
         data = multiprocessing.spawn.get_preparation_data("worker")
         main = {key: data[key] for key in ("init_main_from_name", "init_main_from_path") if key in data}
         if not main or not Path(data.get("init_main_from_path", os.sep)).exists():
-            raise ValueError(
-                f"function={function!r} is defined in an interactive session, which a worker cannot import: define it "
-                "in a file."
-            )
+            problem = f"function={function!r} is defined in an interactive session, which a worker cannot import"
+            raise ValueError(f"{problem}: define it in a file.")
     return pickle.dumps((main, pickled, memory_bytes))
 
 
 def _outcomes(
-    setup: bytes,
+    start: Callable[[], "_Worker"],
     items: Iterator,
     number: int,
-    timeout: float | None,
-    memory_bytes: int | None,
     ordered: bool,
     on_progress: Callable[[int, int], None] | None,
     errors: Counter[str] | None,
@@ -171,7 +161,7 @@ def _outcomes(
                     break
                 while idle and not idle[-1].reusable:
                     idle.pop().stop()
-                busy.append(idle.pop() if idle else _Worker(setup, timeout, memory_bytes))
+                busy.append(idle.pop() if idle else start())
                 try:
                     busy[-1].begin(taken, item, selector)
                 except TypeError as error:  # nothing was sent: the worker is unchanged
@@ -246,10 +236,8 @@ class _Worker:
         try:
             parts = _pack(item)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise TypeError(
-                f"{_named(index, item)} cannot be pickled for a worker process ({error}): use items that pickle "
-                "supports, such as paths."
-            ) from error
+            problem = f"{_named(index, item)} cannot be pickled for a worker process ({error})"
+            raise TypeError(f"{problem}: use items that pickle supports, such as paths.") from error
         self._index, self._item, self._most = index, item, 0
         self._transfer = self._conversation(parts)
         self._moved = time.monotonic()  # time of the last transfer
@@ -302,9 +290,8 @@ class _Worker:
             seconds, kind = time.monotonic() - self._moved, "text"
             value = f"its result cannot be unpickled ({type(failure).__name__}: {failure})"
         if kind == "memory":
-            return self._killed(
-                f"ran out of memory_bytes={self._memory_bytes} ({value}) and was killed", _RAISE, seconds
-            )
+            reason = f"ran out of memory_bytes={self._memory_bytes} ({value}) and was killed"
+            return self._killed(reason, _RAISE, seconds)
         if kind == "value":
             return Outcome(self._index, self._item, value, None, seconds, self._peak)
         error = value if kind == "error" else VideoError(f"{_named(self._index, self._item)}: {value}")
@@ -313,9 +300,8 @@ class _Worker:
     def _killed(self, reason: str, fix: str, seconds: float | None = None) -> Outcome:
         self._kill()
         seconds = time.monotonic() - self._moved if seconds is None else seconds
-        error = KilledError(
-            f"{_named(self._index, self._item)}: its worker process {reason} after {seconds:.1f} s. {fix}"
-        )
+        name = _named(self._index, self._item)
+        error = KilledError(f"{name}: its worker process {reason} after {seconds:.1f} s. {fix}")
         return Outcome(self._index, self._item, None, error, seconds, self._peak)
 
     @property
@@ -417,8 +403,8 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}: worker processes require Linux.")
 
 
-# Messages: the number of parts and their sizes, then the parts. The generators serve both sides: on a non-blocking
-# socket they yield the event to wait for, on a blocking one they run to completion.
+# Messages: the number of parts and their sizes, then the parts. On a non-blocking socket the generators yield the event
+# to wait for, on a blocking one they run to completion.
 
 
 def _send(connection: socket.socket, parts: _Parts) -> _Transfer:

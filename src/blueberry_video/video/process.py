@@ -1,8 +1,7 @@
 """Video preprocessing for multimodal models: source → sample → decode → resize → tokens → format.
 
 Frames are resized as they are decoded, a few at a time, so that memory holds the resized video only. The plan of a
-video (frames, size, tokens, bytes) is computed from its packets before decoding; above a budget, the video is reduced
-in reported steps: fewer frames, then fewer pixels.
+video is computed from its packets before decoding; above a budget, it has fewer frames, then fewer pixels.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -89,8 +88,8 @@ def process_videos(
     not stop the others.
 
     Args:
-        sources, model, hooks, overrides: as ``process_video``; sources is any iterable, consumed as videos are
-            processed.
+        sources: any iterable, consumed as videos are processed.
+        model, hooks, overrides: as ``process_video``.
         workers: number of processes.
         ordered: yield outcomes in the order of the sources, else as they finish.
         on_progress: called with (done, failed) after each video.
@@ -98,8 +97,7 @@ def process_videos(
     Yields:
         ``Outcome``: ``value`` is the ProcessedVideo, or ``error`` the exception, with seconds and peak memory.
     """
-    processor = VideoProcessor(load_settings(model, overrides), hooks)
-    return processor.map(sources, workers, ordered, on_progress)
+    return VideoProcessor(load_settings(model, overrides), hooks).map(sources, workers, ordered, on_progress)
 
 
 def stream_video(
@@ -107,13 +105,8 @@ def stream_video(
 ) -> Iterator[VideoChunk]:
     """Processes a video of any length at constant memory, ``chunk_frames`` frames at a time; all frames by default.
 
-    The concatenated chunks equal the formatted video. Pixel budgets of a whole video apply to each chunk.
-
-    Args:
-        source, model, hooks, overrides: as ``process_video``.
-
-    Raises:
-        As ``process_video``.
+    The concatenated chunks equal the formatted video. Pixel budgets of a whole video apply to each chunk. Arguments and
+    exceptions are those of :func:`process_video`.
     """
     if not {"sampling", "fps", "num_frames", "indices"} & overrides.keys():
         overrides["sampling"] = "all"
@@ -159,20 +152,20 @@ class VideoProcessor:
             with watch.stage("quality"):
                 video = replace(video, quality=self._quality(video))
         with watch.stage("format"):
-            video = replace(video, frames=self._formatted(video))
+            times = torch.tensor(video.metadata.timestamps, dtype=torch.float64)
+            formatter = self.hooks.formatter
+            video = replace(video, frames=formatter(video) if formatter else self._format(video.pixels, times))
         seconds = time.perf_counter() - start
         rate = {"frames_per_second": video.metadata.num_frames / seconds, "peak_memory": float(peak_memory())}
         video = replace(video, timing=watch.seconds, quality={**video.quality, **rate}, cached=entry is not None)
         return self.hooks.postprocess(video) if self.hooks.postprocess else video
 
     def plan(self, source: Any) -> Plan:
-        """Returns the plan of a video; decodes nothing, except the candidate frames of ``sampling="adaptive"``.
-
-        Raises:
-            As ``process_video``.
-        """
+        """Returns the plan of a video; decodes nothing, except the candidate frames of ``sampling="adaptive"``. Raises
+        as :func:`process_video`."""
         with open_source(source, self.settings.source) as opened:
-            return self._read(opened, lambda reader: self._plan(reader, Stopwatch()))
+            limit = self.settings.source.max_frame_pixels
+            return with_reader(opened, self.settings.decode, lambda reader: self._plan(reader, Stopwatch()), limit)
 
     def stream(self, source: Any) -> Iterator[VideoChunk]:
         """Streams one video; see ``stream_video``."""
@@ -186,10 +179,9 @@ class VideoProcessor:
             if opened.frames is not None:
                 yield from self._chunks(FrameReader.of_frames(opened, settings.decode))
                 return
-            assert opened.path is not None
             options, limit = settings.decode, settings.source.max_frame_pixels
-            stream = (options.stream_index, options.num_threads)
-            with open_video(opened.path, *stream, max_frame_pixels=limit, name=opened.name) as video:
+            stream = (cast(Path, opened.path), options.stream_index, options.num_threads)
+            with open_video(*stream, max_frame_pixels=limit, name=opened.name) as video:
                 yield from self._chunks(FrameReader.of_video(video, options))
 
     def map(
@@ -202,20 +194,10 @@ class VideoProcessor:
         """Processes many videos in worker processes; see ``process_videos``."""
         run = replace(self.settings.run, isolate=False)
         function = partial(_process_one, replace(self.settings, run=run), self.hooks)
-        return run_in_processes(
-            function,
-            sources,
-            workers=workers,
-            timeout=run.timeout,
-            memory_bytes=run.process_memory_bytes,
-            ordered=ordered,
-            on_progress=on_progress,
-        )
+        limits: dict[str, Any] = {"workers": workers, "timeout": run.timeout, "memory_bytes": run.process_memory_bytes}
+        return run_in_processes(function, sources, **limits, ordered=ordered, on_progress=on_progress)
 
     # ---- stages ------------------------------------------------------------------------------------------------------
-
-    def _read(self, source: Source, work: Callable[[FrameReader], Any]) -> Any:
-        return with_reader(source, self.settings.decode, work, self.settings.source.max_frame_pixels)
 
     def _decoded(self, source: Source, watch: Stopwatch) -> ProcessedVideo:
         """Runs all stages except quality and format."""
@@ -231,7 +213,7 @@ class VideoProcessor:
                     return self._result(plan, reader, source, self._load(plan, reader, watch, begun + (limit or 0.0)))
             return self._result(plans[-1], reader, source, self._load(plans[-1], reader, watch))
 
-        return self._read(source, work)
+        return with_reader(source, self.settings.decode, work, self.settings.source.max_frame_pixels)
 
     def _plan(self, reader: FrameReader, watch: Stopwatch) -> Plan:
         check_limits(reader.info, self.settings)
@@ -298,8 +280,6 @@ class VideoProcessor:
             missing=frames.missing,
             suspect=frames.suspect,
             memory=plan.memory,
-            timing={},
-            quality={},
             degraded=plan.degraded,
             failures=frames.failures,
         )
@@ -312,11 +292,6 @@ class VideoProcessor:
         shares = {"missing_share": video.missing, "suspect_share": video.suspect}
         shown = video.pixels if video.missing.all() else video.pixels[~video.missing]
         return {**covered, **frame_quality(shown), **{key: float(mask.float().mean()) for key, mask in shares.items()}}
-
-    def _formatted(self, video: ProcessedVideo) -> Any:
-        if self.hooks.formatter:
-            return self.hooks.formatter(video)
-        return self._format(video.pixels, torch.tensor(video.metadata.timestamps, dtype=torch.float64))
 
     def _format(self, pixels: Tensor, timestamps: Tensor) -> Formatted:
         tokens = self.settings.tokens
@@ -341,7 +316,7 @@ class VideoProcessor:
         with watch.stage("hash"):
             sections = asdict(self.settings)
             of_frames = {name: sections[name] for name in ("source", "decode", "sampling", "resize", "tokens", "run")}
-            return cache_key(source.content_hash(), of_frames, _versions())
+            return cache_key(source.content_hash(), of_frames, {package: _version(package) for package in PACKAGES})
 
 
 class _LateError(Exception):
@@ -353,11 +328,8 @@ def _process_one(settings: VideoSettings, hooks: Hooks, source: Any) -> Any:
     return VideoProcessor(settings, hooks)(source)
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "none"
-    return found
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"

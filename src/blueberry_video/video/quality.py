@@ -1,7 +1,4 @@
-"""Quality statistics of processed videos: temporal coverage, frame content, time and memory.
-
-The statistics are only reported, in the result and in a wandb table.
-"""
+"""Quality statistics of processed videos, for reports only: temporal coverage, frame content, time and memory."""
 
 import re
 import resource
@@ -42,9 +39,7 @@ def coverage(timestamps: Iterable[float], first: float, last: float) -> dict[str
     """
     chosen = sorted(map(float, timestamps))
     if not chosen or last < first:
-        raise ValueError(
-            f"{len(chosen)} timestamps, first={first}, last={last}: pass at least one timestamp, and last >= first."
-        )
+        raise ValueError(f"{len(chosen)} timestamps, first={first}, last={last}: pass at least one, and last >= first.")
     first, last = min(first, chosen[0]), max(last, chosen[-1])
     edges = [first, *chosen, last]
     return {
@@ -63,8 +58,13 @@ def frame_quality(frames: Tensor) -> dict[str, float]:
         0 to 127.5 levels.
     """
     luma = _luma(frames)
-    contrast = luma.flatten(1).std(dim=1, correction=0).mean()
-    return {"duplicate_share": _duplicate_share(luma), "black_share": _black_share(luma), "contrast": float(contrast)}
+    same = luma.diff(dim=0).abs().mean(dim=(1, 2)) < DUPLICATE_LEVELS  # (T - 1,)
+    black = (luma < BLACK_LEVEL).flatten(1).float().mean(dim=1) >= BLACK_AREA
+    return {
+        "duplicate_share": float(same.float().mean()) if len(same) else 0.0,
+        "black_share": float(black.float().mean()),
+        "contrast": float(luma.flatten(1).std(dim=1, correction=0).mean()),
+    }
 
 
 class Stopwatch:
@@ -86,8 +86,7 @@ class Stopwatch:
 def peak_memory() -> int:
     """Returns the peak resident set size of this process in bytes.
 
-    It includes Python and PyTorch (about 300 MB) and never decreases: the memory of one video is visible only if it is
-    the highest so far. GPU memory is excluded.
+    It includes Python and PyTorch (about 300 MB), excludes GPU memory and never decreases.
     """
     status = Path("/proc/self/status")
     # preferred on Linux, where getrusage starts at the peak of the parent program
@@ -105,10 +104,10 @@ def error_rates(outcomes: Iterable[object]) -> dict[str, float]:
 
 
 def wandb_table(rows: Iterable[Mapping[str, Any]]) -> "wandb.Table":
-    """Returns a wandb table with one row per video and a column for every key, in order of appearance.
+    """Returns a wandb table with one row per video and a column for every key, in order of appearance. Requires no run.
 
-    Nested mappings become columns ``key/inner``. Missing keys are None. Values that are neither numbers nor strings are
-    converted to strings. Requires no wandb run.
+    Nested mappings become columns ``key/inner``. Missing keys are None, and values that are neither numbers nor strings
+    become strings.
     """
     import wandb  # imported here, because it takes a second
 
@@ -139,14 +138,3 @@ def _luma(frames: Tensor) -> Tensor:
         red, green, blue = part.float().unbind(1)
         parts.append(F.adaptive_avg_pool2d(0.299 * red + 0.587 * green + 0.114 * blue, cells))  # BT.601, as in JPEG
     return torch.cat(parts)
-
-
-def _duplicate_share(luma: Tensor) -> float:
-    if len(luma) < 2:
-        return 0.0
-    return float((luma.diff(dim=0).abs().mean(dim=(1, 2)) < DUPLICATE_LEVELS).float().mean())
-
-
-def _black_share(luma: Tensor) -> float:
-    dark = (luma < BLACK_LEVEL).flatten(1).float().mean(dim=1)
-    return float((dark >= BLACK_AREA).float().mean())

@@ -5,10 +5,8 @@ Sizes are pure functions of numbers; ``video_size`` implements seven rules. The 
 0: it is at least one factor.
 
 Pixels: the exact mode equals torchvision's float bicubic interpolation with antialias, clamped and rounded (Keys'
-cubic, a = -0.5, as in PyTorch and Pillow), computed as small matrix products. Neighboring outputs read nearly the same
-few inputs, so 16 to 32 outputs are one dense block of weights times the rows or columns that they read: 3 to 5 times
-faster on a CPU than the gathering loops of ``F.interpolate``. Rows are processed in bands through buffers of bounded
-size.
+cubic, a = -0.5, as in PyTorch and Pillow). Neighboring outputs read nearly the same inputs, so 16 to 32 outputs are one
+dense block of weights times the rows or columns that they read: 3 to 5 times faster on a CPU than ``F.interpolate``.
 """
 
 import math
@@ -27,6 +25,7 @@ RULES = ("smart", "fill", "crop", "cover", "stretch", "fit", "none")
 RESAMPLES = ("exact", "fast")
 INTERPOLATIONS = ("bicubic", "bilinear")
 PIXEL_BUDGETS = ("frame", "video")
+Size = tuple[int, int]  # (height, width)
 MIN_TOKENS, MAX_TOKENS, CONTEXT_TOKENS = 128, 768, 128_000  # per frame, per frame, per video (of which 90 % is used)
 IMAGE_MIN_TOKENS, IMAGE_MAX_TOKENS = 4, 16_384  # limits of an explicit size
 BUFFER_BYTES = 32 * 2**20  # buffers of the exact mode, for clips of any size
@@ -44,18 +43,14 @@ class ResizeOptions:
             ``max_long_side`` and ``max_short_side`` (GPT-4o: 2048 and 768); ``none``: the original size.
         size_factor: pixels, patch size times merge size: 28 for Qwen2.5-VL, 32 for Qwen3-VL.
         temporal_factor: frames per token; at least 1.
-        min_pixels: pixels of a frame; null is 128 · size_factor².
-        max_pixels: pixels of a frame; null is 768 · size_factor². Required by ``fill``.
+        min_pixels, max_pixels: pixels of a frame; null is 128 and 768 · size_factor². ``fill`` requires max_pixels.
         total_pixels: pixels of all frames divided by ``temporal_factor``, shared evenly; null is
             0.9 · 128000 · size_factor².
         pixel_budget: ``frame``: budgets as above; ``video``: min_pixels and max_pixels count T · H · W of the whole
             video and total_pixels is ignored (Qwen3-VL in transformers).
-        resized_height: pixels, together with ``resized_width``: an explicit size that ignores the budgets, rounded to
-            size_factor.
-        resized_width: see ``resized_height``.
+        resized_height, resized_width: pixels, both: an explicit size that ignores the budgets, rounded to size_factor.
         image_size: pixels, for ``crop``, ``cover`` and ``stretch``: one number for a square, or (height, width).
-        max_long_side: pixels, for ``fit``; null is no limit.
-        max_short_side: pixels, for ``fit``; null is no limit.
+        max_long_side, max_short_side: pixels, for ``fit``; null is no limit.
         resample: ``exact``: float arithmetic, rounded once; ``fast``: PyTorch's fixed-point kernels, a few levels off.
         interpolation: ``bicubic`` or ``bilinear``, both with antialias.
         max_aspect: ratio of the longer to the shorter side above which ``smart`` raises; at least 1.
@@ -84,16 +79,12 @@ class ResizeOptions:
         for key, allowed in (("rule", RULES), ("pixel_budget", PIXEL_BUDGETS)):
             check_choice(key, getattr(self, key), allowed)
         _check_resampling(self.resample, self.interpolation)
-        sizes = ("size_factor", "temporal_factor", "min_pixels", "max_pixels", "total_pixels", "resized_height")
-        others = ("resized_width", "max_long_side", "max_short_side", "max_aspect")
-        check_at_least(1, **{key: getattr(self, key) for key in (*sizes, *others)})
+        check_at_least(1, **{key: value for key, value in vars(self).items() if isinstance(value, int | float)})
         if self.image_size is not None:
             object.__setattr__(self, "image_size", _pair(self.image_size))
         if (self.resized_height is None) != (self.resized_width is None):
-            raise ValueError(
-                f"resized_height={self.resized_height} and resized_width={self.resized_width}: set both for an "
-                "explicit size, or neither for a size within the budgets."
-            )
+            given = f"resized_height={self.resized_height} and resized_width={self.resized_width}"
+            raise ValueError(f"{given}: set both for an explicit size, or neither for a size within the budgets.")
         if self.rule in ("crop", "cover", "stretch") and self.image_size is None:
             raise ValueError(f"rule={self.rule!r} requires image_size: one number of pixels, or [height, width].")
         if self.rule == "fill" and self.max_pixels is None:
@@ -112,11 +103,9 @@ def smart_resize(
         LimitError: an aspect ratio above ``max_aspect``.
         ValueError: ``min_pixels`` > ``max_pixels``.
     """
-    _check_budgets(min_pixels, max_pixels)
-    _check_aspect(height, width, max_aspect)
     rounded = (max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor))
     pixels = rounded[0] * rounded[1]
-    return _within_budgets(height, width, 1, rounded, pixels, factor, min_pixels, max_pixels)
+    return _within_budgets((height, width), 1, rounded, pixels, factor, (min_pixels, max_pixels), max_aspect)
 
 
 def smart_resize_volume(
@@ -129,19 +118,13 @@ def smart_resize_volume(
     temporal_factor: int = 2,
     max_aspect: float = 200.0,
 ) -> tuple[int, int]:
-    """``smart_resize`` with budgets for T · H · W of the whole video, as Qwen3-VL in transformers 5.
-
-    Raises:
-        LimitError, ValueError: as ``smart_resize``.
-    """
-    _check_budgets(min_pixels, max_pixels)
+    """:func:`smart_resize` with budgets for T · H · W of the whole video, as Qwen3-VL in transformers 5."""
     if min(height, width) < factor:
         scale = max(factor / height, factor / width)
         height, width = int(height * scale), int(width * scale)
-    _check_aspect(height, width, max_aspect)
     rounded = (round(height / factor) * factor, round(width / factor) * factor)
     volume = round(num_frames / temporal_factor) * temporal_factor * rounded[0] * rounded[1]
-    return _within_budgets(height, width, num_frames, rounded, volume, factor, min_pixels, max_pixels)
+    return _within_budgets((height, width), num_frames, rounded, volume, factor, (min_pixels, max_pixels), max_aspect)
 
 
 def fill(height: int, width: int, factor: int, max_pixels: int) -> tuple[int, int]:
@@ -180,7 +163,9 @@ def video_size(height: int, width: int, num_frames: int, options: ResizeOptions)
     if options.rule == "fill" and options.max_pixels is not None:
         return fill(height, width, factor, options.max_pixels)
     if options.rule == "fit":
-        return _fit_size(height, width, options)
+        longer = (options.max_long_side or math.inf) / max(height, width)
+        scale = min(1.0, longer, (options.max_short_side or math.inf) / min(height, width))
+        return max(1, round(height * scale)), max(1, round(width * scale))
     if options.image_size is not None and options.rule in ("crop", "stretch"):
         return _pair(options.image_size)
     if options.image_size is not None and options.rule == "cover":
@@ -189,31 +174,19 @@ def video_size(height: int, width: int, num_frames: int, options: ResizeOptions)
 
 
 def resize_video(frames: Tensor, options: ResizeOptions) -> Tensor:
-    """Resizes uint8 (T, 3, H, W) to uint8 (T, 3, *video_size(H, W, T, options)).
-
-    Raises:
-        ValueError: as ``resize`` and ``video_size``.
-    """
+    """Resizes uint8 (T, 3, H, W) to uint8 (T, 3, *video_size(H, W, T, options)); raises as both."""
     _check_frames(frames)
     return resize_to(frames, video_size(frames.shape[2], frames.shape[3], frames.shape[0], options), options)
 
 
 def resize_to(frames: Tensor, size: tuple[int, int], options: ResizeOptions) -> Tensor:
-    """Resizes uint8 (T, 3, H, W) to a given size, cropping where the rule is ``crop``.
-
-    Raises:
-        ValueError: as ``resize``.
-    """
+    """Resizes uint8 (T, 3, H, W) to a given size, cropping where the rule is ``crop``; raises as :func:`resize`."""
     function = crop if options.rule == "crop" and options.resized_height is None else resize
     return function(frames, size, options.resample, options.interpolation)
 
 
 def crop(frames: Tensor, size: tuple[int, int], resample: str = "exact", interpolation: str = "bicubic") -> Tensor:
-    """Scales until ``size`` is covered and crops the center: uint8 (T, 3, H, W) to uint8 (T, 3, *size).
-
-    Raises:
-        ValueError: as ``resize``.
-    """
+    """Scales uint8 (T, 3, H, W) until ``size`` is covered and crops the center; raises as :func:`resize`."""
     _check_frames(frames)
     covering = covering_size(frames.shape[2], frames.shape[3], size)
     return window(resize(frames, covering, resample, interpolation), size)
@@ -240,9 +213,8 @@ def resize(frames: Tensor, size: tuple[int, int], resample: str = "exact", inter
     Args:
         frames: uint8 (T, C, H, W), T at least 1.
         size: (height, width) in pixels.
-        resample: ``exact``: equal to float interpolation, clamped and rounded, up to one level where float sums in
-            a different order round a half differently (about 2 in 100,000 pixels of noise); ``fast``: PyTorch's uint8
-            kernels, up to about 20 levels off on noise, 3 to 15 times faster than float interpolation.
+        resample: ``exact``: float interpolation, off by one level in about 2 of 100,000 pixels of noise; ``fast``:
+            PyTorch's uint8 kernels, up to about 20 levels off on noise, 3 to 15 times faster than float interpolation.
         interpolation: ``bicubic`` or ``bilinear``.
 
     Raises:
@@ -267,8 +239,8 @@ def _interpolated(frames: Tensor, size: tuple[int, int], interpolation: str) -> 
 
 
 class _Block(NamedTuple):
-    """Block of the resampling matrix of one side: outputs ``start`` to ``stop`` are ``weights`` (stop - start,
-    last - first) times the inputs ``first`` to ``last``."""
+    """Block of the resampling matrix of one side: outputs ``start`` to ``stop`` are ``weights`` times the inputs
+    ``first`` to ``last``."""
 
     start: int
     stop: int
@@ -366,80 +338,48 @@ def _smart_size(height: int, width: int, num_frames: int, options: ResizeOptions
     low = options.min_pixels if options.min_pixels is not None else MIN_TOKENS * factor**2
     high = options.max_pixels if options.max_pixels is not None else MAX_TOKENS * factor**2
     if options.pixel_budget == "video":
-        return smart_resize_volume(
-            height, width, num_frames, factor, low, high, options.temporal_factor, options.max_aspect
-        )
+        limits = (options.temporal_factor, options.max_aspect)
+        return smart_resize_volume(height, width, num_frames, factor, low, high, *limits)
     total = options.total_pixels if options.total_pixels is not None else CONTEXT_TOKENS * factor**2 * 0.9
     share = total / num_frames * options.temporal_factor
     limit = max(min(MAX_TOKENS * factor**2, share), int(low * 1.05))
     return smart_resize(height, width, factor, low, min(high, limit), options.max_aspect)
 
 
-def _fit_size(height: int, width: int, options: ResizeOptions) -> tuple[int, int]:
-    scale = min(
-        1.0,
-        (options.max_long_side or math.inf) / max(height, width),
-        (options.max_short_side or math.inf) / min(height, width),
-    )
-    return max(1, round(height * scale)), max(1, round(width * scale))
-
-
 def _within_budgets(
-    height: int,
-    width: int,
-    num_frames: int,
-    rounded: tuple[int, int],
-    pixels: int,
-    factor: int,
-    min_pixels: float,
-    max_pixels: float,
-) -> tuple[int, int]:
-    """Returns ``rounded`` if its number of ``pixels`` is within the budgets, else (height, width) scaled to the nearer
-    budget."""
+    size: Size, num_frames: int, rounded: Size, pixels: int, factor: int, budgets: tuple[float, float], limit: float
+) -> Size:
+    """Returns ``rounded`` if its number of ``pixels`` is within the budgets, else ``size`` scaled to the nearer one."""
+    (height, width), (min_pixels, max_pixels) = size, budgets
+    if min_pixels > max_pixels:
+        raise ValueError(f"min_pixels={min_pixels:g} is above max_pixels={max_pixels:g}: lower it or raise max_pixels.")
+    aspect = max(size) / min(size)
+    if aspect > limit:
+        raise LimitError(
+            f"Frames of {width}x{height} pixels have an aspect ratio of {aspect:.4g}, above max_aspect={limit:g}: "
+            "crop the video, raise max_aspect, or use rule='stretch'."
+        )
     if pixels > max_pixels:
         shrink = math.sqrt(num_frames * height * width / max_pixels)
-        return _floored(height / shrink, factor), _floored(width / shrink, factor)
+        floored = [max(factor, math.floor(side / shrink / factor) * factor) for side in size]
+        return floored[0], floored[1]
     if pixels < min_pixels:
         grow = math.sqrt(min_pixels / (num_frames * height * width))
         return math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
     return rounded
 
 
-def _floored(side: float, factor: int) -> int:
-    return max(factor, math.floor(side / factor) * factor)
-
-
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(
-            f"image_size={size} is not a size in pixels: use one number of at least 1, or (height, width)."
-        )
+        raise ValueError(f"image_size={size} is not a size in pixels: use a number of at least 1, or (height, width).")
     return pair[0], pair[1]
-
-
-def _check_budgets(min_pixels: float, max_pixels: float) -> None:
-    if min_pixels > max_pixels:
-        raise ValueError(
-            f"min_pixels={min_pixels:g} is above max_pixels={max_pixels:g}: lower min_pixels or raise max_pixels."
-        )
-
-
-def _check_aspect(height: int, width: int, max_aspect: float) -> None:
-    aspect = max(height, width) / min(height, width)
-    if aspect > max_aspect:
-        raise LimitError(
-            f"Frames of {width}x{height} pixels have an aspect ratio of {aspect:.4g}, above max_aspect={max_aspect:g}: "
-            "crop the video, raise max_aspect, or use rule='stretch'."
-        )
 
 
 def _check_frames(frames: Tensor) -> None:
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.numel() == 0:
-        raise ValueError(
-            f"frames are {frames.dtype} of shape {tuple(frames.shape)}, but must be uint8 (T, 3, H, W) with at least "
-            "one frame."
-        )
+        found = f"{frames.dtype} of shape {tuple(frames.shape)}"
+        raise ValueError(f"frames are {found}, but must be uint8 (T, 3, H, W) with at least one frame.")
 
 
 def _check_resampling(resample: str, interpolation: str) -> None:

@@ -18,8 +18,7 @@ class VideoMetadata:
         name: name of the source.
         num_frames: number of sampled frames, including repetitions.
         original_fps: frames per second of the file, from its timestamps; 0.0 if unknown.
-        sample_fps: frames per second of the sampled frames: (n - 1) / (last - first timestamp) of the distinct ones;
-            0.0 for a single frame.
+        sample_fps: (n - 1) / (last - first timestamp) of the distinct sampled frames; 0.0 for a single frame.
         timestamps: seconds from the first frame of the file.
         duration: duration of the file in seconds.
         resolution: (height, width) of the resized frames.
@@ -59,8 +58,7 @@ class ProcessedVideo:
         frames: frames in the requested format; uint8 (T, 3, H, W) RGB by default.
         pixels: the resized frames, uint8 (T, 3, H, W) RGB, for any format.
         metadata: see ``VideoMetadata``.
-        missing: bool (T,): frames that could not be decoded and were replaced by the nearest decoded frame.
-        suspect: bool (T,): frames decoded after damage, with possibly wrong content.
+        missing, suspect: bool (T,), see ``decode.Frames``.
         memory: memory in the model, for each precision.
         timing: seconds of each stage: source, index, sample, decode, resize, quality, format.
         quality: coverage, largest_gap, duplicate_share, black_share, contrast, frames_per_second, peak_memory.
@@ -75,8 +73,8 @@ class ProcessedVideo:
     missing: Tensor
     suspect: Tensor
     memory: dict[str, MemoryEstimate]
-    timing: dict[str, float]
-    quality: dict[str, float]
+    timing: dict[str, float] = field(default_factory=dict)
+    quality: dict[str, float] = field(default_factory=dict)
     degraded: tuple[str, ...] = ()
     failures: dict[str, str] = field(default_factory=dict)
     cached: bool = False
@@ -109,9 +107,8 @@ class VideoChunk:
 
 def to_entry(video: ProcessedVideo) -> Entry:
     """Converts a video to a cache entry."""
-    text = json.dumps(
-        [asdict(video.metadata), {k: asdict(m) for k, m in video.memory.items()}, video.degraded, video.failures]
-    )
+    memory = {precision: asdict(estimate) for precision, estimate in video.memory.items()}
+    text = json.dumps([asdict(video.metadata), memory, video.degraded, video.failures])
     return {"pixels": video.pixels, "missing": video.missing, "suspect": video.suspect}, text
 
 
@@ -127,8 +124,6 @@ def from_entry(entry: Entry, name: str) -> ProcessedVideo:
         missing=tensors["missing"],
         suspect=tensors["suspect"],
         memory={precision: MemoryEstimate(**estimate) for precision, estimate in memory.items()},
-        timing={},
-        quality={},
         degraded=tuple(degraded),
         failures=failures,
     )

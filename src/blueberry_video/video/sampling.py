@@ -15,12 +15,13 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from blueberry_video.video.checks import check_at_least, check_choice
+from blueberry_video.video.checks import check_above_zero, check_at_least, check_between, check_choice
 from blueberry_video.video.errors import VideoError
 
 SAMPLERS = ("uniform", "random", "fixed_fps", "multi_clip")
@@ -57,20 +58,13 @@ class ClipSampling:
 
     def __post_init__(self) -> None:
         check_choice("sampler", self.sampler, SAMPLERS)
+        given = f"with sampler={self.sampler!r}"
         if (self.fps is not None) != (self.sampler == "fixed_fps"):
-            raise ValueError(
-                f"fps={self.fps} with sampler={self.sampler!r}: sampler=fixed_fps requires fps, and the other samplers "
-                "ignore it."
-            )
+            raise ValueError(f"fps={self.fps} {given}: sampler=fixed_fps requires fps, the other samplers ignore it.")
         if self.stride != 1 and self.sampler not in ("random", "multi_clip"):
-            raise ValueError(
-                f"stride={self.stride} with sampler={self.sampler!r}: only sampler=random and sampler=multi_clip use "
-                "stride."
-            )
+            raise ValueError(f"stride={self.stride} {given}: only sampler=random and sampler=multi_clip use stride.")
         if self.num_clips < 1 or (self.num_clips > 1 and self.sampler != "multi_clip"):
-            raise ValueError(
-                f"num_clips={self.num_clips} with sampler={self.sampler!r}: use sampler=multi_clip, and at least 1."
-            )
+            raise ValueError(f"num_clips={self.num_clips} {given}: use sampler=multi_clip, and at least 1.")
 
 
 @dataclass(frozen=True)
@@ -126,25 +120,20 @@ class SamplingOptions:
             object.__setattr__(self, "indices", tuple(self.indices))
         check_choice("sampling", self.sampling, STRATEGIES)
         check_choice("spacing", self.spacing, SPACINGS)
-        check_at_least(1, frame_factor=self.frame_factor, min_frames=self.min_frames)
+        counts = {key: getattr(self, key) for key in ("frame_factor", "min_frames", "candidates_per_frame")}
+        check_at_least(1, **counts)
         check_at_least(self.frame_factor, max_frames=self.max_frames)
-        check_at_least(1, candidates_per_frame=self.candidates_per_frame)
         check_at_least(self.frame_factor // 2 + 1, num_frames=self.num_frames)  # rounds to at least one factor
-        for key in ("fps", "base_interval"):
-            if getattr(self, key) is not None and not 0 < getattr(self, key) < math.inf:
-                raise ValueError(f"{key}={getattr(self, key)} is out of range: use a number above 0.")
-        if not 0 <= self.uniform_share <= 1:
-            raise ValueError(f"uniform_share={self.uniform_share} is outside 0 to 1: use a share such as 0.25.")
+        check_above_zero(True, fps=self.fps, base_interval=self.base_interval)
+        check_between(0, 1, uniform_share=self.uniform_share)
         given = [f"{k}={getattr(self, k)}" for k in ("fps", "num_frames", "indices") if getattr(self, k) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} contradict each other: set one of fps, num_frames and indices.")
         if self.indices is None and self.sampling == "uniform" and self.num_frames is None:
             raise ValueError("sampling='uniform' requires num_frames; for a rate use sampling='fps' with fps.")
         if self.sampling in ("duration", "all") and (self.fps is not None or self.num_frames is not None):
-            raise ValueError(
-                f"sampling={self.sampling!r} ignores fps={self.fps} and num_frames={self.num_frames}: remove them, or "
-                "use sampling='fps'."
-            )
+            problem = f"sampling={self.sampling!r} ignores fps={self.fps} and num_frames={self.num_frames}"
+            raise ValueError(f"{problem}: remove them, or use sampling='fps'.")
         if not 0 <= (self.video_start or 0) <= (math.inf if self.video_end is None else self.video_end):
             raise ValueError(
                 f"video_start={self.video_start} and video_end={self.video_end} are not a range: use seconds after the "
@@ -176,32 +165,37 @@ def choose(
     """
     times = _checked_times(timestamps)
     if (scores is None) == (options.sampling == "adaptive" and options.indices is None):
-        problem = "requires scores" if scores is None else "ignores scores"
-        raise ValueError(
-            f"sampling={options.sampling!r} {problem}: pass one per frame of candidate_frames, with "
-            "sampling='adaptive' only."
-        )
+        problem = f"sampling={options.sampling!r} {'requires' if scores is None else 'ignores'} scores"
+        raise ValueError(f"{problem}: pass one per frame of candidate_frames, with sampling='adaptive' only.")
     first, last = time_range(times, options.video_start, options.video_end)
+    inside = sorted({int(k) for k in keyframes if first <= k <= last})
+    natural = len(inside) if options.sampling == "keyframes" else None
+    count = partial(_count, times, first, last, options, rate, natural)
     if options.indices is not None:
-        chosen = _explicit(options.indices, first, last)
+        chosen = list(options.indices)
+        outside = [i for i in chosen if not first <= i <= last]
+        if outside or not chosen:
+            raise ValueError(
+                f"indices={chosen[:8]} contain the frames {outside[:8]}, but the video, or its range from video_start "
+                f"to video_end, has the frames {first} to {last}: choose at least one of these."
+            )
     elif options.sampling == "all":
-        chosen = _every(first, last, options.max_frames)
+        if last - first + 1 > options.max_frames:
+            problem = f"sampling='all' would take {last - first + 1} frames, above max_frames={options.max_frames}"
+            raise ValueError(f"{problem}: raise max_frames, choose a range, or use sampling='fps'.")
+        chosen = list(range(first, last + 1))
     elif options.sampling == "duration":
         limits = (options.min_frames, options.max_frames, options.frame_factor)
         chosen = [first + i for i in every_interval(times[first : last + 1], options.base_interval, *limits)]
     elif options.sampling == "keyframes":
-        inside = sorted({int(k) for k in keyframes if first <= k <= last})
-        chosen = prefer_keyframes(inside, first, last, _count(times, first, last, options, rate, len(inside)))
+        chosen = prefer_keyframes(inside, first, last, count())
     elif scores is not None:
-        count = _count(times, first, last, options, rate)
-        chosen = by_scores(scores, candidate_frames(times, options, rate), count, options.uniform_share)
+        chosen = by_scores(scores, candidate_frames(times, options, rate), count(), options.uniform_share)
+    elif options.by_time:
+        even = np.linspace(times[first], times[last], count())
+        chosen = [first + i for i in nearest(times[first : last + 1], even)]
     else:
-        count = _count(times, first, last, options, rate)
-        if options.by_time:
-            even = np.linspace(times[first], times[last], count)
-            chosen = [first + i for i in nearest(times[first : last + 1], even)]
-        else:
-            chosen = spread(first, last, count, options.spacing)
+        chosen = spread(first, last, count(), options.spacing)
     wanted = _rounded_count(options) if options.num_frames is not None else len(chosen)
     wanted = math.ceil(wanted / options.frame_factor) * options.frame_factor
     return chosen + [chosen[-1]] * (wanted - len(chosen))
@@ -209,11 +203,7 @@ def choose(
 
 def candidate_frames(timestamps: np.ndarray, options: SamplingOptions, rate: float | None = None) -> list[int]:
     """Returns the frames that ``sampling='adaptive'`` scores: ``candidates_per_frame`` per frame to take, spread evenly
-    over the range.
-
-    Raises:
-        ValueError, VideoError: as ``choose``.
-    """
+    over the range. Raises as :func:`choose`."""
     times = _checked_times(timestamps)
     first, last = time_range(times, options.video_start, options.video_end)
     count = _count(times, first, last, options, rate) * options.candidates_per_frame
@@ -223,10 +213,7 @@ def candidate_frames(timestamps: np.ndarray, options: SamplingOptions, rate: flo
 def frame_rate(timestamps: np.ndarray) -> float:
     """Returns the frames per second: (n - 1) / (last - first), or the integer or NTSC rate (30000/1001, …) that matches
     the timestamps to a millisecond, the resolution of some containers. Counts are floors of products with the rate, so
-    29.999999 would lose two frames.
-
-    Raises:
-        VideoError: all timestamps are the same.
+    29.999999 would lose two frames. Raises VideoError if all timestamps are the same.
     """
     span = float(timestamps[-1] - timestamps[0])
     steps = len(timestamps) - 1
@@ -272,11 +259,8 @@ def nearest(timestamps: np.ndarray, times: np.ndarray) -> list[int]:
 
 
 def time_range(timestamps: np.ndarray, start: float | None = None, end: float | None = None) -> tuple[int, int]:
-    """Returns the first and last frame from ``start`` to ``end``, in seconds after the first frame.
-
-    Raises:
-        ValueError: no frame in the range.
-    """
+    """Returns the first and last frame from ``start`` to ``end``, in seconds after the first frame. Raises ValueError
+    if the range has no frame."""
     shown = timestamps - timestamps[0]
     first = int(np.searchsorted(shown, (start or 0.0) - TOLERANCE))
     last = len(shown) - 1 if end is None else int(np.searchsorted(shown, end + TOLERANCE, side="right")) - 1
@@ -342,10 +326,8 @@ def by_scores(
     """
     values, total = torch.as_tensor(scores, dtype=torch.float64).cpu(), len(candidates)
     if values.shape != (total,) or not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
-        raise ValueError(
-            f"scores of shape {tuple(values.shape)} for {total} candidate frames: pass one finite number of at least 0 "
-            "per frame."
-        )
+        found = f"scores of shape {tuple(values.shape)} for {total} candidate frames"
+        raise ValueError(f"{found}: pass one finite number of at least 0 per frame.")
     if not 1 <= num_frames <= total:
         raise ValueError(f"num_frames={num_frames} of {total} candidate frames: take at least one and at most all.")
     steps = values[1:].numpy()
@@ -363,10 +345,7 @@ def change_scores(frames: Tensor) -> Tensor:
     """Returns the difference of each frame to the previous one: uint8 (N, 3, h, w) RGB to float32 (N,) in [0, 1].
 
     Mean absolute difference of luma and the two chroma channels (BT.601); 0 for the first frame. Frames about 160
-    pixels wide suffice: larger ones measure noise.
-
-    Raises:
-        ValueError: frames of a wrong dtype or shape.
+    pixels wide suffice: larger ones measure noise. Raises ValueError for a wrong dtype or shape.
     """
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3 or frames.numel() == 0:
         raise ValueError(f"frames are {frames.dtype} of shape {tuple(frames.shape)}: pass uint8 (N, 3, h, w).")
@@ -409,13 +388,9 @@ def choose_clip(
 
 def uniform(total: int, num_frames: int, pad: bool = False) -> list[int]:
     """Returns ``num_frames`` indices spread evenly over the video, including the first and last frame; the middle frame
-    for ``num_frames=1``.
-
-    Raises:
-        ValueError: ``total`` < ``num_frames`` without ``pad``, or a value below 1.
-    """
-    if _too_short(total, num_frames, 1, pad):
-        return _padded(total, num_frames, 1)
+    for ``num_frames=1``. Raises as :func:`random_window` with ``stride=1``."""
+    if _slack(total, num_frames, 1, pad) < 0:
+        return _window(0, total, num_frames, 1)
     if num_frames == 1:
         return [total // 2]
     return [round(i * (total - 1) / (num_frames - 1)) for i in range(num_frames)]
@@ -430,27 +405,18 @@ def random_window(
         ValueError: the window of (num_frames - 1) · stride + 1 frames is longer than the video and ``pad`` is not set,
             or a value below 1.
     """
-    if _too_short(total, num_frames, stride, pad):
-        return _padded(total, num_frames, stride)
-    start = int(rng.integers(total - _span(num_frames, stride) + 1))
-    return list(range(start, start + _span(num_frames, stride), stride))
+    slack = _slack(total, num_frames, stride, pad)
+    start = int(rng.integers(slack + 1)) if slack >= 0 else 0
+    return _window(start, total, num_frames, stride)
 
 
 def windows(total: int, num_frames: int, num_clips: int, stride: int = 1, pad: bool = False) -> list[list[int]]:
     """Returns ``num_clips`` windows with starts spread evenly from the first possible to the last; the middle window
-    for ``num_clips=1``.
-
-    Raises:
-        ValueError: as ``random_window``.
-    """
-    if num_clips < 1:
-        raise ValueError(f"num_clips={num_clips} must be at least 1.")
-    if _too_short(total, num_frames, stride, pad):
-        return [_padded(total, num_frames, stride)] * num_clips
-    span = _span(num_frames, stride)
-    last = total - span
+    for ``num_clips=1``. Raises as :func:`random_window`."""
+    check_at_least(1, num_clips=num_clips)
+    last = max(_slack(total, num_frames, stride, pad), 0)
     starts = [last // 2] if num_clips == 1 else [round(i * last / (num_clips - 1)) for i in range(num_clips)]
-    return [list(range(start, start + span, stride)) for start in starts]
+    return [_window(start, total, num_frames, stride) for start in starts]
 
 
 def fixed_fps(
@@ -469,50 +435,43 @@ def fixed_fps(
         ValueError: the clip is longer than the video and ``pad`` is not set, or a value out of range.
     """
     if fps <= 0 or num_frames < 1 or not timestamps:
-        raise ValueError(
-            f"fps={fps} and num_frames={num_frames} on a video of {len(timestamps)} frames: use fps > 0 and at least "
-            "one frame."
-        )
+        found = f"fps={fps} and num_frames={num_frames} on a video of {len(timestamps)} frames"
+        raise ValueError(f"{found}: use fps > 0 and at least one frame.")
     slack = timestamps[-1] - timestamps[0] - (num_frames - 1) / fps
     if slack < -TOLERANCE and not pad:
+        found = f"the {len(timestamps)} frames of the video span {timestamps[-1] - timestamps[0]:.3g} s"
         raise ValueError(
-            f"num_frames={num_frames} at fps={fps} last {(num_frames - 1) / fps:.3g} s, but the {len(timestamps)} "
-            f"frames of the video span {timestamps[-1] - timestamps[0]:.3g} s: lower num_frames, raise fps, or set "
-            "pad=true to repeat the last frame."
+            f"num_frames={num_frames} at fps={fps} last {(num_frames - 1) / fps:.3g} s, but {found}: lower num_frames, "
+            "raise fps, or set pad=true to repeat the last frame."
         )
     start = timestamps[0] + max(slack, 0.0) * (rng.random() if rng is not None else 0.5)
     # rounding must not select the frame before one that starts at exactly this time
     return [max(bisect_right(timestamps, start + i / fps + TOLERANCE) - 1, 0) for i in range(num_frames)]
 
 
-def _span(num_frames: int, stride: int) -> int:
-    return (num_frames - 1) * stride + 1
-
-
-def _too_short(total: int, num_frames: int, stride: int, pad: bool) -> bool:
+def _slack(total: int, num_frames: int, stride: int, pad: bool) -> int:
+    """Returns the frames of the video minus those that the window spans; negative only with ``pad``."""
+    window = f"num_frames={num_frames} with stride={stride}"
     if min(total, num_frames, stride) < 1:
+        raise ValueError(f"{window} of a video of {total} frames: each must be at least 1.")
+    span = (num_frames - 1) * stride + 1
+    if total < span and not pad:
         raise ValueError(
-            f"num_frames={num_frames} with stride={stride} of a video of {total} frames: each must be at least 1."
+            f"{window} requires a video of {span} frames, but this one has {total}: lower num_frames or stride, or set "
+            "pad=true to repeat the last frame."
         )
-    short = total < _span(num_frames, stride)
-    if short and not pad:
-        raise ValueError(
-            f"num_frames={num_frames} with stride={stride} requires a video of {_span(num_frames, stride)} frames, but "
-            f"this one has {total}: lower num_frames or stride, or set pad=true to repeat the last frame."
-        )
-    return short
+    return total - span
 
 
-def _padded(total: int, num_frames: int, stride: int) -> list[int]:
-    return [min(i * stride, total - 1) for i in range(num_frames)]
+def _window(start: int, total: int, num_frames: int, stride: int) -> list[int]:
+    """Returns every ``stride``-th frame from ``start``; the last frame of the video is repeated after its end."""
+    return [min(start + i * stride, total - 1) for i in range(num_frames)]
 
 
 def _checked_times(timestamps: np.ndarray) -> np.ndarray:
     times = np.asarray(timestamps, dtype=np.float64)
     if times.ndim != 1 or not len(times) or not np.isfinite(times).all() or (np.diff(times) < 0).any():
-        raise VideoError(
-            f"The timestamps of {times.size} frames are not ascending finite seconds: re-encode the video."
-        )
+        raise VideoError(f"The timestamps of {times.size} frames are not ascending finite seconds: re-encode it.")
     return times
 
 
@@ -526,8 +485,7 @@ def _count(
         if wanted > max(total, options.frame_factor) and not options.pad_frames:
             raise ValueError(
                 f"num_frames={options.num_frames} (in multiples of {options.frame_factor}: {wanted}) exceeds the "
-                f"{total} frames of the video or its range: lower num_frames, or set pad_frames=true to repeat the "
-                "last frame."
+                f"{total} frames of the video or its range: lower it, or set pad_frames=true to repeat the last frame."
             )
         return min(wanted, total)
     limits = (options.min_frames, options.max_frames, options.frame_factor)
@@ -551,22 +509,3 @@ def _limited(wanted: float, total: int, min_frames: int, max_frames: int, frame_
     least = math.ceil(min_frames / frame_factor) * frame_factor
     most = math.floor(min(max_frames, total) / frame_factor) * frame_factor
     return math.floor(min(max(wanted, least), most) / frame_factor) * frame_factor
-
-
-def _explicit(indices: Sequence[int], first: int, last: int) -> list[int]:
-    outside = [i for i in indices if not first <= i <= last]
-    if outside or not indices:
-        raise ValueError(
-            f"indices={list(indices)[:8]} contain the frames {outside[:8]}, but the video, or its range from "
-            f"video_start to video_end, has the frames {first} to {last}: choose at least one of these."
-        )
-    return list(indices)
-
-
-def _every(first: int, last: int, max_frames: int) -> list[int]:
-    if last - first + 1 > max_frames:
-        raise ValueError(
-            f"sampling='all' would take {last - first + 1} frames, above max_frames={max_frames}: raise max_frames, "
-            "choose a range, or use sampling='fps'."
-        )
-    return list(range(first, last + 1))

@@ -5,8 +5,7 @@ conf/video, a YAML file elsewhere, or a processor config saved by HuggingFace), 
 is a frozen dataclass next to the code that reads it. Its fields are the keys of the YAML, and field names are unique
 over all sections, so that an override needs no section.
 
-Types are checked here rather than by ``OmegaConf.structured``, which converts wrong types silently ("3" to 3, 1 to
-true), accepts three values for a pair, and does not support ``int | tuple[int, int]``.
+Types are checked here: ``OmegaConf.structured`` silently converts wrong types ("3" to 3) and lacks tuple unions.
 """
 
 import json
@@ -69,10 +68,8 @@ class VideoSettings:
             )
         detail, counted = self.format.detail, self.tokens.tile_detail
         if self.tokens.count == "tiles" and detail not in ("auto", counted):
-            raise ValueError(
-                f"detail={detail} differs from tile_detail={counted}, which determines the token count: also set "
-                f"tile_detail={detail}."
-            )
+            problem = f"detail={detail} differs from tile_detail={counted}, which determines the token count"
+            raise ValueError(f"{problem}: also set tile_detail={detail}.")
 
 
 def models(conf: Path = CONF) -> list[str]:
@@ -159,15 +156,13 @@ def _find(model: str | Path, conf: Path) -> Path:
             f"preprocessor_config.json (nothing is downloaded), or one of the models {', '.join(known) or '(none)'}."
         )
     if not known:
-        raise FileNotFoundError(
-            f"model={model!r} cannot be found, because the folder {conf} of model files does not exist: set model to "
-            "the path of a YAML file."
-        )
+        problem = f"model={model!r} cannot be found, because the folder {conf} of model files does not exist"
+        raise FileNotFoundError(f"{problem}: set model to the path of a YAML file.")
     near = get_close_matches(str(model), known, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(
-        f"model={model!r} does not exist: choose from {', '.join(known)}."
-        f"{f' Did you mean {near[0]!r}?' if near else ''} To add a model, create {conf / f'{model}.yaml'}, or pass the "
-        "path of a YAML file."
+        f"model={model!r} does not exist: choose from {', '.join(known)}.{hint} To add a model, create "
+        f"{conf / f'{model}.yaml'}, or pass the path of a YAML file."
     )
 
 
@@ -182,10 +177,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     assert isinstance(plain, dict)
     defaults = plain.pop("defaults", DEFAULTS)
     if defaults != DEFAULTS:
-        raise ValueError(
-            f"{file} has defaults: {defaults}: remove them, or write defaults: [{', '.join(DEFAULTS)}]; the general "
-            "settings are the only base of a model."
-        )
+        raise ValueError(f"{file} has defaults: {defaults}: remove them, or write defaults: [{', '.join(DEFAULTS)}].")
     return {str(key): value for key, value in plain.items()}
 
 
@@ -197,10 +189,8 @@ def _merge(values: Values, content: Mapping[str, Any], sections: Mapping[str, ty
             if section in section_of:
                 raise ValueError(f"{file}: `{section}` belongs under `{section_of[section]}:`.")
             near = get_close_matches(section, sections, n=1)
-            raise ValueError(
-                f"{file}: `{section}` is not a section: choose from {', '.join(sections)}."
-                f"{f' Did you mean `{near[0]}`?' if near else ''}"
-            )
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            raise ValueError(f"{file}: `{section}` is not a section: choose from {', '.join(sections)}.{hint}")
         if settings is None:
             continue
         if not isinstance(settings, Mapping):

@@ -46,11 +46,9 @@ _CONTAINERS = (
     # two consecutive frame headers
     (rb"(\xff[\xe2-\xe5\xf2-\xf5\xfa-\xfd])[\x10-\xef].{24,2880}?\1[\x10-\xef]", "mp3"),
 )
+_ARCHIVES = rb"PK\x03\x04|PK\x05\x06|\x1f\x8b|BZh\d|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd|.{257}ustar"
 _NO_VIDEO = (
-    (
-        rb"PK\x03\x04|PK\x05\x06|\x1f\x8b|BZh\d|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd|.{257}ustar",
-        "an archive: extract it",
-    ),
+    (_ARCHIVES, "an archive: extract it"),
     (rb"RIFF.{4}WAVE", "audio without video"),
     (rb"\s*<(?:!doctype )?html", "a web page: use the URL of the video itself"),
     (rb"\xff\xfe|\xfe\xff|[^\0-\x08\x0e-\x1a\x1c-\x1f]{1,1024}\Z", "text"),
@@ -97,23 +95,14 @@ def local_path(text: str, folder: bool = False) -> Path:
 
 
 def local_video(path: str | Path) -> tuple[Path, str]:
-    """Returns the resolved path and the container of a file that may be decoded.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        RefusedSourceError: a protocol string, a special file, or a playlist.
-        BrokenVideoError: the file is not a video.
-    """
+    """Returns the resolved path and the container of a file that may be decoded; raises as :func:`local_path` and
+    :func:`sniff`."""
     found = local_path(os.fspath(path))
     return found, sniff(found, str(found))
 
 
 def sniff(path: Path, name: str) -> str:
-    """Returns the container of a file, detected from its first bytes.
-
-    Args:
-        path: a regular file.
-        name: name of the file in messages.
+    """Returns the container of a regular file, detected from its first bytes. ``name`` is its name in messages.
 
     Raises:
         RefusedSourceError: the file is a playlist or description that refers to other files or URLs, or its name is an
@@ -122,9 +111,7 @@ def sniff(path: Path, name: str) -> str:
     """
     with path.open("rb") as file:
         head, tag = file.read(_HEAD), None
-        if tag := re.match(
-            rb"ID3[^\xff]{2}(.)([\0-\x7f]{4})", head, re.DOTALL
-        ):  # FFmpeg skips the tag, so it is skipped here
+        if tag := re.match(rb"ID3[^\xff]{2}(.)([\0-\x7f]{4})", head, re.DOTALL):  # skipped, as FFmpeg does
             size = functools.reduce(lambda total, byte: total << 7 | byte, tag.group(2), 0)
             file.seek(size + (20 if tag.group(1)[0] & 16 else 10))
             head = file.read(_HEAD)

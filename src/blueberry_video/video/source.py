@@ -1,11 +1,8 @@
 """Video sources: every supported input becomes a local file for a decoder, or a list of decoded frames.
 
 A decoder never receives a URL, a protocol string or a name that it could parse as one: URLs are fetched here, and
-bytes, streams and base64 are written to a private temporary file. It also never receives contents that make it open
-other files: a file is accepted only if its first bytes are those of a container that holds its own frames. Sources are
-refused before a decoder reads them, and special files (devices, pipes) before they are opened.
-
-In ISO files (mp4, mov) a ``dref`` entry may name an external file; FFmpeg ignores it by default (``enable_drefs``).
+bytes, streams and base64 are written to a private temporary file. ``sniff`` accepts only containers that hold their own
+frames. In ISO files (mp4, mov) a ``dref`` entry may name an external file; FFmpeg ignores it (``enable_drefs``).
 """
 
 import base64
@@ -112,9 +109,8 @@ def open_source(value: object, options: SourceOptions | None = None) -> Source:
     if isinstance(value, Tensor) and (value.is_nested or value.device.type == "meta" or value.layout != torch.strided):
         raise TypeError("A video cannot be a nested, sparse or meta tensor: pass a dense tensor (T, C, H, W).")
     if isinstance(value, np.ndarray | Tensor) and value.ndim != 4:
-        raise BrokenVideoError(
-            f"A video cannot be an array of shape {tuple(value.shape)}: pass (T, C, H, W) or (T, H, W, C)."
-        )
+        shape = tuple(value.shape)
+        raise BrokenVideoError(f"A video cannot be an array of shape {shape}: pass (T, C, H, W) or (T, H, W, C).")
     if isinstance(value, list | tuple | np.ndarray | Tensor):
         return _open_frames(value, options)
     if hasattr(value, "read"):
@@ -165,12 +161,8 @@ def _open_base64(text: str, start: int, options: SourceOptions) -> Source:
 
 def _open_bytes(content: bytes | bytearray | memoryview, name: str, options: SourceOptions) -> Source:
     _check_bytes(name, memoryview(content).nbytes, options)
-    return _from_temporary_file(
-        "bytes",
-        name,
-        options,
-        lambda file: file.write(memoryview(content).tobytes() if not memoryview(content).contiguous else content),
-    )
+    whole = content if memoryview(content).contiguous else memoryview(content).tobytes()
+    return _from_temporary_file("bytes", name, options, lambda file: file.write(whole))
 
 
 def _open_stream(stream: BinaryIO, name: str, options: SourceOptions) -> Source:
@@ -180,20 +172,15 @@ def _open_stream(stream: BinaryIO, name: str, options: SourceOptions) -> Source:
             if not isinstance(piece, bytes | bytearray | memoryview):
                 raise TypeError(f"The stream returns {type(piece).__name__}, not bytes: open it in binary mode.")
             size += len(piece)
-            if size > options.max_bytes:
-                raise LimitError(
-                    f"{name} has more than max_bytes={options.max_bytes} bytes: raise max_bytes, or shorten the video."
-                )
+            _check_bytes(name, size, options)
             file.write(piece)
 
     return _from_temporary_file("bytes", name, options, copy)
 
 
 def _from_temporary_file(kind: str, name: str, options: SourceOptions, fill: Callable[[BinaryIO], object]) -> Source:
-    """Returns a source that reads from a private temporary file written by ``fill``.
-
-    The file is deleted when the source is closed or garbage collected, at the latest when the interpreter exits.
-    """
+    """Returns a source that reads from a private temporary file written by ``fill``, deleted when the source is closed
+    or garbage collected, at the latest when the interpreter exits."""
     descriptor, text = tempfile.mkstemp(prefix="blueberry-video-")
     path, owner = Path(text), os.getpid()
 
@@ -218,10 +205,8 @@ def _open_path(text: str, options: SourceOptions) -> Source:
     names = sorted((entry.name for entry in path.iterdir() if not entry.name.startswith(".")), key=_natural)
     other = next((name for name in names or ["no image"] if not name.lower().endswith(_IMAGE_SUFFIXES)), None)
     if other:
-        raise RefusedSourceError(
-            f"The folder {path} holds {other}: pass a folder that holds only image files "
-            f"({', '.join(_IMAGE_SUFFIXES)}), or the path of one video."
-        )
+        allowed = f"only image files ({', '.join(_IMAGE_SUFFIXES)})"
+        raise RefusedSourceError(f"The folder {path} holds {other}: pass a folder of {allowed}, or one video.")
     return _open_frames([path / name for name in names], options, str(path))
 
 
@@ -232,10 +217,8 @@ def _open_frames(frames: Sequence | np.ndarray | Tensor, options: SourceOptions,
     kinds = ((str, os.PathLike), (Image.Image,), (np.ndarray,), (Tensor,))
     kind = next((kind for kind in kinds if all(isinstance(frame, kind) for frame in frames)), None)
     if kind is None:
-        raise TypeError(
-            f"{name} has mixed or unsupported types ({', '.join(sorted({type(frame).__name__ for frame in frames}))}): "
-            "pass only paths of images, only PIL images, only numpy arrays or only tensors."
-        )
+        found = ", ".join(sorted({type(frame).__name__ for frame in frames}))
+        raise TypeError(f"{name} has mixed types ({found}): pass only image paths, PIL images, arrays or tensors.")
     if kind in kinds[2:]:
         return Source("frames", name, frames=Arrays(frames, name, options))
     if kind is kinds[0]:
@@ -257,9 +240,8 @@ def _checked(kind: str, name: str, path: Path, options: SourceOptions) -> Source
 
 def _check_bytes(name: str, size: int, options: SourceOptions) -> None:
     if size > options.max_bytes:
-        raise LimitError(
-            f"{name} has {size} bytes, more than max_bytes={options.max_bytes}: raise max_bytes, or shorten the video."
-        )
+        limit = f"max_bytes={options.max_bytes}"
+        raise LimitError(f"{name} has at least {size} bytes, above {limit}: raise max_bytes, or shorten the video.")
 
 
 def _natural(name: str) -> tuple[list[int | str], str]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from blueberry_video.video.checks import check_above_zero, check_between
 from blueberry_video.video.fetch import parse_networks
 
 MAX_FRAME_PIXELS = 8192 * 4352  # 8K
@@ -31,10 +32,8 @@ class SourceOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "allowed_networks", tuple(self.allowed_networks))  # YAML has lists
-        for key, value in vars(self).items():
-            unknown = value is None and key == "frames_fps"
-            if key != "allowed_networks" and not unknown and not 0 < value < float("inf"):
-                raise ValueError(f"{key}={value} must be finite and greater than 0.")
-        if self.frames_fps is not None and not 1e-4 <= self.frames_fps <= 1e6:
-            raise ValueError(f"frames_fps={self.frames_fps:g} must be between 0.0001 and 1,000,000.")
+        for key in ("max_bytes", "max_duration", "max_frame_pixels", "max_decoded_pixels", "fetch_timeout"):
+            check_above_zero(True, **{key: getattr(self, key)})
+        if self.frames_fps is not None:
+            check_between(1e-4, 1e6, frames_fps=self.frames_fps)
         parse_networks(self.allowed_networks)

@@ -7,7 +7,7 @@ adds around the groups. All sizes are those after resizing.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
@@ -18,12 +18,8 @@ from blueberry_video.video.errors import LimitError
 COUNTS = ("patches", "per_frame", "tiles")
 MARKS = ("none", "number", "seconds", "clock")
 DETAILS = ("low", "high")
-PRECISIONS = {
-    "fp32": (4.0, 4),
-    "bf16": (2.0, 2),
-    "int8": (1.0, 2),
-    "int4": (0.5, 2),
-}  # bytes per weight, bytes per value
+# bytes per weight, bytes per value
+PRECISIONS = {"fp32": (4.0, 4), "bf16": (2.0, 2), "int8": (1.0, 2), "int4": (0.5, 2)}
 UNKNOWN_TIME_DIGITS = 6  # digits of a mark without known times: enough for 99,999.9 seconds
 
 _AT_LEAST_ONE = (
@@ -87,10 +83,8 @@ class TokenOptions:
         not_negative = ("tokens_per_video", "tokens_per_mark", "tile_tokens", "reserved_tokens")
         check_at_least(0, **{key: getattr(self, key) for key in not_negative})
         if self.context_length is not None and self.reserved_tokens >= self.context_length:
-            raise ValueError(
-                f"reserved_tokens={self.reserved_tokens} must be below context_length={self.context_length}, or no "
-                "token remains for the video: lower it."
-            )
+            problem = f"reserved_tokens={self.reserved_tokens} must be below context_length={self.context_length}"
+            raise ValueError(f"{problem}, or no token remains for the video: lower it.")
 
     @property
     def size_step(self) -> int:
@@ -170,20 +164,18 @@ def count_tokens(
             ``UNKNOWN_TIME_DIGITS`` digits, an upper bound for videos of under a day.
 
     Raises:
-        ValueError: a number below 1, a size that is not a multiple of the step, or a number of timestamps other than
-            ``num_frames``.
+        ValueError: a number below 1, a size that is not a multiple of the step, or a wrong number of timestamps.
     """
     _check_video(num_frames, height, width, options)
     groups = _groups(num_frames, options)
     grid = None
     if options.count == "patches":
         grid = (groups, height // options.patch_size, width // options.patch_size)
-    if timestamps is None or options.mark in ("none", "number"):
-        return TokenCount(grid, groups * _per_group(height, width, options), _text(groups, options))
-    if len(timestamps) != num_frames:
-        raise ValueError(f"{len(timestamps)} timestamps for num_frames={num_frames}: pass one per frame.")
-    digits = sum(len(_time_mark(time, options.mark)) for time in _group_times(timestamps, options.temporal_patch_size))
-    text = options.tokens_per_video + groups * options.tokens_per_mark + digits
+    text = _text(groups, options)
+    if timestamps is not None and options.mark in ("seconds", "clock"):
+        if len(timestamps) != num_frames:
+            raise ValueError(f"{len(timestamps)} timestamps for num_frames={num_frames}: pass one per frame.")
+        text += _time_digits(timestamps, options) - groups * UNKNOWN_TIME_DIGITS
     return TokenCount(grid, groups * _per_group(height, width, options), text)
 
 
@@ -191,17 +183,14 @@ def fit(num_frames: int, height: int, width: int, options: TokenOptions) -> Fit:
     """Compares a video with the context length of a model and finds the most frames and the largest size that fit.
 
     Both are exact: neither one more group of frames nor the next larger size of the same aspect ratio fits. The size is
-    never enlarged. Time marks count as in ``count_tokens`` without timestamps.
-
-    Raises:
-        ValueError: as ``count_tokens``.
+    never enlarged. Time marks count as in :func:`count_tokens` without timestamps; raises as that function.
     """
     tokens = count_tokens(num_frames, height, width, options)
     if (budget := options.budget) is None:
         return Fit(tokens, None, None, (height, width))
     per_group = _per_group(height, width, options)
     # every group has at least one token, so that at most ``budget`` groups fit
-    groups = _count_within(budget, budget, lambda g: g * per_group + _text(g, options))
+    groups = bisect_right(range(1, budget + 1), budget, key=lambda g: g * per_group + _text(g, options))
     fits = tokens.total <= budget
     size = (height, width) if fits else _largest_size(num_frames, height, width, options, budget)
     return Fit(tokens, budget, groups * options.temporal_patch_size, size)
@@ -241,10 +230,7 @@ def memory_estimate(num_frames: int, height: int, width: int, options: TokenOpti
 
     Not included: activations of the vision encoder and of the prefill, logits, scales and zero points of quantized
     weights, sliding windows or sharing that reduce the cache, memory of the runtime and fragmentation; and the decoded
-    frames before resizing, which are in host memory.
-
-    Raises:
-        ValueError: as ``count_tokens``.
+    frames before resizing, which are in host memory. Raises as :func:`count_tokens`.
     """
     tokens = count_tokens(num_frames, height, width, options)
     pixels = _groups(num_frames, options) * options.temporal_patch_size * 3 * height * width
@@ -281,8 +267,7 @@ def recommend_batch_size(
         headroom: share of the memory, in [0, 1), kept free for everything that ``memory_estimate`` does not include.
 
     Raises:
-        ValueError: an unknown precision, a share out of range, a model without published sizes, or as
-            ``count_tokens``.
+        ValueError: an unknown precision, a share out of range, unpublished sizes, or as :func:`count_tokens`.
     """
     check_choice("precision", precision, PRECISIONS)
     if not 0 <= headroom < 1:
@@ -343,22 +328,14 @@ def _text(groups: int, options: TokenOptions) -> int:
     return options.tokens_per_video + groups * options.tokens_per_mark + digits
 
 
-def _group_times(timestamps: Sequence[float], size: int) -> list[float]:
-    """Returns the mean time of the first and last frame of each group, as in Qwen3-VL's processor."""
-    last = len(timestamps) - 1
-    return [(timestamps[i] + timestamps[min(i + size - 1, last)]) / 2 for i in range(0, len(timestamps), size)]
-
-
-def _time_mark(time: float, mark: str) -> str:
-    """Returns the digits of a time mark."""
-    if mark == "clock":
-        return f"{int(time // 60):02d}{int(time % 60):02d}"
-    return f"{time:.1f}".replace(".", "").lstrip("-")
-
-
-def _count_within(budget: int, most: int, tokens: Callable[[int], int]) -> int:
-    """Returns the largest n in 0 … ``most`` with tokens(n) ≤ budget, for a non-decreasing function."""
-    return bisect_right(range(1, most + 1), budget, key=tokens)
+def _time_digits(timestamps: Sequence[float], options: TokenOptions) -> int:
+    """Returns the digits of the time marks: the mean time of each group's first and last frame, as in Qwen3-VL."""
+    digits, last = 0, len(timestamps) - 1
+    for i in range(0, len(timestamps), options.temporal_patch_size):
+        time = (timestamps[i] + timestamps[min(i + options.temporal_patch_size - 1, last)]) / 2
+        mark = f"{int(time // 60):02d}{int(time % 60):02d}" if options.mark == "clock" else f"{time:.1f}"
+        digits += sum(character.isdigit() for character in mark)
+    return digits
 
 
 def _largest_size(
@@ -380,5 +357,8 @@ def _largest_size(
     def size(k: int) -> tuple[int, int]:
         return max(1, k // columns) * step, max(1, k // rows) * step
 
-    k = _count_within(budget, rows * columns, lambda k: groups * _per_group(*size(k), options) + _text(groups, options))
+    def tokens(k: int) -> int:
+        return groups * _per_group(*size(k), options) + _text(groups, options)
+
+    k = bisect_right(range(1, rows * columns + 1), budget, key=tokens)
     return size(k) if k else None
