@@ -72,9 +72,9 @@ class Recipe:
 @torch.no_grad()
 def encode(encoder: Encoder, video: Tensor, normalize: Normalize, batch_size: int = 64) -> Tensor:
     """Encodes clips uint8 (N, T, C, H, W) to tokens (N, tokens, D) on the CPU, without augmentation."""
-    device = next(encoder.parameters()).device
+    like = next(encoder.parameters())
     encoder.eval()
-    return torch.cat([encoder(_inputs(part, normalize, device)).float().cpu() for part in video.split(batch_size)])
+    return torch.cat([encoder(_inputs(part, normalize, like)).float().cpu() for part in video.split(batch_size)])
 
 
 def fit_probe(
@@ -91,14 +91,15 @@ def fit_probe(
 def fine_tune(
     encoder: Encoder, clips: LabelledClips, num_classes: dict[str, int], normalize: Normalize, recipe: Recipe
 ) -> tuple[Encoder, ClassificationHead]:
-    """Trains a copy of the encoder and a mean-pooling head end to end; returns the copy and the head (on the CPU)."""
-    device = next(encoder.parameters()).device
+    """Trains a copy of the encoder and a mean-pooling head end to end, in float32 whatever the dtype of the encoder;
+    returns the copy and the head (on the CPU)."""
+    like = next(encoder.parameters()).float()
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        head = ClassificationHead(encoder.embed_dim, num_classes).to(device)
-        tuned = copy.deepcopy(encoder)
+        head = ClassificationHead(encoder.embed_dim, num_classes).to(like.device)
+        tuned = copy.deepcopy(encoder).float()
         model = nn.Sequential(tuned, head)
-        _fit(model, lambda index: _inputs(clips.video[index], normalize, device), clips.labels, recipe)
+        _fit(model, lambda index: _inputs(clips.video[index], normalize, like), clips.labels, recipe)
         return tuned, head.cpu()
 
 
@@ -150,6 +151,7 @@ def score(
     return values
 
 
-def _inputs(video: Tensor, normalize: Normalize, device: torch.device) -> Tensor:
-    """Converts clips uint8 (N, T, C, H, W) to the input (N, C, T, H, W) of an encoder."""
-    return normalize(video.to(device).transpose(1, 2).float().div(255))
+def _inputs(video: Tensor, normalize: Normalize, like: Tensor) -> Tensor:
+    """Converts clips uint8 (N, T, C, H, W) to the input (N, C, T, H, W) of an encoder, on the device and in the dtype
+    of ``like``."""
+    return normalize(video.to(like.device).transpose(1, 2).float().div(255)).to(like.dtype)

@@ -253,7 +253,8 @@ class CrossEntropyPlanner:
                 f"planner.actions.width={self.actions.width} must equal model.action_dim={model.action_dim}, the width "
                 "of the actions that the model was trained with."
             )
-        start, goal = model.encode_frames(torch.stack([images, goals], dim=2)).unbind(dim=1)
+        dtype = next(model.parameters()).dtype
+        start, goal = model.encode_frames(torch.stack([images, goals], dim=2).to(dtype)).unbind(dim=1)
         return self.minimize(
             lambda actions: self._distance(model, start, states, goal, actions), len(start), start.device, generator
         )
@@ -282,7 +283,8 @@ class CrossEntropyPlanner:
         distances = []
         for rows in torch.arange(len(situation), device=start.device).split(self.batch_size):
             here = situation[rows]
-            reached = model.rollout(start[here, None], actions.flatten(0, 1)[rows], along[rows])[:, -1]
+            chosen, states_before = actions.flatten(0, 1)[rows].to(start.dtype), along[rows].to(start.dtype)
+            reached = model.rollout(start[here, None], chosen, states_before)[:, -1]
             distances.append((reached - goal[here]).abs().mean(dim=(1, 2)))
         return torch.cat(distances).view(-1, count)
 

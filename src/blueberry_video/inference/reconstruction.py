@@ -32,7 +32,7 @@ def reconstruct(model: MaskedAutoencoder, video: Tensor, inputs: Tensor, keep: T
     predicted = model(inputs, keep, target).float().view(*target.shape, *patches.shape[2:])
     rows = torch.arange(len(video), device=video.device)[:, None]
     filled = torch.zeros_like(patches)
-    filled[rows, target] = predicted * std[rows, target] + mean[rows, target]
+    filled[rows, target] = (predicted * std[rows, target] + mean[rows, target]).to(filled.dtype)
     filled[rows, keep] = patches[rows, keep]
     return _as_video(encoder, filled, video).clamp(0, 1)
 

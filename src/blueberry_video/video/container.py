@@ -153,7 +153,7 @@ def open_video(
 
 
 def _choose_stream(container: InputContainer, stream_index: int | None, name: str) -> VideoStream:
-    # PyAV has no decoder for a stream whose codec context is None
+    # PyAV has no decoder for a stream with codec_context=None
     videos = {stream.index: stream for stream in container.streams.video if stream.codec_context is not None}
     if stream_index is not None:
         if stream_index not in videos:

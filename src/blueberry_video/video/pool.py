@@ -33,7 +33,7 @@ from typing import Any, Generic, TypeVar
 
 import psutil
 
-from blueberry_video.video.checks import check_above_zero
+from blueberry_video.video.checks import check_above_zero, check_at_least
 from blueberry_video.video.errors import KilledError, VideoError
 
 Item = TypeVar("Item")
@@ -109,7 +109,8 @@ def run_in_processes(
         ValueError: a limit that is not positive, or a function of an interactive session.
         RuntimeError: a worker could not import the function.
     """
-    check_above_zero(workers=workers, timeout=timeout, memory_bytes=memory_bytes)
+    check_at_least(1, workers=workers)
+    check_above_zero(timeout=timeout, memory_bytes=memory_bytes)
     if _STARTING in os.environ:
         raise RuntimeError(
             "run_in_processes was called while a worker process imports the main script: guard the call with "
