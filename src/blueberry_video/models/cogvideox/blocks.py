@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from blueberry_video.nn.feed_forward import FeedForward
 from blueberry_video.nn.joint_attention import HeadNormAttention, Shared
-from blueberry_video.nn.modulation import gated, modulate
+from blueberry_video.nn.timestep_conditioning import gated, modulate
 
 
 class Condition(NamedTuple):

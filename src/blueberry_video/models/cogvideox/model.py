@@ -23,7 +23,7 @@ from blueberry_video.models.cogvideox.convert import FREE_SETTINGS, PUBLISHED_SE
 from blueberry_video.models.cogvideox.positions import CogVideoXPositions, sincos_positions
 from blueberry_video.models.diffusion_transformer import DiffusionTransformer, Grid, text_timestep
 from blueberry_video.nn.joint_attention import KeyValueCache, Shared, block_causal
-from blueberry_video.nn.timestep_embedding import TimestepMLP, sinusoidal
+from blueberry_video.nn.timestep_conditioning import TimestepMLP, sinusoidal
 from blueberry_video.weights.load import different_settings
 
 OFFSET = 2.0  # constant input of the offset embedding of 1.5-5B-I2V

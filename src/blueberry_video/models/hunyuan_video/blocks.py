@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from blueberry_video.nn.feed_forward import FeedForward
 from blueberry_video.nn.joint_attention import HeadNormAttention, HeadNormProjections, Shared
-from blueberry_video.nn.modulation import gated, modulate
 from blueberry_video.nn.rope import Rotation
+from blueberry_video.nn.timestep_conditioning import gated, modulate
 
 EPS = 1e-6  # of all norms
 HEAD_NORM = functools.partial(nn.RMSNorm, eps=EPS)

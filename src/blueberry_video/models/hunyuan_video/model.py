@@ -22,7 +22,7 @@ from blueberry_video.models.diffusion_transformer import text_timestep
 from blueberry_video.models.hunyuan_video.token_refiner import SINUSOID
 from blueberry_video.models.hunyuan_video.transformer import Condition, DualStreamTransformer, padding_mask
 from blueberry_video.nn.joint_attention import KeyValueCache
-from blueberry_video.nn.timestep_embedding import TimestepMLP, sinusoidal
+from blueberry_video.nn.timestep_conditioning import TimestepMLP, sinusoidal
 from blueberry_video.weights.files import num_blocks
 
 IMAGE_CONDITIONS = (None, "latent_concat", "token_replace")

@@ -19,7 +19,7 @@ from blueberry_video.models.diffusion_transformer import check_tokens, text_time
 from blueberry_video.models.hunyuan_video.token_refiner import SINUSOID
 from blueberry_video.models.hunyuan_video.transformer import Condition, DualStreamTransformer, padding_mask
 from blueberry_video.nn.joint_attention import KeyValueCache
-from blueberry_video.nn.timestep_embedding import TimestepMLP, sinusoidal
+from blueberry_video.nn.timestep_conditioning import TimestepMLP, sinusoidal
 from blueberry_video.weights.diffusers_folder import write_folder
 
 LETTERS_HIDDEN = 2048  # hidden width of the projection of ByT5's tokens

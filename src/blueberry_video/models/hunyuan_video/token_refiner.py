@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from blueberry_video.models.hunyuan_video.blocks import EPS, Modulation
 from blueberry_video.nn.feed_forward import FeedForward
-from blueberry_video.nn.modulation import gated
-from blueberry_video.nn.timestep_embedding import TimestepMLP, sinusoidal
+from blueberry_video.nn.timestep_conditioning import TimestepMLP, gated, sinusoidal
 
 SINUSOID = 256  # channels of the sinusoidal timestep embedding
 

@@ -19,7 +19,7 @@ from blueberry_video.models.hunyuan_video.token_refiner import TokenRefiner
 from blueberry_video.nn.embeddings import TubeletEmbed
 from blueberry_video.nn.joint_attention import KeyValueCache, Shared, block_causal
 from blueberry_video.nn.rope import Rotation, axes_rotation
-from blueberry_video.nn.timestep_embedding import TimestepMLP
+from blueberry_video.nn.timestep_conditioning import TimestepMLP
 
 
 class Condition(NamedTuple):

@@ -1,4 +1,9 @@
-"""Timestep embedding of diffusion models: sinusoid (Ho et al., arXiv 2006.11239) and MLP."""
+"""Timestep conditioning of diffusion transformers: sinusoidal embedding (Ho et al., arXiv 2006.11239), MLP, and adaLN
+modulation (Peebles and Xie, arXiv 2212.09748) with one conditioning vector per clip or per frame.
+
+Shift, scale and gate are (B, K, D) for tokens (B, N, D): K = 1, or K frames of N / K consecutive tokens each. They are
+never expanded to the size of the tokens.
+"""
 
 import math
 
@@ -38,3 +43,19 @@ class TimestepMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.linear_1.weight.dtype)  # sinusoids are float32
         return self.linear_2(F.silu(self.linear_1(x)))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Computes x * (1 + scale) + shift in one pass over x (B, N, D); shift and scale are (B, K, D)."""
+    return torch.addcmul(shift[:, :, None], _frames(x, shift), 1 + scale[:, :, None]).flatten(1, 2)
+
+
+def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """Gated residual x + gate * branch: x and branch (B, N, D), gate (B, K, D)."""
+    return torch.addcmul(_frames(x, gate), gate[:, :, None], _frames(branch, gate)).flatten(1, 2)
+
+
+def _frames(x: Tensor, values: Tensor) -> Tensor:
+    """(B, N, D) -> (B, K, N / K, D)."""
+    num_frames = values.shape[1]
+    return x.unflatten(1, (num_frames, x.shape[1] // num_frames))
