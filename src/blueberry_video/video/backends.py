@@ -21,10 +21,10 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from torch import Tensor
 
-from blueberry_video.video.checks import check_choice
 from blueberry_video.video.container import FAILURES, OpenVideo, open_video
 from blueberry_video.video.errors import one_line
 from blueberry_video.video.picture import ToRGB
+from blueberry_video.video.ranges import check_choice
 
 
 class DamagedError(ValueError):

@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from blueberry_video.video.checks import check_above_zero, check_choice
+from blueberry_video.video.ranges import check_above_zero, check_choice
 
 OVERFLOWS = ("error", "fit", "ignore")
 

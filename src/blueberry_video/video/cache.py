@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from blueberry_video.atomic import atomic_file
-from blueberry_video.video.checks import check_above_zero, check_at_least
+from blueberry_video.video.ranges import check_above_zero, check_at_least
 
 Entry = tuple[dict[str, Tensor], str]
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from blueberry_video.video.backends import READERS, DamagedError, backend_failure, salvage
-from blueberry_video.video.checks import check_at_least, check_between, check_choice, check_indices
 from blueberry_video.video.container import FAILURES, MAX_FRAME_PIXELS, OpenVideo, VideoInfo, open_video
 from blueberry_video.video.errors import BrokenVideoError, DamagedVideoError, one_line
+from blueberry_video.video.ranges import check_at_least, check_between, check_choice, check_indices
 
 BACKENDS = tuple(READERS)  # in the order in which they are tried
 Result = TypeVar("Result")

@@ -18,7 +18,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from blueberry_video.video.checks import check_at_least, check_between, check_choice
+from blueberry_video.video.ranges import check_at_least, check_between, check_choice
 
 FORMATS = ("tensor", "numpy", "pil", "base64", "huggingface", "openai")
 PICTURES = ("pil", "base64", "openai")

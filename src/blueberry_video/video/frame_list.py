@@ -15,8 +15,8 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from blueberry_video.video.checks import check_indices
 from blueberry_video.video.errors import BrokenVideoError, LimitError, VideoError, one_line
+from blueberry_video.video.ranges import check_indices
 from blueberry_video.video.sniff import IMAGES
 from blueberry_video.video.source_options import SourceOptions
 

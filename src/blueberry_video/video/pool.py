@@ -33,8 +33,8 @@ from typing import Any, Generic, TypeVar
 
 import psutil
 
-from blueberry_video.video.checks import check_above_zero, check_at_least
 from blueberry_video.video.errors import KilledError, VideoError
+from blueberry_video.video.ranges import check_above_zero, check_at_least
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -228,7 +228,7 @@ class _Worker:
 
     @property
     def reusable(self) -> bool:
-        """Whether the worker is alive and retains at most half of its memory limit."""
+        """True if the worker is alive and retains at most half of its memory limit."""
         full = self._memory_bytes is not None and self._kept - self._base > self._memory_bytes / 2
         return self._process.poll() is None and not full
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blueberry_video.video.checks import check_at_least, check_choice
 from blueberry_video.video.errors import LimitError
+from blueberry_video.video.ranges import check_at_least, check_choice
 
 RULES = ("smart", "fill", "crop", "cover", "stretch", "fit", "none")
 RESAMPLES = ("exact", "fast")

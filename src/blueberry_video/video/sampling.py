@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blueberry_video.video.checks import check_above_zero, check_at_least, check_between, check_choice
 from blueberry_video.video.errors import VideoError
+from blueberry_video.video.ranges import check_above_zero, check_at_least, check_between, check_choice
 
 SAMPLERS = ("uniform", "random", "fixed_fps", "multi_clip")
 STRATEGIES = ("fps", "uniform", "duration", "keyframes", "adaptive", "all")

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from blueberry_video.video.checks import check_above_zero, check_between
 from blueberry_video.video.fetch import parse_networks
+from blueberry_video.video.ranges import check_above_zero, check_between
 
 MAX_FRAME_PIXELS = 8192 * 4352  # 8K
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
 
-from blueberry_video.video.checks import check_at_least, check_choice
 from blueberry_video.video.errors import LimitError
+from blueberry_video.video.ranges import check_at_least, check_choice
 
 COUNTS = ("patches", "per_frame", "tiles")
 MARKS = ("none", "number", "seconds", "clock")
