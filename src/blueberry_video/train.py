@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -32,7 +33,7 @@ def main() -> None:
 
 @hydra.main(config_path=str(configs.CONF), config_name=None, version_base="1.3")
 def sweep(config: DictConfig) -> float | None:
-    return run(configs.resolve(config))
+    return run(configs.resolve(config, allow=configs.trusted_targets(HydraConfig.get().overrides.task)))
 
 
 def run(config: DictConfig, overrides: list[str] | None = None) -> float | None:

@@ -5,9 +5,10 @@ keys of every node with a ``_target_`` (its constructor's parameters, ``check_no
 (``validate``).
 """
 
-from blueberry_video.config.checks import check, did_you_mean, parse_expected, validate
-from blueberry_video.config.compose import compose, expand_sweep, load, register_schema, resolve
+from blueberry_video.config.checks import check, parse_expected, validate
+from blueberry_video.config.compose import compose, expand_sweep, load, register_schema, resolve, trusted_targets
 from blueberry_video.config.schema import CONF, NODES, Config
+from blueberry_video.config.text import did_you_mean
 
 __all__ = [
     "CONF",
@@ -21,5 +22,6 @@ __all__ = [
     "parse_expected",
     "register_schema",
     "resolve",
+    "trusted_targets",
     "validate",
 ]

@@ -4,6 +4,7 @@ Errors of Hydra are converted to one paragraph that names the key, its value and
 """
 
 import difflib
+import functools
 import itertools
 import re
 from collections.abc import Sequence
@@ -17,12 +18,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, ListConfig, MissingMandatoryValue, OmegaConf
+from omegaconf import DictConfig, ListConfig, MissingMandatoryValue, OmegaConf, open_dict
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from blueberry_video.config.checks import ROOT_KEYS, SPECIAL, check, check_groups, did_you_mean, fix, short, targets
+from blueberry_video.config import safety
+from blueberry_video.config.checks import ROOT_KEYS, SPECIAL, check, check_groups, fix, targets
 from blueberry_video.config.schema import CONF, Config
 from blueberry_video.config.signatures import signature
+from blueberry_video.config.text import did_you_mean, short
 
 
 def register_schema() -> None:
@@ -46,7 +49,9 @@ def compose(file: str | Path, overrides: Sequence[str] = (), conf: Path = CONF) 
     return _compose(path, overrides, conf, saved=False)
 
 
-def load(file: str | Path, overrides: Sequence[str] = (), fresh: DictConfig | None = None) -> DictConfig:
+def load(
+    file: str | Path, overrides: Sequence[str] = (), fresh: DictConfig | None = None, trusted: bool = False
+) -> DictConfig:
     """Loads the config saved by a run, applies overrides and validates the result.
 
     Args:
@@ -54,6 +59,7 @@ def load(file: str | Path, overrides: Sequence[str] = (), fresh: DictConfig | No
         overrides: ``key=value``; overrides that the run already had change nothing.
         fresh: the experiment composed with the same overrides, from which the chosen groups are copied, because a
             saved config has no groups.
+        trusted: whether ``allow_targets`` of the file applies, as for the ranks of a checked config.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -64,6 +70,7 @@ def load(file: str | Path, overrides: Sequence[str] = (), fresh: DictConfig | No
         raise FileNotFoundError(f"there is no config file {path}: give the config.yaml of a run folder.")
     parsed = _parse(overrides)
     chosen = {override.key_or_group for override in parsed if _is_group(override, path, CONF)} & {*(fresh or ())}
+    _check_file(path, saved=True)
     saved = OmegaConf.load(path)
     _check_saved(saved, path)
     lines = []
@@ -72,10 +79,11 @@ def load(file: str | Path, overrides: Sequence[str] = (), fresh: DictConfig | No
         deleted_before = override.is_delete() and OmegaConf.select(saved, key) is None
         if key.partition(".")[0] not in chosen and not deleted_before:
             lines.append(f"+{line}" if override.is_add() else line)
-    config = _compose(path, lines, CONF, saved=True)
+    own = saved.get("allow_targets") if trusted and isinstance(saved, DictConfig) else None
+    config = _compose(path, lines, CONF, saved=True, allow=tuple(own or ()))
     for root in chosen:
         config[root] = fresh[root]  # type: ignore[index]
-    return resolve(config)
+    return resolve(config, allow=(*safety.trusted_targets(parsed), *(own or ())))
 
 
 def _check_saved(saved: Any, path: Path) -> None:
@@ -121,7 +129,7 @@ def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
     return [list(job) for job in itertools.product(*choices)]
 
 
-def _compose(file: Path, overrides: Sequence[str], conf: Path, saved: bool) -> DictConfig:
+def _compose(file: Path, overrides: Sequence[str], conf: Path, saved: bool, allow: tuple[str, ...] = ()) -> DictConfig:
     parsed = _parse(overrides)
     for override in parsed:
         line, key = override.input_line, override.key_or_group
@@ -138,19 +146,26 @@ def _compose(file: Path, overrides: Sequence[str], conf: Path, saved: bool) -> D
             )
     _check_file(file, saved)
     try:
-        config = _hydra(file, overrides, conf)
+        config, settings = _hydra(file, overrides, conf)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, file, parsed, conf, saved)) from error
     except yaml.YAMLError as error:
         raise ValueError(_explain_yaml(error)) from error
-    return resolve(config, _shown(file))
+    if not saved:  # a saved config is a single run, which uses no settings of Hydra
+        _check_hydra(settings, file, conf)
+    return resolve(config, _shown(file), (*allow, *safety.trusted_targets(parsed)))
 
 
-def resolve(config: DictConfig, origin: str = "the config") -> DictConfig:
+def resolve(config: DictConfig, origin: str = "the config", allow: tuple[str, ...] = ()) -> DictConfig:
     """Resolves all interpolations of a composed config, adds the defaults of the schema, and validates the result.
 
+    Args:
+        config: the composed config.
+        origin: name of the file in messages.
+        allow: names that ``_target_`` may have in addition; see :func:`trusted_targets`.
+
     Raises:
-        ValueError: as ``compose``; ``origin`` is the name of the file in the message.
+        ValueError: as ``compose``.
     """
     known = all(key in ROOT_KEYS for key in config)  # for an unknown key, `check` has a better message than merge
     try:
@@ -165,16 +180,54 @@ def resolve(config: DictConfig, origin: str = "the config") -> DictConfig:
         ) from error
     except OmegaConfBaseException as error:
         raise ValueError(f"`{error.full_key}` in {origin} cannot be resolved: {_first_line(error)}.") from error
-    check(plain)
+    check(plain, allow)
     return OmegaConf.create(plain)
 
 
-def _hydra(file: Path, overrides: Sequence[str], conf: Path) -> DictConfig:
-    """Composes with Hydra. Files in the experiment's folder take precedence over those of ``conf/``."""
+def trusted_targets(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names that the overrides or the environment add to the valid targets.
+
+    Raises:
+        ValueError: an override cannot be parsed.
+    """
+    return safety.trusted_targets(_parse(overrides))
+
+
+def _hydra(file: Path, overrides: Sequence[str], conf: Path) -> tuple[DictConfig, DictConfig]:
+    """Composes with Hydra, and returns the config and the settings of Hydra.
+
+    Files in the experiment's folder take precedence over those of ``conf/``.
+    """
     register_schema()
     searchpath = "hydra.searchpath=['file://{}']".format(str(conf).replace("'", "\\'"))
     with initialize_config_dir(str(file.parent), version_base="1.3"):
-        return hydra_compose(file.stem, overrides=[searchpath, *overrides])
+        config = hydra_compose(file.stem, overrides=[searchpath, *overrides], return_hydra_config=True)
+    with open_dict(config):
+        settings = config.pop("hydra")
+    return config, settings
+
+
+def _check_hydra(settings: DictConfig, file: Path, conf: Path) -> None:
+    """Checks the settings of Hydra, from any file, against those of ``conf/`` with the same launcher, sweeper, …"""
+    choices = {key: str(value) for key, value in settings.runtime.choices.items() if value is not None}
+    chosen = tuple(sorted(f"{key}={value}" for key, value in choices.items() if key.startswith("hydra/")))
+    try:
+        trusted = _own_hydra(conf, chosen)
+    except HydraException as error:
+        raise ValueError(
+            f"the settings of Hydra in {_shown(file)} ({', '.join(chosen)}) cannot be composed without the experiment: "
+            f"choose those of Hydra and its installed plugins ({_first_line(error)})."
+        ) from error
+    safety.check_hydra(_plain(settings), trusted, f"{_shown(file)} or a file that it includes")
+
+
+@functools.lru_cache(maxsize=8)
+def _own_hydra(conf: Path, chosen: tuple[str, ...]) -> dict[str, Any]:
+    return _plain(_hydra(conf / "train.yaml", chosen, conf)[1])
+
+
+def _plain(node: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
@@ -201,11 +254,14 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 def _check_file(file: Path, saved: bool) -> None:
     """Checks that the file is valid YAML, and that the defaults of an experiment contain ``train`` and ``_self_``."""
     try:
+        safety.check_tags(file, _shown(file))
         content = OmegaConf.load(file)
     except yaml.YAMLError as error:
         raise ValueError(_explain_yaml(error, file)) from error
     if not isinstance(content, DictConfig):
         raise ValueError(f"{_shown(file)} must be a YAML mapping of keys to values.")
+    if isinstance(own := content.get("hydra"), DictConfig):  # before Hydra reads `searchpath` from it
+        safety.check_hydra(_plain(own), {}, _shown(file))
     if saved:
         return
     defaults = content.get("defaults")
@@ -229,7 +285,7 @@ def _explain(error: Exception, file: Path, overrides: Sequence[Override], conf: 
         line, key = groups[0].input_line, groups[0].key_or_group
         return f"`{line}`: a saved config has no groups. Set single keys: `{key}.<key>=<value>`."
     try:
-        base = _hydra(file, [override.input_line or "" for override in groups], conf)
+        base, _ = _hydra(file, [override.input_line or "" for override in groups], conf)
     except (HydraException, OmegaConfBaseException) as deeper:  # the error is in a file or in the choice of a group
         return _explain_file(deeper, file, groups, conf)
     for override in overrides:
@@ -303,7 +359,7 @@ def _explain_file(error: Exception, file: Path, groups: Sequence[Override], conf
     if cause is not None and cause.full_key:
         source = f"in {_shown(file)}, or in a file of conf/ that it includes"
         root = str(cause.full_key).partition(".")[0]
-        if root not in ROOT_KEYS:
+        if root not in (*ROOT_KEYS, "hydra"):
             return f"`{root}` {source}, is not a root key. {did_you_mean(root, ROOT_KEYS)}"
         return f"`{cause.full_key}` {source}, is invalid: {_first_line(cause)}."
     for override in groups:

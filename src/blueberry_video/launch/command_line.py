@@ -1,4 +1,8 @@
-"""Command line of ``train``: parsing, and error messages without tracebacks."""
+"""Command line of ``train``: parsing, and error messages without tracebacks.
+
+``ARGS="…" python -m blueberry_video.launch.command_line <arguments>`` runs Python with these arguments followed by the
+words of ``ARGS``, with shell quoting, of which the shell expands nothing (Makefile).
+"""
 
 import argparse
 import logging
@@ -16,6 +20,7 @@ from typing import NamedTuple
 from omegaconf import DictConfig
 
 from blueberry_video.config import compose, expand_sweep, load
+from blueberry_video.launch import processes
 
 PACKAGE = Path(__file__).resolve().parents[1]
 DTYPES = ("float32", "bfloat16", "float16")  # of exported weights and stored latents
@@ -40,7 +45,10 @@ class Command(NamedTuple):
 
     def config(self) -> DictConfig:
         """Returns the resolved and checked config of a single run; raises the errors of ``blueberry_video.config``."""
-        return (load if self.saved else compose)(self.file, self.overrides)
+        if not self.saved:
+            return compose(self.file, self.overrides)
+        is_rank = processes.shared_folder() is not None  # the process that started it has checked the config
+        return load(self.file, self.overrides, trusted=is_rank)
 
     def for_hydra(self) -> list[str]:
         """Checks the config of every job of a sweep and returns the arguments for Hydra's command line."""
@@ -144,3 +152,9 @@ def _trainer_error(error: BaseException, frames: traceback.StackSummary) -> str 
     needs_gpu = re.search(r"gpu|cuda", str(error), re.IGNORECASE)
     hint = " Use `trainer=cpu`; `make doctor` lists the devices of this machine." if needs_gpu else ""
     return f"`trainer` cannot be built: {error}{hint}"
+
+
+if __name__ == "__main__":
+    with OneParagraphErrors():
+        words = _split(os.environ.get("ARGS", ""))
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:], *words])
