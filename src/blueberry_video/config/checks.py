@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from inspect import Parameter
 from typing import Any
@@ -69,6 +69,13 @@ SUPPLIED = {  # arguments that train.py passes itself: a config must not set the
     "trainer": ("callbacks", "logger", "default_root_dir"),
     "logger": ("run",),
 }
+COUNTS = {  # number → whether -1 is no limit
+    "trainer.max_steps": True,
+    "trainer.max_epochs": True,
+    "trainer.accumulate_grad_batches": False,
+    "trainer.log_every_n_steps": False,
+    "data.batch_size": False,
+}
 REQUIRED = ("model", "task", "data", "optimizer", "schedule", "trainer")
 PARTIAL = ("optimizer", "schedule", "task.optimization")  # called later with further arguments
 SPECIAL = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
@@ -128,7 +135,13 @@ def _check_root_values(config: Mapping[str, Any]) -> None:
                 f"`optimizer.{key}` = {value} must be a finite number of at least 0: write for example "
                 f"`optimizer.{key}={0.001 if key == 'lr' else 0.05}`."
             )
-    devices = (config.get("trainer") or {}).get("devices", 1)
+    trainer = config.get("trainer") or {}
+    for key, unlimited in COUNTS.items():
+        value = OmegaConf.select(OmegaConf.create(dict(config)), key)
+        if type(value) is int and value < 1 and not (unlimited and value == -1):
+            least = "at least 1, or -1 for no limit" if unlimited else "at least 1"
+            raise ValueError(f"`{key}` = {value} must be {least}: write for example `{key}=1`.")
+    devices = trainer.get("devices", 1)
     number = int(devices) if isinstance(devices, str) and devices.removeprefix("-").isdecimal() else devices
     is_list = isinstance(devices, list | tuple) and devices and all(type(index) is int for index in devices)
     is_number = type(number) is int and (number == -1 or number > 0)
@@ -138,6 +151,32 @@ def _check_root_values(config: Mapping[str, Any]) -> None:
             "list of their indices (`trainer.devices=[0,1]`)."
         )
     parse_expected(config.get("expected"))
+
+
+def check_classes(heads: Mapping[str, int] | None, classes: Mapping[str, Sequence[str]]) -> None:
+    """Checks that the data has every label that the model predicts, with at most as many classes.
+
+    Args:
+        heads: ``model.num_classes``, label → number of classes; None for a model without labels.
+        classes: label → names of the classes in the training set.
+
+    Raises:
+        ValueError: for the first label.
+    """
+    fitting = ", ".join(f"{label}: {len(names)}" for label, names in classes.items())
+    for label, number in (heads or {}).items():
+        if label not in classes:
+            removed = f"remove it with `~model.num_classes.{label}`, or in YAML replace all labels, "
+            removed += f"`num_classes: ${{oc.create:{{{fitting}}}}}`, because a mapping is merged with that of conf/"
+            raise ValueError(
+                f"`model.num_classes.{label}` = {number}: the data has no label `{label}`, only "
+                f"{', '.join(classes) or 'clips without labels'}: {removed if classes else 'choose data with labels'}."
+            )
+        if number < len(classes[label]):
+            raise ValueError(
+                f"`model.num_classes.{label}` = {number} is less than the {len(classes[label])} classes of `{label}` "
+                f"in the data: write `model.num_classes.{label}={len(classes[label])}`."
+            )
 
 
 def parse_expected(expected: Mapping[str, Any] | None) -> dict[str, dict[str, float]]:
@@ -315,6 +354,8 @@ def _check_kind(parameter: Parameter, value: Any, key: str, target: str) -> None
     if choices and isinstance(value, str):
         nearest = did_you_mean(value, map(str, choices))
         raise ValueError(f"`{key}` = {short(value)} is not a choice of {target}. {nearest}")
+    if kind == "float" and "int" in valid and float(value).is_integer():
+        raise ValueError(f"`{key}` = {value} must be an integer: write `{key}={int(value)}`.")
     wanted = [*sorted(kinds - {"None"}), *map(repr, choices), *({"None"} & kinds and ["null"])]
     default = "" if parameter.default in (UNKNOWN, Parameter.empty) else f" (its default is {parameter.default!r})"
     raise ValueError(f"`{key}` = {short(value)} has the wrong type: {target} takes {' or '.join(wanted)}{default}.")
@@ -339,6 +380,13 @@ def fix(word: str, options: Iterable[str], value: Any, path: str, node: Mapping[
         path, node, key = deeper
     elif near:
         key = near[0]
+        section = node.get(key) if path and not rest and key in node else None
+        if isinstance(section, Mapping) and not isinstance(value, Mapping):  # a value would replace the section
+            inside = _deeper(word.removeprefix(f"{key}_"), f"{path}.{key}".lstrip("."), section, own=True)
+            if inside is None:
+                keys = sorted(str(name) for name in section if name not in SPECIAL)
+                return f"`{path}.{key}` is a section, with the keys {', '.join(keys)}: set one of them."
+            path, node, key = inside
     else:
         return did_you_mean(word, options)
     shown = short(value) if isinstance(value, bool | int | float | str) else "…"
@@ -348,10 +396,12 @@ def fix(word: str, options: Iterable[str], value: Any, path: str, node: Mapping[
     return f"Did you mean `{full}`? Write `{plus}{full}={shown}` on the command line{in_yaml}."
 
 
-def _deeper(word: str, path: str, node: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], str] | None:
-    """Child node with a key similar to ``word``, as (path, node, key): ``model.encoder`` for ``model.depth``."""
+def _deeper(
+    word: str, path: str, node: Mapping[str, Any], own: bool = False
+) -> tuple[str, Mapping[str, Any], str] | None:
+    """Child node, or with ``own`` this one, with a key similar to ``word``, as (path, node, key)."""
     for child_path, child in targets(node, path):
-        parameters = signature(child["_target_"]).parameters if child_path != path else {}
+        parameters = signature(child["_target_"]).parameters if own or child_path != path else {}
         near = difflib.get_close_matches(word, parameters, n=1, cutoff=0.75)
         if near:
             return child_path, child, near[0]

@@ -16,7 +16,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, MissingMandatoryValue, OmegaConf, open_dict
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -46,7 +46,7 @@ def compose(file: str | Path, overrides: Sequence[str] = (), conf: Path = CONF) 
         others = sorted(other.parent.name for other in folder.parent.glob(f"*/{path.name}"))
         hint = did_you_mean(folder.name, others) if others else f"`make new EXP={folder.name}` creates one."
         raise FileNotFoundError(f"there is no experiment {folder.name!r}: {_shown(path)} does not exist. {hint}")
-    return _compose(path, overrides, conf, saved=False)
+    return _compose(path, normalize(overrides), conf, saved=False)
 
 
 def load(
@@ -68,7 +68,7 @@ def load(
     path = Path(file).resolve()
     if not path.is_file():
         raise FileNotFoundError(f"there is no config file {path}: give the config.yaml of a run folder.")
-    parsed = _parse(overrides)
+    parsed = _parse(normalize(overrides))
     chosen = {override.key_or_group for override in parsed if _is_group(override, path, CONF)} & {*(fresh or ())}
     _check_file(path, saved=True)
     saved = OmegaConf.load(path)
@@ -110,23 +110,60 @@ def _check_saved(saved: Any, path: Path) -> None:
             )
 
 
-def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """Returns the overrides of every job of a sweep: all combinations of ``key=a,b`` and ``key=range(…)``.
+def expand_sweep(overrides: Sequence[str], file: Path | None = None, conf: Path = CONF) -> list[list[str]]:
+    """Returns the overrides of every job of a sweep: all combinations of ``key=a,b``, ``range(…)`` and ``glob(…)``.
 
-    Hydra expands globs and intervals.
+    An interval, which only some sweepers support, is represented by its start.
+
+    Args:
+        overrides: overrides of the sweep.
+        file: the experiment, in whose folder a group may have further choices.
+        conf: folder of the groups.
 
     Raises:
-        ValueError: an override cannot be parsed.
+        ValueError: an override cannot be parsed, or a glob matches nothing.
     """
     choices = []
     for override in _parse(overrides):
         assert override.input_line is not None
-        enumerable = (
-            override.is_sweep_override() and override.is_discrete_sweep() and "glob(" not in override.input_line
-        )
-        values = override.sweep_string_iterator() if enumerable else ()
-        choices.append([f"{override.get_key_element()}={value}" for value in values] or [override.input_line])
+        key, value = override.get_key_element(), override.value()
+        if isinstance(value, Glob):
+            options = [name for name in _choices(override.key_or_group, file or conf, conf) if "/" not in name]
+            values = value.filter(options)
+            if not values:
+                raise ValueError(
+                    f"`{override.input_line}` matches no choice of `{override.key_or_group}`: write the values, as in "
+                    f"`{key}=a,b`. The choices are: {', '.join(options) or 'none'}."
+                )
+        elif isinstance(value, IntervalSweep):
+            values = [str(value.start)]
+        else:
+            values = override.sweep_string_iterator() if override.is_sweep_override() else []
+        choices.append([f"{key}={value}" for value in values] or [override.input_line])
     return [list(job) for job in itertools.product(*choices)]
+
+
+def normalize(overrides: Sequence[str]) -> list[str]:
+    """Returns overrides that Hydra accepts and that mean what they say; idempotent.
+
+    ``expected.val/loss.at_most=1`` becomes ``++expected={val/loss: {at_most: 1}}``, because a key of Hydra has no
+    slash. ``trainer.max_epochs=3`` without ``trainer.max_steps`` removes the limit of steps.
+    """
+    lines = []
+    for line in overrides:
+        bound = re.fullmatch(r"\+{0,2}expected\.([\w/.@-]*/[\w/@-]+)\.(\w+)=([^,{}\[\]()]+)", line)
+        lines.append(f"++expected={{{bound[1]}: {{{bound[2]}: {bound[3]}}}}}" if bound else line)
+    keys = {line.lstrip("+~").partition("=")[0] for line in lines}
+    if "trainer.max_epochs" in keys and not keys & {"trainer.max_steps", "debug"}:
+        lines.append("++trainer.max_steps=-1")
+    return lines
+
+
+def sweep_folder(file: str | Path, overrides: Sequence[str], conf: Path = CONF) -> str:
+    """Returns ``hydra.sweep.dir`` of a sweep, given the overrides of its first job, including those of Hydra."""
+    config, settings = _hydra(Path(file).resolve(), overrides, conf)
+    full = OmegaConf.create({**_plain(config), "hydra": _plain(settings)})
+    return str(full.hydra.sweep.dir)
 
 
 def _compose(file: Path, overrides: Sequence[str], conf: Path, saved: bool, allow: tuple[str, ...] = ()) -> DictConfig:
@@ -134,9 +171,18 @@ def _compose(file: Path, overrides: Sequence[str], conf: Path, saved: bool, allo
     for override in parsed:
         line, key = override.input_line, override.key_or_group
         if override.is_sweep_override():
+            single = f"`{key}=[…]` if it is a list, `\"{key}='…'\"` if it is text"
+            if _is_group(override, file, conf):
+                single = f"one of its choices: {', '.join(_choices(key, file, conf))}"
             raise ValueError(
-                f"`{line}` sets several values in a single run: write `{key}=[…]` if it is a list, or run every value "
+                f"`{line}` sets several values in a single run: write {single}, or run every value "
                 f'with `make sweep EXP=… SWEEP="{line}"`.'
+            )
+        if override.value() is None and not override.is_delete() and _is_group(override, file, conf):
+            hint = " Single callbacks are disabled with `callbacks.media=null`." if key == "callbacks" else ""
+            raise ValueError(
+                f"`{line}`: null is not a choice of `{key}`: write one of {', '.join(_choices(key, file, conf))}"
+                f"{', as in `logger=csv` for metrics.csv only' if key == 'logger' else ''}.{hint}"
             )
         if group := _misspelt_group(override, conf):
             raise ValueError(f"`{line}`: conf/ has no group `{key}`. Did you mean `+{group}={override.value()}`?")
@@ -179,9 +225,28 @@ def resolve(config: DictConfig, origin: str = "the config", allow: tuple[str, ..
             f"`{key}` has no value: write `{key}=…` on the command line, or `{key}: …` in {origin}."
         ) from error
     except OmegaConfBaseException as error:
+        if "'model.encoder." in str(error) and (message := _explain_encoder(full, str(error.full_key))):
+            raise ValueError(message) from error
         raise ValueError(f"`{error.full_key}` in {origin} cannot be resolved: {_first_line(error)}.") from error
     check(plain, allow)
     return OmegaConf.create(plain)
+
+
+def _explain_encoder(config: Any, key: str) -> str | None:
+    """Message for a model without ``encoder``, to which ``key`` refers; None if it has one."""
+    target = OmegaConf.select(config, "model._target_")
+    if not isinstance(target, str) or OmegaConf.select(config, "model.encoder") is not None:
+        return None
+    if not re.search(r"\.(text_to_video|autoencoder)\.", target):
+        return (
+            f"`model._target_` = {target} is an encoder, a part of a network: choose a network, and the encoder in it, "
+            "for example `model=videomae/tiny model@model.encoder=vit/tiny`, or with the `task` classification "
+            "`model=classifier/tiny model@model.encoder=vit/tiny`."
+        )
+    return (
+        f"`{key}` refers to `model.encoder`, which `model._target_` = {target} does not have: choose `data=…` for this "
+        "model, for example `data=moving_shapes` for text-to-video models, or set the key."
+    )
 
 
 def trusted_targets(overrides: Sequence[str]) -> tuple[str, ...]:
@@ -233,12 +298,18 @@ def _plain(node: DictConfig) -> dict[str, Any]:
 def _parse(overrides: Sequence[str]) -> list[Override]:
     parsed = []
     for line in overrides:
+        if line.startswith("-"):
+            raise ValueError(
+                f"`{line}` is an option, and only overrides are taken here: write `key=value`, `+key=value` or `~key`. "
+                "A sweep is started with `make sweep`."
+            )
         try:
             [override] = OverridesParser.create().parse_overrides([line])
         except HydraException as error:
             raise ValueError(
                 f"`{line}` cannot be parsed: write `key=value` without spaces around `=`; close quotes and brackets; "
-                "quote a value that contains spaces, commas, colons, `=`, brackets or quotes: `key='a b'`."
+                "quote a value that contains spaces, commas, colons, `=`, brackets or quotes twice, because the shell "
+                'and ARGS remove one pair: `"key=\'a, b\'"`, and `ARGS="\\"key=\'a, b\'\\""`.'
             ) from error
         key = override.get_key_element()
         if not override.key_or_group:
@@ -388,6 +459,12 @@ def _explain_value(error: Exception, overrides: Sequence[Override]) -> str:
         parent, _, word = key.rpartition(".")
         if parent.partition(".")[0] == "expected" and line != key:
             return f"`{line}`: `expected` has no key `{word}` yet: write `'+{line}'` to add it."
+        if parent == "model.num_classes":
+            others = " ".join(f"~{parent}.{label}" for label in cause.parent_node)
+            return (
+                f"`{line}`: `{parent}` has the labels {', '.join(map(str, cause.parent_node))}, with which it is "
+                f"merged: to replace them, write `{others} +{key}=8`, with the number of classes of `{word}`."
+            )
         hint = fix(word, _options(cause.parent_node, parent), None, parent, cause.parent_node)
         return f"`{line}`: the config has no key `{key}`. {hint}"
     return f"`{line}` is invalid: {_first_line(cause)}."

@@ -19,12 +19,13 @@ from typing import NamedTuple
 
 from omegaconf import DictConfig
 
-from blueberry_video.config import compose, expand_sweep, load
+from blueberry_video.config import compose, expand_sweep, load, normalize, sweep_folder
 from blueberry_video.launch import processes
 
 PACKAGE = Path(__file__).resolve().parents[1]
 DTYPES = ("float32", "bfloat16", "float16")  # of exported weights and stored latents
 TRAINER = ("pytorch", "trainer", "trainer.py")  # the end of the path of Lightning's file
+HYDRA = re.compile(r"[+~]*hydra[./]")  # overrides of Hydra's own settings
 TRACEBACK_VARIABLE = "BLUEBERRY_TRACEBACK"
 
 
@@ -50,11 +51,33 @@ class Command(NamedTuple):
         is_rank = processes.shared_folder() is not None  # the process that started it has checked the config
         return load(self.file, self.overrides, trusted=is_rank)
 
-    def for_hydra(self) -> list[str]:
-        """Checks the config of every job of a sweep and returns the arguments for Hydra's command line."""
-        for job in expand_sweep(self.overrides):
-            compose(self.file, job)
-        return ["--multirun", "--config-dir", str(self.file.parent), "--config-name", self.file.stem, *self.overrides]
+    def for_hydra(self) -> tuple[Path, list[str]]:
+        """Checks the config of every job of a sweep.
+
+        Returns:
+            The folder of the sweep and the arguments for Hydra's command line.
+
+        Raises:
+            ValueError: a job is invalid, or the overrides contain ``resume``.
+        """
+        if resumes := [word for word in self.overrides if word.lstrip("+~").startswith("resume=")]:
+            raise ValueError(
+                f"`{resumes[0]}`: a sweep starts new runs. Continue each run by its name, in a single run: "
+                "`make train EXP=… RESUME=<run>`."
+            )
+        jobs = expand_sweep(self.overrides, self.file)
+        for job in jobs:
+            compose(self.file, [word for word in job if not HYDRA.match(word)])
+        folder = sweep_folder(self.file, jobs[0])
+        words = [*self.overrides, f"hydra.sweep.dir='{folder}'"]
+        return Path(folder), [
+            "--multirun",
+            "--config-dir",
+            str(self.file.parent),
+            "--config-name",
+            self.file.stem,
+            *words,
+        ]
 
 
 def parse(arguments: list[str]) -> Command:
@@ -70,7 +93,7 @@ def parse(arguments: list[str]) -> Command:
     parser.add_argument("--args", action="append", default=[], help="more overrides, in one string")
     parser.add_argument("overrides", nargs="*", help="key=value; the config.yaml of a run as the first word repeats it")
     known = parser.parse_intermixed_args(arguments)
-    overrides = [*known.overrides, *(word for text in known.args for word in _split(text))]
+    overrides = normalize([*known.overrides, *(word for text in known.args for word in _split(text))])
     if known.config_dir is not None:
         return Command(known.config_dir / f"{known.config_name}.yaml", False, overrides, known.multirun)
     if not overrides or not overrides[0].endswith(".yaml") or known.multirun:
