@@ -138,7 +138,7 @@ def expand_sweep(overrides: Sequence[str], file: Path | None = None, conf: Path 
         elif isinstance(value, IntervalSweep):
             values = [str(value.start)]
         else:
-            values = override.sweep_string_iterator() if override.is_sweep_override() else []
+            values = list(override.sweep_string_iterator()) if override.is_sweep_override() else []
         choices.append([f"{key}={value}" for value in values] or [override.input_line])
     return [list(job) for job in itertools.product(*choices)]
 
@@ -460,7 +460,7 @@ def _explain_value(error: Exception, overrides: Sequence[Override]) -> str:
         if parent.partition(".")[0] == "expected" and line != key:
             return f"`{line}`: `expected` has no key `{word}` yet: write `'+{line}'` to add it."
         if parent == "model.num_classes":
-            others = " ".join(f"~{parent}.{label}" for label in cause.parent_node)
+            others = " ".join(f"~{parent}.{label!s}" for label in cause.parent_node)
             return (
                 f"`{line}`: `{parent}` has the labels {', '.join(map(str, cause.parent_node))}, with which it is "
                 f"merged: to replace them, write `{others} +{key}=8`, with the number of classes of `{word}`."
