@@ -31,6 +31,8 @@ override export N := $(value N)
 
 experiment = $(if $(strip $(EXP)),,$(error EXP is missing: `make $@ EXP=<name>`, one of: $(EXPERIMENTS)))
 train = $(PYTHON) -m blueberry_video.train --config-dir "experiments/$$EXP"
+# Python with the words of ARGS as its last arguments: quotes group words, and neither make nor the shell expands anything.
+with_args = $(PYTHON) -m blueberry_video.launch.command_line
 
 ##@ Start
 .PHONY: help setup doctor
@@ -71,26 +73,26 @@ latents: $(STAMP) ## EXP=name [OUT=folder] [DTYPE=bfloat16]: encode clips and ca
 	@$(experiment)$(PYTHON) -m blueberry_video.precompute --config-dir "experiments/$$EXP" --args="$$ARGS" --out="$$OUT" --dtype="$$DTYPE"
 
 export: $(STAMP) ## EXP=name OUT=folder [DTYPE=bfloat16]: export the transformer of the newest run for diffusers; ARGS=--merge
-	@$(experiment)$(if $(strip $(OUT)),,$(error OUT is missing: `make export EXP=$(EXP) OUT=<folder>`))$(PYTHON) -m blueberry_video.export "outputs/$$EXP" --out "$$OUT" --dtype "$$DTYPE" $(ARGS)
+	@$(experiment)$(if $(strip $(OUT)),,$(error OUT is missing: `make export EXP=$(EXP) OUT=<folder>`))$(with_args) -m blueberry_video.export "outputs/$$EXP" --out "$$OUT" --dtype "$$DTYPE"
 
 data: $(STAMP) ## write a folder of mp4 files; ARGS="source=world out=data/world train=1000"
-	@$(PYTHON) -m blueberry_video.data.write $(ARGS)
+	@$(with_args) -m blueberry_video.data.write
 
 ##@ Video
 .PHONY: process decode-bench
 process: $(STAMP) ## VIDEO=file [MODEL=name] [OUT=folder] [ARGS="fps=1 format=numpy"]: convert a video to the input of a model
-	@set -f; $(if $(strip $(VIDEO)),,$(error VIDEO is missing: `make process VIDEO=clip.mp4 MODEL=qwen2.5-vl OUT=folder`))$(PYTHON) -m blueberry_video.video.command "$$VIDEO" --model "$$MODEL" $${OUT:+--out "$$OUT"} $$ARGS
+	@$(if $(strip $(VIDEO)),,$(error VIDEO is missing: `make process VIDEO=clip.mp4 MODEL=qwen2.5-vl OUT=folder`))$(with_args) -m blueberry_video.video.command "$$VIDEO" --model "$$MODEL" $${OUT:+--out "$$OUT"}
 
 decode-bench: $(STAMP) ## find the fastest decoder and number of threads on this machine; ARGS=folder of videos to use
-	@set -f; $(PYTHON) benchmarks/decode.py $$ARGS
+	@$(with_args) benchmarks/decode.py
 
 ##@ Development
 .PHONY: test test-gpu lint bench bench-gpu fuzz-video clean
 test: $(STAMP) ## run all tests, without network, in two processes; ARGS= for pytest
-	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 $(ARGS)
+	@OMP_NUM_THREADS=1 $(with_args) -m pytest -n 2
 
 test-gpu: $(STAMP) ## run the tests that need a CUDA device, and print their tables; ARGS= for pytest
-	@$(PYTHON) -m pytest -m gpu -rP $(ARGS)
+	@$(with_args) -m pytest -m gpu -rP
 
 lint: $(STAMP) ## run ruff and mypy
 	@$(PYTHON) -m ruff check .
@@ -101,10 +103,10 @@ bench: $(STAMP) ## compare with peers, each pair in one run
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(PYTHON) "$$file"; done
 
 bench-gpu: $(STAMP) ## compare the scan kernels with mamba-ssm, if installed, on a CUDA device; writes benchmarks/results/
-	@set -f; $(PYTHON) benchmarks/video_scan_gpu.py $$ARGS
+	@$(with_args) benchmarks/video_scan_gpu.py
 
 fuzz-video: $(STAMP) ## N=10000: process damaged videos in subprocesses, and count the outcomes
-	@set -f; $(PYTHON) tests/video/fuzz_video.py --runs "$$N" $$ARGS
+	@$(with_args) tests/video/fuzz_video.py --runs "$$N"
 
 clean: ## remove caches; keeps runs, data and .venv/
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis

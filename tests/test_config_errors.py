@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from blueberry_video.config import check, compose, expand_sweep, load
+from blueberry_video.config import check, check_classes, compose, expand_sweep, load, normalize
 from blueberry_video.config.signatures import signature
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -207,7 +207,20 @@ def test_composition_imports_neither_torch_nor_lightning(experiment: Path):
         "trainer.devices=foo": ["`trainer.devices` = foo", "trainer.devices=[0,1]"],
         "trainer.devices=0": ["`trainer.devices` = 0", "trainer.devices=1"],
         "trainer.devices='0,1'": ["`trainer.devices` = 0,1", "trainer.devices=[0,1]"],
+        "task.masking_ratio=.75": ["`task.masking_ratio=.75`", "Write `task.masking.ratio=0.75`"],
+        "logger=null": ["`logger=null`", "`logger=csv`"],
+        "callbacks=null": ["`callbacks=null`", "`callbacks.media=null`"],
+        "trainer.max_steps=0": ["`trainer.max_steps` = 0", "-1", "`trainer.max_steps=1`"],
+        "trainer.max_steps=1e3": ["`trainer.max_steps` = 1000.0", "`trainer.max_steps=1000`"],
+        "trainer.accumulate_grad_batches=0": ["`trainer.accumulate_grad_batches` = 0", "at least 1"],
+        "data.batch_size=0": ["`data.batch_size` = 0", "`data.batch_size=1`"],
+        "model=vit/tiny": ["`model._target_` = ", "`model=videomae/tiny model@model.encoder=vit/tiny`"],
+        "model=text_to_video/cogvideox_tiny": ["`model._target_` = ", "`data=moving_shapes`"],
+        "schedule=glob(*)": ["`schedule=glob(*)`", "warmup_cosine", 'SWEEP="schedule=glob(*)"'],
+        "init_from=a,b": ["`init_from=a,b`", "`\"init_from='…'\"`"],
         # syntax
+        "-x=3": ["`-x=3`", "`key=value`"],
+        "--multirun": ["`--multirun`", "make sweep"],
         "model.encoder.depth=": ["`model.encoder.depth=`", "`model.encoder.depth=null`"],
         "model.encoder.depth": ["`model.encoder.depth`", "`key=value`"],
         "model.encoder.depth='8": ["`model.encoder.depth='8`", "quote"],
@@ -216,10 +229,10 @@ def test_composition_imports_neither_torch_nor_lightning(experiment: Path):
         "=3": ["`=3`", "`key=value`"],
         "hydra.run.dir=x": ["`hydra.run.dir=x`", "`output_dir=…`"],
         # targets
-        "model.encoder._target_=os.system": ["= os.system ", "allow_targets: [os]"],
-        "model.encoder._target_=torch.os.system": ["= torch.os.system ", "allow_targets: [torch.os.system]"],
-        "model.encoder._target_=torchevil.x": ["= torchevil.x ", "allow_targets: [torchevil]"],
-        "model.encoder._target_=torch.hub.load": ["= torch.hub.load ", "allow_targets: [torch.hub.load]"],
+        "model.encoder._target_=os.system": ["= os.system ", "allow_targets=[os]"],
+        "model.encoder._target_=torch.os.system": ["= torch.os.system ", "allow_targets=[torch.os.system]"],
+        "model.encoder._target_=torchevil.x": ["= torchevil.x ", "allow_targets=[torchevil]"],
+        "model.encoder._target_=torch.hub.load": ["= torch.hub.load ", "allow_targets=[torch.hub.load]"],
         "model.encoder._target_=builtins.eval": ["`model.encoder._target_` = builtins.eval ", "[builtins]"],
         "task._target_=hydra.utils.get_method": ["`task._target_` = hydra.utils.get_method ", "[hydra]"],
         "model.encoder._target_=blueberry_video.models.vit.VisonTransformer": [
@@ -328,7 +341,7 @@ def test_valid_override_is_applied(experiment: Path, override: str, key: str, va
 
 def test_allow_targets_allows_one_package(experiment: Path):
     target = "task.input.augment={_target_: json.JSONEncoder, indent: 2}"
-    assert "allow_targets: [json]" in error_message(experiment, target)
+    assert "allow_targets=[json]" in error_message(experiment, target)
     assert compose(experiment, [target, "allow_targets=[json]"]).task.input.augment.indent == 2
     assert "indnet" in error_message(experiment, target.replace("indent", "indnet"), "allow_targets=[json]")
 
@@ -361,13 +374,13 @@ def test_allow_targets_allows_one_package(experiment: Path):
 def test_unsafe_target_raises(experiment: Path, target: str):
     message = error_message(experiment, f"+callbacks.x={{_target_: {target}, _args_: [x, y, z, x, y]}}")
     assert f"`callbacks.x._target_` = {target}"[:80] in message
-    assert f"allow_targets: [{target}]" in message
+    assert f"allow_targets=[{target}]" in message
 
 
 def test_allow_targets_allows_one_name(experiment: Path):
     target = "task.input.augment={_target_: torch.jit.load, f: x}"
     assert compose(experiment, [target, "allow_targets=[torch.jit.load]"]).task.input.augment.f == "x"
-    assert "allow_targets: [torch.jit.load]" in error_message(experiment, target, "allow_targets=[torch.jit.save]")
+    assert "allow_targets=[torch.jit.load]" in error_message(experiment, target, "allow_targets=[torch.jit.save]")
 
 
 @pytest.mark.parametrize(
@@ -383,6 +396,54 @@ def test_suggested_bound_is_accepted(experiment: Path):
     message = error_message(experiment, "expected={val/los:{at_most: 3}}")
     suggested = re.findall(r"`'(.*?)'`", message)[-1]
     assert compose(experiment, [suggested]).expected["val/los"].at_most == 3
+
+
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_bound_of_a_metric_with_a_slash_is_accepted(experiment: Path, plus: str):
+    bounds = [f"{plus}expected.val/loss.at_most=1.5", f"{plus}expected.val/motion.at_least=0.5"]
+    expected = {"val/loss": {"at_most": 1.5}, "val/motion": {"at_least": 0.5}}
+    config = compose(experiment, bounds)
+    assert config.expected == expected
+    assert normalize(normalize(bounds)) == normalize(bounds)
+    saved = experiment.parent / "saved.yaml"
+    saved.write_text(OmegaConf.to_yaml(config))
+    assert load(saved, [bounds[0].replace("1.5", "2")]).expected == {**expected, "val/loss": {"at_most": 2}}
+
+
+def test_number_of_epochs_alone_removes_the_limit_of_steps(experiment: Path):
+    for overrides, steps in (
+        (["trainer.max_epochs=3"], -1),
+        (["trainer.max_epochs=3", "trainer.max_steps=20"], 20),
+        (["trainer.max_epochs=3", "+debug=fast"], 10),
+        ([], 1000),
+    ):
+        assert compose(experiment, overrides).trainer.max_steps == steps
+
+
+def test_labels_of_the_model_file_are_replaced_as_the_message_says(experiment: Path):
+    classify = ["model=classifier/tiny", "task=classification"]
+    message = error_message(experiment, *classify, "model.num_classes={label: 8}")
+    suggested = re.findall(r"`([^`]*)`", message)[-2].split()
+    assert compose(experiment, [*classify, *suggested]).model.num_classes == {"label": 8}
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        (
+            {"motion": 3, "label": 8},
+            r"`model\.num_classes\.label` = 8.*~model\.num_classes\.label.*oc\.create:\{motion: 3",
+        ),
+        ({"motion": 2}, r"`model\.num_classes\.motion` = 2 .* 3 classes.*`model\.num_classes\.motion=3`"),
+    ],
+)
+def test_labels_that_the_data_lacks_raise(heads: dict[str, int], message: str):
+    classes = {"motion": ("up", "down", "left"), "shape": ("disc", "square")}
+    with pytest.raises(ValueError, match=message):
+        check_classes(heads, classes)
+    check_classes({"motion": 3}, classes)
+    check_classes({"motion": 400}, classes)  # the head of published weights
+    check_classes(None, {})
 
 
 def test_saved_config_is_checked(experiment: Path, tmp_path: Path):

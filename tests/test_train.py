@@ -93,6 +93,30 @@ def test_every_job_of_a_sweep_has_its_own_folder(command):
     assert losses(runs[0]) != losses(runs[1])
 
 
+def test_sweep_with_failing_points_ends_with_one_table(command, tmp_path: Path, capsys: pytest.CaptureFixture):
+    expected = "expected={val/loss: {at_most: 100}}"
+    fails = "data.train.size=8,-4"  # the dataset refuses the second
+    with pytest.raises(SystemExit) as ended:
+        command(*EXPERIMENT, "--multirun", "trainer.max_steps=1", "seed=1,2", fails, expected, "enforce_expected=true")
+    assert ended.value.code == 1
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+    assert "HYDRA_FULL_ERROR" not in captured.err
+    lines = captured.out[captured.out.rindex("point ") :].splitlines()
+    assert lines[0].split() == ["point", "state", "val/loss", "error"]
+    runs = sorted((tmp_path / "outputs" / "template").glob("*/run.json"))
+    good = [f"{record(run.parent)['metrics']['val/loss']:.4g}" for run in runs if record(run.parent)["metrics"]]
+    rows = [line.split(maxsplit=4) for line in lines[1:5]]
+    assert [row[:3] for row in rows] == [
+        [f"data.train.size={size}", f"seed={seed}", state]
+        for size, state in ((8, "finished"), (-4, "failed"))
+        for seed in (1, 2)
+    ]
+    assert [rows[0][3], rows[1][3]] == good
+    assert all("-4" in row[4] for row in (rows[2], rows[3]))
+    assert lines[5].startswith("2 of 4 points finished")
+
+
 def test_unknown_optimized_metric_raises_after_a_complete_run(command, tmp_path: Path):
     with pytest.raises(ValueError, match=r"optimized_metric=val/los .*`val/loss`"):
         command(*EXPERIMENT, "trainer.max_steps=1", "optimized_metric=val/los")

@@ -8,14 +8,18 @@ key=a,b`` runs every combination.
 """
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from blueberry_video import config as configs
 from blueberry_video.launch import check, command_line, memory, processes
+from blueberry_video.launch import sweep as sweeps
 
 if TYPE_CHECKING:  # torch and lightning are imported after the config is checked
     from blueberry_video.experiment.run_folder import RunFolder
@@ -24,19 +28,42 @@ if TYPE_CHECKING:  # torch and lightning are imported after the config is checke
 def main() -> None:
     command = command_line.parse(sys.argv[1:])
     if command.multirun:
-        sys.argv[1:] = command.for_hydra()
-        sweep()
+        folder, sys.argv[1:] = command.for_hydra()
+        try:
+            sweep()
+        finally:
+            text, failed = sweeps.table(folder)
+            print(f"\n{text}" if text else "", flush=True)
+        if failed:
+            sys.exit(1)
     else:
         run(command.config(), command.overrides)
 
 
 @hydra.main(config_path=str(configs.CONF), config_name=None, version_base="1.3")
 def sweep(config: DictConfig) -> float | None:
-    return run(configs.resolve(config))
+    job = HydraConfig.get()
+    names = dict.fromkeys((str(config.optimized_metric), *map(str, config.expected or ())))
+
+    def start(folders: list[Path]) -> float | None:
+        allow = configs.trusted_targets(job.overrides.task)
+        return run(configs.resolve(config, allow=allow), created=lambda folder: folders.append(folder.path))
+
+    return sweeps.run_point(Path(job.sweep.dir), job.job.num, job.overrides.task, list(names), start)
 
 
-def run(config: DictConfig, overrides: list[str] | None = None) -> float | None:
-    """Executes one run, from creating its folder to writing its report; returns ``optimized_metric``."""
+def run(
+    config: DictConfig,
+    overrides: list[str] | None = None,
+    created: Callable[["RunFolder"], None] = lambda folder: None,
+) -> float | None:
+    """Executes one run, from creating its folder to writing its report; returns ``optimized_metric``.
+
+    Args:
+        config: the resolved and checked config.
+        overrides: those of the command line, which a resumed run applies to its own config.
+        created: called with the run folder.
+    """
     from blueberry_video.experiment import gate, report, summary
     from blueberry_video.experiment.run_folder import RunFolder
 
@@ -54,6 +81,7 @@ def run(config: DictConfig, overrides: list[str] | None = None) -> float | None:
         folder.print_start(config.trainer.get("max_steps"))
     else:
         folder = RunFolder.create(config, config.output_dir)
+    created(folder)
     with folder:
         if (number := processes.count(config.trainer)) > 1:
             processes.start(config, folder.path, number)
@@ -88,6 +116,7 @@ def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:
 
     seed_everything(config.seed, workers=True, verbose=False)
     data, model = instantiate(config.data), instantiate(config.model)
+    configs.check_classes(config.model.get("num_classes"), data.classes)
     data.list_skipped_in(str(folder.path / "skipped.csv"))
     optimization = instantiate(config.task.optimization)(
         optimizer=instantiate(config.optimizer),

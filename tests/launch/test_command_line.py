@@ -37,7 +37,15 @@ def test_sweep_becomes_hydra_arguments_if_every_job_is_valid(tmp_path: Path):
     )
     arguments = ["--config-dir", str(file.parent), "--multirun", "seed=1,2"]
     expected = ["--multirun", "--config-dir", str(file.parent), "--config-name", "config", "seed=1,2"]
-    assert parse(arguments).for_hydra() == expected
+    folder, words = parse(arguments).for_hydra()
+    assert words == [*expected, f"hydra.sweep.dir='{folder}'"]
+    assert folder.parent == Path("outputs/x/sweeps")
+    mine = parse([*arguments, "hydra.sweep.dir=mine", "hydra/launcher=basic", "schedule=glob(warmup*)"])
+    assert mine.for_hydra()[0] == Path("mine")
+    with pytest.raises(ValueError, match=r"`resume=last`.*RESUME="):
+        parse([*arguments, "resume=last"]).for_hydra()
+    with pytest.raises(ValueError, match=r"`schedule=glob\(x\*\)`.*warmup_cosine"):
+        parse([*arguments, "schedule=glob(x*)"]).for_hydra()
     with pytest.raises(ValueError, match="num_heads=4"):  # the second job is invalid
         parse([*arguments, "model.encoder.num_heads=3,5"]).for_hydra()
 

@@ -5,21 +5,35 @@ keys of every node with a ``_target_`` (its constructor's parameters, ``check_no
 (``validate``).
 """
 
-from blueberry_video.config.checks import check, did_you_mean, parse_expected, validate
-from blueberry_video.config.compose import compose, expand_sweep, load, register_schema, resolve
+from blueberry_video.config.checks import check, check_classes, parse_expected, validate
+from blueberry_video.config.compose import (
+    compose,
+    expand_sweep,
+    load,
+    normalize,
+    register_schema,
+    resolve,
+    sweep_folder,
+    trusted_targets,
+)
 from blueberry_video.config.schema import CONF, NODES, Config
+from blueberry_video.config.text import did_you_mean
 
 __all__ = [
     "CONF",
     "NODES",
     "Config",
     "check",
+    "check_classes",
     "compose",
     "did_you_mean",
     "expand_sweep",
     "load",
+    "normalize",
     "parse_expected",
     "register_schema",
     "resolve",
+    "sweep_folder",
+    "trusted_targets",
     "validate",
 ]

@@ -2,19 +2,32 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from inspect import Parameter
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from blueberry_video.config.safety import ALLOW_VARIABLE, check_values
 from blueberry_video.config.schema import CONF, NODES, Config
 from blueberry_video.config.signatures import UNKNOWN, Signature, accepted, names, signature
+from blueberry_video.config.text import did_you_mean, short
 
 # Dotted names, written in full. tests/test_configs.py imports each of them.
-ALLOWED = (  # valid `_target_`s; other parts of torch and lightning download, unpickle and run commands
-    "blueberry_video",
+CLASSES = (  # packages, modules and classes; their public classes are valid `_target_`s
+    "blueberry_video.models",
+    "blueberry_video.nn",
+    "blueberry_video.tasks",
+    "blueberry_video.diffusion",
+    "blueberry_video.data",
+    "blueberry_video.evaluation",
+    "blueberry_video.inference.planner",
+    "blueberry_video.masking",
+    "blueberry_video.augmentation",
+    "blueberry_video.callbacks",
+    "blueberry_video.experiment.checkpoint",
+    "blueberry_video.experiment.loggers.Wandb",
     "torch.nn",
     "torch.optim",
     "torch.utils.data",
@@ -22,29 +35,33 @@ ALLOWED = (  # valid `_target_`s; other parts of torch and lightning download, u
     "torch.distributed.fsdp.wrap",
     "lightning.Trainer",
     "lightning.pytorch.callbacks",
-    "lightning.pytorch.loggers",
     "lightning.pytorch.strategies",
     "lightning.pytorch.plugins",
     "lightning.pytorch.profilers",
-    "lightning.pytorch.trainer",
+    "lightning.pytorch.trainer.trainer",
     "lightning.fabric.plugins",
     "lightning.fabric.strategies",
 )
-REFUSED = (  # modules of these packages that start processes or generate code
-    "blueberry_video.launch",
-    "blueberry_video.train",
-    "blueberry_video.precompute",
-    "blueberry_video.export",
-    "blueberry_video.config",
-    "torch.utils.data.datapipes",
+FUNCTIONS = (  # the only functions that are valid `_target_`s: others write files, open addresses and unpickle
+    "blueberry_video.optim.constant",
+    "blueberry_video.optim.cosine_ramp",
+    "blueberry_video.optim.ramp",
+    "blueberry_video.optim.warmup_cosine",
+    "blueberry_video.optim.warmup_linear",
+    "blueberry_video.optim.warmup_stable_decay",
+    "torch.distributed.fsdp.wrap.always_wrap_policy",
+    "torch.distributed.fsdp.wrap.size_based_auto_wrap_policy",
+    "torch.distributed.fsdp.wrap.transformer_auto_wrap_policy",
+    "torch.profiler.schedule",
 )
+REFUSED = ("torch.utils.data.datapipes",)  # classes of `CLASSES` that open files and addresses, and generate code
 IMAGE_DATA = ("blueberry_video.data.image_folder.ImageFolder", "blueberry_video.data.single_frames.SingleFrames")
 HALF_OVERFLOWS = (  # published in bfloat16; the activations exceed the range of float16
     "blueberry_video.models.hunyuan_video.HunyuanVideo",
     "blueberry_video.models.hunyuan_video.HunyuanVideo15",
     "blueberry_video.models.cogvideox.CogVideoX",
 )
-DOTTED_NAMES = (*ALLOWED, *REFUSED, *IMAGE_DATA, *HALF_OVERFLOWS)
+DOTTED_NAMES = (*CLASSES, *FUNCTIONS, *REFUSED, *IMAGE_DATA, *HALF_OVERFLOWS)
 
 SUPPLIED = {  # arguments that train.py passes itself: a config must not set them
     "task": ("model",),
@@ -52,14 +69,25 @@ SUPPLIED = {  # arguments that train.py passes itself: a config must not set the
     "trainer": ("callbacks", "logger", "default_root_dir"),
     "logger": ("run",),
 }
+COUNTS = {  # number → whether -1 is no limit
+    "trainer.max_steps": True,
+    "trainer.max_epochs": True,
+    "trainer.accumulate_grad_batches": False,
+    "trainer.log_every_n_steps": False,
+    "data.batch_size": False,
+}
 REQUIRED = ("model", "task", "data", "optimizer", "schedule", "trainer")
 PARTIAL = ("optimizer", "schedule", "task.optimization")  # called later with further arguments
 SPECIAL = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 ROOT_KEYS = tuple(field.name for field in fields(Config))
 
 
-def check(config: Mapping[str, Any]) -> None:
+def check(config: Mapping[str, Any], allow: tuple[str, ...] = ()) -> None:
     """Runs all checks of a resolved config.
+
+    Args:
+        config: the resolved config. Its own ``allow_targets`` is a record and allows nothing.
+        allow: packages, modules or full names that ``_target_`` may name in addition to ``CLASSES`` and ``FUNCTIONS``.
 
     Raises:
         ValueError: for the first error; the message names its key, its value and the fix.
@@ -68,9 +96,10 @@ def check(config: Mapping[str, Any]) -> None:
         if key not in ROOT_KEYS:
             raise ValueError(f"`{key}` = {short(value)} is not a root key. {fix(key, ROOT_KEYS, value, '', config)}")
     check_groups(config)
+    check_values(config)
     _check_root_values(config)
     for root in NODES:
-        check_node(config.get(root) or {}, root, root, tuple(config.get("allow_targets") or ()))
+        check_node(config.get(root) or {}, root, root, allow)
     validate(config)
 
 
@@ -106,7 +135,13 @@ def _check_root_values(config: Mapping[str, Any]) -> None:
                 f"`optimizer.{key}` = {value} must be a finite number of at least 0: write for example "
                 f"`optimizer.{key}={0.001 if key == 'lr' else 0.05}`."
             )
-    devices = (config.get("trainer") or {}).get("devices", 1)
+    trainer = config.get("trainer") or {}
+    for key, unlimited in COUNTS.items():
+        value = OmegaConf.select(OmegaConf.create(dict(config)), key)
+        if type(value) is int and value < 1 and not (unlimited and value == -1):
+            least = "at least 1, or -1 for no limit" if unlimited else "at least 1"
+            raise ValueError(f"`{key}` = {value} must be {least}: write for example `{key}=1`.")
+    devices = trainer.get("devices", 1)
     number = int(devices) if isinstance(devices, str) and devices.removeprefix("-").isdecimal() else devices
     is_list = isinstance(devices, list | tuple) and devices and all(type(index) is int for index in devices)
     is_number = type(number) is int and (number == -1 or number > 0)
@@ -116,6 +151,32 @@ def _check_root_values(config: Mapping[str, Any]) -> None:
             "list of their indices (`trainer.devices=[0,1]`)."
         )
     parse_expected(config.get("expected"))
+
+
+def check_classes(heads: Mapping[str, int] | None, classes: Mapping[str, Sequence[str]]) -> None:
+    """Checks that the data has every label that the model predicts, with at most as many classes.
+
+    Args:
+        heads: ``model.num_classes``, label → number of classes; None for a model without labels.
+        classes: label → names of the classes in the training set.
+
+    Raises:
+        ValueError: for the first label.
+    """
+    fitting = ", ".join(f"{label}: {len(names)}" for label, names in classes.items())
+    for label, number in (heads or {}).items():
+        if label not in classes:
+            removed = f"remove it with `~model.num_classes.{label}`, or in YAML replace all labels, "
+            removed += f"`num_classes: ${{oc.create:{{{fitting}}}}}`, because a mapping is merged with that of conf/"
+            raise ValueError(
+                f"`model.num_classes.{label}` = {number}: the data has no label `{label}`, only "
+                f"{', '.join(classes) or 'clips without labels'}: {removed if classes else 'choose data with labels'}."
+            )
+        if number < len(classes[label]):
+            raise ValueError(
+                f"`model.num_classes.{label}` = {number} is less than the {len(classes[label])} classes of `{label}` "
+                f"in the data: write `model.num_classes.{label}={len(classes[label])}`."
+            )
 
 
 def parse_expected(expected: Mapping[str, Any] | None) -> dict[str, dict[str, float]]:
@@ -158,7 +219,7 @@ def check_node(node: Any, path: str, root: str, allow: tuple[str, ...] = ()) -> 
         node: a value of the config.
         path: its full key.
         root: the root key that contains it.
-        allow: packages, modules or names that ``_target_`` may name in addition to ``ALLOWED``.
+        allow: see :func:`check`.
 
     Raises:
         ValueError: for the first error.
@@ -237,28 +298,39 @@ def _signature(target: Any, path: str, allow: tuple[str, ...]) -> Signature:
     if not isinstance(target, str):
         raise ValueError(f"{refusal}it must be the dotted name of a class or function.")
     top = target.partition(".")[0]
-    trusted = target if _inside(top, {name.partition(".")[0] for name in ALLOWED}) else top
-    remedy = f"If you trust it, list it in the experiment: `allow_targets: [{trusted}]`."
+    known_top = _inside(top, {name.partition(".")[0] for name in CLASSES})
+    remedy = _trust(target if known_top else top)
     is_public = not any(part.startswith("_") for part in target.split("."))
-    is_allowed = is_public and _inside(target, ALLOWED) and not _inside(target, REFUSED)
-    if not _inside(target, allow) and not is_allowed:
+    is_listed = target in FUNCTIONS or (_inside(target, CLASSES) and not _inside(target, REFUSED))
+    if not _inside(target, allow) and not (is_public and is_listed):
         raise ValueError(
-            f"{refusal}a target is a public name in {', '.join(ALLOWED)}, but not in {', '.join(REFUSED)}. {remedy}"
+            f"{refusal}a target is a public class in {', '.join(CLASSES)}, or one of the functions "
+            f"{', '.join(FUNCTIONS)}. {remedy}"
         )
     try:
         known = signature(target)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         nearest = did_you_mean(target, names(target))
         raise ValueError(f"`{path}._target_` = {target} cannot be built: {error}. {nearest}".rstrip()) from error
-    if target in allow:
+    if target in allow or target in FUNCTIONS:
         return known
-    remedy = f"If you trust it, list it in the experiment: `allow_targets: [{target}]`."
+    remedy = _trust(target)
     # `torch.nn.modules.module.torch.hub.load` is reached through an import of torch.nn: its home decides
-    if not _inside(known.home, (*ALLOWED, *allow)) or (_inside(known.home, REFUSED) and not _inside(known.home, allow)):
+    is_home_allowed = _inside(known.home, allow) or (_inside(known.home, CLASSES) and not _inside(known.home, REFUSED))
+    if target not in CLASSES and not is_home_allowed:
         raise ValueError(f"{refusal}it is defined in {known.home}. {remedy}")
-    if known.is_method and not _inside(target, allow):  # some methods read files that can run code
-        raise ValueError(f"{refusal}it is a method: name a class or a function. {remedy}")
+    if not known.is_class and not _inside(target, allow):
+        kind = "method" if known.is_method else "function that is not in the list"
+        raise ValueError(f"{refusal}it is a {kind}: name a class, or one of {', '.join(FUNCTIONS)}. {remedy}")
     return known
+
+
+def _trust(name: str) -> str:
+    """Sentence on how to allow a target: outside of the file, because a file must not authorize itself."""
+    return (
+        f"If you trust it, allow it on the command line, `allow_targets=[{name}]`, or in the environment, "
+        f"{ALLOW_VARIABLE}={name}; `allow_targets` in a file allows nothing."
+    )
 
 
 def _inside(name: str, packages: Iterable[str]) -> bool:
@@ -282,23 +354,14 @@ def _check_kind(parameter: Parameter, value: Any, key: str, target: str) -> None
     if choices and isinstance(value, str):
         nearest = did_you_mean(value, map(str, choices))
         raise ValueError(f"`{key}` = {short(value)} is not a choice of {target}. {nearest}")
+    if kind == "float" and "int" in valid and float(value).is_integer():
+        raise ValueError(f"`{key}` = {value} must be an integer: write `{key}={int(value)}`.")
     wanted = [*sorted(kinds - {"None"}), *map(repr, choices), *({"None"} & kinds and ["null"])]
     default = "" if parameter.default in (UNKNOWN, Parameter.empty) else f" (its default is {parameter.default!r})"
     raise ValueError(f"`{key}` = {short(value)} has the wrong type: {target} takes {' or '.join(wanted)}{default}.")
 
 
 # ---- suggestions -----------------------------------------------------------------------------------------------------
-
-
-def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """Returns a sentence with the nearest option, or with all options if none is near; empty if the word is one."""
-    known = sorted({str(option) for option in options})
-    if word in known:
-        return ""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if near:
-        return f"Did you mean `{near[0]}`?"
-    return f"Choose one of: {', '.join(known)}." if known else "There are no options."
 
 
 def fix(word: str, options: Iterable[str], value: Any, path: str, node: Mapping[str, Any], rest: str = "") -> str:
@@ -317,6 +380,13 @@ def fix(word: str, options: Iterable[str], value: Any, path: str, node: Mapping[
         path, node, key = deeper
     elif near:
         key = near[0]
+        section = node.get(key) if path and not rest and key in node else None
+        if isinstance(section, Mapping) and not isinstance(value, Mapping):  # a value would replace the section
+            inside = _deeper(word.removeprefix(f"{key}_"), f"{path}.{key}".lstrip("."), section, own=True)
+            if inside is None:
+                keys = sorted(str(name) for name in section if name not in SPECIAL)
+                return f"`{path}.{key}` is a section, with the keys {', '.join(keys)}: set one of them."
+            path, node, key = inside
     else:
         return did_you_mean(word, options)
     shown = short(value) if isinstance(value, bool | int | float | str) else "…"
@@ -326,20 +396,16 @@ def fix(word: str, options: Iterable[str], value: Any, path: str, node: Mapping[
     return f"Did you mean `{full}`? Write `{plus}{full}={shown}` on the command line{in_yaml}."
 
 
-def _deeper(word: str, path: str, node: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], str] | None:
-    """Child node with a key similar to ``word``, as (path, node, key): ``model.encoder`` for ``model.depth``."""
+def _deeper(
+    word: str, path: str, node: Mapping[str, Any], own: bool = False
+) -> tuple[str, Mapping[str, Any], str] | None:
+    """Child node, or with ``own`` this one, with a key similar to ``word``, as (path, node, key)."""
     for child_path, child in targets(node, path):
-        parameters = signature(child["_target_"]).parameters if child_path != path else {}
+        parameters = signature(child["_target_"]).parameters if own or child_path != path else {}
         near = difflib.get_close_matches(word, parameters, n=1, cutoff=0.75)
         if near:
             return child_path, child, near[0]
     return None
-
-
-def short(value: Any) -> str:
-    """Returns a value as messages show it, with at most 60 characters."""
-    text = "null" if value is None else value if isinstance(value, str) and value else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 # ---- rules between keys ----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Errors of Hydra are converted to one paragraph that names the key, its value and
 """
 
 import difflib
+import functools
 import itertools
 import re
 from collections.abc import Sequence
@@ -15,14 +16,16 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, ListConfig, MissingMandatoryValue, OmegaConf
+from omegaconf import DictConfig, ListConfig, MissingMandatoryValue, OmegaConf, open_dict
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from blueberry_video.config.checks import ROOT_KEYS, SPECIAL, check, check_groups, did_you_mean, fix, short, targets
+from blueberry_video.config import safety
+from blueberry_video.config.checks import ROOT_KEYS, SPECIAL, check, check_groups, fix, targets
 from blueberry_video.config.schema import CONF, Config
 from blueberry_video.config.signatures import signature
+from blueberry_video.config.text import did_you_mean, short
 
 
 def register_schema() -> None:
@@ -43,10 +46,12 @@ def compose(file: str | Path, overrides: Sequence[str] = (), conf: Path = CONF) 
         others = sorted(other.parent.name for other in folder.parent.glob(f"*/{path.name}"))
         hint = did_you_mean(folder.name, others) if others else f"`make new EXP={folder.name}` creates one."
         raise FileNotFoundError(f"there is no experiment {folder.name!r}: {_shown(path)} does not exist. {hint}")
-    return _compose(path, overrides, conf, saved=False)
+    return _compose(path, normalize(overrides), conf, saved=False)
 
 
-def load(file: str | Path, overrides: Sequence[str] = (), fresh: DictConfig | None = None) -> DictConfig:
+def load(
+    file: str | Path, overrides: Sequence[str] = (), fresh: DictConfig | None = None, trusted: bool = False
+) -> DictConfig:
     """Loads the config saved by a run, applies overrides and validates the result.
 
     Args:
@@ -54,6 +59,7 @@ def load(file: str | Path, overrides: Sequence[str] = (), fresh: DictConfig | No
         overrides: ``key=value``; overrides that the run already had change nothing.
         fresh: the experiment composed with the same overrides, from which the chosen groups are copied, because a
             saved config has no groups.
+        trusted: whether ``allow_targets`` of the file applies, as for the ranks of a checked config.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -62,8 +68,9 @@ def load(file: str | Path, overrides: Sequence[str] = (), fresh: DictConfig | No
     path = Path(file).resolve()
     if not path.is_file():
         raise FileNotFoundError(f"there is no config file {path}: give the config.yaml of a run folder.")
-    parsed = _parse(overrides)
+    parsed = _parse(normalize(overrides))
     chosen = {override.key_or_group for override in parsed if _is_group(override, path, CONF)} & {*(fresh or ())}
+    _check_file(path, saved=True)
     saved = OmegaConf.load(path)
     _check_saved(saved, path)
     lines = []
@@ -72,10 +79,11 @@ def load(file: str | Path, overrides: Sequence[str] = (), fresh: DictConfig | No
         deleted_before = override.is_delete() and OmegaConf.select(saved, key) is None
         if key.partition(".")[0] not in chosen and not deleted_before:
             lines.append(f"+{line}" if override.is_add() else line)
-    config = _compose(path, lines, CONF, saved=True)
+    own = saved.get("allow_targets") if trusted and isinstance(saved, DictConfig) else None
+    config = _compose(path, lines, CONF, saved=True, allow=tuple(own or ()))
     for root in chosen:
         config[root] = fresh[root]  # type: ignore[index]
-    return resolve(config)
+    return resolve(config, allow=(*safety.trusted_targets(parsed), *(own or ())))
 
 
 def _check_saved(saved: Any, path: Path) -> None:
@@ -102,33 +110,79 @@ def _check_saved(saved: Any, path: Path) -> None:
             )
 
 
-def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """Returns the overrides of every job of a sweep: all combinations of ``key=a,b`` and ``key=range(…)``.
+def expand_sweep(overrides: Sequence[str], file: Path | None = None, conf: Path = CONF) -> list[list[str]]:
+    """Returns the overrides of every job of a sweep: all combinations of ``key=a,b``, ``range(…)`` and ``glob(…)``.
 
-    Hydra expands globs and intervals.
+    An interval, which only some sweepers support, is represented by its start.
+
+    Args:
+        overrides: overrides of the sweep.
+        file: the experiment, in whose folder a group may have further choices.
+        conf: folder of the groups.
 
     Raises:
-        ValueError: an override cannot be parsed.
+        ValueError: an override cannot be parsed, or a glob matches nothing.
     """
     choices = []
     for override in _parse(overrides):
         assert override.input_line is not None
-        enumerable = (
-            override.is_sweep_override() and override.is_discrete_sweep() and "glob(" not in override.input_line
-        )
-        values = override.sweep_string_iterator() if enumerable else ()
-        choices.append([f"{override.get_key_element()}={value}" for value in values] or [override.input_line])
+        key, value = override.get_key_element(), override.value()
+        if isinstance(value, Glob):
+            options = [name for name in _choices(override.key_or_group, file or conf, conf) if "/" not in name]
+            values = value.filter(options)
+            if not values:
+                raise ValueError(
+                    f"`{override.input_line}` matches no choice of `{override.key_or_group}`: write the values, as in "
+                    f"`{key}=a,b`. The choices are: {', '.join(options) or 'none'}."
+                )
+        elif isinstance(value, IntervalSweep):
+            values = [str(value.start)]
+        else:
+            values = list(override.sweep_string_iterator()) if override.is_sweep_override() else []
+        choices.append([f"{key}={value}" for value in values] or [override.input_line])
     return [list(job) for job in itertools.product(*choices)]
 
 
-def _compose(file: Path, overrides: Sequence[str], conf: Path, saved: bool) -> DictConfig:
+def normalize(overrides: Sequence[str]) -> list[str]:
+    """Returns overrides that Hydra accepts and that mean what they say; idempotent.
+
+    ``expected.val/loss.at_most=1`` becomes ``++expected={val/loss: {at_most: 1}}``, because a key of Hydra has no
+    slash. ``trainer.max_epochs=3`` without ``trainer.max_steps`` removes the limit of steps.
+    """
+    lines = []
+    for line in overrides:
+        bound = re.fullmatch(r"\+{0,2}expected\.([\w/.@-]*/[\w/@-]+)\.(\w+)=([^,{}\[\]()]+)", line)
+        lines.append(f"++expected={{{bound[1]}: {{{bound[2]}: {bound[3]}}}}}" if bound else line)
+    keys = {line.lstrip("+~").partition("=")[0] for line in lines}
+    if "trainer.max_epochs" in keys and not keys & {"trainer.max_steps", "debug"}:
+        lines.append("++trainer.max_steps=-1")
+    return lines
+
+
+def sweep_folder(file: str | Path, overrides: Sequence[str], conf: Path = CONF) -> str:
+    """Returns ``hydra.sweep.dir`` of a sweep, given the overrides of its first job, including those of Hydra."""
+    config, settings = _hydra(Path(file).resolve(), overrides, conf)
+    full = OmegaConf.create({**_plain(config), "hydra": _plain(settings)})
+    return str(full.hydra.sweep.dir)
+
+
+def _compose(file: Path, overrides: Sequence[str], conf: Path, saved: bool, allow: tuple[str, ...] = ()) -> DictConfig:
     parsed = _parse(overrides)
     for override in parsed:
         line, key = override.input_line, override.key_or_group
         if override.is_sweep_override():
+            single = f"`{key}=[…]` if it is a list, `\"{key}='…'\"` if it is text"
+            if _is_group(override, file, conf):
+                single = f"one of its choices: {', '.join(_choices(key, file, conf))}"
             raise ValueError(
-                f"`{line}` sets several values in a single run: write `{key}=[…]` if it is a list, or run every value "
+                f"`{line}` sets several values in a single run: write {single}, or run every value "
                 f'with `make sweep EXP=… SWEEP="{line}"`.'
+            )
+        if override.value() is None and not override.is_delete() and _is_group(override, file, conf):
+            hint = " Single callbacks are disabled with `callbacks.media=null`." if key == "callbacks" else ""
+            raise ValueError(
+                f"`{line}`: null is not a choice of `{key}`: write one of {', '.join(_choices(key, file, conf))}"
+                f"{', as in `logger=csv` for metrics.csv only' if key == 'logger' else ''}.{hint}"
             )
         if group := _misspelt_group(override, conf):
             raise ValueError(f"`{line}`: conf/ has no group `{key}`. Did you mean `+{group}={override.value()}`?")
@@ -138,19 +192,26 @@ def _compose(file: Path, overrides: Sequence[str], conf: Path, saved: bool) -> D
             )
     _check_file(file, saved)
     try:
-        config = _hydra(file, overrides, conf)
+        config, settings = _hydra(file, overrides, conf)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, file, parsed, conf, saved)) from error
     except yaml.YAMLError as error:
         raise ValueError(_explain_yaml(error)) from error
-    return resolve(config, _shown(file))
+    if not saved:  # a saved config is a single run, which uses no settings of Hydra
+        _check_hydra(settings, file, conf)
+    return resolve(config, _shown(file), (*allow, *safety.trusted_targets(parsed)))
 
 
-def resolve(config: DictConfig, origin: str = "the config") -> DictConfig:
+def resolve(config: DictConfig, origin: str = "the config", allow: tuple[str, ...] = ()) -> DictConfig:
     """Resolves all interpolations of a composed config, adds the defaults of the schema, and validates the result.
 
+    Args:
+        config: the composed config.
+        origin: name of the file in messages.
+        allow: names that ``_target_`` may have in addition; see :func:`trusted_targets`.
+
     Raises:
-        ValueError: as ``compose``; ``origin`` is the name of the file in the message.
+        ValueError: as ``compose``.
     """
     known = all(key in ROOT_KEYS for key in config)  # for an unknown key, `check` has a better message than merge
     try:
@@ -164,28 +225,91 @@ def resolve(config: DictConfig, origin: str = "the config") -> DictConfig:
             f"`{key}` has no value: write `{key}=…` on the command line, or `{key}: …` in {origin}."
         ) from error
     except OmegaConfBaseException as error:
+        if "'model.encoder." in str(error) and (message := _explain_encoder(full, str(error.full_key))):
+            raise ValueError(message) from error
         raise ValueError(f"`{error.full_key}` in {origin} cannot be resolved: {_first_line(error)}.") from error
-    check(plain)
+    check(plain, allow)
     return OmegaConf.create(plain)
 
 
-def _hydra(file: Path, overrides: Sequence[str], conf: Path) -> DictConfig:
-    """Composes with Hydra. Files in the experiment's folder take precedence over those of ``conf/``."""
+def _explain_encoder(config: Any, key: str) -> str | None:
+    """Message for a model without ``encoder``, to which ``key`` refers; None if it has one."""
+    target = OmegaConf.select(config, "model._target_")
+    if not isinstance(target, str) or OmegaConf.select(config, "model.encoder") is not None:
+        return None
+    if not re.search(r"\.(text_to_video|autoencoder)\.", target):
+        return (
+            f"`model._target_` = {target} is an encoder, a part of a network: choose a network, and the encoder in it, "
+            "for example `model=videomae/tiny model@model.encoder=vit/tiny`, or with the `task` classification "
+            "`model=classifier/tiny model@model.encoder=vit/tiny`."
+        )
+    return (
+        f"`{key}` refers to `model.encoder`, which `model._target_` = {target} does not have: choose `data=…` for this "
+        "model, for example `data=moving_shapes` for text-to-video models, or set the key."
+    )
+
+
+def trusted_targets(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names that the overrides or the environment add to the valid targets.
+
+    Raises:
+        ValueError: an override cannot be parsed.
+    """
+    return safety.trusted_targets(_parse(overrides))
+
+
+def _hydra(file: Path, overrides: Sequence[str], conf: Path) -> tuple[DictConfig, DictConfig]:
+    """Composes with Hydra, and returns the config and the settings of Hydra.
+
+    Files in the experiment's folder take precedence over those of ``conf/``.
+    """
     register_schema()
     searchpath = "hydra.searchpath=['file://{}']".format(str(conf).replace("'", "\\'"))
     with initialize_config_dir(str(file.parent), version_base="1.3"):
-        return hydra_compose(file.stem, overrides=[searchpath, *overrides])
+        config = hydra_compose(file.stem, overrides=[searchpath, *overrides], return_hydra_config=True)
+    with open_dict(config):
+        settings = config.pop("hydra")
+    return config, settings
+
+
+def _check_hydra(settings: DictConfig, file: Path, conf: Path) -> None:
+    """Checks the settings of Hydra, from any file, against those of ``conf/`` with the same launcher, sweeper, …"""
+    choices = {key: str(value) for key, value in settings.runtime.choices.items() if value is not None}
+    chosen = tuple(sorted(f"{key}={value}" for key, value in choices.items() if key.startswith("hydra/")))
+    try:
+        trusted = _own_hydra(conf, chosen)
+    except HydraException as error:
+        raise ValueError(
+            f"the settings of Hydra in {_shown(file)} ({', '.join(chosen)}) cannot be composed without the experiment: "
+            f"choose those of Hydra and its installed plugins ({_first_line(error)})."
+        ) from error
+    safety.check_hydra(_plain(settings), trusted, f"{_shown(file)} or a file that it includes")
+
+
+@functools.lru_cache(maxsize=8)
+def _own_hydra(conf: Path, chosen: tuple[str, ...]) -> dict[str, Any]:
+    return _plain(_hydra(conf / "train.yaml", chosen, conf)[1])
+
+
+def _plain(node: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
     parsed = []
     for line in overrides:
+        if line.startswith("-"):
+            raise ValueError(
+                f"`{line}` is an option, and only overrides are taken here: write `key=value`, `+key=value` or `~key`. "
+                "A sweep is started with `make sweep`."
+            )
         try:
             [override] = OverridesParser.create().parse_overrides([line])
         except HydraException as error:
             raise ValueError(
                 f"`{line}` cannot be parsed: write `key=value` without spaces around `=`; close quotes and brackets; "
-                "quote a value that contains spaces, commas, colons, `=`, brackets or quotes: `key='a b'`."
+                "quote a value that contains spaces, commas, colons, `=`, brackets or quotes twice, because the shell "
+                'and ARGS remove one pair: `"key=\'a, b\'"`, and `ARGS="\\"key=\'a, b\'\\""`.'
             ) from error
         key = override.get_key_element()
         if not override.key_or_group:
@@ -201,11 +325,14 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 def _check_file(file: Path, saved: bool) -> None:
     """Checks that the file is valid YAML, and that the defaults of an experiment contain ``train`` and ``_self_``."""
     try:
+        safety.check_tags(file, _shown(file))
         content = OmegaConf.load(file)
     except yaml.YAMLError as error:
         raise ValueError(_explain_yaml(error, file)) from error
     if not isinstance(content, DictConfig):
         raise ValueError(f"{_shown(file)} must be a YAML mapping of keys to values.")
+    if isinstance(own := content.get("hydra"), DictConfig):  # before Hydra reads `searchpath` from it
+        safety.check_hydra(_plain(own), {}, _shown(file))
     if saved:
         return
     defaults = content.get("defaults")
@@ -229,7 +356,7 @@ def _explain(error: Exception, file: Path, overrides: Sequence[Override], conf: 
         line, key = groups[0].input_line, groups[0].key_or_group
         return f"`{line}`: a saved config has no groups. Set single keys: `{key}.<key>=<value>`."
     try:
-        base = _hydra(file, [override.input_line or "" for override in groups], conf)
+        base, _ = _hydra(file, [override.input_line or "" for override in groups], conf)
     except (HydraException, OmegaConfBaseException) as deeper:  # the error is in a file or in the choice of a group
         return _explain_file(deeper, file, groups, conf)
     for override in overrides:
@@ -303,7 +430,7 @@ def _explain_file(error: Exception, file: Path, groups: Sequence[Override], conf
     if cause is not None and cause.full_key:
         source = f"in {_shown(file)}, or in a file of conf/ that it includes"
         root = str(cause.full_key).partition(".")[0]
-        if root not in ROOT_KEYS:
+        if root not in (*ROOT_KEYS, "hydra"):
             return f"`{root}` {source}, is not a root key. {did_you_mean(root, ROOT_KEYS)}"
         return f"`{cause.full_key}` {source}, is invalid: {_first_line(cause)}."
     for override in groups:
@@ -332,6 +459,12 @@ def _explain_value(error: Exception, overrides: Sequence[Override]) -> str:
         parent, _, word = key.rpartition(".")
         if parent.partition(".")[0] == "expected" and line != key:
             return f"`{line}`: `expected` has no key `{word}` yet: write `'+{line}'` to add it."
+        if parent == "model.num_classes":
+            others = " ".join(f"~{parent}.{label!s}" for label in cause.parent_node)
+            return (
+                f"`{line}`: `{parent}` has the labels {', '.join(map(str, cause.parent_node))}, with which it is "
+                f"merged: to replace them, write `{others} +{key}=8`, with the number of classes of `{word}`."
+            )
         hint = fix(word, _options(cause.parent_node, parent), None, parent, cause.parent_node)
         return f"`{line}`: the config has no key `{key}`. {hint}"
     return f"`{line}` is invalid: {_first_line(cause)}."

@@ -25,7 +25,9 @@ class Config:
         expected: metric → ``at_least`` or ``at_most`` → value; checked at the end of the run.
         enforce_expected: exit with an error if an expected value is missed (``make gate``).
         optimized_metric: metric that ``train`` returns to a sweep; null: none.
-        allow_targets: packages, modules or full names that ``_target_`` may name in addition to ``checks.ALLOWED``.
+        allow_targets: packages, modules or full names that ``_target_`` may name in addition to ``checks.CLASSES`` and
+            ``checks.FUNCTIONS``. Applies on the command line only (``allow_targets=[my_package]``, or
+            ``BLUEBERRY_ALLOW_TARGETS=my_package`` in the environment); in a file it is a record and allows nothing.
         init_from: run folder, checkpoint or published weights that initialize the encoder of the model.
         resume: ``last`` or the name of a run of this experiment, to continue in its folder.
         check: dry run instead of training (``make check``).

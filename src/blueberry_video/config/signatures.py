@@ -36,6 +36,7 @@ class Signature:
         home: the module that defines it.
         arguments: all parameters. An annotation read from a source file is an ``ast.expr`` or None.
         is_method: True for a function defined in a class.
+        is_class: True for a class.
         parameters: the named parameters by name.
         open: True if it takes ``**kwargs``.
     """
@@ -43,6 +44,7 @@ class Signature:
     home: str
     arguments: tuple[Parameter, ...] = ()
     is_method: bool = False
+    is_class: bool = False
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
@@ -80,7 +82,8 @@ def signature(target: str) -> Signature:
     read = _of_definition(found) or _of_object(pkgutil.resolve_name(target))
     owner = _resolve(target.rpartition(".")[0])
     in_class = owner is not None and isinstance(owner.node, ast.ClassDef)
-    return dataclasses.replace(read, is_method=in_class and isinstance(found.node, ast.FunctionDef))
+    is_class = isinstance(found.node, ast.ClassDef)
+    return dataclasses.replace(read, is_method=in_class and not is_class, is_class=is_class)
 
 
 def names(target: str) -> list[str]:
@@ -282,7 +285,8 @@ def _of_object(target: Any) -> Signature:
         arguments = (Parameter("kwargs", Parameter.VAR_KEYWORD),)
     in_class = "." in getattr(target, "__qualname__", "").rpartition("<locals>.")[2]
     home = getattr(target, "__module__", None) or type(target).__module__
-    return Signature(home, arguments, in_class and not inspect.isclass(target))
+    is_class = inspect.isclass(target)
+    return Signature(home, arguments, in_class and not is_class, is_class)
 
 
 # ---- YAML values that an annotation accepts --------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""Command line of ``train``: parsing, and error messages without tracebacks."""
+"""Command line of ``train``: parsing, and error messages without tracebacks.
+
+``ARGS="…" python -m blueberry_video.launch.command_line <arguments>`` runs Python with these arguments followed by the
+words of ``ARGS``, with shell quoting, of which the shell expands nothing (Makefile).
+"""
 
 import argparse
 import logging
@@ -15,11 +19,13 @@ from typing import NamedTuple
 
 from omegaconf import DictConfig
 
-from blueberry_video.config import compose, expand_sweep, load
+from blueberry_video.config import compose, expand_sweep, load, normalize, sweep_folder
+from blueberry_video.launch import processes
 
 PACKAGE = Path(__file__).resolve().parents[1]
 DTYPES = ("float32", "bfloat16", "float16")  # of exported weights and stored latents
 TRAINER = ("pytorch", "trainer", "trainer.py")  # the end of the path of Lightning's file
+HYDRA = re.compile(r"[+~]*hydra[./]")  # overrides of Hydra's own settings
 TRACEBACK_VARIABLE = "BLUEBERRY_TRACEBACK"
 
 
@@ -40,13 +46,38 @@ class Command(NamedTuple):
 
     def config(self) -> DictConfig:
         """Returns the resolved and checked config of a single run; raises the errors of ``blueberry_video.config``."""
-        return (load if self.saved else compose)(self.file, self.overrides)
+        if not self.saved:
+            return compose(self.file, self.overrides)
+        is_rank = processes.shared_folder() is not None  # the process that started it has checked the config
+        return load(self.file, self.overrides, trusted=is_rank)
 
-    def for_hydra(self) -> list[str]:
-        """Checks the config of every job of a sweep and returns the arguments for Hydra's command line."""
-        for job in expand_sweep(self.overrides):
-            compose(self.file, job)
-        return ["--multirun", "--config-dir", str(self.file.parent), "--config-name", self.file.stem, *self.overrides]
+    def for_hydra(self) -> tuple[Path, list[str]]:
+        """Checks the config of every job of a sweep.
+
+        Returns:
+            The folder of the sweep and the arguments for Hydra's command line.
+
+        Raises:
+            ValueError: a job is invalid, or the overrides contain ``resume``.
+        """
+        if resumes := [word for word in self.overrides if word.lstrip("+~").startswith("resume=")]:
+            raise ValueError(
+                f"`{resumes[0]}`: a sweep starts new runs. Continue each run by its name, in a single run: "
+                "`make train EXP=… RESUME=<run>`."
+            )
+        jobs = expand_sweep(self.overrides, self.file)
+        for job in jobs:
+            compose(self.file, [word for word in job if not HYDRA.match(word)])
+        folder = sweep_folder(self.file, jobs[0])
+        words = [*self.overrides, f"hydra.sweep.dir='{folder}'"]
+        return Path(folder), [
+            "--multirun",
+            "--config-dir",
+            str(self.file.parent),
+            "--config-name",
+            self.file.stem,
+            *words,
+        ]
 
 
 def parse(arguments: list[str]) -> Command:
@@ -62,7 +93,7 @@ def parse(arguments: list[str]) -> Command:
     parser.add_argument("--args", action="append", default=[], help="more overrides, in one string")
     parser.add_argument("overrides", nargs="*", help="key=value; the config.yaml of a run as the first word repeats it")
     known = parser.parse_intermixed_args(arguments)
-    overrides = [*known.overrides, *(word for text in known.args for word in _split(text))]
+    overrides = normalize([*known.overrides, *(word for text in known.args for word in _split(text))])
     if known.config_dir is not None:
         return Command(known.config_dir / f"{known.config_name}.yaml", False, overrides, known.multirun)
     if not overrides or not overrides[0].endswith(".yaml") or known.multirun:
@@ -144,3 +175,9 @@ def _trainer_error(error: BaseException, frames: traceback.StackSummary) -> str 
     needs_gpu = re.search(r"gpu|cuda", str(error), re.IGNORECASE)
     hint = " Use `trainer=cpu`; `make doctor` lists the devices of this machine." if needs_gpu else ""
     return f"`trainer` cannot be built: {error}{hint}"
+
+
+if __name__ == "__main__":
+    with OneParagraphErrors():
+        words = _split(os.environ.get("ARGS", ""))
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:], *words])

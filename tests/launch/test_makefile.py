@@ -1,0 +1,78 @@
+"""Makefile: the values of ARGS and of other variables reach the command as words, and nothing in them is executed."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+VARIABLES = ("ARGS", "EXP", "SWEEP", "RESUME", "VIDEO", "MODEL", "OUT", "DTYPE", "N")
+TARGETS = (
+    *("new", "check", "train", "sweep", "gate", "report", "latents", "export", "data", "process", "decode-bench"),
+    *("test", "test-gpu", "bench-gpu", "fuzz-video"),
+)
+PYTHON = """#!{python}
+import os, runpy, sys
+if sys.argv[1:3] == ["-m", "blueberry_video.launch.command_line"]:
+    sys.executable, sys.argv = __file__, sys.argv[2:]
+    sys.path.insert(0, {source!r})
+    runpy.run_module("blueberry_video.launch.command_line", run_name="__main__")
+with open("words.txt", "a") as file:
+    print(*sys.argv[1:], sep="\\n", file=file)
+"""
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """Makefile with a Python that writes its arguments to words.txt."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("pyproject.toml", "constraints.txt", ".venv/.installed"):  # the last one is the newest
+        (tmp_path / name).touch()
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(PYTHON.format(python=sys.executable, source=str(ROOT / "src")))
+    python.chmod(0o755)
+    return tmp_path
+
+
+def words(repository: Path, target: str, **variables: str) -> list[str]:
+    """Arguments that the command of a target receives."""
+    command = ["make", target, *(f"{name}={value}" for name, value in variables.items())]
+    environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+    result = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return (repository / "words.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    "attack", ["$(touch x)", "`touch x`", "a; touch x", "$(shell touch x)", "a | touch x", "'$(touch x)'"]
+)
+def test_no_value_is_executed(repository: Path, attack: str):
+    for target in TARGETS:
+        words(repository, target, **dict.fromkeys(VARIABLES, attack))
+        assert not (repository / "x").exists(), target
+
+
+@pytest.mark.parametrize(
+    ("target", "end"),
+    [
+        ("data", ["-m", "blueberry_video.data.write"]),
+        ("test", ["-m", "pytest", "-n", "2"]),
+        ("process", ["--model", "m"]),
+    ],
+)
+def test_quotes_in_args_group_words(repository: Path, target: str, end: list[str]):
+    arguments = words(repository, target, ARGS="out='my folder' -k \"a or $HOME\" *", VIDEO="v.mp4", MODEL="m")
+    assert arguments[-4 - len(end) :] == [*end, "out=my folder", "-k", "a or $HOME", "*"]
+
+
+def test_an_open_quote_is_reported(repository: Path):
+    result = subprocess.run(
+        ["make", "data", "ARGS=out='a"], cwd=repository, capture_output=True, text=True, check=False
+    )
+    assert result.returncode != 0
+    assert "ARGS=`out='a`" in result.stderr
+    assert "Traceback" not in result.stderr
