@@ -70,13 +70,23 @@ def run(config: DictConfig, overrides: list[str] | None = None) -> float | None:
 
 def fit(config: DictConfig, folder: "RunFolder") -> None:
     """Trains, then evaluates the final weights on the validation set and, if there is one, the test set."""
+    from blueberry_video.evaluation.end_of_run import log_at_end, measured_once, recorded
+    from blueberry_video.experiment.checkpoint import why_training_ended
+
     data, _, task, trainer = build(config, folder)
     trainer.fit(task, datamodule=data, ckpt_path=folder.checkpoint(), weights_only=False)
     metrics = dict(trainer.callback_metrics)  # validate and test clear them
-    for evaluate in (trainer.validate, trainer.test) if data.test is not None else (trainer.validate,):
-        evaluate(task, datamodule=data, verbose=False)
-        metrics |= trainer.callback_metrics
-    folder.finish(metrics)
+    ended = why_training_ended(trainer)
+
+    def evaluate(stage: str) -> dict[str, float]:
+        getattr(trainer, stage)(task, datamodule=data, verbose=False)
+        return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+    for stage in ("validate", "test") if data.test is not None else ("validate",):
+        if f"trainer.{stage}" in recorded(trainer):  # by an earlier session of a resumed run
+            log_at_end(trainer, recorded(trainer)[f"trainer.{stage}"])
+        metrics |= measured_once(trainer, f"trainer.{stage}", lambda stage=stage: evaluate(stage))
+    folder.finish(metrics, ended, trainer.global_step)
 
 
 def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:

@@ -97,6 +97,7 @@ class CollapseMonitor(Callback):
         self.min_std, self.min_rank, self.max_cosine = min_std, min_rank, max_cosine
         self._last_step = -1
         self._consecutive, self.alarm = 0, False
+        self.stop_reason: str | None = None  # shown in the summary of the run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not hasattr(pl_module, "latents"):
@@ -158,3 +159,4 @@ class CollapseMonitor(Callback):
         )
         if self.stop:
             trainer.should_stop = True
+            self.stop_reason = f"callbacks.collapse.stop={self.stop} and a collapse at step {trainer.global_step}"

@@ -5,8 +5,12 @@ A checkpoint is written to a temporary file, synced to disk, hashed and renamed;
 before it is loaded.
 """
 
+import copy
 import hashlib
+import json
 import os
+import signal
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,13 +19,13 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from blueberry_video.atomic import atomic_file
 from blueberry_video.experiment.metrics_table import MetricsTable
 
 SUFFIX = ".ckpt"
-UNFINISHED = "unfinished-"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -63,17 +67,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Checkpoints(Checkpoint):
-    """Saves ``checkpoints/step_<step>.ckpt`` every ``every_n_steps`` optimizer steps and after the last step.
+    """Saves ``checkpoints/step_<step>.ckpt`` every ``every_n_steps`` optimizer steps and when training ends.
 
     Lightning's ``ModelCheckpoint`` saves before a validation that is due at the same batch, and a run resumed from that
     checkpoint skips the validation; it also never removes the file it was resumed from. This callback saves after the
-    validation. The checkpoint of the last step gets its final name after the ``on_train_end`` hooks of all other
-    callbacks. Lightning skips these hooks when it resumes at the last step, so a run killed in them resumes before that
-    step and repeats them.
+    validation. The metrics of a step are logged before its checkpoint is saved, so that a kill in between loses none.
+
+    The final checkpoint is saved before the evaluations at the end of training, for every end: the last step or epoch,
+    or ``trainer.should_stop``. Lightning skips the ``on_train_end`` hooks of a run that resumes at its end; this
+    callback makes it call them, so that a run killed in the evaluations repeats those that are missing. While they run,
+    SIGTERM ends the run at once.
 
     Args:
         every_n_steps: optimizer steps between two checkpoints.
         keep: number of checkpoints to keep, newest first. With 2 or more, a valid one remains if the newest is damaged.
+
+    Attributes:
+        stopped: the reason if training ended before ``max_steps`` and ``max_epochs``, otherwise ``None``.
 
     Raises:
         ValueError: if ``every_n_steps`` or ``keep`` is below 1.
@@ -86,9 +96,32 @@ class Checkpoints(Checkpoint):
             )
         self.every_n_steps = every_n_steps
         self.keep = keep
+        self.stopped: str | None = None
         self._saved_step = 0
-        self._last: Path | None = None
+        self._ended = False  # the final checkpoint exists
+        self._final: dict[str, Any] | None = None  # state of a final checkpoint from which the run resumes
+        self._max_steps: int | None = None  # trainer.max_steps, while it is raised
+        self._stop_later = False
         self._waits_for_validation = False
+        self._position: dict[str, Any] | None = None  # in the clips after the last batch of an epoch
+        self._at_epoch_end = False
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._saved_step = checkpoint["global_step"]
+        if trainer.state.fn != "fit":
+            return
+        self._final = checkpoint.get("final", {})
+        metrics = Path(trainer.default_root_dir) / "metrics.csv"
+        if trainer.is_global_zero and metrics.is_file():
+            # The last step that was logged when the checkpoint was saved: later steps are repeated.
+            step = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
+            MetricsTable(metrics).drop_after(step)
+        if 0 < trainer.max_steps <= self._saved_step:  # otherwise Lightning skips on_train_start and on_train_end
+            self._max_steps, trainer.fit_loop.epoch_loop.max_steps = trainer.max_steps, self._saved_step + 1
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.should_stop:  # for example after trainer.max_time; Lightning would skip the hooks likewise
+            self._stop_later, trainer.should_stop = True, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loop, epochs = trainer.fit_loop, trainer.fit_loop.epoch_progress
@@ -97,52 +130,101 @@ class Checkpoints(Checkpoint):
             # does not count the next one as started: a second resume would read the clips of a different epoch.
             epochs.increment_ready()
             epochs.increment_started()
+        if self._max_steps is not None:
+            loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
+        trainer.should_stop, self._stop_later = self._stop_later, False
+        if self._final is None:
+            return
+        if not loop.done and trainer.max_epochs is not None and 0 < trainer.max_epochs <= self._final.get("epochs", 0):
+            epochs.increment_processed()
+        stopped = self._final.get("stopped")
+        if stopped and not _was_finished(Path(trainer.default_root_dir)):  # it ended in the evaluations that remain
+            trainer.should_stop, self.stopped = True, stopped
+        if loop.done:
+            self._end(trainer)
+            loop.epoch_loop._batches_that_stepped = trainer.global_step
+            values = self._final.get("metrics", {}).items()
+            trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in values})
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._stop_at_optimizer_step(trainer)
+        self._position = _position(trainer) if trainer.is_last_batch else None
         if not self._is_due(trainer):
             return
-        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-        assert fetcher is not None
-        if trainer.limit_val_batches and loop._should_check_val_fx(fetcher):
+        if _validation_is_scheduled(trainer):
             self._waits_for_validation = True
         else:
+            trainer._logger_connector.update_train_step_metrics()
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._waits_for_validation:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self._stop_at_optimizer_step(trainer)
+        self._position = _position(trainer) if trainer.is_last_batch else None
+        if self._waits_for_validation or (_stops_early(trainer) and not self._ended):
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if _stops_early(trainer) and not self._ended:  # EarlyStopping after an epoch
+            self._at_epoch_end = True
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._last is not None and trainer.is_global_zero:
-            named = self._last.with_name(self._last.name.removeprefix(UNFINISHED))
-            _digest_file(self._last).replace(_digest_file(named))
-            self._last.replace(named)
-            self._prune(trainer)
+        if trainer.global_step > self._saved_step:
+            self._save(trainer, final=True)
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._saved_step = checkpoint["global_step"]
-        metrics = Path(trainer.default_root_dir) / "metrics.csv"
-        if trainer.state.fn == "fit" and trainer.is_global_zero and metrics.is_file():
-            # The last step that was logged when the checkpoint was saved: later steps are repeated.
-            step = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
-            MetricsTable(metrics).drop_after(step)
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._ended:
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            epochs = trainer.current_epoch + 1 if trainer.is_last_batch else 0
+            checkpoint["final"] = {"metrics": metrics, "stopped": self.stopped, "epochs": epochs}
+        if self._at_epoch_end and self._position is not None:  # from here, Lightning would resume one epoch later
+            checkpoint["loops"]["fit_loop"] = self._position
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.global_step == self._saved_step:  # this batch only accumulated gradients
             return False
-        return _is_last_step(trainer) or trainer.global_step % self.every_n_steps == 0
+        if trainer.received_sigterm and trainer.world_size == 1:  # ranks may receive it at different steps
+            return True
+        return _is_last_step(trainer) or _stops_early(trainer) or trainer.global_step % self.every_n_steps == 0
 
-    def _save(self, trainer: Trainer) -> None:
+    def _stop_at_optimizer_step(self, trainer: Trainer) -> None:
+        """Delays ``trainer.should_stop`` while gradients are accumulated, which a checkpoint does not contain."""
+        if trainer.fit_loop._should_accumulate():
+            self._stop_later |= trainer.should_stop
+            trainer.should_stop = False
+        elif self._stop_later:
+            self._stop_later, trainer.should_stop = False, True
+
+    def _save(self, trainer: Trainer, final: bool = False) -> None:
         self._waits_for_validation = False
         self._saved_step = trainer.global_step
         folder = Path(trainer.default_root_dir) / "checkpoints"
-        path = folder / f"step_{trainer.global_step:08d}{SUFFIX}"
-        if _is_last_step(trainer):
-            path = self._last = path.with_name(f"{UNFINISHED}{path.name}")
-        trainer.save_checkpoint(path, weights_only=False)
+        final |= _is_last_step(trainer) or _stops_early(trainer)
+        if final:
+            self.stopped = None if _is_last_step(trainer) else _stop_reason(trainer)
+            self._ended = True
+            if trainer.is_global_zero:  # results of other weights; evaluation/end_of_run.py writes this file
+                folder.with_name("end_of_run.json").unlink(missing_ok=True)
+        trainer.save_checkpoint(folder / f"step_{trainer.global_step:08d}{SUFFIX}", weights_only=False)
         self._prune(trainer)
+        if final:
+            self._end(trainer)
+
+    def _end(self, trainer: Trainer) -> None:
+        """Lets SIGTERM end the run at once: only evaluations remain. Lightning restores the handler after training."""
+        self._ended = True
+
+        def end(number: int, frame: Any) -> None:
+            # Lightning's handler waits for all ranks, which may themselves wait for the evaluations of rank 0.
+            trainer._signal_connector.received_sigterm = True
+            raise SIGTERMException
+
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, end)
 
     def _prune(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
@@ -151,6 +233,60 @@ class Checkpoints(Checkpoint):
                 trainer.strategy.remove_checkpoint(old)
             for temporary in folder.glob(".*.tmp"):  # left by a process that was killed
                 temporary.unlink()
+
+
+def why_training_ended(trainer: Trainer) -> str:
+    """Returns the limit that training reached, or the step and the reason of an early stop."""
+    callback = next((callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)), None)
+    stopped = callback.stopped if callback is not None else None
+    epochs = trainer.fit_loop.epoch_progress.current.processed
+    if stopped is None and 0 < trainer.max_steps <= trainer.global_step:
+        return f"trainer.max_steps={trainer.max_steps} reached"
+    if stopped is None and trainer.max_epochs is not None and 0 < trainer.max_epochs <= epochs:
+        return f"trainer.max_epochs={trainer.max_epochs} reached"
+    end = f" of {trainer.max_steps}" if trainer.max_steps > 0 else ""
+    return f"stopped early at step {trainer.global_step}{end}: {stopped or _stop_reason(trainer)}"
+
+
+def _stop_reason(trainer: Trainer) -> str:
+    """Returns the reason of ``trainer.should_stop``; a callback gives its own as the attribute ``stop_reason``."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None and left <= 0:
+            return "trainer.max_time has passed"
+        if reason := getattr(callback, "stop_reason", None):
+            return str(reason)
+    for callback in trainer.callbacks:
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+            return f"EarlyStopping: {callback.stopping_reason_message.rstrip('.')}"
+    return "a callback set trainer.should_stop"
+
+
+def _was_finished(run: Path) -> bool:
+    """Returns whether the run was finished when it was resumed."""
+    file = run / "run.json"
+    resumes = json.loads(file.read_text()).get("resumes") if file.is_file() else None
+    return bool(resumes) and resumes[-1]["previous_status"] == "finished"
+
+
+def _position(trainer: Trainer) -> dict[str, Any]:
+    return copy.deepcopy(trainer.fit_loop.state_dict())
+
+
+def _validation_is_scheduled(trainer: Trainer) -> bool:
+    """Returns whether a validation follows this batch, other than the one that ``trainer.should_stop`` causes.
+
+    The latter is no part of a run that continues from the checkpoint.
+    """
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    stop, trainer.should_stop = trainer.should_stop, False
+    scheduled = trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+    trainer.should_stop = stop
+    return bool(trainer.limit_val_batches and scheduled)
+
+
+def _stops_early(trainer: Trainer) -> bool:
+    return trainer.should_stop and trainer.fit_loop._can_stop_early
 
 
 def _is_last_step(trainer: Trainer) -> bool:

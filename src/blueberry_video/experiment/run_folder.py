@@ -92,6 +92,8 @@ class RunFolder:
                 "expected": [],
                 "skipped": 0,
                 "error": None,
+                "ended_because": None,
+                "step": None,
             },
         )
         return run
@@ -141,7 +143,8 @@ class RunFolder:
         if record["status"] == "running":  # it was killed: its newest file dates the end
             record["wall_seconds"] += max(_last_modified(found.path) - record["session_started"], 0.0)
         if checkpoint is None:
-            rank_zero_only((found.path / "metrics.csv").unlink)(missing_ok=True)
+            for name in ("metrics.csv", "end_of_run.json"):
+                rank_zero_only((found.path / name).unlink)(missing_ok=True)
         git = git_state()
         record["resumes"].append(
             {"time": _now(), "previous_status": record["status"], "commit": git["commit"], "dirty": git["dirty"]}
@@ -150,6 +153,7 @@ class RunFolder:
             status="running",
             ended=None,
             error=None,
+            ended_because=None,
             session_started=time.time(),
             resumes=record["resumes"],
             wall_seconds=record["wall_seconds"],
@@ -212,17 +216,22 @@ class RunFolder:
             start = f"from {checkpoint.name} (step {step}{f' of {end}' if end else ''})"
         print(f"resuming {self.experiment} / {self.name}: {start}", flush=True)
 
-    def finish(self, metrics: Mapping[str, Any]) -> list[Verdict]:
+    def finish(
+        self, metrics: Mapping[str, Any], ended_because: str | None = None, step: int | None = None
+    ) -> list[Verdict]:
         """Records the final metrics and compares them with the ``expected:`` section of the config.
 
         Args:
             metrics: numbers or scalar tensors by name. A resumed run keeps earlier metrics that are not among these.
+            ended_because: the reason why training ended, for the summary.
+            step: the last optimizer step.
         """
         values = {**self.record["metrics"], **{name: float(value) for name, value in metrics.items()}}
         verdicts = judge(
             self.config.get("expected"), {name: value for name, value in values.items() if value is not None}
         )
-        self._end("finished", metrics=values, expected=[asdict(verdict) for verdict in verdicts])
+        expected = [asdict(verdict) for verdict in verdicts]
+        self._end("finished", metrics=values, expected=expected, ended_because=ended_because, step=step)
         return verdicts
 
     def metric(self, name: str | None) -> float | None:
