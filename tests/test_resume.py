@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from omegaconf import OmegaConf
 from torch import nn
 
-from blueberry_video.callbacks import EMA, NaNGuard, StepSeed
+from blueberry_video.callbacks import EMA, Media, NaNGuard, StepSeed
 from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.sprites import Sprites
 from blueberry_video.experiment.checkpoint import AtomicCheckpointIO, Checkpoints, checkpoint_files, why_training_ended
@@ -58,6 +58,7 @@ def train(
     keep: int = 1000,
     every_n_steps: int = 1,
     max_steps: int = STEPS,
+    checkpoints: Checkpoints | None = None,
     **trainer_options,
 ) -> dict[str, torch.Tensor]:
     """Trains a tiny VideoMAE with random masks, stochastic depth and EMA; returns the averaged weights."""
@@ -76,7 +77,7 @@ def train(
         max_steps=max_steps,
         accelerator="cpu",
         logger=[MetricsCSV(run), *([Wandb(run, mode="offline")] if wandb else [])],
-        callbacks=[StepSeed(1), EMA(0.9), NaNGuard(), *callbacks, Checkpoints(every_n_steps, keep)],
+        callbacks=[StepSeed(1), EMA(0.9), NaNGuard(), *callbacks, checkpoints or Checkpoints(every_n_steps, keep)],
         plugins=[AtomicCheckpointIO()],
         default_root_dir=run.path,
         num_sanity_val_steps=0,
@@ -308,6 +309,42 @@ class Steps(Callback):
 
     def on_train_batch_start(self, *arguments: object) -> None:
         self.trained += 1
+
+
+class KilledAfterSaving(Checkpoints):
+    """Ends the process at the moment at which a checkpoint is complete, before Lightning logs the step."""
+
+    def _prune(self, trainer: lightning.Trainer) -> None:
+        super()._prune(trainer)
+        if trainer.global_step == 6 and not trainer.ckpt_path:
+            raise Killed
+
+
+class Pictures(Media):
+    """Lists the steps of the pictures without drawing them."""
+
+    def __init__(self, steps: list[int]) -> None:
+        super().__init__(every_n_steps=5)
+        self.steps = steps
+
+    def _make(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, kind: str) -> None:
+        self._made_step = trainer.global_step
+        self.steps.append(trainer.global_step)
+
+
+@pytest.mark.parametrize("wandb", [False, True])
+def test_kill_just_after_a_checkpoint_loses_no_row_and_no_picture(tmp_path: Path, wandb: bool) -> None:
+    whole, run, steps, parts = create(tmp_path / "whole"), create(tmp_path / "killed"), [], []
+    options = {"val_check_interval": 2, "check_val_every_n_epoch": None, "every_n_steps": 3, "wandb": wandb}
+    train(whole, Pictures(steps), max_steps=11, **options)
+    with pytest.raises(Killed):
+        train(run, Pictures(parts), max_steps=11, checkpoints=KilledAfterSaving(3), **options)
+    assert 5 in read_steps(run.path / "metrics.csv")
+    train(RunFolder.resume("tiny", "last", tmp_path / "killed"), Pictures(parts), max_steps=11, **options)
+    assert read_steps(run.path / "metrics.csv") == read_steps(whole.path / "metrics.csv")
+    assert steps == parts == [2, 8, 11]
+    if wandb:
+        assert wandb_steps(run) == wandb_steps(whole)
 
 
 class Killed(Exception):

@@ -47,6 +47,7 @@ def run(config: DictConfig, overrides: list[str] | None = None) -> float | None:
     memory.announce(config)
     if shared := processes.shared_folder():  # a rank of a multi-process run
         folder = RunFolder.open(shared)
+        folder.lock(rank=True)
         folder.resumed = config.resume is not None
     elif config.resume:
         folder = RunFolder.resume(config.name, config.resume, config.output_dir)
@@ -74,7 +75,7 @@ def fit(config: DictConfig, folder: "RunFolder") -> None:
     from blueberry_video.experiment.checkpoint import why_training_ended
 
     data, _, task, trainer = build(config, folder)
-    trainer.fit(task, datamodule=data, ckpt_path=folder.checkpoint(), weights_only=False)
+    trainer.fit(task, datamodule=data, ckpt_path=folder.checkpoint(), weights_only=True)
     metrics = dict(trainer.callback_metrics)  # validate and test clear them
     ended = why_training_ended(trainer)
 

@@ -7,23 +7,27 @@ before it is loaded.
 
 import copy
 import hashlib
-import json
 import os
+import pickle
+import re
 import signal
 import threading
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf import OmegaConf
 
 from blueberry_video.atomic import atomic_file
 from blueberry_video.experiment.metrics_table import MetricsTable
+from blueberry_video.experiment.record import read_record
 
 SUFFIX = ".ckpt"
 
@@ -38,7 +42,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         # The digest is renamed first: a kill between the two renames invalidates an old file of this name, and never
         # validates a wrong one.
         with atomic_file(path) as data, atomic_file(_digest_file(path)) as digest:
-            torch.save(checkpoint, data)
+            torch.save(_plain(checkpoint), data)
             data.flush()
             os.fsync(data.fileno())
             digest.write(f"{_sha256(Path(data.name))}\n".encode())
@@ -50,7 +54,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: if the file does not exist.
-            ValueError: if its contents do not match its checksum.
+            ValueError: if its contents do not match its checksum, or are not tensors and plain values.
         """
         path = Path(path)
         if fault := checkpoint_fault(path):
@@ -58,8 +62,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"checkpoint {path} cannot be loaded: {fault}. Use another file, or resume=last, which resumes the run "
                 "from its newest valid checkpoint."
             )
-        # The file is verified and was written by the run: it may contain objects that weights_only=True rejects.
-        return torch.load(path, map_location=map_location or "cpu", weights_only=bool(weights_only))
+        try:  # the checksum detects damage, not forgery: no file may execute code
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"checkpoint {path} cannot be loaded: it contains objects other than tensors and plain values "
+                f"({_first_sentence(error)}). If you trust its origin, load it with torch.load(…, weights_only=False) "
+                "and save its state_dict for init_from."
+            ) from error
 
     def remove_checkpoint(self, path: _PATH) -> None:
         Path(path).unlink(missing_ok=True)
@@ -103,6 +113,7 @@ class Checkpoints(Checkpoint):
         self._max_steps: int | None = None  # trainer.max_steps, while it is raised
         self._stop_later = False
         self._waits_for_validation = False
+        self._valid: dict[Path, tuple[int, int]] = {}  # file -> size and time when it was verified
         self._position: dict[str, Any] | None = None  # in the clips after the last batch of an epoch
         self._at_epoch_end = False
 
@@ -229,10 +240,24 @@ class Checkpoints(Checkpoint):
     def _prune(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir) / "checkpoints"
-            for old in checkpoint_files(folder)[self.keep :]:
+            files = checkpoint_files(folder)
+            damaged = [file for file in files if self._is_damaged(file)] if len(files) > self.keep else []
+            if damaged:
+                names = ", ".join(file.name for file in damaged)
+                warnings.warn(f"{folder}: the damaged checkpoints {names} are removed.", stacklevel=2)
+            for old in [*damaged, *[file for file in files if file not in damaged][self.keep :]]:
                 trainer.strategy.remove_checkpoint(old)
             for temporary in folder.glob(".*.tmp"):  # left by a process that was killed
                 temporary.unlink()
+
+    def _is_damaged(self, file: Path) -> bool:
+        """Verifies a checkpoint; again only if the file has changed, because hashing reads all of it."""
+        state = file.stat().st_size, file.stat().st_mtime_ns
+        if self._valid.get(file) != state:
+            if checkpoint_fault(file) is not None:
+                return True
+            self._valid[file] = state
+        return False
 
 
 def why_training_ended(trainer: Trainer) -> str:
@@ -263,8 +288,7 @@ def _stop_reason(trainer: Trainer) -> str:
 
 def _was_finished(run: Path) -> bool:
     """Returns whether the run was finished when it was resumed."""
-    file = run / "run.json"
-    resumes = json.loads(file.read_text()).get("resumes") if file.is_file() else None
+    resumes = read_record(run).get("resumes") if (run / "run.json").is_file() else None
     return bool(resumes) and resumes[-1]["previous_status"] == "finished"
 
 
@@ -296,8 +320,9 @@ def _is_last_step(trainer: Trainer) -> bool:
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
-    """Returns the checkpoints ``step_*.ckpt`` in a folder, newest step first, valid or not."""
-    return sorted(Path(folder).glob(f"step_*{SUFFIX}"), reverse=True)
+    """Returns the checkpoints ``step_<step>.ckpt`` in a folder, newest step first, valid or not."""
+    files = [file for file in Path(folder).glob(f"step_*{SUFFIX}") if file.stem.removeprefix("step_").isdecimal()]
+    return sorted(files, key=checkpoint_step, reverse=True)
 
 
 def checkpoint_step(path: Path) -> int:
@@ -312,7 +337,7 @@ def checkpoint_fault(path: str | Path) -> str | None:
         return "the file does not exist"
     if not _digest_file(path).is_file():
         return f"its checksum {_digest_file(path).name} is missing"
-    if _sha256(path) != _digest_file(path).read_text().strip():
+    if _sha256(path) != _digest_file(path).read_text(errors="replace").strip():
         return f"its contents ({path.stat().st_size} bytes) do not match its checksum: it was truncated or changed"
     return None
 
@@ -363,6 +388,26 @@ def weights_file(source: str | Path) -> Path:
             "or model_index.json): use one of these, or the path of a weight file."
         )
     return latest_good_checkpoint(source / "checkpoints")
+
+
+def _plain(value: Any) -> Any:
+    """Converts NumPy scalars, configs and paths, which ``torch.load(weights_only=True)`` rejects, to plain values."""
+    if OmegaConf.is_config(value):
+        return OmegaConf.to_container(value, resolve=True)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    if type(value) in (dict, list, tuple):
+        items = value.values() if isinstance(value, dict) else value
+        plain = [_plain(item) for item in items]
+        return dict(zip(value, plain, strict=True)) if isinstance(value, dict) else type(value)(plain)
+    return value
+
+
+def _first_sentence(error: BaseException) -> str:
+    found = re.search(r"Unsupported (?:global|class|operand)[^.\n]*\S*|Trying to load[^\n]*", str(error))
+    return found[0] if found else str(error).partition("\n")[0]
 
 
 def _digest_file(path: Path) -> Path:

@@ -7,10 +7,9 @@ JSON is written atomically.
 
 import argparse
 import csv
-import json
-import math
 import secrets
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import datetime
@@ -25,7 +24,9 @@ from blueberry_video.atomic import write_text
 from blueberry_video.config import Config, did_you_mean
 from blueberry_video.experiment.checkpoint import checkpoint_files, checkpoint_step, latest_good_checkpoint
 from blueberry_video.experiment.expected import Verdict, judge
+from blueberry_video.experiment.lock import RunLock
 from blueberry_video.experiment.provenance import git_state, hardware, versions
+from blueberry_video.experiment.record import read_record, write_record
 
 MODE = {"resume": None, "check": False, "enforce_expected": False}
 """Config keys of a single call and their defaults; they are not saved, so that a later call does not inherit them."""
@@ -51,6 +52,7 @@ class RunFolder:
         self.path = Path(path).absolute()
         self.resumed = False
         self.on_close: list[Callable[[bool], None]] = []
+        self._lock: RunLock | None = None
 
     @classmethod
     def create(cls, config: DictConfig, root: str | Path = "outputs") -> Self:
@@ -72,8 +74,9 @@ class RunFolder:
             )
         run = cls(_make_folder(Path(root) / experiment))
         rank_zero_only(write_text)(run.path / "config.yaml", OmegaConf.to_yaml(_without_mode(config), resolve=True))
-        _write_json(
-            run.path / "run.json",
+        run.lock()
+        write_record(
+            run.path,
             {
                 "experiment": experiment,
                 "run": run.name,
@@ -130,9 +133,12 @@ class RunFolder:
         Raises:
             FileNotFoundError: if the run does not exist, if none of its checkpoints is valid, or if it is finished and
                 has no checkpoint. The run is not changed.
+            BlockingIOError: if another process trains in the folder.
+            ValueError: if its ``run.json`` is damaged.
         """
         found = cls(_find(Path(root) / experiment, run))
         found.resumed = True
+        found.lock()
         record = found.record
         checkpoint = found.checkpoint()
         if checkpoint is None and record["status"] == "finished":
@@ -183,11 +189,23 @@ class RunFolder:
     @property
     def record(self) -> dict[str, Any]:
         """The contents of ``run.json``."""
-        return json.loads((self.path / "run.json").read_text())
+        return read_record(self.path)
 
     def update(self, **fields: Any) -> None:
         """Replaces fields of ``run.json``."""
-        _write_json(self.path / "run.json", {**self.record, **fields})
+        write_record(self.path, {**self.record, **fields})
+
+    @rank_zero_only
+    def lock(self, rank: bool = False) -> None:
+        """Locks the folder until the end of the ``with`` block or of the process.
+
+        Args:
+            rank: lock as rank 0 of a run that another process started.
+
+        Raises:
+            BlockingIOError: if another process trains in the folder.
+        """
+        self._lock = RunLock(self.path, rank)
 
     def checkpoint(self) -> Path | None:
         """Returns the newest valid checkpoint of a resumed run, or ``None`` if training starts from step 0.
@@ -269,12 +287,33 @@ class RunFolder:
             self.fail(error)
         for close in self.on_close:
             close(error is None)
+        if self._lock is not None:
+            self._lock.release()
 
 
 def list_runs(folder: str | Path) -> list[Path]:
-    """Returns the runs in an experiment's folder, ordered by start time, oldest first."""
-    records = [(json.loads(file.read_text())["started"], file.parent) for file in Path(folder).glob("*/run.json")]
-    return [path for _, path in sorted(records)]
+    """Returns the runs in an experiment's folder, ordered by start time, oldest first.
+
+    A damaged ``run.json`` is named in a warning; its run is ordered by the time in the name of its folder.
+    """
+    runs = []
+    for file in Path(folder).glob("*/run.json"):
+        try:
+            started = str(read_record(file.parent)["started"])
+        except ValueError as error:
+            warnings.warn(str(error), stacklevel=2)
+            started = _started(file.parent.name)
+        runs.append((started, file.parent))
+    return [path for _, path in sorted(runs)]
+
+
+def _started(name: str) -> str:
+    """Returns the time in the name of a run folder, in the format of ``started``; other names are the oldest."""
+    try:
+        second = datetime.strptime(name[:19], "%Y-%m-%d_%H-%M-%S").replace(microsecond=999999)
+        return second.astimezone().isoformat(timespec="microseconds")
+    except ValueError:
+        return ""
 
 
 def parse_run(module: str, arguments: list[str]) -> RunFolder:
@@ -340,17 +379,3 @@ def _last_modified(path: Path) -> float:
 
 def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="microseconds")
-
-
-@rank_zero_only
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    write_text(path, json.dumps(_with_null(value), indent=2, allow_nan=False) + "\n")
-
-
-def _with_null(value: Any) -> Any:
-    """Replaces non-finite numbers, which JSON cannot represent, with ``None``."""
-    if isinstance(value, dict):
-        return {key: _with_null(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_with_null(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
