@@ -45,18 +45,24 @@ def run(config: DictConfig, overrides: list[str] | None = None) -> float | None:
         check.dry_run(config, RunFolder.create, build)
         return None
     memory.announce(config)
+    complete = False  # a finished run with nothing left to do
     if shared := processes.shared_folder():  # a rank of a multi-process run
         folder = RunFolder.open(shared)
         folder.lock(rank=True)
         folder.resumed = config.resume is not None
     elif config.resume:
-        folder = RunFolder.resume(config.name, config.resume, config.output_dir)
+        folder = RunFolder.find(config.name, config.resume, config.output_dir)
         config = configs.load(folder.path / "config.yaml", [*(overrides or ()), f"++resume={folder.name}"], config)
         folder.print_start(config.trainer.get("max_steps"))
+        complete = folder.is_complete(config)
+        if not complete:
+            folder.begin_session()
     else:
         folder = RunFolder.create(config, config.output_dir)
     with folder:
-        if (number := processes.count(config.trainer)) > 1:
+        if complete:
+            pass
+        elif (number := processes.count(config.trainer)) > 1:
             processes.start(config, folder.path, number)
         else:
             fit(config, folder)

@@ -1,4 +1,7 @@
 import os
+import re
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -188,3 +191,17 @@ def test_init_from_is_a_file_or_the_newest_checkpoint_of_a_run(tmp_path: Path) -
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"init_from=\S*/empty .*checkpoints/.*config\.json"):
         weights_file(tmp_path / "empty")
+
+
+def test_full_disk_names_size_and_space(tmp_path: Path) -> None:
+    """Writes more than a limit on the size of files allows, which fails like a full disk."""
+    code = (
+        "import errno, resource, signal, sys, torch; from pathlib import Path\n"
+        "from blueberry_video.experiment.checkpoint import AtomicCheckpointIO\n"
+        "import blueberry_video.atomic as atomic; errno.ENOSPC = errno.EFBIG\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))\n"
+        "AtomicCheckpointIO().save_checkpoint({'a': torch.zeros(100000)}, Path(sys.argv[1]) / 'step_00000001.ckpt')"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert re.search(r"OSError: .*step_00000001\.ckpt needs 400000 bytes, and \d+ bytes are free in", result.stderr)
+    assert list(tmp_path.iterdir()) == []

@@ -289,3 +289,22 @@ def test_full_disk_does_not_prevent_the_record_of_a_failure(run: RunFolder, monk
         raise OSError(errno.ENOSPC, "No space left on device")
     assert run.record["status"] == "failed"
     assert "No space" in run.record["error"]
+
+
+@pytest.mark.parametrize("name", ["outputs", "outputs/idea"])
+def test_output_folder_that_is_a_file_raises(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    with pytest.raises(OSError, match=r"outputs/idea\b.*another folder"):
+        RunFolder.create(CONFIG, tmp_path / "outputs")
+
+
+@pytest.mark.parametrize("content", [b"", b"a: [", b"\xff\xfe\x00"])
+def test_damaged_config_raises_before_anything_changes(run: RunFolder, tmp_path: Path, content: bytes) -> None:
+    add_checkpoint(run)
+    (run.path / "config.yaml").write_bytes(content)
+    before = run.record
+    with pytest.raises(ValueError, match=r"config\.yaml .*estore"):
+        RunFolder.resume("idea", "last", tmp_path)
+    assert run.record == before

@@ -13,6 +13,7 @@ import re
 import signal
 import threading
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 
-from blueberry_video.atomic import atomic_file
+from blueberry_video.atomic import atomic_file, explained_errors
 from blueberry_video.experiment.metrics_table import MetricsTable
 from blueberry_video.experiment.record import read_record
 
@@ -38,11 +39,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
         """Writes ``path`` and ``path.sha256``; ``path`` is replaced when both are complete and synced to disk."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        needed = _size(checkpoint)
+        with explained_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
         # The digest is renamed first: a kill between the two renames invalidates an old file of this name, and never
         # validates a wrong one.
-        with atomic_file(path) as data, atomic_file(_digest_file(path)) as digest:
-            torch.save(_plain(checkpoint), data)
+        with atomic_file(path, needed=needed) as data, atomic_file(_digest_file(path)) as digest:
+            try:
+                torch.save(_plain(checkpoint), data)
+            except RuntimeError as error:  # PyTorch raises it when it closes its archive after a failed write
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
             data.flush()
             os.fsync(data.fileno())
             digest.write(f"{_sha256(Path(data.name))}\n".encode())
@@ -403,6 +411,22 @@ def _plain(value: Any) -> Any:
         plain = [_plain(item) for item in items]
         return dict(zip(value, plain, strict=True)) if isinstance(value, dict) else type(value)(plain)
     return value
+
+
+def _size(value: Any) -> int:
+    """Returns the bytes of all tensors in nested containers; tensors that share memory are counted once."""
+    storages: dict[int, int] = {}
+
+    def add(item: Any) -> None:
+        if isinstance(item, torch.Tensor):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, Mapping):
+            add(list(item.values()))
+        elif isinstance(item, list | tuple):
+            [add(part) for part in item]
+
+    add(value)
+    return sum(storages.values())
 
 
 def _first_sentence(error: BaseException) -> str:

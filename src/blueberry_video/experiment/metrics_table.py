@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from blueberry_video.atomic import write_bytes
+from blueberry_video.atomic import explained_errors, write_bytes
 
 
 class MetricsTable:
@@ -56,9 +56,10 @@ class MetricsTable:
             self.columns += new_columns
             self._rewrite([*rows, self._row])
         else:
-            with self.path.open("r+b") as file:
+            line = self._line()
+            with explained_errors(self.path, len(line)), self.path.open("r+b") as file:
                 file.seek(self._row_offset)
-                file.write(self._line())
+                file.write(line)
                 file.truncate()
 
     def drop_after(self, step: int) -> None:

@@ -7,6 +7,7 @@ JSON is written atomically.
 
 import argparse
 import csv
+import re
 import secrets
 import time
 import warnings
@@ -17,10 +18,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from blueberry_video.atomic import write_text
+from blueberry_video.atomic import explained_errors, write_text
 from blueberry_video.config import Config, did_you_mean
 from blueberry_video.experiment.checkpoint import checkpoint_files, checkpoint_step, latest_good_checkpoint
 from blueberry_video.experiment.expected import Verdict, judge
@@ -30,6 +32,10 @@ from blueberry_video.experiment.record import read_record, write_record
 
 MODE = {"resume": None, "check": False, "enforce_expected": False}
 """Config keys of a single call and their defaults; they are not saved, so that a later call does not inherit them."""
+
+
+UNRELATED = ("output_dir", "logger", "optimized_metric")
+"""Root keys that change no result of a finished run."""
 
 
 class RunFolder:
@@ -136,26 +142,37 @@ class RunFolder:
             BlockingIOError: if another process trains in the folder.
             ValueError: if its ``run.json`` is damaged.
         """
+        found = cls.find(experiment, run, root)
+        found.begin_session()
+        return found
+
+    @classmethod
+    def find(cls, experiment: str, run: str, root: str | Path = "outputs") -> Self:
+        """Opens a run to resume it, as :meth:`resume`, and locks it without changing its files."""
         found = cls(_find(Path(root) / experiment, run))
         found.resumed = True
         found.lock()
-        record = found.record
-        checkpoint = found.checkpoint()
-        if checkpoint is None and record["status"] == "finished":
+        record, _ = found.record, found.config  # raise if damaged
+        if found.checkpoint() is None and record["status"] == "finished":
             raise FileNotFoundError(
                 f"resume={run}: the run {found.path} is finished and has no checkpoint: start a new run, "
                 "without resume."
             )
+        return found
+
+    def begin_session(self) -> None:
+        """Records in ``run.json`` that training continues."""
+        record, checkpoint = self.record, self.checkpoint()
         if record["status"] == "running":  # it was killed: its newest file dates the end
-            record["wall_seconds"] += max(_last_modified(found.path) - record["session_started"], 0.0)
+            record["wall_seconds"] += max(_last_modified(self.path) - record["session_started"], 0.0)
         if checkpoint is None:
             for name in ("metrics.csv", "end_of_run.json"):
-                rank_zero_only((found.path / name).unlink)(missing_ok=True)
+                rank_zero_only((self.path / name).unlink)(missing_ok=True)
         git = git_state()
         record["resumes"].append(
             {"time": _now(), "previous_status": record["status"], "commit": git["commit"], "dirty": git["dirty"]}
         )
-        found.update(
+        self.update(
             status="running",
             ended=None,
             error=None,
@@ -164,7 +181,31 @@ class RunFolder:
             resumes=record["resumes"],
             wall_seconds=record["wall_seconds"],
         )
-        return found
+
+    def is_complete(self, config: DictConfig) -> bool:
+        """Returns whether a finished run has no step left with ``config``, which must then be its own.
+
+        Raises:
+            ValueError: if ``config`` has other values, which would replace results of the same weights.
+        """
+        record, trainer = self.record, config.trainer
+        files = checkpoint_files(self.path / "checkpoints")
+        step = record.get("step") or (checkpoint_step(files[0]) if files else 0)
+        reached = 0 < (trainer.get("max_steps") or -1) <= step
+        epochs = re.fullmatch(r"trainer.max_epochs=(\d+) reached", record.get("ended_because") or "")
+        reached |= epochs is not None and 0 < (trainer.get("max_epochs") or -1) <= int(epochs[1])
+        if record["status"] != "finished" or not reached:
+            return False
+        changed = sorted(_differences(_without_mode(config), self.config, ""))
+        changed = [key for key in changed if key.partition(".")[0] not in UNRELATED and key != "trainer.max_steps"]
+        if changed:
+            values = ", ".join(f"{key}={OmegaConf.select(config, key)}" for key in changed)
+            raise ValueError(
+                f"resume={self.name}: the run is finished at step {step}, and {values} would replace the results of "
+                "the same weights. Raise trainer.max_steps to continue training, leave the overrides out, or start a "
+                f"new run with init_from={self.path}."
+            )
+        return True
 
     @property
     def name(self) -> str:
@@ -179,11 +220,15 @@ class RunFolder:
     @property
     def config(self) -> DictConfig:
         """The resolved config of the run."""
-        config = OmegaConf.load(self.path / "config.yaml")
-        if not isinstance(config, DictConfig):
+        file = self.path / "config.yaml"
+        try:
+            config = OmegaConf.load(file)
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: also of UTF-8
             raise ValueError(
-                f"{self.path / 'config.yaml'} is not a mapping of keys: restore the file written by the run."
-            )
+                f"{file} is damaged: {str(error).splitlines()[0]}. Restore the file of the run."
+            ) from error
+        if not isinstance(config, DictConfig) or not config:
+            raise ValueError(f"{file} is empty or not a mapping of keys: restore the file written by the run.")
         return config
 
     @property
@@ -283,12 +328,28 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self.record["status"] == "running":
-            self.fail(error)
+        if error is not None:
+            try:
+                if self.record["status"] == "running":
+                    self.fail(error)
+            except (OSError, ValueError) as second:  # the first error is the one to show
+                warnings.warn(f"run.json does not record that the run failed: {second}", stacklevel=2)
         for close in self.on_close:
             close(error is None)
         if self._lock is not None:
             self._lock.release()
+
+
+def _differences(first: Any, second: Any, prefix: str) -> list[str]:
+    """Returns the keys of nested configs with different values, joined by dots."""
+    if not (isinstance(first, DictConfig) and isinstance(second, DictConfig)):
+        return [] if first == second else [prefix]
+    keys = {*map(str, first), *map(str, second)}
+    return [
+        found
+        for key in keys
+        for found in _differences(first.get(key), second.get(key), f"{prefix}.{key}" if prefix else key)
+    ]
 
 
 def list_runs(folder: str | Path) -> list[Path]:
@@ -359,10 +420,12 @@ def _make_folder(experiment: Path) -> Path:
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in range(1, 1000):
         path = experiment / (stamp if attempt == 1 else f"{stamp}_{attempt}")
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue
+        with explained_errors(path):
+            experiment.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
         return path
     raise FileExistsError(
         f"{experiment} already has 999 runs named {stamp}: start fewer runs per second, or clear the folder."
