@@ -8,6 +8,7 @@ key=a,b`` runs every combination.
 """
 
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -92,7 +93,7 @@ def fit(config: DictConfig, folder: "RunFolder") -> None:
     for stage in ("validate", "test") if data.test is not None else ("validate",):
         if f"trainer.{stage}" in recorded(trainer):  # by an earlier session of a resumed run
             log_at_end(trainer, recorded(trainer)[f"trainer.{stage}"])
-        metrics |= measured_once(trainer, f"trainer.{stage}", lambda stage=stage: evaluate(stage))
+        metrics |= measured_once(trainer, f"trainer.{stage}", partial(evaluate, stage))
     folder.finish(metrics, ended, trainer.global_step)
 
 

@@ -270,9 +270,10 @@ class Checkpoints(Checkpoint):
 
 def why_training_ended(trainer: Trainer) -> str:
     """Returns the limit that training reached, or the step and the reason of an early stop."""
-    callback = next((callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)), None)
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callback = next((callback for callback in callbacks if isinstance(callback, Checkpoints)), None)
     stopped = callback.stopped if callback is not None else None
-    epochs = trainer.fit_loop.epoch_progress.current.processed
+    epochs = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
     if stopped is None and 0 < trainer.max_steps <= trainer.global_step:
         return f"trainer.max_steps={trainer.max_steps} reached"
     if stopped is None and trainer.max_epochs is not None and 0 < trainer.max_epochs <= epochs:
@@ -283,12 +284,13 @@ def why_training_ended(trainer: Trainer) -> str:
 
 def _stop_reason(trainer: Trainer) -> str:
     """Returns the reason of ``trainer.should_stop``; a callback gives its own as the attribute ``stop_reason``."""
-    for callback in trainer.callbacks:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
         if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None and left <= 0:
             return "trainer.max_time has passed"
         if reason := getattr(callback, "stop_reason", None):
             return str(reason)
-    for callback in trainer.callbacks:
+    for callback in callbacks:
         if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
             return f"EarlyStopping: {callback.stopping_reason_message.rstrip('.')}"
     return "a callback set trainer.should_stop"
@@ -296,7 +298,7 @@ def _stop_reason(trainer: Trainer) -> str:
 
 def _was_finished(run: Path) -> bool:
     """Returns whether the run was finished when it was resumed."""
-    resumes = read_record(run).get("resumes") if (run / "run.json").is_file() else None
+    resumes = read_record(run).get("resumes", []) if (run / "run.json").is_file() else []
     return bool(resumes) and resumes[-1]["previous_status"] == "finished"
 
 
@@ -423,7 +425,8 @@ def _size(value: Any) -> int:
         elif isinstance(item, Mapping):
             add(list(item.values()))
         elif isinstance(item, list | tuple):
-            [add(part) for part in item]
+            for part in item:
+                add(part)
 
     add(value)
     return sum(storages.values())

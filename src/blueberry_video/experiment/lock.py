@@ -46,9 +46,9 @@ class RunLock:
             file.close()
             return
         self._file = file
-        owner = {"pid": os.getpid(), "host": platform.node(), "since": datetime.now().isoformat(timespec="seconds")}
+        this = {"pid": os.getpid(), "host": platform.node(), "since": datetime.now().isoformat(timespec="seconds")}
         file.truncate(0)
-        file.write(json.dumps(owner).encode())
+        file.write(json.dumps(this).encode())
 
     def release(self) -> None:
         if self._file is not None:
