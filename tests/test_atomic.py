@@ -1,5 +1,7 @@
 """Atomic writes: after an exception or a kill the destination has its old content."""
 
+import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -159,3 +161,32 @@ def test_folder_replaces_nothing_else(tmp_path: Path, make: Callable[[Path], Non
         (folder / "a").touch()
     assert names(tmp_path) == ["out"]
     assert not (tmp_path / "out" / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (errno.ENOSPC, r"No space left on device: \S+/a\.txt needs 3 bytes, and \d+ bytes are free in \S+"),
+        (errno.EDQUOT, r"quota.*: \S+/a\.txt needs 3 bytes"),
+        (errno.EROFS, r"Read-only file system: \S+/a\.txt .*writable"),
+        (errno.EACCES, r"Permission denied: \S+/a\.txt .*writable"),
+    ],
+)
+def test_errors_of_the_disk_name_file_and_fix(tmp_path: Path, monkeypatch, code: int, expected: str):
+    def fail(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(atomic.os, "fsync", fail)
+    with pytest.raises(OSError, match=expected) as raised:
+        write_text(tmp_path / "a.txt", "new")
+    assert raised.value.errno == code
+    assert type(raised.value) is (PermissionError if code == errno.EACCES else OSError)
+    assert names(tmp_path) == []
+
+
+def test_file_in_place_of_a_folder_is_named(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"file/a\.txt .*another folder"):
+        write_text(tmp_path / "file" / "a.txt", "new")
+    with pytest.raises(OSError, match=r"file/.*another folder"), atomic_folder(tmp_path / "file" / "out"):
+        pass

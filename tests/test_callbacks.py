@@ -217,6 +217,12 @@ def test_nan_guard_logs_the_norm_before_clipping(tmp_path: Path) -> None:
     assert all(float(row["train/grad_norm"]) > 0.01 for row in metrics(tmp_path) if row["train/grad_norm"])
 
 
+def test_norm_is_logged_only_at_the_steps_that_are_checked(tmp_path: Path) -> None:
+    fit(tmp_path, NaNGuard(every_n_steps=4), logger=CSVLogger(tmp_path, name="", version=""), max_epochs=1)
+    rows = [row for row in metrics(tmp_path) if row["train/grad_norm"]]
+    assert [int(row["step"]) for row in rows] == [0, 4]
+
+
 def test_media_are_saved_at_intervals_and_at_the_end(tmp_path: Path) -> None:
     task = fit(tmp_path, Media(every_n_steps=4, min_side=24), val_check_interval=3, max_epochs=2)
     assert sorted(path.name for path in (tmp_path / "media").glob("*.gif")) == [

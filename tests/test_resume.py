@@ -1,31 +1,33 @@
 """Resuming: a killed and resumed run ends with bit-identical weights, in the same folder and wandb run."""
 
 import contextlib
+import copy
 import functools
 import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from omegaconf import OmegaConf
 from torch import nn
 
-from blueberry_video.callbacks import EMA, NaNGuard, StepSeed
+from blueberry_video.callbacks import EMA, Media, NaNGuard, StepSeed
 from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.sprites import Sprites
-from blueberry_video.experiment.checkpoint import AtomicCheckpointIO, Checkpoints, checkpoint_files
+from blueberry_video.experiment.checkpoint import AtomicCheckpointIO, Checkpoints, checkpoint_files, why_training_ended
 from blueberry_video.experiment.loggers import MetricsCSV, Wandb
 from blueberry_video.experiment.metrics_table import read_steps
 from blueberry_video.experiment.run_folder import RunFolder
@@ -56,6 +58,7 @@ def train(
     keep: int = 1000,
     every_n_steps: int = 1,
     max_steps: int = STEPS,
+    checkpoints: Checkpoints | None = None,
     **trainer_options,
 ) -> dict[str, torch.Tensor]:
     """Trains a tiny VideoMAE with random masks, stochastic depth and EMA; returns the averaged weights."""
@@ -74,7 +77,7 @@ def train(
         max_steps=max_steps,
         accelerator="cpu",
         logger=[MetricsCSV(run), *([Wandb(run, mode="offline")] if wandb else [])],
-        callbacks=[StepSeed(1), EMA(0.9), NaNGuard(), *callbacks, Checkpoints(every_n_steps, keep)],
+        callbacks=[StepSeed(1), EMA(0.9), NaNGuard(), *callbacks, checkpoints or Checkpoints(every_n_steps, keep)],
         plugins=[AtomicCheckpointIO()],
         default_root_dir=run.path,
         num_sanity_val_steps=0,
@@ -86,8 +89,26 @@ def train(
     )
     with run:
         trainer.fit(task, datamodule=data, ckpt_path=run.checkpoint())
-        run.finish(trainer.callback_metrics)
+        run.finish(trainer.callback_metrics, why_training_ended(trainer), trainer.global_step)
     return task.state_dict()
+
+
+class StopAfter(Callback):
+    """Sets ``trainer.should_stop`` after a number of batches."""
+
+    stop_reason = "StopAfter"
+
+    def __init__(self, batches: int) -> None:
+        self.left = batches
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *arguments: object) -> None:
+        self.left -= 1
+        trainer.should_stop |= self.left == 0
+
+
+def patience(**options) -> EarlyStopping:
+    """Early stopping at the second check: the loss never improves by a million."""
+    return EarlyStopping("val/loss", min_delta=1e6, patience=1, **options)
 
 
 def create(root: Path) -> RunFolder:
@@ -213,19 +234,117 @@ def test_interrupted_validation_is_repeated(tmp_path: Path) -> None:
     assert read_steps(run.path / "metrics.csv") == read_steps(whole.path / "metrics.csv")
 
 
-def test_run_that_fails_in_its_final_evaluations_repeats_them(tmp_path: Path) -> None:
-    class Evaluation(Callback):
-        def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-            if not trainer.ckpt_path:
-                raise RuntimeError("out of memory")
-            trainer.callback_metrics["probe/motion"] = torch.tensor(0.5)
+@pytest.mark.parametrize(
+    ("stop", "step", "options"),
+    [
+        (lambda: StopAfter(7), 7, {}),
+        (lambda: StopAfter(7), 7, {"limit_val_batches": 0}),
+        (lambda: StopAfter(7), 3, {"limit_val_batches": 0, "accumulate_grad_batches": 3}),
+        (patience, 10, {"max_steps": 17}),
+        (lambda: patience(check_on_train_epoch_end=False), 8, {"val_check_interval": 3}),
+    ],
+    ids=["batch", "no-validation", "accumulation", "epoch", "validation"],
+)
+def test_run_that_stops_early_saves_its_weights_and_can_be_resumed(
+    tmp_path: Path, stop: Callable[[], Callback], step: int, options: dict
+) -> None:
+    options = {"every_n_steps": 100, **options}
+    whole, run = create(tmp_path / "whole"), create(tmp_path / "stopped")
+    expected = train(whole, **options)
+    weights = train(run, stop(), **options)
+    [final] = checkpoint_files(run.path / "checkpoints")
+    assert final.name == f"step_{step:08d}.ckpt"
+    assert differing(AtomicCheckpointIO().load_checkpoint(final)["state_dict"], weights) == []
+    assert re.search(rf"step {step} of \d+: (StopAfter|EarlyStopping)", run.record["ended_because"])
+    resumed = RunFolder.resume("tiny", "last", tmp_path / "stopped")
+    assert differing(expected, train(resumed, **options)) == []
+    losses = [{k: v["train/loss"] for k, v in read_steps(r.path / "metrics.csv").items()} for r in (whole, run)]
+    assert losses[0] == losses[1]
+    assert "max_steps" in resumed.record["ended_because"]
 
-    run = create(tmp_path)
+
+class FailsAtTheEnd(Callback):
+    """Records ``probe/motion`` after training; fails in the first session of a run."""
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if not trainer.ckpt_path:
+            raise RuntimeError("out of memory")
+        trainer.callback_metrics["probe/motion"] = torch.tensor(0.5)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "options"),
+    [
+        ((), {}),
+        ((), {"max_steps": -1, "max_epochs": 2, "limit_val_batches": 0}),
+        ((), {"max_steps": -1, "max_epochs": 2}),
+        ((StopAfter(7),), {}),
+        ((StopAfter(7),), {"limit_val_batches": 0}),
+        ((patience(),), {"max_steps": 30}),
+    ],
+    ids=["steps", "epochs-no-validation", "epochs", "stopped", "stopped-no-validation", "early-stopping"],
+)
+def test_run_that_fails_in_its_final_evaluations_repeats_only_them(
+    tmp_path: Path, callbacks: tuple[Callback, ...], options: dict
+) -> None:
+    whole, run, steps = create(tmp_path / "whole"), create(tmp_path / "failed"), Steps()
+    expected = train(whole, *copy.deepcopy(callbacks), every_n_steps=8, **options)
     with pytest.raises(RuntimeError, match="out of memory"):
-        train(run, Evaluation(), every_n_steps=8)
+        train(run, FailsAtTheEnd(), *copy.deepcopy(callbacks), every_n_steps=8, **options)
     assert run.record["status"] == "failed"
-    train(RunFolder.resume("tiny", "last", tmp_path), Evaluation(), every_n_steps=8)
+    resumed = RunFolder.resume("tiny", "last", tmp_path / "failed")
+    assert differing(expected, train(resumed, FailsAtTheEnd(), steps, *callbacks, every_n_steps=8, **options)) == []
+    assert steps.trained == 0
+    for name, value in whole.record["metrics"].items():
+        assert name.startswith("val/") or run.record["metrics"][name] == value  # train.fit validates again
     assert run.record["metrics"]["probe/motion"] == 0.5
+    assert run.record["ended_because"] == whole.record["ended_because"]
+    assert (run.path / "metrics.csv").read_text() == (whole.path / "metrics.csv").read_text()
+
+
+class Steps(Callback):
+    """Counts the training batches."""
+
+    trained = 0
+
+    def on_train_batch_start(self, *arguments: object) -> None:
+        self.trained += 1
+
+
+class KilledAfterSaving(Checkpoints):
+    """Ends the process at the moment at which a checkpoint is complete, before Lightning logs the step."""
+
+    def _prune(self, trainer: lightning.Trainer) -> None:
+        super()._prune(trainer)
+        if trainer.global_step == 6 and not trainer.ckpt_path:
+            raise Killed
+
+
+class Pictures(Media):
+    """Lists the steps of the pictures without drawing them."""
+
+    def __init__(self, steps: list[int]) -> None:
+        super().__init__(every_n_steps=5)
+        self.steps = steps
+
+    def _make(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, kind: str) -> None:
+        self._made_step = trainer.global_step
+        self.steps.append(trainer.global_step)
+
+
+@pytest.mark.parametrize("wandb", [False, True])
+def test_kill_just_after_a_checkpoint_loses_no_row_and_no_picture(tmp_path: Path, wandb: bool) -> None:
+    whole, run, steps, parts = create(tmp_path / "whole"), create(tmp_path / "killed"), [], []
+    options = {"val_check_interval": 2, "check_val_every_n_epoch": None, "every_n_steps": 3, "wandb": wandb}
+    train(whole, Pictures(steps), max_steps=11, **options)
+    with pytest.raises(Killed):
+        train(run, Pictures(parts), max_steps=11, checkpoints=KilledAfterSaving(3), **options)
+    assert 5 in read_steps(run.path / "metrics.csv")
+    train(RunFolder.resume("tiny", "last", tmp_path / "killed"), Pictures(parts), max_steps=11, **options)
+    assert read_steps(run.path / "metrics.csv") == read_steps(whole.path / "metrics.csv")
+    assert steps == parts == [2, 8, 11]
+    if wandb:
+        assert wandb_steps(run) == wandb_steps(whole)
 
 
 class Killed(Exception):

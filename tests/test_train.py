@@ -2,17 +2,23 @@
 
 import csv
 import json
+import os
 import re
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
+import lightning
 import numpy as np
 import pytest
 import torch
 
 from blueberry_video import train
+from blueberry_video.callbacks import Throughput
 from blueberry_video.data.write import write_video
+from blueberry_video.evaluation.end_of_run import evaluate_at_end
 from blueberry_video.tasks.classification import Classification
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,6 +74,45 @@ def test_run_can_be_repeated_and_continued(command, capsys: pytest.CaptureFixtur
     assert len(losses(first)) == 6
     assert losses(first)[:4] == losses(runs[1])
     assert record(first)["resumes"][0]["previous_status"] == "finished"
+
+
+def test_results_of_a_finished_run_are_not_replaced(command, capsys: pytest.CaptureFixture):
+    [run] = command(*EXPERIMENT, "trainer.max_steps=2")
+    before = record(run), (run / "metrics.csv").read_text()
+    for override in ("data.val.size=8", "optimizer.lr=0.5", "expected={val/loss: {at_most: 9}}"):
+        key = override.partition("=")[0]
+        others = [word for word in EXPERIMENT if not word.startswith(f"{key}=")]
+        with pytest.raises(ValueError, match=rf"resume={run.name}: .*{key}.*trainer\.max_steps.*init_from="):
+            command(*others, "trainer.max_steps=2", override, "resume=last")
+        assert (record(run), (run / "metrics.csv").read_text()) == before
+    command(*EXPERIMENT, "trainer.max_steps=2", "resume=last")
+    assert re.search(r"finished at step 2\b", capsys.readouterr().out)
+    assert (record(run), (run / "metrics.csv").read_text()) == before
+
+
+def test_run_killed_in_its_evaluations_measures_only_what_is_missing(command, monkeypatch):
+    [whole] = command(*EXPERIMENT, "trainer.max_steps=2")
+
+    def measured(self: Throughput, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        evaluate_at_end(trainer, "probe", lambda: calls.append(trainer.global_step) or {"motion": 0.5})
+        if len(calls) == 1 and not trainer.ckpt_path:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    calls: list[int] = []
+    monkeypatch.setattr(Throughput, "on_train_end", measured, raising=False)
+    began = time.perf_counter()
+    with pytest.raises(SystemExit):
+        command(*EXPERIMENT, "trainer.max_steps=2")
+    assert time.perf_counter() - began < 50
+    run = command(*EXPERIMENT, "trainer.max_steps=2", "resume=last")[-1]
+    assert calls == [2]
+    assert record(run)["status"] == "finished"
+    assert record(run)["metrics"]["probe/motion"] == 0.5
+    assert losses(run) == losses(whole)
+    got, wanted = record(run)["metrics"], record(whole)["metrics"]
+    for name in ("train/loss", "train/grad_norm", "val/loss"):
+        assert got[name] == wanted[name]
 
 
 def test_init_from_loads_the_encoder_of_a_run(command, capsys: pytest.CaptureFixture):

@@ -235,7 +235,12 @@ class NaNGuard(Callback):
             return
         gradients = {name: weight.grad for name, weight in pl_module.named_parameters() if weight.grad is not None}
         norm = torch.nn.utils.get_total_norm(list(gradients.values()))
-        pl_module.log("train/grad_norm", norm, on_epoch=False, batch_size=1)
+        if self.every_n_steps == 1:
+            pl_module.log("train/grad_norm", norm, on_epoch=False, batch_size=1)
+        else:  # Lightning would repeat the value in the rows of later steps
+            trainer.callback_metrics["train/grad_norm"] = norm
+            for logger in trainer.loggers:
+                logger.log_metrics({"train/grad_norm": norm.item()}, step=trainer.global_step)
         if not torch.isfinite(norm):
             bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
             self._stop(trainer, f"the gradient norm is {norm.item()}", bad)
@@ -285,6 +290,12 @@ class Media(Callback):
         self.min_side = min_side
         self._batches: dict[str, Any] = {}  # by suffix of the name
         self._made_step: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"made_step": self._made_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._made_step = state_dict["made_step"]
 
     def on_validation_batch_end(
         self,

@@ -9,6 +9,7 @@ key=a,b`` runs every combination.
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,9 +54,7 @@ def sweep(config: DictConfig) -> float | None:
 
 
 def run(
-    config: DictConfig,
-    overrides: list[str] | None = None,
-    created: Callable[["RunFolder"], None] = lambda folder: None,
+    config: DictConfig, overrides: list[str] | None = None, created: Callable[["RunFolder"], None] = lambda folder: None
 ) -> float | None:
     """Executes one run, from creating its folder to writing its report; returns ``optimized_metric``.
 
@@ -72,18 +71,25 @@ def run(
         check.dry_run(config, RunFolder.create, build)
         return None
     memory.announce(config)
+    complete = False  # a finished run with nothing left to do
     if shared := processes.shared_folder():  # a rank of a multi-process run
         folder = RunFolder.open(shared)
+        folder.lock(rank=True)
         folder.resumed = config.resume is not None
     elif config.resume:
-        folder = RunFolder.resume(config.name, config.resume, config.output_dir)
+        folder = RunFolder.find(config.name, config.resume, config.output_dir)
         config = configs.load(folder.path / "config.yaml", [*(overrides or ()), f"++resume={folder.name}"], config)
         folder.print_start(config.trainer.get("max_steps"))
+        complete = folder.is_complete(config)
+        if not complete:
+            folder.begin_session()
     else:
         folder = RunFolder.create(config, config.output_dir)
     created(folder)
     with folder:
-        if (number := processes.count(config.trainer)) > 1:
+        if complete:
+            pass
+        elif (number := processes.count(config.trainer)) > 1:
             processes.start(config, folder.path, number)
         else:
             fit(config, folder)
@@ -98,13 +104,23 @@ def run(
 
 def fit(config: DictConfig, folder: "RunFolder") -> None:
     """Trains, then evaluates the final weights on the validation set and, if there is one, the test set."""
+    from blueberry_video.evaluation.end_of_run import log_at_end, measured_once, recorded
+    from blueberry_video.experiment.checkpoint import why_training_ended
+
     data, _, task, trainer = build(config, folder)
-    trainer.fit(task, datamodule=data, ckpt_path=folder.checkpoint(), weights_only=False)
+    trainer.fit(task, datamodule=data, ckpt_path=folder.checkpoint(), weights_only=True)
     metrics = dict(trainer.callback_metrics)  # validate and test clear them
-    for evaluate in (trainer.validate, trainer.test) if data.test is not None else (trainer.validate,):
-        evaluate(task, datamodule=data, verbose=False)
-        metrics |= trainer.callback_metrics
-    folder.finish(metrics)
+    ended = why_training_ended(trainer)
+
+    def evaluate(stage: str) -> dict[str, float]:
+        getattr(trainer, stage)(task, datamodule=data, verbose=False)
+        return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+    for stage in ("validate", "test") if data.test is not None else ("validate",):
+        if f"trainer.{stage}" in recorded(trainer):  # by an earlier session of a resumed run
+            log_at_end(trainer, recorded(trainer)[f"trainer.{stage}"])
+        metrics |= measured_once(trainer, f"trainer.{stage}", partial(evaluate, stage))
+    folder.finish(metrics, ended, trainer.global_step)
 
 
 def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import lightning
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from blueberry_video.data.datamodule import DataModule
@@ -143,6 +144,26 @@ def test_sigreg_without_a_target_encoder_raises_no_alarm(encoder, fit):
     trainer = fit(module, monitor, steps=60)
     assert trainer.logged_metrics["collapse/alarm"] == 0
     assert trainer.logged_metrics["collapse/target_std"] > 0.1
+
+
+def test_values_are_logged_in_the_row_of_their_step_alone(encoder, trainer, ramps, tmp_path):
+    class Rows(CSVLogger):
+        def log_metrics(self, metrics: dict, step: int | None = None) -> None:
+            rows.setdefault(step, set()).update(metrics)
+
+    rows: dict[int, set[str]] = {}
+    fitted = trainer(
+        CollapseMonitor(every_n_steps=3, after_steps=0),
+        max_steps=8,
+        max_epochs=-1,
+        limit_val_batches=0,
+        log_every_n_steps=1,
+        logger=Rows(tmp_path),
+    )
+    fitted.fit(task(model(encoder, ema=True)), datamodule=DataModule(ramps, ramps, batch_size=16))
+    assert [step for step, names in rows.items() if "collapse/effective_rank" in names] == [2, 5]
+    assert all("train/loss" in names for names in rows.values())
+    assert fitted.callback_metrics["collapse/alarm"] in (0, 1)
 
 
 class Scripted(CollapseMonitor):

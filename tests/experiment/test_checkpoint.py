@@ -1,7 +1,15 @@
+import os
+import re
+import subprocess
+import sys
+from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from blueberry_video.experiment.checkpoint import (
     AtomicCheckpointIO,
@@ -66,6 +74,78 @@ def test_no_valid_checkpoint_raises_with_the_fault_of_each(tmp_path: Path) -> No
         latest_good_checkpoint(tmp_path)
 
 
+def test_binary_checksum_is_damage(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    path.with_name(f"{path.name}.sha256").write_bytes(b"\xff\x00")
+    assert "checksum" in checkpoint_fault(path)
+
+
+def test_other_names_are_no_checkpoints(tmp_path: Path) -> None:
+    good = save(tmp_path, 100)
+    for name in ("step_last.ckpt", "step_.ckpt", "step_00000200 (copy).ckpt", "step_²00.ckpt"):
+        (tmp_path / name).write_bytes(b"?")
+    assert checkpoint_files(tmp_path) == [good]
+    assert latest_good_checkpoint(tmp_path) == good
+
+
+class Prune:
+    """The parts of a trainer that pruning uses."""
+
+    is_global_zero = True
+    strategy = SimpleNamespace(remove_checkpoint=AtomicCheckpointIO().remove_checkpoint)
+
+    def __init__(self, folder: Path) -> None:
+        self.default_root_dir = folder
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_the_checksum])
+def test_pruning_removes_damaged_checkpoints_before_valid_ones(tmp_path: Path, damage) -> None:
+    folder = tmp_path / "checkpoints"
+    callback, trainer = Checkpoints(keep=2), Prune(tmp_path)
+    first, second = save(folder, 10), save(folder, 20)
+    callback._prune(trainer)
+    damage(second)
+    third = save(folder, 15)  # resumed from the first
+    with pytest.warns(UserWarning, match=rf"{second.name}\b"):
+        callback._prune(trainer)
+    assert checkpoint_files(folder) == [third, first]
+    callback._prune(trainer)
+    fourth = save(folder, 18)
+    callback._prune(trainer)
+    assert checkpoint_files(folder) == [fourth, third]
+
+
+class Foreign:
+    """An object that only unrestricted unpickling builds."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("created_by_a_checkpoint",)
+
+
+@pytest.mark.parametrize("weights_only", [None, False, True])
+def test_checkpoint_with_code_is_not_executed(tmp_path: Path, weights_only: bool | None, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "step_00000001.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"callbacks": {"x": Foreign()}}, path)
+    with pytest.raises(ValueError, match=rf"{path.name} .*mkdir.*init_from"):
+        AtomicCheckpointIO().load_checkpoint(path, weights_only=weights_only)
+    assert not Path("created_by_a_checkpoint").exists()
+
+
+def test_configs_numpy_scalars_and_paths_are_saved_as_plain_values(tmp_path: Path) -> None:
+    state = {
+        "optimizer_states": [{"param_groups": [{"betas": OmegaConf.create([0.9, 0.95]), "lr": np.float64(0.5)}]}],
+        "options": (OmegaConf.create({"a": {"b": 1}}), Path("a/b"), np.int64(3)),
+        "weights": OrderedDict(a=torch.ones(2)),
+    }
+    path = tmp_path / "step_00000001.ckpt"
+    AtomicCheckpointIO().save_checkpoint(state, path)
+    loaded = AtomicCheckpointIO().load_checkpoint(path)
+    assert loaded["optimizer_states"] == [{"param_groups": [{"betas": [0.9, 0.95], "lr": 0.5}]}]
+    assert loaded["options"] == ({"a": {"b": 1}}, "a/b", 3)
+    assert loaded["weights"]["a"].tolist() == [1, 1]
+
+
 def test_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path, 1)
 
@@ -111,3 +191,17 @@ def test_init_from_is_a_file_or_the_newest_checkpoint_of_a_run(tmp_path: Path) -
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"init_from=\S*/empty .*checkpoints/.*config\.json"):
         weights_file(tmp_path / "empty")
+
+
+def test_full_disk_names_size_and_space(tmp_path: Path) -> None:
+    """Writes more than a limit on the size of files allows, which fails like a full disk."""
+    code = (
+        "import errno, resource, signal, sys, torch; from pathlib import Path\n"
+        "from blueberry_video.experiment.checkpoint import AtomicCheckpointIO\n"
+        "import blueberry_video.atomic as atomic; errno.ENOSPC = errno.EFBIG\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))\n"
+        "AtomicCheckpointIO().save_checkpoint({'a': torch.zeros(100000)}, Path(sys.argv[1]) / 'step_00000001.ckpt')"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert re.search(r"OSError: .*step_00000001\.ckpt needs 400000 bytes, and \d+ bytes are free in", result.stderr)
+    assert list(tmp_path.iterdir()) == []

@@ -69,3 +69,19 @@ def test_rows_after_a_step_are_dropped(path: Path) -> None:
 
 def test_missing_file_has_no_curves(path: Path) -> None:
     assert read_curves(path) == {}
+
+
+@pytest.mark.parametrize("damage", [b"\0\0\0", b"2,\0", b"2,text", b"abc,1", b"2,1,1", b"0,7", b"\xff\xfe"])
+def test_damaged_rows_are_dropped_with_a_warning(path: Path, damage: bytes) -> None:
+    path.write_bytes(b"step,a\n0,1\n1,2\n" + damage + b"\n3,4\n")
+    with pytest.warns(UserWarning, match=rf"{path}: 1 damaged lines .*: 4\b"):
+        table = MetricsTable(path)
+    table.write({"a": 5}, 4)
+    assert read_curves(path) == {"a": [(0, 1), (1, 2), (3, 4), (4, 5)]}
+
+
+def test_damaged_header_is_dropped_with_a_warning(path: Path) -> None:
+    path.write_bytes(b"\0\0\0\n0,1\n")
+    with pytest.warns(UserWarning, match=rf"{path} .*`step"):
+        MetricsTable(path).write({"a": 1}, 2)
+    assert read_curves(path) == {"a": [(2, 1)]}

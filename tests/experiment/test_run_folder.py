@@ -1,12 +1,15 @@
+import errno
 import json
 import math
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+from blueberry_video.experiment import record
 from blueberry_video.experiment.checkpoint import AtomicCheckpointIO
 from blueberry_video.experiment.provenance import git_state
 from blueberry_video.experiment.run_folder import RunFolder, list_runs
@@ -224,3 +227,84 @@ def test_git_state_distinguishes_dirty_trees(tmp_path: Path) -> None:
     (tmp_path / "new.py").write_text("b = 2\n")
     assert changed["dirty"]
     assert len({state["diff_hash"] for state in (changed, untracked, git_state(tmp_path))}) == 3
+
+
+HOLDER = """
+import sys, time
+from blueberry_video.experiment.lock import RunLock
+from pathlib import Path
+lock = RunLock(Path(sys.argv[1]), rank=sys.argv[2] == "rank")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("holder", ["process", "rank"])
+def test_run_in_use_cannot_be_resumed_until_its_process_ends(run: RunFolder, tmp_path: Path, holder: str) -> None:
+    add_checkpoint(run)
+    (run.path / "metrics.csv").write_text("step,a\n0,1\n")
+    with run:
+        pass  # releases the lock of this process
+    before = run.record, (run.path / "metrics.csv").read_text()
+    command = [sys.executable, "-c", HOLDER, str(run.path), holder]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(BlockingIOError, match=rf"{run.name} .*process {process.pid} on \S+ since"):
+            RunFolder.resume("idea", "last", tmp_path)
+        assert (run.record, (run.path / "metrics.csv").read_text()) == before
+        process.kill()
+        process.wait()
+    assert RunFolder.resume("idea", "last", tmp_path).path == run.path
+
+
+def test_lock_is_released_at_the_end_of_a_run(run: RunFolder) -> None:
+    command = [sys.executable, "-c", HOLDER, str(run.path), "process"]
+    locked = subprocess.run(command, input="", capture_output=True, text=True, check=False)
+    assert "BlockingIOError" in locked.stderr
+    with run:
+        run.finish({})
+    assert subprocess.run(command, input="", capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\x00", b"[]", b"{}"])
+def test_damaged_run_json_blocks_no_other_run(run: RunFolder, tmp_path: Path, content: bytes) -> None:
+    add_checkpoint(run)
+    broken = RunFolder.create(CONFIG, tmp_path)
+    (broken.path / "run.json").write_bytes(content)
+    with pytest.warns(UserWarning, match=rf"{broken.name}/run\.json"):
+        assert RunFolder.resume("idea", run.name, tmp_path).path == run.path
+    with (
+        pytest.warns(UserWarning, match=rf"{broken.name}/run\.json"),
+        pytest.raises(ValueError, match=rf"{broken.name}/run\.json \(\d+ bytes\).*init_from"),
+    ):
+        RunFolder.resume("idea", "last", tmp_path)
+
+
+def test_full_disk_does_not_prevent_the_record_of_a_failure(run: RunFolder, monkeypatch) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(record, "write_text", full)
+    with pytest.raises(OSError, match="No space"), run:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert run.record["status"] == "failed"
+    assert "No space" in run.record["error"]
+
+
+@pytest.mark.parametrize("name", ["outputs", "outputs/idea"])
+def test_output_folder_that_is_a_file_raises(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    with pytest.raises(OSError, match=r"outputs/idea\b.*another folder"):
+        RunFolder.create(CONFIG, tmp_path / "outputs")
+
+
+@pytest.mark.parametrize("content", [b"", b"a: [", b"\xff\xfe\x00"])
+def test_damaged_config_raises_before_anything_changes(run: RunFolder, tmp_path: Path, content: bytes) -> None:
+    add_checkpoint(run)
+    (run.path / "config.yaml").write_bytes(content)
+    before = run.record
+    with pytest.raises(ValueError, match=r"config\.yaml .*estore"):
+        RunFolder.resume("idea", "last", tmp_path)
+    assert run.record == before

@@ -9,7 +9,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from blueberry_video.evaluation.end_of_run import log_end_of_run
+from blueberry_video.evaluation.end_of_run import evaluate_at_end
 
 GOAL_DRAWS = 1000  # draws of a goal before it counts as unreachable
 
@@ -102,7 +102,7 @@ class ClosedLoop(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            log_end_of_run(trainer, self.name, self.measure(pl_module))
+            evaluate_at_end(trainer, self.name, lambda: self.measure(pl_module))
 
     @torch.no_grad()
     def measure(self, task: Any) -> dict[str, float]:

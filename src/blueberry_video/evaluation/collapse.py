@@ -97,6 +97,7 @@ class CollapseMonitor(Callback):
         self.min_std, self.min_rank, self.max_cosine = min_std, min_rank, max_cosine
         self._last_step = -1
         self._consecutive, self.alarm = 0, False
+        self.stop_reason: str | None = None  # shown in the summary of the run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not hasattr(pl_module, "latents"):
@@ -116,13 +117,21 @@ class CollapseMonitor(Callback):
         if step > self.after_steps:
             self._update_alarm(trainer, values)
         metrics = {f"collapse/{name}": value for name, value in values.items()}
-        pl_module.log_dict({**metrics, "collapse/alarm": float(self.alarm)}, on_step=True, on_epoch=False, batch_size=1)
+        self._log(trainer, {**metrics, "collapse/alarm": torch.tensor(float(self.alarm))})
 
     def state_dict(self) -> dict[str, Any]:
         return {"in_a_row": self._consecutive, "alarm": self.alarm}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._consecutive, self.alarm = state_dict["in_a_row"], state_dict["alarm"]
+
+    def _log(self, trainer: Trainer, metrics: dict[str, Tensor]) -> None:
+        """Logs to the row of this step; ``log_dict`` would repeat the values in the rows of later steps."""
+        trainer.callback_metrics.update(metrics)
+        trainer.logged_metrics.update(metrics)
+        row = trainer.fit_loop.epoch_loop._batches_that_stepped
+        for logger in trainer.loggers:
+            logger.log_metrics({name: float(value) for name, value in metrics.items()}, step=row)
 
     @torch.no_grad()
     def _measure(self, trainer: Trainer, pl_module: LightningModule, video: Tensor) -> dict[str, Tensor]:
@@ -158,3 +167,4 @@ class CollapseMonitor(Callback):
         )
         if self.stop:
             trainer.should_stop = True
+            self.stop_reason = f"callbacks.collapse.stop={self.stop} and a collapse at step {trainer.global_step}"

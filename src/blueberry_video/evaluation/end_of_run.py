@@ -1,12 +1,65 @@
-"""Logging of evaluations that run once, after training."""
+"""Evaluations that run once, after training, and the record of those that are done.
+
+``end_of_run.json`` in the run folder contains the results for the final weights, so that a run that is killed in its
+evaluations measures only what is missing when it is resumed.
+"""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from blueberry_video.atomic import write_text
+
+RECORD = "end_of_run.json"
 
 
-def log_end_of_run(trainer: Trainer, prefix: str, values: dict[str, float]) -> None:
-    """Logs ``<prefix>/<name>`` of every value to all loggers and to ``trainer.callback_metrics``."""
-    metrics = {f"{prefix}/{name}": value for name, value in values.items()}
+def evaluate_at_end(trainer: Trainer, prefix: str, measure: Callable[[], dict[str, float]]) -> None:
+    """Logs ``<prefix>/<name>`` of every value of ``measure()`` to all loggers and to ``trainer.callback_metrics``.
+
+    The values are those of ``end_of_run.json``, without calling ``measure``, if it contains them.
+    """
+    values = measured_once(trainer, prefix, measure)
+    log_at_end(trainer, {f"{prefix}/{name}": value for name, value in values.items()})
+
+
+def log_at_end(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Logs metrics of the final weights to all loggers and to ``trainer.callback_metrics``."""
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=trainer.global_step)
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+
+
+def measured_once(trainer: Trainer, name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Returns the recorded result ``name`` of the final weights, or calls ``measure`` and records its result.
+
+    Raises:
+        SIGTERMException: if the run received SIGTERM before.
+    """
+    results = recorded(trainer)
+    if name not in results:
+        if trainer.received_sigterm:
+            raise SIGTERMException
+        results[name] = measure()
+        if trainer.is_global_zero:
+            text = json.dumps({"step": trainer.global_step, "results": results}, indent=2)
+            write_text(Path(trainer.default_root_dir) / RECORD, f"{text}\n")
+    return results[name]
+
+
+def recorded(trainer: Trainer) -> dict[str, dict[str, float]]:
+    """Returns the recorded results of the final weights by name; empty if there are none."""
+    file = Path(trainer.default_root_dir) / RECORD
+    if not file.is_file():
+        return {}
+    try:
+        record: dict[str, Any] = json.loads(file.read_text())
+        return record["results"] if record["step"] == trainer.global_step else {}
+    except (ValueError, KeyError, TypeError):
+        warnings.warn(f"{file} is damaged: the evaluations at the end are repeated.", stacklevel=2)
+        return {}

@@ -7,7 +7,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from blueberry_video.evaluation.end_of_run import log_end_of_run
+from blueberry_video.evaluation.end_of_run import evaluate_at_end
 from blueberry_video.evaluation.shape_metrics import COLOURS, DIRECTIONS, SHAPES, accuracies, caption_labels
 
 
@@ -38,7 +38,7 @@ class GeneratedShapes(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            log_end_of_run(trainer, "sampling", self.measure(pl_module))
+            evaluate_at_end(trainer, "sampling", lambda: self.measure(pl_module))
 
     @torch.no_grad()
     def measure(self, task: Any) -> dict[str, float]:

@@ -13,7 +13,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
-from blueberry_video.evaluation.end_of_run import log_end_of_run
+from blueberry_video.evaluation.end_of_run import evaluate_at_end
 from blueberry_video.evaluation.supervised import LabelledClips, Normalize, Recipe, encode, fine_tune, fit_probe, score
 from blueberry_video.evaluation.trivial import majority_share
 from blueberry_video.models.encoder import Encoder
@@ -109,7 +109,7 @@ class _EncoderEvaluation(Callback, ABC):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            log_end_of_run(trainer, self.name, self.measure(pl_module, trainer.datamodule))  # type: ignore[attr-defined]
+            evaluate_at_end(trainer, self.name, lambda: self.measure(pl_module, trainer.datamodule))  # type: ignore[attr-defined]
 
 
 class Probe(_EncoderEvaluation):

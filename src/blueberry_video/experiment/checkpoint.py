@@ -5,23 +5,32 @@ A checkpoint is written to a temporary file, synced to disk, hashed and renamed;
 before it is loaded.
 """
 
+import copy
 import hashlib
 import os
+import pickle
+import re
+import signal
+import threading
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf import OmegaConf
 
-from blueberry_video.atomic import atomic_file
+from blueberry_video.atomic import atomic_file, explained_errors
 from blueberry_video.experiment.metrics_table import MetricsTable
+from blueberry_video.experiment.record import read_record
 
 SUFFIX = ".ckpt"
-UNFINISHED = "unfinished-"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -30,11 +39,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
         """Writes ``path`` and ``path.sha256``; ``path`` is replaced when both are complete and synced to disk."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        needed = _size(checkpoint)
+        with explained_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
         # The digest is renamed first: a kill between the two renames invalidates an old file of this name, and never
         # validates a wrong one.
-        with atomic_file(path) as data, atomic_file(_digest_file(path)) as digest:
-            torch.save(checkpoint, data)
+        with atomic_file(path, needed=needed) as data, atomic_file(_digest_file(path)) as digest:
+            try:
+                torch.save(_plain(checkpoint), data)
+            except RuntimeError as error:  # PyTorch raises it when it closes its archive after a failed write
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
             data.flush()
             os.fsync(data.fileno())
             digest.write(f"{_sha256(Path(data.name))}\n".encode())
@@ -46,7 +62,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: if the file does not exist.
-            ValueError: if its contents do not match its checksum.
+            ValueError: if its contents do not match its checksum, or are not tensors and plain values.
         """
         path = Path(path)
         if fault := checkpoint_fault(path):
@@ -54,8 +70,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"checkpoint {path} cannot be loaded: {fault}. Use another file, or resume=last, which resumes the run "
                 "from its newest valid checkpoint."
             )
-        # The file is verified and was written by the run: it may contain objects that weights_only=True rejects.
-        return torch.load(path, map_location=map_location or "cpu", weights_only=bool(weights_only))
+        try:  # the checksum detects damage, not forgery: no file may execute code
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"checkpoint {path} cannot be loaded: it contains objects other than tensors and plain values "
+                f"({_first_sentence(error)}). If you trust its origin, load it with torch.load(…, weights_only=False) "
+                "and save its state_dict for init_from."
+            ) from error
 
     def remove_checkpoint(self, path: _PATH) -> None:
         Path(path).unlink(missing_ok=True)
@@ -63,17 +85,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Checkpoints(Checkpoint):
-    """Saves ``checkpoints/step_<step>.ckpt`` every ``every_n_steps`` optimizer steps and after the last step.
+    """Saves ``checkpoints/step_<step>.ckpt`` every ``every_n_steps`` optimizer steps and when training ends.
 
     Lightning's ``ModelCheckpoint`` saves before a validation that is due at the same batch, and a run resumed from that
     checkpoint skips the validation; it also never removes the file it was resumed from. This callback saves after the
-    validation. The checkpoint of the last step gets its final name after the ``on_train_end`` hooks of all other
-    callbacks. Lightning skips these hooks when it resumes at the last step, so a run killed in them resumes before that
-    step and repeats them.
+    validation. The metrics of a step are logged before its checkpoint is saved, so that a kill in between loses none.
+
+    The final checkpoint is saved before the evaluations at the end of training, for every end: the last step or epoch,
+    or ``trainer.should_stop``. Lightning skips the ``on_train_end`` hooks of a run that resumes at its end; this
+    callback makes it call them, so that a run killed in the evaluations repeats those that are missing. While they run,
+    SIGTERM ends the run at once.
 
     Args:
         every_n_steps: optimizer steps between two checkpoints.
         keep: number of checkpoints to keep, newest first. With 2 or more, a valid one remains if the newest is damaged.
+
+    Attributes:
+        stopped: the reason if training ended before ``max_steps`` and ``max_epochs``, otherwise ``None``.
 
     Raises:
         ValueError: if ``every_n_steps`` or ``keep`` is below 1.
@@ -86,9 +114,33 @@ class Checkpoints(Checkpoint):
             )
         self.every_n_steps = every_n_steps
         self.keep = keep
+        self.stopped: str | None = None
         self._saved_step = 0
-        self._last: Path | None = None
+        self._ended = False  # the final checkpoint exists
+        self._final: dict[str, Any] | None = None  # state of a final checkpoint from which the run resumes
+        self._max_steps: int | None = None  # trainer.max_steps, while it is raised
+        self._stop_later = False
         self._waits_for_validation = False
+        self._valid: dict[Path, tuple[int, int]] = {}  # file -> size and time when it was verified
+        self._position: dict[str, Any] | None = None  # in the clips after the last batch of an epoch
+        self._at_epoch_end = False
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._saved_step = checkpoint["global_step"]
+        if trainer.state.fn != "fit":
+            return
+        self._final = checkpoint.get("final", {})
+        metrics = Path(trainer.default_root_dir) / "metrics.csv"
+        if trainer.is_global_zero and metrics.is_file():
+            # The last step that was logged when the checkpoint was saved: later steps are repeated.
+            step = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
+            MetricsTable(metrics).drop_after(step)
+        if 0 < trainer.max_steps <= self._saved_step:  # otherwise Lightning skips on_train_start and on_train_end
+            self._max_steps, trainer.fit_loop.epoch_loop.max_steps = trainer.max_steps, self._saved_step + 1
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.should_stop:  # for example after trainer.max_time; Lightning would skip the hooks likewise
+            self._stop_later, trainer.should_stop = True, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loop, epochs = trainer.fit_loop, trainer.fit_loop.epoch_progress
@@ -97,60 +149,178 @@ class Checkpoints(Checkpoint):
             # does not count the next one as started: a second resume would read the clips of a different epoch.
             epochs.increment_ready()
             epochs.increment_started()
+        if self._max_steps is not None:
+            loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
+        trainer.should_stop, self._stop_later = self._stop_later, False
+        if self._final is None:
+            return
+        if not loop.done and trainer.max_epochs is not None and 0 < trainer.max_epochs <= self._final.get("epochs", 0):
+            epochs.increment_processed()
+        stopped = self._final.get("stopped")
+        if stopped and not _was_finished(Path(trainer.default_root_dir)):  # it ended in the evaluations that remain
+            trainer.should_stop, self.stopped = True, stopped
+        if loop.done:
+            self._end(trainer)
+            loop.epoch_loop._batches_that_stepped = trainer.global_step
+            values = self._final.get("metrics", {}).items()
+            trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in values})
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._stop_at_optimizer_step(trainer)
+        self._position = _position(trainer) if trainer.is_last_batch else None
         if not self._is_due(trainer):
             return
-        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-        assert fetcher is not None
-        if trainer.limit_val_batches and loop._should_check_val_fx(fetcher):
+        if _validation_is_scheduled(trainer):
             self._waits_for_validation = True
         else:
+            trainer._logger_connector.update_train_step_metrics()
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._waits_for_validation:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self._stop_at_optimizer_step(trainer)
+        self._position = _position(trainer) if trainer.is_last_batch else None
+        if self._waits_for_validation or (_stops_early(trainer) and not self._ended):
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if _stops_early(trainer) and not self._ended:  # EarlyStopping after an epoch
+            self._at_epoch_end = True
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._last is not None and trainer.is_global_zero:
-            named = self._last.with_name(self._last.name.removeprefix(UNFINISHED))
-            _digest_file(self._last).replace(_digest_file(named))
-            self._last.replace(named)
-            self._prune(trainer)
+        if trainer.global_step > self._saved_step:
+            self._save(trainer, final=True)
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._saved_step = checkpoint["global_step"]
-        metrics = Path(trainer.default_root_dir) / "metrics.csv"
-        if trainer.state.fn == "fit" and trainer.is_global_zero and metrics.is_file():
-            # The last step that was logged when the checkpoint was saved: later steps are repeated.
-            step = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
-            MetricsTable(metrics).drop_after(step)
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._ended:
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            epochs = trainer.current_epoch + 1 if trainer.is_last_batch else 0
+            checkpoint["final"] = {"metrics": metrics, "stopped": self.stopped, "epochs": epochs}
+        if self._at_epoch_end and self._position is not None:  # from here, Lightning would resume one epoch later
+            checkpoint["loops"]["fit_loop"] = self._position
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.global_step == self._saved_step:  # this batch only accumulated gradients
             return False
-        return _is_last_step(trainer) or trainer.global_step % self.every_n_steps == 0
+        if trainer.received_sigterm and trainer.world_size == 1:  # ranks may receive it at different steps
+            return True
+        return _is_last_step(trainer) or _stops_early(trainer) or trainer.global_step % self.every_n_steps == 0
 
-    def _save(self, trainer: Trainer) -> None:
+    def _stop_at_optimizer_step(self, trainer: Trainer) -> None:
+        """Delays ``trainer.should_stop`` while gradients are accumulated, which a checkpoint does not contain."""
+        if trainer.fit_loop._should_accumulate():
+            self._stop_later |= trainer.should_stop
+            trainer.should_stop = False
+        elif self._stop_later:
+            self._stop_later, trainer.should_stop = False, True
+
+    def _save(self, trainer: Trainer, final: bool = False) -> None:
         self._waits_for_validation = False
         self._saved_step = trainer.global_step
         folder = Path(trainer.default_root_dir) / "checkpoints"
-        path = folder / f"step_{trainer.global_step:08d}{SUFFIX}"
-        if _is_last_step(trainer):
-            path = self._last = path.with_name(f"{UNFINISHED}{path.name}")
-        trainer.save_checkpoint(path, weights_only=False)
+        final |= _is_last_step(trainer) or _stops_early(trainer)
+        if final:
+            self.stopped = None if _is_last_step(trainer) else _stop_reason(trainer)
+            self._ended = True
+            if trainer.is_global_zero:  # results of other weights; evaluation/end_of_run.py writes this file
+                folder.with_name("end_of_run.json").unlink(missing_ok=True)
+        trainer.save_checkpoint(folder / f"step_{trainer.global_step:08d}{SUFFIX}", weights_only=False)
         self._prune(trainer)
+        if final:
+            self._end(trainer)
+
+    def _end(self, trainer: Trainer) -> None:
+        """Lets SIGTERM end the run at once: only evaluations remain. Lightning restores the handler after training."""
+        self._ended = True
+
+        def end(number: int, frame: Any) -> None:
+            # Lightning's handler waits for all ranks, which may themselves wait for the evaluations of rank 0.
+            trainer._signal_connector.received_sigterm = True
+            raise SIGTERMException
+
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, end)
 
     def _prune(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir) / "checkpoints"
-            for old in checkpoint_files(folder)[self.keep :]:
+            files = checkpoint_files(folder)
+            damaged = [file for file in files if self._is_damaged(file)] if len(files) > self.keep else []
+            if damaged:
+                names = ", ".join(file.name for file in damaged)
+                warnings.warn(f"{folder}: the damaged checkpoints {names} are removed.", stacklevel=2)
+            for old in [*damaged, *[file for file in files if file not in damaged][self.keep :]]:
                 trainer.strategy.remove_checkpoint(old)
             for temporary in folder.glob(".*.tmp"):  # left by a process that was killed
                 temporary.unlink()
+
+    def _is_damaged(self, file: Path) -> bool:
+        """Verifies a checkpoint; again only if the file has changed, because hashing reads all of it."""
+        state = file.stat().st_size, file.stat().st_mtime_ns
+        if self._valid.get(file) != state:
+            if checkpoint_fault(file) is not None:
+                return True
+            self._valid[file] = state
+        return False
+
+
+def why_training_ended(trainer: Trainer) -> str:
+    """Returns the limit that training reached, or the step and the reason of an early stop."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callback = next((callback for callback in callbacks if isinstance(callback, Checkpoints)), None)
+    stopped = callback.stopped if callback is not None else None
+    epochs = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+    if stopped is None and 0 < trainer.max_steps <= trainer.global_step:
+        return f"trainer.max_steps={trainer.max_steps} reached"
+    if stopped is None and trainer.max_epochs is not None and 0 < trainer.max_epochs <= epochs:
+        return f"trainer.max_epochs={trainer.max_epochs} reached"
+    end = f" of {trainer.max_steps}" if trainer.max_steps > 0 else ""
+    return f"stopped early at step {trainer.global_step}{end}: {stopped or _stop_reason(trainer)}"
+
+
+def _stop_reason(trainer: Trainer) -> str:
+    """Returns the reason of ``trainer.should_stop``; a callback gives its own as the attribute ``stop_reason``."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None and left <= 0:
+            return "trainer.max_time has passed"
+        if reason := getattr(callback, "stop_reason", None):
+            return str(reason)
+    for callback in callbacks:
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+            return f"EarlyStopping: {callback.stopping_reason_message.rstrip('.')}"
+    return "a callback set trainer.should_stop"
+
+
+def _was_finished(run: Path) -> bool:
+    """Returns whether the run was finished when it was resumed."""
+    resumes = read_record(run).get("resumes", []) if (run / "run.json").is_file() else []
+    return bool(resumes) and resumes[-1]["previous_status"] == "finished"
+
+
+def _position(trainer: Trainer) -> dict[str, Any]:
+    return copy.deepcopy(trainer.fit_loop.state_dict())
+
+
+def _validation_is_scheduled(trainer: Trainer) -> bool:
+    """Returns whether a validation follows this batch, other than the one that ``trainer.should_stop`` causes.
+
+    The latter is no part of a run that continues from the checkpoint.
+    """
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    stop, trainer.should_stop = trainer.should_stop, False
+    scheduled = trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+    trainer.should_stop = stop
+    return bool(trainer.limit_val_batches and scheduled)
+
+
+def _stops_early(trainer: Trainer) -> bool:
+    return trainer.should_stop and trainer.fit_loop._can_stop_early
 
 
 def _is_last_step(trainer: Trainer) -> bool:
@@ -160,8 +330,9 @@ def _is_last_step(trainer: Trainer) -> bool:
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
-    """Returns the checkpoints ``step_*.ckpt`` in a folder, newest step first, valid or not."""
-    return sorted(Path(folder).glob(f"step_*{SUFFIX}"), reverse=True)
+    """Returns the checkpoints ``step_<step>.ckpt`` in a folder, newest step first, valid or not."""
+    files = [file for file in Path(folder).glob(f"step_*{SUFFIX}") if file.stem.removeprefix("step_").isdecimal()]
+    return sorted(files, key=checkpoint_step, reverse=True)
 
 
 def checkpoint_step(path: Path) -> int:
@@ -176,7 +347,7 @@ def checkpoint_fault(path: str | Path) -> str | None:
         return "the file does not exist"
     if not _digest_file(path).is_file():
         return f"its checksum {_digest_file(path).name} is missing"
-    if _sha256(path) != _digest_file(path).read_text().strip():
+    if _sha256(path) != _digest_file(path).read_text(errors="replace").strip():
         return f"its contents ({path.stat().st_size} bytes) do not match its checksum: it was truncated or changed"
     return None
 
@@ -227,6 +398,43 @@ def weights_file(source: str | Path) -> Path:
             "or model_index.json): use one of these, or the path of a weight file."
         )
     return latest_good_checkpoint(source / "checkpoints")
+
+
+def _plain(value: Any) -> Any:
+    """Converts NumPy scalars, configs and paths, which ``torch.load(weights_only=True)`` rejects, to plain values."""
+    if OmegaConf.is_config(value):
+        return OmegaConf.to_container(value, resolve=True)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    if type(value) in (dict, list, tuple):
+        items = value.values() if isinstance(value, dict) else value
+        plain = [_plain(item) for item in items]
+        return dict(zip(value, plain, strict=True)) if isinstance(value, dict) else type(value)(plain)
+    return value
+
+
+def _size(value: Any) -> int:
+    """Returns the bytes of all tensors in nested containers; tensors that share memory are counted once."""
+    storages: dict[int, int] = {}
+
+    def add(item: Any) -> None:
+        if isinstance(item, torch.Tensor):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, Mapping):
+            add(list(item.values()))
+        elif isinstance(item, list | tuple):
+            for part in item:
+                add(part)
+
+    add(value)
+    return sum(storages.values())
+
+
+def _first_sentence(error: BaseException) -> str:
+    found = re.search(r"Unsupported (?:global|class|operand)[^.\n]*\S*|Trying to load[^\n]*", str(error))
+    return found[0] if found else str(error).partition("\n")[0]
 
 
 def _digest_file(path: Path) -> Path:

@@ -3,10 +3,11 @@
 import csv
 import io
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from blueberry_video.atomic import write_bytes
+from blueberry_video.atomic import explained_errors, write_bytes
 
 
 class MetricsTable:
@@ -55,9 +56,10 @@ class MetricsTable:
             self.columns += new_columns
             self._rewrite([*rows, self._row])
         else:
-            with self.path.open("r+b") as file:
+            line = self._line()
+            with explained_errors(self.path, len(line)), self.path.open("r+b") as file:
                 file.seek(self._row_offset)
-                file.write(self._line())
+                file.write(line)
                 file.truncate()
 
     def drop_after(self, step: int) -> None:
@@ -95,10 +97,41 @@ def read_curves(path: str | Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
-    """Returns the complete rows; a last line without a newline is incomplete and dropped."""
-    text = path.read_text()
-    complete = text[: text.rfind("\n") + 1]
-    return list(csv.DictReader(io.StringIO(complete)))
+    """Returns the complete rows; a last line without a newline is incomplete and dropped.
+
+    Damaged rows (NUL bytes, text, steps that do not increase) are dropped with a warning.
+    """
+    text = path.read_bytes().decode(errors="replace")
+    lines = [line for line in text[: text.rfind("\n") + 1].split("\n") if line]
+    columns = next(csv.reader(lines[:1]), [])
+    if lines and (columns[0] != "step" or "\0" in lines[0]):
+        warnings.warn(
+            f"{path} has no header that begins with `step`: its {len(lines)} lines are dropped.", stacklevel=3
+        )
+        return []
+    rows: list[dict[str, str]] = []
+    damaged = []
+    for number, line in enumerate(lines[1:], start=2):
+        fields = next(csv.reader([line]), [])
+        if _is_row(fields, columns) and (not rows or int(fields[0]) > int(rows[-1]["step"])):
+            rows.append(dict(zip(columns, fields, strict=True)))
+        else:
+            damaged.append(number)
+    if damaged:
+        shown = ", ".join(map(str, damaged[:5])) + (", …" if len(damaged) > 5 else "")
+        warnings.warn(f"{path}: {len(damaged)} damaged lines are dropped: {shown}.", stacklevel=3)
+    return rows
+
+
+def _is_row(fields: list[str], columns: list[str]) -> bool:
+    """Returns whether the fields are a step and numbers, one per column."""
+    if len(fields) != len(columns) or not (fields[0].isascii() and fields[0].isdecimal()):
+        return False
+    try:
+        [float(field) for field in fields if field]
+    except ValueError:
+        return False
+    return True
 
 
 def _line(fields: list[str]) -> bytes:

@@ -178,6 +178,7 @@ def _provenance(run: RunFolder, record: Mapping[str, Any]) -> str:
     facts = {
         "started": record["started"],
         "resumed": f"{len(record['resumes'])} times" if record["resumes"] else "never",
+        "training ended": record.get("ended_because") or "-",
         "seed": record["seed"],
         "commit": f"{commit}{changes}",
         "machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB",

@@ -7,10 +7,10 @@ JSON is written atomically.
 
 import argparse
 import csv
-import json
-import math
+import re
 import secrets
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import datetime
@@ -18,17 +18,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from blueberry_video.atomic import write_text
+from blueberry_video.atomic import explained_errors, write_text
 from blueberry_video.config import Config, did_you_mean
 from blueberry_video.experiment.checkpoint import checkpoint_files, checkpoint_step, latest_good_checkpoint
 from blueberry_video.experiment.expected import Verdict, judge
+from blueberry_video.experiment.lock import RunLock
 from blueberry_video.experiment.provenance import git_state, hardware, versions
+from blueberry_video.experiment.record import read_record, write_record
 
 MODE = {"resume": None, "check": False, "enforce_expected": False}
 """Config keys of a single call and their defaults; they are not saved, so that a later call does not inherit them."""
+
+
+UNRELATED = ("output_dir", "logger", "optimized_metric")
+"""Root keys that change no result of a finished run."""
 
 
 class RunFolder:
@@ -51,6 +58,7 @@ class RunFolder:
         self.path = Path(path).absolute()
         self.resumed = False
         self.on_close: list[Callable[[bool], None]] = []
+        self._lock: RunLock | None = None
 
     @classmethod
     def create(cls, config: DictConfig, root: str | Path = "outputs") -> Self:
@@ -72,8 +80,9 @@ class RunFolder:
             )
         run = cls(_make_folder(Path(root) / experiment))
         rank_zero_only(write_text)(run.path / "config.yaml", OmegaConf.to_yaml(_without_mode(config), resolve=True))
-        _write_json(
-            run.path / "run.json",
+        run.lock()
+        write_record(
+            run.path,
             {
                 "experiment": experiment,
                 "run": run.name,
@@ -92,6 +101,8 @@ class RunFolder:
                 "expected": [],
                 "skipped": 0,
                 "error": None,
+                "ended_because": None,
+                "step": None,
             },
         )
         return run
@@ -128,33 +139,73 @@ class RunFolder:
         Raises:
             FileNotFoundError: if the run does not exist, if none of its checkpoints is valid, or if it is finished and
                 has no checkpoint. The run is not changed.
+            BlockingIOError: if another process trains in the folder.
+            ValueError: if its ``run.json`` is damaged.
         """
+        found = cls.find(experiment, run, root)
+        found.begin_session()
+        return found
+
+    @classmethod
+    def find(cls, experiment: str, run: str, root: str | Path = "outputs") -> Self:
+        """Opens a run to resume it, as :meth:`resume`, and locks it without changing its files."""
         found = cls(_find(Path(root) / experiment, run))
         found.resumed = True
-        record = found.record
-        checkpoint = found.checkpoint()
-        if checkpoint is None and record["status"] == "finished":
+        found.lock()
+        record, _ = found.record, found.config  # raise if damaged
+        if found.checkpoint() is None and record["status"] == "finished":
             raise FileNotFoundError(
                 f"resume={run}: the run {found.path} is finished and has no checkpoint: start a new run, "
                 "without resume."
             )
+        return found
+
+    def begin_session(self) -> None:
+        """Records in ``run.json`` that training continues."""
+        record, checkpoint = self.record, self.checkpoint()
         if record["status"] == "running":  # it was killed: its newest file dates the end
-            record["wall_seconds"] += max(_last_modified(found.path) - record["session_started"], 0.0)
+            record["wall_seconds"] += max(_last_modified(self.path) - record["session_started"], 0.0)
         if checkpoint is None:
-            rank_zero_only((found.path / "metrics.csv").unlink)(missing_ok=True)
+            for name in ("metrics.csv", "end_of_run.json"):
+                rank_zero_only((self.path / name).unlink)(missing_ok=True)
         git = git_state()
         record["resumes"].append(
             {"time": _now(), "previous_status": record["status"], "commit": git["commit"], "dirty": git["dirty"]}
         )
-        found.update(
+        self.update(
             status="running",
             ended=None,
             error=None,
+            ended_because=None,
             session_started=time.time(),
             resumes=record["resumes"],
             wall_seconds=record["wall_seconds"],
         )
-        return found
+
+    def is_complete(self, config: DictConfig) -> bool:
+        """Returns whether a finished run has no step left with ``config``, which must then be its own.
+
+        Raises:
+            ValueError: if ``config`` has other values, which would replace results of the same weights.
+        """
+        record, trainer = self.record, config.trainer
+        files = checkpoint_files(self.path / "checkpoints")
+        step = record.get("step") or (checkpoint_step(files[0]) if files else 0)
+        reached = 0 < (trainer.get("max_steps") or -1) <= step
+        epochs = re.fullmatch(r"trainer.max_epochs=(\d+) reached", record.get("ended_because") or "")
+        reached |= epochs is not None and 0 < (trainer.get("max_epochs") or -1) <= int(epochs[1])
+        if record["status"] != "finished" or not reached:
+            return False
+        changed = sorted(_differences(_without_mode(config), self.config, ""))
+        changed = [key for key in changed if key.partition(".")[0] not in UNRELATED and key != "trainer.max_steps"]
+        if changed:
+            values = ", ".join(f"{key}={OmegaConf.select(config, key)}" for key in changed)
+            raise ValueError(
+                f"resume={self.name}: the run is finished at step {step}, and {values} would replace the results of "
+                "the same weights. Raise trainer.max_steps to continue training, leave the overrides out, or start a "
+                f"new run with init_from={self.path}."
+            )
+        return True
 
     @property
     def name(self) -> str:
@@ -169,21 +220,37 @@ class RunFolder:
     @property
     def config(self) -> DictConfig:
         """The resolved config of the run."""
-        config = OmegaConf.load(self.path / "config.yaml")
-        if not isinstance(config, DictConfig):
+        file = self.path / "config.yaml"
+        try:
+            config = OmegaConf.load(file)
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: also of UTF-8
             raise ValueError(
-                f"{self.path / 'config.yaml'} is not a mapping of keys: restore the file written by the run."
-            )
+                f"{file} is damaged: {str(error).splitlines()[0]}. Restore the file of the run."
+            ) from error
+        if not isinstance(config, DictConfig) or not config:
+            raise ValueError(f"{file} is empty or not a mapping of keys: restore the file written by the run.")
         return config
 
     @property
     def record(self) -> dict[str, Any]:
         """The contents of ``run.json``."""
-        return json.loads((self.path / "run.json").read_text())
+        return read_record(self.path)
 
     def update(self, **fields: Any) -> None:
         """Replaces fields of ``run.json``."""
-        _write_json(self.path / "run.json", {**self.record, **fields})
+        write_record(self.path, {**self.record, **fields})
+
+    @rank_zero_only
+    def lock(self, rank: bool = False) -> None:
+        """Locks the folder until the end of the ``with`` block or of the process.
+
+        Args:
+            rank: lock as rank 0 of a run that another process started.
+
+        Raises:
+            BlockingIOError: if another process trains in the folder.
+        """
+        self._lock = RunLock(self.path, rank)
 
     def checkpoint(self) -> Path | None:
         """Returns the newest valid checkpoint of a resumed run, or ``None`` if training starts from step 0.
@@ -212,17 +279,22 @@ class RunFolder:
             start = f"from {checkpoint.name} (step {step}{f' of {end}' if end else ''})"
         print(f"resuming {self.experiment} / {self.name}: {start}", flush=True)
 
-    def finish(self, metrics: Mapping[str, Any]) -> list[Verdict]:
+    def finish(
+        self, metrics: Mapping[str, Any], ended_because: str | None = None, step: int | None = None
+    ) -> list[Verdict]:
         """Records the final metrics and compares them with the ``expected:`` section of the config.
 
         Args:
             metrics: numbers or scalar tensors by name. A resumed run keeps earlier metrics that are not among these.
+            ended_because: the reason why training ended, for the summary.
+            step: the last optimizer step.
         """
         values = {**self.record["metrics"], **{name: float(value) for name, value in metrics.items()}}
         verdicts = judge(
             self.config.get("expected"), {name: value for name, value in values.items() if value is not None}
         )
-        self._end("finished", metrics=values, expected=[asdict(verdict) for verdict in verdicts])
+        expected = [asdict(verdict) for verdict in verdicts]
+        self._end("finished", metrics=values, expected=expected, ended_because=ended_because, step=step)
         return verdicts
 
     def metric(self, name: str | None) -> float | None:
@@ -256,16 +328,53 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self.record["status"] == "running":
-            self.fail(error)
+        if error is not None:
+            try:
+                if self.record["status"] == "running":
+                    self.fail(error)
+            except (OSError, ValueError) as second:  # the first error is the one to show
+                warnings.warn(f"run.json does not record that the run failed: {second}", stacklevel=2)
         for close in self.on_close:
             close(error is None)
+        if self._lock is not None:
+            self._lock.release()
+
+
+def _differences(first: Any, second: Any, prefix: str) -> list[str]:
+    """Returns the keys of nested configs with different values, joined by dots."""
+    if not (isinstance(first, DictConfig) and isinstance(second, DictConfig)):
+        return [] if first == second else [prefix]
+    keys = {*map(str, first), *map(str, second)}
+    return [
+        found
+        for key in keys
+        for found in _differences(first.get(key), second.get(key), f"{prefix}.{key}" if prefix else key)
+    ]
 
 
 def list_runs(folder: str | Path) -> list[Path]:
-    """Returns the runs in an experiment's folder, ordered by start time, oldest first."""
-    records = [(json.loads(file.read_text())["started"], file.parent) for file in Path(folder).glob("*/run.json")]
-    return [path for _, path in sorted(records)]
+    """Returns the runs in an experiment's folder, ordered by start time, oldest first.
+
+    A damaged ``run.json`` is named in a warning; its run is ordered by the time in the name of its folder.
+    """
+    runs = []
+    for file in Path(folder).glob("*/run.json"):
+        try:
+            started = str(read_record(file.parent)["started"])
+        except ValueError as error:
+            warnings.warn(str(error), stacklevel=2)
+            started = _started(file.parent.name)
+        runs.append((started, file.parent))
+    return [path for _, path in sorted(runs)]
+
+
+def _started(name: str) -> str:
+    """Returns the time in the name of a run folder, in the format of ``started``; other names are the oldest."""
+    try:
+        second = datetime.strptime(name[:19], "%Y-%m-%d_%H-%M-%S").replace(microsecond=999999)
+        return second.astimezone().isoformat(timespec="microseconds")
+    except ValueError:
+        return ""
 
 
 def parse_run(module: str, arguments: list[str]) -> RunFolder:
@@ -311,10 +420,12 @@ def _make_folder(experiment: Path) -> Path:
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in range(1, 1000):
         path = experiment / (stamp if attempt == 1 else f"{stamp}_{attempt}")
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue
+        with explained_errors(path):
+            experiment.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
         return path
     raise FileExistsError(
         f"{experiment} already has 999 runs named {stamp}: start fewer runs per second, or clear the folder."
@@ -331,17 +442,3 @@ def _last_modified(path: Path) -> float:
 
 def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="microseconds")
-
-
-@rank_zero_only
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    write_text(path, json.dumps(_with_null(value), indent=2, allow_nan=False) + "\n")
-
-
-def _with_null(value: Any) -> Any:
-    """Replaces non-finite numbers, which JSON cannot represent, with ``None``."""
-    if isinstance(value, dict):
-        return {key: _with_null(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_with_null(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -48,7 +48,8 @@ def comparison_table(metrics: Mapping[str, float | None]) -> list[list[str]]:
 def summary(run: RunFolder) -> str:
     """Returns the summary of a run from its ``run.json``: plain text, at most 100 columns except for long paths."""
     record = run.record
-    parts = [f"{run.experiment} / {run.name}: {record['status']} after {duration(record['wall_seconds'])}"]
+    reason = f": {record['ended_because']}" if record.get("ended_because") else ""
+    parts = [f"{run.experiment} / {run.name}: {record['status']} after {duration(record['wall_seconds'])}{reason}"]
     table = comparison_table(record["metrics"])
     if len(table) > 1:
         parts.append(_aligned(table))
