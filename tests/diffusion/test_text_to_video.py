@@ -76,17 +76,53 @@ def test_word_encoder_is_trainable():
     assert model.text.embed.weight.grad.abs().sum() > 0
 
 
-def test_frozen_parts_are_not_in_the_state_dict_stay_in_eval_mode_and_are_shared_by_copies():
+def test_frozen_parts_are_not_in_the_state_dict_and_stay_in_eval_mode():
     text, autoencoder = FrozenText(), Shrinking()
     model = TextToVideo(cogvideox(), text, autoencoder).train()
     assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"transformer"}
     assert {name.split(".")[0] for name in model.state_dict()} == {"transformer"}
     assert not text.training
     assert not any(parameter.requires_grad for part in (text, autoencoder) for parameter in part.parameters())
+
+
+def test_copy_has_its_own_frozen_parts():
+    model = TextToVideo(cogvideox(), FrozenText(), Shrinking())
+    before, twin = output(model), copy.deepcopy(model)
+    assert torch.equal(output(twin), before)
+    for convert in (torch.nn.Module.bfloat16, lambda module: module.to("meta")):
+        converted = convert(copy.deepcopy(model))
+        for part in (converted.text, converted.autoencoder):
+            assert all(p.is_meta or p.dtype == torch.bfloat16 for p in part.parameters())
+        assert torch.equal(output(model), before)
+        assert model.autoencoder.scale.dtype == torch.float32
+        assert model.autoencoder.scale.item() == 1
+    with torch.no_grad():
+        twin.autoencoder.scale.fill_(3)
+        twin.text.table.weight.zero_()
+    assert model.autoencoder.scale.item() == 1
+    assert torch.equal(output(model), before)
+
+
+def test_copy_of_an_unbuilt_part_builds_its_own():
+    model = TextToVideo(cogvideox(), FrozenText, Shrinking)
     twin = copy.deepcopy(model)
-    assert twin.text is text
-    assert twin.autoencoder is autoencoder
-    assert twin.transformer is not model.transformer
+    twin.prepare()
+    twin.double()
+    assert model.autoencoder.scale.dtype == torch.float32
+    assert model.text is not twin.text
+
+
+def test_frozen_parts_keep_their_values_when_the_model_is_emptied():
+    model = TextToVideo(cogvideox(), FrozenText(), Shrinking())
+    before, state = output(model), copy.deepcopy(model.state_dict())
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    try:
+        nn.ModuleList([model]).to_empty(device="cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    model.load_state_dict(state)
+    assert torch.equal(output(model), before)
 
 
 def test_frozen_parts_move_with_the_model():

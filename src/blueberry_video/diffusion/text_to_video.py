@@ -235,8 +235,7 @@ class TextToVideo(nn.Module):
         super()._apply(fn, recurse)
         self._unconditional = None
         for part in self._frozen_parts():
-            if part.is_built:
-                part.get()._apply(fn)
+            part.apply(fn)
         return self
 
     def _frozen_parts(self) -> list[Frozen]:
