@@ -1,4 +1,4 @@
-"""Models built on the meta device: position tables that are not in the state dict are computed when weights are loaded."""
+"""Models built on the meta device: position tables outside the state dict are computed when weights are loaded."""
 
 import copy
 
