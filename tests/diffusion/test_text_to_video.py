@@ -13,6 +13,7 @@ from blueberry_video.diffusion.text_to_video import TextToVideo
 from blueberry_video.models.autoencoder.base import Autoencoder, Pixels
 from blueberry_video.models.cogvideox.model import CogVideoX
 from blueberry_video.models.hunyuan_video.model import HunyuanVideo
+from blueberry_video.models.hunyuan_video.model_15 import HunyuanVideo15
 from blueberry_video.models.text_encoder.base import TextEncoder, TextTokens
 from blueberry_video.models.text_encoder.words import WordText
 
@@ -176,6 +177,37 @@ def test_unconditional_text_of_a_trained_encoder_is_not_cached():
     assert not torch.allclose(model.unconditional(2).tokens, before.tokens)
     with pytest.raises(ValueError, match=r"model\.text\b"):
         TextToVideo(cogvideox()).unconditional(1)
+
+
+TINY = {"num_heads": 2, "head_dim": 16, "depth": 2, "refiner_depth": 1, "mlp_ratio": 2.0, "text_dim": 8}
+TINY |= {"patch_size": (1, 4, 4), "out_channels": 3, "rope_axes": (4, 6, 6), "zero_init": False}
+
+
+@pytest.mark.parametrize(
+    "transformer",
+    [
+        cogvideox(),
+        cogvideox(causal_chunk=2),
+        HunyuanVideo(in_channels=3, **TINY, single_depth=1, pooled_dim=0),
+        HunyuanVideo(in_channels=3, **TINY, single_depth=0, pooled_dim=0),
+        HunyuanVideo(in_channels=3, **TINY, single_depth=0, pooled_dim=0, causal_chunk=2),
+        HunyuanVideo(in_channels=3, **TINY, single_depth=0, pooled_dim=6),
+        HunyuanVideo15(in_channels=7, **TINY, letters_dim=5, image_dim=6),
+        HunyuanVideo15(in_channels=7, **TINY, letters_dim=5, image_dim=6, causal_chunk=2),
+    ],
+)
+@pytest.mark.parametrize("targets", [None, ("to_q", "to_add_out", "ff_context.net.2")])
+def test_trainable_parameters_have_gradients(transformer: nn.Module, targets: tuple[str, ...] | None):
+    """Required by DDP."""
+    lora = None if targets is None else LoRA(rank=2, targets=targets)
+    if lora is not None and isinstance(transformer, CogVideoX):
+        lora = LoRA(rank=2, targets=("to_q", "ff.net.2"))
+    model = TextToVideo(copy.deepcopy(transformer), words(pooled_dim=6), Pixels(), lora)
+    latents = torch.randn(2, model.shape.in_channels, 4, 8, 8)
+    model(latents, torch.tensor([10.0, 900.0]), model.text(["a disc", "moves"])).square().mean().backward()
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert [name for name in trained if model.get_parameter(name).grad is None] == []
 
 
 def test_parts_given_as_factories_are_built_by_prepare():

@@ -86,6 +86,7 @@ class TextToVideo(nn.Module):
         if lora is not None:
             add_adapters(transformer, lora)
             exclude_frozen(self)
+        self._freeze_unused()
         self._check()
 
     @property
@@ -237,6 +238,14 @@ class TextToVideo(nn.Module):
         for part in self._frozen_parts():
             part.apply(fn)
         return self
+
+    def _freeze_unused(self) -> None:
+        """Freezes the parts of the transformer and of the text encoder that :meth:`forward` does not use."""
+        unused = getattr(self.transformer, "unused_parts", list)()
+        if not self.shape.pooled_dim and isinstance(pool := getattr(self.trained_text, "pool", None), nn.Module):
+            unused.append(pool)
+        for part in unused:
+            part.requires_grad_(False)
 
     def _frozen_parts(self) -> list[Frozen]:
         return [part for part in (self._text, self._autoencoder) if part is not None]

@@ -78,6 +78,13 @@ class DiffusionTransformer(nn.Module):
             return checkpoint(block, *inputs, shared, layer, use_reentrant=False)
         return block(*inputs, shared, layer)
 
+    def unused_parts(self) -> list[nn.Module]:
+        """Parts of the published model that a text-to-video model does not use, and therefore freezes.
+
+        A parameter that is trainable and has no gradient raises an error under DDP.
+        """
+        return []
+
     def check_size(self, size: Grid, first_frame: int = 0) -> None:
         """Checks that latents of ``size`` (T, H, W) consist of whole patches.
 

@@ -122,6 +122,13 @@ class DualStreamTransformer(DiffusionTransformer):
         if zero_init:
             nn.init.zeros_(self.proj_out.weight)
 
+    def unused_parts(self) -> list[nn.Module]:
+        """The text output of the last dual-stream block, if no single-stream block follows."""
+        if not len(self.transformer_blocks) or len(self.single_transformer_blocks):
+            return []
+        last = self.transformer_blocks[-1]
+        return [last.attn.to_add_out, last.ff_context]
+
     def check_inputs(self, latents: Tensor, timestep: Tensor, *inputs: Any) -> None:
         super().check_inputs(latents, timestep, *inputs)
         if timestep.ndim == 2 and self.patch_size[0] > 1:
