@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from blueberry_video.diffusion.frozen import Frozen
-from blueberry_video.diffusion.lora import FILE, LoRA, add_adapters, exclude_frozen, load_adapters, plain, save_adapters
+from blueberry_video.diffusion.lora import (
+    FILE,
+    LoRA,
+    add_adapters,
+    exclude_frozen,
+    is_adapter_file,
+    load_adapters,
+    plain,
+    save_adapters,
+)
 from blueberry_video.models.autoencoder.base import Autoencoder
 from blueberry_video.models.text_encoder.base import TextEncoder, TextTokens
 from blueberry_video.nn.joint_attention import KeyValueCache
@@ -186,8 +195,8 @@ class TextToVideo(nn.Module):
         """Loads weights into the model or a part of it.
 
         Args:
-            source: a Lightning checkpoint of a run (all weights), an adapter file ``pytorch_lora_weights.safetensors``
-                (the adapters), or published weights of the transformer: a folder, a file or a hub id.
+            source: a Lightning checkpoint of a run (all weights), an adapter file of diffusers, peft or kohya (the
+                adapters), or published weights of the transformer: a folder, a file or a hub id.
 
         Returns:
             A message that names the loaded weights.
@@ -200,9 +209,12 @@ class TextToVideo(nn.Module):
         if path.suffix == ".ckpt":
             load_strictly(self, read_checkpoint(path), path, "Choose the model of the run that wrote it.")
             return f"loaded {len(self.state_dict())} tensors from {path}"
-        if path.name == FILE:
+        if is_adapter_file(path):
             if self.lora is None:
-                raise ValueError(f"{path} has adapters, but model.lora=null: set its rank and targets as in training.")
+                raise ValueError(
+                    f"{path} has adapters, but model.lora=null: use `+model/lora=default model.lora.base=<folder of "
+                    "the published weights>`, with the rank and targets of training."
+                )
             load_adapters(self.transformer, self.lora, path)
             return f"loaded the adapters from {path}"
         with plain(self.transformer):
