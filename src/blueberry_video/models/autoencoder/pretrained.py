@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from blueberry_video.models.autoencoder.base import Autoencoder, sample
+from blueberry_video.nn.noise import Generator
 from blueberry_video.weights.optional import import_extra, load_part
 
 FRAME_STEPS = {"AutoencoderKLCogVideoX": 8, "AutoencoderKLHunyuanVideo": 4, "AutoencoderKLHunyuanVideo15": 4}
@@ -76,7 +77,7 @@ class PretrainedVAE(Autoencoder):
     def normalize(self, latents: Tensor) -> Tensor:
         return latents * self.scale
 
-    def image_latents(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def image_latents(self, moments: Tensor, generator: Generator = None) -> Tensor:
         """Samples latents of images, which for CogVideoX-1.5-I2V are **divided** by the scale."""
         return sample(moments, generator) * self.image_scale
 
