@@ -7,6 +7,7 @@ state dict, because the published file has them.
 import copy
 import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -216,6 +217,12 @@ def _settings(path: Path) -> _Settings:
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
+    if text := metadata.get("trained_text_encoder"):
+        warnings.warn(
+            f"{path} was trained with a {text}, which the file lacks: the model does not follow captions until its "
+            "text encoder is trained with it again. Use the checkpoint of the run (init_from=<run>) to keep both.",
+            stacklevel=4,
+        )
     try:
         if "lora_adapter_metadata" in metadata:
             values = json.loads(metadata["lora_adapter_metadata"])
@@ -228,10 +235,11 @@ def _settings(path: Path) -> _Settings:
     return _Settings({} if alpha in (None, "None") else {"lora_alpha": float(alpha)})
 
 
-def save_adapters(network: nn.Module, lora: LoRA, folder: str | Path) -> Path:
+def save_adapters(network: nn.Module, lora: LoRA, folder: str | Path, trained_text_encoder: str = "") -> Path:
     """Writes a file for ``pipeline.load_lora_weights(folder)`` of diffusers.
 
-    ``lora_B`` is multiplied by alpha / rank, so that readers do not need alpha.
+    ``lora_B`` is multiplied by alpha / rank, so that readers do not need alpha. The metadata of the file names a text
+    encoder that is trained with the adapters and that the file lacks.
     """
     scale = lora.alpha / lora.rank
     weights = import_extra("peft").get_peft_model_state_dict(network)
@@ -241,7 +249,8 @@ def save_adapters(network: nn.Module, lora: LoRA, folder: str | Path) -> Path:
     }
     path = Path(folder) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, save(state, metadata={"format": "pt"}))
+    recorded = {"trained_text_encoder": trained_text_encoder} if trained_text_encoder else {}
+    write_bytes(path, save(state, metadata={"format": "pt", **recorded}))
     return path
 
 

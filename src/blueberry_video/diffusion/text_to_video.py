@@ -224,6 +224,9 @@ class TextToVideo(nn.Module):
         """Writes the transformer to ``folder/transformer`` in the layout of diffusers; for a model with adapters only
         ``folder/pytorch_lora_weights.safetensors``.
 
+        A trained text encoder is left out, because diffusers has none such; the written config names it, and loading
+        the folder warns.
+
         Args:
             folder: created if it does not exist.
             merge: write the transformer with merged adapters.
@@ -235,11 +238,12 @@ class TextToVideo(nn.Module):
             FileExistsError: if it exists.
             ValueError: if diffusers has no such transformer.
         """
-        folder = Path(folder)
+        folder, text = Path(folder), "" if self.trained_text is None else type(self.trained_text).__name__
         if self.lora is not None and not merge:
             if (folder / FILE).exists():
                 raise FileExistsError(f"{folder / FILE} exists: choose another folder, or remove it.")
-            return [save_adapters(self.transformer, self.lora, folder)]
+            return [save_adapters(self.transformer, self.lora, folder, text)]
+        self.transformer.trained_text_encoder = text
         with plain(self.transformer, merged=True):
             self.shape.save_published(folder / "transformer")
         return [folder / "transformer"]

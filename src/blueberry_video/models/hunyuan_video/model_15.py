@@ -231,7 +231,8 @@ class HunyuanVideo15(DualStreamTransformer):
             ValueError: diffusers has no such model.
         """
         self.check_square_patches()
-        write_folder(folder, self.config() | {"task_type": task, "target_size": target_size}, self.state_dict())
+        config = self.config() | self.recorded | {"task_type": task, "target_size": target_size}
+        write_folder(folder, config, self.state_dict())
 
     def config(self) -> dict[str, Any]:
         return super().config() | {
