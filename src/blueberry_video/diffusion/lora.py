@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -323,7 +323,7 @@ def merge_adapters(network: nn.Module, adapters: Mapping[str | Path, float]) -> 
             updates.setdefault(name, []).append(strength * adapter.scale * (up @ down))
     merged = copy.deepcopy(network)
     for name, parts in updates.items():
-        merged.set_submodule(name, _merged(merged.get_submodule(name), parts))
+        merged.set_submodule(name, _merged(cast(nn.Linear, merged.get_submodule(name)), parts))
     return merged
 
 

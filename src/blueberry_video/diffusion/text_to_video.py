@@ -42,6 +42,7 @@ class Transformer(Protocol):
             ``"token_replace"`` (HunyuanVideo: the first latent frame is replaced), ``"optional"`` (HunyuanVideo-1.5: as
             ``latent_concat``, zeros without an image), or ``None`` for text-to-video.
         image_dropout: share of training clips without image conditioning, as in published training.
+        trained_text_encoder: class of a text encoder that is trained with the transformer, recorded when it is saved.
     """
 
     in_channels: int
@@ -52,6 +53,7 @@ class Transformer(Protocol):
     embedded_guidance: bool
     causal_chunk: int
     image_condition: str | None
+    trained_text_encoder: str
 
     @property
     def image_dropout(self) -> float: ...
@@ -243,7 +245,7 @@ class TextToVideo(nn.Module):
             if (folder / FILE).exists():
                 raise FileExistsError(f"{folder / FILE} exists: choose another folder, or remove it.")
             return [save_adapters(self.transformer, self.lora, folder, text)]
-        self.transformer.trained_text_encoder = text
+        self.shape.trained_text_encoder = text
         with plain(self.transformer, merged=True):
             self.shape.save_published(folder / "transformer")
         return [folder / "transformer"]
@@ -257,7 +259,7 @@ class TextToVideo(nn.Module):
 
     def _freeze_unused(self) -> None:
         """Freezes the parts of the transformer and of the text encoder that :meth:`forward` does not use."""
-        unused = getattr(self.transformer, "unused_parts", list)()
+        unused: list[nn.Module] = getattr(self.transformer, "unused_parts", list)()
         if not self.shape.pooled_dim and isinstance(pool := getattr(self.trained_text, "pool", None), nn.Module):
             unused.append(pool)
         for part in unused:

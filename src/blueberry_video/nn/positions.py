@@ -39,7 +39,7 @@ class PositionTables(nn.Module):
         like = next((value for value in state_dict.values() if value.is_floating_point() and not value.is_meta), None)
         if metadata.get("assign_to_params_buffers") and like is not None:
             for module in self.modules():
-                if isinstance(module, PositionTables) and any(table.is_meta for table in module._buffers.values()):
+                if isinstance(module, PositionTables) and any(table.is_meta for table in module.buffers(recurse=False)):
                     with torch.device("cpu"):
                         module._buffers |= {name: table.to(like) for name, table in module.tables().items()}
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)
