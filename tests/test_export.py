@@ -131,6 +131,51 @@ def test_adapters_are_written_separately_or_merged(tmp_path: Path):
     torch.testing.assert_close(output(merged.transformer), output(adapted.transformer), rtol=1e-4, atol=1e-4)
 
 
+def test_missing_trained_text_encoder_is_reported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    export.run(run, tmp_path / "published")
+    assert re.search(rf"WordText.*init_from={run}", capsys.readouterr().err)
+    assert (
+        json.loads((tmp_path / "published/transformer/config.json").read_text())["trained_text_encoder"] == "WordText"
+    )
+    with pytest.warns(UserWarning, match=r"/published was trained with a WordText.*init_from="):
+        model().load_published(tmp_path / "published")
+    with pytest.warns(UserWarning, match=r"/published was trained with a WordText"):
+        CogVideoX.from_published(tmp_path / "published")
+    adapted = model(LoRA(rank=2, targets=TARGETS))
+    adapted.save_published(tmp_path / "adapters")
+    with pytest.warns(UserWarning, match=r"\.safetensors was trained with a WordText"):
+        adapted.load_published(tmp_path / "adapters" / "pytorch_lora_weights.safetensors")
+
+
+def test_published_text_encoders_are_not_reported(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+    frozen = TextToVideo(model().transformer)
+    frozen.save_published(tmp_path)
+    frozen.load_published(tmp_path)
+    assert "trained_text_encoder" not in json.loads((tmp_path / "transformer/config.json").read_text())
+    assert not [warning for warning in recwarn if "was trained with" in str(warning.message)]
+
+
+def test_merged_export_is_rounded_once(tmp_path: Path, run: Path):
+    adapted = model(LoRA(rank=2, alpha=3.0, targets=TARGETS))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["lora"] = {"_target_": "blueberry_video.diffusion.lora.LoRA", "rank": 2, "alpha": 3.0}
+    config["model"]["lora"] |= {"targets": TARGETS, "base": str(tmp_path / "base")}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    model().save_published(tmp_path / "base")
+    state = {f"model.{name}": value for name, value in adapted.state_dict().items()}
+    AtomicCheckpointIO().save_checkpoint({"state_dict": state}, run / "checkpoints" / "step_00000020.ckpt")
+    export.run(run, tmp_path / "merged", dtype="bfloat16", merge=True)
+    layer = "transformer_blocks.0.attn1.to_q"
+    found = CogVideoX.from_published(tmp_path / "merged").get_submodule(layer).weight
+    lora = adapted.transformer.get_submodule(layer)
+    wide = lora.base_layer.weight + 1.5 * lora.lora_B["default"].weight @ lora.lora_A["default"].weight
+    assert torch.equal(found, wide.bfloat16())
+
+
 def test_adapters_start_from_published_weights(tmp_path: Path):
     other = model()
     with torch.no_grad():

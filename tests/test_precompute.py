@@ -61,12 +61,15 @@ def test_stored_moments_and_text_equal_the_outputs_of_the_modules(tmp_path: Path
 
 
 class Smearing(Pixels):
-    """Autoencoder where the first latent depends on all frames, as in published autoencoders."""
+    """Autoencoder where the first latent depends on all frames, as in published autoencoders.
+
+    A single frame is encoded to half its pixels, so that the latents of different images differ.
+    """
 
     first_frame_alone = False
 
     def encode(self, video: torch.Tensor) -> torch.Tensor:
-        return super().encode(video - video.mean(dim=2, keepdim=True))
+        return super().encode(video - video.mean(dim=2, keepdim=True) / 2)
 
 
 @pytest.mark.parametrize("kind", ["latent_concat", "token_replace", None])
@@ -93,6 +96,8 @@ def test_image_conditioning_stores_the_first_frame_encoded_separately(tmp_path: 
     if kind is not None:
         video = data[0]["video"].transpose(0, 1)[None].float() / 127.5 - 1
         assert torch.equal(stored["image_moments"], Smearing().encode(video[:, :, :1])[0])
+        assert torch.equal(stored["image_moments"][:3], video[0, :, :1] / 2)
+        assert not torch.equal(video[:, :, 0], video[:, :, -1])
         assert not torch.equal(stored["image_moments"], stored["moments"][:, :1])
 
 

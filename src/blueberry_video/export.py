@@ -4,10 +4,11 @@
 
 Writes <folder>/transformer/, with the EMA weights if the run has them. For a run with adapters (model.lora), writes
 pytorch_lora_weights.safetensors, or, with --merge, the transformer with the adapters merged. Training continues from
-the folder with init_from=<folder>.
+the folder with init_from=<folder>. A text encoder that was trained with the transformer is left out, with a warning.
 """
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def run(source: Path, out: Path, dtype: str = "float32", merge: bool = False) ->
 
     from blueberry_video.config import load
     from blueberry_video.config.checks import HALF_OVERFLOWS
+    from blueberry_video.diffusion.lora import plain
     from blueberry_video.diffusion.text_to_video import TextToVideo
     from blueberry_video.experiment.checkpoint import weights_file
     from blueberry_video.experiment.run_folder import RunFolder
@@ -76,7 +78,15 @@ def run(source: Path, out: Path, dtype: str = "float32", merge: bool = False) ->
     if model.lora is not None and model.lora.base is not None:
         model.load_published(model.lora.base)
     model.load_published(weights_file(folder))  # checkpoints hold EMA weights under the names of the trained ones
-    return model.to(getattr(torch, dtype)).save_published(out, merge)
+    if model.trained_text is not None:
+        print(
+            f"the exported weights lack the {type(model.trained_text).__name__} that was trained with them: they do "
+            f"not follow captions without it. Use {folder} itself (init_from={folder}) to keep both.",
+            file=sys.stderr,
+        )
+    # merged before the conversion, so that the weights are rounded once
+    with plain(model.transformer, merged=True) if merge else contextlib.nullcontext():
+        return model.to(getattr(torch, dtype)).save_published(out, merge)
 
 
 if __name__ == "__main__":

@@ -344,7 +344,10 @@ def test_image_is_encoded_separately(kind: str):
     network = TextToVideo(FAMILIES[kind]().transformer, WordText(8, 8, ["disc"]), Spanning())
     batch = {"video": torch.rand(2, 3, 4, 8, 8), "id": ["a", "b"]}
     _, image = latents_of(network, batch, None)
-    torch.testing.assert_close(image, encoded_images(network, batch["video"][:, :, :1] * 2 - 1))
+    pixels = batch["video"][:, :, :1] * 2 - 1
+    torch.testing.assert_close(image, encoded_images(network, pixels))
+    torch.testing.assert_close(image, pixels - pixels.mean(dim=(2, 3, 4), keepdim=True))
+    assert image.std() > 0.3, "images with different latents"
     moments = network.autoencoder.encode(batch["video"] * 2 - 1)
     stored = {"moments": moments, "video": moments, "id": batch["id"]}
     with pytest.raises(ValueError, match=r"(?s)image_moments.*make latents EXP="):

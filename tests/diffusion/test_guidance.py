@@ -29,6 +29,27 @@ def test_constant_scale_mixes_the_two_outputs(scale: float):
     torch.testing.assert_close(guided(latents, t), base + scale * (conditional - base))
 
 
+@pytest.mark.parametrize("guidance", [ConstantGuidance(6.3), DynamicGuidance(6.3), DynamicGuidance(6.3, "legacy")])
+def test_guidance_of_a_float64_network_is_float64(guidance: Guidance):
+    latents, t = torch.randn(SHAPE, dtype=torch.float64), torch.tensor([0.1, 0.5, 0.9])
+    base, output = without_text(latents, t.double()), with_text(latents, t.double())
+    found = guidance(with_text, without_text, FlowMatching(), 50)(latents, t.double())
+    assert found.dtype == torch.float64
+    scale = torch.tensor(guidance.scale_at(t.double(), FlowMatching(), 50).tolist(), dtype=torch.float64)
+    if isinstance(guidance, ConstantGuidance):
+        scale = torch.full((3,), 6.3, dtype=torch.float64)
+    expected = base + scale.view(3, 1, 1, 1, 1) * (output - base)
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
+
+
+def test_guidance_of_a_bfloat16_network_is_float32():
+    latents, t = torch.randn(SHAPE).bfloat16(), torch.rand(3)
+    half = lambda network: lambda x, time: network(x.float(), time).bfloat16()  # noqa: E731
+    found = ConstantGuidance(6.3)(half(with_text), half(without_text), FlowMatching(), 50)(latents, t)
+    base, output = half(without_text)(latents, t).float(), half(with_text)(latents, t).float()
+    assert torch.equal(found, base + torch.tensor(6.3) * (output - base))
+
+
 @pytest.mark.parametrize("steps", [10, 50])
 def test_legacy_scale_equals_the_pipeline(steps: int):
     """The legacy scale uses the network's timestep, 999 … 19, in place of the index of the sampler's step."""

@@ -13,6 +13,7 @@ from blueberry_video.diffusion.text_to_video import TextToVideo
 from blueberry_video.models.autoencoder.base import Autoencoder, Pixels
 from blueberry_video.models.cogvideox.model import CogVideoX
 from blueberry_video.models.hunyuan_video.model import HunyuanVideo
+from blueberry_video.models.hunyuan_video.model_15 import HunyuanVideo15
 from blueberry_video.models.text_encoder.base import TextEncoder, TextTokens
 from blueberry_video.models.text_encoder.words import WordText
 
@@ -76,17 +77,53 @@ def test_word_encoder_is_trainable():
     assert model.text.embed.weight.grad.abs().sum() > 0
 
 
-def test_frozen_parts_are_not_in_the_state_dict_stay_in_eval_mode_and_are_shared_by_copies():
+def test_frozen_parts_are_not_in_the_state_dict_and_stay_in_eval_mode():
     text, autoencoder = FrozenText(), Shrinking()
     model = TextToVideo(cogvideox(), text, autoencoder).train()
     assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"transformer"}
     assert {name.split(".")[0] for name in model.state_dict()} == {"transformer"}
     assert not text.training
     assert not any(parameter.requires_grad for part in (text, autoencoder) for parameter in part.parameters())
+
+
+def test_copy_has_its_own_frozen_parts():
+    model = TextToVideo(cogvideox(), FrozenText(), Shrinking())
+    before, twin = output(model), copy.deepcopy(model)
+    assert torch.equal(output(twin), before)
+    for convert in (torch.nn.Module.bfloat16, lambda module: module.to("meta")):
+        converted = convert(copy.deepcopy(model))
+        for part in (converted.text, converted.autoencoder):
+            assert all(p.is_meta or p.dtype == torch.bfloat16 for p in part.parameters())
+        assert torch.equal(output(model), before)
+        assert model.autoencoder.scale.dtype == torch.float32
+        assert model.autoencoder.scale.item() == 1
+    with torch.no_grad():
+        twin.autoencoder.scale.fill_(3)
+        twin.text.table.weight.zero_()
+    assert model.autoencoder.scale.item() == 1
+    assert torch.equal(output(model), before)
+
+
+def test_copy_of_an_unbuilt_part_builds_its_own():
+    model = TextToVideo(cogvideox(), FrozenText, Shrinking)
     twin = copy.deepcopy(model)
-    assert twin.text is text
-    assert twin.autoencoder is autoencoder
-    assert twin.transformer is not model.transformer
+    twin.prepare()
+    twin.double()
+    assert model.autoencoder.scale.dtype == torch.float32
+    assert model.text is not twin.text
+
+
+def test_frozen_parts_keep_their_values_when_the_model_is_emptied():
+    model = TextToVideo(cogvideox(), FrozenText(), Shrinking())
+    before, state = output(model), copy.deepcopy(model.state_dict())
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    try:
+        nn.ModuleList([model]).to_empty(device="cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    model.load_state_dict(state)
+    assert torch.equal(output(model), before)
 
 
 def test_frozen_parts_move_with_the_model():
@@ -140,6 +177,37 @@ def test_unconditional_text_of_a_trained_encoder_is_not_cached():
     assert not torch.allclose(model.unconditional(2).tokens, before.tokens)
     with pytest.raises(ValueError, match=r"model\.text\b"):
         TextToVideo(cogvideox()).unconditional(1)
+
+
+TINY = {"num_heads": 2, "head_dim": 16, "depth": 2, "refiner_depth": 1, "mlp_ratio": 2.0, "text_dim": 8}
+TINY |= {"patch_size": (1, 4, 4), "out_channels": 3, "rope_axes": (4, 6, 6), "zero_init": False}
+
+
+@pytest.mark.parametrize(
+    "transformer",
+    [
+        cogvideox(),
+        cogvideox(causal_chunk=2),
+        HunyuanVideo(in_channels=3, **TINY, single_depth=1, pooled_dim=0),
+        HunyuanVideo(in_channels=3, **TINY, single_depth=0, pooled_dim=0),
+        HunyuanVideo(in_channels=3, **TINY, single_depth=0, pooled_dim=0, causal_chunk=2),
+        HunyuanVideo(in_channels=3, **TINY, single_depth=0, pooled_dim=6),
+        HunyuanVideo15(in_channels=7, **TINY, letters_dim=5, image_dim=6),
+        HunyuanVideo15(in_channels=7, **TINY, letters_dim=5, image_dim=6, causal_chunk=2),
+    ],
+)
+@pytest.mark.parametrize("targets", [None, ("to_q", "to_add_out", "ff_context.net.2")])
+def test_trainable_parameters_have_gradients(transformer: nn.Module, targets: tuple[str, ...] | None):
+    """Required by DDP."""
+    lora = None if targets is None else LoRA(rank=2, targets=targets)
+    if lora is not None and isinstance(transformer, CogVideoX):
+        lora = LoRA(rank=2, targets=("to_q", "ff.net.2"))
+    model = TextToVideo(copy.deepcopy(transformer), words(pooled_dim=6), Pixels(), lora)
+    latents = torch.randn(2, model.shape.in_channels, 4, 8, 8)
+    model(latents, torch.tensor([10.0, 900.0]), model.text(["a disc", "moves"])).square().mean().backward()
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert [name for name in trained if model.get_parameter(name).grad is None] == []
 
 
 def test_parts_given_as_factories_are_built_by_prepare():

@@ -15,7 +15,7 @@ from blueberry_video.data.moving_shapes import MovingShapes
 from blueberry_video.diffusion.conditioning import drop_captions, latents_of, text_of
 from blueberry_video.diffusion.guidance import ConstantGuidance
 from blueberry_video.diffusion.objectives import FlowMatching, VPrediction
-from blueberry_video.diffusion.samplers import DDIM
+from blueberry_video.diffusion.samplers import DDIM, DPMSolverSDE, Sampler
 from blueberry_video.diffusion.text_to_video import TextToVideo
 from blueberry_video.diffusion.timesteps import UniformTimesteps
 from blueberry_video.evaluation.generated_shapes import GeneratedShapes
@@ -23,6 +23,7 @@ from blueberry_video.models.autoencoder.base import Autoencoder, Pixels
 from blueberry_video.models.autoencoder.causal_vae import CausalVideoVAE
 from blueberry_video.models.cogvideox.model import CogVideoX
 from blueberry_video.models.text_encoder.words import WordText
+from blueberry_video.nn.noise import standard_normal
 from blueberry_video.optim import constant
 from blueberry_video.precompute import write_latents
 from blueberry_video.tasks.diffusion import Diffusion
@@ -101,6 +102,44 @@ def test_validation_is_independent_of_the_global_generator(trainer):
     assert math.isclose(found[0]["val/loss"], 2.0, rel_tol=0.1)  # zero output: noise 1 + pixels 1
     assert found[0]["val/loss"] == found[0]["val/loss_shuffled"]
     assert 1.0 < found[0]["val/loss_trivial"] < 1.25
+
+
+@pytest.mark.parametrize("sampler", [DDIM(3), DPMSolverSDE(3)])
+@pytest.mark.parametrize("changes", [{}, {"causal_chunk": 2}, {"tubelet_size": 2}])
+def test_sample_depends_on_its_seed_and_not_on_its_batch(sampler: Sampler, changes: dict):
+    captions = ["a red disc moves up", "a blue square moves left", "a green disc moves down"]
+    network = model(zero_init=False, **changes)
+    module = task(network, sampler=sampler, frame_timesteps=bool(network.shape.causal_chunk))
+    network.text.learn(captions)
+    module._latent_size = (5, 16, 16) if "tubelet_size" in changes else (4, 16, 16)
+    generator = torch.Generator().manual_seed(1)
+    together = module.generate(captions, torch.Generator().manual_seed(1))
+    apart = torch.cat([module.generate(part, generator) for part in (captions[:1], captions[1:])])
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-4)
+    seeds = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+    pair = module.generate(captions[:2], seeds)
+    alone = module.generate(captions[1:2], [torch.Generator().manual_seed(8)])
+    torch.testing.assert_close(pair[1:], alone, rtol=0, atol=1e-4)
+    assert (pair[0] - pair[1]).abs().mean() > 0.05
+
+
+def test_validation_noise_of_a_clip_does_not_depend_on_its_batch(monkeypatch: pytest.MonkeyPatch):
+    module, clips = task(), batch()
+    module.model.text.learn(clips["caption"])
+    drawn = []
+    monkeypatch.setattr(
+        "blueberry_video.evaluation.denoising.standard_normal",
+        lambda *arguments: drawn.append(standard_normal(*arguments)) or drawn[-1],
+    )
+    noise = {}
+    for indices in ([0, 1, 2, 3], [3, 0], [2]):
+        part = {"video": clips["video"][indices]} | {key: [clips[key][i] for i in indices] for key in ("id", "caption")}
+        drawn.clear()
+        module.shared_step(part, "val")
+        for row, index in enumerate(indices):
+            noise.setdefault(index, drawn[0][row])
+            assert torch.equal(drawn[0][row], noise[index])
+    assert not torch.equal(noise[0], noise[1])
 
 
 def test_frames_have_separate_timesteps_with_frame_timesteps(trainer):

@@ -15,6 +15,7 @@ from blueberry_video.diffusion.guidance import Guidance
 from blueberry_video.diffusion.objectives import Objective
 from blueberry_video.diffusion.samplers import Sampler
 from blueberry_video.nn.joint_attention import KeyValueCache
+from blueberry_video.nn.noise import Generator
 
 
 class CausalNetwork(Protocol):
@@ -35,7 +36,7 @@ def generate_causally(
     guidance: Guidance,
     objective: Objective,
     history: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generator = None,
     cached: bool = True,
 ) -> Tensor:
     """Samples clean latents chunk by chunk.
@@ -47,7 +48,7 @@ def generate_causally(
         chunk: frames per chunk, the network's ``causal_chunk``. The last chunk may be shorter.
         sampler, guidance, objective: as for non-causal sampling.
         history: clean latents (B, C, T0, H, W) that the clip continues; T0 is a multiple of ``chunk``.
-        generator: generator of the noise of a stochastic sampler.
+        generator: generator of the noise of a stochastic sampler, or one per clip.
         cached: use a KV cache instead of the whole attention mask.
 
     Returns:

@@ -15,6 +15,7 @@ from blueberry_video.diffusion.text_to_video import TextToVideo, map_text, repea
 from blueberry_video.diffusion.timesteps import TimestepSampler
 from blueberry_video.models.autoencoder.base import fingerprint, sample
 from blueberry_video.models.text_encoder.base import TextTokens
+from blueberry_video.nn.noise import Generator
 
 
 def takes_image(model: TextToVideo, dropout: float) -> bool:
@@ -125,7 +126,7 @@ def pad_to_patches(latents: Tensor, tubelet: int) -> Tensor:
 def latents_of(
     model: TextToVideo,
     batch: dict,
-    generator: torch.Generator | None,
+    generator: Generator,
     image_noise: ImageNoise | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
@@ -135,7 +136,7 @@ def latents_of(
         model: requires an autoencoder, unless the batch has ``moments``.
         batch: ``id``, and ``video`` float (B, 3, T, H, W) in [0, 1], or ``moments`` (B, 2C, t, h, w) of its latents
             and, for image conditioning, ``image_moments`` (B, 2C, 1, h, w) of the first frame encoded separately.
-        generator: generator for sampling latents from their distribution; ``None`` for torch's global one.
+        generator: for sampling latents from their distribution, one or one per clip; ``None`` for torch's global one.
         image_noise: noise on the pixels of the first frame, added before encoding.
         dropout: image dropout, see :func:`takes_image`.
 
@@ -172,7 +173,7 @@ def latents_of(
     return pad_to_patches(latents, model.shape.patch_size[0]), image
 
 
-def first_frames(model: TextToVideo, batch: dict, generator: torch.Generator | None = None) -> Tensor:
+def first_frames(model: TextToVideo, batch: dict, generator: Generator = None) -> Tensor:
     """Returns the first frames (B, 3, 1, H, W) of a batch in [-1, 1], decoded if latents are stored.
 
     Raises:
@@ -187,7 +188,7 @@ def first_frames(model: TextToVideo, batch: dict, generator: torch.Generator | N
         return model.autoencoder.decode(model.autoencoder.latents(moments, generator))
 
 
-def encoded_images(model: TextToVideo, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def encoded_images(model: TextToVideo, images: Tensor, generator: Generator = None) -> Tensor:
     """Encodes images (B, 3, 1, H, W) in [-1, 1] to latents (B, C, 1, h, w) for image conditioning.
 
     Raises:

@@ -16,7 +16,7 @@ from blueberry_video.diffusion.samplers import Network, Sampler
 from blueberry_video.diffusion.text_to_video import TextToVideo
 from blueberry_video.models.text_encoder.base import TextTokens
 from blueberry_video.nn.joint_attention import KeyValueCache
-from blueberry_video.nn.noise import standard_normal
+from blueberry_video.nn.noise import Generator, standard_normal
 
 
 def conditioned(
@@ -63,7 +63,7 @@ def generate_latents(
     guidance: Guidance,
     objective: Objective,
     image: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generator = None,
 ) -> Tensor:
     """Samples clean latents for texts; with causal networks chunk by chunk, with a KV cache.
 
@@ -74,8 +74,8 @@ def generate_latents(
         noise: (B, C, T, H, W), standard normal.
         sampler, guidance, objective: the objective is that of training.
         image: latents (B, C, 1, H, W) of the first frame, for image-to-video networks.
-        generator: generator of the noise of a stochastic sampler, and of frames that are prepended to complete patches
-            in time and removed after sampling.
+        generator: generator, or one per clip, of the noise of a stochastic sampler, and of frames that are prepended to
+            complete patches in time and removed after sampling.
 
     Returns:
         (B, C, T, H, W).
@@ -123,7 +123,7 @@ def generate(
     guidance: Guidance,
     objective: Objective,
     images: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generator = None,
 ) -> Tensor:
     """Generates videos (B, 3, T, H, W) in [-1, 1] from captions.
 
@@ -133,7 +133,7 @@ def generate(
         shape: latent size (t, h, w) of a clip; h and w are those of the images if there are any.
         sampler, guidance, objective: see :func:`generate_latents`.
         images: first frames (B, 3, 1, H, W) in [-1, 1]; ``None`` for text-to-video.
-        generator: CPU generator of all noise.
+        generator: CPU generator of all noise, or one per clip, with which a clip does not depend on its batch.
 
     Raises:
         ValueError, FloatingPointError: see :func:`generate_latents`; also if the model has no text encoder or no

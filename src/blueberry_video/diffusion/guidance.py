@@ -44,13 +44,15 @@ class Guidance:
         without_text = unconditional
 
         def guided(latents: Tensor, t: Tensor) -> Tensor:
-            base, output = without_text(latents, t).float(), conditional(latents, t).float()
-            return base + over_latents(self.scale_at(t, objective, steps), base) * (output - base)
+            base, output = without_text(latents, t), conditional(latents, t)
+            dtype = torch.promote_types(base.dtype, torch.float32)  # float64 stays float64
+            scale = self.scale_at(t.to(dtype), objective, steps)
+            return base.to(dtype) + over_latents(scale, base) * (output.to(dtype) - base.to(dtype))
 
         return guided
 
     def scale_at(self, t: Tensor, objective: Objective, steps: int) -> Tensor:
-        """Returns the guidance scale at timesteps ``t`` (B,), float32 (B,). Defaults to 1."""
+        """Returns the guidance scale at timesteps ``t`` (B,), (B,) in their dtype. Defaults to 1."""
         return torch.ones_like(t)
 
 

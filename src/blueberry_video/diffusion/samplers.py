@@ -17,9 +17,8 @@ from torch import Tensor
 
 from blueberry_video.diffusion.objectives import FlowMatching, Objective
 from blueberry_video.diffusion.timesteps import shift_timesteps
-from blueberry_video.nn.noise import standard_normal
+from blueberry_video.nn.noise import Generator, standard_normal
 
-Generator = torch.Generator | None  # None: torch's global generator
 # (latents (B, C, T, H, W), timesteps (B,) in [0, 1]) -> output in the shape of the latents
 Network = Callable[[Tensor, Tensor], Tensor]
 Prediction = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # (latents, t) -> predicted clean latents and noise
@@ -66,7 +65,7 @@ class Sampler(ABC):
             denoise: conditioned and guided network, ``denoise(noisy, t (B,)) -> output``.
             noise: (B, C, T, H, W), standard normal.
             objective: training objective of the network.
-            generator: generator of the noise of a stochastic sampler; ``None`` for torch's global one.
+            generator: generator of the noise of a stochastic sampler, or one per clip; ``None`` for torch's global one.
 
         Returns:
             (B, C, T, H, W), in the dtype of ``noise``.

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from blueberry_video.diffusion.frozen import Frozen
-from blueberry_video.diffusion.lora import FILE, LoRA, add_adapters, exclude_frozen, load_adapters, plain, save_adapters
+from blueberry_video.diffusion.lora import (
+    FILE,
+    LoRA,
+    add_adapters,
+    exclude_frozen,
+    is_adapter_file,
+    load_adapters,
+    plain,
+    save_adapters,
+)
 from blueberry_video.models.autoencoder.base import Autoencoder
 from blueberry_video.models.text_encoder.base import TextEncoder, TextTokens
 from blueberry_video.nn.joint_attention import KeyValueCache
@@ -33,6 +42,7 @@ class Transformer(Protocol):
             ``"token_replace"`` (HunyuanVideo: the first latent frame is replaced), ``"optional"`` (HunyuanVideo-1.5: as
             ``latent_concat``, zeros without an image), or ``None`` for text-to-video.
         image_dropout: share of training clips without image conditioning, as in published training.
+        trained_text_encoder: class of a text encoder that is trained with the transformer, recorded when it is saved.
     """
 
     in_channels: int
@@ -43,6 +53,7 @@ class Transformer(Protocol):
     embedded_guidance: bool
     causal_chunk: int
     image_condition: str | None
+    trained_text_encoder: str
 
     @property
     def image_dropout(self) -> float: ...
@@ -86,6 +97,7 @@ class TextToVideo(nn.Module):
         if lora is not None:
             add_adapters(transformer, lora)
             exclude_frozen(self)
+        self._freeze_unused()
         self._check()
 
     @property
@@ -185,8 +197,8 @@ class TextToVideo(nn.Module):
         """Loads weights into the model or a part of it.
 
         Args:
-            source: a Lightning checkpoint of a run (all weights), an adapter file ``pytorch_lora_weights.safetensors``
-                (the adapters), or published weights of the transformer: a folder, a file or a hub id.
+            source: a Lightning checkpoint of a run (all weights), an adapter file of diffusers, peft or kohya (the
+                adapters), or published weights of the transformer: a folder, a file or a hub id.
 
         Returns:
             A message that names the loaded weights.
@@ -199,9 +211,12 @@ class TextToVideo(nn.Module):
         if path.suffix == ".ckpt":
             load_strictly(self, read_checkpoint(path), path, "Choose the model of the run that wrote it.")
             return f"loaded {len(self.state_dict())} tensors from {path}"
-        if path.name == FILE:
+        if is_adapter_file(path):
             if self.lora is None:
-                raise ValueError(f"{path} has adapters, but model.lora=null: set its rank and targets as in training.")
+                raise ValueError(
+                    f"{path} has adapters, but model.lora=null: use `+model/lora=default model.lora.base=<folder of "
+                    "the published weights>`, with the rank and targets of training."
+                )
             load_adapters(self.transformer, self.lora, path)
             return f"loaded the adapters from {path}"
         with plain(self.transformer):
@@ -210,6 +225,9 @@ class TextToVideo(nn.Module):
     def save_published(self, folder: str | Path, merge: bool = False) -> list[Path]:
         """Writes the transformer to ``folder/transformer`` in the layout of diffusers; for a model with adapters only
         ``folder/pytorch_lora_weights.safetensors``.
+
+        A trained text encoder is left out, because diffusers has none such; the written config names it, and loading
+        the folder warns.
 
         Args:
             folder: created if it does not exist.
@@ -222,11 +240,12 @@ class TextToVideo(nn.Module):
             FileExistsError: if it exists.
             ValueError: if diffusers has no such transformer.
         """
-        folder = Path(folder)
+        folder, text = Path(folder), "" if self.trained_text is None else type(self.trained_text).__name__
         if self.lora is not None and not merge:
             if (folder / FILE).exists():
                 raise FileExistsError(f"{folder / FILE} exists: choose another folder, or remove it.")
-            return [save_adapters(self.transformer, self.lora, folder)]
+            return [save_adapters(self.transformer, self.lora, folder, text)]
+        self.shape.trained_text_encoder = text
         with plain(self.transformer, merged=True):
             self.shape.save_published(folder / "transformer")
         return [folder / "transformer"]
@@ -235,9 +254,16 @@ class TextToVideo(nn.Module):
         super()._apply(fn, recurse)
         self._unconditional = None
         for part in self._frozen_parts():
-            if part.is_built:
-                part.get()._apply(fn)
+            part.apply(fn)
         return self
+
+    def _freeze_unused(self) -> None:
+        """Freezes the parts of the transformer and of the text encoder that :meth:`forward` does not use."""
+        unused: list[nn.Module] = getattr(self.transformer, "unused_parts", list)()
+        if not self.shape.pooled_dim and isinstance(pool := getattr(self.trained_text, "pool", None), nn.Module):
+            unused.append(pool)
+        for part in unused:
+            part.requires_grad_(False)
 
     def _frozen_parts(self) -> list[Frozen]:
         return [part for part in (self._text, self._autoencoder) if part is not None]

@@ -8,7 +8,7 @@ Shapes: B clips, C channels, T x H x W latent frames, rows and columns.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def denoising_losses(
     clean: Tensor,
     text: TextTokens,
     shuffled_text: TextTokens | None,
-    generator: torch.Generator,
+    generator: torch.Generator | Sequence[torch.Generator],
 ) -> dict[str, Tensor]:
     """Returns mean squared errors of a denoiser.
 
@@ -41,7 +41,8 @@ def denoising_losses(
         clean: latents (B, C, T, H, W).
         text: captions of the clips.
         shuffled_text: a different caption for each clip, or ``None`` if there is none.
-        generator: CPU generator of noise and timesteps.
+        generator: CPU generator of noise and timesteps, or one per clip. Timesteps are evenly spaced over the
+            batch; the seed of the first clip determines their order.
 
     Returns:
         Scalars by name. ``loss`` is the mean over evenly spaced noise fractions in [0, 1] (flow timesteps),
@@ -51,7 +52,10 @@ def denoising_losses(
         of normalized latents. For v-prediction, ``flow_loss…`` are all of these in the unit of a flow's velocity.
     """
     rounds = math.ceil(NUM_BINS / len(clean))  # a batch fills every bin
-    order = torch.randperm(rounds * len(clean), generator=generator)
+    first = generator
+    if not isinstance(first, torch.Generator):  # the noise of the first clip does not depend on its position
+        first = torch.Generator().manual_seed(first[0].initial_seed())
+    order = torch.randperm(rounds * len(clean), generator=first)
     fractions = ((order + 0.5) / len(order)).to(clean.device)
     batches = [*fractions.split(len(clean)), NEAR_PURE_NOISE + (1 - NEAR_PURE_NOISE) * fractions[: len(clean)]]
     rows = [_errors(denoise, objective, clean, text, shuffled_text, fraction, generator) for fraction in batches]
@@ -74,7 +78,7 @@ def _errors(
     text: TextTokens,
     shuffled_text: TextTokens | None,
     fraction: Tensor,
-    generator: torch.Generator,
+    generator: torch.Generator | Sequence[torch.Generator],
 ) -> dict[str, Tensor]:
     """Returns mean squared errors by name, (B,) each, at noise fractions ``fraction`` (B,) with new noise."""
     t = timesteps_at_noise_fraction(objective, fraction)

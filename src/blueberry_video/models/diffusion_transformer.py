@@ -1,5 +1,6 @@
 """Base class of text-to-video diffusion transformers: input checks, activation checkpointing, published weights."""
 
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -43,6 +44,8 @@ class DiffusionTransformer(nn.Module):
         causal_chunk: latent frames per chunk. A frame then attends to the text and to the frames of its own and of
             earlier chunks, and the text attends to itself. 0: full attention, as published.
         checkpointing: recompute the activations of each block in the backward pass.
+        trained_text_encoder: class of the text encoder that is trained with the transformer, empty for a published one.
+            :meth:`save_published` records it, because the written folder lacks the text encoder.
     """
 
     family: ClassVar[str]
@@ -55,6 +58,7 @@ class DiffusionTransformer(nn.Module):
     patch_size: Grid
     causal_chunk: int
     checkpointing: bool
+    trained_text_encoder = ""
 
     @property
     def variant(self) -> str:
@@ -77,6 +81,13 @@ class DiffusionTransformer(nn.Module):
         if self.checkpointing and torch.is_grad_enabled() and shared.cache is None:
             return checkpoint(block, *inputs, shared, layer, use_reentrant=False)
         return block(*inputs, shared, layer)
+
+    def unused_parts(self) -> list[nn.Module]:
+        """Parts of the published model that a text-to-video model does not use, and therefore freezes.
+
+        A parameter that is trainable and has no gradient raises an error under DDP.
+        """
+        return []
 
     def check_size(self, size: Grid, first_frame: int = 0) -> None:
         """Checks that latents of ``size`` (T, H, W) consist of whole patches.
@@ -226,7 +237,12 @@ class DiffusionTransformer(nn.Module):
             FileExistsError: the folder exists and is not empty.
             ValueError: diffusers has no such model.
         """
-        write_folder(folder, self.config(), self.state_dict())
+        write_folder(folder, self.config() | self.recorded, self.state_dict())
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """Settings of ``config.json`` that describe the training, not the model."""
+        return {"trained_text_encoder": self.trained_text_encoder} if self.trained_text_encoder else {}
 
     @classmethod
     def _read(
@@ -234,6 +250,13 @@ class DiffusionTransformer(nn.Module):
     ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
         """Config, state dict and constructor arguments; ``defaults`` completes the config."""
         config, state = read_published(source, cls.family, cls.convert)
+        if text := config.get("trained_text_encoder"):
+            warnings.warn(
+                f"{source} was trained with a {text}, which the folder lacks: the model does not follow captions until "
+                "its text encoder is trained with it again. Use the checkpoint of the run (init_from=<run>) to keep "
+                "both.",
+                stacklevel=3,
+            )
         try:
             return config, state, cls.settings_of(state, (defaults or {}) | config)
         except KeyError as error:

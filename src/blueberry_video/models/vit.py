@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from blueberry_video.models.encoder import Encoder
 from blueberry_video.nn.blocks import Block, init_trunc_normal
 from blueberry_video.nn.embeddings import TubeletEmbed
-from blueberry_video.nn.positions import resize_table, sincos_3d_table, sinusoid_table
+from blueberry_video.nn.positions import PositionTables, resize_table, sincos_3d_table, sinusoid_table
 from blueberry_video.nn.rope import RotaryPositions
 from blueberry_video.weights.files import JEPA_FILE, num_blocks
 from blueberry_video.weights.load import check_layout, load_strictly
@@ -26,7 +26,7 @@ from blueberry_video.weights.load import check_layout, load_strictly
 VIDEOMAE = "the layout of transformers' VideoMAE"
 
 
-class VisionTransformer(Encoder):
+class VisionTransformer(Encoder, PositionTables):
     """Vision transformer: video float (B, C, T, H, W), normalized with ImageNet mean and std -> tokens (B, N, D).
 
     Args:
@@ -79,10 +79,7 @@ class VisionTransformer(Encoder):
             raise ValueError(f"init={init!r} is unknown: choose 'xavier' or 'trunc_normal'.")
         self.patch_embed = TubeletEmbed(in_channels, embed_dim, self.patch_size)
         self.num_heads, self.position_kind, grid = num_heads, positions, self.grid(self.video_size)
-        if positions != "rope_3d":
-            sinusoid = positions == "sinusoid"
-            table = sinusoid_table(self.num_tokens, embed_dim) if sinusoid else sincos_3d_table(grid, embed_dim)
-            self.register_buffer("positions", table, persistent=False)
+        self.register_tables()
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate) for rate in rates)
         self.rope = RotaryPositions(grid, embed_dim // num_heads, rope_quirk) if positions == "rope_3d" else None
@@ -91,6 +88,13 @@ class VisionTransformer(Encoder):
             self.blocks.apply(init_weights)
         else:
             init_trunc_normal(self)
+
+    def tables(self) -> dict[str, Tensor]:
+        if self.position_kind == "rope_3d":
+            return {}
+        if self.position_kind == "sinusoid":
+            return {"positions": sinusoid_table(self.num_tokens, self.embed_dim)}
+        return {"positions": sincos_3d_table(self.grid(self.video_size), self.embed_dim)}
 
     def as_clip(self, video: Tensor) -> Tensor:
         """See :meth:`Encoder.as_clip`; with 3-D positions, T, H and W are any multiples of the patch size."""

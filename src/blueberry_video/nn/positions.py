@@ -1,8 +1,48 @@
-"""Sinusoidal position tables."""
+"""Sinusoidal position tables, and modules that hold such tables as buffers."""
+
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class PositionTables(nn.Module):
+    """Base class of modules with position tables as buffers that are not in the state dict.
+
+    The tables are computed again after every conversion of the module, so that a model that is built on the meta device
+    and materialized, with ``to_empty`` or ``load_state_dict(assign=True)``, has the right values.
+    """
+
+    def tables(self) -> dict[str, Tensor]:
+        """Returns the tables by buffer name, float32, computed from the settings of the module."""
+        raise NotImplementedError
+
+    def register_tables(self) -> None:
+        """Registers the buffers; called by the constructor once the settings are set."""
+        for name, table in self.tables().items():
+            self.register_buffer(name, table, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        if any(self._buffers[name] is not buffer for name, buffer in before.items()):
+            with torch.no_grad(), torch.device("cpu"):
+                for name, table in self.tables().items():
+                    if not (buffer := self.get_buffer(name)).is_meta:
+                        buffer.copy_(table)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, metadata: Any, *args: Any) -> None:
+        """Materializes the tables of this module and of its submodules, in device and dtype of assigned weights."""
+        like = next((value for value in state_dict.values() if value.is_floating_point() and not value.is_meta), None)
+        if metadata.get("assign_to_params_buffers") and like is not None:
+            for module in self.modules():
+                if isinstance(module, PositionTables) and any(table.is_meta for table in module.buffers(recurse=False)):
+                    with torch.device("cpu"):
+                        module._buffers |= {name: table.to(like) for name, table in module.tables().items()}
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
 
 def sinusoid_table(num_positions: int, dim: int) -> Tensor:

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from blueberry_video.nn.positions import PositionTables
+
 THETA = 10000.0  # frequency i of an axis with d channels is THETA ** (-2i / d) radians per position
 
 
@@ -72,7 +74,7 @@ def rotate(x: Tensor, turn: Rotation) -> Tensor:
     return torch.addcmul(x * turn.cos, swapped, sin).to(x.dtype)
 
 
-class RotaryPositions(nn.Module):
+class RotaryPositions(PositionTables):
     """Cached rotation table of a clip with the token grid (t, h, w), also used for shorter clips of the same size.
 
     The table is not part of the state dict. ``head_dim`` and ``quirk`` are those of :func:`rotation`.
@@ -84,9 +86,10 @@ class RotaryPositions(nn.Module):
     def __init__(self, grid: tuple[int, int, int], head_dim: int, quirk: bool = False):
         super().__init__()
         self.grid, self.head_dim, self.quirk = grid, head_dim, quirk
-        table = self._table(grid)
-        self.register_buffer("cos", table.cos, persistent=False)
-        self.register_buffer("sin", table.sin, persistent=False)
+        self.register_tables()
+
+    def tables(self) -> dict[str, Tensor]:
+        return self._table(self.grid)._asdict()
 
     def forward(self, index: Tensor | None = None, grid: tuple[int, int, int] | None = None) -> Rotation:
         """Rotation of the tokens ``index`` (B, N) in raster order, by default all, of a clip with ``grid``."""

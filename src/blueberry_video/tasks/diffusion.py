@@ -24,7 +24,7 @@ from blueberry_video.diffusion.timesteps import TimestepSampler
 from blueberry_video.evaluation.denoising import denoising_losses
 from blueberry_video.models.text_encoder.base import TextTokens
 from blueberry_video.models.text_encoder.words import WordText
-from blueberry_video.nn.noise import standard_normal
+from blueberry_video.nn.noise import Generator, clip_generators, standard_normal
 from blueberry_video.tasks.base import Task
 from blueberry_video.tasks.settings import ClipInput, Optimization
 
@@ -113,9 +113,10 @@ class Diffusion(Task):
         return super().on_after_batch_transfer(batch, dataloader_idx)
 
     def shared_step(self, batch: dict, stage: str) -> dict[str, Tensor]:
-        seed = zlib.crc32("/".join(batch["id"]).encode())
         train = stage == "train"
-        generator = None if train else torch.Generator().manual_seed(seed)  # validation is always the same
+        # the noise of validation depends only on the clip
+        seeds = [zlib.crc32(name.encode()) for name in batch["id"]]
+        generator = None if train else [torch.Generator().manual_seed(seed) for seed in seeds]
         image_noise = self.image_noise if train else None
         clean, image = conditioning.latents_of(self.model, batch, generator, image_noise, self.image_dropout)
         image_mask = conditioning.draw_image_mask(image, self.image_dropout) if train else None
@@ -136,18 +137,18 @@ class Diffusion(Task):
         error = output - self.objective.target(clean, noise, t)
         return {"loss": error[:, :, known:].square().mean()}
 
-    def generate(
-        self, captions: Sequence[str], generator: torch.Generator | None = None, images: Tensor | None = None
-    ) -> Tensor:
+    def generate(self, captions: Sequence[str], generator: Generator = None, images: Tensor | None = None) -> Tensor:
         """Generates videos (B, 3, T, H, W) in [-1, 1] of captions, with the frame count of the validation clips.
 
         Args:
             captions: B prompts.
-            generator: generator of all noise, on the CPU.
+            generator: generator that draws the seed of each clip, or one per clip: a clip does not depend on its batch.
             images: conditioning images (B, 3, 1, H, W) in [-1, 1], which determine the size of the videos; ``None``
                 for the size of the validation clips.
         """
         assert self._latent_size is not None, "setup runs first"
+        if isinstance(generator, torch.Generator):
+            generator = clip_generators(generator, len(captions))
         was_training, model, size = self.model.training, self.model.eval(), self._latent_size
         try:
             return generate(model, captions, size, self.sampler, self.guidance, self.objective, images, generator)
@@ -164,7 +165,8 @@ class Diffusion(Task):
         if model.shape.image_condition in (None, "optional"):
             videos["samples"] = self.generate(prompts, torch.Generator().manual_seed(0))
         if conditioning.takes_image(model, self.image_dropout):
-            images = conditioning.first_frames(model, batch, torch.Generator().manual_seed(0))[: len(prompts)]
+            seeds = clip_generators(torch.Generator().manual_seed(0), len(batch["id"]))
+            images = conditioning.first_frames(model, batch, seeds)[: len(prompts)]
             generator = torch.Generator().manual_seed(0)
             videos["samples_from_image"] = self.generate(prompts[: len(images)], generator, images)
         return {name: self.panels([(video.float() + 1) / 2]) for name, video in videos.items()}

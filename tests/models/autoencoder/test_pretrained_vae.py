@@ -55,6 +55,37 @@ def test_latents_and_videos_equal_diffusers(tmp_path: Path, kind: str):
     assert not autoencoder.vae.training
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_clips_of_a_batch_are_encoded_and_decoded_independently(tmp_path: Path, kind: str):
+    autoencoder = PretrainedVAE(save(tmp_path, kind))
+    _, stride, step = KINDS[kind]
+    video = torch.rand(2, 3, step + 1, 2 * stride[1], stride[2]) * 2 - 1
+    moments = autoencoder.encode(video)
+    alone = torch.cat([autoencoder.encode(clip) for clip in video.split(1)])
+    torch.testing.assert_close(moments, alone, rtol=0, atol=1e-4)
+    decoded = autoencoder.decode(moments[:, :4])
+    alone = torch.cat([autoencoder.decode(part) for part in moments[:, :4].split(1)])
+    torch.testing.assert_close(decoded, alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("sample_size", [(64, 64), (96, 72), (150, 100)])
+def test_tiles_keep_the_size_of_videos(tmp_path: Path, sample_size: tuple[int, int]):
+    """Tiles of 32 x 32 pixels are 4 x 4 latents, of which a sixth or a fifth overlap: no whole number."""
+    height, width = sample_size
+    folder = save(tmp_path, "AutoencoderKLCogVideoX", sample_height=height, sample_width=width)
+    autoencoder = PretrainedVAE(folder, tiling=True)
+    for rows, columns in ((8, 11), (13, 7)):
+        moments = autoencoder.encode(torch.rand(1, 3, 1, 8 * rows, 8 * columns))
+        assert moments.shape[3:] == (rows, columns)
+        assert autoencoder.decode(moments[:, :4]).shape[3:] == (8 * rows, 8 * columns)
+
+
+def test_published_tiles_are_those_of_diffusers(tmp_path: Path):
+    vae = PretrainedVAE(save(tmp_path, "AutoencoderKLCogVideoX"), tiling=True).vae
+    assert (vae.tile_sample_min_height, vae.tile_latent_min_width) == (240, 45)
+    assert (vae.tile_overlap_factor_height, vae.tile_overlap_factor_width) == (1 / 6, 1 / 5)
+
+
 def test_images_of_cogvideox_15_are_divided_by_the_scale(tmp_path: Path):
     autoencoder = PretrainedVAE(save(tmp_path, "AutoencoderKLCogVideoX", invert_scale_latents=True), frame_step=16)
     moments = torch.randn(1, 8, 1, 2, 2)

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from blueberry_video.nn.noise import standard_normal
+from blueberry_video.nn.noise import Generator, standard_normal
 
 
 class Autoencoder(nn.Module, ABC):
@@ -51,7 +51,7 @@ class Autoencoder(nn.Module, ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes normalized latents (B, C, t, h, w) to videos (B, 3, T, H, W) in [-1, 1]."""
 
-    def latents(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def latents(self, moments: Tensor, generator: Generator = None) -> Tensor:
         """Samples normalized latents (B, C, t, h, w) from moments (B, 2C, t, h, w); see :func:`sample`."""
         return self.normalize(sample(moments, generator))
 
@@ -59,7 +59,7 @@ class Autoencoder(nn.Module, ABC):
         """Scales latents to about zero mean and unit variance. Defaults to the identity."""
         return latents
 
-    def image_latents(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def image_latents(self, moments: Tensor, generator: Generator = None) -> Tensor:
         """Samples latents for image conditioning, where some autoencoders use a different scale."""
         return self.latents(moments, generator)
 
@@ -108,10 +108,10 @@ class Pixels(Autoencoder):
         return latents.clamp(-1, 1)
 
 
-def sample(moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def sample(moments: Tensor, generator: Generator = None) -> Tensor:
     """Samples (B, C, t, h, w) from means and log-variances (B, 2C, t, h, w), computed in float32, in their dtype.
 
-    Noise is drawn from ``generator``, or from torch's global one.
+    Noise is drawn from ``generator``, one or one per clip, or from torch's global one.
     """
     mean, log_variance = moments.float().chunk(2, dim=1)
     noise = standard_normal(mean.shape, generator, mean.device)

@@ -1,11 +1,12 @@
 """Published video autoencoders of CogVideoX, HunyuanVideo and HunyuanVideo-1.5, run by diffusers."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from blueberry_video.models.autoencoder.base import Autoencoder, sample
+from blueberry_video.nn.noise import Generator
 from blueberry_video.weights.optional import import_extra, load_part
 
 FRAME_STEPS = {"AutoencoderKLCogVideoX": 8, "AutoencoderKLHunyuanVideo": 4, "AutoencoderKLHunyuanVideo15": 4}
@@ -54,8 +55,11 @@ class PretrainedVAE(Autoencoder):
         self.scale, self.tiling = float(known.scaling_factor), tiling
         self.image_scale = 1 / self.scale if known.get("invert_scale_latents") else self.scale
         self.vae = vae.requires_grad_(False).eval()
+        if kind == "AutoencoderKLHunyuanVideo15":  # diffusers 0.42 supports only one clip at a time
+            self.vae.enable_slicing()
         if tiling:
             self.vae.enable_tiling()
+            align_tiles(self.vae, space)
 
     def train(self, mode: bool = True) -> "PretrainedVAE":
         """Keeps evaluation mode, because the autoencoder is frozen."""
@@ -73,6 +77,32 @@ class PretrainedVAE(Autoencoder):
     def normalize(self, latents: Tensor) -> Tensor:
         return latents * self.scale
 
-    def image_latents(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def image_latents(self, moments: Tensor, generator: Generator = None) -> Tensor:
         """Samples latents of images, which for CogVideoX-1.5-I2V are **divided** by the scale."""
         return sample(moments, generator) * self.image_scale
+
+
+def align_tiles(vae: Any, stride: int) -> None:
+    """Makes the tiles of an autoencoder of diffusers and their overlap the same in pixels and in latents.
+
+    diffusers rounds both separately: if they differ, tiled videos have a different size than their latents stand for.
+
+    Args:
+        vae: has ``tile_sample_min_height``, ``tile_latent_min_height`` and ``tile_overlap_factor_height``, and the same
+            for the width; otherwise it is not changed.
+        stride: pixels per latent.
+    """
+    for axis in ("height", "width"):
+        overlap = f"tile_overlap_factor_{axis}"
+        if not hasattr(vae, overlap):
+            continue
+        factor, pixels = getattr(vae, overlap), getattr(vae, f"tile_sample_min_{axis}")
+        latents = getattr(vae, f"tile_latent_min_{axis}")
+        kept = int(latents * (1 - factor)), latents - int(latents * factor)
+        kept_pixels = int(pixels * (1 - factor)), pixels - int(pixels * factor)
+        if latents * stride == pixels and {*kept_pixels} == {kept[0] * stride} and kept[0] == kept[1]:
+            continue
+        latents = max(latents // 4, 1) * 4
+        setattr(vae, f"tile_latent_min_{axis}", latents)
+        setattr(vae, f"tile_sample_min_{axis}", latents * stride)
+        setattr(vae, overlap, 0.25)  # exact in both

@@ -128,6 +128,10 @@ class HunyuanVideo15(DualStreamTransformer):
         self.cond_type_embed = nn.Embedding(3, dim)
         self.init_weights(zero_init)
 
+    def unused_parts(self) -> list[nn.Module]:
+        """Also the projections of ByT5 and of the image encoder, which a text-to-video model does not have."""
+        return [*super().unused_parts(), self.context_embedder_2, self.image_embedder]
+
     @property
     def image_dropout(self) -> float:
         """Share of training clips without image conditioning: 0.7 in published training (``i2v_prob`` 0.3 in its
@@ -227,7 +231,8 @@ class HunyuanVideo15(DualStreamTransformer):
             ValueError: diffusers has no such model.
         """
         self.check_square_patches()
-        write_folder(folder, self.config() | {"task_type": task, "target_size": target_size}, self.state_dict())
+        config = self.config() | self.recorded | {"task_type": task, "target_size": target_size}
+        write_folder(folder, config, self.state_dict())
 
     def config(self) -> dict[str, Any]:
         return super().config() | {

@@ -5,7 +5,7 @@ width, K conditions: 1, or T.
 """
 
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -121,6 +121,13 @@ class DualStreamTransformer(DiffusionTransformer):
                 nn.init.zeros_(module.linear.weight)
         if zero_init:
             nn.init.zeros_(self.proj_out.weight)
+
+    def unused_parts(self) -> list[nn.Module]:
+        """The text output of the last dual-stream block, if no single-stream block follows."""
+        if not len(self.transformer_blocks) or len(self.single_transformer_blocks):
+            return []
+        last = cast(DualStreamBlock, self.transformer_blocks[-1])
+        return [last.attn.to_add_out, last.ff_context]
 
     def check_inputs(self, latents: Tensor, timestep: Tensor, *inputs: Any) -> None:
         super().check_inputs(latents, timestep, *inputs)

@@ -18,13 +18,13 @@ from blueberry_video.models.hydra_video.mixer import HydraVideoBlock, HydraVideo
 from blueberry_video.models.hydra_video.state_space import Layout, MixerState
 from blueberry_video.nn.embeddings import TubeletEmbed
 from blueberry_video.nn.patches import gather_tokens
-from blueberry_video.nn.positions import sinusoid_table
+from blueberry_video.nn.positions import PositionTables, sinusoid_table
 
 State = tuple[MixerState, ...]  # one per layer
 MIXERS = {"hydra_video": HydraVideoMixer, "hydra": HydraMixer, "mamba2": Mamba2Mixer}
 
 
-class HydraVideo(Encoder):
+class HydraVideo(Encoder, PositionTables):
     """Encoder of video float (B, C, T, H, W), normalized with ImageNet mean and standard deviation -> tokens (B, N, D).
 
     T may be any multiple of ``tubelet_size``. A frame of tokens corresponds to one tubelet of the video.
@@ -83,7 +83,7 @@ class HydraVideo(Encoder):
         super().__init__(image_size, num_frames, patch_size, tubelet_size, embed_dim, in_channels, images)
         self.patch_embed = TubeletEmbed(in_channels, embed_dim, self.patch_size)
         _, h, w = self.grid(self.video_size)
-        self.register_buffer("positions", sinusoid_table(h * w, embed_dim), persistent=False)
+        self.register_tables()
         if mixer not in MIXERS:
             raise ValueError(f"mixer={mixer!r} is unknown: choose one of {', '.join(map(repr, MIXERS))}.")
         self.in_raster_order = mixer != "hydra_video"
@@ -134,6 +134,10 @@ class HydraVideo(Encoder):
                 f"image_size for the data and model.encoder, and end the video with a whole tubelet{fix}."
             )
         return video
+
+    def tables(self) -> dict[str, Tensor]:
+        _, h, w = self.grid(self.video_size)
+        return {"positions": sinusoid_table(h * w, self.embed_dim)}
 
     def forward(self, video: Tensor, keep: Tensor | None = None) -> Tensor:
         """(B, C, T, H, W) and, optionally, indices (B, N_kept) of the visible tokens -> (B, N or N_kept, D)."""

@@ -5,13 +5,13 @@ from torch import Tensor, nn
 
 from blueberry_video.nn.blocks import Block, init_trunc_normal
 from blueberry_video.nn.patches import gather_tokens
-from blueberry_video.nn.positions import resize_table, sincos_3d_table
+from blueberry_video.nn.positions import PositionTables, resize_table, sincos_3d_table
 from blueberry_video.nn.rope import RotaryPositions
 
 Grid = tuple[int, int, int]  # number of tokens along (t, h, w)
 
 
-class Predictor(nn.Module):
+class Predictor(PositionTables):
     """Predicts the features of hidden tokens from the visible tokens and the positions of the hidden ones.
 
     Args:
@@ -64,9 +64,11 @@ class Predictor(nn.Module):
         self.proj = nn.Linear(dim, out_dim or embed_dim)
         self.proj_context = nn.Linear(dim, out_dim or embed_dim) if context else None
         self.rope = RotaryPositions(grid, dim // num_heads, rope_quirk) if positions == "rope_3d" else None
-        if self.rope is None:
-            self.register_buffer("positions", sincos_3d_table(grid, dim), persistent=False)
+        self.register_tables()
         init_trunc_normal(self)
+
+    def tables(self) -> dict[str, Tensor]:
+        return {"positions": sincos_3d_table(self.grid, self.proj.in_features)} if self.rope is None else {}
 
     def forward(
         self, context: Tensor, keep: Tensor, target: Tensor, mask_index: int = 0, grid: Grid | None = None

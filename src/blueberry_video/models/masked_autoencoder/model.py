@@ -19,13 +19,13 @@ from blueberry_video.models import vit
 from blueberry_video.models.encoder import Encoder
 from blueberry_video.models.masked_autoencoder.convert import convert_published, to_huggingface
 from blueberry_video.nn.blocks import Block
-from blueberry_video.nn.positions import sinusoid_table
+from blueberry_video.nn.positions import PositionTables, sinusoid_table
 from blueberry_video.weights.diffusers_folder import TRANSFORMERS, read_source, write_folder
 from blueberry_video.weights.files import num_blocks
 from blueberry_video.weights.load import check_config, check_layout, load_strictly
 
 
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(PositionTables):
     """Encoder of the visible tokens and decoder that predicts the pixels of the target tokens.
 
     Args:
@@ -61,8 +61,13 @@ class MaskedAutoencoder(nn.Module):
         t, h, w = encoder.patch_size
         patch_dim = in_channels * t * h * w
         self.decoder = Decoder(decoder_dim, decoder_depth, decoder_num_heads, mlp_ratio, qkv_bias, patch_dim)
-        self.register_buffer("decoder_positions", sinusoid_table(encoder.num_tokens, width), persistent=False)
+        self.register_tables()
         self.init_weights()
+
+    def tables(self) -> dict[str, Tensor]:
+        projection = self.encoder_to_decoder
+        width = projection.in_features if self.mask_before_projection else projection.out_features
+        return {"decoder_positions": sinusoid_table(self.encoder.num_tokens, width)}
 
     def init_weights(self) -> None:
         """Initializes the parts that differ: in VideoMAE, the projection keeps the initialization of PyTorch."""
