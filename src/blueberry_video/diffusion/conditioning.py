@@ -124,11 +124,7 @@ def pad_to_patches(latents: Tensor, tubelet: int) -> Tensor:
 
 
 def latents_of(
-    model: TextToVideo,
-    batch: dict,
-    generator: Generator,
-    image_noise: ImageNoise | None = None,
-    dropout: float = 0.0,
+    model: TextToVideo, batch: dict, generator: Generator, image_noise: ImageNoise | None = None, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the latents of a batch and of its first frames.
 
