@@ -1,6 +1,7 @@
 """Base of the datasets of video and image files: resizing, labels and broken files."""
 
 import csv
+import errno
 import fcntl
 import hashlib
 import io
@@ -15,6 +16,12 @@ from blueberry_video.data.metadata import Media, Row
 from blueberry_video.video import resize as resizing
 from blueberry_video.video.errors import VideoError
 
+LOST = {  # errors of a file that vanished or became unreadable; others, such as EMFILE and ENOMEM, are of the process
+    getattr(errno, name)
+    for name in ("ENOENT", "ENOTDIR", "EISDIR", "ELOOP", "EACCES", "EPERM", "EIO", "ESTALE", "ENXIO", "EREMOTEIO")
+    if hasattr(errno, name)
+}
+
 
 class MediaFolder(Dataset):
     """Base of a map-style dataset of files; a subclass sets ``media``, ``rows`` and ``classes``, and reads a row.
@@ -24,8 +31,8 @@ class MediaFolder(Dataset):
         image_size: pixels, one number for a square or (height, width); None keeps the size of each file.
         resize: ``crop`` scales the picture to cover ``image_size`` and crops the center; ``stretch`` changes the
             aspect ratio.
-        max_broken_share: a file that cannot be read is replaced by the next readable one and listed; above this share
-            of broken files an error is raised.
+        max_broken_share: a file that cannot be read or has vanished is replaced by the next readable one and listed;
+            above this share of such files an error is raised.
         skipped_file: CSV file in which skipped files are listed, shared by all processes of a run. If it is assigned
             later, it also receives the files that were skipped before.
 
@@ -107,6 +114,10 @@ class MediaFolder(Dataset):
                 return read(row)
             except VideoError as error:
                 self.skip(row.name, str(error))
+            except OSError as error:
+                if error.errno not in LOST and not isinstance(error, FileNotFoundError):
+                    raise
+                self.skip(row.name, f"{row.path} is lost: {error}")
         raise RuntimeError(
             f"All {len(self.rows)} {self.media.noun} files in {self.root} are broken: {self._examples()}. Replace them."
         )
@@ -125,8 +136,12 @@ class MediaFolder(Dataset):
         """SHA-256 of all rows and of the sizes and modification times of their files."""
         digest = hashlib.sha256()
         for row in self.rows:
-            stat = row.path.stat()
-            digest.update(json.dumps([row.name, stat.st_size, stat.st_mtime_ns, row.caption, row.labels]).encode())
+            try:
+                stat = row.path.stat()
+                version = [stat.st_size, stat.st_mtime_ns]
+            except OSError:  # vanished since it was listed: reading it skips it
+                version = [-1, -1]
+            digest.update(json.dumps([row.name, *version, row.caption, row.labels]).encode())
         return digest.hexdigest()
 
     def _examples(self) -> str:
@@ -140,9 +155,12 @@ def _append_skipped(path: Path, root: Path, name: str, reason: str) -> dict[str,
         fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
         file.seek(0)
         text = file.read()
-        listed = {row["file"]: row["reason"] for row in csv.DictReader(io.StringIO(text)) if row["root"] == str(root)}
+        rows = [row for row in csv.reader(io.StringIO(text, newline="")) if len(row) == 3]  # others: cut off by a kill
+        listed = {found: reason for of_root, found, reason in rows if of_root == str(root)}
         if name not in listed:
             writer = csv.writer(file)
+            if text and not text.endswith("\n"):
+                file.write("\n")
             if not text:
                 writer.writerow(["root", "file", "reason"])
             writer.writerow([str(root), name, reason])
