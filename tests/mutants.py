@@ -81,16 +81,15 @@ def _sites(tree: ast.AST) -> Iterator:
     for node in _executed(tree):
         if isinstance(node, ast.Compare):
             for i, operator in enumerate(node.ops):
-                yield node, lambda node=node, i=i, new=SWAPPED[type(operator)]: _set(node.ops, i, new())
-        elif isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in SWAPPED and not _is_text(node):
-            yield node, lambda node=node: _operator(node)
-        elif isinstance(node, ast.BoolOp):
-            yield node, lambda node=node: _operator(node)
+                new = SWAPPED[type(operator)]
+                yield node, lambda node=node, i=i, new=new: _set(node.ops, i, new())
+        elif isinstance(node, ast.BinOp | ast.AugAssign | ast.BoolOp) and type(node.op) in SWAPPED:
+            if not _is_text(node):
+                yield node, lambda node=node: _operator(node)
         elif isinstance(node, ast.Constant) and type(node.value) is int:
             yield node, lambda node=node: _integer(node)
-        elif isinstance(node, ast.Call) and len(node.args) > 1 and not _starred(node):
-            if ast.dump(node.args[0]) != ast.dump(node.args[1]):
-                yield node, lambda node=node: _swap(node)
+        elif isinstance(node, ast.Call) and _swappable(node.args[:2]):
+            yield node, lambda node=node: _swap(node)
         if isinstance(node, ast.If | ast.While | ast.IfExp):
             yield node.test, lambda node=node: _negate(node)
         for body in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
@@ -120,11 +119,12 @@ def _removable(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.AugAssign | ast.Raise | ast.Continue | ast.Break | ast.Delete)
 
 
-def _starred(call: ast.Call) -> bool:
-    return any(isinstance(argument, ast.Starred) for argument in call.args[:2])
+def _swappable(arguments: list[ast.expr]) -> bool:
+    starred = any(isinstance(argument, ast.Starred) for argument in arguments)
+    return len(arguments) == 2 and not starred and ast.dump(arguments[0]) != ast.dump(arguments[1])
 
 
-def _is_text(node: ast.BinOp | ast.AugAssign) -> bool:
+def _is_text(node: ast.AST) -> bool:
     return any(isinstance(child, ast.JoinedStr) for child in ast.iter_child_nodes(node))
 
 
@@ -167,7 +167,7 @@ def run_tests(tree: Path, paths: list[str], timeout: float) -> int | None:
                 os.dup2(log.fileno(), 2)
             sys.path.insert(0, str(tree / "src"))
             os.environ["PYTHONPATH"] = str(tree / "src")
-            sys.dont_write_bytecode = True
+            sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
             pytest = importlib.import_module("pytest")
             code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", *paths]))
         os._exit(code)
@@ -209,6 +209,9 @@ def main() -> None:
                 shutil.copytree(ROOT / name, tree / name, ignore=ignored)
             elif (ROOT / name).exists():
                 shutil.copy(ROOT / name, tree / name)
+        if run_tests(tree, tests, 10 * options.timeout) != 0:
+            log = (tree / "pytest.log").read_text(errors="replace")
+            sys.exit(f"{log[-3000:]}\nthe tests {' '.join(tests)} fail without a mutant: repair them first.")
         print(f"{len(chosen)} of {len(every)} mutants of {options.folder}, tests {' '.join(tests)}", flush=True)
         for number, mutant in enumerate(chosen, start=1):
             original = (tree / mutant.file).read_text(encoding="utf-8")
