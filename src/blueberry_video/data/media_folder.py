@@ -46,6 +46,7 @@ class MediaFolder(Dataset):
     media: Media
     rows: list[Row]
     classes: dict[str, tuple[str, ...]]
+    counted: list[Row] | None = None  # rows that max_broken_share is a share of, if they are more than ``rows``
 
     def __init__(
         self,
@@ -92,10 +93,11 @@ class MediaFolder(Dataset):
         """
         self.skipped[name] = reason
         self._list(name, reason)
-        broken = sum(row.name in self.skipped for row in self.rows)
-        if broken > self.max_broken_share * len(self.rows):
+        rows = self.counted or self.rows
+        broken = sum(row.name in self.skipped for row in rows)
+        if broken > self.max_broken_share * len(rows):
             raise RuntimeError(
-                f"{broken} of {len(self.rows)} {self.media.noun} files in {self.root} are broken, more than "
+                f"{broken} of {len(rows)} {self.media.noun} files in {self.root} are broken, more than "
                 f"max_broken_share={self.max_broken_share}: "
                 f"{self._examples()}. Replace or remove them (with their metadata rows), or raise max_broken_share."
             )
@@ -112,12 +114,8 @@ class MediaFolder(Dataset):
                 continue
             try:
                 return read(row)
-            except VideoError as error:
-                self.skip(row.name, str(error))
-            except OSError as error:
-                if error.errno not in LOST and not isinstance(error, FileNotFoundError):
-                    raise
-                self.skip(row.name, f"{row.path} is lost: {error}")
+            except (VideoError, OSError) as error:
+                self.skip(row.name, broken_reason(error))
         raise RuntimeError(
             f"All {len(self.rows)} {self.media.noun} files in {self.root} are broken: {self._examples()}. Replace them."
         )
@@ -146,6 +144,13 @@ class MediaFolder(Dataset):
 
     def _examples(self) -> str:
         return "; ".join(f"{name}: {reason}" for name, reason in list(self.skipped.items())[:3])
+
+
+def broken_reason(error: VideoError | OSError) -> str:
+    """Returns why a file is broken; raises an error that is not about the file, such as too many open files."""
+    if isinstance(error, OSError) and error.errno not in LOST and not isinstance(error, FileNotFoundError):
+        raise error
+    return str(error) if isinstance(error, VideoError) else f"the file has vanished or cannot be read ({error})"
 
 
 def _append_skipped(path: Path, root: Path, name: str, reason: str) -> dict[str, str]:
