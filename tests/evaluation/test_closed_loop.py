@@ -190,3 +190,10 @@ def test_metrics_are_logged_at_the_end_of_training(trainer):
 def test_arguments_out_of_range_raise(changes, pattern):
     with pytest.raises(ValueError, match=pattern):
         ClosedLoop(Plane(), Walker(), **changes)
+
+
+def test_the_least_numbers_are_accepted():
+    numbers = {"episodes": 1, "goal_steps": 3, "max_steps": 1, "random_tries": 1}
+    values = ClosedLoop(Plane(), Walker(), tolerance=0, **numbers).measure(task())
+    assert 0 <= values["success"] <= 1
+    ClosedLoop(Plane(), Walker(), **{**numbers, "goal_steps": 1})
