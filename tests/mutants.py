@@ -196,7 +196,8 @@ def main() -> None:
     options = parser.parse_args()
     source = ROOT / PACKAGE / options.folder
     files = sorted(source.rglob("*.py")) if source.is_dir() else [source]
-    tests = options.tests or [f"tests/{options.folder}"]
+    room = Path(options.folder) if source.is_dir() else Path(options.folder).parent
+    tests = options.tests or [f"tests/{room}"]
     every = [m for file in files for m in mutants_of(file.relative_to(ROOT), file.read_text(encoding="utf-8"))]
     chosen = random.Random(options.seed).sample(every, min(options.count, len(every)))
     for name in IMPORTED:
