@@ -5,7 +5,14 @@ from collections import Counter
 import pytest
 import torch
 
-from blueberry_video.data.batches import MixedEvaluationBatches, TrainBatches, WeightedTrainBatches, apportion, collate
+from blueberry_video.data.batches import (
+    EvaluationBatches,
+    MixedEvaluationBatches,
+    TrainBatches,
+    WeightedTrainBatches,
+    apportion,
+    collate,
+)
 from blueberry_video.data.clips import at_epoch
 from blueberry_video.data.world import World
 
@@ -146,3 +153,9 @@ def test_batch_of_different_shapes_raises():
 def test_sample_without_an_epoch_argument_is_not_called():
     world = World("val", 2, num_frames=2, image_size=8, camera="rig4", supersample=1)
     assert at_epoch(world, 1, epoch=3)["video"].shape == (2, 3, 8, 8)  # sample() would return four views
+
+
+def test_a_single_process_is_the_default():
+    assert list(EvaluationBatches(5, 2)) == [[0, 1], [2, 3], [4]]
+    assert list(MixedEvaluationBatches({"a": 2, "b": 3}, {"a": 2, "b": 2})) == [[0, 1], [2, 3], [4]]
+    assert sorted(index for batch in TrainBatches(6, 2, seed=0) for _, index in batch) == list(range(6))

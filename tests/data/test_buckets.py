@@ -169,6 +169,18 @@ def test_files_skipped_before_skipped_file_is_assigned_are_listed(folder: Path, 
     assert {part.skipped_file for part in data.parts.values()} == {data.skipped_file}
 
 
+def test_vanished_files_are_a_share_of_all_buckets(folder: Path):
+    dataset = VideoFolder(folder, num_frames=1, max_broken_share=0.34)
+    (folder / "videos" / "5.mp4").unlink()  # before its size is read
+    data = VideoBuckets(dataset, [(9, 32, 48), (9, 48, 32), (5, 16, 24)], (4, 16, 16), 36)
+    assert data.part_sizes == {"9x32x48": 2, "9x48x32": 2, "5x16x24": 1}
+    (folder / "videos" / "0.mp4").unlink()  # half of its bucket, and the second of six files
+    assert [data[i]["caption"] for i in range(5)] == [f"number {k}" for k in (3, 3, 1, 4, 2)]
+    (folder / "videos" / "1.mp4").unlink()
+    with pytest.raises(RuntimeError, match=r"3 of 6 video files .*max_broken_share=0\.34"):
+        data[2]
+
+
 def test_videos_without_captions_raise(folder: Path):
     (folder / "metadata.jsonl").unlink()
     dataset = VideoFolder(folder, num_frames=1, metadata="none")

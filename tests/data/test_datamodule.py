@@ -232,6 +232,46 @@ def test_loading_does_not_use_the_global_random_state(tmp_path: Path, num_worker
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class Described(Numbers):
+    """Dataset that records what the DataModule calls."""
+
+    def __init__(self, size: int, name: str):
+        super().__init__(size)
+        self.name, self.skipped_file, self.prepared = name, None, []
+        self.classes = {"motion": (name,)}
+
+    def prepare(self, num_workers: int) -> None:
+        self.prepared.append(num_workers)
+
+    def describe(self) -> str:
+        return f"clips of {self.name}"
+
+
+def test_all_datasets_are_prepared_described_and_list_skipped_files(capsys: pytest.CaptureFixture[str]):
+    train, val, test = (Described(size, name) for size, name in ((9, "a"), (5, "b"), (7, "c")))
+    data = DataModule(train, val, batch_size=4, val_batch_size=2, test=test)
+    data.list_skipped_in("skipped.csv")
+    data.prepare_data()
+    assert {part.skipped_file for part in (train, val, test)} == {"skipped.csv"}
+    assert all(len(part.prepared) == 1 and part.prepared[0] >= 1 for part in (train, val, test))
+    data.setup("test")
+    assert capsys.readouterr().out == ""
+    data.setup("fit")
+    assert capsys.readouterr().out.splitlines() == ["training: clips of a", "validation: clips of b"]
+    assert data.classes == {"motion": ("a",)}
+    assert [len(batch["index"]) for batch in data.train_dataloader()] == [4, 4]
+    assert [batch["index"].tolist() for batch in data.val_dataloader()] == [[0, 1], [2, 3], [4]]
+    assert [batch["index"].tolist() for batch in data.test_dataloader()] == [[0, 1], [2, 3], [4, 5], [6]]
+    plain = DataModule(Numbers(4), Numbers(2), batch_size=2)  # without these methods, and without a test set
+    plain.list_skipped_in("skipped.csv")
+    plain.prepare_data()
+    plain.setup("fit")
+    assert capsys.readouterr().out == ""
+    assert [batch["index"].tolist() for batch in plain.val_dataloader()] == [[0, 1]]
+    with pytest.raises(ValueError, match=r"data\.test\b"):
+        plain.test_dataloader()
+
+
 def epoch_of(batches: TrainBatches, epoch: int) -> list[list[int]]:
     batches.set_epoch(epoch)
     return [[index for _, index in batch] for batch in batches]

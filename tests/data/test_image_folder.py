@@ -142,6 +142,21 @@ def test_broken_files_are_replaced_and_listed(tmp_path: Path):
         ImageFolder(tmp_path, 8, max_broken_share=1.0)[0]
 
 
+def test_vanished_files_count_as_broken(tmp_path: Path):
+    images = ImageFolder(listed(tmp_path, 5), 8, max_broken_share=0.2)
+    cached = CachedClips(images, tmp_path / "cache", shard_size=2)
+    key = cached.cache_key
+    assert cached[0]["id"] == "0.png"
+    (tmp_path / "images" / "0.png").unlink()
+    (tmp_path / "images" / "2.png").unlink()
+    assert images[2]["id"] == "3.png"
+    assert "2.png" in images.skipped
+    assert [cached[i]["id"] for i in range(5)] == ["0.png", "1.png", "3.png", "3.png", "4.png"]
+    assert cached.cache_key == key
+    with pytest.raises(RuntimeError, match=r"\b2 of 5\b.*max_broken_share=0\.2"):
+        images[0]
+
+
 def test_cache_key_depends_on_settings_and_files(tmp_path: Path):
     images = ImageFolder(listed(tmp_path), 8)
     cached = CachedClips(images, tmp_path / "cache")

@@ -1,5 +1,7 @@
 """Latent shards: round trip, resuming to identical bytes, damaged files and changed settings."""
 
+import errno
+import hashlib
 import json
 import math
 import multiprocessing
@@ -12,6 +14,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from blueberry_video.atomic import write_text
+from blueberry_video.data import latents
 from blueberry_video.data.latents import LatentClips, LatentShards
 from blueberry_video.data.sprites import Sprites
 from blueberry_video.models.autoencoder.causal_vae import CausalVideoVAE
@@ -96,6 +100,35 @@ def test_interrupted_writing_resumes_to_the_same_bytes(tmp_path: Path):
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")  # same length
     assert write(tmp_path / "parts") == [1]
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_shards_are_complete_before_the_manifest_lists_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    listed = []
+
+    def checked(path: Path, text: str) -> None:
+        shards = json.loads(text)["shards"]
+        for name, shard in shards.items():
+            assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == shard["sha256"]
+        listed.append(len(shards))
+        write_text(path, text)
+
+    monkeypatch.setattr(latents, "write_text", checked)
+    write(tmp_path)
+    assert listed == [0, 1, 2, 3]
+
+
+def test_a_shard_that_cannot_be_written_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    write(tmp_path, numbers=[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(latents, "write_bytes", full)
+        with pytest.raises(OSError, match="no space left"):
+            write(tmp_path)
+    assert list(json.loads((tmp_path / "manifest.json").read_text())["shards"]) == ["00000.safetensors"]
+    assert write(tmp_path) == [1, 2]  # the lock is free again
+    assert len(LatentClips(tmp_path)) == 10
 
 
 def test_changed_settings_raise_and_change_nothing(tmp_path: Path):

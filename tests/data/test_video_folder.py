@@ -1,6 +1,7 @@
 """Tests of video folders: complete, mislabeled and broken."""
 
 import csv
+import errno
 import json
 import multiprocessing
 import os
@@ -301,6 +302,44 @@ def test_a_broken_file_is_replaced_listed_and_counted(tmp_path: Path):
     assert [row["file"] for row in rows] == ["2.mp4", "3.mp4"]
     assert "2.mp4" in rows[0]["reason"]
     assert set(clips.skipped) == {"2.mp4", "3.mp4"}
+
+
+def test_vanished_files_count_as_broken(tmp_path: Path):
+    clips = VideoFolder(make(tmp_path, files=6), 4, max_broken_share=0.4, skipped_file=str(tmp_path / "skipped.csv"))
+    assert clips[2]["id"] == "2.mp4"
+    (tmp_path / "videos" / "2.mp4").unlink()
+    (tmp_path / "videos" / "3.mp4").rename(tmp_path / "videos" / "3.old")
+    (tmp_path / "videos" / "3.mp4").mkdir()
+    assert [clip["id"] for clip in DataLoader(clips, batch_size=None, num_workers=1)][2:4] == ["4.mp4", "4.mp4"]
+    assert [clips[i]["id"] for i in range(6)] == ["0.mp4", "1.mp4", "4.mp4", "4.mp4", "4.mp4", "5.mp4"]
+    with (tmp_path / "skipped.csv").open() as file:
+        assert {row["file"] for row in csv.DictReader(file)} == {"2.mp4", "3.mp4"}
+    assert isinstance(clips.cache_key, str)
+    for number in (0, 1):
+        (tmp_path / "videos" / f"{number}.mp4").unlink()
+    with pytest.raises(RuntimeError, match=r"3 of 6 video files .*max_broken_share=0\.4.*2\.mp4"):
+        clips[0]
+
+
+def test_errors_of_the_process_are_not_broken_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def failing(*_):
+        raise OSError(errno.ENOMEM, "out of memory")
+
+    monkeypatch.setattr("blueberry_video.data.video_folder.load_clip", failing)
+    clips = VideoFolder(make(tmp_path), 4, max_broken_share=1)
+    with pytest.raises(OSError, match="out of memory"):
+        clips[0]
+    assert clips.skipped == {}
+
+
+def test_a_list_of_skipped_files_that_was_cut_off_is_continued(tmp_path: Path):
+    listing = tmp_path / "skipped.csv"
+    for number, text in enumerate(["root,fi", "root,file,reason\r\na,0.mp4,damag", "root,file,reason\r\na,0.mp4"]):
+        listing.write_text(text)
+        expected = {"1.mp4": "gone\nfor good"} | ({"0.mp4": "damag"} if number == 1 else {})
+        assert _append_skipped(listing, Path("a"), "1.mp4", "gone\nfor good") == expected
+        assert _append_skipped(listing, Path("a"), "2.mp4", "x") == expected | {"2.mp4": "x"}
+        assert _append_skipped(listing, Path("b"), "2.mp4", "y") == {"2.mp4": "y"}
 
 
 def test_workers_share_the_skipped_file(tmp_path: Path):

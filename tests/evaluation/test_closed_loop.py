@@ -1,13 +1,16 @@
 """Closed-loop evaluation: success, distance and steps of an optimal, an inverted and a random policy."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from blueberry_video.data.world import SPLITS, Simulator, World
 from blueberry_video.evaluation.closed_loop import ClosedLoop
 
 MOVES = np.array([[0.0, 0.0], [-0.1, 0.0], [0.1, 0.0], [0.0, 0.1], [0.0, -0.1]])
@@ -109,6 +112,43 @@ def test_goals_have_the_min_distance_and_are_deterministic():
     assert not np.array_equal(loop._episode(0)[1].vector, loop._episode(1)[1].vector)
 
 
+class Recorded(Plane):
+    """Plane that records the seeds of its resets."""
+
+    def __init__(self):
+        self.seeds = []
+
+    def reset(self, seed):
+        self.seeds.append(seed)
+        return super().reset(seed)
+
+
+@pytest.mark.parametrize(("changes", "split"), [({}, SPLITS["test"]), ({"split": 1, "seed": 7}, SPLITS["val"])])
+def test_episodes_start_in_the_scenes_of_their_split(changes: dict, split: int):
+    plane = Recorded()
+    ClosedLoop(plane, Walker(), episodes=4, random_tries=2, **changes).measure(task())
+    assert plane.seeds == [(split, number) for number in range(4)]
+
+
+def test_default_episodes_start_in_test_scenes_of_the_world():
+    world = {split: World(split, 3, num_frames=2, image_size=16, mode="agent") for split in SPLITS}
+    loop = ClosedLoop(Simulator(image_size=16), Walker(), min_distance=0.1, goal_steps=4)
+    for number in range(3):
+        start, _ = loop._episode(number)
+        assert np.allclose(start.vector, world["test"][number]["states"][0])
+        for split in ("train", "val"):
+            assert not np.allclose(start.vector, world[split][number]["states"][0])
+
+
+def test_configs_evaluate_in_test_scenes():
+    root = Path(__file__).parents[2]
+    files = [*root.glob("conf/**/*.yaml"), *root.glob("experiments/*/config.yaml")]
+    found = [OmegaConf.load(file).get("callbacks", OmegaConf.load(file)) for file in files]
+    splits = [config.closed_loop.split for config in found if config and "split" in (config.get("closed_loop") or {})]
+    assert splits
+    assert set(splits) == {SPLITS["test"]}
+
+
 def test_an_unreachable_goal_raises():
     loop = ClosedLoop(Plane(), Walker(), goal_steps=2, min_distance=0.3)
     with pytest.raises(ValueError, match=r"(?s)callbacks\.closed_loop\.goal_steps=2\b.*min_distance=0\.3\b"):
@@ -150,3 +190,10 @@ def test_metrics_are_logged_at_the_end_of_training(trainer):
 def test_arguments_out_of_range_raise(changes, pattern):
     with pytest.raises(ValueError, match=pattern):
         ClosedLoop(Plane(), Walker(), **changes)
+
+
+def test_the_least_numbers_are_accepted():
+    numbers = {"episodes": 1, "goal_steps": 3, "max_steps": 1, "random_tries": 1}
+    values = ClosedLoop(Plane(), Walker(), tolerance=0, **numbers).measure(task())
+    assert 0 <= values["success"] <= 1
+    ClosedLoop(Plane(), Walker(), **{**numbers, "goal_steps": 1})

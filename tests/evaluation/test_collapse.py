@@ -189,6 +189,29 @@ def test_each_measure_raises_the_alarm_after_patience_consecutive_checks(collaps
     assert not Scripted(stop=False).check(1, **collapse)
 
 
+@pytest.mark.parametrize(("after_steps", "patience", "alarm"), [(0, 1, 2), (6, 1, 8), (5, 1, 6), (6, 2, 10)])
+def test_the_alarm_waits_for_after_steps(after_steps: int, patience: int, alarm: int):
+    """Every check finds a collapse, at every second step; batches of accumulated gradients repeat a step."""
+    logged = []
+    trainer = SimpleNamespace(
+        global_step=0, should_stop=False, strategy=SimpleNamespace(reduce=lambda value, **_: value)
+    )
+    network = SimpleNamespace(target_encoder=None)
+    module = SimpleNamespace(model=network, training=True, train=lambda mode: None, latents=lambda video: video)
+    module.eval = lambda: module
+    module.log_dict = lambda values, **_: logged.append((trainer.global_step, values["collapse/alarm"]))
+    monitor = CollapseMonitor(every_n_steps=2, after_steps=after_steps, patience=patience, stop=True)
+
+    def train() -> None:
+        for trainer.global_step in (1, 2, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10):
+            monitor.on_train_batch_end(trainer, module, None, {"video": torch.ones(4, 3, 5)}, 0)
+            assert trainer.should_stop == (trainer.global_step >= alarm)
+
+    with pytest.warns(UserWarning, match=rf"collapse at step {alarm}\b"):
+        train()
+    assert logged == [(step, float(step >= alarm)) for step in (2, 4, 6, 8, 10)]
+
+
 def test_alarm_and_count_are_restored_from_a_checkpoint():
     monitor, resumed = Scripted(patience=2), Scripted(patience=2)
     monitor.check(1, std=0.0)

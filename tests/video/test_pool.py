@@ -120,7 +120,7 @@ def children() -> set[int]:
     return {child.pid for child in psutil.Process().children(recursive=True)} - EARLIER
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "timed out"
@@ -164,10 +164,10 @@ def test_failed_items_do_not_stop_the_others():
 def test_timeout_kills_the_worker_and_its_children():
     before = time.monotonic()
     first, spinning, last = run([("child"), ("spin"), ("return", 5)], timeout=0.5)
-    assert time.monotonic() - before < 8
+    assert time.monotonic() - before < 100  # the child sleeps for 1000 s
     with pytest.raises(KilledError, match=r"item 1 \('spin'\).*timeout=0\.5 s"):
         raise spinning.error
-    assert 0.5 <= spinning.seconds < 3
+    assert 0.5 <= spinning.seconds < 60
     assert last.value == 5
     wait_until(lambda: gone(first.value))
 
@@ -186,7 +186,7 @@ def test_memory_limit_kills_the_worker(order: str, message: str):
 
 
 def test_outcomes_are_in_input_order_or_in_finishing_order():
-    orders = [("sleep", 0.4), ("sleep", 0.0), ("sleep", 0.01), ("sleep", 0.0)]
+    orders = [("sleep", 2.0), ("sleep", 0.0), ("sleep", 0.01), ("sleep", 0.0)]
     assert [outcome.index for outcome in run(orders, 2)] == [0, 1, 2, 3]
     indices = [outcome.index for outcome in run(orders, 2, ordered=False)]
     assert sorted(indices) == [0, 1, 2, 3]
@@ -274,10 +274,10 @@ def test_large_results_are_received_from_several_workers():
 
 
 def test_time_spent_by_the_caller_does_not_count_towards_the_timeout():
-    options: dict = {"workers": 2, "timeout": 0.4, "memory_bytes": None}
+    options: dict = {"workers": 2, "timeout": 1.5, "memory_bytes": None}
     for outcome in run_in_processes(big_result, [20, 20, 20], **options):
         assert outcome.error is None
-        time.sleep(0.6)  # the next results are partly sent meanwhile
+        time.sleep(2)  # the next results are partly sent meanwhile
 
 
 def test_tensors_round_trip_and_workers_use_one_thread():
@@ -343,14 +343,14 @@ def test_function_of_the_main_script_requires_a_guard(tmp_path: Path):
     script.write_text(GUARDLESS.format(guard="if __name__ == '__main__':"))
     assert subprocess.check_output([sys.executable, str(script)], text=True) == "[2, 4]\n"
     script.write_text(GUARDLESS.format(guard="if True:"))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=30)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 1
     assert "RuntimeError" in done.stderr
     assert "if __name__ == '__main__':" in done.stderr
 
 
 def test_functions_and_items_that_cannot_be_pickled_raise():
-    options: dict = {"workers": 1, "timeout": 1, "memory_bytes": None}
+    options: dict = {"workers": 1, "timeout": 20, "memory_bytes": None}
     with pytest.raises(TypeError, match=r"function=.*lambda.*`def`"):
         run_in_processes(lambda item: item, [1], **options)
     outcomes = list(run_in_processes(act, [lambda: 0, None], **options))
@@ -374,12 +374,12 @@ def test_function_with_a_broken_module_raises(tmp_path: Path, monkeypatch: pytes
 
 def test_import_time_does_not_count_towards_the_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "slow_to_import.py").write_text(
-        "import time\ntime.sleep(1)\ndef work(item):\n    time.sleep(0.3)\n    return item\n"
+        "import time\ntime.sleep(3)\ndef work(item):\n    time.sleep(0.3)\n    return item\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     from slow_to_import import work
 
-    [outcome] = run_in_processes(work, [7], workers=1, timeout=0.9, memory_bytes=None)
+    [outcome] = run_in_processes(work, [7], workers=1, timeout=2.5, memory_bytes=None)
     assert outcome.value == 7
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 from blueberry_video.data.batches import MixedEvaluationBatches, MixedTrainBatches
 from blueberry_video.data.clips import Clips
 from blueberry_video.data.latents import LatentClips
+from blueberry_video.data.media_folder import broken_reason
 from blueberry_video.data.metadata import Row
 from blueberry_video.data.mixture import Mixture
 from blueberry_video.data.video_folder import VideoFolder
@@ -124,8 +125,8 @@ class VideoBuckets(Buckets):
         for row in dataset.rows:
             try:
                 info = probe(row.path)
-            except VideoError as error:
-                dataset.skip(row.name, str(error))
+            except (VideoError, OSError) as error:
+                dataset.skip(row.name, broken_reason(error))
                 continue
             shape = nearest_shape(_available(dataset, info), info.height, info.width, list(wanted.values()))
             if shape is not None:
@@ -265,5 +266,5 @@ def _available(dataset: VideoFolder, info: VideoInfo) -> float:
 def _restricted(dataset: VideoFolder, shape: tuple[int, int, int], rows: list[Row]) -> VideoFolder:
     """Returns the same folder with only these files, resized to this shape."""
     part = copy.copy(dataset)
-    part.num_frames, part.image_size, part.rows = shape[0], shape[1:], rows
+    part.num_frames, part.image_size, part.rows, part.counted = shape[0], shape[1:], rows, dataset.rows
     return part

@@ -51,13 +51,9 @@ class CachedClips(Wrapper):
         self.shard_size = shard_size
         self.classes: dict[str, tuple[str, ...]] = getattr(dataset, "classes", {})
         self.reversal_pairs: dict[str, tuple[tuple[int, int], ...]] = getattr(dataset, "reversal_pairs", {})
+        self.cache_key = dataset.cache_key  # stays the same if files change or vanish later
         self.folder = Path(folder) / hashlib.sha256(self.cache_key.encode()).hexdigest()[:16]
         self._shards: dict[int, _Shard] = {}
-
-    @property
-    def cache_key(self) -> str:
-        """The key of the wrapped dataset."""
-        return self.dataset.cache_key
 
     def __len__(self) -> int:
         return len(self.dataset)

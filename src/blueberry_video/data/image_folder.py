@@ -60,7 +60,7 @@ class ImageFolder(MediaFolder):
     ):
         super().__init__(root, image_size, resize, max_broken_share, skipped_file)
         self.reversal_pairs: dict[str, tuple[tuple[int, int], ...]] = {}
-        named = {name: tuple(values) for name, values in (classes or read_classes(self.root)[0]).items()}
+        named, _ = read_classes(self.root, classes)
         if metadata is not None or (self.root / self.media.folder).is_dir():
             self.rows, self.classes = read_metadata(self.root, metadata, split, named, self.media)
         else:

@@ -1,6 +1,7 @@
 """Base of the datasets of video and image files: resizing, labels and broken files."""
 
 import csv
+import errno
 import fcntl
 import hashlib
 import io
@@ -15,6 +16,12 @@ from blueberry_video.data.metadata import Media, Row
 from blueberry_video.video import resize as resizing
 from blueberry_video.video.errors import VideoError
 
+LOST = {  # errors of a file that vanished or became unreadable; others, such as EMFILE and ENOMEM, are of the process
+    getattr(errno, name)
+    for name in ("ENOENT", "ENOTDIR", "EISDIR", "ELOOP", "EACCES", "EPERM", "EIO", "ESTALE", "ENXIO", "EREMOTEIO")
+    if hasattr(errno, name)
+}
+
 
 class MediaFolder(Dataset):
     """Base of a map-style dataset of files; a subclass sets ``media``, ``rows`` and ``classes``, and reads a row.
@@ -24,8 +31,8 @@ class MediaFolder(Dataset):
         image_size: pixels, one number for a square or (height, width); None keeps the size of each file.
         resize: ``crop`` scales the picture to cover ``image_size`` and crops the center; ``stretch`` changes the
             aspect ratio.
-        max_broken_share: a file that cannot be read is replaced by the next readable one and listed; above this share
-            of broken files an error is raised.
+        max_broken_share: a file that cannot be read or has vanished is replaced by the next readable one and listed;
+            above this share of such files an error is raised.
         skipped_file: CSV file in which skipped files are listed, shared by all processes of a run. If it is assigned
             later, it also receives the files that were skipped before.
 
@@ -39,6 +46,7 @@ class MediaFolder(Dataset):
     media: Media
     rows: list[Row]
     classes: dict[str, tuple[str, ...]]
+    counted: list[Row] | None = None  # rows that max_broken_share is a share of, if they are more than ``rows``
 
     def __init__(
         self,
@@ -85,10 +93,11 @@ class MediaFolder(Dataset):
         """
         self.skipped[name] = reason
         self._list(name, reason)
-        broken = sum(row.name in self.skipped for row in self.rows)
-        if broken > self.max_broken_share * len(self.rows):
+        rows = self.counted or self.rows
+        broken = sum(row.name in self.skipped for row in rows)
+        if broken > self.max_broken_share * len(rows):
             raise RuntimeError(
-                f"{broken} of {len(self.rows)} {self.media.noun} files in {self.root} are broken, more than "
+                f"{broken} of {len(rows)} {self.media.noun} files in {self.root} are broken, more than "
                 f"max_broken_share={self.max_broken_share}: "
                 f"{self._examples()}. Replace or remove them (with their metadata rows), or raise max_broken_share."
             )
@@ -105,8 +114,8 @@ class MediaFolder(Dataset):
                 continue
             try:
                 return read(row)
-            except VideoError as error:
-                self.skip(row.name, str(error))
+            except (VideoError, OSError) as error:
+                self.skip(row.name, broken_reason(error))
         raise RuntimeError(
             f"All {len(self.rows)} {self.media.noun} files in {self.root} are broken: {self._examples()}. Replace them."
         )
@@ -125,12 +134,23 @@ class MediaFolder(Dataset):
         """SHA-256 of all rows and of the sizes and modification times of their files."""
         digest = hashlib.sha256()
         for row in self.rows:
-            stat = row.path.stat()
-            digest.update(json.dumps([row.name, stat.st_size, stat.st_mtime_ns, row.caption, row.labels]).encode())
+            try:
+                stat = row.path.stat()
+                version = [stat.st_size, stat.st_mtime_ns]
+            except OSError:  # vanished since it was listed: reading it skips it
+                version = [-1, -1]
+            digest.update(json.dumps([row.name, *version, row.caption, row.labels]).encode())
         return digest.hexdigest()
 
     def _examples(self) -> str:
         return "; ".join(f"{name}: {reason}" for name, reason in list(self.skipped.items())[:3])
+
+
+def broken_reason(error: VideoError | OSError) -> str:
+    """Returns why a file is broken; raises an error that is not about the file, such as too many open files."""
+    if isinstance(error, OSError) and error.errno not in LOST and not isinstance(error, FileNotFoundError):
+        raise error
+    return str(error) if isinstance(error, VideoError) else f"the file has vanished or cannot be read ({error})"
 
 
 def _append_skipped(path: Path, root: Path, name: str, reason: str) -> dict[str, str]:
@@ -140,9 +160,12 @@ def _append_skipped(path: Path, root: Path, name: str, reason: str) -> dict[str,
         fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
         file.seek(0)
         text = file.read()
-        listed = {row["file"]: row["reason"] for row in csv.DictReader(io.StringIO(text)) if row["root"] == str(root)}
+        rows = [row for row in csv.reader(io.StringIO(text, newline="")) if len(row) == 3]  # others: cut off by a kill
+        listed = {found: reason for of_root, found, reason in rows if of_root == str(root)}
         if name not in listed:
             writer = csv.writer(file)
+            if text and not text.endswith("\n"):
+                file.write("\n")
             if not text:
                 writer.writerow(["root", "file", "reason"])
             writer.writerow([str(root), name, reason])

@@ -1,28 +1,32 @@
 """Metadata of a folder of videos or images: file name, caption, labels and split of each file.
 
-A row is an object of ``metadata.jsonl`` (one per line) or ``metadata.json`` (a list), or a line of ``metadata.csv``,
-with
+A row is an object of ``metadata.jsonl`` (one per line) or ``metadata.json`` (a list), or a record of ``metadata.csv``
+or ``metadata.tsv`` (separated by commas, semicolons or tabs), as UTF-8 or, with a byte order mark, UTF-16, with
 
 - the file name, relative to the root or to its ``videos`` (or ``images``) folder, under ``file_name`` (alternatively
   ``filename``, ``file``, ``path``, and ``video`` or ``image``);
-- ``caption``, optional text;
+- ``caption`` (alternatively ``text`` or ``prompt``), optional text;
 - ``labels``, an optional object {label: class}; in a CSV file one column ``labels.<label>`` each; ``label`` is short
   for {"label": …};
 - ``split``, optional.
 
-Other keys are ignored. A class is a name or a number. Class ids follow the order of ``classes.json`` or of the argument
-``classes``, otherwise the sorted order, with numbers by value. Either every row has a caption (or a label) or none.
+Other keys are ignored, but a misspelled one, such as ``Caption`` or ``captions``, raises. A class is a name or number.
+Class ids follow the order of ``classes.json`` or of the argument ``classes``, otherwise the sorted order, with numbers
+by value. Either every row has a caption (or a label) or none.
 
 Images may also be in one folder per class, without metadata: see ``read_class_folders``.
 """
 
+import codecs
 import csv
+import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-NAMES = ("metadata.jsonl", "metadata.json", "metadata.csv")
+NAMES = ("metadata.jsonl", "metadata.json", "metadata.csv", "metadata.tsv")
+CAPTION_KEYS = ("caption", "text", "prompt")
 
 
 @dataclass(frozen=True)
@@ -65,26 +69,59 @@ class Row:
         return {**caption, "labels": dict(self.labels)} if self.labels else caption
 
 
-def read_classes(root: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[tuple[int, int], ...]]]:
+def read_classes(
+    root: Path, given: Mapping[str, Sequence[str]] | None = None
+) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[tuple[int, int], ...]]]:
     """Returns the class names and reversal pairs of ``classes.json``; both are empty without the file.
 
+    Args:
+        root: the folder.
+        given: class names that replace those of the file. Pairs refer to them; those of absent classes are dropped.
+
     Raises:
-        ValueError: the file has another layout.
+        ValueError: the file has another layout, or ``given`` is not a list of different names per label.
     """
     path = root / "classes.json"
-    if not path.exists():
-        return {}, {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        classes = {str(label): tuple(str(name) for name in names) for label, names in content["classes"].items()}
-        given = content.get("reversal_pairs", {})
-        pairs = {str(label): tuple((int(a), int(b)) for a, b in listed) for label, listed in given.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f'{path} is not {{"classes": {{label: [names]}}, "reversal_pairs": {{label: [[i, j]]}}}} ({error!r}): '
-            "correct it, or remove it to number the classes in sorted order."
-        ) from error
-    return classes, pairs
+    classes: dict[str, tuple[str, ...]] = {}
+    pairs: dict[str, tuple[tuple[int, int], ...]] = {}
+    if path.exists():
+        content = _json(str(path), _text(path))
+        try:
+            classes = {str(label): _class_names(label, names) for label, names in content["classes"].items()}
+            listed = {str(label): found for label, found in content.get("reversal_pairs", {}).items()}
+            pairs = {label: tuple(_pair(classes[label], *pair) for pair in found) for label, found in listed.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f'{path} is not {{"classes": {{label: [names]}}, "reversal_pairs": {{label: [[i, j]]}}}} ({error!r}): '
+                "correct it, or remove it to number the classes in sorted order."
+            ) from error
+    if not given:
+        return classes, pairs
+    named = {str(label): _class_names(label, names) for label, names in given.items()}
+    moved = {label: [[classes[label][i] for i in pair] for pair in found] for label, found in pairs.items()}
+    return named, {
+        label: tuple((names.index(a), names.index(b)) for a, b in moved.get(label, ()) if {a, b} <= set(names))
+        for label, names in named.items()
+        if moved.get(label)
+    }
+
+
+def _class_names(label: object, names: object) -> tuple[str, ...]:
+    if isinstance(names, str | Mapping) or not isinstance(names, Sequence):
+        raise ValueError(f"classes of {label}={names!r} must be a list of names: write [{label}_a, {label}_b].")
+    wrong = [name for name in names if isinstance(name, bool) or not isinstance(name, str | int)]
+    if wrong:
+        raise ValueError(f"classes of {label} include {wrong[0]!r}, which must be a name or an integer: quote it.")
+    found = tuple(map(str, names))
+    if repeated := [name for name in dict.fromkeys(found) if found.count(name) > 1]:
+        raise ValueError(f"classes of {label} list {_some(repeated)} more than once: list each class once.")
+    return found
+
+
+def _pair(names: tuple[str, ...], a: int, b: int) -> tuple[int, int]:
+    if not all(type(i) is int and 0 <= i < len(names) for i in (a, b)):
+        raise ValueError(f"[{a}, {b}] must be two indices from 0 to {len(names) - 1}")
+    return a, b
 
 
 def read_metadata(
@@ -113,10 +150,11 @@ def read_metadata(
     source = _source(root, metadata, media)
     entries: dict[str, dict] = {}
     for where, entry in _entries(source, media):
+        _check_keys(where, entry, media)
         name = _file_name(where, entry, media)
         if name in entries:
             raise ValueError(f"{where} names {name!r} a second time: keep one row per file.")
-        entries[name] = entry
+        entries[name] = {**entry, "caption": _caption(where, entry), "split": _split(where, entry)}
     _check_complete(root / media.folder, source, media, files, entries)
     captions = _captions(source, entries)
     labels, classes = _number(source, {name: _labels(source, name, entry) for name, entry in entries.items()}, classes)
@@ -199,38 +237,143 @@ def _source(root: Path, metadata: str | None, media: Media) -> Path:
     return found[0]
 
 
-def _entries(source: Path, media: Media) -> Iterable[tuple[str, dict]]:
-    """Returns (location for messages, row) pairs."""
+def _text(path: Path) -> str:
+    """Reads a UTF-8 or, with a byte order mark, UTF-16 text file."""
+    data = path.read_bytes()
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = "utf-16" if wide else "utf-8-sig"
     try:
-        text = source.read_text(encoding="utf-8-sig")
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
+        line = data[: error.start].decode(encoding, "ignore").count("\n") + 1
         raise ValueError(
-            f"{source} is not UTF-8 text (byte {error.start}: {error.reason}): save it as UTF-8, for example with "
-            "`iconv -f latin1 -t utf-8`."
+            f"{path} line {line} is not {encoding.removesuffix('-sig').upper()} text (byte {error.start}: "
+            f"{error.reason}): save it as UTF-8, for example with `iconv -f latin1 -t utf-8`."
         ) from error
-    if source.suffix == ".csv":
-        listed = [(f"{source} line {i}", row) for i, row in enumerate(csv.DictReader(text.splitlines()), start=2)]
-    elif source.suffix == ".jsonl":
-        lines = [(f"{source} line {i}", line) for i, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise ValueError(
+            f"{path} line {line} has NUL characters, as UTF-16 without a byte order mark or a damaged file has: "
+            "save it as UTF-8, for example with `iconv -f utf-16le -t utf-8`."
+        )
+    return text
+
+
+def _entries(source: Path, media: Media) -> list[tuple[str, dict]]:
+    """Returns (location for messages, row) pairs."""
+    text, suffix = _text(source), source.suffix.lower()
+    listed: list[tuple[str, dict]]
+    if suffix in (".csv", ".tsv"):
+        listed = _records(source, text, media)
+    elif suffix == ".jsonl":
+        lines = [(f"{source} line {i}", line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
         listed = [(where, _json(where, line)) for where, line in lines]
-    else:
+    elif suffix == ".json":
         content = _json(str(source), text)
         if not isinstance(content, list):
             raise ValueError(
                 f"{source} holds {type(content).__name__}, not a list: write a list with one object per {media.noun}."
             )
         listed = [(f"{source} entry {i}", row) for i, row in enumerate(content)]
+    else:
+        raise ValueError(f"metadata={source.name} must end in .jsonl, .json, .csv or .tsv: rename the file.")
     for where, row in listed:
         if not isinstance(row, dict):
             raise ValueError(f'{where} is {row!r}, not an object: write {{"file_name": "{media.folder}/…", …}}.')
+    if not listed:
+        raise ValueError(f"{source} has no rows: write one per {media.noun}.")
     return listed
+
+
+def _records(source: Path, text: str, media: Media) -> list[tuple[str, dict]]:
+    """Returns the records of a CSV or TSV file; the delimiter is the one that separates a file key in the header."""
+    for delimiter in ",;\t":
+        rows = _csv_rows(source, text, delimiter)
+        _, header = next(rows, ("", []))
+        if any(name in media.file_keys for name in header):
+            break
+    else:
+        first = text.split("\n", 1)[0].strip()
+        raise ValueError(
+            f"{source} line 1 is {first[:80]!r}, which has no column file_name: begin the file with a header such as "
+            "file_name,caption,split."
+        )
+    named = [name for name in header if name]  # a column without a name is an index that a program wrote
+    if repeated := [name for name in dict.fromkeys(named) if named.count(name) > 1]:
+        raise ValueError(f"{source} line 1 has the column {_some(repeated)} more than once: keep one of them.")
+    listed = []
+    for where, row in rows:
+        if len(row) != len(header):
+            raise ValueError(
+                f"{where} has {len(row)} values and the header {len(header)} columns: put values with {delimiter!r} "
+                'in double quotes ("…"), and write every column.'
+            )
+        listed.append((where, {name: value for name, value in zip(header, row, strict=True) if name}))
+    return listed
+
+
+def _csv_rows(source: Path, text: str, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    """Yields (location of its first line, stripped values) of each record that is not empty."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    while True:
+        where = f"{source} line {reader.line_num + 1}"
+        try:
+            row = [value.strip() for value in next(reader)]
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ValueError(
+                f"{where} is not valid CSV ({error}): close every quote, and double the quotes inside a quoted value "
+                '("a ""quoted"" word").'
+            ) from error
+        if any(row):
+            yield where, row
 
 
 def _json(where: str, text: str):
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not valid JSON ({error}): correct it.") from error
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"repeated key {next(key for key in keys if keys.count(key) > 1)!r}")
+    return found
+
+
+def _check_keys(where: str, entry: dict, media: Media) -> None:
+    """Checks that no key is a known one in another spelling."""
+    known = {key.rstrip("s"): key for key in (*media.file_keys, *CAPTION_KEYS, "split", "label")}
+    for key in entry:
+        plain = key.strip().lower().replace(" ", "_")
+        meant = known.get(plain.rstrip("s"))
+        if plain.startswith(("label.", "labels.")) and not key.startswith("labels."):
+            meant = "labels." + key.split(".", 1)[1]
+        if meant and key not in (*known.values(), "labels"):
+            raise ValueError(f"{where} has the key {key!r}, which is not read: rename it to {meant!r}.")
+
+
+def _caption(where: str, entry: dict) -> str | None:
+    given = {key: entry[key] for key in CAPTION_KEYS if entry.get(key) not in (None, "")}
+    for key, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise ValueError(
+                f"{where} has {key}={value!r}, which is {type(value).__name__} and must be text: write one caption."
+            )
+    if "caption" not in given and len(set(given.values())) > 1:
+        raise ValueError(f"{where} has different captions under {' and '.join(given)}: write one, under caption.")
+    return next((str(value) for value in given.values() if str(value).strip()), None)
+
+
+def _split(where: str, entry: dict) -> str | None:
+    split = entry.get("split")
+    if split is not None and not isinstance(split, str):
+        raise ValueError(f"{where} has split={split!r}, which must be text: write one name, such as 'train'.")
+    return split or None
 
 
 def _file_name(where: str, entry: dict, media: Media) -> str:
@@ -242,8 +385,10 @@ def _file_name(where: str, entry: dict, media: Media) -> str:
             else f"has only the keys {', '.join(map(repr, entry))}"
         )
         raise ValueError(f"{where} {has}: give the file under file_name.")
-    path = PurePosixPath(str(entry[given[0]]))
-    if path.is_absolute() or ".." in path.parts:
+    if not isinstance(entry[given[0]], str):
+        raise ValueError(f"{where} has {given[0]}={entry[given[0]]!r}, which must be text: write the path of one file.")
+    path = PurePosixPath(entry[given[0]])
+    if not path.parts or path.is_absolute() or ".." in path.parts:
         raise ValueError(
             f"{where} has {given[0]}={str(path)!r}, which may lie outside the folder: make it relative to "
             f"{media.folder}/."
@@ -263,9 +408,7 @@ def _check_complete(folder: Path, source: Path, media: Media, files: dict[str, P
 
 
 def _captions(source: Path, entries: dict[str, dict]) -> dict[str, str]:
-    captions = {
-        name: str(entry["caption"]) for name, entry in entries.items() if entry.get("caption") not in (None, "")
-    }
+    captions = {name: entry["caption"] for name, entry in entries.items() if entry["caption"] is not None}
     missing = [name for name in entries if name not in captions]
     if captions and missing:
         raise ValueError(f"{source} has captions, but none for {_some(missing)}: caption every file or none.")
@@ -276,8 +419,12 @@ def _labels(source: Path, name: str, entry: dict) -> dict[str, object]:
     labels = entry.get("labels") or {}
     if not isinstance(labels, dict):
         raise ValueError(f'{source}: labels={labels!r} of {name} must be an object: use {{"label": "class"}}.')
-    labels |= {key.removeprefix("labels."): value for key, value in entry.items() if str(key).startswith("labels.")}
-    return labels | ({"label": entry["label"]} if "label" in entry else {})
+    named = [(key.removeprefix("labels."), value) for key, value in entry.items() if key.startswith("labels.")]
+    found = dict(labels)
+    for label, value in named + ([("label", entry["label"])] if "label" in entry else []):
+        if found.setdefault(label, value) != value:
+            raise ValueError(f"{source}: label {label} of {name} is {found[label]!r} and {value!r}: write one of them.")
+    return found
 
 
 def _number(
@@ -312,7 +459,7 @@ def _number(
 
 def _in_order(values: set[str]) -> list[str]:
     numbers = all(value.removeprefix("-").isdecimal() for value in values)
-    return sorted(values, key=int) if numbers else sorted(values)
+    return sorted(values, key=lambda value: (int(value), value)) if numbers else sorted(values)
 
 
 def _of_split(source: Path, entries: dict[str, dict], split: str | None) -> list[str]:

@@ -101,8 +101,7 @@ class VideoFolder(MediaFolder):
         self.decoding = DecodeOptions(backends=tuple(backends), num_threads=1, salvage=False)
         self.seed = seed
         self.varies_by_epoch = sampler == "random"
-        named, self.reversal_pairs = read_classes(self.root)
-        named = {name: tuple(values) for name, values in (classes or named).items()}
+        named, self.reversal_pairs = read_classes(self.root, classes)
         self.rows, self.classes = read_metadata(self.root, metadata, split, named)
         self._last: tuple[tuple[str, int], Frames] | None = None  # (file, clip) and its frames, for num_crops=3
 
