@@ -15,19 +15,21 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from blueberry_video import config as configs
-from blueberry_video.launch import check, command_line, memory, processes
+from blueberry_video.launch import check, command_line, memory, processes, signals
 
 if TYPE_CHECKING:  # torch and lightning are imported after the config is checked
     from blueberry_video.experiment.run_folder import RunFolder
 
 
 def main() -> None:
-    command = command_line.parse(sys.argv[1:])
-    if command.multirun:
-        sys.argv[1:] = command.for_hydra()
-        sweep()
-    else:
-        run(command.config(), command.overrides)
+    processes.end_with_parent()
+    with processes.reported(), signals.handled(quiet=processes.shared_folder() is not None):
+        command = command_line.parse(sys.argv[1:])
+        if command.multirun:
+            sys.argv[1:] = command.for_hydra()
+            sweep()
+        else:
+            run(command.config(), command.overrides)
 
 
 @hydra.main(config_path=str(configs.CONF), config_name=None, version_base="1.3")
@@ -54,7 +56,8 @@ def run(config: DictConfig, overrides: list[str] | None = None) -> float | None:
         folder.print_start(config.trainer.get("max_steps"))
     else:
         folder = RunFolder.create(config, config.output_dir)
-    with folder:
+    continue_with = signals.how_to_continue(config.name, folder.name, config.output_dir)
+    with signals.handled(continue_with, shared is not None), processes.rank_of(folder) if shared else folder:
         if (number := processes.count(config.trainer)) > 1:
             processes.start(config, folder.path, number)
         else:
@@ -102,6 +105,7 @@ def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:
     if isinstance(interval, int):  # Lightning counts batches
         options["val_check_interval"] = interval * config.trainer.get("accumulate_grad_batches", 1)
     trainer = instantiate(config.trainer, _partial_=True)(**options)
+    signals.leave_to_this_module(trainer)
     return data, model, task, trainer
 
 
