@@ -52,8 +52,9 @@ class Diffusion(Task):
     Raises:
         ValueError: for a share outside [0, 1], a causal network without ``frame_timesteps``, or those with
             ``stratified`` timesteps; when a run begins: clips of a size that autoencoder or network reject, or stored
-            latents of a different autoencoder, without those of the image, or with ``image_noise``; in a step: a clip
-            without caption, or with latents that are NaN.
+            latents of a different autoencoder, without those of the image, or with ``image_noise``, a sampler that
+            does not fit the objective, prompts or captions that the text encoder rejects, or no pictures; in a step: a
+            clip without caption, or with latents that are NaN.
     """
 
     trains = TextToVideo
@@ -99,6 +100,7 @@ class Diffusion(Task):
         if stage == "fit" and self.model.lora is not None and self.model.lora.base is not None:
             rank_zero_only(print)(self.load_weights(self.model.lora.base))  # before init_from: adapters of another run
         super().setup(stage)
+        self._check_sampling(data)
 
     def on_fit_start(self) -> None:
         """Moves the frozen parts to the device of the run, since FSDP moves the network only."""
@@ -178,6 +180,33 @@ class Diffusion(Task):
 
     def load_weights(self, path: str | Path) -> str:
         return self.model.load_published(path)
+
+    @torch.no_grad()
+    def _check_sampling(self, data: Any) -> None:
+        """Raises a ValueError for settings or texts that :meth:`media` or a validation would reject."""
+        if self.num_pictures < 1:
+            raise ValueError(
+                f"task.num_pictures={self.num_pictures} must be at least 1; `callbacks.media=null` makes no pictures."
+            )
+        try:
+            self.sampler.timesteps(self.objective)
+        except ValueError as error:
+            name = type(self.sampler).__name__
+            raise ValueError(f"task.sampler={name} does not fit task.objective: {error}") from error
+        if not isinstance(text := self.model.text, WordText):
+            return
+        texts = {"task.prompts": self.prompts or ()}
+        for split in ("train", "val", "test"):
+            dataset = getattr(data, split)
+            if hasattr(dataset, "captions") or hasattr(dataset, "rows"):  # others would load every clip
+                texts[f"data.{split}"] = conditioning.captions_of(dataset)
+        for key, captions in texts.items():
+            found = sorted(set(captions))
+            try:
+                for first in range(0, len(found), 256):
+                    text(found[first : first + 256])
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
 
     def _timesteps_of(self, clean: Tensor) -> Tensor:
         t, h, w = (size // patch for size, patch in zip(clean.shape[2:], self.model.shape.patch_size))
