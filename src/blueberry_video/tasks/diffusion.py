@@ -26,6 +26,7 @@ from blueberry_video.models.text_encoder.base import TextTokens
 from blueberry_video.models.text_encoder.words import WordText
 from blueberry_video.nn.noise import standard_normal
 from blueberry_video.tasks.base import Task
+from blueberry_video.tasks.sampling_checks import check_sampling
 from blueberry_video.tasks.settings import ClipInput, Optimization
 
 
@@ -100,7 +101,7 @@ class Diffusion(Task):
         if stage == "fit" and self.model.lora is not None and self.model.lora.base is not None:
             rank_zero_only(print)(self.load_weights(self.model.lora.base))  # before init_from: adapters of another run
         super().setup(stage)
-        self._check_sampling(data)
+        check_sampling(self, data)
 
     def on_fit_start(self) -> None:
         """Moves the frozen parts to the device of the run, since FSDP moves the network only."""
@@ -180,33 +181,6 @@ class Diffusion(Task):
 
     def load_weights(self, path: str | Path) -> str:
         return self.model.load_published(path)
-
-    @torch.no_grad()
-    def _check_sampling(self, data: Any) -> None:
-        """Raises a ValueError for settings or texts that :meth:`media` or a validation would reject."""
-        if self.num_pictures < 1:
-            raise ValueError(
-                f"task.num_pictures={self.num_pictures} must be at least 1; `callbacks.media=null` makes no pictures."
-            )
-        try:
-            self.sampler.timesteps(self.objective)
-        except ValueError as error:
-            name = type(self.sampler).__name__
-            raise ValueError(f"task.sampler={name} does not fit task.objective: {error}") from error
-        if not isinstance(text := self.model.text, WordText):
-            return
-        texts = {"task.prompts": self.prompts or ()}
-        for split in ("train", "val", "test"):
-            dataset = getattr(data, split)
-            if hasattr(dataset, "captions") or hasattr(dataset, "rows"):  # others would load every clip
-                texts[f"data.{split}"] = conditioning.captions_of(dataset)
-        for key, captions in texts.items():
-            found = sorted(set(captions))
-            try:
-                for first in range(0, len(found), 256):
-                    text(found[first : first + 256])
-            except ValueError as error:
-                raise ValueError(f"{key}: {error}") from error
 
     def _timesteps_of(self, clean: Tensor) -> Tensor:
         t, h, w = (size // patch for size, patch in zip(clean.shape[2:], self.model.shape.patch_size))
