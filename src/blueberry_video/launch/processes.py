@@ -234,7 +234,7 @@ def _first_failure(
         first_codes: those at the time of the first failure.
         errors: their files of :func:`reported`, which may be missing.
     """
-    causes, without_report, consequences = [], [], []
+    causes, without_report, consequences = list[Failure](), list[Failure](), list[Failure]()
     for rank, (code, first_code, file) in enumerate(zip(codes, first_codes, errors, strict=True)):
         if file.is_file():
             failure = Failure(rank, **json.loads(file.read_text()))
