@@ -206,8 +206,10 @@ def _check_clip_counts(config: DictConfig, data: Any, findings: Findings) -> boo
 
 def _fit(data: Any, model: Any, task: Any, trainer: Any, findings: Findings) -> float:
     """Runs a few steps, a validation batch and the callbacks of a run; returns seconds per step."""
-    watch = _watch(task, model, idle := set(), seconds := [])
-    trainer.callbacks.insert(0, watch)  # first, to measure the time without the other callbacks
+    idle, seconds = set[str](), list[float]()
+    trainer.callbacks.insert(
+        0, _watch(task, model, idle, seconds)
+    )  # first, to measure the time without the other callbacks
     trainer.fit(task, datamodule=data)
     batch = next(iter(data.val_dataloader()))
     video = batch["moments" if "moments" in batch else "video"]
