@@ -209,7 +209,7 @@ def _fit(data: Any, model: Any, task: Any, trainer: Any, findings: Findings) -> 
     idle, seconds = set[str](), list[float]()
     trainer.callbacks.insert(
         0, _watch(task, model, idle, seconds)
-    )  # first, to measure the time without the other callbacks
+    )  # first: times exclude the others
     trainer.fit(task, datamodule=data)
     batch = next(iter(data.val_dataloader()))
     video = batch["moments" if "moments" in batch else "video"]
