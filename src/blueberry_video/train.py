@@ -19,7 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from blueberry_video import config as configs
-from blueberry_video.launch import check, command_line, memory, processes
+from blueberry_video.launch import check, command_line, memory, processes, signals
 from blueberry_video.launch import sweep as sweeps
 
 if TYPE_CHECKING:  # torch and lightning are imported after the config is checked
@@ -27,8 +27,12 @@ if TYPE_CHECKING:  # torch and lightning are imported after the config is checke
 
 
 def main() -> None:
-    command = command_line.parse(sys.argv[1:])
-    if command.multirun:
+    processes.end_with_parent()
+    with processes.reported(), signals.handled(quiet=processes.shared_folder() is not None):
+        command = command_line.parse(sys.argv[1:])
+        if not command.multirun:
+            run(command.config(), command.overrides)
+            return
         folder, sys.argv[1:] = command.for_hydra()
         try:
             sweep()
@@ -37,8 +41,6 @@ def main() -> None:
             print(f"\n{text}" if text else "", flush=True)
         if failed:
             sys.exit(1)
-    else:
-        run(command.config(), command.overrides)
 
 
 @hydra.main(config_path=str(configs.CONF), config_name=None, version_base="1.3")
@@ -86,7 +88,8 @@ def run(
     else:
         folder = RunFolder.create(config, config.output_dir)
     created(folder)
-    with folder:
+    continue_with = signals.how_to_continue(config.name, folder.name, config.output_dir)
+    with signals.handled(continue_with, shared is not None), processes.rank_of(folder) if shared else folder:
         if complete:
             pass
         elif (number := processes.count(config.trainer)) > 1:
@@ -147,6 +150,7 @@ def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:
     if isinstance(interval, int):  # Lightning counts batches
         options["val_check_interval"] = interval * config.trainer.get("accumulate_grad_batches", 1)
     trainer = instantiate(config.trainer, _partial_=True)(**options)
+    signals.leave_to_this_module(trainer)
     return data, model, task, trainer
 
 

@@ -15,7 +15,7 @@ from blueberry_video.data.moving_shapes import MovingShapes
 from blueberry_video.diffusion.conditioning import drop_captions, latents_of, text_of
 from blueberry_video.diffusion.guidance import ConstantGuidance
 from blueberry_video.diffusion.objectives import FlowMatching, VPrediction
-from blueberry_video.diffusion.samplers import DDIM, DPMSolverSDE, Sampler
+from blueberry_video.diffusion.samplers import DDIM, DPMSolverSDE, FlowEuler, Sampler
 from blueberry_video.diffusion.text_to_video import TextToVideo
 from blueberry_video.diffusion.timesteps import UniformTimesteps
 from blueberry_video.evaluation.generated_shapes import GeneratedShapes
@@ -342,3 +342,25 @@ def test_an_unknown_word_in_a_caption_raises(tmp_path: Path):
 def test_caption_dropout_out_of_range_raises():
     with pytest.raises(ValueError, match=r"task\.caption_dropout=1\.5"):
         task(caption_dropout=1.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampler": FlowEuler(2), "objective": VPrediction()}, r"task\.sampler=FlowEuler .*VPrediction"),
+        ({"sampler": DDIM(11), "objective": VPrediction(10)}, r"task\.sampler=DDIM .*steps=11\b"),
+        ({"prompts": ["a red zebra moves left"]}, r"task\.prompts: .*'zebra'"),
+        ({"prompts": ["a red red red red square moves left"]}, r"task\.prompts: .*length=8\b"),
+        ({"num_pictures": 0}, r"task\.num_pictures=0\b.*callbacks\.media=null"),
+    ],
+)
+def test_settings_that_sampling_rejects_raise_before_training(changes: dict, message: str, trainer):
+    with pytest.raises(ValueError, match=message):
+        trainer(limit_train_batches=0, limit_val_batches=0).fit(task(**changes), datamodule=data())
+
+
+def test_validation_caption_with_an_unknown_word_raises_before_training(trainer):
+    clips = data()
+    clips.val.captions = lambda: iter(["a red zebra moves left"])
+    with pytest.raises(ValueError, match=r"data\.val: .*'zebra'"):
+        trainer().fit(task(), datamodule=clips)

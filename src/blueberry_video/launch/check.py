@@ -1,7 +1,8 @@
 """Dry run: executes every part of a run for a few steps, before the run is started.
 
-The config has been composed and checked before. A part that fails raises its own error; a problem that would occur
-later is reported as a finding with its fix.
+It trains, validates, samples, evaluates as at the end of a run, saves and reloads; a run of several processes is also
+tried with two. The config has been composed and checked before. A part that fails raises its own error; a problem that
+would occur later is reported as a finding with its fix.
 """
 
 import math
@@ -18,11 +19,27 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from blueberry_video.launch import memory
-from blueberry_video.launch.machine import GIB, available_memory, existing_parent, wandb_key
+from blueberry_video.launch import memory, processes
+from blueberry_video.launch.machine import GIB, WANDB_MODES, available_memory, existing_parent, wandb_key, wandb_mode
 
 STEPS = 4
-CHEAP_CALLBACKS = ("step_seed", "nan_guard", "throughput")  # the others are built but not run: they are slow
+SAMPLER_STEPS = 2
+SKIPPED_CALLBACKS = ("progress", "checkpoints")  # checkpoints: the dry run saves one itself
+LARGEST = {  # sizes of the evaluations in the dry run, by argument
+    "train_clips": 8,
+    "val_clips": 8,
+    "num_labelled": 8,
+    "steps": 2,
+    "lrs": 1,
+    "clips": 36,  # of generated shapes: one per caption
+    "episodes": 1,
+    "max_steps": 2,
+    "iterations": 1,
+    "samples": 16,
+    "elites": 4,
+    "random_tries": 1,
+    "every_n_steps": STEPS,
+}
 
 
 class Findings:
@@ -41,7 +58,7 @@ class Findings:
 def dry_run(
     config: DictConfig, create_folder: Callable[[DictConfig, Path], Any], build: Callable[[DictConfig, Any], Any]
 ) -> None:
-    """Builds all parts, runs a few steps and one validation batch, saves, reloads; checks disk, memory and logger.
+    """Runs every part of a run for a few steps, see the module; checks disk, memory and logger.
 
     Args:
         config: the resolved and checked config.
@@ -65,8 +82,13 @@ def dry_run(
         data, model, task, trainer = build(short, folder)
         _describe_model(model, findings)
         _build_callbacks(config, findings)
+        if not _check_clip_counts(config, data, findings):
+            sys.exit(1)
         seconds = _fit(data, model, task, trainer, findings)
         size = _save_and_reload(trainer, task, build(short, folder)[2], folder.path / "check.ckpt", findings)
+        _evaluate(config, data, task, trainer, findings)
+    if (number := processes.count(config.trainer)) > 1:
+        _try_two_processes(config, number, create_folder, findings)
     _check_disk(config, size, findings)
     _check_memory(findings)
     _check_logger(config, findings)
@@ -84,12 +106,14 @@ def dry_run(
 
 
 def _short_run(config: DictConfig) -> DictConfig:
-    """Returns the config limited to a few steps in one process, with logs in the temporary folder only."""
+    """Returns the config limited to a few steps and small evaluations, in one process, with logs in the temporary
+    folder only."""
     limits = {
         "max_steps": STEPS,
         "max_epochs": -1,
         "limit_train_batches": STEPS,
         "limit_val_batches": 1,
+        "limit_test_batches": 1,
         "val_check_interval": None,
         "check_val_every_n_epoch": 1,
         "accumulate_grad_batches": 1,
@@ -102,10 +126,46 @@ def _short_run(config: DictConfig) -> DictConfig:
     }
     short = config.copy()
     short.trainer = {**short.trainer, **limits}
-    short.callbacks = {name: short.callbacks.get(name) for name in CHEAP_CALLBACKS}
-    if "mode" in short.logger:
+    for name in SKIPPED_CALLBACKS:
+        short.callbacks[name] = None
+    _limit(short.callbacks, LARGEST)
+    if wandb_mode(short.logger.get("mode", "auto")) == "online":
         short.logger.mode = "offline"
     return short
+
+
+def _limit(node: DictConfig, largest: Mapping[str, int]) -> None:
+    """Lowers the numbers, and shortens the lists, of the keys in ``largest``, in place."""
+    for key, value in node.items():
+        if isinstance(value, DictConfig):
+            _limit(value, largest)
+        elif key in largest and OmegaConf.is_list(value):
+            node[key] = value[: largest[str(key)]]
+        elif key in largest and isinstance(value, int | float):
+            node[key] = min(value, largest[str(key)])
+
+
+def _try_two_processes(
+    config: DictConfig, number: int, create_folder: Callable[[DictConfig, Path], Any], findings: Findings
+) -> None:
+    """Runs the short run in two processes, as the run is started.
+
+    Raises:
+        RuntimeError: if one of them fails.
+    """
+    short = _short_run(config)
+    devices = config.trainer.devices
+    short.trainer.devices = list(devices)[:2] if OmegaConf.is_list(devices) else 2
+    short.trainer.strategy = config.trainer.get("strategy", "auto")
+    short.check = False
+    if "sampler" in short.task:
+        _limit(short.task.sampler, {"steps": SAMPLER_STEPS})
+    with (
+        tempfile.TemporaryDirectory(prefix="blueberry-check-") as temporary,
+        create_folder(short, Path(temporary)) as folder,
+    ):
+        processes.start(short, folder.path, 2)
+    findings.add("processes", f"2 of {number} processes: trained, validated and evaluated")
 
 
 def _describe_model(model: Any, findings: Findings) -> None:
@@ -130,12 +190,24 @@ def _build_callbacks(config: DictConfig, findings: Findings) -> None:
     findings.add("callbacks", ", ".join(map(str, built)) or "none")
 
 
-def _fit(data: Any, model: Any, task: Any, trainer: Any, findings: Findings) -> float:
-    """Runs a few steps and a validation batch; returns seconds per step."""
-    from lightning.pytorch.callbacks import LambdaCallback, Timer
+def _check_clip_counts(config: DictConfig, data: Any, findings: Findings) -> bool:
+    """Adds a finding for each evaluation at the end of the run that needs more clips than there are."""
+    before = findings.failed
+    for name, callback in config.callbacks.items():
+        for split, key in (("train", "train_clips"), ("train", "num_labelled"), ("val", "val_clips")):
+            dataset = getattr(data, split)
+            dataset = getattr(dataset, "parts", {}).get((callback or {}).get("part"), dataset)
+            wanted = (callback or {}).get(key) or 0
+            if wanted > len(dataset):
+                text = f"callbacks.{name}.{key}={wanted} exceeds the {len(dataset)} clips of data.{split}"
+                findings.add("evaluation", text, f"Use `callbacks.{name}.{key}={len(dataset)}` or less.")
+    return findings.failed == before
 
-    timer, idle = Timer(), set[str]()
-    trainer.callbacks += [timer, LambdaCallback(on_after_backward=lambda *_: idle.update(_without_gradient(model)))]
+
+def _fit(data: Any, model: Any, task: Any, trainer: Any, findings: Findings) -> float:
+    """Runs a few steps, a validation batch and the callbacks of a run; returns seconds per step."""
+    idle, seconds = set[str](), list[float]()
+    trainer.callbacks.insert(0, _watch(task, model, idle, seconds))  # first: times exclude the others
     trainer.fit(task, datamodule=data)
     batch = next(iter(data.val_dataloader()))
     video = batch["moments" if "moments" in batch else "video"]
@@ -148,7 +220,34 @@ def _fit(data: Any, model: Any, task: Any, trainer: Any, findings: Findings) -> 
         fix = "The task does not use them, which raises an error with trainer=ddp: freeze or remove them, or use "
         fix += "`trainer=ddp trainer.strategy=ddp_find_unused_parameters_true`."
         findings.add("gradients", f"{len(idle)} parameters without gradient: model.{min(idle)}, …", fix, fatal=False)
-    return timer.time_elapsed("train") / STEPS
+    return sum(seconds) / STEPS
+
+
+def _watch(task: Any, model: Any, idle: set[str], seconds: list[float]) -> Any:
+    """Returns a callback that shortens sampling, and collects parameters without gradient and seconds of steps."""
+    from lightning.pytorch.callbacks import Callback
+
+    class Watch(Callback):
+        since = 0.0
+
+        def on_fit_start(self, *_: Any) -> None:  # after setup, which checks the steps of the run
+            if (sampler := getattr(task, "sampler", None)) is not None:
+                sampler.steps = min(sampler.steps, SAMPLER_STEPS)
+
+        def on_after_backward(self, *_: Any) -> None:
+            idle.update(_without_gradient(model))
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            seconds.append(time.perf_counter() - self.since)
+            self.since = time.perf_counter()
+
+        def on_train_start(self, *_: Any) -> None:
+            self.since = time.perf_counter()
+
+        def on_validation_end(self, *_: Any) -> None:
+            self.since = time.perf_counter()
+
+    return Watch()
 
 
 def _without_gradient(model: Any) -> set[str]:
@@ -166,6 +265,23 @@ def _save_and_reload(trainer: Any, task: Any, fresh: Any, file: Path, findings: 
     fix = f"{changed[0]} differs after loading: store it in a parameter or a buffer." if changed else ""
     findings.add("checkpoint", f"{file.stat().st_size / 2**20:.1f} MiB, saved and reloaded", fix)
     return file.stat().st_size
+
+
+def _evaluate(config: DictConfig, data: Any, task: Any, trainer: Any, findings: Findings) -> None:
+    """Evaluates a batch of the validation and the test set, as at the end of a run, and checks the names of metrics."""
+    metrics = set(trainer.callback_metrics)
+    for evaluate in (trainer.validate, trainer.test) if data.test is not None else (trainer.validate,):
+        evaluate(task, datamodule=data, verbose=False)
+        metrics |= set(trainer.callback_metrics)
+    findings.add("evaluation", f"{len(metrics)} metrics: {', '.join(sorted(metrics))}")
+    prefixes = {name.partition("/")[0] for name in metrics}
+    for name in config.expected:
+        if name not in metrics:
+            prefix = str(name).partition("/")[0]
+            # parts of a mixture, and evaluations, may log a metric that the few batches of a dry run do not have
+            rare = hasattr(data.val, "parts") if prefix in ("train", "val", "test") else prefix in prefixes
+            fix = f"Correct the name, or remove it: a gate on it {'may fail' if rare else 'fails'}."
+            findings.add("expected", f"expected.{name} is no metric of the dry run", fix, fatal=not rare)
 
 
 def _check_disk(config: DictConfig, size: int, findings: Findings) -> None:
@@ -200,17 +316,17 @@ def _check_logger(config: DictConfig, findings: Findings) -> None:
         findings.add("logger", "metrics.csv in the run folder")
         return
     name = str(config.logger["_target_"]).rpartition(".")[2]
-    mode = os.environ.get("WANDB_MODE", config.logger.get("mode", "auto"))
-    if mode == "online" and not wandb_key():
-        findings.add(
-            "logger",
-            f"logger.mode=online for {name}, and there is no key",
-            "Run `.venv/bin/wandb login`, or use `logger.mode=offline`.",
-        )
-        return
-    online = mode == "online" or (mode == "auto" and wandb_key())
-    where = "online" if online else "offline (online after `.venv/bin/wandb login`)"
-    findings.add("logger", f"metrics.csv and {name}, {where}")
+    value = os.environ.get("WANDB_MODE", "")
+    mode = wandb_mode(config.logger.get("mode", "auto"))
+    if mode is None:
+        fix = f"Use one of {', '.join(WANDB_MODES)}, or `unset WANDB_MODE`."
+        findings.add("logger", f"WANDB_MODE={value!r} is no mode of wandb", fix)
+    elif mode == "online" and not wandb_key():
+        fix = "Run `.venv/bin/wandb login`, or use `logger.mode=offline`."
+        findings.add("logger", f"{name} is to be online, and there is no key", fix)
+    else:
+        where = {"offline": "offline (online after `.venv/bin/wandb login`)", "disabled": "disabled by the environment"}
+        findings.add("logger", f"metrics.csv and {name}, {where.get(mode, mode)}")
 
 
 def _leaves(node: Any) -> Any:

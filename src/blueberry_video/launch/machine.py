@@ -6,6 +6,8 @@ from pathlib import Path
 
 GIB = 2**30
 WANDB_HOST = "api.wandb.ai"
+WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+"""Values of WANDB_MODE, two of them obsolete -> mode of a run."""
 
 
 def available_memory() -> int | None:
@@ -29,3 +31,19 @@ def wandb_key() -> str | None:
         return "WANDB_API_KEY"
     file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     return str(file) if file.is_file() and netrc.netrc(file).authenticators(WANDB_HOST) else None
+
+
+def wandb_mode(mode: str) -> str | None:
+    """Returns ``online``, ``offline`` or ``disabled``; None if ``WANDB_MODE`` has an invalid value.
+
+    Args:
+        mode: ``logger.mode``; for ``auto``, WANDB_MODE or WANDB_DISABLED if set, otherwise online if there is a key.
+    """
+    value = os.environ.get("WANDB_MODE", "").strip()
+    if value and value not in WANDB_MODES:
+        return None
+    if mode != "auto":
+        return mode
+    if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("1", "true", "yes", "on"):
+        return "disabled"
+    return WANDB_MODES[value] if value else "online" if wandb_key() else "offline"

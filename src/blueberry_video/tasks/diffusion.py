@@ -26,6 +26,7 @@ from blueberry_video.models.text_encoder.base import TextTokens
 from blueberry_video.models.text_encoder.words import WordText
 from blueberry_video.nn.noise import Generator, clip_generators, standard_normal
 from blueberry_video.tasks.base import Task
+from blueberry_video.tasks.sampling_checks import check_sampling
 from blueberry_video.tasks.settings import ClipInput, Optimization
 
 
@@ -52,8 +53,9 @@ class Diffusion(Task):
     Raises:
         ValueError: for a share outside [0, 1], a causal network without ``frame_timesteps``, or those with
             ``stratified`` timesteps; when a run begins: clips of a size that autoencoder or network reject, or stored
-            latents of a different autoencoder, without those of the image, or with ``image_noise``; in a step: a clip
-            without caption, or with latents that are NaN.
+            latents of a different autoencoder, without those of the image, or with ``image_noise``, a sampler that
+            does not fit the objective, prompts or captions that the text encoder rejects, or no pictures; in a step: a
+            clip without caption, or with latents that are NaN.
     """
 
     trains = TextToVideo
@@ -99,6 +101,7 @@ class Diffusion(Task):
         if stage == "fit" and self.model.lora is not None and self.model.lora.base is not None:
             rank_zero_only(print)(self.load_weights(self.model.lora.base))  # before init_from: adapters of another run
         super().setup(stage)
+        check_sampling(self, data)
 
     def on_fit_start(self) -> None:
         """Moves the frozen parts to the device of the run, since FSDP moves the network only."""

@@ -1,0 +1,101 @@
+"""Signals that end a run: SIGTERM, SIGINT (Ctrl-C) and SIGHUP.
+
+A signal raises an exception in the main thread wherever it is, so that it also ends the evaluations at the end of a
+run. The exit code is that of shells: 143 after SIGTERM, 130 after SIGINT.
+"""
+
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+REPEAT_SECONDS = 5.0  # Ctrl-C in a terminal reaches a rank twice: directly and forwarded by its parent
+
+_received: tuple[signal.Signals, float] | None = None  # the last signal of this process and its time
+
+
+class Interrupted(SystemExit):
+    """Exit caused by a signal, with the exit code 128 + its number."""
+
+    def __init__(self, number: int):
+        self.signal = signal.Signals(number)
+        self.explained = False
+        super().__init__(128 + number)
+
+    def __str__(self) -> str:
+        return self.signal.name
+
+
+@contextmanager
+def handled(hint: str = "", quiet: bool = False) -> Iterator[None]:
+    """Context manager in which a signal of :data:`ENDING` raises :class:`Interrupted` and is reported in one line.
+
+    Signals that are ignored (``nohup``) or have a handler of the caller are left alone. May be nested: the innermost
+    hint is printed.
+
+    Args:
+        hint: sentence on how to continue.
+        quiet: print nothing, in ranks: their parent reports the signal.
+
+    Raises:
+        Interrupted: after a signal, also if libraries replaced it with a different exception.
+    """
+    global _received
+    previous = _install()
+    outermost = bool(previous)
+    if outermost:
+        _received = None
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Interrupted):
+            if _received is None:
+                raise
+            error = Interrupted(_received[0])
+        if not error.explained and not quiet:
+            print(f"\nStopped by {error}. {hint}".rstrip(), file=sys.stderr, flush=True)
+        error.explained = True
+        raise error from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def how_to_continue(experiment: str, run: str, output_dir: str) -> str:
+    """Returns the hint of a run: the command that resumes it."""
+    elsewhere = "" if output_dir == "outputs" else f" ARGS={shlex.quote(f'output_dir={output_dir}')}"
+    return f"Continue with `make train EXP={experiment} RESUME={run}{elsewhere}`, or add `resume={run}` to the command."
+
+
+def leave_to_this_module(trainer: Any) -> None:
+    """Removes Lightning's SIGTERM handler, which broadcasts among ranks that may wait for each other elsewhere."""
+    trainer._signal_connector._sigterm_notifier_fn = lambda *_: None
+
+
+def _install() -> dict[int, Any]:
+    """Installs the handler where there is only the default one; returns the replaced handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    defaults = (signal.SIG_DFL, signal.default_int_handler)
+    free = [number for number in ENDING if signal.getsignal(number) in defaults]
+    process = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        global _received
+        if os.getpid() != process:  # a forked worker: its parent ends it
+            if number != signal.SIGINT:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        if _received is None or time.monotonic() - _received[1] > REPEAT_SECONDS:
+            _received = (signal.Signals(number), time.monotonic())
+            raise Interrupted(number)
+
+    return {int(number): signal.signal(number, handle) for number in free}
