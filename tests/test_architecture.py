@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "blueberry_video"
-MAX_LINES = {"train.py": 180, "export.py": 150, "precompute.py": 150, "base.py": 600}  # entry points, base classes
+MAX_LINES = {"train.py": 180, "export.py": 180, "precompute.py": 180, "base.py": 600}  # entry points, base classes
 ANYTHING = None
 
 # room -> rooms it may import; `models.encoder` is one part of a room, `models` the whole room
@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "inference": {"models", "nn"},
     "tasks": {"models", "diffusion", "nn", "masking", "augmentation", "optim", "inference", "evaluation", "weights"},
     "callbacks": set(),
-    "experiment": {"config"},
+    "experiment": {"config", "launch.machine"},
     "launch": {"config"},
     "train": ANYTHING,
     "precompute": ANYTHING,

@@ -29,7 +29,7 @@ def write(folder: Path, values: str, before: str = "", other: dict[str, str] | N
         "blueberry_video.video.source.open_source",
         "blueberry_video.video.process.VideoProcessor",
         "blueberry_video.experiment.run_folder.RunFolder",
-        "blueberry_video.launch.check.Findings",
+        "blueberry_video.launch.dry_run.Findings",
         # functions and methods in packages of classes
         "blueberry_video.data.write.write_video",
         "blueberry_video.optim.parameter_groups",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from blueberry_video.launch import command_line
 from blueberry_video.launch.command_line import DTYPES
+from blueberry_video.launch.errors import OneParagraphErrors
 
 
 def main() -> None:
@@ -90,5 +91,5 @@ def run(source: Path, out: Path, dtype: str = "float32", merge: bool = False) ->
 
 
 if __name__ == "__main__":
-    with command_line.OneParagraphErrors():
+    with OneParagraphErrors():
         main()

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from blueberry_video.config.checks import targets
 from blueberry_video.launch import command_line
 from blueberry_video.launch.command_line import DTYPES
+from blueberry_video.launch.errors import OneParagraphErrors
 
 if TYPE_CHECKING:  # torch is imported after the config is checked
     from blueberry_video.data.clip_cache import KeyedClips
@@ -146,5 +147,5 @@ def write_latents(
 
 
 if __name__ == "__main__":
-    with command_line.OneParagraphErrors():
+    with OneParagraphErrors():
         main()

@@ -19,8 +19,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from blueberry_video import config as configs
-from blueberry_video.launch import check, command_line, memory, processes, signals
+from blueberry_video.launch import command_line, dry_run, memory, processes, signals
 from blueberry_video.launch import sweep as sweeps
+from blueberry_video.launch.errors import OneParagraphErrors
 
 if TYPE_CHECKING:  # torch and lightning are imported after the config is checked
     from blueberry_video.experiment.run_folder import RunFolder
@@ -70,7 +71,7 @@ def run(
 
     command_line.quiet_libraries()
     if config.check:
-        check.dry_run(config, RunFolder.create, build)
+        dry_run.dry_run(config, RunFolder.create, build)
         return None
     memory.announce(config)
     complete = False  # a finished run with nothing left to do
@@ -155,5 +156,5 @@ def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:
 
 
 if __name__ == "__main__":
-    with command_line.OneParagraphErrors():
+    with OneParagraphErrors():
         main()

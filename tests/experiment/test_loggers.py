@@ -6,7 +6,7 @@ import wandb
 from omegaconf import OmegaConf
 
 from blueberry_video.experiment import loggers
-from blueberry_video.experiment.loggers import MetricsCSV, Wandb, last_wandb_step, wandb_mode
+from blueberry_video.experiment.loggers import MetricsCSV, Wandb, environment_mode, last_wandb_step
 from blueberry_video.experiment.metrics_table import read_steps
 from blueberry_video.experiment.run_folder import RunFolder
 
@@ -140,17 +140,37 @@ def test_mode_depends_on_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
     wandb.teardown()  # so that the next call reads the environment again
-    assert wandb_mode() == "offline"
+    assert environment_mode("auto") == "offline"
     (tmp_path / "netrc").write_text(f"machine wandb.example.org login user password {'k' * 40}\n")
-    assert wandb_mode() == "online"
+    assert environment_mode("auto") == "online"
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert wandb_mode() == "offline"
+    assert environment_mode("auto") == "offline"
     monkeypatch.delenv("WANDB_MODE")
     (tmp_path / "netrc").unlink()
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     wandb.teardown()
-    assert wandb_mode() == "online"
+    assert environment_mode("auto") == "online"
     wandb.teardown()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "mode"),
+    [("WANDB_MODE", "disabled", "disabled"), ("WANDB_MODE", "", "offline"), ("WANDB_DISABLED", "true", "disabled")],
+)
+def test_a_run_logs_under_any_wandb_environment(run: RunFolder, variable: str, value: str, mode: str, monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    logger = Wandb(run)
+    logger.log_metrics({"a": 1}, step=0)
+    logger.close(succeeded=True)
+    assert run.record["wandb"]["mode"] == mode
+
+
+def test_invalid_wandb_mode_raises(run: RunFolder, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    with pytest.raises(ValueError, match=r"WANDB_MODE='sometimes'.*offline"):
+        Wandb(run)
 
 
 def test_last_step_without_wandb_files_is_minus_one(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from lightning import Trainer
 from torch.utils.data import DataLoader
 
 from blueberry_video.data.sprites import Sprites
-from blueberry_video.launch.command_line import Command, paragraph, parse, quiet_libraries
+from blueberry_video.launch.command_line import Command, parse, quiet_libraries
+from blueberry_video.launch.errors import paragraph
 
 
 def test_experiment_with_overrides():

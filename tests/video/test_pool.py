@@ -319,13 +319,15 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path):
     script = tmp_path / "parent.py"
     script.write_text(SCRIPT.format(folder=str(Path(__file__).parent)))
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
-    pids = [int(pid) for pid in parent.stdout.readline().split()]
-    workers = {child.pid for child in psutil.Process(parent.pid).children()}
-    assert len(workers) == 2
-    time.sleep(0.1)  # into the endless loops
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
+    try:
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        workers = {child.pid for child in psutil.Process(parent.pid).children()}
+        assert len(workers) == 2
+        time.sleep(0.1)  # into the endless loops
+    finally:
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
     wait_until(lambda: all(gone(pid) for pid in workers | {pids[1]}))
 
 

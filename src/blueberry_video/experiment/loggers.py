@@ -17,6 +17,7 @@ from wandb.sdk.lib.wbauth import read_netrc_auth
 
 from blueberry_video.experiment.metrics_table import MetricsTable, read_steps
 from blueberry_video.experiment.run_folder import RunFolder
+from blueberry_video.launch.machine import WANDB_MODES, wandb_mode
 
 
 class MetricsCSV(Logger):
@@ -66,8 +67,11 @@ class Wandb(WandbLogger):
         project: the wandb project.
         entity: the wandb team or user; ``None`` is the default of the API key.
         tags: tags of the run.
-        mode: ``online``, ``offline``, or ``auto``: ``WANDB_MODE`` if set, otherwise online if there is a key in
-            ``WANDB_API_KEY`` or in the netrc file.
+        mode: ``online``, ``offline``, or ``auto``: ``WANDB_MODE`` or ``WANDB_DISABLED`` if set, otherwise online if
+            there is a key in ``WANDB_API_KEY`` or in the netrc file.
+
+    Raises:
+        ValueError: for an invalid ``WANDB_MODE``.
     """
 
     def __init__(
@@ -79,7 +83,7 @@ class Wandb(WandbLogger):
         mode: Literal["auto", "online", "offline"] = "auto",
     ) -> None:
         self._run = run
-        self._mode = wandb_mode() if mode == "auto" else mode
+        self._mode = environment_mode(mode)
         self._row: dict[str, Any] = {}
         self._row_step = -1
         self._sent_step = -1
@@ -148,10 +152,13 @@ class Wandb(WandbLogger):
                 "id": self._id,
                 "mode": self._mode,
                 "url": run.url if self._mode == "online" else None,
-                # wandb creates a folder per process; their parent shows all of a resumed run.
-                "folder": "wandb" if self._run.resumed else str(Path(run.dir).parent.relative_to(self._run.path)),
+                "folder": None if self._mode == "disabled" else self._folder(run),
             }
         )
+
+    def _folder(self, run: Any) -> str:
+        folder = Path(run.dir).parent  # one per process; their parent shows all of a resumed run
+        return "wandb" if self._run.resumed else str(folder.relative_to(self._run.path))
 
     def _send_lost(self, step: int) -> None:
         """Sends the rows up to ``step`` that wandb may have lost, before the first metrics of a resumed run."""
@@ -167,14 +174,24 @@ class Wandb(WandbLogger):
         self._row = {}
 
 
-def wandb_mode() -> Literal["online", "offline", "disabled"]:
-    """Returns ``WANDB_MODE`` if set, otherwise online if there is a key for the server; makes no request."""
-    mode = os.environ.get("WANDB_MODE", "")
-    if mode in ("online", "offline", "disabled"):
-        return mode  # type: ignore[return-value]
-    settings = wandb.setup().settings
-    has_key = bool(settings.api_key) or bool(read_netrc_auth(host=settings.base_url))
-    return "online" if has_key else "offline"
+def environment_mode(mode: str) -> str:
+    """Returns the wandb mode of a run, see :func:`~blueberry_video.launch.machine.wandb_mode`; makes no request.
+
+    Raises:
+        ValueError: for an invalid ``WANDB_MODE``.
+    """
+    if not os.environ.get("WANDB_MODE", "unset").strip():
+        del os.environ["WANDB_MODE"]  # wandb rejects an empty value
+    if (found := wandb_mode(mode, has_key=False)) is None:
+        raise ValueError(
+            f"WANDB_MODE={os.environ['WANDB_MODE']!r} is not a mode of wandb: use one of {', '.join(WANDB_MODES)}, or "
+            "unset it."
+        )
+    if found == "offline" and mode == "auto" and "WANDB_MODE" not in os.environ:
+        settings = wandb.setup().settings
+        has_key = bool(settings.api_key) or bool(read_netrc_auth(host=settings.base_url))
+        return "online" if has_key else "offline"
+    return found
 
 
 def last_wandb_step(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""Command line of ``train``: parsing, and error messages without tracebacks.
+"""Command line of ``train``.
 
 ``ARGS="…" python -m blueberry_video.launch.command_line <arguments>`` runs Python with these arguments followed by the
 words of ``ARGS``, with shell quoting, of which the shell expands nothing (Makefile).
@@ -10,23 +10,18 @@ import os
 import re
 import shlex
 import sys
-import textwrap
-import traceback
 import warnings
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from omegaconf import DictConfig
 
 from blueberry_video.config import compose, expand_sweep, load, normalize, sweep_folder
 from blueberry_video.launch import processes
+from blueberry_video.launch.errors import OneParagraphErrors
 
-PACKAGE = Path(__file__).resolve().parents[1]
 DTYPES = ("float32", "bfloat16", "float16")  # of exported weights and stored latents
-TRAINER = ("pytorch", "trainer", "trainer.py")  # the end of the path of Lightning's file
 HYDRA = re.compile(r"[+~]*hydra[./]")  # overrides of Hydra's own settings
-TRACEBACK_VARIABLE = "BLUEBERRY_TRACEBACK"
 
 
 class Command(NamedTuple):
@@ -114,25 +109,6 @@ def _split(text: str) -> list[str]:
         ) from error
 
 
-class OneParagraphErrors:
-    """Context manager that prints an error raised by this package without traceback and exits with code 1.
-
-    Errors from other code keep their traceback: they are bugs. BLUEBERRY_TRACEBACK=1 shows every traceback. This is not
-    a ``sys.excepthook``, because wandb replaces it with one that prints the traceback.
-    """
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        message = None if error is None or os.environ.get(TRACEBACK_VARIABLE) == "1" else paragraph(error)
-        if message is not None:
-            text = textwrap.fill(f"Error: {message}", 118, break_long_words=False, break_on_hyphens=False)
-            print(f"\n{text}", file=sys.stderr)
-            raise SystemExit(1) from None
-
-
 def quiet_libraries() -> None:
     """Suppresses messages that libraries print in every run; errors and other warnings are kept."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -143,38 +119,6 @@ def quiet_libraries() -> None:
         r".*does not have many workers",  # sprites need none; `data.num_workers` is in every data config
     ):
         warnings.filterwarnings("ignore", message)
-
-
-def paragraph(error: BaseException) -> str | None:
-    """Returns the message of an error that this package raised or a config value caused; None for other errors.
-
-    Unwraps the errors of constructors called by Hydra and of DataLoader workers, which send their traceback as text.
-    """
-    if type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
-        key = re.search(r"full_key: (\S+)", str(error))
-        inner = paragraph(error.__cause__) or f"{type(error.__cause__).__name__}: {error.__cause__}"
-        return f"`{key.group(1)}` cannot be built: {inner}" if key else inner
-    worker = re.match(r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback", str(error))
-    if worker:
-        files = re.findall(r'^  File "([^"]+)"', str(error), re.MULTILINE)
-        _, _, message = str(error).rstrip().rpartition(f"\n{type(error).__name__}: ")
-        return message if files and Path(files[-1]).is_relative_to(PACKAGE) else None
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
-    if ours:
-        return str(error) if isinstance(error, Exception) else None
-    return _trainer_error(error, frames)
-
-
-def _trainer_error(error: BaseException, frames: traceback.StackSummary) -> str | None:
-    """Returns the message of an error of Lightning's Trainer constructor, which Hydra does not wrap; None otherwise."""
-    is_bad_value = isinstance(error, ValueError | TypeError) or type(error).__name__ == "MisconfigurationException"
-    in_constructor = any(frame.name == "__init__" and Path(frame.filename).parts[-3:] == TRAINER for frame in frames)
-    if not is_bad_value or not in_constructor:
-        return None
-    needs_gpu = re.search(r"gpu|cuda", str(error), re.IGNORECASE)
-    hint = " Use `trainer=cpu`; `make doctor` lists the devices of this machine." if needs_gpu else ""
-    return f"`trainer` cannot be built: {error}{hint}"
 
 
 if __name__ == "__main__":

@@ -33,11 +33,12 @@ def wandb_key() -> str | None:
     return str(file) if file.is_file() and netrc.netrc(file).authenticators(WANDB_HOST) else None
 
 
-def wandb_mode(mode: str) -> str | None:
+def wandb_mode(mode: str, has_key: bool) -> str | None:
     """Returns ``online``, ``offline`` or ``disabled``; None if ``WANDB_MODE`` has an invalid value.
 
     Args:
         mode: ``logger.mode``; for ``auto``, WANDB_MODE or WANDB_DISABLED if set, otherwise online if there is a key.
+        has_key: True if there is a key for the server.
     """
     value = os.environ.get("WANDB_MODE", "").strip()
     if value and value not in WANDB_MODES:
@@ -46,4 +47,4 @@ def wandb_mode(mode: str) -> str | None:
         return mode
     if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("1", "true", "yes", "on"):
         return "disabled"
-    return WANDB_MODES[value] if value else "online" if wandb_key() else "offline"
+    return WANDB_MODES[value] if value else "online" if has_key else "offline"

@@ -5,7 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from blueberry_video.launch.command_line import OneParagraphErrors
+from blueberry_video.launch.errors import OneParagraphErrors
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from blueberry_video.atomic import write_text
-from blueberry_video.launch.command_line import TRACEBACK_VARIABLE, paragraph
+from blueberry_video.launch.errors import TRACEBACK_VARIABLE, paragraph
 from blueberry_video.launch.signals import Interrupted
 
 FOLDER_VARIABLE = "BLUEBERRY_VIDEO_RUN_FOLDER"

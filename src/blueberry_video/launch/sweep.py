@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from blueberry_video.atomic import write_text
-from blueberry_video.launch.command_line import TRACEBACK_VARIABLE, paragraph
+from blueberry_video.launch.errors import TRACEBACK_VARIABLE, paragraph
 
 SIGNALS = (130, 143)  # exit codes of Ctrl-C and SIGTERM, which end a sweep
 WIDTH = 100  # of an error in the table

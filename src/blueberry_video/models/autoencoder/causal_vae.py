@@ -124,11 +124,12 @@ class CausalVideoVAE(Autoencoder):
     @torch.no_grad()
     def track(self, latents: Tensor, momentum: float = 0.01) -> None:
         """Updates the running statistics with latents (B, C, t, h, w)."""
-        mean = latents.float().mean(dim=(0, 2, 3, 4))
-        square = latents.float().square().mean(dim=(0, 2, 3, 4))
-        mixed = (self.latent_std.square() + self.latent_mean.square()).lerp(square, momentum)
-        self.latent_mean.lerp_(mean, momentum)
-        self.latent_std.copy_((mixed - self.latent_mean.square()).clamp(min=1e-6).sqrt())
+        wide = torch.promote_types(latents.dtype, torch.float32)
+        latents, mean, std = latents.to(wide), self.latent_mean.to(wide), self.latent_std.to(wide)
+        mixed = (std.square() + mean.square()).lerp(latents.square().mean(dim=(0, 2, 3, 4)), momentum)
+        mean = mean.lerp(latents.mean(dim=(0, 2, 3, 4)), momentum)
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_((mixed - mean.square()).clamp(min=1e-6).sqrt())
 
     def load_published(self, source: str | Path) -> str:
         """Loads a checkpoint of this package strictly and returns a message that names it.

@@ -129,7 +129,7 @@ def _short_run(config: DictConfig) -> DictConfig:
     for name in SKIPPED_CALLBACKS:
         short.callbacks[name] = None
     _limit(short.callbacks, LARGEST)
-    if wandb_mode(short.logger.get("mode", "auto")) == "online":
+    if wandb_mode(short.logger.get("mode", "auto"), bool(wandb_key())) == "online":
         short.logger.mode = "offline"
     return short
 
@@ -317,7 +317,7 @@ def _check_logger(config: DictConfig, findings: Findings) -> None:
         return
     name = str(config.logger["_target_"]).rpartition(".")[2]
     value = os.environ.get("WANDB_MODE", "")
-    mode = wandb_mode(config.logger.get("mode", "auto"))
+    mode = wandb_mode(config.logger.get("mode", "auto"), bool(wandb_key()))
     if mode is None:
         fix = f"Use one of {', '.join(WANDB_MODES)}, or `unset WANDB_MODE`."
         findings.add("logger", f"WANDB_MODE={value!r} is no mode of wandb", fix)

@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from blueberry_video import train
 from blueberry_video.config import compose
 from blueberry_video.experiment.run_folder import RunFolder
-from blueberry_video.launch import check, machine
+from blueberry_video.launch import dry_run as dry_runs
+from blueberry_video.launch import machine
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "experiments" / "template" / "config.yaml"
 TINY = ["data.train.size=16", "data.val.size=4", "data.batch_size=4", "model.encoder.depth=1", "logger=csv"]
@@ -19,7 +20,7 @@ TINY = ["data.train.size=16", "data.val.size=4", "data.batch_size=4", "model.enc
 def dry_run(tmp_path: Path, *overrides: str, expected: dict | None = None) -> None:
     config = compose(TEMPLATE, [*TINY, f"output_dir={tmp_path}", *overrides])
     config.expected = expected or {}
-    check.dry_run(config, RunFolder.create, train.build)
+    dry_runs.dry_run(config, RunFolder.create, train.build)
 
 
 def test_valid_run_passes_and_leaves_no_files(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -34,7 +35,7 @@ def test_valid_run_passes_and_leaves_no_files(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_full_disk_fails(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(check.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(dry_runs.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 10}))
     with pytest.raises(SystemExit) as ended:
         dry_run(tmp_path)
     assert ended.value.code == 1
@@ -47,8 +48,8 @@ def test_diverging_run_fails(tmp_path: Path, capsys: pytest.CaptureFixture):
 
 
 def logger_findings(overrides: list[str], capsys: pytest.CaptureFixture) -> tuple[int, str]:
-    findings = check.Findings()
-    check._check_logger(compose(TEMPLATE, overrides), findings)
+    findings = dry_runs.Findings()
+    dry_runs._check_logger(compose(TEMPLATE, overrides), findings)
     return findings.failed, capsys.readouterr().out
 
 
@@ -92,7 +93,7 @@ def test_invalid_wandb_mode_fails(capsys: pytest.CaptureFixture, monkeypatch: py
 def test_dry_run_never_sends_to_wandb(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    assert check._short_run(compose(TEMPLATE)).logger.mode == "offline"
+    assert dry_runs._short_run(compose(TEMPLATE)).logger.mode == "offline"
 
 
 PROBE = ["callbacks=self_supervised", "callbacks.probe_linear=null", "callbacks.probe.labels=[motion]"]
@@ -129,12 +130,12 @@ def test_callback_that_fails_in_validation_fails_the_dry_run(tmp_path: Path):
 
 def test_several_processes_are_tried_with_two(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
     started = []
-    monkeypatch.setattr(check.processes, "start", lambda config, run, number: started.append((config, number)))
+    monkeypatch.setattr(dry_runs.processes, "start", lambda config, run, number: started.append((config, number)))
     ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=4", "trainer.precision=32-true"]
     dry_run(tmp_path, *ddp)
     [(config, number)] = started
     assert number == 2
-    assert (config.trainer.devices, config.trainer.strategy, config.trainer.max_steps) == (2, "ddp", check.STEPS)
+    assert (config.trainer.devices, config.trainer.strategy, config.trainer.max_steps) == (2, "ddp", dry_runs.STEPS)
     assert not config.check
     assert "ok    processes  2 of 4" in capsys.readouterr().out
 
@@ -153,13 +154,13 @@ def test_sampling_is_tried_with_few_steps(tmp_path: Path, monkeypatch: pytest.Mo
     file = TEMPLATE.parents[1] / "cogvideox" / "config.yaml"
     config = compose(file, [*overrides, f"output_dir={tmp_path}"])
     config.expected = {}
-    check.dry_run(config, RunFolder.create, train.build)
-    assert config.task.sampler.steps > check.SAMPLER_STEPS
+    dry_runs.dry_run(config, RunFolder.create, train.build)
+    assert config.task.sampler.steps > dry_runs.SAMPLER_STEPS
     assert steps
-    assert set(steps) == {check.SAMPLER_STEPS}
+    assert set(steps) == {dry_runs.SAMPLER_STEPS}
     config.task.sampler.steps = 2000
     with pytest.raises(ValueError, match=r"task\.sampler.*steps=2000\b"):
-        check.dry_run(config, RunFolder.create, train.build)
+        dry_runs.dry_run(config, RunFolder.create, train.build)
 
 
 def test_unused_parameter_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
@@ -169,7 +170,7 @@ def test_unused_parameter_is_reported(tmp_path: Path, capsys: pytest.CaptureFixt
         return data, model, task, trainer
 
     config = compose(TEMPLATE, [*TINY, f"output_dir={tmp_path}"])
-    check.dry_run(config, RunFolder.create, build_with_spare)
+    dry_runs.dry_run(config, RunFolder.create, build_with_spare)
     assert re.search(r"note  gradients  1 .*model\.spare", capsys.readouterr().out)
 
 
@@ -189,8 +190,8 @@ def test_available_memory_existing_parent_and_wandb_key(tmp_path: Path, monkeypa
 def test_short_run_changes_only_limits():
     config = compose(TEMPLATE)
     before = OmegaConf.to_container(config)
-    short = check._short_run(config)
+    short = dry_runs._short_run(config)
     assert OmegaConf.to_container(config) == before
     assert short.model == config.model
     assert short.data == config.data
-    assert short.trainer.max_steps == check.STEPS
+    assert short.trainer.max_steps == dry_runs.STEPS
