@@ -20,18 +20,13 @@ NO_PROBE = ["callbacks.probe_linear=null"]
 RUNS = {
     "videomae": [*SPRITES, *PROBE, *FEW, *NO_PROBE],
     "vjepa2": [*SPRITES, *PROBE],
-    "vjepa2_sigreg": [*SPRITES, *PROBE],
     "probe": SPRITES,
-    "spool": SPRITES,
     "spool_stream": SPRITES,
     "anticipation": SPRITES,
-    "hydra_video": SPRITES,
     "video_vae": SPRITES,
     "world_model": ["data.train.dataset.size=8", "data.val.dataset.size=4", "callbacks.closed_loop.episodes=2"],
     "cogvideox": [*SHAPES, "callbacks.sampling=null"],
-    "cogvideox_i2v": SHAPES,
     "hunyuan": [*SHAPES, "callbacks.sampling=null"],
-    "diffusion_forcing": [*SHAPES, "callbacks.sampling=null"],
 }
 
 

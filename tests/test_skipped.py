@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import skipped_lines
+from skipped_reasons import skipped_lines
 
 TESTS = """
 import pytest

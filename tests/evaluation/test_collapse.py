@@ -193,13 +193,14 @@ def test_each_measure_raises_the_alarm_after_patience_consecutive_checks(collaps
 def test_the_alarm_waits_for_after_steps(after_steps: int, patience: int, alarm: int):
     """Every check finds a collapse, at every second step; batches of accumulated gradients repeat a step."""
     logged = []
-    trainer = SimpleNamespace(
-        global_step=0, should_stop=False, strategy=SimpleNamespace(reduce=lambda value, **_: value)
-    )
+    trainer = SimpleNamespace(global_step=0, should_stop=False, callback_metrics={}, logged_metrics={})
+    trainer.strategy = SimpleNamespace(reduce=lambda value, **_: value)
+    trainer.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0))
     network = SimpleNamespace(target_encoder=None)
     module = SimpleNamespace(model=network, training=True, train=lambda mode: None, latents=lambda video: video)
     module.eval = lambda: module
-    module.log_dict = lambda values, **_: logged.append((trainer.global_step, values["collapse/alarm"]))
+    log = lambda values, step: logged.append((trainer.global_step, values["collapse/alarm"]))  # noqa: E731
+    trainer.loggers = [SimpleNamespace(log_metrics=log)]
     monitor = CollapseMonitor(every_n_steps=2, after_steps=after_steps, patience=patience, stop=True)
 
     def train() -> None:

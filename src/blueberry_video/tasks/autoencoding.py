@@ -38,7 +38,7 @@ def trivial_reconstructions(video: Tensor, stride: tuple[int, int, int]) -> dict
     that each latent of an autoencoder with this ``stride`` covers, the first frame separately.
     """
     before = video[:, :, :1].expand(-1, -1, stride[0] - 1, -1, -1)  # completes the group of the first frame
-    blocks = F.avg_pool3d(torch.cat([before, video], dim=2), stride)
+    blocks = F.avg_pool3d(torch.cat([before, video], dim=2).float(), stride).to(video.dtype)  # no bfloat16 on the CPU
     for dim, size in zip((2, 3, 4), stride):
         blocks = blocks.repeat_interleave(size, dim)
     return {
