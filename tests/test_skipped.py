@@ -21,7 +21,8 @@ def test_passes(): ...
 
 
 def test_skipped_tests_are_listed_with_their_fix(tmp_path: Path):
-    (tmp_path / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())
+    for name in ("conftest.py", "skipped_reasons.py"):
+        (tmp_path / name).write_text((Path(__file__).parent / name).read_text())
     (tmp_path / "test_it.py").write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "1", "--rootdir=.", "test_it.py"]
     lines = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300).stdout.splitlines()
