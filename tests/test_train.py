@@ -102,8 +102,9 @@ def test_run_killed_in_its_evaluations_measures_only_what_is_missing(command, mo
     calls: list[int] = []
     monkeypatch.setattr(Throughput, "on_train_end", measured, raising=False)
     began = time.perf_counter()
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         command(*EXPERIMENT, "trainer.max_steps=2")
+    assert ended.value.code == 143
     assert time.perf_counter() - began < 50
     run = command(*EXPERIMENT, "trainer.max_steps=2", "resume=last")[-1]
     assert calls == [2]

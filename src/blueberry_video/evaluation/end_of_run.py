@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from blueberry_video.atomic import write_text
 
@@ -36,15 +35,9 @@ def log_at_end(trainer: Trainer, metrics: dict[str, float]) -> None:
 
 
 def measured_once(trainer: Trainer, name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Returns the recorded result ``name`` of the final weights, or calls ``measure`` and records its result.
-
-    Raises:
-        SIGTERMException: if the run received SIGTERM before.
-    """
+    """Returns the recorded result ``name`` of the final weights, or calls ``measure`` and records its result."""
     results = recorded(trainer)
     if name not in results:
-        if trainer.received_sigterm:
-            raise SIGTERMException
         results[name] = measure()
         if trainer.is_global_zero:
             text = json.dumps({"step": trainer.global_step, "results": results}, indent=2)

@@ -10,8 +10,6 @@ import hashlib
 import os
 import pickle
 import re
-import signal
-import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +21,6 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 
 from blueberry_video.atomic import atomic_file, explained_errors
@@ -93,8 +90,7 @@ class Checkpoints(Checkpoint):
 
     The final checkpoint is saved before the evaluations at the end of training, for every end: the last step or epoch,
     or ``trainer.should_stop``. Lightning skips the ``on_train_end`` hooks of a run that resumes at its end; this
-    callback makes it call them, so that a run killed in the evaluations repeats those that are missing. While they run,
-    SIGTERM ends the run at once.
+    callback makes it call them, so that a run killed in the evaluations repeats those that are missing.
 
     Args:
         every_n_steps: optimizer steps between two checkpoints.
@@ -160,7 +156,7 @@ class Checkpoints(Checkpoint):
         if stopped and not _was_finished(Path(trainer.default_root_dir)):  # it ended in the evaluations that remain
             trainer.should_stop, self.stopped = True, stopped
         if loop.done:
-            self._end(trainer)
+            self._ended = True
             loop.epoch_loop._batches_that_stepped = trainer.global_step
             values = self._final.get("metrics", {}).items()
             trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in values})
@@ -206,8 +202,6 @@ class Checkpoints(Checkpoint):
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.global_step == self._saved_step:  # this batch only accumulated gradients
             return False
-        if trainer.received_sigterm and trainer.world_size == 1:  # ranks may receive it at different steps
-            return True
         return _is_last_step(trainer) or _stops_early(trainer) or trainer.global_step % self.every_n_steps == 0
 
     def _stop_at_optimizer_step(self, trainer: Trainer) -> None:
@@ -230,20 +224,6 @@ class Checkpoints(Checkpoint):
                 folder.with_name("end_of_run.json").unlink(missing_ok=True)
         trainer.save_checkpoint(folder / f"step_{trainer.global_step:08d}{SUFFIX}", weights_only=False)
         self._prune(trainer)
-        if final:
-            self._end(trainer)
-
-    def _end(self, trainer: Trainer) -> None:
-        """Lets SIGTERM end the run at once: only evaluations remain. Lightning restores the handler after training."""
-        self._ended = True
-
-        def end(number: int, frame: Any) -> None:
-            # Lightning's handler waits for all ranks, which may themselves wait for the evaluations of rank 0.
-            trainer._signal_connector.received_sigterm = True
-            raise SIGTERMException
-
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, end)
 
     def _prune(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
