@@ -13,7 +13,7 @@ JSON = "task: {input: {augment: {_target_: json.JSONEncoder, indent: 2}}}"
 
 
 def write(folder: Path, values: str, before: str = "", other: dict[str, str] | None = None) -> Path:
-    """Writes an experiment, with ``before`` among its defaults, and files of its own groups."""
+    """Writes an experiment, with ``before`` among its defaults, and local group files."""
     files = {**(other or {}), "config.yaml": f"defaults: [train, {before} {DEFAULTS}]\nname: test\n{values}\n"}
     for name, text in files.items():
         file = folder / "test" / name

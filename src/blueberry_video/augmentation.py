@@ -5,7 +5,7 @@ global generator; ``torch.nn.Sequential`` combines modules.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -287,3 +287,16 @@ def soft_targets(labels: Tensor, num_classes: int, own: float = 1.0, smoothing: 
     one_hot = torch.nn.functional.one_hot(labels, num_classes).float()
     smooth = one_hot * (1 - smoothing) + smoothing / num_classes
     return own * smooth + (1 - own) * smooth.flip(0)
+
+
+def repeat_clips(batch: dict, times: int) -> dict:
+    """Repeats each clip of a collated batch ``times`` in a row, with all its entries."""
+
+    def repeated(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.repeat_interleave(times, dim=0)
+        if isinstance(value, dict):
+            return {key: repeated(part) for key, part in value.items()}
+        return [item for item in value for _ in range(times)]  # strings
+
+    return batch if times == 1 else repeated(batch)

@@ -17,7 +17,6 @@ from omegaconf import DictConfig
 
 from blueberry_video.config.checks import targets
 from blueberry_video.launch import command_line
-from blueberry_video.launch.command_line import DTYPES
 from blueberry_video.launch.errors import OneParagraphErrors
 
 if TYPE_CHECKING:  # torch is imported after the config is checked
@@ -30,7 +29,7 @@ if TYPE_CHECKING:  # torch is imported after the config is checked
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m blueberry_video.precompute", allow_abbrev=False, add_help=False)
     parser.add_argument("--out", default="", help="folder to write to; defaults to data/latents/<name>")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the stored latents and text embeddings")
+    parser.add_argument("--dtype", choices=command_line.DTYPES, default="float32", help="of the stored tensors")
     parser.add_argument("--shard-size", type=int, default=64, help="clips per file")
     known, rest = parser.parse_known_args(sys.argv[1:])
     command = command_line.parse(rest)
@@ -100,7 +99,7 @@ def write_latents(
         autoencoder, text: on their device, in evaluation mode. For a trainable text encoder, or None, only captions are
             stored.
         folder: folder of this dataset; :class:`~blueberry_video.data.latents.LatentClips` reads it.
-        dtype: one of ``DTYPES``.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
         shard_size: clips per file.
         num_workers: number of processes that read clips.
         network: the transformer to train: its patch size must divide the latents, and with an image condition the

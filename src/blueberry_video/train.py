@@ -9,7 +9,6 @@ key=a,b`` runs every combination.
 
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,13 +34,7 @@ def main() -> None:
             run(command.config(), command.overrides)
             return
         folder, sys.argv[1:] = command.for_hydra()
-        try:
-            sweep()
-        finally:
-            text, failed = sweeps.table(folder)
-            print(f"\n{text}" if text else "", flush=True)
-        if failed:
-            sys.exit(1)
+        sweeps.run(sweep, folder)
 
 
 @hydra.main(config_path=str(configs.CONF), config_name=None, version_base="1.3")
@@ -91,11 +84,10 @@ def run(
     created(folder)
     continue_with = signals.how_to_continue(config.name, folder.name, config.output_dir)
     with signals.handled(continue_with, shared is not None), processes.rank_of(folder) if shared else folder:
-        if complete:
-            pass
-        elif (number := processes.count(config.trainer)) > 1:
+        number = 0 if complete else processes.count(config.trainer)
+        if number > 1:
             processes.start(config, folder.path, number)
-        else:
+        elif number:
             fit(config, folder)
     if shared:  # the process that started the ranks writes the report
         return None
@@ -108,23 +100,14 @@ def run(
 
 def fit(config: DictConfig, folder: "RunFolder") -> None:
     """Trains, then evaluates the final weights on the validation set and, if there is one, the test set."""
-    from blueberry_video.evaluation.end_of_run import log_at_end, measured_once, recorded
+    from blueberry_video.evaluation.end_of_run import evaluate_sets
     from blueberry_video.experiment.checkpoint import why_training_ended
 
     data, _, task, trainer = build(config, folder)
     trainer.fit(task, datamodule=data, ckpt_path=folder.checkpoint(), weights_only=True)
     metrics = dict(trainer.callback_metrics)  # validate and test clear them
     ended = why_training_ended(trainer)
-
-    def evaluate(stage: str) -> dict[str, float]:
-        getattr(trainer, stage)(task, datamodule=data, verbose=False)
-        return {name: float(value) for name, value in trainer.callback_metrics.items()}
-
-    for stage in ("validate", "test") if data.test is not None else ("validate",):
-        if f"trainer.{stage}" in recorded(trainer):  # by an earlier session of a resumed run
-            log_at_end(trainer, recorded(trainer)[f"trainer.{stage}"])
-        metrics |= measured_once(trainer, f"trainer.{stage}", partial(evaluate, stage))
-    folder.finish(metrics, ended, trainer.global_step)
+    folder.finish(metrics | evaluate_sets(trainer, task, data), ended, trainer.global_step)
 
 
 def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from blueberry_video.augmentation import repeat_clips
 from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.sprites import Sprites
 from blueberry_video.models.classifier import VideoClassifier
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import warmup_cosine
-from blueberry_video.tasks.base import Task, repeat_clips
+from blueberry_video.tasks.base import Task
 from blueberry_video.tasks.classification import Classification
 from blueberry_video.tasks.settings import ClipInput, Optimization
 

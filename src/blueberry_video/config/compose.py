@@ -117,7 +117,7 @@ def expand_sweep(overrides: Sequence[str], file: Path | None = None, conf: Path 
 
     Args:
         overrides: overrides of the sweep.
-        file: the experiment, in whose folder a group may have further choices.
+        file: the config of the experiment; its folder may contain further choices of a group.
         conf: folder of the groups.
 
     Raises:

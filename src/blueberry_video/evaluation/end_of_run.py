@@ -7,11 +7,12 @@ evaluations measures only what is missing when it is resumed.
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 
 from blueberry_video.atomic import write_text
 
@@ -43,6 +44,21 @@ def measured_once(trainer: Trainer, name: str, measure: Callable[[], dict[str, f
             text = json.dumps({"step": trainer.global_step, "results": results}, indent=2)
             write_text(Path(trainer.default_root_dir) / RECORD, f"{text}\n")
     return results[name]
+
+
+def evaluate_sets(trainer: Trainer, task: LightningModule, data: Any) -> dict[str, float]:
+    """Returns the metrics of the final weights on the validation set and, if there is one, the test set of ``data``."""
+    metrics: dict[str, float] = {}
+
+    def evaluate(stage: str) -> dict[str, float]:
+        getattr(trainer, stage)(task, datamodule=data, verbose=False)
+        return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+    for stage in ("validate", "test") if data.test is not None else ("validate",):
+        if f"trainer.{stage}" in recorded(trainer):  # by an earlier session of a resumed run
+            log_at_end(trainer, recorded(trainer)[f"trainer.{stage}"])
+        metrics |= measured_once(trainer, f"trainer.{stage}", partial(evaluate, stage))
+    return metrics
 
 
 def recorded(trainer: Trainer) -> dict[str, dict[str, float]]:

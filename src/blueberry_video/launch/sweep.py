@@ -15,6 +15,17 @@ SIGNALS = (130, 143)  # exit codes of Ctrl-C and SIGTERM, which end a sweep
 WIDTH = 100  # of an error in the table
 
 
+def run(sweep: Callable[[], Any], folder: Path) -> None:
+    """Runs a sweep, prints the table of its points, and exits with code 1 if one of them did not finish."""
+    try:
+        sweep()
+    finally:
+        text, failed = table(folder)
+        print(f"\n{text}" if text else "", flush=True)
+    if failed:
+        sys.exit(1)
+
+
 def run_point(
     folder: Path,
     number: int,

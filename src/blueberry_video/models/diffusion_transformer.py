@@ -1,6 +1,7 @@
 """Base class of text-to-video diffusion transformers: input checks, activation checkpointing, published weights."""
 
 import warnings
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -16,7 +17,7 @@ from blueberry_video.weights.load import different_settings, load_strictly
 Grid = tuple[int, int, int]  # along (t, h, w)
 
 
-class DiffusionTransformer(nn.Module):
+class DiffusionTransformer(nn.Module, ABC):
     """Diffusion transformer: noisy latents (B, in_channels, T, H, W), timestep and text -> (B, out_channels, T, H, W).
 
     A subclass implements :meth:`convert`, :meth:`settings_of`, :meth:`config` and ``forward(latents, timestep, text,
@@ -41,7 +42,7 @@ class DiffusionTransformer(nn.Module):
         patch_size: (t, h, w).
         pooled_dim: width of the pooled text embedding; 0 for none.
         embedded_guidance: whether the guidance scale is an input.
-        causal_chunk: latent frames per chunk. A frame then attends to the text and to the frames of its own and of
+        causal_chunk: latent frames per chunk. A frame then attends to the text and to the frames of the same and of
             earlier chunks, and the text attends to itself. 0: full attention, as published.
         checkpointing: recompute the activations of each block in the backward pass.
         trained_text_encoder: class of the text encoder that is trained with the transformer, empty for a published one.
@@ -150,11 +151,12 @@ class DiffusionTransformer(nn.Module):
     # ---- published weights ----
 
     @staticmethod
+    @abstractmethod
     def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts a state dict from the original layout to that of diffusers."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def settings_of(cls, state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
         """Constructor arguments for a state dict.
 
@@ -165,14 +167,13 @@ class DiffusionTransformer(nn.Module):
         Raises:
             KeyError: a tensor is missing.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def config(self) -> dict[str, Any]:
         """Settings of this model as ``config.json`` of diffusers holds them.
 
         A causal model adds ``causal_chunk``, which diffusers ignores with a warning.
         """
-        raise NotImplementedError
 
     def check_config(self, config: dict[str, Any], source: str | Path) -> None:
         """Checks that the config of published weights describes this model, which was built for the weights.

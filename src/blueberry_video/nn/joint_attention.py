@@ -1,7 +1,7 @@
 """Joint attention over text and video, chunk-wise causal masks and the KV cache that they permit.
 
 In chunk-wise causal attention (CausVid, arXiv 2412.07772) text attends to text, and a video token to the text and to
-the frames of its own and earlier chunks. Generated frames never change, so their keys and values can be cached.
+the frames of the same and of earlier chunks. Generated frames never change, so their keys and values can be cached.
 """
 
 import functools

@@ -1,5 +1,6 @@
 """Sinusoidal position tables, and modules that hold such tables as buffers."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -8,16 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class PositionTables(nn.Module):
+class PositionTables(nn.Module, ABC):
     """Base class of modules with position tables as buffers that are not in the state dict.
 
     The tables are computed again after every conversion of the module, so that a model that is built on the meta device
     and materialized, with ``to_empty`` or ``load_state_dict(assign=True)``, has the right values.
     """
 
+    @abstractmethod
     def tables(self) -> dict[str, Tensor]:
         """Returns the tables by buffer name, float32, computed from the settings of the module."""
-        raise NotImplementedError
 
     def register_tables(self) -> None:
         """Registers the buffers; called by the constructor once the settings are set."""

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from blueberry_video.augmentation import repeat_clips
 from blueberry_video.evaluation.metrics import Means
 from blueberry_video.models.encoder import Encoder
 from blueberry_video.optim import decayed_names, parameter_groups
@@ -158,12 +159,13 @@ class Task(lightning.LightningModule, ABC):
 
     def _evaluation_step(self, batch: dict, stage: str) -> None:
         for name, value in self.shared_step(batch, stage).items():
-            self._means.add(name, value, len(batch["video"]))
+            self._means.add(name, value.to(self.device), len(batch["video"]))
 
     def _log_epoch(self, stage: str) -> None:
         means = self._means.compute()
         values = means | self.epoch_metrics(means)
-        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, sync_dist=True)
+        # on the device: NCCL does not reduce tensors of the CPU
+        self.log_dict({f"{stage}/{name}": value.to(self.device) for name, value in values.items()}, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         settings = self.optimization
@@ -190,16 +192,3 @@ class Task(lightning.LightningModule, ABC):
         batches: Any = self.trainer.train_dataloader
         accumulated = min(self.trainer.accumulate_grad_batches, self.trainer.num_training_batches)
         return batches.batch_sampler.clips_per_batch * accumulated
-
-
-def repeat_clips(batch: dict, times: int) -> dict:
-    """Repeats each clip of a collated batch ``times`` in a row, with all its entries."""
-
-    def repeated(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.repeat_interleave(times, dim=0)
-        if isinstance(value, dict):
-            return {key: repeated(part) for key, part in value.items()}
-        return [item for item in value for _ in range(times)]  # strings
-
-    return batch if times == 1 else repeated(batch)
