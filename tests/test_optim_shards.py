@@ -47,6 +47,7 @@ def shard(rank: int, folder: str) -> None:
     found = numbers(sharded.module, decayed)
     if rank == 0:
         torch.save({"found": found, "names": [name for name, _ in sharded.module.named_parameters()]}, f"{folder}/out")
+    torch.distributed.barrier()  # gloo aborts a process with open connections to one that has ended
     torch.distributed.destroy_process_group()
 
 

@@ -8,6 +8,7 @@ import torch
 from blueberry_video.data.batches import (
     EvaluationBatches,
     MixedEvaluationBatches,
+    MixedTrainBatches,
     TrainBatches,
     WeightedTrainBatches,
     apportion,
@@ -159,3 +160,10 @@ def test_a_single_process_is_the_default():
     assert list(EvaluationBatches(5, 2)) == [[0, 1], [2, 3], [4]]
     assert list(MixedEvaluationBatches({"a": 2, "b": 3}, {"a": 2, "b": 2})) == [[0, 1], [2, 3], [4]]
     assert sorted(index for batch in TrainBatches(6, 2, seed=0) for _, index in batch) == list(range(6))
+
+
+def test_clips_per_batch_is_the_mean_over_the_batches_of_an_epoch():
+    assert TrainBatches(10, 3, seed=0, world_size=2).clips_per_batch == 6
+    assert TrainBatches(10, 3, seed=0, world_size=2, drop_last=False).clips_per_batch == 5
+    mixed = MixedTrainBatches({"a": 8, "b": 2}, {"a": 2, "b": 1}, seed=0)  # 4 batches of 2 clips and 2 of 1
+    assert mixed.clips_per_batch == pytest.approx(10 / 6)
