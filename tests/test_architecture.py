@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "data": {"video"},
     "inference": {"models", "nn"},
     "tasks": {"models", "diffusion", "nn", "masking", "augmentation", "optim", "inference", "evaluation", "weights"},
-    "callbacks": set(),
+    "callbacks": {"nn"},
     "experiment": {"config", "launch.machine"},
     "launch": {"config"},
     "train": ANYTHING,

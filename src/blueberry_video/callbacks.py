@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from blueberry_video.atomic import write_text
+from blueberry_video.nn.running_average import RunningAverages, update_averages
 
 # Dense 16-bit FLOP/s from NVIDIA's data sheets; the first key contained in the device name applies. Lightning's table
 # has the doubled, sparse rate for the H200, and does not match the name that the H200 reports.
@@ -69,8 +70,8 @@ class StepSeed(Callback):
 class EMA(WeightAveraging):
     """Exponential moving average of the weights, used by validation, media, probes and the final model.
 
-    Lightning's ``WeightAveraging`` with a warmup of the decay, for short runs. Only parameters are averaged; buffers
-    are copied. In a checkpoint, ``state_dict`` contains the averaged weights and ``current_model_state`` the trained
+    Lightning's ``WeightAveraging`` with a warmup of the decay, for short runs, and at least 32 bits in every precision.
+    Only parameters are averaged; buffers are copied. In a checkpoint, ``state_dict`` contains the averaged weights and ``current_model_state`` the trained
     ones.
 
     Args:
@@ -88,6 +89,21 @@ class EMA(WeightAveraging):
         super().__init__(use_buffers=False, multi_avg_fn=self._average)
         self.decay = decay
         self.warmup = warmup
+        self._kept: dict[int, Tensor] = {}  # in validation: trained weights of a different dtype than their average
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Creates the averages, with at least 32 bits."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        assert self._average_model is not None
+        if trainer.precision == "64-true":  # before a checkpoint is loaded
+            self._average_model.double()
+        trained = [weight for weight in self._average_model.module.parameters() if weight.requires_grad]
+        for module in self._average_model.module.modules():
+            trained += module.averages().values() if isinstance(module, RunningAverages) else []
+        for weight in trained:
+            weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
 
     @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -101,9 +117,28 @@ class EMA(WeightAveraging):
     def _average(self, averaged: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
         n = int(updates)
         decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
-        # the average has 32 bits also if training has 16, in which updates of 0.001 would round to zero
-        wide = [value.to(average.dtype) for average, value in zip(averaged, current, strict=True)]
-        torch._foreach_lerp_(averaged, wide, 1 - decay)
+        update_averages(averaged, current, 1 - decay)
+
+    def _swap_models(self, pl_module: LightningModule) -> None:
+        """Swaps the weights; an average of more bits than the weights is not overwritten by its rounded value."""
+        assert self._average_model is not None
+        kept, self._kept = self._kept, {}
+        pairs = zip(_tensors(self._average_model.module), _tensors(pl_module), strict=True)
+        for position, (average, current) in enumerate(pairs):
+            if position in kept:
+                current.copy_(kept[position])
+                continue
+            trained = current.clone()
+            current.copy_(average)
+            if average.dtype == current.dtype:
+                average.copy_(trained)
+            else:
+                self._kept[position] = trained
+
+
+def _tensors(module: torch.nn.Module) -> list[Tensor]:
+    """Parameters and buffers, without gradients."""
+    return [tensor.data for tensor in (*module.parameters(), *module.buffers())]
 
 
 class Throughput(Callback):

@@ -106,6 +106,11 @@ class Task(lightning.LightningModule, ABC):
         if stage == "fit" and self.optimization.init_from is not None:
             rank_zero_only(print)(self.load_weights(self.optimization.init_from))
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Casts the module, which Lightning would do after loading, and so round float64 weights to float32."""
+        if self._trainer is not None:
+            self.trainer.strategy.precision_plugin.convert_module(self)
+
     def load_weights(self, path: str | Path) -> str:
         """Loads weights into the model, by default into its encoder; returns a sentence on what was loaded."""
         return cast(Encoder, self.model.encoder).load_published(path)

@@ -20,13 +20,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from blueberry_video.models.autoencoder.base import Autoencoder
+from blueberry_video.nn.running_average import RunningAverages, update_averages
 from blueberry_video.weights.files import read_weights
 from blueberry_video.weights.load import load_strictly
 
 _TAPS = 3  # kernel size in time: the current frame and two earlier ones
 
 
-class CausalVideoVAE(Autoencoder):
+class CausalVideoVAE(RunningAverages, Autoencoder):
     """Causal video autoencoder: videos (B, 3, T, H, W) in [-1, 1] to moments (B, 2C, t, h, w) and back.
 
     Args:
@@ -121,15 +122,17 @@ class CausalVideoVAE(Autoencoder):
     def normalize(self, latents: Tensor) -> Tensor:
         return (latents - _by_channel(self.latent_mean)) / _by_channel(self.latent_std)
 
-    @torch.no_grad()
+    def averages(self) -> dict[str, Tensor]:
+        return {"latent_mean": self.latent_mean, "latent_std": self.latent_std}
+
     def track(self, latents: Tensor, momentum: float = 0.01) -> None:
-        """Updates the running statistics with latents (B, C, t, h, w)."""
-        wide = torch.promote_types(latents.dtype, torch.float32)
-        latents, mean, std = latents.to(wide), self.latent_mean.to(wide), self.latent_std.to(wide)
-        mixed = (std.square() + mean.square()).lerp(latents.square().mean(dim=(0, 2, 3, 4)), momentum)
-        mean = mean.lerp(latents.mean(dim=(0, 2, 3, 4)), momentum)
-        self.latent_mean.copy_(mean)
-        self.latent_std.copy_((mixed - mean.square()).clamp(min=1e-6).sqrt())
+        """Updates the running statistics with latents (B, C, t, h, w), in at least 32 bits."""
+        with self.wide_averages() as averages:
+            mean, std = averages["latent_mean"], averages["latent_std"]
+            latents = latents.to(mean.dtype)
+            square = std.square() + mean.square()
+            update_averages([mean, square], [values.mean(dim=(0, 2, 3, 4)) for values in (latents, latents.square())], momentum)
+            std.copy_((square - mean.square()).clamp(min=1e-6).sqrt())
 
     def load_published(self, source: str | Path) -> str:
         """Loads a checkpoint of this package strictly and returns a message that names it.

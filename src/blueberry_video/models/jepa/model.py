@@ -19,11 +19,12 @@ from blueberry_video.models import vit
 from blueberry_video.models.encoder import Encoder
 from blueberry_video.models.jepa import convert
 from blueberry_video.models.jepa.predictor import Predictor
+from blueberry_video.nn.running_average import RunningAverages, update_averages
 from blueberry_video.weights.diffusers_folder import TRANSFORMERS, write_folder
 from blueberry_video.weights.load import check_layout, different_settings, load_strictly
 
 
-class JEPA(nn.Module):
+class JEPA(RunningAverages):
     """Encoder of visible tokens, predictor of hidden ones, and the encoder that computes the prediction targets.
 
     Args:
@@ -114,9 +115,13 @@ class JEPA(nn.Module):
             tokens = encoder(video)
             return F.layer_norm(tokens, tokens.shape[-1:])
 
-    @torch.no_grad()
+    def averages(self) -> dict[str, Tensor]:
+        if self.target_encoder is None or not self.follows:
+            return {}
+        return {f"target_encoder.{name}": value for name, value in self.target_encoder.named_parameters()}
+
     def update_target(self, momentum: float) -> None:
-        """Updates the target encoder: target = momentum * target + (1 - momentum) * encoder.
+        """Updates the target encoder: target = momentum * target + (1 - momentum) * encoder, in at least 32 bits.
 
         Args:
             momentum: in [0, 1]; from 0.998 to 1 in V-JEPA, 0.99925 in V-JEPA 2. 0 copies the encoder.
@@ -128,8 +133,8 @@ class JEPA(nn.Module):
             raise ValueError(f"an EMA momentum of {momentum} is outside [0, 1]: V-JEPA 2 uses 0.99925.")
         if self.target_encoder is None or not self.follows:
             raise ValueError("there is no EMA of the encoder to update: set model.ema=true.")
-        for target, online in zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True):
-            target.lerp_(online, 1 - momentum)
+        with self.wide_averages() as targets:
+            update_averages(list(targets.values()), list(self.encoder.parameters()), 1 - momentum)
 
     # ---- published weights ----
 
