@@ -136,6 +136,28 @@ class ClassCounts:
         return shares
 
 
+class CodeCounts:
+    """Number of times that each code of a codebook occurs, over batches and processes.
+
+    Args:
+        vocabulary: number of codes.
+    """
+
+    def __init__(self, vocabulary: int):
+        self.vocabulary, self._counts = vocabulary, torch.zeros(vocabulary, dtype=torch.long)
+
+    def add(self, ids: Tensor) -> None:
+        """Adds ids of any shape, long."""
+        self._counts = self._counts.to(ids.device) + ids.flatten().bincount(minlength=self.vocabulary)
+
+    def compute(self) -> Tensor:
+        """Returns the counts (vocabulary,) of all processes, and resets; all processes must call it."""
+        counts, self._counts = self._counts, torch.zeros_like(self._counts)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts)
+        return counts
+
+
 class _Views(NamedTuple):
     """M views of a batch: ids, and per label softmax scores (M, classes) and true classes (M,)."""
 

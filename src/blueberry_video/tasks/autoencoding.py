@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blueberry_video.evaluation.reconstruction import TRIVIAL, psnr, trivial_reconstructions
 from blueberry_video.models.autoencoder.base import sample
 from blueberry_video.models.autoencoder.causal_vae import CausalVideoVAE
 from blueberry_video.tasks.base import Task
 from blueberry_video.tasks.settings import ClipInput, Optimization
-
-TRIVIAL = ("mean", "still", "blocks")
 
 
 def kl_divergence(moments: Tensor) -> Tensor:
@@ -23,29 +22,6 @@ def kl_divergence(moments: Tensor) -> Tensor:
     """
     mean, log_variance = moments.float().chunk(2, dim=1)
     return (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
-
-
-def psnr(reconstruction: Tensor, video: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, averaged over clips (B, C, T, H, W) in [-1, 1]."""
-    error = (reconstruction.float().clamp(-1, 1) - video.float()).square().flatten(1).mean(dim=1)
-    return (10 * torch.log10(4 / error.clamp(min=1e-10))).mean()
-
-
-def trivial_reconstructions(video: Tensor, stride: tuple[int, int, int]) -> dict[str, Tensor]:
-    """Baseline reconstructions without a network, each (B, C, T, H, W) as ``video``.
-
-    ``mean``: the mean colour of the clip; ``still``: the mean of its frames; ``blocks``: the mean colour of the pixels
-    that each latent of an autoencoder with this ``stride`` covers, the first frame separately.
-    """
-    before = video[:, :, :1].expand(-1, -1, stride[0] - 1, -1, -1)  # completes the group of the first frame
-    blocks = F.avg_pool3d(torch.cat([before, video], dim=2).float(), stride).to(video.dtype)  # no bfloat16 on the CPU
-    for dim, size in zip((2, 3, 4), stride):
-        blocks = blocks.repeat_interleave(size, dim)
-    return {
-        "mean": video.mean(dim=(2, 3, 4), keepdim=True).expand_as(video),
-        "still": video.mean(dim=2, keepdim=True).expand_as(video),
-        "blocks": blocks[:, :, stride[0] - 1 :],
-    }
 
 
 class Autoencoding(Task):

@@ -172,9 +172,13 @@ class Task(lightning.LightningModule, ABC):
         # on the device: NCCL does not reduce tensors of the CPU
         self.log_dict({f"{stage}/{name}": value.to(self.device) for name, value in values.items()}, sync_dist=True)
 
+    def parameter_groups(self) -> list[dict]:
+        """Parameter groups of the optimizer; see :func:`~blueberry_video.optim.parameter_groups`."""
+        return parameter_groups(self, self.optimization.layer_decay, self._decayed)
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         settings = self.optimization
-        optimizer = settings.optimizer(parameter_groups(self, settings.layer_decay, self._decayed))
+        optimizer = settings.optimizer(self.parameter_groups())
         total_steps = self.trainer.estimated_stepping_batches
         if math.isinf(total_steps):
             raise ValueError(
