@@ -148,9 +148,7 @@ def test_sharded_average_equals_the_unsharded_one(tmp_path: Path):
         for weight in (0.001, 0.5):
             for network in (module, expected):
                 with network.wide_averages() as averages:
-                    update_averages(
-                        [averages["average.weight"]], [network.layer.weight.to(torch.bfloat16)], weight
-                    )
+                    update_averages([averages["average.weight"]], [network.layer.weight.to(torch.bfloat16)], weight)
         state = module.state_dict()["average.weight"]
         assert isinstance(module.average.weight, DTensor)
         assert state.dtype == torch.float32

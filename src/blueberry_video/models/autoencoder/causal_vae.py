@@ -131,7 +131,9 @@ class CausalVideoVAE(RunningAverages, Autoencoder):
             mean, std = averages["latent_mean"], averages["latent_std"]
             latents = latents.to(mean.dtype)
             square = std.square() + mean.square()
-            update_averages([mean, square], [values.mean(dim=(0, 2, 3, 4)) for values in (latents, latents.square())], momentum)
+            update_averages(
+                [mean, square], [values.mean(dim=(0, 2, 3, 4)) for values in (latents, latents.square())], momentum
+            )
             std.copy_((square - mean.square()).clamp(min=1e-6).sqrt())
 
     def load_published(self, source: str | Path) -> str:
