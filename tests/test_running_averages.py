@@ -70,7 +70,7 @@ def fit(
     *callbacks: Callback,
     steps: int = STEPS,
     start: Path | None = None,
-    **more,
+    **options,
 ) -> tuple[Task, lightning.Trainer]:
     lightning.seed_everything(0, verbose=False)
     task = make()
@@ -79,7 +79,7 @@ def fit(
     trainer = lightning.Trainer(
         accelerator="cpu", precision=precision, max_steps=steps, callbacks=[StepSeed(0), *callbacks], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        use_distributed_sampler=False, plugins=[AtomicCheckpointIO()], **more,
+        use_distributed_sampler=False, plugins=[AtomicCheckpointIO()], **options,
     )  # fmt: skip
     trainer.fit(task, datamodule=data, ckpt_path=start)
     return task, trainer
@@ -162,7 +162,7 @@ def test_latent_statistics_are_averaged_in_at_least_32_bits(precision: str):
 @pytest.mark.parametrize("make", [jepa, vae])
 def test_resumed_run_has_the_same_averages(make: Callable[[], Task], precision: str, tmp_path: Path):
     for name, steps, start in (("whole", STEPS, None), ("part", 5, None), ("resumed", STEPS, tmp_path / "part")):
-        _, trainer = fit(make, precision, EMA(DECAY), SaveLast(tmp_path / name), steps=steps, start=start)
+        fit(make, precision, EMA(DECAY), SaveLast(tmp_path / name), steps=steps, start=start)
     whole, resumed = (torch.load(tmp_path / name, weights_only=True) for name in ("whole", "resumed"))
     for part in ("state_dict", "current_model_state"):
         assert whole[part].keys() == resumed[part].keys()

@@ -71,8 +71,8 @@ class EMA(WeightAveraging):
     """Exponential moving average of the weights, used by validation, media, probes and the final model.
 
     Lightning's ``WeightAveraging`` with a warmup of the decay, for short runs, and at least 32 bits in every precision.
-    Only parameters are averaged; buffers are copied. In a checkpoint, ``state_dict`` contains the averaged weights and ``current_model_state`` the trained
-    ones.
+    Only parameters are averaged; buffers are copied. In a checkpoint, ``state_dict`` contains the averaged weights and
+    ``current_model_state`` the trained ones.
 
     Args:
         decay: weight of the previous average at each step, below 1.
