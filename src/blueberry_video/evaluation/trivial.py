@@ -8,9 +8,14 @@ from blueberry_video.nn.patches import gather_tokens, token_mse
 
 
 def trivial_patch_losses(
-    patches: Tensor, keep: Tensor, target: Tensor, grid: tuple[int, int, int], scored: Tensor | None = None
+    patches: Tensor,
+    keep: Tensor,
+    target: Tensor,
+    grid: tuple[int, int, int],
+    scored: Tensor | None = None,
+    by_clip: bool = False,
 ) -> dict[str, Tensor]:
-    """Mean squared error of three baselines that predict masked, normalized patches, as mean over clips.
+    """Mean squared error of three baselines that predict masked, normalized patches.
 
     Args:
         patches: (B, N, K) per-patch normalized pixels, flattened.
@@ -18,6 +23,7 @@ def trivial_patch_losses(
         target: (B, N_target) indices of the masked patches.
         grid: number of patches along (t, h, w).
         scored: (B, N_target) bool, which targets count; ``None`` for all.
+        by_clip: see :func:`~blueberry_video.nn.patches.token_mse`.
 
     Returns:
         Scalars by name: ``zero`` predicts 0, the mean of every patch; ``mean`` the mean of the clip's visible
@@ -31,7 +37,7 @@ def trivial_patch_losses(
         "mean": visible.mean(dim=1, keepdim=True).expand_as(truth),
         "nearest": gather_tokens(visible, nearest),
     }
-    return {name: token_mse(prediction, truth, scored, by_clip=True) for name, prediction in predictions.items()}
+    return {name: token_mse(prediction, truth, scored, by_clip) for name, prediction in predictions.items()}
 
 
 def trivial_latent_losses(

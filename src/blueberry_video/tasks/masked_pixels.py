@@ -106,7 +106,7 @@ class MaskedPixels(Task):
         if training:
             return values
         patches = patch_targets(clip, encoder.patch_size, self.eps_under_root)
-        trivial = trivial_patch_losses(patches, keep, target, grid, scored)
+        trivial = trivial_patch_losses(patches, keep, target, grid, scored, by_clip=True)
         values |= {f"loss_trivial_{name}": value for name, value in trivial.items()}
         suffix = "_image" if encoder.images and video.shape[2] == 1 else ""
         return {f"{name}{suffix}": value for name, value in values.items()}
