@@ -8,7 +8,15 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from blueberry_video.masking import ByModality, DualMasking, Masks, MultiBlockMasking, RandomMasking, TubeMasking
+from blueberry_video.masking import (
+    ByModality,
+    DualMasking,
+    Masks,
+    MultiBlockMasking,
+    RandomMasking,
+    TubeMasking,
+    evaluation_masks,
+)
 
 grids = st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 6))
 even_grids = st.tuples(
@@ -395,3 +403,16 @@ def test_blocks_without_context_raise(masking):
 def test_block_arguments_out_of_range_raise(changes, pattern):
     with pytest.raises(ValueError, match=pattern):
         MultiBlockMasking(**changes)
+
+
+@pytest.mark.parametrize("masking", [TubeMasking(0.5), DualMasking(TubeMasking(0.75)), MultiBlockMasking(2, 0.4)])
+def test_evaluation_masks_depend_on_the_seed_of_the_clip_only(masking):
+    before = torch.get_rng_state()
+    whole = evaluation_masks(masking, [7, 2**31 + 5, 40], (2, 4, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    for row, seed in enumerate((7, 2**31 + 5, 40)):
+        alone = evaluation_masks(masking, [seed], (2, 4, 4))
+        for part, other in zip(whole, alone, strict=True):
+            assert (part is None and other is None) or torch.equal(part[row : row + 1], other)
+    assert not torch.equal(whole.keep[0], whole.keep[1])
+    assert not torch.equal(whole.keep, evaluation_masks(masking, [7, 2**31 + 5, 40], (2, 4, 4), seed=1).keep)

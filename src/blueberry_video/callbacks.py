@@ -71,8 +71,8 @@ class EMA(WeightAveraging):
     """Exponential moving average of the weights, used by validation, media, probes and the final model.
 
     Lightning's ``WeightAveraging`` with a warmup of the decay, for short runs, and at least 32 bits in every precision.
-    Only parameters are averaged; buffers are copied. In a checkpoint, ``state_dict`` contains the averaged weights and ``current_model_state`` the trained
-    ones.
+    Only parameters are averaged; buffers are copied. In a checkpoint, ``state_dict`` contains the averaged weights and
+    ``current_model_state`` the trained ones.
 
     Args:
         decay: weight of the previous average at each step, below 1.
@@ -99,18 +99,21 @@ class EMA(WeightAveraging):
         assert self._average_model is not None
         if trainer.precision == "64-true":  # before a checkpoint is loaded
             self._average_model.double()
-        trained = [weight for weight in self._average_model.module.parameters() if weight.requires_grad]
-        for module in self._average_model.module.modules():
-            trained += module.averages().values() if isinstance(module, RunningAverages) else []
-        for weight in trained:
+        averaged = self._average_model.module
+        trained = [weight for weight in averaged.parameters() if weight.requires_grad]
+        for weight in (*trained, *_running_averages(averaged)):
             weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
 
     @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Copies frozen weights to the average, which is created before they are loaded."""
+        """Copies frozen weights to the average, which is created before they are loaded.
+
+        A resumed run has averages of a target encoder, which is frozen, but changes.
+        """
         assert self._average_model is not None
+        averages = {id(value) for value in _running_averages(pl_module)} if self._average_model.n_averaged else set()
         for averaged, current in zip(self._average_model.module.parameters(), pl_module.parameters()):
-            if not current.requires_grad:
+            if not current.requires_grad and id(current) not in averages:
                 averaged.copy_(current)
 
     @torch.no_grad()
@@ -134,6 +137,12 @@ class EMA(WeightAveraging):
                 average.copy_(trained)
             else:
                 self._kept[position] = trained
+
+
+def _running_averages(module: torch.nn.Module) -> list[Tensor]:
+    """Parameters and buffers that are running averages, such as the weights of a target encoder."""
+    parts = [part.averages() for part in module.modules() if isinstance(part, RunningAverages)]
+    return [value for part in parts for value in part.values()]
 
 
 def _tensors(module: torch.nn.Module) -> list[Tensor]:

@@ -5,12 +5,13 @@ generator or torch's global one, so that masks are equal on all devices and vali
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+EVALUATION_MASKS = 32  # masks that clips share in validation
 _ATTEMPTS = 100  # draws of blocks that cover the whole grid, before an error is raised
 
 
@@ -24,6 +25,25 @@ class Masks(NamedTuple):
     def to(self, device: torch.device) -> "Masks":
         scored = None if self.scored is None else self.scored.to(device, non_blocking=True)
         return Masks(self.keep.to(device, non_blocking=True), self.target.to(device, non_blocking=True), scored)
+
+
+def evaluation_masks(
+    masking: Callable[..., Masks], seeds: Sequence[int], grid: tuple[int, int, int], seed: int = 0
+) -> Masks:
+    """Masks of clips in validation, which do not depend on the batch.
+
+    Each clip has one of 32 masks. They are drawn together, because maskings may draw one shape per batch and truncate
+    all masks of a batch to the same number of tokens.
+
+    Args:
+        masking: ``(batch_size, grid, generator) -> Masks``.
+        seeds: B integers; each selects the mask of a clip.
+        grid: number of patches along (t, h, w).
+        seed: seed of the masks.
+    """
+    masks = masking(EVALUATION_MASKS, grid, torch.Generator().manual_seed(seed))
+    rows = torch.tensor(seeds, dtype=torch.long) % EVALUATION_MASKS
+    return Masks(masks.keep[rows], masks.target[rows], None if masks.scored is None else masks.scored[rows])
 
 
 class TubeMasking:

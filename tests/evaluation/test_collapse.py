@@ -248,3 +248,9 @@ def test_a_task_without_latents_raises(encoder, fit):
 def test_arguments_out_of_range_raise(changes):
     with pytest.raises(ValueError, match=rf"\b{next(iter(changes))}=0\b"):
         CollapseMonitor(**changes)
+
+
+def test_batches_of_one_clip_raise_before_training():
+    trainer = SimpleNamespace(datamodule=SimpleNamespace(batch_size=1))
+    with pytest.raises(ValueError, match=r"callbacks\.collapse\b.*data\.batch_size=1\b.*data\.batch_size=2"):
+        CollapseMonitor().setup(trainer, SimpleNamespace(latents=None), "fit")

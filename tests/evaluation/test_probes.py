@@ -83,6 +83,32 @@ def test_a_sharded_model_raises(encoder):
         FewLabels(["motion"]).setup(SimpleNamespace(strategy=strategy), None, "fit")
 
 
+@pytest.mark.parametrize(
+    ("callback", "expected"),
+    [
+        (
+            partial(Probe, ["level"], train_clips=999, val_clips=8),
+            r"callbacks\.probe\.train_clips=999\b.*\b96\b.*data\.train",
+        ),
+        (
+            partial(Probe, ["level"], train_clips=8, val_clips=999),
+            r"callbacks\.probe\.val_clips=999\b.*\b96\b.*data\.val",
+        ),
+        (partial(FewLabels, ["level"], num_labelled=999), r"callbacks\.few_labels\.num_labelled=999\b.*\b96\b"),
+        (partial(FewLabels, ["level"], num_labelled=0), r"callbacks\.few_labels\.num_labelled=0\b"),
+        (partial(Probe, ["colour"], train_clips=8, val_clips=8), r"callbacks\.probe\.labels=\['colour'\].*level"),
+        (partial(Probe, ["level"], train_clips=8, val_clips=8, part="clip"), r"callbacks\.probe\.part='clip'"),
+    ],
+)
+def test_impossible_evaluations_raise_before_the_first_step(encoder, ramps, trainer, callback, expected):
+    model = MaskedAutoencoder(copy.deepcopy(encoder), 12, 1, 1)
+    task = MaskedPixels(model, Optimization(partial(torch.optim.SGD, lr=0.0), constant), RandomMasking(0.5))
+    run = trainer(callback(), max_steps=1)
+    with pytest.raises(ValueError, match=expected):
+        run.fit(task, datamodule=DataModule(ramps, ramps, batch_size=16))
+    assert run.global_step == 0
+
+
 def test_encoders_of_different_sizes_are_probed(ramps):
     wide = VisionTransformer(
         image_size=8, num_frames=4, patch_size=8, tubelet_size=4, embed_dim=10, depth=1, num_heads=5

@@ -3,6 +3,7 @@
 Shapes: B clips, C channels, T x H x W latent frames, rows and columns.
 """
 
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blueberry_video.diffusion.image_noise import ImageNoise, image_channels
-from blueberry_video.diffusion.text_to_video import TextToVideo, map_text, repeated
+from blueberry_video.diffusion.text_to_video import TextToVideo, map_text
 from blueberry_video.diffusion.timesteps import TimestepSampler
 from blueberry_video.models.autoencoder.base import fingerprint, sample
 from blueberry_video.models.text_encoder.base import TextTokens
@@ -293,7 +294,8 @@ def draw_image_mask(image: Tensor | None, dropout: float) -> Tensor | None:
 def mismatched_text(model: TextToVideo, batch: dict, text: TextTokens, spare: Sequence[dict]) -> TextTokens | None:
     """Returns a different caption for every clip, as a control.
 
-    It is the nearest different caption before the clip in the batch, cyclically; if all are equal, one of ``spare``.
+    It is one of ``spare`` that the id of the clip selects; without ``spare``, the nearest different caption before the
+    clip in the batch, cyclically.
 
     Args:
         model: requires a text encoder, unless ``spare`` is encoded.
@@ -305,35 +307,42 @@ def mismatched_text(model: TextToVideo, batch: dict, text: TextTokens, spare: Se
     """
     captions = batch["caption"]
     size, device = len(captions), text.mask.device
-    if len(set(captions)) > 1:
-        nearest = [next(i - k for k in range(1, size) if captions[i - k] != captions[i]) for i in range(size)]
-        indices = torch.tensor(nearest, device=device) % size
-        return map_text(lambda part: part[indices], text)
-    for clip in spare:
-        if clip["caption"] != captions[:1]:
-            one = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in clip.items()}
-            return repeated(text_of(model, one), size)
-    return None
+    if spare:
+        chosen = []
+        for name, caption in zip(batch.get("id", captions), captions, strict=True):
+            first = zlib.crc32(str(name).encode()) % len(spare)
+            chosen.append(next(clip for clip in (*spare[first:], *spare) if clip["caption"] != [caption]))
+        clips = {key: [clip[key][0] for clip in chosen] for key in chosen[0]}
+        encoded = {key: torch.stack(values).to(device) for key, values in clips.items() if key.startswith("text_")}
+        return text_of(model, {**clips, **encoded})
+    if len(set(captions)) == 1:
+        return None
+    nearest = [next(i - k for k in range(1, size) if captions[i - k] != captions[i]) for i in range(size)]
+    indices = torch.tensor(nearest, device=device) % size
+    return map_text(lambda part: part[indices], text)
 
 
 def different_captions(dataset: Any) -> list[dict]:
-    """Returns two clips with different captions, each as a batch of one for :func:`text_of`, or [] if all are equal.
+    """Returns up to 16 clips with different captions, each as a batch of one for :func:`text_of`.
 
-    At least one of them differs from the caption of any clip.
+    At least one of them differs from the caption of any clip; the list is empty if all captions are equal. If two are
+    found, the search ends after 256 clips.
     """
     captions = iter(captions_of(dataset))
     first = next(captions)
-    other = next((caption for caption in captions if caption != first), None)
-    if other is None:
+    if all(caption == first for caption in captions):
         return []
-    if not hasattr(dataset, "made_of"):
-        return [{"id": [caption], "caption": [caption]} for caption in (first, other)]
-    found = []
-    for caption in (first, other):  # stored text may be encoded, and clips in a different order than captions
-        clip = next(clip for clip in map(dataset.__getitem__, range(len(dataset))) if clip["caption"] == caption)
+    found: dict[str, dict] = {}
+    if hasattr(dataset, "made_of"):  # stored text may be encoded
+        clips: Iterable[dict] = map(dataset.__getitem__, range(len(dataset)))
+    else:
+        clips = ({"id": caption, "caption": caption} for caption in captions_of(dataset))
+    for number, clip in enumerate(clips):
+        if len(found) == 16 or (len(found) > 1 and number >= 256):
+            break
         encoded = {key: value[None] for key, value in clip.items() if key.startswith("text_")}
-        found.append({"id": [clip["id"]], "caption": [caption], **encoded})
-    return found
+        found.setdefault(clip["caption"], {"id": [clip["id"]], "caption": [clip["caption"]], **encoded})
+    return list(found.values())
 
 
 def captions_of(dataset: Any) -> Iterable[str]:

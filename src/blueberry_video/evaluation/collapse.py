@@ -61,6 +61,10 @@ def parameter_distance(online: nn.Module, target: nn.Module) -> Tensor:
 class CollapseMonitor(Callback):
     """Monitors the embeddings that a task predicts, on the training batches.
 
+    Each process measures its own batch, and the values are averaged over processes. They depend on the batch size:
+    ``effective_rank`` is below the number of clips times positions, and a standard deviation over B clips is too small
+    by about 1 / (2 B). So thresholds are for the batch size of the run.
+
     Logs ``collapse/target_std`` (mean over dimensions) and ``target_std_min`` (minimum), ``effective_rank``,
     ``cross_clip_cosine``, ``ema_distance`` if the model has a target encoder, and ``alarm``: 0, and 1 for the rest of
     the run once ``patience`` consecutive checks found a collapse. A collapse is a standard deviation below
@@ -76,7 +80,8 @@ class CollapseMonitor(Callback):
         stop: stops training at the alarm.
 
     Raises:
-        ValueError: for arguments out of range; when training begins, if the task has no ``latents``.
+        ValueError: for arguments out of range; when training begins, if the task has no ``latents``, or for batches of
+            one clip.
     """
 
     def __init__(
@@ -104,6 +109,11 @@ class CollapseMonitor(Callback):
             raise ValueError(
                 f"callbacks.collapse requires a task that predicts embeddings, not task={type(pl_module).__name__}: "
                 "set callbacks.collapse=null, or use task=latent_prediction."
+            )
+        if getattr(getattr(trainer, "datamodule", None), "batch_size", 2) < 2:
+            raise ValueError(
+                "callbacks.collapse compares the clips of a batch, and data.batch_size=1 has one clip: use "
+                "data.batch_size=2 or more, or callbacks.collapse=null."
             )
 
     def on_train_batch_end(

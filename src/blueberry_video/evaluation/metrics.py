@@ -1,6 +1,7 @@
 """Accuracy, multi-view accuracy and mean class recall, and frame shuffling as a control of motion."""
 
 import re
+from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -71,9 +72,17 @@ def within_pair_correct(logits: Tensor, labels: Tensor, pairs: tuple[tuple[int, 
     return torch.cat(correct)
 
 
-def shuffle_frames(video: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Shuffles the frames of each clip (B, C, T, H, W) in an independent random order, which removes the motion."""
-    order = torch.rand(video.shape[0], video.shape[2], generator=generator).argsort(dim=1).to(video.device)
+def shuffle_frames(video: Tensor, generator: torch.Generator | Sequence[int] | None = None) -> Tensor:
+    """Shuffles the frames of each clip (B, C, T, H, W) in an independent random order, which removes the motion.
+
+    ``generator`` draws all orders; with a seed for every clip, they do not depend on the batch.
+    """
+    if isinstance(generator, Sequence):
+        generators = [torch.Generator().manual_seed(seed) for seed in generator]
+        drawn = torch.stack([torch.rand(video.shape[2], generator=each) for each in generators])
+    else:
+        drawn = torch.rand(video.shape[0], video.shape[2], generator=generator)
+    order = drawn.argsort(dim=1).to(video.device)
     return video.gather(2, order[:, None, :, None, None].expand_as(video))
 
 

@@ -27,6 +27,7 @@ class _EncoderEvaluation(Callback, ABC):
     """
 
     reference: ClassVar[str]  # suffix of the metrics of the untrained encoder
+    train_key: ClassVar[str]  # argument with the number of training clips
 
     def __init__(
         self,
@@ -105,7 +106,28 @@ class _EncoderEvaluation(Callback, ABC):
                 "run with task=classification and init_from."
             )
         if stage == "fit":
+            self._check(getattr(trainer, "datamodule", None))
             self.untrained = copy.deepcopy(pl_module.model.encoder)  # type: ignore[union-attr, assignment]
+
+    def _check(self, data: Any) -> None:
+        """Checks before training that the data has the part, the clips and the labels that the end of the run needs."""
+        if data is None:
+            return
+        for split, key, count in (("train", self.train_key, self.train_clips), ("val", "val_clips", self.val_clips)):
+            dataset = self._chosen(split, getattr(data, split))
+            if not 1 <= count <= len(dataset):
+                raise ValueError(
+                    f"callbacks.{self.name}.{key}={count} must be from 1 to {len(dataset)}, the number of clips of "
+                    f"data.{split}: set callbacks.{self.name}.{key}={len(dataset)} or less, or add clips."
+                )
+            known = dataset[0].get("labels", {})
+            for label in self.labels:
+                if label not in known or label not in data.classes:
+                    raise ValueError(
+                        f"callbacks.{self.name}.labels={list(self.labels)}: {label!r} is not a label of the clips of "
+                        f"data.{split}: choose from {', '.join(sorted(known)) or 'none (the clips have no labels)'}, "
+                        f"or set callbacks.{self.name}=null."
+                    )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -129,7 +151,7 @@ class Probe(_EncoderEvaluation):
             Single frames have no shuffled control.
     """
 
-    reference = "random_init"
+    reference, train_key = "random_init", "train_clips"
 
     def __init__(
         self,
@@ -176,7 +198,7 @@ class FewLabels(_EncoderEvaluation):
             Single frames have no shuffled control.
     """
 
-    reference = "scratch"
+    reference, train_key = "scratch", "num_labelled"
 
     def __init__(
         self,

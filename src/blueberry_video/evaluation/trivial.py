@@ -8,7 +8,12 @@ from blueberry_video.nn.patches import gather_tokens, token_mse
 
 
 def trivial_patch_losses(
-    patches: Tensor, keep: Tensor, target: Tensor, grid: tuple[int, int, int], scored: Tensor | None = None
+    patches: Tensor,
+    keep: Tensor,
+    target: Tensor,
+    grid: tuple[int, int, int],
+    scored: Tensor | None = None,
+    by_clip: bool = False,
 ) -> dict[str, Tensor]:
     """Mean squared error of three baselines that predict masked, normalized patches.
 
@@ -18,6 +23,7 @@ def trivial_patch_losses(
         target: (B, N_target) indices of the masked patches.
         grid: number of patches along (t, h, w).
         scored: (B, N_target) bool, which targets count; ``None`` for all.
+        by_clip: see :func:`~blueberry_video.nn.patches.token_mse`.
 
     Returns:
         Scalars by name: ``zero`` predicts 0, the mean of every patch; ``mean`` the mean of the clip's visible
@@ -31,45 +37,52 @@ def trivial_patch_losses(
         "mean": visible.mean(dim=1, keepdim=True).expand_as(truth),
         "nearest": gather_tokens(visible, nearest),
     }
-    return {name: token_mse(prediction, truth, scored) for name, prediction in predictions.items()}
+    return {name: token_mse(prediction, truth, scored, by_clip) for name, prediction in predictions.items()}
 
 
-def trivial_latent_losses(latents: Tensor, keep: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """Mean absolute error of three baselines that predict masked embeddings from means of the batch.
+def trivial_latent_losses(
+    latents: Tensor, keep: Tensor, target: Tensor, average: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Mean absolute error of three baselines that predict masked embeddings from means.
 
     Args:
         latents: (B, N, D), embeddings of all tokens of the clips.
         keep: (B, N_visible) indices of the visible tokens.
         target: (B, N_target) indices of the masked tokens.
+        average: (N, D), mean over clips of the embeddings; ``None``: over those of the batch.
 
     Returns:
         Scalars by name: ``mean`` predicts the mean of all embeddings; ``position`` the mean over clips at the same
             position; ``clip`` the mean of the clip's visible embeddings.
     """
+    average = latents.mean(dim=0) if average is None else average
     predictions = {
-        "mean": latents.mean(dim=(0, 1)).expand_as(latents),
-        "position": latents.mean(dim=0).expand_as(latents),
+        "mean": average.mean(dim=0).expand_as(latents),
+        "position": average.expand_as(latents),
         "clip": gather_tokens(latents, keep).mean(dim=1, keepdim=True).expand_as(latents),
     }
     errors = {name: (latents - prediction).abs() for name, prediction in predictions.items()}
     return {name: gather_tokens(error, target).mean() for name, error in errors.items()}
 
 
-def trivial_denoising_losses(objective: Objective, clean: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
+def trivial_denoising_losses(
+    objective: Objective, clean: Tensor, noise: Tensor, t: Tensor, average: Tensor | None = None
+) -> dict[str, Tensor]:
     """Mean squared error of two baselines that predict the target of a diffusion objective without the noisy latents.
 
     Args:
         objective: training objective.
         clean, noise: (B, C, T, H, W).
         t: times (B,) or (B, T) in [0, 1].
+        average: mean latents (C, T, H, W); ``None``: of the batch.
 
     Returns:
-        Scalars by name: ``zero`` predicts 0; ``mean`` the target of the batch's mean latents and zero noise. ``mean``
-            is the best constant, up to 1 / B of the variance of the latents, since the mean includes the clip itself.
+        Scalars by name: ``zero`` predicts 0; ``mean`` the target of the mean latents and zero noise. ``mean`` of N
+            clips is the best constant, up to 1 / N of the variance of the latents, since it includes the clip itself.
             For a flow it is 1 plus that variance.
     """
     truth = objective.target(clean, noise, t)
-    average = clean.mean(dim=0, keepdim=True).expand_as(clean)
+    average = (clean.mean(dim=0) if average is None else average).expand_as(clean)
     predictions = {"zero": torch.zeros_like(truth), "mean": objective.target(average, torch.zeros_like(noise), t)}
     return {name: (prediction - truth).square().mean() for name, prediction in predictions.items()}
 

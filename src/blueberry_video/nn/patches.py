@@ -58,8 +58,13 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(1, index)
 
 
-def token_mse(predicted: Tensor, truth: Tensor, scored: Tensor | None = None) -> Tensor:
-    """Mean squared error of tokens (B, N, K) over the whole batch, optionally only where ``scored`` (B, N) is true."""
+def token_mse(predicted: Tensor, truth: Tensor, scored: Tensor | None = None, by_clip: bool = False) -> Tensor:
+    """Mean squared error of tokens (B, N, K), optionally only where ``scored`` (B, N) is true.
+
+    ``by_clip`` weights clips equally rather than by their number of scored tokens, as a mean over several batches
+    requires.
+    """
     if scored is None:
         return F.mse_loss(predicted, truth)
-    return ((predicted - truth).square().mean(dim=2) * scored).sum() / scored.sum()
+    errors = (predicted - truth).square().mean(dim=2) * scored
+    return (errors.sum(dim=1) / scored.sum(dim=1)).mean() if by_clip else errors.sum() / scored.sum()

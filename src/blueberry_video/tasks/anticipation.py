@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blueberry_video.evaluation.metrics import accuracy, mean_class_recall, recalled_by_class, shuffle_frames
+from blueberry_video.evaluation.reference import clip_seeds
 from blueberry_video.models.jepa.anticipator import Anticipator
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.nn.patches import gather_tokens
@@ -134,7 +135,7 @@ class Anticipation(Task):
             return values
         named = self.trainer.datamodule.reversal_pairs.keys() & labels.keys()  # type: ignore[attr-defined]
         if named:
-            mixed = self.model(self.normalize(shuffle_frames(seen, torch.Generator().manual_seed(0))), skip)
+            mixed = self.model(self.normalize(shuffle_frames(seen, clip_seeds(batch))), skip)
             values |= {f"{name}_shuffled": accuracy(mixed[name], labels[name]) for name in sorted(named)}
         return values
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from blueberry_video.augmentation import Mixing, soft_targets
 from blueberry_video.evaluation.metrics import ClassCounts, ViewScores, accuracy, shuffle_frames, within_pair_correct
+from blueberry_video.evaluation.reference import clip_seeds
 from blueberry_video.models.classifier import VideoClassifier
 from blueberry_video.tasks.base import Task
 from blueberry_video.tasks.settings import ClipInput, Optimization
@@ -84,7 +85,7 @@ class Classification(Task):
         if stage != "train":
             self._classes.add(labels)
             self._views.add(batch.get("id", []), logits, labels)
-            values |= self._motion_controls(video, logits, labels)
+            values |= self._motion_controls(video, logits, labels, clip_seeds(batch))
         return values
 
     def losses(self, inputs: Tensor, logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -98,14 +99,14 @@ class Classification(Task):
         return {"loss": soft_cross_entropy(logits, targets)}
 
     def _motion_controls(
-        self, video: Tensor, logits: dict[str, Tensor], labels: dict[str, Tensor]
+        self, video: Tensor, logits: dict[str, Tensor], labels: dict[str, Tensor], seeds: list[int]
     ) -> dict[str, Tensor]:
         """Accuracies on shuffled frames, for labels that depend on the order of frames."""
         pairs = self.trainer.datamodule.reversal_pairs  # type: ignore[attr-defined]
         names = [name for name in logits if name in pairs and video.shape[2] > 1]
         if not names:
             return {}
-        shuffled = self.model(self.normalize(shuffle_frames(video, torch.Generator().manual_seed(0))))
+        shuffled = self.model(self.normalize(shuffle_frames(video, seeds)))
         values = {f"{name}_shuffled": accuracy(shuffled[name], labels[name]) for name in names}
         for name in names:
             values[f"{name}_within_pairs_trivial"] = video.new_tensor(0.5)

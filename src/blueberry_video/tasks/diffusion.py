@@ -3,7 +3,6 @@ Diffusion Forcing (arXiv 2407.01392), with a separate timestep for every frame.
 """
 
 import math
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from blueberry_video.diffusion.samplers import Sampler
 from blueberry_video.diffusion.text_to_video import TextToVideo
 from blueberry_video.diffusion.timesteps import TimestepSampler
 from blueberry_video.evaluation.denoising import denoising_losses
+from blueberry_video.evaluation.reference import ReferenceClips, seeded_generators
 from blueberry_video.models.text_encoder.base import TextTokens
 from blueberry_video.models.text_encoder.words import WordText
 from blueberry_video.nn.noise import Generator, clip_generators, standard_normal
@@ -34,7 +34,7 @@ class Diffusion(Task):
     """Trains a diffusion transformer on clips with captions.
 
     Clips are pixels, or stored moments of their latents (``data=latents``). Logs ``loss`` and, in validation, where
-    timesteps and noise are the same in every epoch and run, the metrics of
+    timesteps and noise of a clip depend only on its id, the metrics of
     :func:`~blueberry_video.evaluation.denoising.denoising_losses`.
 
     Args:
@@ -87,6 +87,7 @@ class Diffusion(Task):
         self.prompts, self.num_pictures = None if prompts is None else list(prompts), num_pictures
         self._latent_size: tuple[int, int, int] | None = None
         self._spare_captions: list[dict] = []
+        self._reference_clips = ReferenceClips()  # of which the baselines predict the mean
 
     def setup(self, stage: str) -> None:
         self.model.prepare()
@@ -116,13 +117,9 @@ class Diffusion(Task):
         return super().on_after_batch_transfer(batch, dataloader_idx)
 
     def shared_step(self, batch: dict, stage: str) -> dict[str, Tensor]:
-        train = stage == "train"
-        # the noise of validation depends only on the clip
-        seeds = [zlib.crc32(name.encode()) for name in batch["id"]]
-        generator = None if train else [torch.Generator().manual_seed(seed) for seed in seeds]
-        image_noise = self.image_noise if train else None
-        clean, image = conditioning.latents_of(self.model, batch, generator, image_noise, self.image_dropout)
-        image_mask = conditioning.draw_image_mask(image, self.image_dropout) if train else None
+        generator = None if stage == "train" else seeded_generators(batch)
+        clean, image = self._latents(batch, stage)
+        image_mask = conditioning.draw_image_mask(image, self.image_dropout) if generator is None else None
         text, known = conditioning.text_of(self.model, batch), conditioning.num_conditioning_frames(self.model, image)
 
         def predict(noisy: Tensor, t: Tensor, text: TextTokens) -> Tensor:
@@ -133,7 +130,9 @@ class Diffusion(Task):
 
         if generator is not None:  # conditioning frames have no noise and do not count
             mismatched = conditioning.mismatched_text(self.model, batch, text, self._spare_captions)
-            return denoising_losses(predict_rest, self.objective, clean[:, :, known:], text, mismatched, generator)
+            average = self._reference_clips.mean(self, stage, clean, lambda clip: self._latents(clip, stage)[0])
+            clean, average = clean[:, :, known:], average[:, known:]
+            return denoising_losses(predict_rest, self.objective, clean, text, mismatched, generator, average)
         t, noise = self._timesteps_of(clean), standard_normal(clean.shape, None, clean.device)
         text = conditioning.drop_captions(self.model, text, self.caption_dropout)
         output = predict(self.objective.noisy(clean, noise, t), t, text).float()
@@ -183,6 +182,10 @@ class Diffusion(Task):
 
     def load_weights(self, path: str | Path) -> str:
         return self.model.load_published(path)
+
+    def _latents(self, batch: dict, stage: str) -> tuple[Tensor, Tensor | None]:
+        generator, noise = (None, self.image_noise) if stage == "train" else (seeded_generators(batch), None)
+        return conditioning.latents_of(self.model, batch, generator, noise, self.image_dropout)
 
     def _timesteps_of(self, clean: Tensor) -> Tensor:
         t, h, w = (size // patch for size, patch in zip(clean.shape[2:], self.model.shape.patch_size))

@@ -11,15 +11,17 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 
+from blueberry_video.evaluation.reference import ReferenceClips, clip_seeds
 from blueberry_video.evaluation.trivial import trivial_latent_losses
 from blueberry_video.inference.embedding_pictures import latent_pictures
-from blueberry_video.masking import Masks
+from blueberry_video.masking import Masks, evaluation_masks
 from blueberry_video.models.encoder import Encoder
 from blueberry_video.models.jepa.losses import context_weight, latent_loss, sigreg
 from blueberry_video.models.jepa.model import JEPA
 from blueberry_video.models.jepa.multi_level import normalize_levels
 from blueberry_video.nn.patches import gather_tokens
 from blueberry_video.tasks.base import Task
+from blueberry_video.tasks.latent_checks import check_settings, check_sharding
 from blueberry_video.tasks.settings import ClipInput, Optimization
 from blueberry_video.weights.files import read_weights
 
@@ -37,8 +39,9 @@ class LatentPrediction(Task):
     Logs ``loss``, ``loss_prediction`` and, if they are part of it, ``loss_context`` and ``loss_sigreg``; in validation
     also the baselines ``loss_prediction_trivial_mean``, ``…_position``, ``…_clip``, their minimum
     ``loss_prediction_trivial``, and the ratio ``loss_share`` = ``loss_prediction`` / ``loss_prediction_trivial``. The
-    losses do not measure the quality of the encoder: targets change, and on collapse every loss is 0. Validation masks
-    are the same in every epoch and run.
+    losses do not measure the quality of the encoder: targets change, and on collapse every loss is 0. In validation,
+    the masks of a clip depend only on its id, and the baselines' means and ``loss_sigreg``, a statistic over clips, are
+    those of :class:`~blueberry_video.evaluation.reference.ReferenceClips`.
 
     Args:
         model, optimization, input: see :class:`~blueberry_video.tasks.base.Task`.
@@ -82,35 +85,14 @@ class LatentPrediction(Task):
         self.momentum, self.weight_decay, self.teacher_from = momentum, weight_decay, teacher_from
         self.visible_weight, self.clip_after = visible_weight, clip_after
         self.sigreg_weight, self.sigreg_directions = sigreg_weight, sigreg_directions
-        self._check()
-
-    def _check(self) -> None:
-        if not self.maskings:
-            raise ValueError(
-                "task.maskings=[] must have at least one masking; V-JEPA uses short- and long-range blocks."
-            )
-        if not 0 <= self.sigreg_weight < 1 or self.visible_weight < 0 or not 0 <= self.clip_after <= 1:
-            raise ValueError(
-                f"task.sigreg_weight={self.sigreg_weight} must be in [0, 1), task.visible_weight={self.visible_weight} "
-                f"at least 0 and task.clip_after={self.clip_after} in [0, 1]."
-            )
-        if bool(self.visible_weight) != (self.model.predictor.proj_context is not None):
-            raise ValueError(
-                f"task.visible_weight={self.visible_weight} and model.predictor_context="
-                f"{str(self.model.predictor.proj_context is not None).lower()} contradict each other: set both or none."
-            )
-        has_teacher = self.model.target_encoder is not None and not self.model.follows
-        if (self.momentum is not None, self.teacher_from is not None) != (self.model.follows, has_teacher):
-            raise ValueError(
-                f"model.ema={str(self.model.follows).lower()}, model.teacher={'…' if has_teacher else 'null'}, "
-                f"task.momentum={self.momentum} and task.teacher_from={self.teacher_from} contradict each other: set "
-                "model.ema=true and task.momentum; or model.teacher and task.teacher_from; or none of the four."
-            )
-        for step in (0, 999):
-            if self.momentum is not None and not 0 <= (value := self.momentum(step, 1000)) <= 1:
-                raise ValueError(f"task.momentum={value} at step {step} of 1000 must be in [0, 1], such as 0.998.")
+        self._reference_clips = ReferenceClips()
+        self._references: dict[
+            int, Tensor
+        ] = {}  # of the running evaluation: by number N of tokens, embeddings (K, N, D)
+        check_settings(self)
 
     def setup(self, stage: str) -> None:
+        check_sharding(self)
         super().setup(stage)
         if self.teacher_from is not None and stage == "fit":
             report = cast(Encoder, self.model.target_encoder).load_published(self.teacher_from)
@@ -133,21 +115,25 @@ class LatentPrediction(Task):
         return normalize_levels(latents, (self.model.target_encoder or self.model.encoder).levels)
 
     def shared_step(self, batch: dict, stage: str) -> dict[str, Tensor]:
-        video, latents = batch["video"], self.latents(batch["video"])
-        found = [self._losses(video, latents, number, stage) for number in range(len(self.maskings))]
+        latents = self.latents(batch["video"])
+        if stage != "train" and not self._references:
+            found = self._reference_clips.measure(self, stage, lambda clip: self.latents(clip["video"]))
+            self._references = {shape[0]: embeddings for shape, embeddings in found.items()}
+        found = [self._losses(batch, latents, number, stage) for number in range(len(self.maskings))]
         values = {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
         loss = values["loss_prediction"] + self.visible_weight * values.get("loss_context", 0.0)
         if self.sigreg_weight:
-            size = latents.shape[-1], self.sigreg_directions
-            directions = torch.randn(size, generator=_generator(stage, 0)).to(latents)
-            values["loss_sigreg"] = sigreg(latents.transpose(0, 1), directions)
+            size, generator = (latents.shape[-1], self.sigreg_directions), torch.Generator().manual_seed(0)
+            directions = torch.randn(size, generator=None if stage == "train" else generator).to(latents)
+            clips = latents if stage == "train" else self._references.get(latents.shape[1], latents)
+            values["loss_sigreg"] = sigreg(clips.transpose(0, 1), directions)
             loss = (1 - self.sigreg_weight) * loss + self.sigreg_weight * values["loss_sigreg"]
         return {"loss": loss, **values}
 
-    def _losses(self, video: Tensor, latents: Tensor, number: int, stage: str) -> dict[str, Tensor]:
+    def _losses(self, batch: dict, latents: Tensor, number: int, stage: str) -> dict[str, Tensor]:
         """Losses of one masking, by name."""
-        inputs, grid = self.normalize(video), self.model.encoder.grid(video.shape)
-        keep, target, _ = self._masks(number, len(video), grid, stage).to(video.device)
+        inputs, grid = self.normalize(batch["video"]), self.model.encoder.grid(batch["video"].shape)
+        keep, target, _ = self._masks(number, batch, grid, stage).to(latents.device)
         hidden, visible = self.model.predictor.both(self.model.encoder(inputs, keep), keep, target, number, grid)
         values = {"loss_prediction": latent_loss(hidden, gather_tokens(latents, target))}
         if visible is not None:
@@ -155,8 +141,15 @@ class LatentPrediction(Task):
             values["loss_context"] = latent_loss(visible, truth, weight)
         if stage == "train":
             return values
-        trivial = trivial_latent_losses(latents, keep, target).items()
-        return values | {f"loss_prediction_trivial_{name}": value for name, value in trivial}
+        references = self._references.get(latents.shape[1])
+        trivial = trivial_latent_losses(latents, keep, target, None if references is None else references.mean(dim=0))
+        return values | {f"loss_prediction_trivial_{name}": value for name, value in trivial.items()}
+
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self._references = {}
+
+    on_test_epoch_start = on_validation_epoch_start
 
     def epoch_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
         trivial = min(means[f"loss_prediction_trivial_{name}"] for name in ("mean", "position", "clip"))
@@ -183,14 +176,12 @@ class LatentPrediction(Task):
     def media(self, batch: dict) -> dict[str, Tensor]:
         """``latents``: one row per clip: clip, visible tokens, targets, predictions of masked tokens."""
         video, model = batch["video"][: self.num_pictures], self.model
-        keep, target, _ = self._masks(0, len(video), model.encoder.grid(video.shape), "val").to(video.device)
+        masks = self._masks(0, batch, model.encoder.grid(video.shape), "val").to(video.device)
+        keep, target = masks.keep[: len(video)], masks.target[: len(video)]
         shown = latent_pictures(model, video, self.normalize(video), self.latents(video), keep, target)
         return {"latents": self.panels(shown)}
 
-    def _masks(self, number: int, batch_size: int, grid: tuple[int, int, int], stage: str) -> Masks:
-        return self.maskings[number](batch_size, grid, _generator(stage, number))
-
-
-def _generator(stage: str, seed: int) -> torch.Generator | None:
-    """Returns a seeded generator, except in training."""
-    return None if stage == "train" else torch.Generator().manual_seed(seed)
+    def _masks(self, number: int, batch: dict, grid: tuple[int, int, int], stage: str) -> Masks:
+        if stage == "train":
+            return self.maskings[number](len(batch["video"]), grid)
+        return evaluation_masks(self.maskings[number], clip_seeds(batch), grid, number)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from blueberry_video.evaluation.reference import clip_seeds
 from blueberry_video.evaluation.trivial import trivial_patch_losses
 from blueberry_video.inference.reconstruction import hide, reconstruct
-from blueberry_video.masking import Masks
+from blueberry_video.masking import Masks, evaluation_masks
 from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder, decoder_flops
 from blueberry_video.nn.patches import gather_tokens, normalize_patches, patchify, token_mse
 from blueberry_video.tasks.base import Task
@@ -28,6 +29,7 @@ def masked_pixel_loss(
     patch_size: tuple[int, int, int],
     scored: Tensor | None = None,
     eps_under_root: bool = False,
+    by_clip: bool = False,
 ) -> Tensor:
     """Mean squared error over the predicted patches.
 
@@ -38,12 +40,13 @@ def masked_pixel_loss(
         patch_size: (t, h, w).
         scored: (B, N_target) bool, True for patches that count; ``None``: all.
         eps_under_root: see :func:`~blueberry_video.nn.patches.normalize_patches`.
+        by_clip: see :func:`~blueberry_video.nn.patches.token_mse`.
 
     Returns:
         A scalar; about 1 for a prediction of zeros, less if patches are constant, as on plain backgrounds.
     """
     truth = gather_tokens(patch_targets(video, patch_size, eps_under_root), target)
-    return token_mse(predicted.to(torch.promote_types(predicted.dtype, torch.float32)), truth, scored)
+    return token_mse(predicted.to(torch.promote_types(predicted.dtype, torch.float32)), truth, scored, by_clip)
 
 
 class MaskedPixels(Task):
@@ -51,8 +54,8 @@ class MaskedPixels(Task):
 
     Logs ``loss`` and, in validation, the baselines ``loss_trivial_zero``, ``loss_trivial_mean``,
     ``loss_trivial_nearest``, their minimum ``loss_trivial``, and the ratio ``loss_share`` = ``loss`` /
-    ``loss_trivial``; for batches of single frames, all with the suffix ``_image``. Validation masks are the same in
-    every epoch and run. Also logs ``decoder_mflops``, the decoder's FLOPs per clip in the forward pass, and
+    ``loss_trivial``; for batches of single frames, all with the suffix ``_image``. In validation, the mask of a clip
+    depends only on its id. Also logs ``decoder_mflops``, the decoder's FLOPs per clip in the forward pass, and
     ``decoder_mflops_full``, those of predicting all masked tokens.
 
     Args:
@@ -85,7 +88,7 @@ class MaskedPixels(Task):
         super().setup(stage)
         # before a strategy shards the weights
         grid = self.model.encoder.grid(self.model.encoder.video_size)
-        masks = self._validation_masks(1, grid)
+        masks = evaluation_masks(self.masking, [0], grid)
         visible, tokens = masks.keep.shape[1], self.model.encoder.num_tokens
         for name, targets in (("", masks.target.shape[1]), ("_full", tokens - visible)):
             mflops = decoder_flops(self.model, visible, targets) / 1e6
@@ -94,14 +97,16 @@ class MaskedPixels(Task):
     def shared_step(self, batch: dict, stage: str) -> dict[str, Tensor]:
         video, encoder = batch["video"], self.model.encoder
         clip, grid = encoder.as_clip(video), encoder.grid(video.shape)
-        masks = self.masking(len(video), grid) if stage == "train" else self._validation_masks(len(video), grid)
+        training = stage == "train"
+        masks = self.masking(len(video), grid) if training else self._validation_masks(batch, grid)
         keep, target, scored = masks.to(video.device)
         predicted = self.model(self.normalize(video), keep, target)
-        values = {"loss": masked_pixel_loss(predicted, clip, target, encoder.patch_size, scored, self.eps_under_root)}
-        if stage == "train":
+        options = encoder.patch_size, scored, self.eps_under_root
+        values = {"loss": masked_pixel_loss(predicted, clip, target, *options, by_clip=not training)}
+        if training:
             return values
         patches = patch_targets(clip, encoder.patch_size, self.eps_under_root)
-        trivial = trivial_patch_losses(patches, keep, target, grid, scored)
+        trivial = trivial_patch_losses(patches, keep, target, grid, scored, by_clip=True)
         values |= {f"loss_trivial_{name}": value for name, value in trivial.items()}
         suffix = "_image" if encoder.images and video.shape[2] == 1 else ""
         return {f"{name}{suffix}": value for name, value in values.items()}
@@ -117,11 +122,11 @@ class MaskedPixels(Task):
     def media(self, batch: dict) -> dict[str, Tensor]:
         """``reconstruction``: one row per clip: the clip, its visible patches, and the reconstruction."""
         video, encoder = batch["video"][: self.num_pictures], self.model.encoder
-        keep, target, _ = self._validation_masks(len(video), encoder.grid(video.shape)).to(video.device)
+        keep, target, _ = self._validation_masks(batch, encoder.grid(video.shape)).to(video.device)
+        keep, target = keep[: len(video)], target[: len(video)]
         seen = hide(encoder, video, keep)
         filled = reconstruct(self.model, video, self.normalize(video), keep, target)
         return {"reconstruction": self.panels([video, seen, filled])}
 
-    def _validation_masks(self, batch_size: int, grid: tuple[int, int, int]) -> Masks:
-        """Masks of a fixed seed."""
-        return self.masking(batch_size, grid, torch.Generator().manual_seed(0))
+    def _validation_masks(self, batch: dict, grid: tuple[int, int, int]) -> Masks:
+        return evaluation_masks(self.masking, clip_seeds(batch), grid)

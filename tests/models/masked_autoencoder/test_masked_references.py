@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blueberry_video.masking import ByModality, DualMasking, RandomMasking, TubeMasking
+from blueberry_video.masking import ByModality, DualMasking, Masks, RandomMasking, TubeMasking
 from blueberry_video.models.masked_autoencoder import convert
 from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer
@@ -194,10 +194,14 @@ def load(path, file: Weights, **wrapping) -> MaskedAutoencoder:
 # ---- comparisons -----------------------------------------------------------------------------------------------------
 
 
-def own_loss(model: MaskedAutoencoder, video: Tensor, **options) -> Tensor:
-    module = MaskedPixels(model, Optimization(torch.optim.SGD, constant), **options).double()
-    values = module.shared_step({"video": video}, "val")  # masks of validation are drawn from seed 0
-    return next(value for name, value in values.items() if name in ("loss", "loss_image"))
+def own_loss(model: MaskedAutoencoder, video: Tensor, masking, **options) -> Tensor:
+    """Returns the training loss with masks of seed 0."""
+
+    def seeded(batch_size: int, grid: tuple[int, int, int]) -> Masks:
+        return masking(batch_size, grid, torch.Generator().manual_seed(0))
+
+    module = MaskedPixels(model, Optimization(torch.optim.SGD, constant), seeded, **options).double()
+    return module.shared_step({"video": video}, "train")["loss"]
 
 
 def as_booleans(index: Tensor, tokens: int) -> Tensor:
