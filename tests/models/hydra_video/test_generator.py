@@ -263,7 +263,7 @@ def test_bad_settings_raise(changes, message):
         (lambda m: m.teacher_forced(clean(), clean(3)), r"corrupted has shape \(2, 3, 2, 4\)"),
         (lambda m: m.commit(corrupted(clean()), m.condition(None, B, T)), r"ids has 7\b.*0 to 6\b"),
         (lambda m: m(clean(), conditions(T)), r"\(2, 4\).*\(2, 3, 1\).*4 frames but the first"),
-        (lambda m: m(clean(), conditions(T - 1), m.initial_states(B)), r"\(2, 3, 1\).*\(2, 4, 1\).*4 frames"),
+        (lambda m: m(clean(), conditions(T - 1), m.initial_states(B)), r"\(2, 3\).*\(2, 4, 1\).*4 frames"),
         (lambda m: m(clean(), Conditioning(actions=torch.full((B, 3), 4))), r"actions has 4\b.*0 to 3\b"),
         (lambda m: m(clean(), Conditioning({"motion": torch.tensor([0, 3])})), r"labels.motion has 3\b.*0 to 2\b"),
         (lambda m: m(clean(), Conditioning({"motion": torch.tensor([0])})), r"motion has 1 entries for 2"),
