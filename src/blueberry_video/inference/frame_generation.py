@@ -391,6 +391,38 @@ def collect_frames(frames: FrameStream) -> Tensor:
     return torch.stack(list(frames), dim=1)
 
 
+def generate_clips(
+    model: HydraVideoGenerator,
+    conditioning: Conditioning,
+    num_frames: int,
+    decoding: FrameDecoding,
+    prompt_ids: Tensor | None = None,
+    generator: Generators = None,
+    num_clips: int | None = None,
+) -> Tensor:
+    """Generates clips of tokens (B, num_frames, h, w) that begin with the frames of ``prompt_ids``, if any.
+
+    Args:
+        conditioning: With the actions of all frames but the first, those of the prompt included.
+        model, decoding, prompt_ids, generator, num_clips: See :func:`generate_frames`.
+
+    Raises:
+        ValueError: See :func:`generate_frames`; also for a prompt of ``num_frames`` frames or more.
+    """
+    known, rest, actions = 0, conditioning._replace(actions=None), conditioning.actions
+    given: Tensor | None = None
+    if prompt_ids is not None:
+        known = prompt_ids.shape[1]
+        if known >= num_frames:
+            raise ValueError(f"the prompt has {known} frames: num_frames={num_frames} must be at least {known + 1}.")
+        if actions is not None:
+            given, actions = actions[:, : known - 1], actions[:, known - 1 :]
+    count = num_frames - known
+    frames = generate_frames(model, rest, count, decoding, prompt_ids, actions, given, generator, num_clips)
+    made = collect_frames(frames)
+    return made if prompt_ids is None else torch.cat([prompt_ids.to(made), made], dim=1)
+
+
 def _num_clips(
     conditioning: Conditioning,
     prompt_ids: Tensor | None,

@@ -8,6 +8,7 @@ Shapes: B batch, (t, h, w) grid of tokens, S = h w tokens of a frame, D width, V
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,6 +22,8 @@ from blueberry_video.models.hydra_video.state_space import Layout
 from blueberry_video.nn.feed_forward import Mlp
 from blueberry_video.nn.positions import PositionTables, sinusoid_table
 from blueberry_video.nn.timestep_conditioning import gated, modulate
+from blueberry_video.weights.files import read_weights
+from blueberry_video.weights.load import load_strictly
 
 States = tuple[Any, ...]  # MixerState or AttentionState of every layer
 
@@ -40,6 +43,11 @@ class Conditioning(NamedTuple):
     text: Sequence[str] | Tensor | None = None
     actions: Tensor | None = None
     drop: Tensor | None = None
+
+    def first(self, count: int) -> "Conditioning":
+        """Returns the conditioning of the first clips."""
+        labels = None if self.labels is None else {label: value[:count] for label, value in self.labels.items()}
+        return Conditioning(labels, *(None if part is None else part[:count] for part in self[1:]))
 
 
 class FrameCache(NamedTuple):
@@ -329,6 +337,11 @@ class HydraVideoGenerator(PositionTables):
         folded = self._checked(corrupted).flatten(0, 1)[:, None]
         logits, _ = self.evaluate(folded, vectors.expand(-1, frames, -1).flatten(0, 1)[:, None], before)
         return logits[:, 0].unflatten(0, (batch, frames))
+
+    def load_published(self, source: str | Path) -> str:
+        """Loads a checkpoint of a run of this model strictly; returns a message that names it."""
+        load_strictly(self, read_weights(source), source, "Choose the model settings of the run that wrote them.")
+        return f"loaded {len(self.state_dict())} tensors from {source}"
 
     def initial_states(self, batch: int) -> States:
         """States before the first frame of B videos: a video that continues from these has forgotten its past."""
