@@ -128,7 +128,7 @@ class FrameStream(Iterator[Tensor]):
         self.num_clips = _num_clips(conditioning, prompt_ids, actions, generator, num_clips)
         self.num_frames = self._checked_length(num_frames, prompt_ids)
         self.chunks = Chunks.of("frame" if decoding.mode == "parallel" else decoding.granularity, model.grid)
-        for block in model.blocks:
+        for block in model.layers():
             block.mixer.check_chunks(self.chunks)
         self._generators = _generators(generator, self.num_clips)
         self._device = model.base.device

@@ -7,7 +7,7 @@ complete teacher forcing (arXiv 2501.12389): every masked frame is predicted fro
 Shapes: B batch, (t, h, w) grid of tokens, S = h w tokens of a frame, D width, V codes of the tokenizer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -47,7 +47,8 @@ class Conditioning(NamedTuple):
     def first(self, count: int) -> "Conditioning":
         """Returns the conditioning of the first clips."""
         labels = None if self.labels is None else {label: value[:count] for label, value in self.labels.items()}
-        return Conditioning(labels, *(None if part is None else part[:count] for part in self[1:]))
+        actions, drop = (None if part is None else part[:count] for part in (self.actions, self.drop))
+        return Conditioning(labels, None if self.text is None else self.text[:count], actions, drop)
 
 
 class FrameCache(NamedTuple):
@@ -169,7 +170,7 @@ class HydraVideoGenerator(PositionTables):
         self.head = nn.Linear(embed_dim, vocabulary)
         self.blocks.apply(init_weights)
         init_weights(self.head)
-        for each in self.blocks:
+        for each in self.layers():
             each.init_modulation()
 
     def _build_conditions(self, num_classes: Mapping[str, int | None], text: nn.Module | None, text_dim: int) -> None:
@@ -198,6 +199,10 @@ class HydraVideoGenerator(PositionTables):
         self.actions = nn.Embedding(size, dim) if self.num_actions else None
         tables = [*(f"labels.{label}.weight" for label in counts), *(["actions.weight"] if self.num_actions else [])]
         self.no_weight_decay = ("tokens.weight", *tables)
+
+    def layers(self) -> "list[GeneratorBlock]":
+        """Returns the blocks."""
+        return list(cast(Iterable[GeneratorBlock], self.blocks))
 
     def tables(self) -> dict[str, Tensor]:
         return {"positions": sinusoid_table(self.grid[0] * self.grid[1], self.embed_dim)}
@@ -345,7 +350,7 @@ class HydraVideoGenerator(PositionTables):
 
     def initial_states(self, batch: int) -> States:
         """States before the first frame of B videos: a video that continues from these has forgotten its past."""
-        return tuple(block.mixer.initial_state(batch, self.grid) for block in self.blocks)
+        return tuple(block.mixer.initial_state(batch, self.grid) for block in self.layers())
 
     # ---- generation --------------------------------------------------------------------------------------------------
 
@@ -378,7 +383,7 @@ class HydraVideoGenerator(PositionTables):
         if chunks.frame != self.grid:
             raise ValueError(f"chunks are of frames of {chunks.frame}, but the generator has grid={self.grid}.")
         x, layers, modulations = self._embed(self._checked(ids.unflatten(1, (1, *self.grid)))), [], []
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self.layers()):
             modulations.append(block.modulation_of(vectors))
             x, cache = block.cache_frame(x, modulations[-1], chunks, None if states is None else states[layer])
             layers.append(cache)
@@ -403,7 +408,7 @@ class HydraVideoGenerator(PositionTables):
         """
         self._check_ids(ids, masks=True)
         x = self.tokens(ids) + self.positions[cache.positions[index]]
-        for block, modulation, layer in zip(self.blocks, cache.modulations, cache.layers):
+        for block, modulation, layer in zip(self.layers(), cache.modulations, cache.layers):
             x = block.update_chunk(x, modulation, index, layer, advance)
         return self.head(self.norm(x))
 
@@ -419,7 +424,7 @@ class HydraVideoGenerator(PositionTables):
         if states is not None and len(states) != len(self.blocks):
             raise ValueError(f"states has {len(states)} layers, but the generator has {len(self.blocks)}.")
         x, layout, returned = self._embed(ids), Layout((ids.shape[1], *self.grid)), []
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self.layers()):
             x, state = block(x, vectors, layout, None if states is None else states[layer], return_states)
             returned.append(state)
         return x, tuple(returned) if return_states else ()
@@ -450,7 +455,7 @@ class GeneratorBlock(nn.Module):
     def __init__(self, mixer: nn.Module, dim: int, hidden: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mixer = mixer
+        self.mixer: Any = mixer
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.mlp = Mlp(dim, hidden)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
@@ -475,16 +480,14 @@ class GeneratorBlock(nn.Module):
 
     def cache_frame(self, x: Tensor, modulation: tuple[Tensor, ...], chunks: Chunks, state: Any) -> tuple[Tensor, Any]:
         """Evaluates one frame (B, S, D), and returns the cache of the mixer."""
-        mixer: Any = self.mixer
-        mixed, cache = mixer.cache_frame(self._input(x, modulation), chunks, state)
+        mixed, cache = self.mixer.cache_frame(self._input(x, modulation), chunks, state)
         return self._residual(x, mixed, modulation), cache
 
     def update_chunk(
         self, x: Tensor, modulation: tuple[Tensor, ...], index: int, cache: Any, advance: bool = True
     ) -> Tensor:
         """Evaluates one chunk (B, q, D) of a cached frame."""
-        mixer: Any = self.mixer
-        mixed = mixer.update_chunk(self._input(x, modulation), index, cache, advance)
+        mixed = self.mixer.update_chunk(self._input(x, modulation), index, cache, advance)
         return self._residual(x, mixed, modulation)
 
     def _input(self, x: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
