@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from blueberry_video.inference import frame_generation
-from blueberry_video.inference.frame_generation import FrameDecoding, collect_frames, generate_frames
+from blueberry_video.inference.frame_generation import FrameDecoding, collect_frames, generate_clips, generate_frames
 from blueberry_video.models.hydra_video.generator import Conditioning, HydraVideoGenerator
 
 V, GRID = 5, (2, 4)
@@ -275,3 +275,14 @@ def test_actions_out_of_range_and_of_a_model_without_raise():
 def test_a_stream_without_limit_is_not_collected():
     with pytest.raises(ValueError, match=r"num_frames=None"):
         collect_frames(generate_frames(model()))
+
+
+def test_clips_have_the_actions_of_all_frames_and_begin_with_the_prompt():
+    network, actions = model(), torch.randint(4, (2, 5))
+    given = motion(0, 1)._replace(actions=actions)
+    decoding = FrameDecoding(1, temperature=0)
+    whole = generate_clips(network, given, 6, decoding)
+    assert torch.equal(generate_clips(network, given, 6, decoding, whole[:, :2]), whole)
+    assert generate_clips(network, Conditioning(), 2, decoding, num_clips=3).shape == (3, 2, *GRID)
+    with pytest.raises(ValueError, match=r"prompt has 6 frames: num_frames=6 must be at least 7"):
+        generate_clips(network, given, 6, decoding, whole)
