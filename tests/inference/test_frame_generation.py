@@ -286,3 +286,14 @@ def test_clips_have_the_actions_of_all_frames_and_begin_with_the_prompt():
     assert generate_clips(network, Conditioning(), 2, decoding, num_clips=3).shape == (3, 2, *GRID)
     with pytest.raises(ValueError, match=r"prompt has 6 frames: num_frames=6 must be at least 7"):
         generate_clips(network, given, 6, decoding, whole)
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("settings", [MODES[1], MODES[3]], ids=str)
+def test_generation_in_bfloat16(stack, settings):
+    network = model(**STACKS[stack]).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        ids = collect_frames(generate_frames(network, motion(0, 1), 3, FrameDecoding(2, **settings), generator=[0, 1]))
+    assert ids.shape == (2, 3, *GRID)
+    low = collect_frames(generate_frames(network.bfloat16(), motion(0, 1), 3, FrameDecoding(2, **settings)))
+    assert low.max() < V
