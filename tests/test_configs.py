@@ -31,7 +31,7 @@ PARTS = {  # parts of a text-to-video model or of its task: group → key in the
     "task/sampler/": "task.sampler",
     "task/guidance/": "task.guidance",
 }
-NO_ENCODER = ("model/text_to_video/", "model/video_vae/")
+NO_ENCODER = ("model/text_to_video/", "model/video_vae/", "model/hydra_generator/")
 MODELS = [name for name in FILES if name.startswith("model/") and not name.startswith((*ENCODERS, *PARTS, *NO_ENCODER))]
 EXPERIMENT = """
 # run: nothing, a test
@@ -63,6 +63,10 @@ def overrides_for(name: str) -> list[str]:
             return [f"model={choice}", "task=autoencoding", "data=moving_shapes"]
         case "task" if choice == "autoencoding":
             return ["task=autoencoding", "model=video_vae/tiny", "data=moving_shapes"]
+        case "model" if choice.startswith("hydra_generator/"):
+            return [f"model={choice}", "task=frame_generation", "data=moving_shapes"]
+        case "task" if choice == "frame_generation":
+            return ["task=frame_generation", "model=hydra_generator/tiny", "data=moving_shapes"]
         case "data" if choice.startswith(("moving_shapes", "latent", "captioned")):
             return ["task=diffusion", "model=text_to_video/cogvideox_tiny", f"data={choice}"]
         case "model" if choice.startswith("vit/"):

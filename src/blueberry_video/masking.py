@@ -264,3 +264,47 @@ def _random_split(
         )
     order = torch.rand(batch_size, positions, generator=generator).argsort(dim=1)
     return order[:, hidden:].sort(dim=1).values, order[:, :hidden].sort(dim=1).values
+
+
+def corrupt_frames(
+    ids: Tensor, vocabulary: int, substitute: float, generators: Sequence[torch.Generator] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Masks a random share of the tokens of each frame, and replaces some of the visible ones by random codes.
+
+    The share is cos(π u / 2) with u uniform in [0, 1), as in MaskGIT (arXiv 2202.04200), drawn for each frame; at least
+    one token is masked.
+
+    Args:
+        ids: Codes (B, t, h, w) long, in [0, vocabulary).
+        vocabulary: Number of codes, and the id of the mask.
+        substitute: Share of visible tokens that are replaced.
+        generators: One CPU generator per clip, so that the corruption of a clip does not depend on its batch; ``None``
+            for torch's global one.
+
+    Returns:
+        Corrupted ids (B, t, h, w), and the masked positions, bool.
+
+    Raises:
+        ValueError: If the number of generators is not B.
+    """
+    if generators is None:
+        return _corrupted(ids, vocabulary, substitute, None)
+    if len(generators) != len(ids):
+        raise ValueError(f"{len(generators)} generators for {len(ids)} clips: pass one per clip.")
+    parts = [_corrupted(clip[None], vocabulary, substitute, each) for clip, each in zip(ids, generators)]
+    corrupted, masked = zip(*parts, strict=True)
+    return torch.cat(corrupted), torch.cat(masked)
+
+
+def _corrupted(
+    ids: Tensor, vocabulary: int, substitute: float, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`corrupt_frames` of one batch, drawn on the CPU."""
+    (batch, frames), tokens = ids.shape[:2], ids[0, 0].numel()
+    share = torch.cos(math.pi / 2 * torch.rand(batch, frames, 1, generator=generator))
+    count = (share * tokens).ceil().clamp(min=1)
+    rank = torch.rand(batch, frames, tokens, generator=generator).argsort(dim=2).argsort(dim=2)
+    replaced = torch.rand(batch, frames, tokens, generator=generator) < substitute
+    codes = torch.randint(vocabulary, (batch, frames, tokens), generator=generator)
+    masked, replaced, codes = ((part.view(ids.shape)).to(ids.device) for part in (rank < count, replaced, codes))
+    return torch.where(replaced, codes, ids).masked_fill(masked, vocabulary), masked

@@ -22,6 +22,7 @@ CLASSES = (  # packages, modules and classes; their public classes are valid `_t
     "blueberry_video.diffusion",
     "blueberry_video.data",
     "blueberry_video.evaluation",
+    "blueberry_video.inference.frame_generation.FrameDecoding",
     "blueberry_video.inference.planner",
     "blueberry_video.masking",
     "blueberry_video.augmentation",
@@ -153,11 +154,12 @@ def _check_root_values(config: Mapping[str, Any]) -> None:
     parse_expected(config.get("expected"))
 
 
-def check_classes(heads: Mapping[str, int] | None, classes: Mapping[str, Sequence[str]]) -> None:
+def check_classes(heads: Mapping[str, int | None] | None, classes: Mapping[str, Sequence[str]]) -> None:
     """Checks that the data has every label that the model predicts, with at most as many classes.
 
     Args:
-        heads: ``model.num_classes``, label → number of classes; None for a model without labels.
+        heads: ``model.num_classes``, label → number of classes, None for an unused label; None for a model without
+            labels.
         classes: label → names of the classes in the training set.
 
     Raises:
@@ -165,6 +167,8 @@ def check_classes(heads: Mapping[str, int] | None, classes: Mapping[str, Sequenc
     """
     fitting = ", ".join(f"{label}: {len(names)}" for label, names in classes.items())
     for label, number in (heads or {}).items():
+        if number is None:
+            continue
         if label not in classes:
             removed = f"remove it with `~model.num_classes.{label}`, or in YAML replace all labels, "
             removed += f"`num_classes: ${{oc.create:{{{fitting}}}}}`, because a mapping is merged with that of conf/"

@@ -285,3 +285,12 @@ def test_bad_inputs_raise():
     _, state = layer(x, Layout(GRID), return_state=True)
     with pytest.raises(ValueError, match=r"state.*\(2, 4, 4, 4\).*\(1, 4, 4, 4\)"):
         layer(x[:1], Layout(GRID), state)
+
+
+def test_convolution_of_one_row_and_column_does_not_depend_on_the_number_of_tokens():
+    """Few tokens are multiplied, many convolved: both must round equally, since a stream has fewer than a clip."""
+    torch.manual_seed(0)
+    conv, frames = CausalConv3d(8, (3, 1, 1)), torch.randn(1, 3, 32, 32, 8)
+    whole = conv(conv.extend(frames, None))
+    rows = [conv(conv.extend(frames[:, :, row : row + 1], None)) for row in range(32)]
+    assert torch.equal(torch.cat(rows, dim=2), whole)

@@ -9,12 +9,14 @@ the convolution over K channels.
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from blueberry_video.models.hydra_video.chunks import Chunks, ScanCache
 from blueberry_video.models.hydra_video.state_space import (
     GatedRMSNorm,
     Layout,
@@ -28,6 +30,10 @@ from blueberry_video.models.hydra_video.state_space import (
 from blueberry_video.nn.blocks import DropPath
 from blueberry_video.nn.feed_forward import Mlp
 from blueberry_video.nn.patches import gather_tokens
+from blueberry_video.ops import ssd
+
+ReturnState = bool | Literal["before_frames"]
+FEW_TOKENS = 512  # up to which a product is faster than a convolution of one row and column, with equal results
 
 
 class HydraVideoMixer(StateSpaceMixer):
@@ -82,7 +88,7 @@ class HydraVideoMixer(StateSpaceMixer):
         self.out_proj = nn.Linear(self.inner, dim, bias=False)
 
     def forward(
-        self, x: Tensor, layout: Layout, state: MixerState | None = None, return_state: bool = False
+        self, x: Tensor, layout: Layout, state: MixerState | None = None, return_state: ReturnState = False
     ) -> tuple[Tensor, MixerState | None]:
         """Mixes tokens.
 
@@ -90,7 +96,8 @@ class HydraVideoMixer(StateSpaceMixer):
             x: (B, L, D).
             layout: Positions of the tokens. Dropped tokens are zeros in the convolution and have no effect in the scan.
             state: State after the preceding frames; ``None`` before the first.
-            return_state: Also returns the state after the last frame.
+            return_state: Also returns the state after the last frame; with ``"before_frames"`` the states before every
+                frame, folded to a batch of B t single frames and differentiable.
 
         Returns:
             (B, L, D), and the state or ``None``.
@@ -114,8 +121,119 @@ class HydraVideoMixer(StateSpaceMixer):
             max_segment=order.max_segment,
         )
         y = self.output(layout.pick(order.unfold(y)), z)
+        if return_state == "before_frames":
+            return y, self._before_frames(states, inputs, state)
         # Copies: views would keep the inputs and states of all frames in memory
         return y, MixerState(states[:, -1].clone(), inputs[:, t:].clone()) if return_state else None
+
+    def initial_state(self, batch: int, frame: tuple[int, int]) -> MixerState:
+        """Returns the zero state of B videos with frames of (h, w) tokens, equal to ``state=None``."""
+        (bh, bw), weight = self.block or frame, self.conv.weight
+        blocks = batch * (frame[0] // bh) * (frame[1] // bw)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scan = weight.new_zeros(blocks, self.num_heads, self.head_dim, self.state_dim, dtype=wide)
+        return MixerState(scan, weight.new_zeros(batch, self.conv.size[0] - 1, *frame, self.channels))
+
+    def check_chunks(self, chunks: Chunks) -> None:
+        """Raises ``ValueError`` for chunks that :meth:`update_chunk` does not support, or column-by-column order."""
+        if self.order != "h":
+            raise ValueError(
+                f"order={self.order!r} is not supported by the cached readout: use order='h', in which a chunk of "
+                "tokens in raster order is contiguous in the scan."
+            )
+        chunks.check_block(self.block or chunks.frame)
+
+    @torch.no_grad()
+    def cache_frame(self, x: Tensor, chunks: Chunks, state: MixerState | None = None) -> tuple[Tensor, ScanCache]:
+        """Mixes the tokens of one frame as :meth:`forward`, and caches what :meth:`update_chunk` reads.
+
+        Args:
+            x: (B, h w, D).
+            chunks: Partition of the frame.
+            state: State after the preceding frames; ``None`` before the first.
+
+        Returns:
+            (B, h w, D), and the cache: the forward state before the frame, the backward state that enters each chunk
+            from the right, and the inputs of the convolution.
+
+        Raises:
+            ValueError: As in :meth:`forward` and :meth:`check_chunks`.
+        """
+        h, w = chunks.frame
+        layout = Layout((1, h, w))
+        self._check(x, layout, state)
+        self.check_chunks(chunks)
+        state = self.initial_state(len(x), (h, w)) if state is None else state
+        z, xbc, dt = self.project(x)
+        steps = step_sizes(dt.unflatten(-1, (2, self.num_heads)), self.dt_bias)
+        inputs = self.conv.extend(xbc.unflatten(1, (1, h, w)), state.conv.to(xbc.dtype))
+        order, A = _ScanOrder(layout, self.block, self.order), decay_rates(self.A_log)
+        xbc, steps = order.fold(F.silu(self.conv(inputs)).flatten(1, 3)), order.fold(steps)
+        y, _ = self.scan(xbc, steps, A, segment_len=order.segment_len, h0=state.scan)
+        sizes = (len(x), order.sizes["nh"], order.sizes["nw"])
+        cache = ScanCache(
+            chunks,
+            self.conv.pad(inputs),
+            state.scan.unflatten(0, sizes).clone(),
+            self._right_states(xbc, steps, A, chunks.tokens_in(self.block or (h, w))).unflatten(0, sizes),
+        )
+        return self.output(order.unfold(y), z), cache
+
+    @torch.no_grad()
+    def update_chunk(self, x: Tensor, index: int, cache: ScanCache, advance: bool = True) -> Tensor:
+        """Mixes the tokens of one chunk, reading the cached state to its right and the running state to its left.
+
+        With a convolution of spatial size 1 and all chunks before this one advanced, the output equals that of
+        :meth:`forward` on the frame with these tokens replaced. A larger convolution makes tokens to the right of a
+        chunk depend on it, which the cached state ignores: then the output is exact only if tokens do not change.
+
+        Args:
+            x: (B, q, D), tokens of the chunk in raster order.
+            index: Index of the chunk.
+            cache: Of :meth:`cache_frame`; its convolution inputs of the chunk are replaced in place.
+            advance: Advances the running state of ``cache`` over the chunk, in place.
+
+        Returns:
+            (B, q, D).
+        """
+        rows, columns = cache.chunks.rectangle(index)
+        size, block = cache.chunks.size, self.block or cache.chunks.frame
+        z, xbc, dt = self.project(x)
+        steps = step_sizes(dt.unflatten(-1, (2, self.num_heads)), self.dt_bias)
+        _, kh, kw = self.conv.size
+        window = cache.inputs[:, :, rows.start : rows.stop + kh - 1, columns.start : columns.stop + kw - 1]
+        window[:, -1, kh // 2 : kh // 2 + size[0], kw // 2 : kw // 2 + size[1]] = xbc.unflatten(1, size)
+        xbc = F.silu(self.conv(window, padded=True)).flatten(1, 3)
+        order = _ScanOrder(Layout((1, *size)), (min(size[0], block[0]), min(size[1], block[1])), self.order)
+        blocks = (slice(None), *cache.chunks.blocks(index, block))
+        y, states = self.scan(
+            order.fold(xbc),
+            order.fold(steps),
+            decay_rates(self.A_log),
+            segment_len=order.segment_len,
+            h0=cache.left[blocks].flatten(0, 2),
+            g0=cache.right[(*blocks, cache.chunks.rank_in_block(index, block))].flatten(0, 2),
+        )
+        if advance:
+            cache.left[blocks] = states[:, -1].unflatten(0, cache.left[blocks].shape[:3])
+        return self.output(order.unfold(y), z)
+
+    def _before_frames(self, states: Tensor, inputs: Tensor, state: MixerState | None) -> MixerState:
+        """States (B blocks, t, H, P, N) after every frame and extended inputs -> states before every frame, folded."""
+        batch, history = len(inputs), self.conv.size[0] - 1
+        first = torch.zeros_like(states[:, 0]) if state is None else state.scan.to(states.dtype)
+        scan = torch.cat([first[:, None], states[:, :-1]], dim=1)
+        frames = torch.arange(scan.shape[1], device=inputs.device)[:, None]
+        conv = inputs[:, frames + torch.arange(history, device=inputs.device)]  # (B, t, kt - 1, h, w, channels)
+        return MixerState(rearrange(scan, "(b n) t ... -> (b t n) ...", b=batch), conv.flatten(0, 1))
+
+    def _right_states(self, xbc: Tensor, steps: Tensor, A: Tensor, length: int) -> Tensor:
+        """Backward states (batch, parts, H, P, N) that enter each part of ``length`` tokens of a sequence from the
+        right."""
+        x, _, _, B, C = (part.flip(1) for part in self.heads(xbc))
+        dt = steps[:, :, 1].flip(1)
+        _, states = ssd(x, dt, A[1], B, C, None, length, chunk=self.chunk, return_frame_states=True)
+        return torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], dim=1).flip(1)
 
     def _check(self, x: Tensor, layout: Layout, state: MixerState | None) -> None:
         (t, h, w), keep = layout
@@ -163,15 +281,26 @@ class CausalConv3d(nn.Module):
             history = frames.new_zeros(frames.shape[0], self.size[0] - 1, *frames.shape[2:])
         return torch.cat([history, frames], dim=1)
 
-    def forward(self, extended: Tensor) -> Tensor:
-        """(B, kt - 1 + t, h, w, C) -> (B, t, h, w, C)."""
+    def pad(self, extended: Tensor) -> Tensor:
+        """Pads rows and columns with zeros: (B, t, h, w, C) -> (B, t, kh - 1 + h, kw - 1 + w, C), always a copy."""
+        _, kh, kw = self.size
+        padding = (0, 0, kw // 2, kw // 2, kh // 2, kh // 2)
+        return F.pad(extended, padding) if any(padding) else extended.clone()
+
+    def forward(self, extended: Tensor, padded: bool = False) -> Tensor:
+        """(B, kt - 1 + t, h, w, C) -> (B, t, h, w, C); ``padded`` inputs have kh - 1 more rows, kw - 1 more columns."""
         (kt, kh, kw), t = self.size, extended.shape[1] - self.size[0] + 1
+        padding = (0, 0) if padded else (kh // 2, kw // 2)
         total: Tensor = self.bias
         for frame in range(kt):
-            images = rearrange(extended[:, frame : frame + t], "b t h w c -> (b t) h w c").permute(0, 3, 1, 2)
+            images = rearrange(extended[:, frame : frame + t], "b t h w c -> (b t) h w c")
             taps = self.weight[:, :, frame]
-            part = F.conv2d(images, taps, padding=(kh // 2, kw // 2), groups=self.channels)
-            total = total + part.permute(0, 2, 3, 1)
+            if kh == kw == 1 and images[..., 0].numel() <= FEW_TOKENS:
+                part = images * taps.flatten().to(images.dtype)
+            else:
+                images = images.permute(0, 3, 1, 2)
+                part = F.conv2d(images, taps, padding=padding, groups=self.channels).permute(0, 2, 3, 1)
+            total = total + part
         return total.to(part.dtype).unflatten(0, (-1, t))  # under autocast the bias has a higher precision
 
 
