@@ -30,8 +30,13 @@ PARTS = {  # parts of a text-to-video model or of its task: group → key in the
     "model/lora/": "model.lora",
     "task/sampler/": "task.sampler",
     "task/guidance/": "task.guidance",
+    "model/quantizer/": "model.quantizer",
+    "task/adversarial/": "task.adversarial",
+    "task/frechet/": "task.frechet",
+    "task/perceptual/": "task.perceptual",
 }
-NO_ENCODER = ("model/text_to_video/", "model/video_vae/", "model/hydra_generator/")
+TOKENIZER_PARTS = ("model/quantizer", "task/adversarial", "task/frechet", "task/perceptual")
+NO_ENCODER = ("model/text_to_video/", "model/video_vae/", "model/hydra_generator/", "model/hydra_tokenizer/")
 MODELS = [name for name in FILES if name.startswith("model/") and not name.startswith((*ENCODERS, *PARTS, *NO_ENCODER))]
 EXPERIMENT = """
 # run: nothing, a test
@@ -67,6 +72,12 @@ def overrides_for(name: str) -> list[str]:
             return [f"model={choice}", "task=frame_generation", "data=moving_shapes"]
         case "task" if choice == "frame_generation":
             return ["task=frame_generation", "model=hydra_generator/tiny", "data=moving_shapes"]
+        case "model" if choice.startswith("hydra_tokenizer/"):
+            return [f"model={choice}", "task=tokenization", "data=moving_shapes"]
+        case "task" if choice == "tokenization":
+            return ["task=tokenization", "model=hydra_tokenizer/tiny", "data=moving_shapes"]
+        case "callbacks" if choice == "codecs":
+            return ["callbacks=codecs", "task=tokenization", "model=hydra_tokenizer/tiny", "data=moving_shapes"]
         case "data" if choice.startswith(("moving_shapes", "latent", "captioned")):
             return ["task=diffusion", "model=text_to_video/cogvideox_tiny", f"data={choice}"]
         case "model" if choice.startswith("vit/"):
@@ -117,6 +128,9 @@ def overrides_for(name: str) -> list[str]:
 
 def part_overrides(group: str, choice: str) -> list[str]:
     """Overrides that add a part to a model of its family, or to the task."""
+    if group in TOKENIZER_PARTS:
+        added = group if group == "model/quantizer" else f"+{group}"
+        return ["model=hydra_tokenizer/tiny", "task=tokenization", "data=moving_shapes", f"{added}={choice}"]
     is_small = choice in ("tiny", "v1_5_tiny", "words", "pixels", "video_vae")
     family = "hunyuan" if "hunyuan" in (choice, group.removesuffix("_video").removeprefix("model/")) else "cogvideox"
     model = (

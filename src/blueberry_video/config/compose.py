@@ -237,7 +237,7 @@ def _explain_encoder(config: Any, key: str) -> str | None:
     target = OmegaConf.select(config, "model._target_")
     if not isinstance(target, str) or OmegaConf.select(config, "model.encoder") is not None:
         return None
-    if not re.search(r"\.(text_to_video|autoencoder)\.", target):
+    if not re.search(r"\.(text_to_video|autoencoder)\.|Tokenizer$|Generator$", target):
         return (
             f"`model._target_` = {target} is an encoder, a part of a network: choose a network, and the encoder in it, "
             "for example `model=videomae/tiny model@model.encoder=vit/tiny`, or with the `task` classification "

@@ -136,7 +136,7 @@ class Tokenization(Task):
             warnings.warn(
                 f"codebook collapse at step {self.trainer.global_step}: {int((counts > 0).sum())} of {len(counts)} "
                 f"codes occur in {int(counts.sum())} tokens of validation. Lower optimizer.lr, or use "
-                "+model/quantizer@model.quantizer=fsq.",
+                "model/quantizer=fsq.",
                 stacklevel=2,
             )
         metrics = {

@@ -197,16 +197,14 @@ class HydraVideoTokenizer(Autoencoder):
         self.check(num_frames if first else num_frames + 1, height, width)
         if (height, width) != (self.image_size, self.image_size):
             raise ValueError(
-                f"the video has (H, W) = {(height, width)}, but the tokenizer was built for image_size={self.image_size}: "
-                "set the same image_size for the data and the model."
+                f"the video has (H, W) = {(height, width)}, but the tokenizer was built for image_size="
+                f"{self.image_size}: set the same image_size for the data and the model."
             )
 
     def _values(self, ids: Tensor) -> Tensor:
         side = self.image_size // self.stride[1]
         if ids.ndim != 4 or ids.shape[2:] != (side, side) or not ids.shape[1]:
-            raise ValueError(
-                f"ids have shape {tuple(ids.shape)}: they must be (B, t, {side}, {side}), with t at least 1."
-            )
+            raise ValueError(f"ids have shape {tuple(ids.shape)}: they must be (B, t, {side}, {side}), t at least 1.")
         return self.quantizer.values(ids).to(self.from_code.project.weight.dtype)
 
     def _quantized(self, x: Tensor) -> Tokens:
@@ -216,7 +214,9 @@ class HydraVideoTokenizer(Autoencoder):
         return Tokens(ids, values, loss)
 
     def _encode(self, video: Tensor, state: State | None, return_state: bool) -> tuple[Tensor, State]:
-        return _run(cast(Iterable[Level], self.encoder), rearrange(video, "b c t h w -> b t h w c"), state, return_state)
+        return _run(
+            cast(Iterable[Level], self.encoder), rearrange(video, "b c t h w -> b t h w c"), state, return_state
+        )
 
     def _decode(self, values: Tensor, state: State | None, return_state: bool) -> tuple[Tensor, State]:
         x, state = _run(cast(Iterable[Level], self.decoder), self.from_code(values), state, return_state)
