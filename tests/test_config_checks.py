@@ -60,6 +60,7 @@ PACKAGE = {
     """,
     "cellar/__init__.py": """
         from .deep.er import Rope
+        from ..shelf import Bare as Naked
         class Lamp:
             def __init__(self, volts: float = 1.5):
                 pass
@@ -107,6 +108,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("shop.cellar.deep.er.Above", "shop.cellar", ["volts"], False),
         ("shop.cellar.deep.er.shelf.Tool", "shop.shelf", ["width", "depth", "color"], True),
         ("shop.Starred", "shop.more", ["x"], False),
+        ("shop.cellar.Naked", "shop.shelf", [], False),
         ("shop.shelf.fallback", "shop.shelf", ["a", "b", "c"], False),
         ("shop.shelf.Base.method", "shop.shelf", ["a"], False),
         ("shop.shelf.Tool.method", "shop.shelf", ["a"], False),
