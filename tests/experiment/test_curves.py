@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -82,6 +84,19 @@ def test_name_that_only_looks_like_a_reference_has_a_chart():
         "other/z",
         "val/",
     ]
+
+
+def test_axes_have_a_grid_and_neither_frame_nor_ticks():
+    axes = Figure().add_subplot()
+    axes.plot([0.0, 1.0], [0.0, 1.0], label="x")
+    curves._style(axes)
+    assert not any(side.get_visible() for side in axes.spines.values())
+    for tick in (*axes.xaxis.get_major_ticks(), *axes.yaxis.get_major_ticks()):
+        assert tick.tick1line.get_markersize() == 0
+        assert tick.gridline.get_visible()
+        assert tick.gridline.get_color() == curves.LINE
+    assert axes.get_axisbelow() is True
+    assert [to_hex(text.get_color()) for text in axes.get_legend().get_texts()] == [curves.INK]
 
 
 def test_long_curve_is_averaged_in_groups_of_neighbors():
