@@ -510,3 +510,54 @@ def test_saved_config_of_an_earlier_version_raises(experiment: Path, tmp_path: P
         (run / "config.yaml").write_text(OmegaConf.to_yaml(changed))
         with pytest.raises(ValueError, match=rf"`{key}` = blueberry_video\.gone\.Away .*git checkout.*init_from="):
             load(run / "config.yaml")
+
+
+@pytest.mark.parametrize("root", ["model", "trainer", "schedule"])
+def test_component_has_a_target(root: str):
+    assert f"`{root}` has no `_target_`" in refused({"depth": 3}, path=root, root=root)
+    checks.check_node({}, root, root)
+    checks.check_node({"depth": {"a": 3}}, f"{root}.options", root)
+    assert f"`{root}.options._partail_` = 3 is not a key. Did you mean `{root}.options._partial_`" in refused(
+        {"_partail_": 3}, path=f"{root}.options", root=root
+    )
+
+
+def test_callbacks_are_nodes_or_disabled():
+    callback = {"_target_": "lightning.pytorch.callbacks.LearningRateMonitor"}
+    checks.check_node({"mine": callback, "media": None}, "callbacks", "callbacks")
+    for value, key in ((None, "meda"), (3, "media"), ({"every_n_steps": 3}, "media")):
+        message = refused({"mine": callback, key: value}, path="callbacks", root="callbacks")
+        assert f"`callbacks.{key}` = " in message
+    assert "`media`" in refused({"meda": None}, path="callbacks", root="callbacks")
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "instead"),
+    [
+        ("task", "model", "model"),
+        ("task.optimization", "optimizer", "optimizer"),
+        ("task.optimization", "init_from", "init_from"),
+        ("trainer", "callbacks", "callbacks"),
+        ("trainer", "default_root_dir", "output_dir"),
+        ("logger", "run", "output_dir"),
+    ],
+)
+def test_arguments_that_train_passes_are_refused(path: str, key: str, instead: str):
+    targets = {"task": "blueberry_video.tasks.masked_pixels.MaskedPixels", "trainer": "lightning.Trainer"}
+    targets |= {"logger": "blueberry_video.experiment.loggers.Wandb"}
+    targets |= {"task.optimization": "blueberry_video.tasks.settings.Optimization"}
+    message = refused({"_target_": targets[path], key: "x"}, path=path, root=path.partition(".")[0])
+    assert f"`{path}.{key}` = x: " in message
+    assert f"the root key `{instead}` instead" in message
+
+
+@pytest.mark.parametrize("path", ["optimizer", "schedule", "task.optimization"])
+@pytest.mark.parametrize("partial", [None, False, True])
+def test_factories_are_partial(path: str, partial: bool | None):
+    targets = {"optimizer": "torch.optim.AdamW", "schedule": "blueberry_video.optim.warmup_cosine"}
+    node = {"_target_": targets.get(path, "blueberry_video.tasks.settings.Optimization"), "_partial_": partial}
+    if partial:
+        checks.check_node(node, path, path.partition(".")[0])
+    else:
+        message = refused({key: value for key, value in node.items() if value is not None}, path=path, root="x")
+        assert f"`{path}` must have `_partial_: true`" in message

@@ -13,6 +13,7 @@ from lightning import Trainer
 from torch.utils.data import DataLoader
 
 from blueberry_video.data.sprites import Sprites
+from blueberry_video.launch import command_line
 from blueberry_video.launch.command_line import Command, parse, quiet_libraries
 from blueberry_video.launch.errors import paragraph
 
@@ -49,6 +50,17 @@ def test_sweep_becomes_hydra_arguments_if_every_job_is_valid(tmp_path: Path):
         parse([*arguments, "schedule=glob(x*)"]).for_hydra()
     with pytest.raises(ValueError, match="num_heads=4"):  # the second job is invalid
         parse([*arguments, "model.encoder.num_heads=3,5"]).for_hydra()
+
+
+def test_folder_of_a_sweep_is_that_of_its_first_job(monkeypatch: pytest.MonkeyPatch):
+    composed = []
+    monkeypatch.setattr(command_line, "compose", lambda file, words: composed.append(words))
+    monkeypatch.setattr(command_line, "sweep_folder", lambda file, words: "/".join(words))
+    sweep = ["--config-dir", "x", "--multirun", "hydra.sweep.dir=mine", "+hydra/launcher=basic"]
+    folder, _ = parse([*sweep, "seed=1,2"]).for_hydra()
+    assert folder == Path("hydra.sweep.dir=mine/+hydra/launcher=basic/seed=1")
+    assert composed == [["seed=1"], ["seed=2"]], "single runs have no settings of Hydra"
+    assert parse([*sweep, "seed=3"]).for_hydra()[0].name == "seed=3"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Settings reach the stages, and times, sizes and counts have their units, in a clip that does not start at 0."""
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from blueberry_video.video import VideoProcessor, backends, load_settings, process_video, stream_video
+from blueberry_video.video import LimitError, VideoProcessor, backends, load_settings, process_video, stream_video
 from blueberry_video.video import process as processing
 from blueberry_video.video.pool import Outcome, run_in_processes
-from blueberry_video.video.quality import Stopwatch, coverage
+from blueberry_video.video.quality import Stopwatch, coverage, frame_quality
 
 START = 7.0
 TIMES = [0.0, 0.1, 0.2, 0.5, 0.6, 1.0, 1.1, 1.2, 1.9, 2.0, 2.4, 2.5]  # seconds after the first frame
@@ -200,3 +201,61 @@ def test_frame_after_the_end_of_decoding_is_named(wanted: list[int], last: int |
     else:
         with pytest.raises(ValueError, match=rf"frame {wanted[-1]} of 10 .*\b{last}$"):
             list(found)
+
+
+def test_range_of_a_single_frame(clip: Path):
+    video = process_video(clip, sampling="all", video_start=1.9, video_end=1.95)
+    assert set(video.metadata.frame_indices) == {8}
+    assert video.metadata.timestamps[0] == pytest.approx(1.9)
+    assert video.metadata.sample_fps == 0.0
+    with pytest.raises(ValueError, match=r"video_start=2\.05 and video_end=2\.3 .*12 frames .*2\.5 s"):
+        process_video(clip, sampling="all", video_start=2.05, video_end=2.3)
+
+
+def test_large_frames_are_measured_on_every_few_pixels():
+    frames = torch.zeros(1, 3, 512, 256, dtype=torch.uint8)
+    frames[..., ::4, ::2] = 200  # every fourth row and every second column
+    assert frame_quality(frames)["contrast"] == pytest.approx(0.0, abs=1e-4)
+    frames = torch.zeros(1, 3, 127, 127, dtype=torch.uint8)
+    frames[..., ::2] = 200
+    assert frame_quality(frames)["contrast"] > 1
+
+
+def test_environment_of_a_worker(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("MY_VARIABLE", "kept")
+    names = ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "MY_VARIABLE", "BLUEBERRY_VIDEO_WORKER_STARTING", "TMPDIR"]
+    outcomes = list(run_in_processes(os.getenv, names, workers=1, timeout=60, memory_bytes=None))
+    *values, folder = [outcome.value for outcome in outcomes]
+    assert values == ["1", "1", "kept", None]
+    assert Path(folder).name.startswith("worker_")
+    assert not Path(folder).exists(), "removed with the worker"
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"max_bytes": 100}, "max_bytes=100"),
+        ({"max_frame_pixels": 96 * 64 - 1}, f"max_frame_pixels={96 * 64 - 1}"),
+        ({"max_decoded_pixels": 96 * 64, "sampling": "adaptive", "num_frames": 4}, "max_decoded_pixels"),
+        ({"max_memory_bytes": 1000}, "max_memory_bytes=1000"),
+    ],
+)
+def test_limits_reach_their_stage(clip: Path, options: dict, error: str):
+    with pytest.raises(LimitError, match=error):
+        process_video(clip, **options)
+
+
+@pytest.mark.parametrize(("options", "caches"), [({"cache_memory_bytes": 2**24}, True), ({}, False)])
+def test_memory_alone_caches_videos(clip: Path, options: dict, caches: bool):
+    processor = VideoProcessor(load_settings("qwen2.5-vl", {"num_frames": 4, **options}))
+    assert [processor(clip).cached for _ in range(2)] == [False, caches]
+
+
+def test_folder_alone_caches_videos(clip: Path, tmp_path: Path):
+    options = {"num_frames": 4, "cache_folder": str(tmp_path / "cache"), "cache_memory_bytes": 0}
+    first, second = (process_video(clip, **options) for _ in range(2))
+    assert (first.cached, second.cached) == (False, True)
+    assert torch.equal(first.pixels, second.pixels)
+    assert second.metadata == first.metadata
+    assert not process_video(clip, **{**options, "num_frames": 6}).cached, "other settings"
