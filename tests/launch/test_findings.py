@@ -154,6 +154,7 @@ def test_sizes_are_lowered_and_never_raised():
             "probe": {"train_clips": 400, "val_clips": 3, "lrs": [0.1, 0.2, 0.3], "part": "clips", "depth": 400},
             "plan": {"inner": {"episodes": 50, "samples": 500, "elites": 50, "iterations": 9, "max_steps": 40}},
             "sample": {"clips": 100, "steps": 50, "random_tries": 7, "every_n_steps": 1000, "num_labelled": 99},
+            "few": {"val_clips": 400},
         }
     )
     dry_runs._limit(node, dry_runs.LARGEST)
@@ -161,6 +162,7 @@ def test_sizes_are_lowered_and_never_raised():
         "probe": {"train_clips": 8, "val_clips": 3, "lrs": [0.1], "part": "clips", "depth": 400},
         "plan": {"inner": {"episodes": 1, "samples": 16, "elites": 4, "iterations": 1, "max_steps": 2}},
         "sample": {"clips": 36, "steps": 2, "random_tries": 1, "every_n_steps": 4, "num_labelled": 8},
+        "few": {"val_clips": 8},
     }
 
 

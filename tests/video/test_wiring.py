@@ -19,6 +19,7 @@ from blueberry_video.video import LimitError, VideoProcessor, backends, load_set
 from blueberry_video.video import process as processing
 from blueberry_video.video.pool import Outcome, run_in_processes
 from blueberry_video.video.quality import Stopwatch, coverage, frame_quality
+from blueberry_video.video.sampling import ClipSampling, choose_clip
 
 START = 7.0
 TIMES = [0.0, 0.1, 0.2, 0.5, 0.6, 1.0, 1.1, 1.2, 1.9, 2.0, 2.4, 2.5]  # seconds after the first frame
@@ -259,3 +260,43 @@ def test_folder_alone_caches_videos(clip: Path, tmp_path: Path):
     assert torch.equal(first.pixels, second.pixels)
     assert second.metadata == first.metadata
     assert not process_video(clip, **{**options, "num_frames": 6}).cached, "other settings"
+
+
+@pytest.mark.parametrize(
+    ("options", "total", "expected"),
+    [
+        (ClipSampling("uniform", 4), 10, [0, 3, 6, 9]),
+        (ClipSampling("uniform", 1), 10, [5]),
+        (ClipSampling("uniform", 5, pad=True), 3, [0, 1, 2, 2, 2]),
+        (ClipSampling("random", 4, stride=3), 10, [0, 3, 6, 9]),
+        (ClipSampling("random", 4, stride=3, pad=True), 8, [0, 3, 6, 7]),
+        (ClipSampling("multi_clip", 3, stride=2, num_clips=1), 10, [2, 4, 6]),
+        (ClipSampling("multi_clip", 3, stride=2, num_clips=3), 10, [5, 7, 9]),
+        (ClipSampling("multi_clip", 3, stride=2, num_clips=3, pad=True), 4, [0, 2, 3]),
+        (ClipSampling("fixed_fps", 3, fps=2.0), 12, [3, 5, 8]),
+        (ClipSampling("fixed_fps", 6, fps=2.0), 12, [0, 3, 5, 7, 9, 11]),
+        (ClipSampling("fixed_fps", 6, fps=2.0, pad=True), 6, [0, 3, 5, 5, 5, 5]),
+    ],
+    ids=str,
+)
+def test_frames_of_a_clip_of_a_variable_rate(options: ClipSampling, total: int, expected: list[int]):
+    for start in (0.0, START):
+        assert choose_clip(np.array(TIMES[:total]) + start, options, window=options.num_clips - 1) == expected
+
+
+def test_start_of_a_random_clip_is_drawn_from_all():
+    starts = {
+        choose_clip(np.array(TIMES), ClipSampling("random", 3, stride=4), np.random.default_rng(seed))[0]
+        for seed in range(60)
+    }
+    assert starts == {0, 1, 2, 3}
+
+
+def test_short_video_raises_without_pad():
+    for options in (
+        ClipSampling("uniform", 5),
+        ClipSampling("random", 3, stride=2),
+        ClipSampling("fixed_fps", 4, fps=2),
+    ):
+        with pytest.raises(ValueError, match=rf"num_frames={options.num_frames}\b.*pad=true"):
+            choose_clip(np.array(TIMES[:4]), options)
