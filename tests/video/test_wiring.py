@@ -273,7 +273,7 @@ def test_folder_alone_caches_videos(clip: Path, tmp_path: Path):
         (ClipSampling("multi_clip", 3, stride=2, num_clips=1), 10, [2, 4, 6]),
         (ClipSampling("multi_clip", 3, stride=2, num_clips=3), 10, [5, 7, 9]),
         (ClipSampling("multi_clip", 3, stride=2, num_clips=3, pad=True), 4, [0, 2, 3]),
-        (ClipSampling("fixed_fps", 3, fps=2.0), 12, [3, 5, 8]),
+        (ClipSampling("fixed_fps", 3, fps=2.0), 12, [4, 7, 7]),  # displayed at 0.75, 1.25 and 1.75 s
         (ClipSampling("fixed_fps", 6, fps=2.0), 12, [0, 3, 5, 7, 9, 11]),
         (ClipSampling("fixed_fps", 6, fps=2.0, pad=True), 6, [0, 3, 5, 5, 5, 5]),
     ],
@@ -293,10 +293,7 @@ def test_start_of_a_random_clip_is_drawn_from_all():
 
 
 def test_short_video_raises_without_pad():
-    for options in (
-        ClipSampling("uniform", 5),
-        ClipSampling("random", 3, stride=2),
-        ClipSampling("fixed_fps", 4, fps=2),
-    ):
+    clips = (ClipSampling("uniform", 5), ClipSampling("random", 3, stride=2), ClipSampling("fixed_fps", 4, fps=2.0))
+    for options in clips:
         with pytest.raises(ValueError, match=rf"num_frames={options.num_frames}\b.*pad=true"):
             choose_clip(np.array(TIMES[:4]), options)
