@@ -292,3 +292,54 @@ def test_time_of_steps_excludes_validation_and_other_callbacks(monkeypatch: pyte
     watch.on_after_backward()
     assert idle == {"weight", "bias"}
     dry_runs._watch(SimpleNamespace(), model, idle, seconds).on_fit_start()  # a task without sampler
+
+
+def test_callbacks_are_built_except_for_disabled_ones():
+    target = "lightning.pytorch.callbacks.LearningRateMonitor"
+    config = OmegaConf.create(
+        {"callbacks": {"rate": {"_target_": target}, "media": None, "other": {"_target_": target}}}
+    )
+    findings = Findings()
+    dry_runs._build_callbacks(config, findings)
+    assert findings.all == [("callbacks", "rate, other", "", True)]
+    dry_runs._build_callbacks(OmegaConf.create({"callbacks": {"media": None}}), findings)
+    assert findings.all[1][1] == "none"
+    config.callbacks.rate._target_ = "lightning.pytorch.callbacks.Timer"
+    config.callbacks.rate.duration = "never"
+    with pytest.raises(Exception, match=r"callbacks\.rate|never"):
+        dry_runs._build_callbacks(config, findings)
+
+
+class Fitted:
+    """The parts of a trainer that train: four steps of 1, 2, 3 and 4 s."""
+
+    def __init__(self, loss: float) -> None:
+        self.callbacks: list[Any] = ["other"]
+        self.callback_metrics = {"train/loss": torch.tensor(loss)}
+
+    def fit(self, task: torch.nn.Module, datamodule: Any) -> None:
+        watch = self.callbacks[0]
+        watch.on_fit_start()
+        watch.on_train_start()
+        for _ in range(4):
+            watch.on_after_backward()
+            watch.on_train_batch_end()
+
+
+@pytest.mark.parametrize("key", ["video", "moments"])
+@pytest.mark.parametrize(("loss", "is_finite"), [(0.123456, True), (float("nan"), False)])
+def test_steps_of_the_dry_run(key: str, loss: float, is_finite: bool, monkeypatch: pytest.MonkeyPatch):
+    now = iter([0.0, 1.0, 1.0, 3.0, 3.0, 6.0, 6.0, 10.0, 10.0])
+    monkeypatch.setattr(dry_runs.time, "perf_counter", lambda: next(now))
+    batch = {key: torch.zeros(2, 4, 3, 8, 6), **({"video": torch.zeros(1)} if key == "moments" else {})}
+    data = SimpleNamespace(train=range(7), val=range(5), val_dataloader=lambda: [batch, None])
+    model = torch.nn.ModuleDict({"idle": torch.nn.Linear(1, 1)})
+    findings, trainer = Findings(), Fitted(loss)
+    assert dry_runs._fit(data, model, torch.nn.Module(), trainer, findings) == 2.5
+    assert trainer.callbacks[1] == "other"
+    (first, second, third) = findings.all
+    assert first == ("data", "7 training and 5 validation clips, video (2, 4, 3, 8, 6) torch.float32", "", True)
+    assert second[:2] == ("step", f"train/loss {loss:.4g} after 4 steps")
+    assert (second[2] == "") == is_finite
+    assert third[:2] == ("gradients", "2 parameters without gradient: model.idle.bias, …")
+    assert (third[3], "ddp_find_unused_parameters_true" in third[2]) == (False, True)
