@@ -65,6 +65,7 @@ def test_curve_is_drawn_over_its_steps_with_its_last_value(drawn):
         (8.25, "random init mean  8.25"),
     ]
     assert len({options["color"] for _, options in references}) == 2
+    assert [options["linestyle"] for _, options in references] == [(0, (4, 3))] * 2, "dashed"
 
 
 def test_more_references_than_colors_are_drawn(drawn):

@@ -356,3 +356,49 @@ def test_verified_checkpoint_is_hashed_again_only_after_a_change(run: RunFolder,
     os.utime(file, (2, 2))
     assert callback._is_damaged(file)
     assert callback._is_damaged(file)
+
+
+class Stepping(SimpleNamespace):
+    """The parts of a trainer that decide whether a checkpoint is due."""
+
+    def __init__(self, step: int, **changes: Any) -> None:
+        defaults: dict[str, Any] = {"max_steps": 100, "max_epochs": 9, "current_epoch": 2, "is_last_batch": False}
+        defaults |= {"should_stop": False, "can_stop": True}
+        values = defaults | changes
+        loop = SimpleNamespace(_can_stop_early=values.pop("can_stop"))
+        super().__init__(global_step=step, fit_loop=loop, **values)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "due"),
+    [
+        (Stepping(7), True),
+        (Stepping(14), True),
+        (Stepping(8), False),
+        (Stepping(21), False),  # saved before: this batch only accumulated gradients
+        (Stepping(100), True),
+        (Stepping(99), False),
+        (Stepping(20, should_stop=True), True),
+        (Stepping(20, should_stop=True, can_stop=False), False),
+        (Stepping(20, current_epoch=8, is_last_batch=True), True),
+        (Stepping(20, current_epoch=8), False),
+        (Stepping(20, current_epoch=7, is_last_batch=True), False),
+        (Stepping(20, current_epoch=-2, max_epochs=-1, is_last_batch=True), False),
+        (Stepping(20, max_epochs=None, is_last_batch=True), False),
+    ],
+)
+def test_steps_at_which_a_checkpoint_is_due(trainer: Any, due: bool):
+    callback = Checkpoints(every_n_steps=7)
+    callback._saved_step = 21
+    assert callback._is_due(trainer) is due
+
+
+@pytest.mark.parametrize(
+    ("statuses", "finished"), [(None, False), ([], False), (["finished"], True), (["finished", "failed"], False)]
+)
+def test_run_that_was_finished_when_it_was_resumed(tmp_path: Path, statuses: list[str] | None, finished: bool):
+    if statuses is not None:
+        resumes = [{"previous_status": status} for status in statuses]
+        record = {"status": "running", "started": "", "metrics": {}, "resumes": resumes}
+        (tmp_path / "run.json").write_text(json.dumps(record))
+    assert checkpoint._was_finished(tmp_path) is finished
