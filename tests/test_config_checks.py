@@ -186,7 +186,9 @@ def refused(node: dict, allow: tuple[str, ...] = (), path: str = "model.x", root
     return str(caught.value)
 
 
-@pytest.mark.parametrize("target", ["shop.Rope", "shop.Lamp", "shop.shelf.Light", "shop.cellar.Lamp", "shop.cellar.Naked"])
+@pytest.mark.parametrize(
+    "target", ["shop.Rope", "shop.Lamp", "shop.shelf.Light", "shop.cellar.Lamp", "shop.cellar.Naked"]
+)
 def test_class_re_exported_from_a_refused_module_is_refused(shop, target: str):
     assert f"`model.x._target_` = {target} is not allowed" in refused({"_target_": target})
     for allow in ((target,), ("shop.cellar",) if target.startswith("shop.cellar") else (target, "shop.cellar")):

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from blueberry_video.data.sprites import Sprites
 from blueberry_video.launch import command_line
 from blueberry_video.launch.command_line import Command, parse, quiet_libraries
-from blueberry_video.launch.errors import paragraph
+from blueberry_video.launch.errors import OneParagraphErrors, paragraph
 
 
 def test_experiment_with_overrides():
@@ -157,3 +157,23 @@ def test_process_ends_with_the_paragraph_and_code_1():
     assert result.returncode == 1
     assert re.match("Error: .*nowhere", result.stderr.strip())
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_only_errors_of_this_package_become_a_paragraph(verbose: bool, capsys, monkeypatch: pytest.MonkeyPatch):
+    if verbose:
+        monkeypatch.setenv("BLUEBERRY_TRACEBACK", "1")
+    with OneParagraphErrors():
+        pass
+    with pytest.raises(ZeroDivisionError), OneParagraphErrors():
+        _ = 1 / 0
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ValueError if verbose else SystemExit) as ended, OneParagraphErrors():
+        parse(["seed=1"])
+    printed = capsys.readouterr().err
+    if verbose:
+        assert printed == ""
+    else:
+        assert ended.value.code == 1
+        assert printed.startswith("\nError: the arguments ['seed=1'] contain no experiment")
+        assert max(map(len, printed.splitlines())) <= 118
