@@ -16,7 +16,7 @@ def gloo_group(folder: str | Path, rank: int, world_size: int) -> Iterator[None]
 
     Destroying a group joins its threads only if nothing else refers to it, and a module wrapped in FSDP or DDP refers
     to it in a reference cycle. A thread that runs while the interpreter ends may abort the process ("terminate called
-    without an active exception"). So use the group in a function, whose variables are gone at the end of the block.
+    without an active exception"). So call a function in the block: its variables are released before the end.
     """
     store = torch.distributed.FileStore(str(Path(folder, "store")), world_size)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)

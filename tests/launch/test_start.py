@@ -55,7 +55,7 @@ class Rank:
 
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Returns the list of started ranks, whose processes are mocks that succeed."""
+    """Returns the list of started ranks, mocks of processes that succeed."""
     started: list[Any] = []
     monkeypatch.setattr(Rank, "started", started, raising=False)
     monkeypatch.setattr(Rank, "codes", {}, raising=False)

@@ -27,7 +27,7 @@ TIMES = [0.0, 0.1, 0.2, 0.5, 0.6, 1.0, 1.1, 1.2, 1.9, 2.0, 2.4, 2.5]  # seconds 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clip of a variable frame rate whose first frame is at 7 s, with gray level 20 + 15 i in frame i."""
+    """A clip of a variable frame rate with its first frame at 7 s, and gray level 20 + 15 i in frame i."""
     path = tmp_path_factory.mktemp("clips") / "late.mkv"
     with av.open(str(path), "w") as output:
         stream = output.add_stream("libx264", rate=10)
