@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from blueberry_video.video import LimitError, VideoProcessor, backends, load_settings, process_video, stream_video
+from blueberry_video.video import (
+    LimitError,
+    VideoProcessor,
+    backends,
+    container,
+    load_settings,
+    process_video,
+    stream_video,
+)
 from blueberry_video.video import process as processing
 from blueberry_video.video.pool import Outcome, run_in_processes
 from blueberry_video.video.quality import Stopwatch, coverage, frame_quality
@@ -297,3 +305,10 @@ def test_short_video_raises_without_pad():
     for options in clips:
         with pytest.raises(ValueError, match=rf"num_frames={options.num_frames}\b.*pad=true"):
             choose_clip(np.array(TIMES[:4]), options)
+
+
+@pytest.mark.parametrize(("first", "keys"), [(None, []), (None, [0]), (SimpleNamespace(), [])])
+def test_stream_without_a_frame_or_keyframes_raises(first: Any, keys: list[int]):
+    unused: Any = None
+    with pytest.raises(ValueError, match="no frame of the video stream"):
+        container._with_info(Path("a.mp4"), "a.mp4", unused, unused, first, None, np.array(keys), 0)
