@@ -14,6 +14,7 @@ from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from blueberry_video.models.classifier import VideoClassifier
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import decayed_names, parameter_groups
+from gloo_group import gloo_group
 
 
 def tiny() -> nn.Module:
@@ -36,8 +37,12 @@ def numbers(module: nn.Module, decayed: set[str] | None) -> dict[tuple[float, bo
 def shard(rank: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    with gloo_group(folder, rank, 2):
+        save_groups(f"{folder}/out" if rank == 0 else None)
+
+
+def save_groups(file: str | None) -> None:
+    """Saves the numbers of elements, and the names, of the parameters of a sharded model."""
     model = tiny()
     decayed = decayed_names(model)
     policy = functools.partial(size_based_auto_wrap_policy, min_num_params=500)
@@ -45,10 +50,8 @@ def shard(rank: int, folder: str) -> None:
         model, use_orig_params=True, auto_wrap_policy=policy, device_id=torch.device("cpu")
     )
     found = numbers(sharded.module, decayed)
-    if rank == 0:
-        torch.save({"found": found, "names": [name for name, _ in sharded.module.named_parameters()]}, f"{folder}/out")
-    torch.distributed.barrier()  # gloo aborts a process with open connections to one that has ended
-    torch.distributed.destroy_process_group()
+    if file:
+        torch.save({"found": found, "names": [name for name, _ in sharded.module.named_parameters()]}, file)
 
 
 def test_groups_of_sharded_parameters_equal_the_unsharded_ones(tmp_path: Path):

@@ -1,10 +1,10 @@
 """Accuracy, multi-view accuracy, class recall and frame shuffling."""
 
 import multiprocessing
+from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +16,7 @@ from blueberry_video.evaluation.metrics import (
     shuffle_frames,
     within_pair_correct,
 )
+from gloo_group import gloo_group
 
 
 def test_accuracy():
@@ -152,21 +153,24 @@ def test_views_without_crop_numbers():
     assert scores.accuracies() == {"x": 1.0}
 
 
-def gathered(rank: int, rendezvous: str, results) -> None:
+def gathered(rank: int, folder: Path, results) -> None:
     """One of two processes: alternate views, the first one repeated as by a sampler that pads."""
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    with gloo_group(folder, rank, 2):
+        results.put(accuracies(rank))
+
+
+def accuracies(rank: int) -> dict[str, float]:
     ids, logits, labels = views()
     rows = [*range(rank, len(ids), 2), *([0] if rank else [])]
     scores = ViewScores()
     scores.add([ids[row] for row in rows], {"action": logits[rows]}, {"action": labels[rows]})
-    results.put(scores.accuracies())
-    dist.destroy_process_group()
+    return scores.accuracies()
 
 
 def test_views_of_all_processes_are_averaged_together(tmp_path):
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
-    processes = [context.Process(target=gathered, args=(rank, str(tmp_path / "meet"), results)) for rank in range(2)]
+    processes = [context.Process(target=gathered, args=(rank, tmp_path, results)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:

@@ -1,8 +1,12 @@
+import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import wandb
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
 from blueberry_video.experiment import loggers
@@ -15,6 +19,7 @@ class FakeRun:
     """Mock of a wandb run; tests/test_resume.py uses a real one."""
 
     step = 0
+    url: str | None = None
 
     def __init__(self, folder: Path) -> None:
         self.dir = str(folder / "wandb" / "offline-run-1" / "files")
@@ -171,6 +176,70 @@ def test_invalid_wandb_mode_raises(run: RunFolder, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "sometimes")
     with pytest.raises(ValueError, match=r"WANDB_MODE='sometimes'.*offline"):
         Wandb(run)
+
+
+def test_closed_run_is_finished_once_and_a_new_one_starts(run: RunFolder, fake: FakeRun) -> None:
+    logger = Wandb(run, mode="offline")
+    logger.close(succeeded=True)
+    assert fake.exit_code is None, "nothing was logged"
+    logger.log_metrics({"a": 1}, step=4)
+    logger.close(succeeded=False)
+    assert (fake.exit_code, [step for step, _ in fake.rows]) == (1, [4])
+    fake.exit_code = None
+    logger.close(succeeded=True)
+    assert fake.exit_code is None
+    logger.log_metrics({"a": 2}, step=5)
+    logger.close(succeeded=True)
+    assert (fake.exit_code, [step for step, _ in fake.rows]) == (0, [4, 5])
+
+
+@pytest.mark.parametrize(("mode", "url"), [("online", "https://w/x"), ("offline", None)])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_record_names_the_wandb_run(run: RunFolder, fake: FakeRun, mode: str, url: str | None, resumed: bool) -> None:
+    fake.url, run.resumed = "https://w/x", resumed
+    known = run.record["wandb"]["id"]
+    Wandb(run, mode=mode, entity="team", tags=("a", "b")).log_metrics({"a": 1}, step=0)
+    folder = "wandb" if resumed else "wandb/offline-run-1"
+    assert run.record["wandb"] == {"id": known, "mode": mode, "url": url, "folder": folder}
+    assert {key: fake.arguments[key] for key in ("entity", "tags")} == {"entity": "team", "tags": ["a", "b"]}
+
+
+def test_steps_that_the_server_has_are_not_sent(run: RunFolder, fake: FakeRun) -> None:
+    fake.step = 3  # the next one
+    logger = Wandb(run, mode="offline")
+    for step in range(1, 5):
+        logger.log_metrics({"a": step}, step=step)
+    logger.log_metrics({"b": 1}, step=2)  # before the current row: part of it
+    logger.finalize("success")
+    assert [(step, row["a"], row.get("b")) for step, row in fake.rows] == [(3, 3, None), (4, 4, 1)]
+
+
+def test_other_ranks_log_nothing(run: RunFolder, fake: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 1, raising=False)
+    for logger in (MetricsCSV(run), Wandb(run, mode="offline")):
+        logger.log_metrics({"a": 1}, step=0)
+        logger.finalize("success")
+    assert (fake.rows, (run.path / "metrics.csv").exists()) == ([], False)
+
+
+def test_last_step_is_that_of_the_newest_readable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = {"old": {"_step": 9, "step": 9}, "new": None, "middle": {"_step": 6}, "empty": {}}
+    for age, name in enumerate(("new", "empty", "middle", "old")):
+        file = tmp_path / f"offline-run-{name}" / f"{name}.wandb"
+        file.parent.mkdir()
+        file.touch()
+        os.utime(file, (1000 - age,) * 2)
+    asked = []
+
+    def inspect(command: list[str], **options: Any) -> SimpleNamespace:
+        name = Path(command[-1]).stem
+        asked.append(name)
+        content = json.dumps({"summary": outputs[name] or {}, "step": 5})
+        return SimpleNamespace(returncode=1 if outputs[name] is None else 0, stdout=content)
+
+    monkeypatch.setattr(loggers.subprocess, "run", inspect)
+    assert last_wandb_step(tmp_path) == 5
+    assert asked == ["new", "empty", "middle"]
 
 
 def test_last_step_without_wandb_files_is_minus_one(tmp_path: Path) -> None:

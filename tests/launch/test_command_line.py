@@ -13,8 +13,9 @@ from lightning import Trainer
 from torch.utils.data import DataLoader
 
 from blueberry_video.data.sprites import Sprites
+from blueberry_video.launch import command_line
 from blueberry_video.launch.command_line import Command, parse, quiet_libraries
-from blueberry_video.launch.errors import paragraph
+from blueberry_video.launch.errors import OneParagraphErrors, paragraph
 
 
 def test_experiment_with_overrides():
@@ -49,6 +50,17 @@ def test_sweep_becomes_hydra_arguments_if_every_job_is_valid(tmp_path: Path):
         parse([*arguments, "schedule=glob(x*)"]).for_hydra()
     with pytest.raises(ValueError, match="num_heads=4"):  # the second job is invalid
         parse([*arguments, "model.encoder.num_heads=3,5"]).for_hydra()
+
+
+def test_folder_of_a_sweep_is_that_of_its_first_job(monkeypatch: pytest.MonkeyPatch):
+    composed = []
+    monkeypatch.setattr(command_line, "compose", lambda file, words: composed.append(words))
+    monkeypatch.setattr(command_line, "sweep_folder", lambda file, words: "/".join(words))
+    sweep = ["--config-dir", "x", "--multirun", "hydra.sweep.dir=mine", "+hydra/launcher=basic"]
+    folder, _ = parse([*sweep, "seed=1,2"]).for_hydra()
+    assert folder == Path("hydra.sweep.dir=mine/+hydra/launcher=basic/seed=1")
+    assert composed == [["seed=1"], ["seed=2"]], "single runs have no settings of Hydra"
+    assert parse([*sweep, "seed=3"]).for_hydra()[0].name == "seed=3"
 
 
 @pytest.mark.parametrize(
@@ -145,3 +157,23 @@ def test_process_ends_with_the_paragraph_and_code_1():
     assert result.returncode == 1
     assert re.match("Error: .*nowhere", result.stderr.strip())
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_only_errors_of_this_package_become_a_paragraph(verbose: bool, capsys, monkeypatch: pytest.MonkeyPatch):
+    if verbose:
+        monkeypatch.setenv("BLUEBERRY_TRACEBACK", "1")
+    with OneParagraphErrors():
+        pass
+    with pytest.raises(ZeroDivisionError), OneParagraphErrors():
+        _ = 1 / 0
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ValueError if verbose else SystemExit) as ended, OneParagraphErrors():
+        parse(["seed=1"])
+    printed = capsys.readouterr().err
+    if verbose:
+        assert printed == ""
+    else:
+        assert ended.value.code == 1
+        assert printed.startswith("\nError: the arguments ['seed=1'] contain no experiment")
+        assert max(map(len, printed.splitlines())) <= 118

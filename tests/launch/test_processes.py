@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ({"devices": 4}, 4),
         ({"devices": "3"}, 3),
         ({"devices": [0, 2]}, 2),
+        (OmegaConf.create({"devices": [5, 0, 2]}), 3),
         ({"devices": "auto", "accelerator": "cpu"}, 1),
         ({"devices": -1, "accelerator": "cpu"}, 1),
     ],

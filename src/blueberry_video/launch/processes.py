@@ -78,7 +78,7 @@ def count(trainer: Mapping[str, Any]) -> int:
     if shared_folder() or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         return 1
     devices, accelerator = trainer.get("devices", 1), trainer.get("accelerator", "auto")
-    if isinstance(devices, list | tuple):
+    if isinstance(devices, Sequence) and not isinstance(devices, str):  # in a config, a ListConfig
         return len(devices)
     if isinstance(devices, str) and devices.isdigit():
         devices = int(devices)
