@@ -18,7 +18,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, ListConfig, MissingMandatoryValue, OmegaConf, open_dict
+from omegaconf import MISSING, DictConfig, ListConfig, MissingMandatoryValue, OmegaConf, open_dict
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from blueberry_video.config import safety
@@ -49,16 +49,12 @@ def compose(file: str | Path, overrides: Sequence[str] = (), conf: Path = CONF) 
     return _compose(path, normalize(overrides), conf, saved=False)
 
 
-def load(
-    file: str | Path, overrides: Sequence[str] = (), fresh: DictConfig | None = None, trusted: bool = False
-) -> DictConfig:
+def load(file: str | Path, overrides: Sequence[str] = (), trusted: bool = False) -> DictConfig:
     """Loads the config saved by a run, applies overrides and validates the result.
 
     Args:
         file: the config.yaml of a run folder.
-        overrides: ``key=value``; overrides that the run already had change nothing.
-        fresh: the experiment composed with the same overrides, from which the chosen groups are copied, because a
-            saved config has no groups.
+        overrides: ``key=value``; additions and deletions that the run already had change nothing.
         trusted: whether ``allow_targets`` of the file applies, as for the ranks of a checked config.
 
     Raises:
@@ -69,25 +65,73 @@ def load(
     if not path.is_file():
         raise FileNotFoundError(f"there is no config file {path}: give the config.yaml of a run folder.")
     parsed = _parse(normalize(overrides))
-    chosen = {override.key_or_group for override in parsed if _is_group(override, path, CONF)} & {*(fresh or ())}
     _check_file(path, saved=True)
     saved = OmegaConf.load(path)
-    _check_saved(saved, path)
+    check_saved(saved, path.parent)
     lines = []
     for override in parsed:
         key, line = override.key_or_group, override.input_line or ""
-        deleted_before = override.is_delete() and OmegaConf.select(saved, key) is None
-        if key.partition(".")[0] not in chosen and not deleted_before:
+        if not (override.is_delete() and OmegaConf.select(saved, key) is None):
             lines.append(f"+{line}" if override.is_add() else line)
     own = saved.get("allow_targets") if trusted and isinstance(saved, DictConfig) else None
     config = _compose(path, lines, CONF, saved=True, allow=tuple(own or ()))
-    for root in chosen:
-        config[root] = fresh[root]  # type: ignore[index]
     return resolve(config, allow=(*safety.trusted_targets(parsed), *(own or ())))
 
 
-def _check_saved(saved: Any, path: Path) -> None:
-    """Checks that the classes and their keys in a config saved by a run still exist.
+def defaults(file: str | Path, conf: Path = CONF) -> dict[str, Any] | None:
+    """Returns the values of an experiment, or of a config saved by a run, without overrides.
+
+    Values that only overrides complete are :data:`MISSING`; the result is None if the file needs them to be composed.
+    """
+    path = Path(file).resolve()
+    content = OmegaConf.load(path)
+    try:
+        config = _hydra(path, [], conf)[0] if "defaults" in content else content
+        full = OmegaConf.merge(OmegaConf.structured(Config), config)
+    except (HydraException, OmegaConfBaseException):
+        return None
+    return cast(dict[str, Any], _resolvable(full))
+
+
+def _resolvable(node: Any) -> Any:
+    """Converts a node to plain values; those that cannot be resolved become :data:`MISSING`."""
+    if isinstance(node, ListConfig):
+        try:
+            return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+        except OmegaConfBaseException:
+            return MISSING
+    if not isinstance(node, DictConfig) or node._is_none():
+        return None if isinstance(node, DictConfig) else node
+    values = {}
+    for key in node:
+        try:
+            values[key] = _resolvable(node[key])
+        except OmegaConfBaseException:
+            values[key] = MISSING
+    return values
+
+
+def override_paths(overrides: Sequence[str]) -> list[tuple[str, ...]]:
+    """Returns the keys that overrides set or delete; for the choice of a group, the key of the group."""
+    paths = []
+    for override in _parse(overrides):
+        path = tuple((override.package or override.key_or_group).replace("/", ".").split("."))
+        paths += [(*path, *below) for below in _leaf_paths(None if override.is_delete() else override.value())]
+    return paths
+
+
+def _leaf_paths(value: Any) -> list[tuple[str, ...]]:
+    if not isinstance(value, dict) or not value:
+        return [()]
+    return [(str(key), *below) for key, item in value.items() for below in _leaf_paths(item)]
+
+
+def check_saved(saved: Any, run: str | Path) -> None:
+    """Checks that the classes and their keys in the config of a run still exist.
+
+    Args:
+        saved: the config.
+        run: the folder of the run.
 
     Raises:
         ValueError: some were renamed since, or the file was edited; the message says how to continue.
@@ -103,10 +147,10 @@ def _check_saved(saved: Any, path: Path) -> None:
         if unknown:
             name = f"{key}.{unknown[0]}".lstrip(".")
             raise ValueError(
-                f"`{name}` = {short(node[unknown[0]])} in {path} is not valid in this version, which may have moved or "
-                f"renamed it (the class is {node['_target_']}). To resume a run of an earlier version, check out the "
-                "commit in its run.json (`git checkout <commit>`); to train from its weights, compose the experiment "
-                f"anew with init_from={path.parent}."
+                f"`{name}` = {short(node[unknown[0]])} in {run}/config.yaml is not valid in this version, "
+                f"which may have moved or renamed it (the class is {node['_target_']}). To resume a run of an earlier "
+                "version, check out the commit in its run.json (`git checkout <commit>`); to train from its weights, "
+                f"compose the experiment anew with init_from={run}."
             )
 
 

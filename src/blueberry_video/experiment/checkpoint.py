@@ -147,6 +147,8 @@ class Checkpoints(Checkpoint):
             epochs.increment_started()
         if self._max_steps is not None:
             loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
+        if self._final is not None:
+            _apply_optimizer_settings(trainer, pl_module)
         trainer.should_stop, self._stop_later = self._stop_later, False
         if self._final is None:
             return
@@ -246,6 +248,20 @@ class Checkpoints(Checkpoint):
                 return True
             self._valid[file] = state
         return False
+
+
+def _apply_optimizer_settings(trainer: Trainer, task: LightningModule) -> None:
+    """Sets learning rate, weight decay and other settings of the restored optimizer and scheduler to those of the
+    config, which overrides may have changed. Without overrides, all values stay the same."""
+    settings: Any = task.configure_optimizers()
+    [optimizer], [schedule] = trainer.optimizers, trainer.lr_scheduler_configs
+    new = settings["optimizer"].param_groups
+    scheduler: Any = schedule.scheduler
+    scheduler.base_lrs = [group["initial_lr"] for group in new]
+    for group, values, multiplier in zip(optimizer.param_groups, new, scheduler.lr_lambdas, strict=True):
+        group.update({name: value for name, value in values.items() if name != "params"})
+        group["lr"] = group["initial_lr"] * multiplier(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def why_training_ended(trainer: Trainer) -> str:
@@ -352,6 +368,27 @@ def latest_good_checkpoint(folder: str | Path) -> Path:
     raise FileNotFoundError(
         f"{folder} has no valid checkpoint to resume from: {found}. Start a new run, without resume."
     )
+
+
+def check_accumulation(path: Path, batches: int) -> None:
+    """Checks that a run can continue from a checkpoint with a different ``trainer.accumulate_grad_batches``.
+
+    Gradients are accumulated up to each multiple of it in an epoch: from another position, the first step would have
+    fewer batches than it is divided by.
+
+    Raises:
+        ValueError: if the position in the epoch is no multiple of ``batches``; the message names the numbers that fit.
+    """
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    progress = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    position = progress["current"]["processed"]
+    if position % batches and not progress["is_last_batch"]:
+        fitting = ", ".join(str(number) for number in range(1, position + 1) if position % number == 0)
+        raise ValueError(
+            f"trainer.accumulate_grad_batches={batches} cannot be applied from {path.name}, which was saved after "
+            f"{position} batches of an epoch: its first step would accumulate {batches - position % batches} batches. "
+            f"Use a divisor of {position} ({fitting}), or leave the override out."
+        )
 
 
 def weights_file(source: str | Path) -> Path:
