@@ -138,6 +138,75 @@ def test_accumulation_changes_only_where_a_step_begins(command):
     assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == 4 + 2 * 2
 
 
+@pytest.mark.parametrize(
+    ("number", "step", "options"),
+    [
+        (signal.SIGTERM, 3, []),
+        (signal.SIGINT, 3, []),
+        (signal.SIGTERM, 4, []),  # with a validation at the end of an epoch
+        (signal.SIGTERM, 3, ["trainer.accumulate_grad_batches=2"]),
+        (signal.SIGTERM, 6, []),  # the last one: the evaluations at the end remain
+    ],
+    ids=["batch", "ctrl-c", "validation", "accumulation", "end"],
+)
+def test_signal_while_training_saves_a_checkpoint(
+    command, monkeypatch, capsys, number: signal.Signals, step: int, options: list[str]
+):
+    options = [*EXPERIMENT, *options, "callbacks.checkpoints.every_n_steps=100", "trainer.max_steps=6"]
+    [whole] = command(*options)
+
+    def stop(self: Throughput, trainer: lightning.Trainer, *arguments: object) -> None:
+        if trainer.global_step == step - 1 and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    sent: list[signal.Signals] = []
+    monkeypatch.setattr(Throughput, "on_train_batch_start", stop)
+    with pytest.raises(SystemExit) as ended:
+        command(*options)
+    assert ended.value.code == 128 + number
+    assert f"Stopped by {number.name}." in capsys.readouterr().err
+    run = sorted((whole.parent).glob("*/run.json"))[-1].parent
+    assert record(run)["status"] == "interrupted"
+    assert [file.name for file in (run / "checkpoints").glob("*.ckpt")] == [f"step_{step:08d}.ckpt"]
+    command(*options, "resume=last")
+    weights = [
+        torch.load(folder / "checkpoints" / "step_00000006.ckpt", weights_only=True)["state_dict"]
+        for folder in (whole, run)
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert losses(run) == losses(whole)
+    assert record(run)["metrics"]["val/loss"] == record(whole)["metrics"]["val/loss"]
+
+
+def test_second_signal_ends_at_once(command, monkeypatch):
+    def stop(self: Throughput, trainer: lightning.Trainer, *arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not reached
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append(True)
+
+    reached: list[bool] = []
+    monkeypatch.setattr(Throughput, "on_train_batch_start", stop)
+    with pytest.raises(SystemExit) as ended:
+        command(*EXPERIMENT, "trainer.max_steps=4")
+    assert (ended.value.code, reached) == (130, [])
+
+
+def test_signal_ends_a_batch_that_does_not_end(command, monkeypatch):
+    def hang(self: Throughput, trainer: lightning.Trainer, *arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(train.signals, "SAVE_SECONDS", 1.0)
+    monkeypatch.setattr(Throughput, "on_train_batch_start", hang)
+    began = time.perf_counter()
+    with pytest.raises(SystemExit) as ended:
+        command(*EXPERIMENT, "trainer.max_steps=4")
+    assert ended.value.code == 143
+    assert time.perf_counter() - began < 40
+
+
 def test_run_killed_in_its_evaluations_measures_only_what_is_missing(command, monkeypatch):
     [whole] = command(*EXPERIMENT, "trainer.max_steps=2")
 

@@ -137,7 +137,7 @@ def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:
     if isinstance(interval, int):  # Lightning counts batches
         options["val_check_interval"] = interval * config.trainer.get("accumulate_grad_batches", 1)
     trainer = instantiate(config.trainer, _partial_=True)(**options)
-    signals.leave_to_this_module(trainer)
+    signals.save_first(trainer, quiet=processes.shared_folder() is not None)
     return data, model, task, trainer
 
 
