@@ -8,7 +8,6 @@ keys of every node with a ``_target_`` (its constructor's parameters, ``check_no
 from blueberry_video.config.checks import check, check_classes, parse_expected, validate
 from blueberry_video.config.compose import (
     compose,
-    defaults,
     expand_sweep,
     load,
     normalize,
@@ -17,7 +16,7 @@ from blueberry_video.config.compose import (
     sweep_folder,
     trusted_targets,
 )
-from blueberry_video.config.resume import Change, repeat, resumed
+from blueberry_video.config.resume import Change, defaults, repeat, resumed
 from blueberry_video.config.schema import CONF, NODES, Config
 from blueberry_video.config.text import did_you_mean
 

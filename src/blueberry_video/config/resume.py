@@ -6,11 +6,14 @@ if its key is in :data:`APPLIED`, and is otherwise refused.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from blueberry_video.config.compose import check_saved, normalize, override_paths, resolve, trusted_targets
+from blueberry_video.config.compose import check_saved, compose_hydra, normalize, parse, resolve, trusted_targets
+from blueberry_video.config.schema import CONF, Config
 from blueberry_video.config.text import short
 
 APPLIED = (  # keys, with everything below them; of several that match, here and in REFUSED, the longest applies
@@ -113,6 +116,54 @@ class _Absent:
 ABSENT = _Absent()
 
 
+def defaults(file: str | Path, conf: Path = CONF) -> dict[str, Any] | None:
+    """Returns the values of an experiment, or of a config saved by a run, without overrides.
+
+    Values that only overrides complete are :data:`MISSING`; the result is None if the file needs them to be composed.
+    """
+    path = Path(file).resolve()
+    content = OmegaConf.load(path)
+    try:
+        config = compose_hydra(path, [], conf)[0] if "defaults" in content else content
+        full = OmegaConf.merge(OmegaConf.structured(Config), config)
+    except (HydraException, OmegaConfBaseException):
+        return None
+    return cast(dict[str, Any], _resolvable(full))
+
+
+def _resolvable(node: Any) -> Any:
+    """Converts a node to plain values; those that cannot be resolved become :data:`MISSING`."""
+    if isinstance(node, ListConfig):
+        try:
+            return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+        except OmegaConfBaseException:
+            return MISSING
+    if not isinstance(node, DictConfig) or node._is_none():
+        return None if isinstance(node, DictConfig) else node
+    values = {}
+    for key in node:
+        try:
+            values[key] = _resolvable(node[key])
+        except OmegaConfBaseException:
+            values[key] = MISSING
+    return values
+
+
+def override_paths(overrides: Sequence[str]) -> list[tuple[str, ...]]:
+    """Returns the keys that overrides set or delete; for the choice of a group, the key of the group."""
+    paths = []
+    for override in parse(overrides):
+        path = tuple((override.package or override.key_or_group).replace("/", ".").split("."))
+        paths += [(*path, *below) for below in _leaf_paths(None if override.is_delete() else override.value())]
+    return paths
+
+
+def _leaf_paths(value: Any) -> list[tuple[str, ...]]:
+    if not isinstance(value, dict) or not value:
+        return [()]
+    return [(str(key), *below) for key, item in value.items() for below in _leaf_paths(item)]
+
+
 def resumed(
     saved: DictConfig,
     fresh: DictConfig,
@@ -126,7 +177,7 @@ def resumed(
     Args:
         saved: the config of the run.
         fresh: the experiment with the overrides.
-        defaults: the experiment without them, see :func:`~blueberry_video.config.compose.defaults`. Keys with a
+        defaults: the experiment without them, see :func:`defaults`. Keys with a
             different value in ``fresh`` were set by an override, directly or by a file that it chooses.
         overrides: the words of the command line.
         run: the folder of the run.

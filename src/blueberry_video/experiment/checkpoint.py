@@ -368,6 +368,12 @@ def checkpoint_fault(path: str | Path) -> str | None:
     path = Path(path)
     if not path.is_file():
         return "the file does not exist"
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        return "it is empty (0 bytes)"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, a text in place of the file: run `git lfs pull`"
     if not _digest_file(path).is_file():
         return f"its checksum {_digest_file(path).name} is missing"
     if _sha256(path) != _digest_file(path).read_text(errors="replace").strip():
