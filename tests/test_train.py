@@ -233,6 +233,18 @@ def test_run_killed_in_its_evaluations_measures_only_what_is_missing(command, mo
         assert got[name] == wanted[name]
 
 
+@pytest.mark.parametrize("content", [b"", b'{"step": 2, "resu', bytes(64), b"[]", b'{"step": 2, "results": 3}'])
+def test_damaged_results_of_the_evaluations_are_measured_again(command, content: bytes):
+    [run] = command(*EXPERIMENT, "trainer.max_steps=2")
+    before = record(run)["metrics"]
+    (run / "end_of_run.json").write_bytes(content)
+    (run / "run.json").write_text(json.dumps({**record(run), "status": "running"}))
+    with pytest.warns(UserWarning, match=r"end_of_run\.json is damaged"):
+        command(*EXPERIMENT, "trainer.max_steps=2", "resume=last")
+    assert record(run)["metrics"]["val/loss"] == before["val/loss"]
+    assert json.loads((run / "end_of_run.json").read_text())["step"] == 2
+
+
 def test_init_from_loads_the_encoder_of_a_run(command, capsys: pytest.CaptureFixture):
     [first] = command(*EXPERIMENT, "trainer.max_steps=2")
     checkpoint = next((first / "checkpoints").glob("*.ckpt"))
