@@ -212,8 +212,8 @@ def _compose(file: Path, overrides: Sequence[str], conf: Path, saved: bool, allo
     try:
         return resolve(config, _shown(file), (*allow, *safety.trusted_targets(parsed)))
     except ValueError as error:  # also of interpolations into the section
-        if message := _explain_sections(file, parsed, conf, saved):
-            raise ValueError(message) from error
+        if found := _explain_sections(file, parsed, conf, saved):
+            raise ValueError(found) from error
         raise
 
 

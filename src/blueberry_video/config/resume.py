@@ -187,6 +187,7 @@ def resumed(
         ValueError: for a change of a key that must not change, or a config that is not valid in this version.
     """
     overrides = normalize(overrides)
+    before: Any = OmegaConf.to_container(saved, resolve=True)
     old: Any = OmegaConf.to_container(saved, resolve=True)
     new: Any = OmegaConf.to_container(fresh, resolve=True)
     paths = [*override_paths(overrides), *(_differences(defaults, new) if defaults is not None else ())]
@@ -201,7 +202,7 @@ def resumed(
     for change in changes:
         _set(old, change.key, change.new)
     start = f"start a new run from its weights, without resume and with init_from={run}"
-    _refuse(changes, OmegaConf.to_container(saved), old, start if has_weights else "start a new run, without resume")
+    _refuse(changes, before, old, start if has_weights else "start a new run, without resume")
     mode = {key: new[key] for key in OF_A_CALL if key in new}
     return resolve(OmegaConf.create({**old, **mode}), allow=trusted_targets(overrides)), changes
 
