@@ -566,3 +566,57 @@ def test_teacher_sizes_are_checked(experiment: Path):
     small = [*distil, "model@task.teacher=classifier/tiny"]
     compose(experiment, small)
     assert "`task.teacher.encoder.num_heads=4`" in error_message(experiment, *small, "task.teacher.encoder.num_heads=5")
+
+
+@pytest.mark.parametrize(
+    ("own", "overrides", "steps"),
+    [
+        ("{max_epochs: 3}", [], -1),
+        ("{max_epochs: 3, max_steps: 50}", [], 50),
+        ("{max_epochs: 3}", ["trainer.max_steps=7"], 7),
+        ("{max_epochs: 3}", ["+debug=fast"], 10),
+        ("{max_epochs: 3}", ["trainer.max_epochs=-1"], 1000),
+        ("{log_every_n_steps: 1}", [], 1000),
+        ("{log_every_n_steps: 1}", ["trainer.max_epochs=3"], -1),
+    ],
+)
+def test_number_of_epochs_in_a_file_removes_the_default_limit_of_steps(tmp_path, own, overrides, steps):
+    file = tmp_path / "epochs" / "config.yaml"
+    file.parent.mkdir()
+    text = (ROOT / "experiments" / "template" / "config.yaml").read_text()
+    file.write_text(text.replace("trainer: {max_steps: 30}", f"trainer: {own}"))
+    assert compose(file, overrides).trainer.max_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("task.masking=.75", ["task.masking=.75", "`task.masking.ratio=0.75`"]),
+        ("data.train=5", ["`data.train.size=5`"]),
+        ("model.encoder=8", ["`model.encoder` is a section"]),
+        ("task.optimization=1", ["`task.optimization` is a section", "layer_decay"]),
+        ("task.masking=tube", ["`task.masking` is a section", "ratio"]),
+        ("data.val=null", ["`data.val` = null"]),
+        ("expected=3", ["`expected` is a section"]),
+        ("expected.val/loss=3", ["`expected.val/loss.at_most=3`"]),
+        ("~expected.val/loss", ["`expected.val/loss.at_most=…`", "`~expected`"]),
+        ("optimizer=0.1", ["`optimizer=0.1`", "adamw", "`optimizer.<key>=…`"]),
+        (".optimizer.lr=1", ["`optimizer.lr=…`"]),
+        ("optimizer..lr=1", ["`optimizer.lr=…`"]),
+        ("model/text_to_video@model=cogvideox_tiny", ["`model=text_to_video/cogvideox_tiny`"]),
+        ("+model/text_to_video@model=cogvideox_tiny", ["`model=text_to_video/cogvideox_tiny`"]),
+        ("model/text_to_video=cogvideox_tiny", ["`model=text_to_video/cogvideox_tiny`"]),
+    ],
+)
+def test_wrong_kinds_of_overrides_raise_with_the_right_one(override: str, words: list[str]):
+    with pytest.raises(ValueError, match=".*".join(map(re.escape, words))):
+        compose(ROOT / "experiments" / "template" / "config.yaml", [override])
+
+
+def test_number_in_place_of_a_section_in_a_file_raises(tmp_path):
+    file = tmp_path / "own" / "config.yaml"
+    file.parent.mkdir()
+    text = (ROOT / "experiments" / "template" / "config.yaml").read_text()
+    file.write_text(f"{text}\ntask: {{masking: 0.75}}\n")
+    with pytest.raises(ValueError, match=r"`task\.masking` = 0\.75 .*_target_"):
+        compose(file)

@@ -90,6 +90,123 @@ def test_results_of_a_finished_run_are_not_replaced(command, capsys: pytest.Capt
     assert (record(run), (run / "metrics.csv").read_text()) == before
 
 
+def test_overrides_of_a_resumed_run_take_effect_and_are_recorded(command, capsys: pytest.CaptureFixture):
+    [run] = command(*EXPERIMENT, "trainer.max_steps=4", "schedule=constant", "schedule.warmup=0", "optimizer.lr=0.01")
+    wanted = ["optimizer.lr=0.002", "optimizer.weight_decay=.5", "trainer.precision=bf16-mixed", "trainer.max_steps=8"]
+    wanted += ["schedule=warmup_linear", "schedule.warmup=0", "optimizer.betas=[.8,.9]"]
+    command(*EXPERIMENT, *wanted, "resume=last")
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    rates = [float(row["train/lr"]) for row in rows if row["train/lr"]]
+    linear = [0.002 * (1 - step / 7) for step in range(8)]
+    assert rates == pytest.approx([0.01] * 4 + linear[4:], rel=1e-6)
+    changed = {entry["key"]: entry for entry in record(run)["resumes"][0]["changed"]}
+    entry = changed["optimizer.lr"]
+    assert (entry["old"], entry["new"], entry["step"]) == (0.01, 0.002, 4)
+    assert (changed["trainer.precision"]["new"], changed["optimizer.weight_decay"]["old"]) == ("bf16-mixed", 0.05)
+    assert "optimizer.lr: 0.01 -> 0.002" in capsys.readouterr().out
+    saved = torch.load(run / "checkpoints" / "step_00000008.ckpt", weights_only=True)
+    assert [group["weight_decay"] for group in saved["optimizer_states"][0]["param_groups"]] == [0.5, 0.0]
+    assert [tuple(group["betas"]) for group in saved["optimizer_states"][0]["param_groups"]] == [(0.8, 0.9)] * 2
+    assert saved["lr_schedulers"][0]["base_lrs"] == [0.002, 0.002]
+
+    # The values stay those of the run, also without the overrides.
+    command(*EXPERIMENT, "trainer.max_steps=10", "resume=last")
+    assert [entry["key"] for entry in record(run)["resumes"][1]["changed"]] == ["trainer.max_steps"]
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    rates = [float(row["train/lr"]) for row in rows if row["train/lr"]]
+    assert rates[8:] == pytest.approx([0.002 * (1 - step / 9) for step in (8, 9)], abs=1e-9)
+
+
+def test_refused_override_changes_nothing(command):
+    [run] = command(*EXPERIMENT, "trainer.max_steps=2")
+    before = record(run)
+    with pytest.raises(ValueError, match=rf"`seed` = 1 .*seed = 0.*init_from={run}"):
+        command(*EXPERIMENT, "trainer.max_steps=4", "seed=1", "resume=last")
+    assert record(run) == before
+
+
+def test_accumulation_changes_only_where_a_step_begins(command):
+    [run] = command(*EXPERIMENT, "trainer.max_steps=3")
+    before = record(run)
+    with pytest.raises(ValueError, match=r"accumulate_grad_batches=2 .*step_00000003\.ckpt.*3 batches.*\(1, 3\)"):
+        command(*EXPERIMENT, "trainer.max_steps=5", "trainer.accumulate_grad_batches=2", "resume=last")
+    assert record(run) == before
+    command(*EXPERIMENT, "trainer.max_steps=4", "resume=last")
+    command(*EXPERIMENT, "trainer.max_steps=6", "trainer.accumulate_grad_batches=2", "resume=last")
+    assert record(run)["resumes"][1]["changed"][-1]["new"] == 2
+    saved = torch.load(run / "checkpoints" / "step_00000006.ckpt", weights_only=True)
+    assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == 4 + 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("number", "step", "options"),
+    [
+        (signal.SIGTERM, 3, []),
+        (signal.SIGINT, 3, []),
+        (signal.SIGTERM, 4, []),  # with a validation at the end of an epoch
+        (signal.SIGTERM, 3, ["trainer.accumulate_grad_batches=2"]),
+        (signal.SIGTERM, 6, []),  # the last one: the evaluations at the end remain
+    ],
+    ids=["batch", "ctrl-c", "validation", "accumulation", "end"],
+)
+def test_signal_while_training_saves_a_checkpoint(
+    command, monkeypatch, capsys, number: signal.Signals, step: int, options: list[str]
+):
+    options = [*EXPERIMENT, *options, "callbacks.checkpoints.every_n_steps=100", "trainer.max_steps=6"]
+    [whole] = command(*options)
+
+    def stop(self: Throughput, trainer: lightning.Trainer, *arguments: object) -> None:
+        if trainer.global_step == step - 1 and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    sent: list[signal.Signals] = []
+    monkeypatch.setattr(Throughput, "on_train_batch_start", stop)
+    with pytest.raises(SystemExit) as ended:
+        command(*options)
+    assert ended.value.code == 128 + number
+    assert f"Stopped by {number.name}." in capsys.readouterr().err
+    run = sorted((whole.parent).glob("*/run.json"))[-1].parent
+    assert record(run)["status"] == "interrupted"
+    assert [file.name for file in (run / "checkpoints").glob("*.ckpt")] == [f"step_{step:08d}.ckpt"]
+    command(*options, "resume=last")
+    weights = [
+        torch.load(folder / "checkpoints" / "step_00000006.ckpt", weights_only=True)["state_dict"]
+        for folder in (whole, run)
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert losses(run) == losses(whole)
+    assert record(run)["metrics"]["val/loss"] == record(whole)["metrics"]["val/loss"]
+
+
+def test_second_signal_ends_at_once(command, monkeypatch):
+    def stop(self: Throughput, trainer: lightning.Trainer, *arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not reached
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append(True)
+
+    reached: list[bool] = []
+    monkeypatch.setattr(Throughput, "on_train_batch_start", stop)
+    with pytest.raises(SystemExit) as ended:
+        command(*EXPERIMENT, "trainer.max_steps=4")
+    assert (ended.value.code, reached) == (130, [])
+
+
+def test_signal_ends_a_batch_that_does_not_end(command, monkeypatch):
+    def hang(self: Throughput, trainer: lightning.Trainer, *arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(train.signals, "SAVE_SECONDS", 1.0)
+    monkeypatch.setattr(Throughput, "on_train_batch_start", hang)
+    began = time.perf_counter()
+    with pytest.raises(SystemExit) as ended:
+        command(*EXPERIMENT, "trainer.max_steps=4")
+    assert ended.value.code == 143
+    assert time.perf_counter() - began < 40
+
+
 def test_run_killed_in_its_evaluations_measures_only_what_is_missing(command, monkeypatch):
     [whole] = command(*EXPERIMENT, "trainer.max_steps=2")
 
@@ -114,6 +231,18 @@ def test_run_killed_in_its_evaluations_measures_only_what_is_missing(command, mo
     got, wanted = record(run)["metrics"], record(whole)["metrics"]
     for name in ("train/loss", "train/grad_norm", "val/loss"):
         assert got[name] == wanted[name]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"step": 2, "resu', bytes(64), b"[]", b'{"step": 2, "results": 3}'])
+def test_damaged_results_of_the_evaluations_are_measured_again(command, content: bytes):
+    [run] = command(*EXPERIMENT, "trainer.max_steps=2")
+    before = record(run)["metrics"]
+    (run / "end_of_run.json").write_bytes(content)
+    (run / "run.json").write_text(json.dumps({**record(run), "status": "running"}))
+    with pytest.warns(UserWarning, match=r"end_of_run\.json is damaged"):
+        command(*EXPERIMENT, "trainer.max_steps=2", "resume=last")
+    assert record(run)["metrics"]["val/loss"] == before["val/loss"]
+    assert json.loads((run / "end_of_run.json").read_text())["step"] == 2
 
 
 def test_init_from_loads_the_encoder_of_a_run(command, capsys: pytest.CaptureFixture):

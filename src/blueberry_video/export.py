@@ -12,7 +12,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from blueberry_video.launch import command_line
+from blueberry_video.launch import command_line, signals
 from blueberry_video.launch.command_line import DTYPES
 from blueberry_video.launch.errors import OneParagraphErrors
 
@@ -91,5 +91,5 @@ def run(source: Path, out: Path, dtype: str = "float32", merge: bool = False) ->
 
 
 if __name__ == "__main__":
-    with OneParagraphErrors():
+    with OneParagraphErrors(), signals.handled("The export is not complete: repeat the command."):
         main()

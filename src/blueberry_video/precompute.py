@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 from omegaconf import DictConfig
 
 from blueberry_video.config.checks import targets
-from blueberry_video.launch import command_line
+from blueberry_video.launch import command_line, signals
 from blueberry_video.launch.errors import OneParagraphErrors
 
 if TYPE_CHECKING:  # torch is imported after the config is checked
@@ -146,5 +146,5 @@ def write_latents(
 
 
 if __name__ == "__main__":
-    with OneParagraphErrors():
+    with OneParagraphErrors(), signals.handled("The latents are not complete: repeat the command."):
         main()

@@ -31,7 +31,7 @@ def main() -> None:
     with processes.reported(), signals.handled(quiet=processes.shared_folder() is not None):
         command = command_line.parse(sys.argv[1:])
         if not command.multirun:
-            run(command.config(), command.overrides)
+            run(command.config(), command)
             return
         folder, sys.argv[1:] = command.for_hydra()
         sweeps.run(sweep, folder)
@@ -50,13 +50,15 @@ def sweep(config: DictConfig) -> float | None:
 
 
 def run(
-    config: DictConfig, overrides: list[str] | None = None, created: Callable[["RunFolder"], None] = lambda folder: None
+    config: DictConfig,
+    command: command_line.Command | None = None,
+    created: Callable[["RunFolder"], None] = lambda folder: None,
 ) -> float | None:
     """Executes one run, from creating its folder to writing its report; returns ``optimized_metric``.
 
     Args:
         config: the resolved and checked config.
-        overrides: those of the command line, which a resumed run applies to its own config.
+        command: the command line, of which a resumed run applies the overrides to its own config.
         created: called with the run folder.
     """
     from blueberry_video.experiment import gate, report, summary
@@ -72,13 +74,14 @@ def run(
         folder = RunFolder.open(shared)
         folder.lock(rank=True)
         folder.resumed = config.resume is not None
-    elif config.resume:
+    elif config.resume and command:
         folder = RunFolder.find(config.name, config.resume, config.output_dir)
-        config = configs.load(folder.path / "config.yaml", [*(overrides or ()), f"++resume={folder.name}"], config)
+        defaults, has_weights = configs.defaults(command.file), folder.checkpoint() is not None
+        config, changes = configs.resumed(folder.config, config, defaults, command.overrides, folder.path, has_weights)
         folder.print_start(config.trainer.get("max_steps"))
-        complete = folder.is_complete(config)
+        complete = folder.is_complete(config, changes)
         if not complete:
-            folder.begin_session()
+            folder.begin_session(changes)
     else:
         folder = RunFolder.create(config, config.output_dir)
     created(folder)
@@ -134,7 +137,7 @@ def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:
     if isinstance(interval, int):  # Lightning counts batches
         options["val_check_interval"] = interval * config.trainer.get("accumulate_grad_batches", 1)
     trainer = instantiate(config.trainer, _partial_=True)(**options)
-    signals.leave_to_this_module(trainer)
+    signals.save_first(trainer, quiet=processes.shared_folder() is not None)
     return data, model, task, trainer
 
 

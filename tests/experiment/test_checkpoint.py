@@ -205,3 +205,13 @@ def test_full_disk_names_size_and_space(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert re.search(r"OSError: .*step_00000001\.ckpt needs 400000 bytes, and \d+ bytes are free in", result.stderr)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"), [(b"", "empty"), (b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "`git lfs pull`")]
+)
+def test_empty_file_and_git_lfs_pointer_are_named(tmp_path: Path, content: bytes, cause: str) -> None:
+    (tmp_path / "step_00000001.ckpt").write_bytes(content)
+    assert cause in checkpoint_fault(tmp_path / "step_00000001.ckpt")
+    with pytest.raises(FileNotFoundError, match=rf"step_00000001\.ckpt: .*{cause}"):
+        latest_good_checkpoint(tmp_path)

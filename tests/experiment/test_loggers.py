@@ -126,17 +126,56 @@ def test_repeated_steps_are_not_sent_again(run: RunFolder, fake: FakeRun, monkey
     assert [step for step, _ in fake.rows] == [8, 9]
 
 
-def test_unreachable_server_is_logged_offline(run: RunFolder, fake: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    online = wandb.init
+@pytest.mark.parametrize("modes", [["offline"], ["offline", "disabled"]])
+@pytest.mark.parametrize(
+    "error",
+    [
+        wandb.errors.CommError("run ID abc is in use"),
+        wandb.errors.UsageError("api_key not configured"),
+        wandb.errors.AuthenticationError("invalid key"),
+        TimeoutError("no answer"),
+        OSError("no space left"),
+        ValueError("entity not found"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_no_error_of_wandb_ends_a_run(
+    run: RunFolder, fake: FakeRun, monkeypatch: pytest.MonkeyPatch, error: Exception, modes: list[str]
+) -> None:
+    works = wandb.init
 
     def init(**arguments: Any) -> FakeRun:
-        if arguments["mode"] == "online":
-            raise wandb.errors.CommError("no route")
-        return online(**arguments)
+        if arguments["mode"] != modes[-1]:
+            raise error
+        return works(**arguments)
 
     monkeypatch.setattr(wandb, "init", init)
-    Wandb(run, mode="online").log_metrics({"a": 1}, step=0)
-    assert fake.arguments["mode"] == run.record["wandb"]["mode"] == "offline"
+    logger = Wandb(run, mode="online")
+    with pytest.warns(UserWarning, match=rf"wandb .*{type(error).__name__}: {error}"):
+        logger.log_metrics({"a": 1}, step=0)
+    logger.finalize("success")
+    assert [row["a"] for _, row in fake.rows] == [1]
+    assert fake.arguments["mode"] == run.record["wandb"]["mode"] == modes[-1]
+
+
+def test_id_of_an_agent_is_recorded(run: RunFolder, fake: FakeRun) -> None:
+    fake.id = "agent123"
+    before = run.record["wandb"]["id"]
+    Wandb(run, mode="offline").log_metrics({"a": 1}, step=0)
+    assert before != run.record["wandb"]["id"] == "agent123"
+
+
+def test_real_wandb_under_an_agent_has_the_recorded_id(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    monkeypatch.setenv("WANDB_RUN_ID", "agent123")
+    wandb.teardown()  # so that the environment is read again
+    with run:
+        logger = Wandb(run, mode="offline")
+        logger.log_metrics({"a": 1}, step=0)
+        used = logger.experiment.id
+    wandb.teardown()
+    assert run.record["wandb"]["id"] == used
+    assert list(run.path.glob(f"wandb/*/run-{used}.wandb"))
 
 
 def test_mode_depends_on_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,39 @@ def test_files_without_weights_raise(tmp_path):
         weight_files.read_weights(tmp_path / "empty.pth")
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".ckpt", ".bin"])
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"", r"empty \(0 bytes\)"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", "`git lfs pull`"),
+        (b"\n<!DOCTYPE html><html><head></head></html>", "HTML"),
+        (b"<html>" + b" " * 2000, "HTML"),
+        (b'{"error": "Repository not found"}', "JSON"),
+        (bytes(4096), "zeros"),
+        (b"no weights at all", "damaged"),
+    ],
+)
+def test_files_that_are_no_weights_are_told_apart_from_damage(tmp_path, suffix: str, content: bytes, cause: str):
+    file = tmp_path / f"weights{suffix}"
+    file.write_bytes(content)
+    for read in (weight_files.read_weights, weight_files.read_checkpoint):
+        with pytest.raises(ValueError, match=rf"weights\{suffix} cannot be read: .*{cause}"):
+            read(file)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "model._orig_mod.", "_orig_mod.module."])
+def test_names_of_compiled_models_load(tmp_path, prefix: str):
+    torch.save({"model": {f"{prefix}blocks.0._orig_mod.weight": torch.ones(2)}}, tmp_path / "compiled.pth")
+    assert list(weight_files.read_weights(tmp_path / "compiled.pth")) == ["blocks.0.weight"]
+
+
+def test_checkpoint_of_a_compiled_task_loads(tmp_path):
+    state = {"model._orig_mod.head.weight": torch.ones(2), "_orig_mod.model.norm.weight": torch.ones(2)}
+    torch.save({"state_dict": state}, tmp_path / "compiled.ckpt")
+    assert sorted(weight_files.read_checkpoint(tmp_path / "compiled.ckpt")) == ["head.weight", "norm.weight"]
+
+
 class Planted:
     """Object that calls ``print`` when it is unpickled, as a malicious file would run code."""
 

@@ -16,23 +16,28 @@ from blueberry_video.config.compose import (
     sweep_folder,
     trusted_targets,
 )
+from blueberry_video.config.resume import Change, defaults, repeat, resumed
 from blueberry_video.config.schema import CONF, NODES, Config
 from blueberry_video.config.text import did_you_mean
 
 __all__ = [
     "CONF",
     "NODES",
+    "Change",
     "Config",
     "check",
     "check_classes",
     "compose",
+    "defaults",
     "did_you_mean",
     "expand_sweep",
     "load",
     "normalize",
     "parse_expected",
     "register_schema",
+    "repeat",
     "resolve",
+    "resumed",
     "sweep_folder",
     "trusted_targets",
     "validate",

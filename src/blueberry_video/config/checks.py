@@ -1,5 +1,6 @@
 """Checks of a config: unknown keys, missing or invalid values, forbidden targets, conflicting keys."""
 
+import ast
 import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from blueberry_video.config.safety import ALLOW_VARIABLE, check_values
 from blueberry_video.config.schema import CONF, NODES, Config
-from blueberry_video.config.signatures import UNKNOWN, Signature, accepted, names, signature
+from blueberry_video.config.signatures import UNKNOWN, Signature, accepted, names, signature, takes_object
 from blueberry_video.config.text import did_you_mean, short
 
 # Dotted names, written in full. tests/test_configs.py imports each of them.
@@ -344,6 +345,15 @@ def _inside(name: str, packages: Iterable[str]) -> bool:
 def _check_kind(parameter: Parameter, value: Any, key: str, target: str) -> None:
     """Refuses a value that a simple annotation excludes, e.g. ``depth: eight``."""
     kinds, choices = accepted(parameter)
+    if kinds is None and takes_object(parameter) and _inside(target, ("blueberry_video",)):
+        optional = any(isinstance(part, ast.Constant) and part.value is None for part in ast.walk(parameter.annotation))
+        if value is None and not optional and parameter.default is not None:
+            raise ValueError(f"`{key}` = null is not valid: {target} requires it. Write a section with a `_target_`.")
+        if type(value) in (bool, int, float, str):
+            raise ValueError(
+                f"`{key}` = {short(value)} replaces a section: it needs a `_target_`, the class to build, and its "
+                f"arguments, `{key}.<key>=…`."
+            )
     if kinds is None or value in choices:
         return
     if isinstance(value, Mapping):

@@ -28,6 +28,14 @@ from blueberry_video.config.signatures import signature
 from blueberry_video.config.text import did_you_mean, short
 
 
+def _default_steps(max_epochs: int | None, steps: int) -> int:
+    """Resolver of ``${default_steps:…}``: -1, no limit, where ``trainer.max_epochs`` ends the run."""
+    return steps if max_epochs in (None, -1) else -1
+
+
+OmegaConf.register_new_resolver("default_steps", _default_steps, replace=True)
+
+
 def register_schema() -> None:
     """Registers ``Config`` with Hydra as ``root``, the first default of conf/train.yaml."""
     ConfigStore.instance().store(name="root", node=Config)
@@ -49,16 +57,12 @@ def compose(file: str | Path, overrides: Sequence[str] = (), conf: Path = CONF) 
     return _compose(path, normalize(overrides), conf, saved=False)
 
 
-def load(
-    file: str | Path, overrides: Sequence[str] = (), fresh: DictConfig | None = None, trusted: bool = False
-) -> DictConfig:
+def load(file: str | Path, overrides: Sequence[str] = (), trusted: bool = False) -> DictConfig:
     """Loads the config saved by a run, applies overrides and validates the result.
 
     Args:
         file: the config.yaml of a run folder.
-        overrides: ``key=value``; overrides that the run already had change nothing.
-        fresh: the experiment composed with the same overrides, from which the chosen groups are copied, because a
-            saved config has no groups.
+        overrides: ``key=value``; additions and deletions that the run already had change nothing.
         trusted: whether ``allow_targets`` of the file applies, as for the ranks of a checked config.
 
     Raises:
@@ -68,26 +72,26 @@ def load(
     path = Path(file).resolve()
     if not path.is_file():
         raise FileNotFoundError(f"there is no config file {path}: give the config.yaml of a run folder.")
-    parsed = _parse(normalize(overrides))
-    chosen = {override.key_or_group for override in parsed if _is_group(override, path, CONF)} & {*(fresh or ())}
+    parsed = parse(normalize(overrides))
     _check_file(path, saved=True)
     saved = OmegaConf.load(path)
-    _check_saved(saved, path)
+    check_saved(saved, path.parent)
     lines = []
     for override in parsed:
         key, line = override.key_or_group, override.input_line or ""
-        deleted_before = override.is_delete() and OmegaConf.select(saved, key) is None
-        if key.partition(".")[0] not in chosen and not deleted_before:
+        if not (override.is_delete() and OmegaConf.select(saved, key) is None):
             lines.append(f"+{line}" if override.is_add() else line)
     own = saved.get("allow_targets") if trusted and isinstance(saved, DictConfig) else None
     config = _compose(path, lines, CONF, saved=True, allow=tuple(own or ()))
-    for root in chosen:
-        config[root] = fresh[root]  # type: ignore[index]
     return resolve(config, allow=(*safety.trusted_targets(parsed), *(own or ())))
 
 
-def _check_saved(saved: Any, path: Path) -> None:
-    """Checks that the classes and their keys in a config saved by a run still exist.
+def check_saved(saved: Any, run: str | Path) -> None:
+    """Checks that the classes and their keys in the config of a run still exist.
+
+    Args:
+        saved: the config.
+        run: the folder of the run.
 
     Raises:
         ValueError: some were renamed since, or the file was edited; the message says how to continue.
@@ -103,10 +107,10 @@ def _check_saved(saved: Any, path: Path) -> None:
         if unknown:
             name = f"{key}.{unknown[0]}".lstrip(".")
             raise ValueError(
-                f"`{name}` = {short(node[unknown[0]])} in {path} is not valid in this version, which may have moved or "
-                f"renamed it (the class is {node['_target_']}). To resume a run of an earlier version, check out the "
-                "commit in its run.json (`git checkout <commit>`); to train from its weights, compose the experiment "
-                f"anew with init_from={path.parent}."
+                f"`{name}` = {short(node[unknown[0]])} in {run}/config.yaml is not valid in this version, "
+                f"which may have moved or renamed it (the class is {node['_target_']}). To resume a run of an earlier "
+                "version, check out the commit in its run.json (`git checkout <commit>`); to train from its weights, "
+                f"compose the experiment anew with init_from={run}."
             )
 
 
@@ -124,7 +128,7 @@ def expand_sweep(overrides: Sequence[str], file: Path | None = None, conf: Path 
         ValueError: an override cannot be parsed, or a glob matches nothing.
     """
     choices = []
-    for override in _parse(overrides):
+    for override in parse(overrides):
         assert override.input_line is not None
         key, value = override.get_key_element(), override.value()
         if isinstance(value, Glob):
@@ -161,13 +165,13 @@ def normalize(overrides: Sequence[str]) -> list[str]:
 
 def sweep_folder(file: str | Path, overrides: Sequence[str], conf: Path = CONF) -> str:
     """Returns ``hydra.sweep.dir`` of a sweep, given the overrides of its first job, including those of Hydra."""
-    config, settings = _hydra(Path(file).resolve(), overrides, conf)
+    config, settings = compose_hydra(Path(file).resolve(), overrides, conf)
     full = OmegaConf.create({**_plain(config), "hydra": _plain(settings)})
     return str(full.hydra.sweep.dir)
 
 
 def _compose(file: Path, overrides: Sequence[str], conf: Path, saved: bool, allow: tuple[str, ...] = ()) -> DictConfig:
-    parsed = _parse(overrides)
+    parsed = parse(overrides)
     for override in parsed:
         line, key = override.input_line, override.key_or_group
         if override.is_sweep_override():
@@ -184,6 +188,11 @@ def _compose(file: Path, overrides: Sequence[str], conf: Path, saved: bool, allo
                 f"`{line}`: null is not a choice of `{key}`: write one of {', '.join(_choices(key, file, conf))}"
                 f"{', as in `logger=csv` for metrics.csv only' if key == 'logger' else ''}.{hint}"
             )
+        if isinstance(override.value(), bool | int | float) and _is_group(override, file, conf):
+            raise ValueError(
+                f"`{line}`: `{key}` is a group, and {override.value()} is not one of its choices: "
+                f"{', '.join(_choices(key, file, conf))}. A key below it is set with `{key}.<key>=…`."
+            )
         if group := _misspelt_group(override, conf):
             raise ValueError(f"`{line}`: conf/ has no group `{key}`. Did you mean `+{group}={override.value()}`?")
         if override.is_hydra_override():
@@ -192,14 +201,20 @@ def _compose(file: Path, overrides: Sequence[str], conf: Path, saved: bool, allo
             )
     _check_file(file, saved)
     try:
-        config, settings = _hydra(file, overrides, conf)
+        config, settings = compose_hydra(file, overrides, conf)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_explain(error, file, parsed, conf, saved)) from error
+        message = _explain_sections(file, parsed, conf, saved) or _explain(error, file, parsed, conf, saved)
+        raise ValueError(message) from error
     except yaml.YAMLError as error:
         raise ValueError(_explain_yaml(error)) from error
     if not saved:  # a saved config is a single run, which uses no settings of Hydra
         _check_hydra(settings, file, conf)
-    return resolve(config, _shown(file), (*allow, *safety.trusted_targets(parsed)))
+    try:
+        return resolve(config, _shown(file), (*allow, *safety.trusted_targets(parsed)))
+    except ValueError as error:  # also of interpolations into the section
+        if found := _explain_sections(file, parsed, conf, saved):
+            raise ValueError(found) from error
+        raise
 
 
 def resolve(config: DictConfig, origin: str = "the config", allow: tuple[str, ...] = ()) -> DictConfig:
@@ -255,10 +270,10 @@ def trusted_targets(overrides: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: an override cannot be parsed.
     """
-    return safety.trusted_targets(_parse(overrides))
+    return safety.trusted_targets(parse(overrides))
 
 
-def _hydra(file: Path, overrides: Sequence[str], conf: Path) -> tuple[DictConfig, DictConfig]:
+def compose_hydra(file: Path, overrides: Sequence[str], conf: Path) -> tuple[DictConfig, DictConfig]:
     """Composes with Hydra, and returns the config and the settings of Hydra.
 
     Files in the experiment's folder take precedence over those of ``conf/``.
@@ -288,14 +303,14 @@ def _check_hydra(settings: DictConfig, file: Path, conf: Path) -> None:
 
 @functools.lru_cache(maxsize=8)
 def _own_hydra(conf: Path, chosen: tuple[str, ...]) -> dict[str, Any]:
-    return _plain(_hydra(conf / "train.yaml", chosen, conf)[1])
+    return _plain(compose_hydra(conf / "train.yaml", chosen, conf)[1])
 
 
 def _plain(node: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))
 
 
-def _parse(overrides: Sequence[str]) -> list[Override]:
+def parse(overrides: Sequence[str]) -> list[Override]:
     parsed = []
     for line in overrides:
         if line.startswith("-"):
@@ -303,6 +318,16 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
                 f"`{line}` is an option, and only overrides are taken here: write `key=value`, `+key=value` or `~key`. "
                 "A sweep is started with `make sweep`."
             )
+        if bound := re.fullmatch(r"([~+]*)expected\.([^=\s]*/[^=\s]*)(=\S*)?", line):
+            metric, value = bound[2].partition(".")[0], (bound[3] or "=…").removeprefix("=")
+            raise ValueError(
+                f"`{line}`: `expected.{metric}` has the bounds at_least and at_most: write "
+                f"`expected.{metric}.at_most={value}`. The command line cannot delete a key with a slash; `~expected` "
+                "deletes all of them."
+            )
+        if line.startswith(".") or ".." in line.partition("=")[0]:
+            dotted = re.sub(r"\.+", ".", line.partition("=")[0]).strip(".")
+            raise ValueError(f"`{line}`: a key has no dot at its ends and no two in a row: write `{dotted}=…`.")
         try:
             [override] = OverridesParser.create().parse_overrides([line])
         except HydraException as error:
@@ -356,7 +381,7 @@ def _explain(error: Exception, file: Path, overrides: Sequence[Override], conf: 
         line, key = groups[0].input_line, groups[0].key_or_group
         return f"`{line}`: a saved config has no groups. Set single keys: `{key}.<key>=<value>`."
     try:
-        base, _ = _hydra(file, [override.input_line or "" for override in groups], conf)
+        base, _ = compose_hydra(file, [override.input_line or "" for override in groups], conf)
     except (HydraException, OmegaConfBaseException) as deeper:  # the error is in a file or in the choice of a group
         return _explain_file(deeper, file, groups, conf)
     for override in overrides:
@@ -414,6 +439,36 @@ def _explain_override(override: Override, base: DictConfig) -> str | None:
     return None
 
 
+def _explain_sections(file: Path, overrides: Sequence[Override], conf: Path, saved: bool) -> str | None:
+    """Message for the first override that replaces a section of a valid config with a number or text."""
+    scalars = [o for o in overrides if not o.is_delete() and isinstance(o.value(), bool | int | float | str)]
+    single = [o for o in scalars if not _is_group(o, file, conf)]
+    if not single:
+        return None
+    rest = [o.input_line or "" for o in overrides if o not in single]
+    try:
+        base = compose_hydra(file, rest, conf)[0] if not saved else OmegaConf.load(file)
+    except (HydraException, OmegaConfBaseException):
+        return None
+    for override in single:
+        node: Any = base
+        for part in override.key_or_group.split("."):
+            node = dict(node.items_ex(resolve=False)).get(part) if isinstance(node, DictConfig) else None
+        if isinstance(node, DictConfig) and not node._is_none() and len(node):
+            return _section(override, node)
+    return None
+
+
+def _section(override: Override, node: DictConfig) -> str:
+    """Message for an override of a section, with the key of the section that has a value of the same type."""
+    key, value = override.key_or_group, override.value()
+    items = {str(name): item for name, item in node.items_ex(resolve=False) if name not in SPECIAL}
+    kinds = (int, float) if type(value) in (int, float) else (type(value),)
+    fitting = [name for name, item in items.items() if type(item) in kinds]
+    example = f": write for example `{key}.{fitting[0]}={value}`" if fitting else ": set one of them"
+    return f"`{override.input_line}`: `{key}` is a section, with the keys {', '.join(items)}{example}."
+
+
 def _options(node: Any, path: str) -> list[str]:
     """Valid keys of a node: the keys that it has and the parameters of its target."""
     if not path:
@@ -435,6 +490,10 @@ def _explain_file(error: Exception, file: Path, groups: Sequence[Override], conf
         return f"`{cause.full_key}` {source}, is invalid: {_first_line(cause)}."
     for override in groups:
         line, key = override.input_line or "", override.get_key_element()
+        root, _, below = override.key_or_group.partition("/")
+        renamed = override.package in (None, root) and (conf / root).is_dir() and f"{below}/{override.value()}"
+        if below and renamed and (override.package == root or renamed in _choices(root, file, conf)):
+            return f"`{line}`: `{root}` has one choice, of all files below conf/{root}/: write `{root}={renamed}`."
         if override.is_add() and ("Multiple values" in str(error) or "more than once" in str(error)):
             return f"`{line}`: the config already has a `{key[1:]}`: write it without the plus, `{line[1:]}`."
         if meant := re.search(r"Did you mean to override ([^\s?]+)", str(error)):

@@ -27,6 +27,8 @@ _CONTAINERS = {
     **dict.fromkeys(("dict", "Dict", "Mapping", "MutableMapping"), "dict"),
 }
 
+_TEXT_TYPES = {"Path", "PathLike", "Literal", "Backend", "Optional", "Union", "Tensor"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Signature:
@@ -302,6 +304,29 @@ def accepted(parameter: Parameter) -> tuple[frozenset[str] | None, tuple[Any, ..
     if kinds is not None and parameter.default is None:
         kinds |= {"None"}
     return kinds, tuple(choices)
+
+
+def takes_object(parameter: Parameter) -> bool:
+    """Returns whether a parameter takes an instance of a class or a function, or None, and no number or text."""
+    annotation = parameter.annotation
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        annotation = ast.parse(annotation.value, mode="eval").body
+    names = []
+    for part in _union(annotation):
+        match part:
+            case ast.Constant(value=None):
+                continue
+            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.Subscript(value=ast.Name(id=name)):
+                names.append(name)
+            case _:
+                return False
+    return bool(names) and all(name[0].isupper() and name not in _TEXT_TYPES and name != "Any" for name in names)
+
+
+def _union(annotation: Any) -> list[Any]:
+    if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
+        return [*_union(annotation.left), *_union(annotation.right)]
+    return [annotation]
 
 
 def _kinds(annotation: Any, choices: list[Any]) -> frozenset[str] | None:

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import inspect
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
@@ -236,4 +237,9 @@ def _parsed(key: str, value: str, default: object) -> object:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # removes the unfinished folder
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("\nStopped: the unfinished folder is removed. Repeat the command.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

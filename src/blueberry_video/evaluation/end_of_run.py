@@ -68,7 +68,8 @@ def recorded(trainer: Trainer) -> dict[str, dict[str, float]]:
         return {}
     try:
         record: dict[str, Any] = json.loads(file.read_text())
-        return record["results"] if record["step"] == trainer.global_step else {}
-    except (ValueError, KeyError, TypeError):
+        results = {name: dict(values) for name, values in record["results"].items()}
+        return results if record["step"] == trainer.global_step else {}
+    except (ValueError, KeyError, TypeError, AttributeError):
         warnings.warn(f"{file} is damaged: the evaluations at the end are repeated.", stacklevel=2)
         return {}

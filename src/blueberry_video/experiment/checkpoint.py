@@ -92,12 +92,16 @@ class Checkpoints(Checkpoint):
     or ``trainer.should_stop``. Lightning skips the ``on_train_end`` hooks of a run that resumes at its end; this
     callback makes it call them, so that a run killed in the evaluations repeats those that are missing.
 
+    A signal that ends the run is delayed until the next optimizer step is complete and its checkpoint is saved, see
+    ``launch/signals.py``.
+
     Args:
         every_n_steps: optimizer steps between two checkpoints.
         keep: number of checkpoints to keep, newest first. With 2 or more, a valid one remains if the newest is damaged.
 
     Attributes:
         stopped: the reason if training ended before ``max_steps`` and ``max_epochs``, otherwise ``None``.
+        signal_delay: delays signals while training, if they are handled.
 
     Raises:
         ValueError: if ``every_n_steps`` or ``keep`` is below 1.
@@ -111,6 +115,7 @@ class Checkpoints(Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.stopped: str | None = None
+        self.signal_delay: Any = None  # launch.signals.Delay
         self._saved_step = 0
         self._ended = False  # the final checkpoint exists
         self._final: dict[str, Any] | None = None  # state of a final checkpoint from which the run resumes
@@ -147,7 +152,11 @@ class Checkpoints(Checkpoint):
             epochs.increment_started()
         if self._max_steps is not None:
             loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
+        if self._final is not None:
+            _apply_optimizer_settings(trainer, pl_module)
         trainer.should_stop, self._stop_later = self._stop_later, False
+        if self.signal_delay is not None and not loop.done:
+            self.signal_delay.begin()
         if self._final is None:
             return
         if not loop.done and trainer.max_epochs is not None and 0 < trainer.max_epochs <= self._final.get("epochs", 0):
@@ -166,26 +175,32 @@ class Checkpoints(Checkpoint):
     ) -> None:
         self._stop_at_optimizer_step(trainer)
         self._position = _position(trainer) if trainer.is_last_batch else None
-        if not self._is_due(trainer):
+        ends = self._is_interrupted(trainer)
+        if not self._is_due(trainer) and not ends:
             return
         if _validation_is_scheduled(trainer):
             self._waits_for_validation = True
-        else:
-            trainer._logger_connector.update_train_step_metrics()
-            self._save(trainer)
+            return
+        trainer._logger_connector.update_train_step_metrics()
+        self._save(trainer, leave=ends)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._stop_at_optimizer_step(trainer)
         self._position = _position(trainer) if trainer.is_last_batch else None
-        if self._waits_for_validation or (_stops_early(trainer) and not self._ended):
-            self._save(trainer)
+        ends = self._is_interrupted(trainer)
+        if self._waits_for_validation or (_stops_early(trainer) and not self._ended) or ends:
+            self._save(trainer, leave=ends)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if _stops_early(trainer) and not self._ended:  # EarlyStopping after an epoch
             self._at_epoch_end = True
             self._save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.signal_delay is not None:
+            self.signal_delay.end()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step > self._saved_step:
@@ -198,6 +213,13 @@ class Checkpoints(Checkpoint):
             checkpoint["final"] = {"metrics": metrics, "stopped": self.stopped, "epochs": epochs}
         if self._at_epoch_end and self._position is not None:  # from here, Lightning would resume one epoch later
             checkpoint["loops"]["fit_loop"] = self._position
+
+    def _is_interrupted(self, trainer: Trainer) -> bool:
+        """Returns whether a signal ends the run at this optimizer step, on all ranks."""
+        if self.signal_delay is None or self._ended or trainer.fit_loop._should_accumulate():
+            return False
+        received = self.signal_delay.received
+        return trainer.strategy.reduce_boolean_decision(received, all=False) if trainer.world_size > 1 else received
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.global_step == self._saved_step:  # this batch only accumulated gradients
@@ -212,7 +234,9 @@ class Checkpoints(Checkpoint):
         elif self._stop_later:
             self._stop_later, trainer.should_stop = False, True
 
-    def _save(self, trainer: Trainer, final: bool = False) -> None:
+    def _save(self, trainer: Trainer, final: bool = False, leave: bool = False) -> None:
+        if leave:
+            self.signal_delay.end()
         self._waits_for_validation = False
         self._saved_step = trainer.global_step
         folder = Path(trainer.default_root_dir) / "checkpoints"
@@ -224,6 +248,11 @@ class Checkpoints(Checkpoint):
                 folder.with_name("end_of_run.json").unlink(missing_ok=True)
         trainer.save_checkpoint(folder / f"step_{trainer.global_step:08d}{SUFFIX}", weights_only=False)
         self._prune(trainer)
+        if final and self.signal_delay is not None:  # a signal ends the evaluations that follow
+            self.signal_delay.end()
+            leave |= self.signal_delay.received
+        if leave:
+            self.signal_delay.leave()
 
     def _prune(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
@@ -246,6 +275,20 @@ class Checkpoints(Checkpoint):
                 return True
             self._valid[file] = state
         return False
+
+
+def _apply_optimizer_settings(trainer: Trainer, task: LightningModule) -> None:
+    """Sets learning rate, weight decay and other settings of the restored optimizer and scheduler to those of the
+    config, which overrides may have changed. Without overrides, all values stay the same."""
+    settings: Any = task.configure_optimizers()
+    [optimizer], [schedule] = trainer.optimizers, trainer.lr_scheduler_configs
+    new = settings["optimizer"].param_groups
+    scheduler: Any = schedule.scheduler
+    scheduler.base_lrs = [group["initial_lr"] for group in new]
+    for group, values, multiplier in zip(optimizer.param_groups, new, scheduler.lr_lambdas, strict=True):
+        group.update({name: value for name, value in values.items() if name != "params"})
+        group["lr"] = group["initial_lr"] * multiplier(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def why_training_ended(trainer: Trainer) -> str:
@@ -325,6 +368,12 @@ def checkpoint_fault(path: str | Path) -> str | None:
     path = Path(path)
     if not path.is_file():
         return "the file does not exist"
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        return "it is empty (0 bytes)"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, a text in place of the file: run `git lfs pull`"
     if not _digest_file(path).is_file():
         return f"its checksum {_digest_file(path).name} is missing"
     if _sha256(path) != _digest_file(path).read_text(errors="replace").strip():
@@ -352,6 +401,27 @@ def latest_good_checkpoint(folder: str | Path) -> Path:
     raise FileNotFoundError(
         f"{folder} has no valid checkpoint to resume from: {found}. Start a new run, without resume."
     )
+
+
+def check_accumulation(path: Path, batches: int) -> None:
+    """Checks that a run can continue from a checkpoint with a different ``trainer.accumulate_grad_batches``.
+
+    Gradients are accumulated up to each multiple of it in an epoch: from another position, the first step would have
+    fewer batches than it is divided by.
+
+    Raises:
+        ValueError: if the position in the epoch is no multiple of ``batches``; the message names the numbers that fit.
+    """
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    progress = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    position = progress["current"]["processed"]
+    if position % batches and not progress["is_last_batch"]:
+        fitting = ", ".join(str(number) for number in range(1, position + 1) if position % number == 0)
+        raise ValueError(
+            f"trainer.accumulate_grad_batches={batches} cannot be applied from {path.name}, which was saved after "
+            f"{position} batches of an epoch: its first step would accumulate {batches - position % batches} batches. "
+            f"Use a divisor of {position} ({fitting}), or leave the override out."
+        )
 
 
 def weights_file(source: str | Path) -> Path:

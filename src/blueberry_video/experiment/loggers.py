@@ -11,7 +11,7 @@ from typing import Any, Literal
 import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from omegaconf import OmegaConf
 from wandb.sdk.lib.wbauth import read_netrc_auth
 
@@ -110,15 +110,31 @@ class Wandb(WandbLogger):
             self._sent_step = last_wandb_step(self._run.path / "wandb") if self._run.resumed else -1
         try:
             run = super().experiment
-        except wandb.errors.CommError as error:
-            rank_zero_info(
-                f"wandb is unreachable ({error}): the run is logged offline; upload it later with `wandb sync`."
-            )
-            self._wandb_init["mode"] = self._mode = "offline"
-            run = super().experiment
+        except Exception as error:  # of the network, the server, the key, the settings or a file: not of the run
+            run = self._without_server(error)
         if starting:
             self._start(run)
         return run
+
+    def _without_server(self, error: Exception) -> Any:
+        """Starts wandb offline, or, if that fails too, disabled, after a warning with the error."""
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        for mode, consequence in (
+            ("offline", "the run is logged in its folder; upload it later with `wandb sync`"),
+            ("disabled", "the run is logged in metrics.csv only"),
+        ):
+            if mode == self._mode:
+                continue
+            self._wandb_init["mode"] = self._mode = mode
+            os.environ.pop("WANDB_MODE", None)  # otherwise it takes precedence in later calls
+            wandb.teardown()  # the service may have failed itself
+            try:
+                run = super().experiment
+            except Exception:  # the first error is the one to show
+                continue
+            rank_zero_warn(f"wandb cannot be used ({reason}): {consequence}.")
+            return run
+        raise error
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -149,7 +165,7 @@ class Wandb(WandbLogger):
         self._sent_step = max(self._sent_step, run.step - 1)
         self._run.update(
             wandb={
-                "id": self._id,
+                "id": getattr(run, "id", None) or self._id,  # an agent of a sweep sets WANDB_RUN_ID
                 "mode": self._mode,
                 "url": run.url if self._mode == "online" else None,
                 "folder": None if self._mode == "disabled" else self._folder(run),
@@ -188,7 +204,14 @@ def environment_mode(mode: str) -> str:
             "unset it."
         )
     if found == "offline" and mode == "auto" and "WANDB_MODE" not in os.environ:
-        settings = wandb.setup().settings
+        try:
+            settings = wandb.setup().settings
+        except Exception as error:  # pydantic's, of a variable
+            reason = " ".join(str(error).split()[:40])
+            raise ValueError(
+                f"wandb rejects a WANDB_… variable of the environment: {reason}. Correct it, unset it, or use "
+                "logger=csv."
+            ) from error
         has_key = bool(settings.api_key) or bool(read_netrc_auth(host=settings.base_url))
         return "online" if has_key else "offline"
     return found

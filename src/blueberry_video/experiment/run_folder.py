@@ -1,8 +1,8 @@
 """Run folder: creation, record, and opening it again to resume, report or evaluate a run.
 
 ``outputs/<experiment>/<run>/`` contains ``config.yaml`` (resolved; training on it repeats the run), ``run.json``
-(provenance, status and results), ``metrics.csv``, ``checkpoints/``, ``media/``, ``wandb/`` and ``report.html``. All
-JSON is written atomically.
+(provenance, status, results, and overrides of sessions that resumed it), ``metrics.csv``, ``checkpoints/``,
+``media/``, ``wandb/`` and ``report.html``. All JSON is written atomically.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import re
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -23,8 +23,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from blueberry_video.atomic import explained_errors, write_text
-from blueberry_video.config import Config, did_you_mean
-from blueberry_video.experiment.checkpoint import checkpoint_files, checkpoint_step, latest_good_checkpoint
+from blueberry_video.config import Change, Config, did_you_mean, repeat
+from blueberry_video.experiment.checkpoint import (
+    check_accumulation,
+    checkpoint_files,
+    checkpoint_step,
+    latest_good_checkpoint,
+)
 from blueberry_video.experiment.expected import Verdict, judge
 from blueberry_video.experiment.lock import RunLock
 from blueberry_video.experiment.provenance import git_state, hardware, versions
@@ -34,7 +39,7 @@ MODE = {"resume": None, "check": False, "enforce_expected": False}
 """Config keys of a single call and their defaults; they are not saved, so that a later call does not inherit them."""
 
 
-UNRELATED = ("output_dir", "logger", "optimized_metric")
+UNRELATED = ("logger", "optimized_metric")
 """Root keys that change no result of a finished run."""
 
 
@@ -160,18 +165,27 @@ class RunFolder:
             )
         return found
 
-    def begin_session(self) -> None:
-        """Records in ``run.json`` that training continues."""
+    def begin_session(self, changes: Sequence[Change] = ()) -> None:
+        """Records in ``run.json`` that training continues, and what the overrides of the command line changed.
+
+        Raises:
+            ValueError: if gradients of the checkpoint's epoch would be accumulated over a different number of batches.
+        """
         record, checkpoint = self.record, self.checkpoint()
+        accumulation = [change.new for change in changes if change.name == "trainer.accumulate_grad_batches"]
+        if checkpoint is not None and accumulation:
+            check_accumulation(checkpoint, accumulation[0])
+        step = checkpoint_step(checkpoint) if checkpoint else 0
+        for change in changes:
+            rank_zero_only(print)(f"  {change}", flush=True)
         if record["status"] == "running":  # it was killed: its newest file dates the end
             record["wall_seconds"] += max(_last_modified(self.path) - record["session_started"], 0.0)
         if checkpoint is None:
             for name in ("metrics.csv", "end_of_run.json"):
                 rank_zero_only((self.path / name).unlink)(missing_ok=True)
         git = git_state()
-        record["resumes"].append(
-            {"time": _now(), "previous_status": record["status"], "commit": git["commit"], "dirty": git["dirty"]}
-        )
+        session = {"time": _now(), "previous_status": record["status"], "commit": git["commit"], "dirty": git["dirty"]}
+        record["resumes"].append({**session, "changed": [change.record(step) for change in changes]})
         self.update(
             status="running",
             ended=None,
@@ -182,11 +196,15 @@ class RunFolder:
             wall_seconds=record["wall_seconds"],
         )
 
-    def is_complete(self, config: DictConfig) -> bool:
-        """Returns whether a finished run has no step left with ``config``, which must then be its own.
+    def is_complete(self, config: DictConfig, changes: Sequence[Change] = ()) -> bool:
+        """Returns whether a finished run has no step left.
+
+        Args:
+            config: the config with which it is resumed.
+            changes: its differences from the config of the run.
 
         Raises:
-            ValueError: if ``config`` has other values, which would replace results of the same weights.
+            ValueError: if there are any that would replace results of the same weights.
         """
         record, trainer = self.record, config.trainer
         files = checkpoint_files(self.path / "checkpoints")
@@ -196,10 +214,12 @@ class RunFolder:
         reached |= epochs is not None and 0 < (trainer.get("max_epochs") or -1) <= int(epochs[1])
         if record["status"] != "finished" or not reached:
             return False
-        changed = sorted(_differences(_without_mode(config), self.config, ""))
-        changed = [key for key in changed if key.partition(".")[0] not in UNRELATED and key != "trainer.max_steps"]
-        if changed:
-            values = ", ".join(f"{key}={OmegaConf.select(config, key)}" for key in changed)
+        length = ("trainer.max_steps", "trainer.max_epochs")
+        if values := ", ".join(
+            f"{change.name}={change.new}"
+            for change in changes
+            if change.key[0] not in UNRELATED and change.name not in length
+        ):
             raise ValueError(
                 f"resume={self.name}: the run is finished at step {step}, and {values} would replace the results of "
                 "the same weights. Raise trainer.max_steps to continue training, leave the overrides out, or start a "
@@ -219,7 +239,7 @@ class RunFolder:
 
     @property
     def config(self) -> DictConfig:
-        """The resolved config of the run."""
+        """The resolved config of the run, with the changes of sessions that resumed it with overrides."""
         file = self.path / "config.yaml"
         try:
             config = OmegaConf.load(file)
@@ -229,7 +249,7 @@ class RunFolder:
             ) from error
         if not isinstance(config, DictConfig) or not config:
             raise ValueError(f"{file} is empty or not a mapping of keys: restore the file written by the run.")
-        return config
+        return repeat(config, self.record.get("resumes", ()))
 
     @property
     def record(self) -> dict[str, Any]:
@@ -338,18 +358,6 @@ class RunFolder:
             close(error is None)
         if self._lock is not None:
             self._lock.release()
-
-
-def _differences(first: Any, second: Any, prefix: str) -> list[str]:
-    """Returns the keys of nested configs with different values, joined by dots."""
-    if not (isinstance(first, DictConfig) and isinstance(second, DictConfig)):
-        return [] if first == second else [prefix]
-    keys = {*map(str, first), *map(str, second)}
-    return [
-        found
-        for key in keys
-        for found in _differences(first.get(key), second.get(key), f"{prefix}.{key}" if prefix else key)
-    ]
 
 
 def list_runs(folder: str | Path) -> list[Path]:

@@ -4,7 +4,7 @@ Lightning would start them by running the whole command again, so that in a swee
 Instead, the process started by the user creates the run folder, starts the ranks, waits, and writes the report. It
 hosts the store of ``torch.distributed`` as ``torchrun`` does. No rank outlives it:
 
-- signals are forwarded to the ranks, which have ``GRACE_SECONDS`` to close their files;
+- signals are forwarded to the ranks, which have ``SAVE_SECONDS`` to save a checkpoint;
 - the kernel kills the ranks if this process is killed;
 - if a rank fails, the others are ended, and the error of the rank that failed first is raised;
 - a rank that is stopped (SIGSTOP) for ``STOPPED_SECONDS`` ends the run.
@@ -38,7 +38,8 @@ ERROR_VARIABLE = "BLUEBERRY_VIDEO_ERROR_FILE"
 
 POLL_SECONDS = 0.1
 SETTLE_SECONDS = 5.0  # after the first failure, for the other ranks to report their errors
-GRACE_SECONDS = 15.0  # between SIGTERM and SIGKILL
+GRACE_SECONDS = 15.0  # between SIGTERM and SIGKILL after a failure
+SAVE_SECONDS = 40.0  # the same after a signal: signals.SAVE_SECONDS and the time to write a checkpoint
 STOPPED_NOTICE_SECONDS = 2.0
 STOPPED_SECONDS = 30.0
 PR_SET_PDEATHSIG = 1
@@ -132,7 +133,7 @@ def start(config: DictConfig, run: Path, number: int) -> None:
                 ranks.append(subprocess.Popen(command, env=shared | own))
             failure = _wait(ranks, errors)
         except Interrupted as interrupted:
-            _end(ranks, interrupted.signal)
+            _end(ranks, interrupted.signal, SAVE_SECONDS)
             raise
         finally:
             _end(ranks)
@@ -265,14 +266,14 @@ def _is_stopped(process: int) -> bool:
     return state in (b"T", b"t")
 
 
-def _end(ranks: Sequence[subprocess.Popen], number: int = signal.SIGTERM) -> None:
-    """Sends a signal to the running ranks, and SIGKILL to those that run ``GRACE_SECONDS`` later."""
+def _end(ranks: Sequence[subprocess.Popen], number: int = signal.SIGTERM, seconds: float | None = None) -> None:
+    """Sends a signal to the running ranks, and SIGKILL to those that run ``seconds`` later (``GRACE_SECONDS``)."""
     for rank in ranks:
         if rank.poll() is None:
             rank.send_signal(number)
             if _is_stopped(rank.pid):
                 rank.kill()
-    deadline = time.monotonic() + GRACE_SECONDS
+    deadline = time.monotonic() + (GRACE_SECONDS if seconds is None else seconds)
     for rank in ranks:
         try:
             rank.wait(max(0.0, deadline - time.monotonic()))

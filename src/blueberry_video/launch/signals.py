@@ -1,7 +1,8 @@
 """Signals that end a run: SIGTERM, SIGINT (Ctrl-C) and SIGHUP.
 
-A signal raises an exception in the main thread wherever it is, so that it also ends the evaluations at the end of a
-run. The exit code is that of shells: 143 after SIGTERM, 130 after SIGINT.
+While a run trains, the first signal lets the current optimizer step end and a checkpoint be saved, within
+``SAVE_SECONDS``. Otherwise, and for a second signal, it raises an exception in the main thread wherever it is, so that
+it also ends the evaluations at the end of a run. The exit code is that of shells: 143 after SIGTERM, 130 after SIGINT.
 """
 
 import os
@@ -17,8 +18,10 @@ from typing import Any
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 REPEAT_SECONDS = 5.0  # Ctrl-C in a terminal reaches a rank twice: directly and forwarded by its parent
+SAVE_SECONDS = 20.0  # for the step and the checkpoint after the first signal; batch systems kill after about 30 s
 
 _received: tuple[signal.Signals, float] | None = None  # the last signal of this process and its time
+_waiting: "Delay | None" = None  # training that saves a checkpoint before it ends
 
 
 class Interrupted(SystemExit):
@@ -74,9 +77,63 @@ def how_to_continue(experiment: str, run: str, output_dir: str) -> str:
     return f"Continue with `make train EXP={experiment} RESUME={run}{elsewhere}`, or add `resume={run}` to the command."
 
 
-def leave_to_this_module(trainer: Any) -> None:
-    """Removes Lightning's SIGTERM handler, which broadcasts among ranks that may wait for each other elsewhere."""
+class Delay:
+    """Delays the first signal until training has saved a checkpoint, between :meth:`begin` and :meth:`end`.
+
+    After ``SAVE_SECONDS`` without a call of :meth:`end`, the signal ends the process without a checkpoint.
+
+    Args:
+        quiet: print nothing, and ignore a second signal within ``REPEAT_SECONDS``: in ranks, which their parent ends.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._timer: threading.Timer | None = None
+        self._quiet = quiet
+
+    def begin(self) -> None:
+        global _waiting
+        _waiting = self
+
+    def end(self) -> None:
+        global _waiting
+        if _waiting is self:
+            _waiting = None
+        if self._timer is not None:
+            self._timer.cancel()
+
+    @property
+    def received(self) -> bool:
+        """Whether a signal waits for the end of the step."""
+        return self._timer is not None
+
+    def leave(self) -> None:
+        """Ends the process after the checkpoint, also where only a different rank received the signal.
+
+        Raises:
+            Interrupted: always.
+        """
+        self.end()
+        raise Interrupted(_received[0] if _received else signal.SIGTERM)
+
+    def start(self, number: int) -> bool:
+        """Called by the handler; returns whether the signal is delayed."""
+        if self._timer is not None:
+            return self._quiet and _received is not None and time.monotonic() - _received[1] < REPEAT_SECONDS
+        self._timer = threading.Timer(SAVE_SECONDS, os.kill, (os.getpid(), number))
+        self._timer.daemon = True
+        self._timer.start()
+        if not self._quiet and number == signal.SIGINT:
+            os.write(2, b"\nsaving a checkpoint after this step; press Ctrl-C again to end at once\n")
+        return True
+
+
+def save_first(trainer: Any, quiet: bool = False) -> None:
+    """Makes the callback ``Checkpoints`` of a trainer save before a signal ends training, in place of Lightning's
+    SIGTERM handler, which broadcasts among ranks that may wait for each other elsewhere."""
     trainer._signal_connector._sigterm_notifier_fn = lambda *_: None
+    for callback in trainer.callbacks:
+        if hasattr(callback, "signal_delay"):
+            callback.signal_delay = Delay(quiet)
 
 
 def _install() -> dict[int, Any]:
@@ -94,7 +151,16 @@ def _install() -> dict[int, Any]:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
-        if _received is None or time.monotonic() - _received[1] > REPEAT_SECONDS:
+        delay, first = _waiting, _received is None
+        if first:
+            _received = (signal.Signals(number), time.monotonic())
+        if delay is not None:
+            if delay.start(number):
+                return
+            delay.end()
+            assert _received is not None
+            raise Interrupted(_received[0])
+        if first or (_received is not None and time.monotonic() - _received[1] > REPEAT_SECONDS):
             _received = (signal.Signals(number), time.monotonic())
             raise Interrupted(number)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from blueberry_video.atomic import atomic_folder
-from blueberry_video.weights.files import read_weights, resolve, without_prefixes
+from blueberry_video.weights.files import no_weights, read_weights, resolve, without_prefixes
 
 CONFIG = "config.json"
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # file names of weights
@@ -111,7 +111,8 @@ def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
         try:
             state |= load_file(folder / name)
         except SafetensorError as error:
-            raise ValueError(f"{folder / name} is damaged and cannot be read: download it again.") from error
+            fault = no_weights(folder / name) or "it is damaged. Download it again"
+            raise ValueError(f"{folder / name} cannot be read: {fault}.") from error
     return config, without_prefixes(state)
 
 

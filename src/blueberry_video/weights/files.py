@@ -48,9 +48,34 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def without_prefixes(content: dict) -> dict[str, Tensor]:
-    """Returns the tensors of a state dict, without the prefixes ``module.``, ``model.`` and ``backbone.``."""
+    """Returns the tensors of a state dict, without the prefixes ``module.``, ``model.`` and ``backbone.``, and without
+    ``_orig_mod.``, which ``torch.compile`` adds at any depth."""
     prefix = re.compile(r"^(module\.|model\.|backbone\.)+")
-    return {prefix.sub("", name): value for name, value in content.items() if isinstance(value, Tensor)}
+    return {
+        prefix.sub("", without_compile(name)): value for name, value in content.items() if isinstance(value, Tensor)
+    }
+
+
+def without_compile(name: str) -> str:
+    """Returns the name of a tensor without the parts that ``torch.compile`` adds."""
+    return re.sub(r"(?<![^.])_orig_mod\.", "", name)
+
+
+def no_weights(path: Path) -> str:
+    """Describes a file that was never a weight file, from its first bytes; empty for any other file."""
+    if path.stat().st_size == 0:
+        return "it is empty (0 bytes): the download or the copy did not run, or the disk was full. Get the file again"
+    with path.open("rb") as file:
+        start = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, a text in place of the file: run `git lfs pull` in its repository"
+    if re.match(rb"<(!doctype|html|head|\?xml)", start, re.IGNORECASE):
+        return "it is an HTML page, not weights, for example of a login. Download the file itself"
+    if re.match(rb"[{\[]", start) and path.suffix != ".json":
+        return "it is a JSON text, not weights, for example an error message of a server. Download the file itself"
+    if not start.strip(b"\0"):
+        return "it begins with zeros: it was not written to disk completely. Get the file again"
+    return ""
 
 
 def resolve(source: str | Path) -> Path:
@@ -92,7 +117,9 @@ def read_content(path: str | Path) -> object:
         # The original files also hold the arguments of their run, as an argparse namespace: plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        if fault := no_weights(path):
+            raise ValueError(f"{path} cannot be read: {fault}.") from error
         raise ValueError(
             f"{path} cannot be read: it is damaged, or holds objects that require running code. Use a complete file, "
             "or save only its state dict with torch.save, in a session that trusts it."
@@ -110,7 +137,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint of a run: it has no state_dict.")
-    return {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+    plain = {without_compile(name): value for name, value in state.items()}
+    return {name.removeprefix("model."): value for name, value in plain.items() if name.startswith("model.")}
 
 
 def num_blocks(state: dict[str, Tensor], prefix: str) -> int:
