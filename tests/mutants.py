@@ -1,34 +1,39 @@
 """Mutation score of the tests of one folder of src/.
 
-    python tests/mutants.py data --count 40 --seed 0
-    python tests/mutants.py evaluation --tests tests/evaluation tests/tasks
+    python tests/mutants.py data --count 25 --seed 16
+    python tests/mutants.py evaluation --tests tests/evaluation tests/tasks tests/test_callbacks.py
 
 Plants seeded mutants, one at a time, in a temporary copy of the tree: a comparison or arithmetic operator replaced, an
-integer changed by 1, `and` and `or` exchanged, a condition negated, two arguments swapped, or a statement removed. Runs
-the tests of each mutant, first the files named after its module, then all of the folder's, until one fails. Prints the
-score and the survivors. A survivor is a missing test or is equivalent to the original: read it. The tests run in
-forks of one process that has imported torch, with a time limit; a mutant that exceeds it counts as detected.
+integer changed by 1, `and` and `or` exchanged, a condition negated, two arguments swapped, or a statement removed.
+Prints the score and the survivors. A survivor is a missing test or is equivalent to the original: read it.
+
+The tests run once under coverage with one context per test. The map from tests to durations and executed lines is
+cached in a file; only test files that changed are measured again, and all of them when src/ or conf/ changes. Of each
+mutant only the tests that execute its line run, the shortest first, in growing batches until one fails. A mutant with
+a line that no test executes survives at once. Coverage does not see lines that run in other processes: `--also` lists
+test files to run after the covering tests have passed, and `--all` runs all files of `--tests`.
+
+The tests run in forks of one process that has imported torch, with a time limit; a mutant that exceeds it counts as
+detected.
 """
 
 import argparse
 import ast
-import contextlib
 import importlib
-import os
 import random
 import shutil
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from measured_tests import PACKAGE, measured, run_tests
+
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = Path("src/blueberry_video")
 COPIED = ("src", "tests", "conf", "experiments", "pyproject.toml", "README.md", "Makefile", "docs")
-IMPORTED = ("numpy", "torch", "lightning", "pytest")  # in the parent, so that a fork starts at once
+# in the parent, so that a fork starts at once
+IMPORTED = ("coverage", "numpy", "torch", "lightning", "torchmetrics", "hydra", "diffusers", "av")
 SWAPPED: dict[type, type] = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
@@ -53,10 +58,11 @@ SWAPPED: dict[type, type] = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of a file: its line, a description and the source after it."""
+    """One change of a file: its line, the first line of its statement, a description and the source after it."""
 
     file: Path
     line: int
+    statement: int
     change: str
     source: str
 
@@ -70,10 +76,12 @@ def mutants_of(file: Path, source: str) -> Iterator[Mutant]:
     for number in range(count):
         tree = ast.parse(source)
         node, apply = next(site for i, site in enumerate(_sites(tree)) if i == number)
-        before = ast.unparse(node)
-        line = node.lineno
+        line, before = node.lineno, ast.unparse(node)
+        if isinstance(node, ast.Constant):
+            before = source.splitlines()[line - 1]
+        statement = max(n.lineno for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= line)
         change = apply()
-        yield Mutant(file, line, f"{change}: {' '.join(before.split())[:100]}", ast.unparse(tree))
+        yield Mutant(file, line, statement, f"{change}: {' '.join(before.split())[:100]}", ast.unparse(tree))
 
 
 def _sites(tree: ast.AST) -> Iterator:
@@ -154,86 +162,91 @@ def _negate(node: ast.If | ast.While | ast.IfExp) -> str:
     return "condition negated"
 
 
-def run_tests(tree: Path, paths: list[str], timeout: float) -> int | None:
-    """Returns the exit code of pytest in a fork with the working directory ``tree``; None after ``timeout`` seconds."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        with contextlib.suppress(BaseException):
-            os.setsid()
-            os.chdir(tree)
-            with (tree / "pytest.log").open("w") as log:
-                os.dup2(log.fileno(), 1)
-                os.dup2(log.fileno(), 2)
-            sys.path.insert(0, str(tree / "src"))
-            os.environ["PYTHONPATH"] = str(tree / "src")
-            sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
-            pytest = importlib.import_module("pytest")
-            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", *paths]))
-        os._exit(code)
-    end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            break
-        time.sleep(0.1)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    if not done:
-        os.waitpid(pid, 0)
-        return None
-    return os.waitstatus_to_exitcode(status)
+def covering(mutant: Mutant, source: str, tests: dict[str, dict]) -> list[str]:
+    """Returns the tests that execute the line of a mutant, the shortest first.
+
+    For a line without bytecode these are the tests that execute a previous line of the statement. For a line that
+    runs at import (a constant, a default value), they are all tests that execute a line of the file.
+    """
+    lines = {test: set(entry["lines"].get(str(mutant.file), ())) for test, entry in tests.items()}
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    if any(node.body[0].lineno <= mutant.line <= (node.end_lineno or 0) for node in functions):
+        tried = range(mutant.line, mutant.statement - 1, -1)
+        found = next((found for line in tried if (found := [test for test in tests if line in lines[test]])), [])
+    else:
+        found = [test for test in tests if lines[test]]
+    return sorted(found, key=lambda test: tests[test]["seconds"])
+
+
+def outcome(tree: Path, names: list[str], tests: dict[str, dict], options: argparse.Namespace) -> str:
+    """Runs the tests in batches and returns ``SURVIVED``, ``not executed`` or how they fail."""
+    seconds = [tests[name]["seconds"] for name in names]
+    names = [name for i, name in enumerate(names) if sum(seconds[:i]) < options.budget]
+    batches, size = [], 10
+    while names:
+        batches.append(names[:size])
+        names, size = names[size:], size * 4
+    executed = bool(batches)
+    batches += [list(paths) for paths in (options.also, options.tests if options.all else []) if paths]
+    for batch in batches:
+        code = run_tests(tree, batch, options.timeout)
+        if code == 4:  # a parameter of a test depends on the mutant
+            code = run_tests(tree, sorted({name.split("::")[0] for name in batch}), options.timeout)
+        if code != 0:
+            return {None: "timeout", 1: "detected", 2: "detected"}.get(code, f"exit code {code}")
+    return "SURVIVED" if executed else "NOT EXECUTED"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="folder or file below src/blueberry_video")
     parser.add_argument("--tests", nargs="+", help="paths of tests; default tests/<folder>")
+    parser.add_argument("--also", nargs="+", default=[], help="test files to run after the covering tests have passed")
+    parser.add_argument("--all", action="store_true", help="run all of --tests after the covering tests have passed")
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for the tests of one mutant")
-    parser.add_argument("--quick", action="store_true", help="only run the test files named after a mutant's module")
+    parser.add_argument("--only", nargs="+", type=int, help="numbers of the mutants to run, from 1; default all")
+    parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
+    parser.add_argument("--map", type=Path, help="file of durations and lines; default in the temporary folder")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one batch of tests of a mutant")
+    parser.add_argument("--budget", type=float, default=200.0, help="seconds of covering tests of one mutant")
     options = parser.parse_args()
-    source = ROOT / PACKAGE / options.folder
-    files = sorted(source.rglob("*.py")) if source.is_dir() else [source]
-    room = Path(options.folder) if source.is_dir() else Path(options.folder).parent
-    tests = options.tests or [f"tests/{room}"]
-    every = [m for file in files for m in mutants_of(file.relative_to(ROOT), file.read_text(encoding="utf-8"))]
-    chosen = random.Random(options.seed).sample(every, min(options.count, len(every)))
+    folder = ROOT / PACKAGE / options.folder
+    files = sorted(folder.rglob("*.py")) if folder.is_dir() else [folder]
+    options.tests = options.tests or [f"tests/{Path(options.folder).parts[0]}"]
+    sources = {file.relative_to(ROOT): file.read_text(encoding="utf-8") for file in files}
+    every = [mutant for file, source in sources.items() for mutant in mutants_of(file, source)]
+    chosen = list(enumerate(random.Random(options.seed).sample(every, min(options.count, len(every))), start=1))
+    chosen = [(number, mutant) for number, mutant in chosen if not options.only or number in options.only]
+    print(f"{len(chosen)} of {len(every)} mutants of {options.folder}, tests {' '.join(options.tests)}", flush=True)
+    if options.list:
+        return print("\n".join(f"{number:3} {mutant}" for number, mutant in chosen))
     for name in IMPORTED:
         importlib.import_module(name)
     survivors = []
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        tree = Path(temporary).resolve()
         for name in COPIED:
             ignored = shutil.ignore_patterns("__pycache__", "outputs")
             if (ROOT / name).is_dir():
                 shutil.copytree(ROOT / name, tree / name, ignore=ignored)
             elif (ROOT / name).exists():
                 shutil.copy(ROOT / name, tree / name)
-        if not options.quick and run_tests(tree, tests, 10 * options.timeout) != 0:
-            log = (tree / "pytest.log").read_text(errors="replace")
-            sys.exit(f"{log[-3000:]}\nthe tests {' '.join(tests)} fail without a mutant: repair them first.")
-        print(f"{len(chosen)} of {len(every)} mutants of {options.folder}, tests {' '.join(tests)}", flush=True)
-        for number, mutant in enumerate(chosen, start=1):
-            original = (tree / mutant.file).read_text(encoding="utf-8")
+        tests = measured(tree, options.tests, options.map, 100 * options.timeout)
+        for number, mutant in chosen:
+            names = covering(mutant, sources[mutant.file], tests)
             (tree / mutant.file).write_text(mutant.source, encoding="utf-8")
             start = time.monotonic()
-            found = [str(p) for test in tests for p in Path(ROOT, test).rglob(f"test_*{mutant.file.stem}*.py")]
-            first = [str(Path(path).relative_to(ROOT)) for path in found]
-            code = run_tests(tree, first, options.timeout) if first else 0
-            if code == 0 and not (options.quick and first):
-                code = run_tests(tree, [*tests, *(f"--ignore={path}" for path in first)], options.timeout)
-                code = 0 if code == 5 and first else code  # 5: all tests are ignored
-            (tree / mutant.file).write_text(original, encoding="utf-8")
-            if code == 0:
-                survivors.append(mutant)
-            outcome = {None: "timeout", 0: "SURVIVED", 1: "detected", 2: "detected"}.get(code, f"exit code {code}")
-            print(f"{number:3} {time.monotonic() - start:4.0f} s {outcome}: {mutant}", flush=True)
+            result = outcome(tree, names, tests, options)
+            (tree / mutant.file).write_text(sources[mutant.file], encoding="utf-8")
+            if result in ("SURVIVED", "NOT EXECUTED"):
+                survivors.append((number, mutant))
+            took = time.monotonic() - start
+            print(f"{number:3} {took:4.0f} s of {len(names):3} tests {result}: {mutant}", flush=True)
     detected = len(chosen) - len(survivors)
     print(f"score: {detected} of {len(chosen)} detected, {detected / max(len(chosen), 1):.1%}; survivors:")
-    for mutant in survivors:
-        print(f"  {mutant}")
+    for number, mutant in survivors:
+        print(f"{number:3} {mutant}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 import ast
 from pathlib import Path
 
-from mutants import mutants_of, run_tests
+from measured_tests import measured, run_tests
+from mutants import covering, mutants_of
 
 SOURCE = '''
 def clip(values, low: int = 2):
@@ -48,3 +49,69 @@ def test_tests_of_a_tree_pass_fail_or_exceed_the_limit(tmp_path: Path):
     for content, code in (("assert True", 0), ("assert False", 1), ("while True: pass", None)):
         test.write_text(f"def test_it():\n    {content}\n")
         assert run_tests(tmp_path, ["test_it.py"], 60.0 if code is not None else 5.0) == code
+
+
+SUMS = """LIMIT = 3
+
+
+def add(a):
+    return (
+        a
+        + 2
+    )
+
+
+def double(a):
+    return 2 * a
+"""
+
+TESTS = """import sys
+import time
+
+import pytest
+
+sys.path.insert(0, "src/blueberry_video")
+import sums_of_mutants as sums
+
+
+@pytest.fixture(scope="module")
+def six():
+    return sums.double(3)
+
+
+def test_slow():
+    time.sleep(0.3)
+    assert sums.add(1) == 3
+
+
+def test_fixture(six):
+    assert six == 6
+
+
+def test_both(six):
+    assert sums.add(six) == 8
+
+
+def test_nothing():
+    pass
+"""
+
+
+def test_tests_that_execute_a_line_cover_its_mutants(tmp_path: Path):
+    file, test = Path("src/blueberry_video/sums_of_mutants.py"), tmp_path / "tests/test_sums.py"
+    for path, content in ((tmp_path / file, SUMS), (test, TESTS)):
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+    first = measured(tmp_path, ["tests"], tmp_path / "map.json", 60.0)
+    assert [name.split("::")[1] for name in first] == ["test_slow", "test_fixture", "test_both", "test_nothing"]
+    test.write_text(TESTS + "\n\ndef test_last():\n    assert sums.double(1) == 2\n")
+    tests = measured(tmp_path, ["tests/test_sums.py"], tmp_path / "map.json", 60.0)
+    covered = {mutant.line: covering(mutant, SUMS, tests) for mutant in mutants_of(file, SUMS)}
+    covered = {line: [name.split("::")[1] for name in names] for line, names in covered.items()}
+    assert {line: set(names) for line, names in covered.items()} == {
+        1: {"test_slow", "test_fixture", "test_both", "test_last"},  # runs at import
+        6: {"test_slow", "test_both"},  # the operation, which starts at its first operand
+        7: {"test_slow", "test_both"},
+        12: {"test_fixture", "test_both", "test_last"},  # test_both uses the fixture, which another test has set up
+    }
+    assert covered[6][-1] == "test_slow"
