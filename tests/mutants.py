@@ -162,11 +162,12 @@ def _negate(node: ast.If | ast.While | ast.IfExp) -> str:
     return "condition negated"
 
 
-def covering(mutant: Mutant, source: str, tests: dict[str, dict]) -> list[str]:
+def covering(root: Path, mutant: Mutant, source: str, tests: dict[str, dict]) -> list[str]:
     """Returns the tests that execute the line of a mutant, the shortest first.
 
     For a line without bytecode these are the tests that execute a previous line of the statement. For a line that
-    runs at import (a constant, a default value), they are all tests that execute a line of the file.
+    runs at import (a constant, a default value), they are all tests that execute a line of the file, and all tests of
+    the files that import the module.
     """
     lines = {test: set(entry["lines"].get(str(mutant.file), ())) for test, entry in tests.items()}
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
@@ -174,7 +175,11 @@ def covering(mutant: Mutant, source: str, tests: dict[str, dict]) -> list[str]:
         tried = range(mutant.line, mutant.statement - 1, -1)
         found = next((found for line in tried if (found := [test for test in tests if line in lines[test]])), [])
     else:
-        found = [test for test in tests if lines[test]]
+        name = ".".join(mutant.file.with_suffix("").parts[1:])
+        imports = {
+            file: name in (root / file).read_text(encoding="utf-8") for file in {t.split("::")[0] for t in tests}
+        }
+        found = [test for test in tests if lines[test] or imports[test.split("::")[0]]]
     return sorted(found, key=lambda test: tests[test]["seconds"])
 
 
@@ -234,7 +239,7 @@ def main() -> None:
                 shutil.copy(ROOT / name, tree / name)
         tests = measured(tree, options.tests, options.map, 100 * options.timeout)
         for number, mutant in chosen:
-            names = covering(mutant, sources[mutant.file], tests)
+            names = covering(tree, mutant, sources[mutant.file], tests)
             (tree / mutant.file).write_text(mutant.source, encoding="utf-8")
             start = time.monotonic()
             result = outcome(tree, names, tests, options)

@@ -106,7 +106,7 @@ def test_tests_that_execute_a_line_cover_its_mutants(tmp_path: Path):
     assert [name.split("::")[1] for name in first] == ["test_slow", "test_fixture", "test_both", "test_nothing"]
     test.write_text(TESTS + "\n\ndef test_last():\n    assert sums.double(1) == 2\n")
     tests = measured(tmp_path, ["tests/test_sums.py"], tmp_path / "map.json", 60.0)
-    covered = {mutant.line: covering(mutant, SUMS, tests) for mutant in mutants_of(file, SUMS)}
+    covered = {mutant.line: covering(tmp_path, mutant, SUMS, tests) for mutant in mutants_of(file, SUMS)}
     covered = {line: [name.split("::")[1] for name in names] for line, names in covered.items()}
     assert {line: set(names) for line, names in covered.items()} == {
         1: {"test_slow", "test_fixture", "test_both", "test_last"},  # runs at import
