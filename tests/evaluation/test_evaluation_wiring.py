@@ -145,6 +145,20 @@ def test_only_rank_zero_evaluates_at_the_end(callback, prefix: str, rank: int, t
     assert list(trainer.callback_metrics) == ([] if rank else [f"{prefix}/success"])
 
 
+def test_random_actions_depend_on_the_seed():
+    found = []
+    for seed in (0, 0, 1):
+        callback = loop(seed=seed, random_tries=4, max_steps=6, episodes=2, tolerance=0.0)
+        callback._episode = lambda i, callback=callback: (
+            callback.environment.reset((2, i)),
+            SimpleNamespace(vector=np.array([i + 0.5])),
+        )
+        callback.measure(task())
+        found.append([action for _, action in callback.environment.stepped][12:])
+    assert found[0] == found[1] != found[2]
+    assert len(found[0]) == 4 * 6 * 2
+
+
 # ---- generated shapes ------------------------------------------------------------------------------------------------
 
 
@@ -278,3 +292,47 @@ def test_collapse_is_checked_at_multiples_of_every_n_steps(every: int, step: int
     for _ in range(2):  # batches of accumulated gradients have the same step
         monitor.on_train_batch_end(trainer, None, None, {"video": "clips"}, 0)
     assert seen == (["clips", ["collapse/alarm", "collapse/x"]] if checked else [])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_collapse_measures_are_means_over_processes_in_eval_mode(training: bool):
+    """The other process measures a value that is larger by 1."""
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = SimpleNamespace(target_encoder=None)
+
+        def latents(self, video):
+            assert not self.training
+            return video
+
+    module, reduced = Network().train(training), []
+    reduce = lambda value, reduce_op: reduced.append(reduce_op) or value + 0.5  # noqa: E731
+    trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=reduce))
+    video = torch.zeros(2, 3, 4)
+    video[0, :, 0], video[1, :, 0], video[:, :, 1] = 3.0, -3.0, 4.0
+    found = CollapseMonitor()._measure(trainer, module, video)
+    assert module.training == training
+    assert set(reduced) == {"mean"}
+    expected = {"target_std": 0.75, "target_std_min": 0.0, "effective_rank": 1.0, "cross_clip_cosine": 7 / 25}
+    assert {name: value.item() - 0.5 for name, value in found.items()} == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("measure", ["std", "rank", "cosine"])
+def test_a_measure_at_its_threshold_is_no_collapse(measure: str):
+    monitor = CollapseMonitor(patience=1, min_std=0.25, min_rank=3.0, max_cosine=0.75)
+    trainer = SimpleNamespace(global_step=1, should_stop=False)
+    healthy = {"std": 0.25, "rank": 3.0, "cosine": 0.75}
+
+    def check(**changes: float) -> bool:
+        values = {**healthy, **changes}
+        names = {"std": "target_std", "rank": "effective_rank", "cosine": "cross_clip_cosine"}
+        monitor._update_alarm(trainer, {names[name]: torch.tensor(value) for name, value in values.items()})
+        return monitor.alarm
+
+    assert not check()
+    with pytest.warns(UserWarning, match="collapse at step 1"):
+        assert check(**{measure: healthy[measure] + (0.01 if measure == "cosine" else -0.01)})
+    assert check(), "the alarm remains"
+    assert not trainer.should_stop

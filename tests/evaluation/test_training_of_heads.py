@@ -173,3 +173,90 @@ def test_only_rank_zero_evaluates_at_the_end(encoder, rank: int, tmp_path, monke
     probe.on_train_end(trainer, "task")
     assert calls == ([("task", "data")] if rank == 0 else [])
     assert list(trainer.callback_metrics) == (["own/level"] if rank == 0 else [])
+
+
+def test_initial_weights_follow_the_seed(encoder, ramps):
+    """At a learning rate of 0 the weights stay the initial ones."""
+    clips = LabelledClips.of(ramps, 8, ("level",))
+    tokens = torch.randn(8, 3, encoder.embed_dim)
+    found: dict[str, list[torch.Tensor]] = {"probe": [], "few": []}
+    for seed in (0, 0, 1):
+        recipe = Recipe(1, 8, lr=0.0, weight_decay=0.0, seed=seed)
+        heads = {
+            "probe": fit_probe(tokens, clips.labels, {"level": 2}, "attentive", recipe),
+            "few": fine_tune(encoder, clips, {"level": 2}, lambda x: x, recipe)[1],
+        }
+        for name, head in heads.items():
+            found[name].append(torch.cat([value.flatten() for value in head.state_dict().values()]))
+    for same, again, other in found.values():
+        assert torch.equal(same, again)
+        assert not torch.equal(same, other)
+
+
+class Coded(nn.Module):
+    """Head that answers each label from a table of the recipes; clips are coded by their first token."""
+
+    def __init__(self, right: dict[str, float]):
+        super().__init__()
+        self.right = right
+
+    def forward(self, tokens):
+        index = tokens[:, 0, 0].long()
+        truth = {"motion": index % 2, "level": index // 2 % 2}
+        logits = {}
+        for name, labels in truth.items():
+            wrong = index >= 8 * self.right[name]
+            logits[name] = nn.functional.one_hot(torch.where(wrong, 1 - labels, labels), 2).float()
+        return logits
+
+
+def test_the_best_rate_is_that_of_the_largest_sum_over_labels(ramps, monkeypatch: pytest.MonkeyPatch):
+    """Rates 1, 2 and 3: the second is the best for neither label, but in the sum."""
+    table = {
+        1.0: {"motion": 1.0, "level": 0.0},
+        2.0: {"motion": 0.75, "level": 0.75},
+        3.0: {"motion": 0.0, "level": 1.0},
+    }
+    few = FewLabels(["motion", "level"], 8, val_clips=8, lrs=list(table))
+    monkeypatch.setattr(few, "learn", lambda start, clips, classes, normalize, recipe: (start, Coded(table[recipe.lr])))
+    module = "blueberry_video.evaluation.probes.encode"
+    monkeypatch.setattr(module, lambda encoder, video, normalize: torch.arange(8.0)[:, None, None])
+    few.untrained = nn.Identity()
+    task = SimpleNamespace(model=SimpleNamespace(encoder="trained"), normalize=None, device=torch.device("cpu"))
+    data = SimpleNamespace(train=ramps, val=ramps, classes=ramps.classes, reversal_pairs={})
+    values = few.measure(task, data)
+    assert (values["motion"], values["level"]) == (0.75, 0.75)
+
+
+def test_the_shuffled_control_uses_the_trained_model_on_shuffled_validation_clips(ramps, monkeypatch):
+    probe, scored = Probe(["motion", "level"], train_clips=8, val_clips=6, seed=7), []
+    monkeypatch.setattr(probe, "learn", lambda start, *_: (start, f"head of {start}"))
+    monkeypatch.setattr("blueberry_video.evaluation.probes.encode", lambda encoder, video, normalize: (encoder, video))
+
+    def score(head, inputs, labels, pairs):
+        scored.append((head, *inputs))
+        return {"motion": len(scored) / 10, "motion_within_pairs": len(scored) / 100, "level": 0.5}
+
+    monkeypatch.setattr("blueberry_video.evaluation.probes.score", score)
+
+    class Untrained(str):
+        def to(self, device):
+            return self
+
+    probe.untrained = Untrained("untrained")
+    task = SimpleNamespace(model=SimpleNamespace(encoder="trained"), normalize=None, device=torch.device("cpu"))
+    data = SimpleNamespace(train=ramps, val=ramps, classes=ramps.classes, reversal_pairs=ramps.reversal_pairs)
+    values = probe.measure(task, data)
+    val = LabelledClips.of(ramps, 6, ("motion", "level"))
+    assert [(head, encoder) for head, encoder, _ in scored] == [
+        ("head of trained", "trained"),
+        ("head of untrained", "untrained"),
+        ("head of trained", "trained"),
+    ]
+    for (_, _, video), expected in zip(scored, (val, val, val.shuffled(7)), strict=True):
+        assert torch.equal(video, expected.video)
+    assert (values["motion"], values["motion_random_init"], values["motion_shuffled"]) == (0.1, 0.2, 0.3)
+    assert values["motion_within_pairs_shuffled"] == 0.03
+    assert values["motion_gain"] == pytest.approx(-0.1)
+    assert "level_shuffled" not in values
+    assert "level_within_pairs_trivial" not in values

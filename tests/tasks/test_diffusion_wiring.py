@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from blueberry_video.data.moving_shapes import MovingShapes
-from blueberry_video.diffusion.guidance import ConstantGuidance, NoGuidance
+from blueberry_video.diffusion.guidance import ConstantGuidance, EmbeddedGuidance, NoGuidance
 from blueberry_video.diffusion.objectives import FlowMatching, VPrediction
 from blueberry_video.diffusion.samplers import FlowEuler
 from blueberry_video.diffusion.text_to_video import TextToVideo
@@ -139,3 +139,30 @@ def test_tokens_per_clip_of_unequal_patches_and_sizes():
     module, _ = task()
     assert module.tokens_per_clip({"video": torch.zeros(7, 3, 9, 16, 24)}) == 9 * 4 * 3
     assert module.tokens_per_clip({"video": torch.zeros(7, 3, 5, 18, 20)}) == 5 * 5 * 3  # the last patches are padded
+
+
+def test_pictures_show_num_pictures_prompts_or_captions():
+    for prompts, expected in ((None, 2), (["a red disc", "a blue square", "a red square"], 2), (["a red disc"], 1)):
+        module, recorder = task(prompts=prompts, num_pictures=2, sampler=FlowEuler(1, 1.0))
+        module._latent_size = (4, 8, 16)
+        clips = batch(3)
+        picture = module.media(clips)["samples"]
+        assert picture.shape == (4, 3, expected * 9, 17)
+        texts = module.model.text((prompts or clips["caption"])[:expected]).tokens
+        assert torch.equal(recorder.texts[0], texts)
+
+
+@pytest.mark.parametrize("scale", [1.5, 6.0])
+def test_the_embedded_guidance_scale_reaches_training_and_validation(scale: float):
+    module, recorder = task(shape={"embedded_guidance": True}, guidance=EmbeddedGuidance(scale))
+    seen, forward = [], recorder.forward
+
+    def recorded(*given):
+        seen.append(given[5])
+        return forward(*given)
+
+    recorder.forward = recorded
+    for stage in ("train", "val"):
+        module.shared_step(batch(3), stage)
+    assert len(seen) > 2
+    assert {float(torch.as_tensor(value).flatten()[0]) for value in seen} in ({scale}, {1000 * scale})

@@ -245,6 +245,31 @@ def test_least_and_largest_settings_of_anticipation():
         anticipation(seen=4, gap=(0, 0), val_gap=5)
 
 
+def test_recalls_count_the_clips_of_all_processes():
+    """The other process has three clips of class 1, of which one is recalled."""
+    module, operations = anticipation(recall_at=1), []
+
+    def reduce(counts, reduce_op):
+        operations.append(reduce_op)
+        other = torch.zeros_like(counts)
+        other[0, 1], other[1, 1] = 1, 3
+        return counts + other
+
+    module._trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=reduce))
+    for network in (module.model, module.untrained):
+        network.forward = lambda inputs, skip: {name: torch.eye(size)[[0] * 2] for name, size in CLASSES.items()}
+    module._trainer.datamodule = SimpleNamespace(reversal_pairs={})
+    batch = clips(frames=8, count=2)
+    module.shared_step({**batch, "labels": {name: torch.tensor([0, 2]) for name in CLASSES}}, "val")
+    values = module.epoch_metrics({})
+    assert set(operations) == {"sum"}
+    for name in CLASSES:
+        assert values[f"{name}_recall"].item() == pytest.approx((1 + 1 / 3 + 0) / 3)
+        assert values[f"{name}_recall_random_init"].item() == pytest.approx((1 + 1 / 3 + 0) / 3)
+        assert values[f"{name}_trivial"].item() == pytest.approx(3 / 5)
+        assert values[f"{name}_recall_trivial"].item() == pytest.approx(1 / 3)
+
+
 # ---- action prediction -----------------------------------------------------------------------------------------------
 
 
@@ -416,6 +441,58 @@ def test_weights_are_loaded_before_training_alone(stage: str):
     module = Plain(nn.Linear(2, 2), Optimization(torch.optim.SGD, constant, init_from="weights.pt"))
     module.setup(stage)
     assert getattr(module, "loaded", []) == (["weights.pt"] if stage == "fit" else [])
+
+
+def test_every_stage_has_its_name_and_training_its_copies_and_augmentation():
+    seen = []
+
+    class Named(Plain):
+        def shared_step(self, batch, stage):
+            seen.append((stage, batch["video"].mean().item(), len(batch["video"])))
+            return {"loss": batch["video"].mean()}
+
+    module = Named(nn.Linear(2, 2), OPTIMIZATION, ClipInput(nn.Threshold(5.0, 0.5), repeats=2))
+    module.log = module.log_dict = lambda *_, **__: None
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    module._trainer = SimpleNamespace(accumulate_grad_batches=1, num_training_batches=2, optimizers=[optimizer])
+    batch = {"video": torch.ones(3, 1, 2, 1, 1)}
+    module.training_step(batch, 0)
+    module.validation_step(batch, 0)
+    module.test_step(batch, 0)
+    assert seen == [("train", 0.5, 6), ("val", 1.0, 3), ("test", 1.0, 3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_clips_have_the_dtype_of_the_task(dtype: torch.dtype):
+    module = Plain(nn.Linear(2, 2), OPTIMIZATION).to(dtype)
+    video = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1, 1)
+    found = module.on_after_batch_transfer({"video": video, "id": ["a"]}, 0)
+    assert found["video"].shape == (1, 1, 3, 1, 1)
+    assert found["video"].dtype == dtype
+    torch.testing.assert_close(found["video"].flatten().float(), torch.tensor([0, 0.2, 1]), atol=2e-3, rtol=0)
+    assert found["id"] == ["a"]
+
+
+def test_the_schedule_ends_at_its_last_step_and_starts_at_its_first():
+    """Lightning steps the scheduler once more after the last step."""
+    asked = []
+
+    def schedule(step: int, total: int) -> float:
+        asked.append((step, total))
+        return 0.5
+
+    optimization = Optimization(partial(torch.optim.SGD, lr=0.25), schedule)
+    module = Plain(nn.Linear(2, 2), optimization)
+    module._decayed = {name for name, _ in module.named_parameters()}
+    module._trainer = SimpleNamespace(estimated_stepping_batches=3.0)
+    found = module.configure_optimizers()
+    assert found["lr_scheduler"]["interval"] == "step"
+    optimizer, scheduler = found["optimizer"], found["lr_scheduler"]["scheduler"]
+    assert optimizer.param_groups[0]["lr"] == 0.125
+    for _ in range(3):
+        optimizer.step()
+        scheduler.step()
+    assert asked == [(step, 3) for step in (0, 1, 2, 2) for _ in range(2)]  # two parameter groups
 
 
 def test_normalization_defaults_to_imagenet_and_each_of_both_is_separate():
