@@ -233,6 +233,14 @@ def test_least_arguments_of_the_procedural_datasets():
         MovingShapes("train", 2, 73)
 
 
+def test_splits_are_different_clips():
+    for make in (lambda split: Sprites(split, 3, 2, 8), lambda split: World(split, 3, 2, 8, mode="agent")):
+        clips = [
+            make(split)[index]["video"].flatten().tolist() for split in ("train", "val", "test") for index in range(3)
+        ]
+        assert len(set(map(tuple, clips))) == 9
+
+
 # Index -> labels (shape, color, size, motion), centers (x, y) of the shape in the first and the last frame, and mean
 # brightness. A changed number changes the clips of every seeded run.
 SPRITES = {
@@ -442,3 +450,12 @@ def test_qualities_at_the_ends_and_several_jobs_are_written(tmp_path: Path, crf:
     for wrong in (-1, 52):
         with pytest.raises(ValueError, match=f"crf={wrong}"):
             FolderWriter(sources, wrong)
+
+
+@pytest.mark.parametrize(("height", "width"), [(15, 16), (16, 15), (9, 8), (8, 9)])
+def test_odd_sides_cannot_be_written(tmp_path: Path, height: int, width: int):
+    fix = rf"\b{height}x{width}\b.*\b{height + height % 2}x{width + width % 2}\b"
+    with pytest.raises(ValueError, match=fix):
+        write_video(tmp_path / "odd.mp4", np.zeros((2, height, width, 3), np.uint8), fps=8)
+    write_video(tmp_path / "even.mp4", np.zeros((2, 8, 10, 3), np.uint8), fps=8)
+    write_video(tmp_path / "even.mp4", np.zeros((2, 10, 8, 3), np.uint8), fps=8)

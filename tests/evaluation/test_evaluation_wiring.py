@@ -215,6 +215,26 @@ def test_names_of_the_denoising_losses():
     assert measured(VPrediction()).keys() == {f"{unit}{kind}" for unit in units for kind in kinds}
 
 
+def test_the_network_is_evaluated_once_per_text_and_round_with_the_same_noise():
+    """8 clips: two rounds and the range near pure noise."""
+    seen = []
+
+    def denoise(noisy, t, text):
+        seen.append((text.tokens[0, 0, 0].item(), noisy, t))
+        return torch.zeros_like(noisy)
+
+    own, other = (TextTokens(torch.full((8, 1, 1), value), torch.ones(8, 1, dtype=torch.bool)) for value in (1.0, 2.0))
+    clean = torch.randn(8, 1, 2, 2, 2)
+    denoising_losses(denoise, VPrediction(), clean, own, other, torch.Generator().manual_seed(0))
+    assert [text for text, _, _ in seen] == [1, 2] * 3
+    for (_, noisy, t), (_, same, again) in zip(seen[::2], seen[1::2], strict=True):
+        assert torch.equal(noisy, same)
+        assert torch.equal(t, again)
+    seen.clear()
+    denoising_losses(denoise, FlowMatching(), clean, own, None, torch.Generator().manual_seed(0))
+    assert [text for text, _, _ in seen] == [1] * 3
+
+
 @pytest.mark.parametrize("clips", [1, 3, 4, 12])
 def test_noise_fractions_are_evenly_spaced_over_all_rounds(clips: int):
     times = []
@@ -272,6 +292,16 @@ def test_slow_clips_have_a_direction_above_half_a_pixel_per_frame():
     wrapped = torch.stack([columns, (3 - torch.arange(9)) % 24], dim=1)[None]
     assert shape_metrics._direction(wrapped, (16, 24)).tolist() == [0]
     assert shape_metrics._direction(wrapped.flip(1), (16, 24)).tolist() == [1]
+
+
+def test_templates_are_the_shapes_of_the_dataset():
+    templates = shape_metrics._templates(16, 16).unflatten(2, (16, 16))
+    dataset = MovingShapes("train", 1)
+    for index in range(36):
+        clip = dataset[index]
+        row, column = map(int, clip["id"].rsplit("-", 2)[1:])
+        mask = clip["video"][0, clip["labels"]["colour"]] > 0
+        assert torch.equal(templates[clip["labels"]["shape"], 16 * row + column] > 0, mask)
 
 
 def test_clips_of_unequal_height_and_width_are_classified():
