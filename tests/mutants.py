@@ -194,7 +194,8 @@ def outcome(tree: Path, names: list[str], tests: dict[str, dict], options: argpa
     executed = bool(batches)
     batches += [list(paths) for paths in (options.also, options.tests if options.all else []) if paths]
     for batch in batches:
-        code = run_tests(tree, batch, options.timeout)
+        expected = sum(tests[name]["seconds"] if name in tests else options.timeout for name in batch)
+        code = run_tests(tree, batch, min(options.timeout, 60 + 10 * expected))
         if code == 4:  # a parameter of a test depends on the mutant
             code = run_tests(tree, sorted({name.split("::")[0] for name in batch}), options.timeout)
         if code != 0:
@@ -213,7 +214,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", type=int, help="numbers of the mutants to run, from 1; default all")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     parser.add_argument("--map", type=Path, help="file of durations and lines; default in the temporary folder")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one batch of tests of a mutant")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one batch of tests, at most")
     parser.add_argument("--budget", type=float, default=200.0, help="seconds of covering tests of one mutant")
     options = parser.parse_args()
     folder = ROOT / PACKAGE / options.folder
