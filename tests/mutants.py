@@ -184,7 +184,7 @@ def covering(root: Path, mutant: Mutant, source: str, tests: dict[str, dict]) ->
 
 
 def outcome(tree: Path, names: list[str], tests: dict[str, dict], options: argparse.Namespace) -> str:
-    """Runs the tests in batches and returns ``SURVIVED``, ``not executed`` or how they fail."""
+    """Runs the tests in batches and returns ``SURVIVED``, ``NOT EXECUTED`` or how they fail."""
     seconds = [tests[name]["seconds"] for name in names]
     names = [name for i, name in enumerate(names) if sum(seconds[:i]) < options.budget]
     batches, size = [], 10
