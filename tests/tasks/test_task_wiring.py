@@ -531,3 +531,56 @@ def test_means_of_an_epoch_weight_batches_by_their_clips_and_start_anew():
     for (values, options), stage in zip(logged, ("val", "test"), strict=True):
         assert {name: value.item() for name, value in values.items()} == {f"{stage}/loss": 2.0, f"{stage}/clip": 2.0}
         assert options == {"sync_dist": True}
+
+
+# ---- every task ------------------------------------------------------------------------------------------------------
+
+
+def video_autoencoder(**changes) -> Autoencoding:
+    return Autoencoding(CausalVideoVAE(channels=4, dims=(8, 16), patch_size=4, time_stride=2), OPTIMIZATION, **changes)
+
+
+TASKS = {
+    "classification": lambda **changes: Classification(VideoClassifier(encoder(), CLASSES), OPTIMIZATION, **changes),
+    "distillation": lambda **changes: Distillation(
+        VideoClassifier(encoder(), CLASSES), OPTIMIZATION, VideoClassifier(encoder(), CLASSES), None, **changes
+    ),
+    "frames": lambda **changes: FrameClassification(FrameClassifier(encoder(), CLASSES), OPTIMIZATION, **changes),
+    "anticipation": anticipation,
+    "actions": world,
+    "latents": jepa,
+    "pixels": lambda **changes: MaskedPixels(
+        MaskedAutoencoder(encoder(), 12, 1, 1), OPTIMIZATION, RandomMasking(0.5), **changes
+    ),
+    "autoencoding": video_autoencoder,
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_optimization_and_input_reach_every_task(name: str):
+    clip_input = ClipInput(nn.Identity(), repeats=3, image_repeats=2)
+    module = TASKS[name](input=clip_input)
+    assert module.optimization is OPTIMIZATION
+    assert module.input is clip_input
+    assert module.augment is clip_input.augment
+    assert TASKS[name]().input == ClipInput()
+    if module.normalizes:
+        other = TASKS[name](input=ClipInput(mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 4.0)))
+        assert other.pixel_mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+        assert other.pixel_std.flatten().tolist() == [1, 2, 4]
+
+
+PICTURES = {"classification": 1, "distillation": 1, "frames": 1, "anticipation": 2, "latents": 4, "pixels": 3}
+
+
+@pytest.mark.parametrize("name", [*PICTURES, "autoencoding"])
+@pytest.mark.parametrize(("count", "rows"), [(1, 1), (2, 2), (9, 3)])
+def test_pictures_have_one_row_per_clip_up_to_num_pictures(name: str, count: int, rows: int):
+    """A batch of 3 clips."""
+    frames = {"anticipation": 8, "autoencoding": 5}.get(name, 4)
+    module = TASKS[name](num_pictures=count).eval()
+    [picture] = module.media(clips(frames)).values()
+    assert picture.shape == (frames, 3, 17 * rows, 17 * PICTURES.get(name, 2))
+    assert picture.dtype == torch.uint8
+    shown = picture[:, :, :, :17].unflatten(2, (rows, 17))[:, :, :, :16, :16].permute(2, 1, 0, 3, 4)
+    assert torch.equal(shown, (clips(frames)["video"][:rows] * 255).round().byte()), "the first column"
