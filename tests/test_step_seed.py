@@ -1,4 +1,4 @@
-"""StepSeed: every training step of every rank draws other random numbers, and the same in every run."""
+"""StepSeed: every training step of every rank draws different random numbers, which are the same in every run."""
 
 import random
 from itertools import product

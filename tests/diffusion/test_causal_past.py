@@ -1,4 +1,4 @@
-"""Guided chunk-wise sampling: both networks see the finished frames."""
+"""Guided chunk-wise sampling: both networks receive the finished frames."""
 
 import pytest
 import torch

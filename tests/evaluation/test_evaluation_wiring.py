@@ -78,7 +78,7 @@ def test_the_planner_receives_images_states_goals_and_the_seeded_generator():
     assert values["distance"] == np.mean([0 if done else d for done, d in zip(reached, distances, strict=True)])
 
 
-def test_only_unfinished_episodes_are_planned_with_their_own_goals():
+def test_only_unfinished_episodes_are_planned_with_separate_goals():
     callback = loop(episodes=3, max_steps=2, tolerance=0.0)
     goals = {0: 2.0, 1: 5.0, 2: 4.0}  # reached at steps 1, 2 and 1
     callback._episode = lambda i: (callback.environment.reset((2, i)), SimpleNamespace(vector=np.array([goals[i]])))

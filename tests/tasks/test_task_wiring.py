@@ -68,7 +68,7 @@ def test_mixed_labels_have_the_weights_of_their_clips(own: float, monkeypatch: p
     torch.testing.assert_close(loss, torch.stack(expected).mean())
 
 
-def test_both_probes_are_trained_by_their_own_loss():
+def test_both_probes_are_trained_by_separate_losses():
     """The untrained one has the gradient of its cross-entropy, which the value of the loss does not contain."""
     torch.manual_seed(0)
     module = Classification(
@@ -475,10 +475,10 @@ def test_clips_have_the_dtype_of_the_task(dtype: torch.dtype):
 
 def test_the_schedule_ends_at_its_last_step_and_starts_at_its_first():
     """Lightning steps the scheduler once more after the last step."""
-    asked = []
+    calls = []
 
     def schedule(step: int, total: int) -> float:
-        asked.append((step, total))
+        calls.append((step, total))
         return 0.5
 
     optimization = Optimization(partial(torch.optim.SGD, lr=0.25), schedule)
@@ -492,7 +492,7 @@ def test_the_schedule_ends_at_its_last_step_and_starts_at_its_first():
     for _ in range(3):
         optimizer.step()
         scheduler.step()
-    assert asked == [(step, 3) for step in (0, 1, 2, 2) for _ in range(2)]  # two parameter groups
+    assert calls == [(step, 3) for step in (0, 1, 2, 2) for _ in range(2)]  # two parameter groups
 
 
 def test_normalization_defaults_to_imagenet_and_each_of_both_is_separate():
