@@ -459,3 +459,49 @@ def test_odd_sides_cannot_be_written(tmp_path: Path, height: int, width: int):
         write_video(tmp_path / "odd.mp4", np.zeros((2, height, width, 3), np.uint8), fps=8)
     write_video(tmp_path / "even.mp4", np.zeros((2, 8, 10, 3), np.uint8), fps=8)
     write_video(tmp_path / "even.mp4", np.zeros((2, 10, 8, 3), np.uint8), fps=8)
+
+
+def renamed(monkeypatch: pytest.MonkeyPatch, fail: bool = True) -> list[str]:
+    """Makes every rename of a file fail, or records the names; returns the list of names."""
+    names, replace = [], Path.replace
+
+    def replaced(path: Path, target: Path) -> Path:
+        names.append(Path(target).name)
+        if fail:
+            raise OSError("no rename")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", replaced)
+    return names
+
+
+def test_a_shard_of_the_cache_appears_only_when_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cached = CachedClips(Numbers(), tmp_path, 3)
+    with monkeypatch.context() as patch:
+        names = renamed(patch)
+        with pytest.raises(OSError, match="no rename"):
+            cached[4]
+    assert names == ["000001-3.clips"]
+    assert not list(cached.folder.glob("*.clips"))
+    assert cached[4]["id"] == "4"
+    assert [path.name for path in cached.folder.glob("*.clips")] == names
+
+
+def test_a_shard_of_latents_is_renamed_before_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clips = [{"moments": torch.zeros(2, 1, 1, 1), "caption": str(i)} for i in range(2)]
+    with LatentShards(tmp_path, {}, 4, 2) as shards:
+        names = renamed(monkeypatch, fail=False)
+        for number in (1, 0):
+            shards.write(number, clips)
+    assert names == ["00001.safetensors", "manifest.json", "00000.safetensors", "manifest.json"]
+
+
+def test_quality_preset_and_random_numbers_of_written_videos(tmp_path: Path):
+    source, sizes = {"train": Sprites("train", 2, 8, 32, background="texture")}, {}
+    before = torch.get_rng_state()
+    for name, options in {"0": {"crf": 0}, "8": {}, "40": {"crf": 40}, "slow": {"preset": "slow"}}.items():
+        FolderWriter(source, num_workers=0, **options)(tmp_path / name)
+        sizes[name] = sum(path.stat().st_size for path in (tmp_path / name / "videos").iterdir())
+    assert sizes["40"] < sizes["8"] < sizes["0"]
+    assert sizes["slow"] != sizes["8"]
+    assert torch.equal(torch.get_rng_state(), before)

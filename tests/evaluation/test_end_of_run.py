@@ -1,6 +1,7 @@
 """Evaluations at the end of a run: values, names, record, and what a resumed run repeats."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -94,3 +95,16 @@ def test_a_resumed_run_evaluates_only_the_missing_sets(tmp_path):
     assert [call[0] for call in run.calls] == ["test"]
     assert metrics == {"val/loss": 0.25, "val/motion": 0.5, "test/loss": 2.0}
     assert run.loggers[1].rows == [(40, {"val/loss": 0.25, "val/motion": 0.5})]
+
+
+def test_a_record_that_cannot_be_replaced_keeps_its_content(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    evaluate_at_end(trainer(tmp_path), "probe", lambda: {"motion": 0.75})
+    before = (tmp_path / RECORD).read_text()
+
+    def fail(path, target):
+        raise OSError("no rename")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="no rename"):
+        measured_once(trainer(tmp_path), "few", lambda: {"motion": 0.5})
+    assert (tmp_path / RECORD).read_text() == before
