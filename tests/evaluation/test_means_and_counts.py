@@ -81,7 +81,8 @@ def gathered(rank: int, rendezvous: str, results) -> None:
 def test_means_and_shares_of_two_processes_are_those_of_all_items(tmp_path):
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
-    processes = [context.Process(target=gathered, args=(rank, str(tmp_path / "meet"), results)) for rank in range(2)]
+    arguments = [(rank, str(tmp_path / "meet"), results) for rank in range(2)]
+    processes = [context.Process(target=gathered, args=each, daemon=True) for each in arguments]
     for process in processes:
         process.start()
     for process in processes:

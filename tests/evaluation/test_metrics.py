@@ -166,7 +166,8 @@ def gathered(rank: int, rendezvous: str, results) -> None:
 def test_views_of_all_processes_are_averaged_together(tmp_path):
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
-    processes = [context.Process(target=gathered, args=(rank, str(tmp_path / "meet"), results)) for rank in range(2)]
+    arguments = [(rank, str(tmp_path / "meet"), results) for rank in range(2)]
+    processes = [context.Process(target=gathered, args=each, daemon=True) for each in arguments]
     for process in processes:
         process.start()
     for process in processes:
