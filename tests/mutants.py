@@ -162,11 +162,12 @@ def _negate(node: ast.If | ast.While | ast.IfExp) -> str:
     return "condition negated"
 
 
-def covering(mutant: Mutant, source: str, tests: dict[str, dict]) -> list[str]:
+def covering(root: Path, mutant: Mutant, source: str, tests: dict[str, dict]) -> list[str]:
     """Returns the tests that execute the line of a mutant, the shortest first.
 
     For a line without bytecode these are the tests that execute a previous line of the statement. For a line that
-    runs at import (a constant, a default value), they are all tests that execute a line of the file.
+    runs at import (a constant, a default value), they are all tests that execute a line of the file, and all tests of
+    the files that import the module.
     """
     lines = {test: set(entry["lines"].get(str(mutant.file), ())) for test, entry in tests.items()}
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
@@ -174,12 +175,16 @@ def covering(mutant: Mutant, source: str, tests: dict[str, dict]) -> list[str]:
         tried = range(mutant.line, mutant.statement - 1, -1)
         found = next((found for line in tried if (found := [test for test in tests if line in lines[test]])), [])
     else:
-        found = [test for test in tests if lines[test]]
+        name = ".".join(mutant.file.with_suffix("").parts[1:])
+        imports = {
+            file: name in (root / file).read_text(encoding="utf-8") for file in {t.split("::")[0] for t in tests}
+        }
+        found = [test for test in tests if lines[test] or imports[test.split("::")[0]]]
     return sorted(found, key=lambda test: tests[test]["seconds"])
 
 
 def outcome(tree: Path, names: list[str], tests: dict[str, dict], options: argparse.Namespace) -> str:
-    """Runs the tests in batches and returns ``SURVIVED``, ``not executed`` or how they fail."""
+    """Runs the tests in batches and returns ``SURVIVED``, ``NOT EXECUTED`` or how they fail."""
     seconds = [tests[name]["seconds"] for name in names]
     names = [name for i, name in enumerate(names) if sum(seconds[:i]) < options.budget]
     batches, size = [], 10
@@ -189,7 +194,8 @@ def outcome(tree: Path, names: list[str], tests: dict[str, dict], options: argpa
     executed = bool(batches)
     batches += [list(paths) for paths in (options.also, options.tests if options.all else []) if paths]
     for batch in batches:
-        code = run_tests(tree, batch, options.timeout)
+        expected = sum(tests[name]["seconds"] if name in tests else options.timeout for name in batch)
+        code = run_tests(tree, batch, min(options.timeout, 60 + 10 * expected))
         if code == 4:  # a parameter of a test depends on the mutant
             code = run_tests(tree, sorted({name.split("::")[0] for name in batch}), options.timeout)
         if code != 0:
@@ -208,7 +214,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", type=int, help="numbers of the mutants to run, from 1; default all")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     parser.add_argument("--map", type=Path, help="file of durations and lines; default in the temporary folder")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one batch of tests of a mutant")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one batch of tests, at most")
     parser.add_argument("--budget", type=float, default=200.0, help="seconds of covering tests of one mutant")
     options = parser.parse_args()
     folder = ROOT / PACKAGE / options.folder
@@ -234,7 +240,7 @@ def main() -> None:
                 shutil.copy(ROOT / name, tree / name)
         tests = measured(tree, options.tests, options.map, 100 * options.timeout)
         for number, mutant in chosen:
-            names = covering(mutant, sources[mutant.file], tests)
+            names = covering(tree, mutant, sources[mutant.file], tests)
             (tree / mutant.file).write_text(mutant.source, encoding="utf-8")
             start = time.monotonic()
             result = outcome(tree, names, tests, options)

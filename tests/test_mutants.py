@@ -66,7 +66,6 @@ def double(a):
 """
 
 TESTS = """import sys
-import time
 
 import pytest
 
@@ -79,8 +78,7 @@ def six():
     return sums.double(3)
 
 
-def test_slow():
-    time.sleep(0.3)
+def test_add():
     assert sums.add(1) == 3
 
 
@@ -103,15 +101,16 @@ def test_tests_that_execute_a_line_cover_its_mutants(tmp_path: Path):
         path.parent.mkdir(parents=True)
         path.write_text(content)
     first = measured(tmp_path, ["tests"], tmp_path / "map.json", 60.0)
-    assert [name.split("::")[1] for name in first] == ["test_slow", "test_fixture", "test_both", "test_nothing"]
+    assert [name.split("::")[1] for name in first] == ["test_add", "test_fixture", "test_both", "test_nothing"]
     test.write_text(TESTS + "\n\ndef test_last():\n    assert sums.double(1) == 2\n")
     tests = measured(tmp_path, ["tests/test_sums.py"], tmp_path / "map.json", 60.0)
-    covered = {mutant.line: covering(mutant, SUMS, tests) for mutant in mutants_of(file, SUMS)}
-    covered = {line: [name.split("::")[1] for name in names] for line, names in covered.items()}
+    found = {mutant.line: covering(tmp_path, mutant, SUMS, tests) for mutant in mutants_of(file, SUMS)}
+    for names in found.values():
+        assert names == sorted(names, key=lambda name: tests[name]["seconds"])
+    covered = {line: [name.split("::")[1] for name in names] for line, names in found.items()}
     assert {line: set(names) for line, names in covered.items()} == {
-        1: {"test_slow", "test_fixture", "test_both", "test_last"},  # runs at import
-        6: {"test_slow", "test_both"},  # the operation, which starts at its first operand
-        7: {"test_slow", "test_both"},
+        1: {"test_add", "test_fixture", "test_both", "test_last"},  # runs at import
+        6: {"test_add", "test_both"},  # the operation, which starts at its first operand
+        7: {"test_add", "test_both"},
         12: {"test_fixture", "test_both", "test_last"},  # test_both uses the fixture, which another test has set up
     }
-    assert covered[6][-1] == "test_slow"

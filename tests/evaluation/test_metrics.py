@@ -170,7 +170,7 @@ def accuracies(rank: int) -> dict[str, float]:
 def test_views_of_all_processes_are_averaged_together(tmp_path):
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
-    processes = [context.Process(target=gathered, args=(rank, tmp_path, results)) for rank in range(2)]
+    processes = [context.Process(target=gathered, args=(rank, tmp_path, results), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
