@@ -26,7 +26,7 @@ class LPIPS(nn.Module):
         super().__init__()
         if weights not in ("published", "random"):
             raise ValueError(f"task.perceptual.weights={weights!r} is unknown: choose 'published' or 'random'.")
-        lpips = import_extra("lpips")
+        lpips = import_extra("lpips", "perceptual")
         self.network = lpips.LPIPS(net=net, pnet_rand=weights == "random", verbose=False)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
