@@ -620,3 +620,9 @@ def test_number_in_place_of_a_section_in_a_file_raises(tmp_path):
     file.write_text(f"{text}\ntask: {{masking: 0.75}}\n")
     with pytest.raises(ValueError, match=r"`task\.masking` = 0\.75 .*_target_"):
         compose(file)
+
+
+def test_the_override_with_the_wrong_group_is_named_among_others():
+    others = ["task=tokenization", "data=moving_shapes", "model=hydra_tokenizer/tiny"]
+    with pytest.raises(ValueError, match=r"`model/quantizer@model\.quantizer=vq`.*`model/quantizer=vq`"):
+        compose(ROOT / "experiments" / "template" / "config.yaml", [*others, "model/quantizer@model.quantizer=vq"])

@@ -193,6 +193,9 @@ def _compose(file: Path, overrides: Sequence[str], conf: Path, saved: bool, allo
                 f"`{line}`: `{key}` is a group, and {override.value()} is not one of its choices: "
                 f"{', '.join(_choices(key, file, conf))}. A key below it is set with `{key}.<key>=…`."
             )
+        root, _, below = key.partition("/")
+        if below and override.package == root and (conf / key).is_dir():
+            raise ValueError(_one_choice(line or "", root, f"{below}/{override.value()}"))
         if group := _misspelt_group(override, conf):
             raise ValueError(f"`{line}`: conf/ has no group `{key}`. Did you mean `+{group}={override.value()}`?")
         if override.is_hydra_override():
@@ -479,6 +482,10 @@ def _options(node: Any, path: str) -> list[str]:
     return sorted({*map(str, node), *(signature(target).parameters if isinstance(target, str) else ())})
 
 
+def _one_choice(line: str, root: str, choice: str) -> str:
+    return f"`{line}`: `{root}` has one choice, of all files below conf/{root}/: write `{root}={choice}`."
+
+
 def _explain_file(error: Exception, file: Path, groups: Sequence[Override], conf: Path) -> str:
     """Message for an error in a YAML file (root key, type, default), or for a group that is not in the defaults."""
     cause = _omegaconf_cause(error)
@@ -491,12 +498,13 @@ def _explain_file(error: Exception, file: Path, groups: Sequence[Override], conf
     for override in groups:
         line, key = override.input_line or "", override.get_key_element()
         root, _, below = override.key_or_group.partition("/")
-        renamed = override.package in (None, root) and (conf / root).is_dir() and f"{below}/{override.value()}"
-        if below and renamed and (override.package == root or renamed in _choices(root, file, conf)):
-            return f"`{line}`: `{root}` has one choice, of all files below conf/{root}/: write `{root}={renamed}`."
+        renamed = f"{below}/{override.value()}"
+        if below and override.package is None and (conf / root).is_dir() and renamed in _choices(root, file, conf):
+            return _one_choice(line, root, renamed)
         if override.is_add() and ("Multiple values" in str(error) or "more than once" in str(error)):
             return f"`{line}`: the config already has a `{key[1:]}`: write it without the plus, `{line[1:]}`."
-        if meant := re.search(r"Did you mean to override ([^\s?]+)", str(error)):
+        meant = re.search(r"Did you mean to override ([^\s?]+)", str(error))
+        if meant and (len(groups) == 1 or f"'{key.lstrip('+')}'" in str(error)):
             return (
                 f"`{line}`: this group has the name `{meant[1]}` in the config: write `{meant[1]}={override.value()}`."
             )
