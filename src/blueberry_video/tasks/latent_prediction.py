@@ -119,8 +119,8 @@ class LatentPrediction(Task):
         if stage != "train" and not self._references:
             found = self._reference_clips.measure(self, stage, lambda clip: self.latents(clip["video"]))
             self._references = {shape[0]: embeddings for shape, embeddings in found.items()}
-        found = [self._losses(batch, latents, number, stage) for number in range(len(self.maskings))]
-        values = {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
+        by_masking = [self._losses(batch, latents, number, stage) for number in range(len(self.maskings))]
+        values = {name: torch.stack([losses[name] for losses in by_masking]).mean() for name in by_masking[0]}
         loss = values["loss_prediction"] + self.visible_weight * values.get("loss_context", 0.0)
         if self.sigreg_weight:
             size, generator = (latents.shape[-1], self.sigreg_directions), torch.Generator().manual_seed(0)
