@@ -1,5 +1,6 @@
 """Environment of all tests: one thread, fixed seeds, NaN in uninitialized memory, offline."""
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,17 @@ def isolated_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         monkeypatch.setenv(variable, str(tmp_path / "wandb"))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def normal_priority() -> Iterator[None]:
+    """Takes back the real-time priority that SVT-AV1, as root, gives to the process that encodes.
+
+    The process and all its later children would otherwise keep every other process from running.
+    """
+    yield
+    if hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) != os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 @pytest.fixture(autouse=True)

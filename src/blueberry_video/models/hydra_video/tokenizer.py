@@ -116,7 +116,7 @@ class HydraVideoTokenizer(Autoencoder):
             side //= factor[1]
             self.encoder.append(Level(Merge(width, dim, *factor, norm=width != 3), blocks(dim, depth), None))
             width = dim
-        self.to_code = nn.Sequential(nn.LayerNorm(width, eps=1e-6), nn.Linear(width, quantizer.dim))
+        self.to_code = nn.Linear(width, quantizer.dim)  # no norm: it would remove the brightness of a uniform patch
         self.from_code = FrameTokens(quantizer.dim, width, side)
         for level in reversed(range(len(dims))):
             narrow = dims[level - 1] if level else 3
