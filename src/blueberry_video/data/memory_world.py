@@ -1,7 +1,7 @@
 """Clips of the procedural world in which the camera pans away from an object and returns, for tests of memory.
 
-The camera pans in steps of 20°: a number of frames of the initial view, one step at which the object is partly in
-view, the frames without it, one step back, and the initial view to the end. While the object is out of view, the camera
+The camera pans in steps of 20°: a number of frames of the initial view, one step at which the object is at the
+border, the frames without it, one step back, and the initial view to the end. While the object is out of view, the camera
 pans at random among the steps that keep it so. The light comes from about the direction of the camera, so the shadow of
 the object leaves the view with it: frames without the object depend only on the camera, which is drawn independently.
 
@@ -42,8 +42,8 @@ INSIDE, PARTLY, OUTSIDE = 0.92, 0.70, 1.02  # borders of the view, in half width
 class MemoryWorld(Dataset):
     """Clips of one static object that the camera leaves and returns to; clip `i` is a pure function of (split, i).
 
-    Frames 0 to `seen` - 1 show the object (the last of them partly), the next `unseen` frames neither the object nor
-    its shadow, one frame a part of it, and the frames from `seen` + `unseen` + 1 on are equal to frame 0.
+    Frames 0 to `seen` - 1 show the object (the last of them at the border), the next `unseen` frames neither the object
+    nor its shadow, one frame the object at the border, and the frames from `seen` + `unseen` + 1 on equal frame 0.
 
     Args:
         split: "train", "val" or "test": three disjoint random streams.
@@ -53,6 +53,7 @@ class MemoryWorld(Dataset):
         unseen: number of frames without the object, or a list of numbers from which each clip draws.
         seen: frames before these, at least 2. With a tokenizer of temporal stride k, the frames without the object are
             frames of tokens of their own if `seen` is 1 + a multiple of k and `unseen` a multiple of k.
+        sizes: sizes of objects, "small" (0.14 to 0.25 of the width of the image) and "large" (0.27 to 0.47).
         supersample: 1 to 8; supersample² rays per pixel for the colour. depth and seg are those of the pixel's center.
 
     Raises:
@@ -67,6 +68,7 @@ class MemoryWorld(Dataset):
         image_size: int = 64,
         unseen: int | Sequence[int] = 16,
         seen: int = 5,
+        sizes: Sequence[str] = tuple(SIZES),
         supersample: int = 2,
     ):
         if split not in SPLITS:
@@ -85,7 +87,9 @@ class MemoryWorld(Dataset):
         if not 1 <= supersample <= 8:
             raise ValueError(f"supersample={supersample} must be 1 to 8, the number of rays along each side of a pixel.")
         self.split, self.size, self.num_frames, self.image_size = split, size, num_frames, image_size
-        self.unseen, self.seen, self.supersample = lengths, seen, supersample
+        if isinstance(sizes, str) or not sizes or not set(sizes) <= set(SIZES):
+            raise ValueError(f"sizes={sizes!r} must be a list of one or several of {', '.join(SIZES)}.")
+        self.unseen, self.seen, self.sizes, self.supersample = lengths, seen, tuple(sizes), supersample
         self.classes: dict[str, tuple[str, ...]] = {
             "shape": SHAPES,
             "colour": tuple(COLOURS),
@@ -98,7 +102,7 @@ class MemoryWorld(Dataset):
         """Everything that a clip depends on except its index; the number is a version of the generator."""
         return (
             f"memory-1/{self.split}/{self.num_frames}x{self.image_size}/seen={self.seen}"
-            f"/unseen={'+'.join(map(str, self.unseen))}/supersample={self.supersample}"
+            f"/unseen={'+'.join(map(str, self.unseen))}/sizes={'+'.join(self.sizes)}/supersample={self.supersample}"
         )
 
     def __len__(self) -> int:
@@ -139,7 +143,7 @@ class MemoryWorld(Dataset):
         size - 1."""
         index = operator.index(index)
         check_index(index, self.size)
-        return draw_memory_scene((SPLITS[self.split], index))
+        return draw_memory_scene((SPLITS[self.split], index), self.sizes)
 
     def _steps(self, index: int) -> np.ndarray:
         """Steps of the camera from its initial view, (T,) int64."""
@@ -153,10 +157,10 @@ class MemoryWorld(Dataset):
         return np.array(steps + [0] * (self.num_frames - len(steps)))
 
 
-def draw_memory_scene(seed: Sequence[int]) -> Scene:
+def draw_memory_scene(seed: Sequence[int], sizes: Sequence[str] = tuple(SIZES)) -> Scene:
     """Draws one static object and a camera. Only the position of the object depends on the rest of the scene."""
     rng = generator(*seed, 5)
-    shape, colour, size = (str(rng.choice(list(names))) for names in (SHAPES, COLOURS, SIZES))
+    shape, colour, size = (str(rng.choice(list(names))) for names in (SHAPES, COLOURS, sizes))
     scene = Scene(
         seed=tuple(seed),
         shapes=(shape,),
@@ -179,21 +183,21 @@ def draw_memory_scene(seed: Sequence[int]) -> Scene:
 
 
 def _leaves_the_view(scene: Scene) -> bool:
-    """Returns True if the object is inside the view at step 0 and partly at step 1, and neither it nor its shadow is in
+    """Returns True if the object is inside the view at step 0 and at least partly at step 1, and neither it nor its shadow is in
     view at step 2."""
     body = _surface(scene)
     shadow = body - LIGHT * (body[:, 2:] / LIGHT[2])
 
-    def seen_from(step: int, points: np.ndarray) -> np.ndarray:
+    def project(step: int, points: np.ndarray) -> np.ndarray:
         """Camera coordinates in half widths of the view at the depth of the points, times the depth, (n, 3)."""
         pose = _pose(scene, np.array([step]))[0]
         return (points - pose[:3, 3]) @ pose[:3, :3] / [np.tan(FOV / 2), np.tan(FOV / 2), 1]
 
-    x, y, z = seen_from(0, body).T
+    x, y, z = project(0, body).T
     inside = (np.maximum(abs(x), abs(y)) < INSIDE * z).all()
-    x, _, z = seen_from(1, body).T
+    x, _, z = project(1, body).T
     partly = (scene.sweep * x < PARTLY * z).any()  # a pan to the left moves the object to the right
-    x, _, z = seen_from(OUT, np.concatenate([body, shadow])).T
+    x, _, z = project(OUT, np.concatenate([body, shadow])).T
     outside = (scene.sweep * x > OUTSIDE * z).all()
     return bool(inside and partly and outside)
 
