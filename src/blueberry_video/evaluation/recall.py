@@ -81,10 +81,11 @@ class Recall(Callback):
       ``<name>/overlap_N``: mean intersection over union of the mask of the object with that of the real frames;
     - the same with ``_reset``: the states of the model are reset in the middle of the unseen frames;
     - the same with ``_trivial``: chance level; of the overlap, the value of the real frames of a different clip;
-    - the same with ``_real``: real frames, the accuracy of the rule; and with ``_coded``: real frames after the
-      tokenizer, an upper limit.
+    - the same with ``_coded``: real frames after the tokenizer, an upper limit; and, except the overlap, with ``_real``:
+      real frames, the accuracy of the rule.
 
-    The decoder receives all frames of a clip. If the tokenizer itself remembers the object, ``_reset`` is above chance.
+    The tokenizer must be causal; its decoder receives all frames of a clip. If it remembers the object itself, the
+    values of ``_reset`` are above chance.
     Labels and text are not used.
 
     Args:
@@ -162,7 +163,9 @@ class Recall(Callback):
         truth, real, number = {name: torch.cat(values) for name, values in labels.items()}, read["_real"], unseen.pop()
         metrics = {}
         for suffix, objects in read.items():
-            values = {**accuracies(objects, truth), "overlap": mask_overlap(objects, real)}
+            values = accuracies(objects, truth)
+            if objects is not real:
+                values["overlap"] = mask_overlap(objects, real)
             metrics |= {f"{name}_{number}{suffix}": value for name, value in values.items()}
         other = Objects(*(values.roll(1, 0) for values in real))
         trivial = {**CHANCE, "overlap": mask_overlap(other, real)}

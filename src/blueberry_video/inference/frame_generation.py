@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from blueberry_video.models.hydra_video.chunks import Chunks, Granularity
+from blueberry_video.models.hydra_video.chunks import Chunks
 from blueberry_video.models.hydra_video.generator import Conditioning, FrameCache, HydraVideoGenerator, States
 from blueberry_video.nn.noise import clip_generators
 
@@ -52,7 +52,7 @@ class FrameDecoding:
     """
 
     rounds: int = 4
-    granularity: Granularity = "row"
+    granularity: str | int | tuple[int, int] = "row"
     temperature: float = 1.0
     schedule: Literal["cosine", "linear"] = "cosine"
     guidance: float = 1.0
