@@ -39,7 +39,7 @@ def changed(ids: Tensor, frame: int) -> Tensor:
 @pytest.mark.parametrize("stack", STACKS)
 def test_a_rollout_without_reset_equals_generated_clips(stack: str, guidance: float):
     network, (ids, actions) = model(**STACKS[stack]), inputs()
-    decoding = FrameDecoding(2, guidance=guidance)
+    decoding = FrameDecoding(1, "frame", guidance=guidance)
     made = Rollout(decoding)(network, ids, actions, generator=SEEDS)
     expected = generate_clips(network, Conditioning(actions=actions), FRAMES, decoding, ids, SEEDS)
     assert torch.equal(made, expected)
@@ -52,7 +52,7 @@ def test_a_rollout_without_reset_equals_generated_clips(stack: str, guidance: fl
 @pytest.mark.parametrize("stack", STACKS)
 def test_frames_after_a_reset_do_not_depend_on_those_before(stack: str, reset_at: int, guidance: float):
     network, (ids, actions) = model(**STACKS[stack]), inputs()
-    rollout = Rollout(FrameDecoding(2, guidance=guidance))
+    rollout = Rollout(FrameDecoding(1, "frame", guidance=guidance))
     first, second = (rollout(network, each, actions, reset_at, SEEDS) for each in (ids, changed(ids, 2)))
     assert torch.equal(first[:, reset_at:], second[:, reset_at:])
     if reset_at == 5:
@@ -65,7 +65,7 @@ def test_frames_after_a_reset_do_not_depend_on_those_before(stack: str, reset_at
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_a_reset_within_the_prompt_keeps_the_frames_after_it(stack: str):
-    network, (ids, actions), rollout = model(**STACKS[stack]), inputs(4), Rollout(FrameDecoding(2))
+    network, (ids, actions), rollout = model(**STACKS[stack]), inputs(4), Rollout(FrameDecoding(1, "frame"))
     made = [rollout(network, each, actions, 2, SEEDS)[:, 4:] for each in (ids, changed(ids, 1), changed(ids, 2))]
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])

@@ -18,17 +18,7 @@ from torch.utils.data import Dataset
 
 from blueberry_video.data.clips import check_index
 from blueberry_video.data.raycast import LIGHT, render
-from blueberry_video.data.scene import (
-    COLOURS,
-    FOV,
-    HALF_HEIGHT,
-    SHAPES,
-    SIZES,
-    Scene,
-    generator,
-    intrinsics,
-    look_at,
-)
+from blueberry_video.data.scene import COLOURS, FOV, HALF_HEIGHT, SHAPES, SIZES, Scene, generator, intrinsics, look_at
 from blueberry_video.data.world import FPS, SPLITS
 
 PAN_ACTIONS = ("stay", "left", "right")
@@ -85,16 +75,14 @@ class MemoryWorld(Dataset):
                 "frames, one step back, and the initial view."
             )
         if not 1 <= supersample <= 8:
-            raise ValueError(f"supersample={supersample} must be 1 to 8, the number of rays along each side of a pixel.")
+            raise ValueError(
+                f"supersample={supersample} must be 1 to 8, the number of rays along each side of a pixel."
+            )
         self.split, self.size, self.num_frames, self.image_size = split, size, num_frames, image_size
         if isinstance(sizes, str) or not sizes or not set(sizes) <= set(SIZES):
             raise ValueError(f"sizes={sizes!r} must be a list of one or several of {', '.join(SIZES)}.")
         self.unseen, self.seen, self.sizes, self.supersample = lengths, seen, tuple(sizes), supersample
-        self.classes: dict[str, tuple[str, ...]] = {
-            "shape": SHAPES,
-            "colour": tuple(COLOURS),
-            "size": tuple(SIZES),
-        }
+        self.classes: dict[str, tuple[str, ...]] = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES)}
         self.reversal_pairs: dict[str, tuple[tuple[int, int], ...]] = {}
 
     @property

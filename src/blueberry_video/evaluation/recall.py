@@ -137,7 +137,9 @@ class Recall(Callback):
         for clips in self.clips:
             values = self._measure(task, clips)
             if repeated := metrics.keys() & values.keys():
-                raise ValueError(f"callbacks.{self.name}.clips: two datasets measure {min(repeated)}: keep one of them.")
+                raise ValueError(
+                    f"callbacks.{self.name}.clips: two datasets measure {min(repeated)}: keep one of them."
+                )
             metrics |= values
         return metrics
 
