@@ -46,7 +46,7 @@ def degraded(video: Tensor) -> Tensor:
 def test_classes_are_those_of_the_world():
     assert COLOURS == scene.COLOURS
     assert list(COLOURS) == list(scene.COLOURS)
-    assert (SHAPES, SIZES) == (scene.SHAPES, tuple(scene.SIZES))
+    assert (scene.SHAPES, tuple(scene.SIZES)) == (SHAPES, SIZES)
     assert MemoryWorld().classes == {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES}
 
 

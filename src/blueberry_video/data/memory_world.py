@@ -1,9 +1,10 @@
 """Clips of the procedural world in which the camera pans away from an object and returns, for tests of memory.
 
 The camera pans in steps of 20°: a number of frames of the initial view, one step at which the object is at the
-border, the frames without it, one step back, and the initial view to the end. While the object is out of view, the camera
-pans at random among the steps that keep it so. The light comes from about the direction of the camera, so the shadow of
-the object leaves the view with it: frames without the object depend only on the camera, which is drawn independently.
+border, the frames without it, one step back, and the initial view to the end. While the object is out of view, the
+camera pans at random among the steps that keep it so. The light comes from about the direction of the camera, so the
+shadow of the object leaves the view with it: frames without the object depend only on the camera, which is drawn
+independently.
 
 Shapes: T frames, H = W image side.
 """
@@ -115,8 +116,8 @@ class MemoryWorld(Dataset):
                 "colour": list(COLOURS).index(scene.colours[0]),
                 "size": list(SIZES).index(scene.sizes[0]),
             },
-            "caption": f"a {scene.sizes[0]} {scene.colours[0]} {scene.shapes[0]} stays still on a checkered floor while "
-            "the camera pans away and back",
+            "caption": f"a {scene.sizes[0]} {scene.colours[0]} {scene.shapes[0]} stays still on a checkered floor "
+            "while the camera pans away and back",
             "video": torch.from_numpy(video),
             "depth": torch.from_numpy(depth),
             "seg": torch.from_numpy(seg),
@@ -171,8 +172,8 @@ def draw_memory_scene(seed: Sequence[int], sizes: Sequence[str] = tuple(SIZES)) 
 
 
 def _leaves_the_view(scene: Scene) -> bool:
-    """Returns True if the object is inside the view at step 0 and at least partly at step 1, and neither it nor its shadow is in
-    view at step 2."""
+    """Returns True if the object is inside the view at step 0 and at least partly at step 1, and neither it nor its
+    shadow is in view at step 2."""
     body = _surface(scene)
     shadow = body - LIGHT * (body[:, 2:] / LIGHT[2])
 

@@ -81,8 +81,8 @@ class Recall(Callback):
       ``<name>/overlap_N``: mean intersection over union of the mask of the object with that of the real frames;
     - the same with ``_reset``: the states of the model are reset in the middle of the unseen frames;
     - the same with ``_trivial``: chance level; of the overlap, the value of the real frames of a different clip;
-    - the same with ``_coded``: real frames after the tokenizer, an upper limit; and, except the overlap, with ``_real``:
-      real frames, the accuracy of the rule.
+    - the same with ``_coded``: real frames after the tokenizer, an upper limit;
+    - the same without the overlap with ``_real``: real frames, the accuracy of the rule.
 
     The tokenizer must be causal; its decoder receives all frames of a clip. If it remembers the object itself, the
     values of ``_reset`` are above chance.
@@ -155,20 +155,20 @@ class Recall(Callback):
             if any(not torch.equal(clip["visible"], batch[0]["visible"]) for clip in batch):
                 raise ValueError(f"callbacks.{self.name}.clips: all clips need the same unseen frames: set one number.")
             unseen.add(int((~batch[0]["visible"]).sum()))
-            for name, values in labels.items():
-                values.append(torch.tensor([clip["labels"][name] for clip in batch]))
+            for name, classes in labels.items():
+                classes.append(torch.tensor([clip["labels"][name] for clip in batch]))
             for suffix, objects in self._read(task, batch, [self.seed + index for index in indices]).items():
                 parts[suffix].append(objects)
         if len(unseen) > 1:
             raise ValueError(f"callbacks.{self.name}.clips: all clips need the same unseen frames: set one number.")
         read = {suffix: Objects(*(torch.cat(values) for values in zip(*each))) for suffix, each in parts.items()}
         truth, real, number = {name: torch.cat(values) for name, values in labels.items()}, read["_real"], unseen.pop()
-        metrics = {}
+        metrics: dict[str, float] = {}
         for suffix, objects in read.items():
-            values = accuracies(objects, truth)
+            shares = accuracies(objects, truth)
             if objects is not real:
-                values["overlap"] = mask_overlap(objects, real)
-            metrics |= {f"{name}_{number}{suffix}": value for name, value in values.items()}
+                shares["overlap"] = mask_overlap(objects, real)
+            metrics |= {f"{name}_{number}{suffix}": share for name, share in shares.items()}
         other = Objects(*(values.roll(1, 0) for values in real))
         trivial = {**CHANCE, "overlap": mask_overlap(other, real)}
         return metrics | {f"{name}_{number}_trivial": value for name, value in trivial.items()}
