@@ -78,6 +78,10 @@ def overrides_for(name: str) -> list[str]:
             return ["task=tokenization", "model=hydra_tokenizer/tiny", "data=moving_shapes"]
         case "callbacks" if choice == "codecs":
             return ["callbacks=codecs", "task=tokenization", "model=hydra_tokenizer/tiny", "data=moving_shapes"]
+        case "data" if choice == "world_memory":
+            return ["data=world_memory", "task=frame_generation", "model=hydra_generator/tiny"]
+        case "callbacks" if choice == "memory":
+            return ["callbacks=memory", "task=frame_generation", "model=hydra_generator/tiny", "data=world_memory"]
         case "data" if choice.startswith(("moving_shapes", "latent", "captioned")):
             return ["task=diffusion", "model=text_to_video/cogvideox_tiny", f"data={choice}"]
         case "model" if choice.startswith("vit/"):

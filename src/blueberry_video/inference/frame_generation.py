@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from blueberry_video.models.hydra_video.chunks import Chunks, Granularity
+from blueberry_video.models.hydra_video.chunks import Chunks
 from blueberry_video.models.hydra_video.generator import Conditioning, FrameCache, HydraVideoGenerator, States
 from blueberry_video.nn.noise import clip_generators
 
@@ -52,7 +52,7 @@ class FrameDecoding:
     """
 
     rounds: int = 4
-    granularity: Granularity = "row"
+    granularity: str | int | tuple[int, int] = "row"
     temperature: float = 1.0
     schedule: Literal["cosine", "linear"] = "cosine"
     guidance: float = 1.0
@@ -141,8 +141,7 @@ class FrameStream(Iterator[Tensor]):
         self.states: States | None = None
         self.evaluations = self.generated = 0
         if prompt_ids is not None:
-            vectors = self._vectors(prompt_actions, prompt_ids.shape[1])
-            self.states = model.commit(self._both(prompt_ids.to(self._device)), vectors)
+            self.commit(prompt_ids, prompt_actions)
         elif prompt_actions is not None:
             raise ValueError("prompt_actions requires prompt_ids: pass both, or actions= for generated frames.")
 
@@ -175,6 +174,21 @@ class FrameStream(Iterator[Tensor]):
         self._count(frame)
         self.generated += 1
         return frame[:, 0]
+
+    def commit(self, ids: Tensor, actions: Tensor | None = None) -> None:
+        """Commits given frames (B, t, h, w) after the current ones, such as a prompt in parts.
+
+        Args:
+            ids: Final tokens.
+            actions: (B, t) or (B, t, k) long, the actions that lead to each frame; one less if these are the first
+                frames of a video. ``None`` for null actions.
+        """
+        vectors = self._vectors(actions, ids.shape[1])
+        self.states = self.model.commit(self._both(ids.to(self._device)), vectors, self.states)
+
+    def reset(self) -> None:
+        """Resets the states to the initial ones: the next frame does not depend on the committed ones."""
+        self.states = self.model.initial_states(len(self._clip))
 
     # ---- decoding ----------------------------------------------------------------------------------------------------
 
