@@ -83,6 +83,10 @@ class Identity(nn.Module):
 
     stride, vocabulary = (1, 8, 8), 16
 
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
     def grid(self, frames, height, width):
         return frames, height // 8, width // 8
 

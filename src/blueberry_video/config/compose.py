@@ -157,8 +157,8 @@ def normalize(overrides: Sequence[str]) -> list[str]:
     for line in overrides:
         bound = re.fullmatch(r"\+{0,2}expected\.([\w/.@-]*/[\w/@-]+)\.(\w+)=([^,{}\[\]()]+)", line)
         lines.append(f"++expected={{{bound[1]}: {{{bound[2]}: {bound[3]}}}}}" if bound else line)
-    keys = {line.lstrip("+~").partition("=")[0] for line in lines}
-    if "trainer.max_epochs" in keys and not keys & {"trainer.max_steps", "debug"}:
+    values = dict(line.lstrip("+~").partition("=")[::2] for line in lines)
+    if values.get("trainer.max_epochs", "-1") != "-1" and not values.keys() & {"trainer.max_steps", "debug"}:
         lines.append("++trainer.max_steps=-1")
     return lines
 

@@ -110,7 +110,7 @@ def test_as_an_autoencoder_its_latents_are_the_codes():
 
 
 def test_merge_and_split_group_the_frames_after_the_first():
-    merge, split = Merge(1, 4, 2, 2, norm=False), Split(4, 1, 2, 2)
+    merge, split = Merge(1, 4, 2, 2), Split(4, 1, 2, 2)
     x = torch.arange(5.0).view(1, 5, 1, 1, 1).expand(1, 5, 2, 2, 1)
     torch.nn.init.constant_(merge.project.weight, 1.0)
     torch.nn.init.zeros_(merge.project.bias)

@@ -114,9 +114,9 @@ class HydraVideoTokenizer(Autoencoder):
 
         for dim, depth, factor in zip(dims, depths, factors, strict=True):
             side //= factor[1]
-            self.encoder.append(Level(Merge(width, dim, *factor, norm=width != 3), blocks(dim, depth), None))
+            self.encoder.append(Level(Merge(width, dim, *factor), blocks(dim, depth), None))
             width = dim
-        self.to_code = nn.Linear(width, quantizer.dim)  # no norm: it would remove the brightness of a uniform patch
+        self.to_code = nn.Linear(width, quantizer.dim)
         self.from_code = FrameTokens(quantizer.dim, width, side)
         for level in reversed(range(len(dims))):
             narrow = dims[level - 1] if level else 3
@@ -226,17 +226,16 @@ class HydraVideoTokenizer(Autoencoder):
 class Merge(nn.Module):
     """Causal pooling: (B, T, H, W, D) -> (B, t, h, w, D'), by a linear map of groups of frames, rows and columns.
 
-    The first frame of a video is a group of its own: it is repeated to complete one.
+    The first frame of a video is a group of its own: it is repeated to complete one. There is no norm, which would
+    remove the brightness of a uniform patch: tokens and pixels are connected by linear maps and residual blocks.
     """
 
-    def __init__(self, dim: int, out_dim: int, time: int, space: int, norm: bool = True):
+    def __init__(self, dim: int, out_dim: int, time: int, space: int):
         super().__init__()
         self.time, self.space = time, space
-        self.norm = nn.LayerNorm(dim, eps=1e-6) if norm else nn.Identity()
         self.project = nn.Linear(dim * time * space**2, out_dim)
 
     def forward(self, x: Tensor, first: bool) -> Tensor:
-        x = self.norm(x)
         if first and self.time > 1:
             x = torch.cat([x[:, :1].expand(-1, self.time - 1, -1, -1, -1), x], dim=1)
         groups = "b (t i) (h j) (w k) d -> b t h w (i j k d)"
@@ -249,12 +248,11 @@ class Split(nn.Module):
     def __init__(self, dim: int, out_dim: int, time: int, space: int):
         super().__init__()
         self.time, self.space = time, space
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.project = nn.Linear(dim, out_dim * time * space**2)
 
     def forward(self, x: Tensor, first: bool) -> Tensor:
         groups = "b t h w (i j k d) -> b (t i) (h j) (w k) d"
-        x = rearrange(self.project(self.norm(x)), groups, i=self.time, j=self.space, k=self.space)
+        x = rearrange(self.project(x), groups, i=self.time, j=self.space, k=self.space)
         return x[:, self.time - 1 :] if first else x
 
 
