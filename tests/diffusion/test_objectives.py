@@ -151,3 +151,11 @@ def test_noise_of_mismatched_shape_raises():
 def test_invalid_schedules_raise(options: dict, text: str):
     with pytest.raises(ValueError, match=text):
         VPrediction(**options)
+
+
+def test_the_schedule_has_values_if_it_is_built_under_the_meta_device():
+    with torch.device("meta"):
+        built = VPrediction()
+    t = torch.linspace(0, 1, 11)
+    for made, expected in zip(built.alpha_sigma(t), VPrediction().alpha_sigma(t), strict=True):
+        assert torch.equal(made, expected)

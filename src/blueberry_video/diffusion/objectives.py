@@ -95,15 +95,16 @@ class VPrediction(Objective):
         if snr_shift <= 0:
             raise ValueError(f"snr_shift={snr_shift} must be above 0; 1 is no shift.")
         self.num_steps = num_steps
-        betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float64).square()
-        power = (1 - betas).cumprod(0)  # alpha²
-        power = power / (snr_shift + (1 - snr_shift) * power)
-        alpha = power.sqrt()
-        if zero_terminal_snr:
-            alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
-        alpha = torch.cat([torch.ones(1, dtype=torch.float64), alpha])  # t = 0
-        # sigma in float64: in float32, 1 - alpha² of the first step has three digits
-        self._table = torch.stack([alpha, (1 - alpha.square()).sqrt()]).float()  # (2, num_steps + 1)
+        with torch.device("cpu"):  # has values also if the objective is built under the meta device
+            betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float64).square()
+            power = (1 - betas).cumprod(0)  # alpha²
+            power = power / (snr_shift + (1 - snr_shift) * power)
+            alpha = power.sqrt()
+            if zero_terminal_snr:
+                alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+            alpha = torch.cat([torch.ones(1, dtype=torch.float64), alpha])  # t = 0
+            # sigma in float64: in float32, 1 - alpha² of the first step has three digits
+            self._table = torch.stack([alpha, (1 - alpha.square()).sqrt()]).float()  # (2, num_steps + 1)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         if self._table.device != t.device:
