@@ -85,7 +85,7 @@ def patch_codebook_psnr(
 
     Args:
         train, test: clips uint8 (N, T, 3, H, W), to find the centers and to reconstruct.
-        stride: frames and pixels (t, h, w) of a patch; the first frame is a patch of its own, repeated.
+        stride: frames and pixels (t, h, w) of a patch; the first frame is repeated to fill a separate patch.
         size: number of centers.
         seed: of the initial centers.
         vectors: largest number of training patches.

@@ -3,6 +3,7 @@
 With a momentum of 0.999, an update changes an average by a thousandth of a difference, which 16 bits mostly round away.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
@@ -31,7 +32,7 @@ def update_averages(averages: Sequence[Tensor], values: Sequence[Tensor], weight
         torch._foreach_lerp_(list(averages), wide, weight)
 
 
-class RunningAverages(nn.Module):
+class RunningAverages(nn.Module, ABC):
     """Base class of modules with running averages among their parameters or buffers.
 
     An average that was cast to 16 bits has a float32 copy, which is updated and rounded into the tensor.
@@ -40,9 +41,9 @@ class RunningAverages(nn.Module):
     tensors. Averages of 32 and 64 bits have no copy.
     """
 
+    @abstractmethod
     def averages(self) -> dict[str, Tensor]:
         """Returns the running averages among the parameters and buffers of the module and its submodules, by name."""
-        raise NotImplementedError
 
     @contextmanager
     def wide_averages(self) -> Iterator[dict[str, Tensor]]:

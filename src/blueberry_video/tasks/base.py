@@ -155,11 +155,8 @@ class Task(lightning.LightningModule, ABC):
         self._log_epoch("test")
 
     def epoch_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Metrics of a whole validation or test set; every process must return the same. Empty by default.
-
-        Args:
-            means: means over the set of everything that :meth:`shared_step` returned, by name.
-        """
+        """Computes metrics of a whole validation or test set from the means over it of all that :meth:`shared_step`
+        returned, by name; every process must return the same. Empty by default."""
         return {}
 
     def _evaluation_step(self, batch: dict, stage: str) -> None:

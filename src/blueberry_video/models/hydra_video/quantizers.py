@@ -102,20 +102,20 @@ class FSQ(Quantizer):
         rounded = bounded + (bounded.round() - bounded).detach()
         middle = levels // 2
         digits = rounded.detach() + middle
-        ids = (digits.round().long() * self._places(digits.device)).sum(-1)
+        ids = (digits.round().long() * self._place_values(digits.device)).sum(-1)
         return Quantized((rounded / middle).to(vectors.dtype), ids, wide.new_zeros(()))
 
     def nearest(self, vectors: Tensor) -> Tensor:
         levels = torch.tensor(self.levels, device=vectors.device)
         digits = (_wide(vectors) * (levels // 2)).round().long() + levels // 2
-        return (digits.clamp(min=0).minimum(levels - 1) * self._places(vectors.device)).sum(-1)
+        return (digits.clamp(min=0).minimum(levels - 1) * self._place_values(vectors.device)).sum(-1)
 
     def _values(self, ids: Tensor) -> Tensor:
         levels = torch.tensor(self.levels, device=ids.device)
-        digits = ids[..., None] // self._places(ids.device) % levels
+        digits = ids[..., None] // self._place_values(ids.device) % levels
         return (digits - levels // 2) / (levels // 2).float()
 
-    def _places(self, device: torch.device) -> Tensor:
+    def _place_values(self, device: torch.device) -> Tensor:
         """Place values of the digits of an id, the first channel lowest."""
         return torch.tensor([1, *itertools.accumulate(self.levels[:-1], lambda a, b: a * b)], device=device)
 

@@ -226,7 +226,7 @@ class HydraVideoTokenizer(Autoencoder):
 class Merge(nn.Module):
     """Causal pooling: (B, T, H, W, D) -> (B, t, h, w, D'), by a linear map of groups of frames, rows and columns.
 
-    The first frame of a video is a group of its own: it is repeated to complete one. There is no norm, which would
+    The first frame of a video is repeated to fill a separate group. There is no norm, which would
     remove the brightness of a uniform patch: tokens and pixels are connected by linear maps and residual blocks.
     """
 
