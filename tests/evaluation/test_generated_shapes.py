@@ -25,6 +25,8 @@ def test_a_perfect_generator_scores_one_and_shuffled_frames_lose_the_direction()
     assert (found["colour"], found["shape"], found["direction"]) == (1, 1, 1)
     assert found["direction_shuffled"] < 0.45
     assert (found["colour_trivial"], found["shape_trivial"], found["direction_trivial"]) == (1 / 3, 1 / 3, 1 / 4)
+    for name, chance in (("colour", 1 / 3), ("shape", 1 / 3), ("direction", 1 / 4)):
+        assert found[f"{name}_shuffled_captions"] == pytest.approx(chance, abs=0.15)
     assert sorted(prompts) == sorted([*CLIPS] * 2)
 
 

@@ -135,8 +135,8 @@ def test_a_repeated_video_is_learned_and_continued():
         optimizer.step()
     assert loss < 0.1
     given = Conditioning({"kind": torch.arange(2)})
-    assert torch.equal(module.generate(given, 4), patterns)
-    assert torch.equal(module.generate(given, 6, prompt=patterns[:, :2])[:, :4], patterns)
+    assert torch.equal(module.generate_ids(given, 4), patterns)
+    assert torch.equal(module.generate_ids(given, 6, prompt=patterns[:, :2])[:, :4], patterns)
 
 
 def test_corruption_of_frames():

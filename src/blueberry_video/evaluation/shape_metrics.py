@@ -8,6 +8,7 @@ No rule is trained, and the chance levels are 1/3, 1/3 and 1/4. Clips without a 
 of the classes, so they score below chance level.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -73,6 +74,22 @@ def accuracies(video: Tensor, labels: dict[str, Tensor]) -> dict[str, float]:
     """Returns label -> share in [0, 1] of clips (N, 3, T, H, W) that :func:`classify` assigns to ``labels`` (N,)."""
     found = classify(video)
     return {label: (found[label] == labels[label].to(found[label].device)).float().mean().item() for label in found}
+
+
+def nearest_psnr(video: Tensor, captions: Sequence[str], real: Tensor, real_captions: Sequence[str]) -> Tensor:
+    """Returns the PSNR (N,) in dB of clips (N, 3, T, H, W) in [-1, 1] to the most similar real clip of equal caption.
+
+    Raises:
+        ValueError: for a caption without real clips.
+    """
+    values = []
+    for clip, caption in zip(video, captions, strict=True):
+        same = [index for index, other in enumerate(real_captions) if other == caption]
+        if not same:
+            raise ValueError(f"captions has {caption!r}, of which there is no real clip: use all classes.")
+        error = (real[same].to(clip) - clip).square().flatten(1).mean(1).min()
+        values.append(10 * torch.log10(4 / error.clamp(min=1e-10)))
+    return torch.stack(values)
 
 
 def _direction(path: Tensor, size: tuple[int, int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,13 @@ class FrameGeneration(Task):
         """Tokens (B, t, h, w) of a batch: the stored ones, or those of the tokenizer."""
         return batch["tokens"] if "tokens" in batch else self.tokenizer.encode_ids(batch["video"] * 2 - 1)
 
-    def generate(
+    def generate(self, captions: Sequence[str], generator: Generators = None) -> Tensor:
+        """Generates videos (B, 3, T, H, W) in [-1, 1] from captions, with as many frames as the validation clips."""
+        video = self.trainer.datamodule.val[0]["video"]  # type: ignore[attr-defined]
+        frames = self.tokenizer.grid(len(video), *video.shape[2:])[0]
+        return self.tokenizer.decode_ids(self.generate_ids(Conditioning(text=list(captions)), frames, generator))
+
+    def generate_ids(
         self,
         conditioning: Conditioning,
         num_frames: int,
@@ -161,11 +167,11 @@ class FrameGeneration(Task):
         count = self.num_pictures
         real, ids = batch["video"][:count], self.tokens_of(batch)[:count]
         conditioning = conditioning_of(self.model, batch, ids.shape[1]).first(count)
-        made = self.generate(conditioning, ids.shape[1], torch.Generator().manual_seed(0), None, len(ids))
+        made = self.generate_ids(conditioning, ids.shape[1], torch.Generator().manual_seed(0), None, len(ids))
         columns = {"generated": [ids, made]}
         if ids.shape[1] > self.prompt_frames:
             prompt, generator = ids[:, : self.prompt_frames], torch.Generator().manual_seed(0)
-            columns["continued"] = [self.generate(conditioning, ids.shape[1], generator, prompt)]
+            columns["continued"] = [self.generate_ids(conditioning, ids.shape[1], generator, prompt)]
         decode = self.tokenizer.decode_ids
         return {
             name: self.panels([real, *((decode(part).float() + 1) / 2 for part in parts)])
