@@ -45,8 +45,9 @@ def load_trained(source: str | Path, kinds: Sequence[type], device: torch.device
         run = RunFolder.open(source)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} `make train EXP=<experiment>` creates one.") from error
-    resumes = run.record.get("resumes", ())
-    config = resolve(repeat(load(run.path / "config.yaml"), resumes))
+    config, resumes = load(run.path / "config.yaml"), run.record.get("resumes", ())
+    if any(session.get("changed") for session in resumes):
+        config = resolve(repeat(config, resumes))
     target = str(config.task._target_)
     if not issubclass(get_class(target), tuple(kinds)):
         names = " or ".join(kind.__name__ for kind in kinds)

@@ -6,10 +6,10 @@ Shapes: B clips of T x H x W pixels.
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blueberry_video.diffusion.conditioning import takes_image
 from blueberry_video.diffusion.generation import generate
@@ -45,7 +45,8 @@ def stream(task: Any, clips: ClipFormat, request: Request) -> Iterator[Tensor]:
 
 
 def _stream_tokens(task: FrameGeneration, clips: ClipFormat, request: Request) -> Iterator[Tensor]:
-    model, tokenizer, count = task.model, task.tokenizer, request.num_clips
+    model, count = task.model, request.num_clips
+    tokenizer = task.tokenizer.to(model.base.device)  # if it was built just now
     request.check_prompt(model.text_proj is not None, model.text)
     if unknown := sorted(set(request.decoding) - {each.name for each in fields(FrameDecoding)}):
         known = ", ".join(each.name for each in fields(FrameDecoding))
@@ -84,8 +85,8 @@ def _labels(model: HydraVideoGenerator, clips: ClipFormat, request: Request) -> 
         if label not in model.labels:
             known = f"conditioned on {', '.join(model.labels)}" if len(model.labels) else "not conditioned on labels"
             raise ValueError(f"label {label}={value} is unknown: the model of the run is {known}.")
-        count = model.labels[label].num_embeddings - 1  # the last one is the null class
-        index = _index(f"label {label}={value}", value, clips.classes.get(label, ()), int(count))
+        count = cast(nn.Embedding, model.labels[label]).num_embeddings - 1  # the last one is the null class
+        index = _index(f"label {label}={value}", value, clips.classes.get(label, ()), count)
         found[label] = torch.tensor([index], device=model.base.device)
     return found
 
@@ -128,6 +129,7 @@ def _sample(task: Diffusion, clips: ClipFormat, request: Request) -> Iterator[Te
     for key, value in (("labels", request.labels), ("actions", request.actions)):
         if value:
             raise ValueError(f"{key}={value} has no effect: the model of the run is conditioned on captions only.")
+    model.prepare()  # frozen parts that are built on first use
     request.check_prompt(True, model.text)
     takes = takes_image(model, task.image_dropout)
     if video is None and takes and model.shape.image_condition != "optional":
