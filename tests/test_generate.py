@@ -28,6 +28,7 @@ from blueberry_video.inference.frame_generation import generate_clips
 from blueberry_video.models.hydra_video.generator import Conditioning
 from blueberry_video.nn.noise import clip_generators
 from blueberry_video.tasks.generation import KINDS
+from blueberry_video.tasks.requests import ClipFormat
 from blueberry_video.video import load_clip
 from blueberry_video.video.sampling import SamplingOptions
 
@@ -165,6 +166,7 @@ def test_length_of_a_clip(tokens: Path, diffusion: Path, words: str):
     assert generate(tokens, prompt=words).shape[2] == 9  # that of the clips of the run
     assert generate(tokens, prompt=words, num_frames=33).shape[2] == 33
     assert generate(tokens, prompt=words, actions=["away"] * 12).shape[2] == 13
+    assert generate(tokens, prompt=words, actions=[]).shape[2] == 1
     assert generate(diffusion, prompt=MOVES).shape == (1, 3, 8, 16, 16)
     assert generate(diffusion, prompt=MOVES, num_frames=4).shape == (1, 3, 4, 16, 16)
 
@@ -388,6 +390,18 @@ def test_run_that_is_not_generative_raises(diffusion: Path, tmp_path: Path):
     (run / "config.yaml").write_text(yaml.safe_dump(OmegaConf.to_container(other)))
     with pytest.raises(ValueError, match=rf"{run}\b.*task\._target_=.*MaskedPixels.*FrameGeneration or Diffusion"):
         generate(run, prompt=MOVES)
+
+
+def test_clips_of_stored_latents_have_the_size_of_their_pixels(tokens: Path, diffusion: Path):
+    task = load_trained(diffusion, KINDS).task
+    stored = {"moments": torch.zeros(6, 8, 16, 24)}
+    clips = ClipFormat.of(task, None, stored)
+    assert (clips.num_frames, clips.height, clips.width) == (8, 16, 24)
+    with pytest.raises(ValueError, match=r"task\.tokenizer=null.*config\.yaml"):
+        ClipFormat.of(load_trained(tokens, KINDS).task, None, {"tokens": torch.zeros(3, 2, 2)})
+    task.model._autoencoder = None
+    with pytest.raises(ValueError, match=r"model\.autoencoder=null.*config\.yaml"):
+        ClipFormat.of(task, None, stored)
 
 
 def test_odd_sizes_raise_and_leave_no_file(tmp_path: Path):

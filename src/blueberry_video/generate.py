@@ -104,7 +104,8 @@ def open_videos(
 
     from blueberry_video.data.clip_cache import CachedClips
     from blueberry_video.experiment.trained import load_trained
-    from blueberry_video.tasks.generation import KINDS, ClipFormat, Request, stream
+    from blueberry_video.tasks.generation import KINDS, stream
+    from blueberry_video.tasks.requests import ClipFormat, Request
     from blueberry_video.video import load_clip
     from blueberry_video.video.resize import ResizeOptions
     from blueberry_video.video.sampling import SamplingOptions

@@ -112,7 +112,7 @@ def _actions(
             f"{'' if request.video is not None else ' but the first'}{problem}: pass {fix}."
         )
     indices = [_index(f"action {each!r}", each, clips.action_names, model.num_actions) for each in given]
-    return torch.tensor(indices, device=model.base.device).view(1, -1, per_frame)
+    return torch.tensor(indices, dtype=torch.long, device=model.base.device).view(1, len(given) // per_frame, per_frame)
 
 
 def _index(key: str, value: str | int, names: Sequence[str], count: int) -> int:

@@ -31,11 +31,12 @@ class ClipFormat:
         Raises:
             ValueError: for stored tokens or latents that the task cannot decode.
         """
+        classes, actions = getattr(data, "classes", {}), getattr(data, "action_names", ())
         if "moments" in clip and isinstance(task, Diffusion) and (autoencoder := task.model.autoencoder) is not None:
             t, h, w = (
                 size * stride for size, stride in zip(clip["moments"].shape[1:], autoencoder.stride, strict=True)
             )
-            return cls(t - autoencoder.stride[0] + 1, h, w, data.classes, data.action_names)
+            return cls(t - autoencoder.stride[0] + 1, h, w, classes, actions)
         key = "model.autoencoder" if isinstance(task, Diffusion) else "task.tokenizer"
         if "moments" in clip or "tokens" in clip:
             raise ValueError(
@@ -43,7 +44,7 @@ class ClipFormat:
                 f"{key} in its config.yaml to the one that encoded them."
             )
         frames, _, height, width = clip["video"].shape
-        return cls(frames, height, width, data.classes, data.action_names)
+        return cls(frames, height, width, classes, actions)
 
 
 @dataclass(frozen=True)
