@@ -24,6 +24,8 @@ MODEL ?= qwen2.5-vl
 override export MODEL := $(value MODEL)
 OUT ?=
 override export OUT := $(value OUT)
+PROMPT ?=
+override export PROMPT := $(value PROMPT)
 DTYPE ?= float32
 override export DTYPE := $(value DTYPE)
 N ?= 10000
@@ -50,7 +52,7 @@ doctor: $(STAMP) ## check versions, devices, FFmpeg, wandb, Slurm and disk, with
 	@$(PYTHON) -m blueberry_video.launch.doctor
 
 ##@ Experiments
-.PHONY: new check train sweep gate report latents export data
+.PHONY: new check train sweep gate report latents export generate data
 new: $(STAMP) ## EXP=name: copy experiments/template/
 	@$(PYTHON) -m blueberry_video.launch.new "$$EXP"
 
@@ -74,6 +76,9 @@ latents: $(STAMP) ## EXP=name [OUT=folder] [DTYPE=bfloat16]: encode clips and ca
 
 export: $(STAMP) ## EXP=name OUT=folder [DTYPE=bfloat16]: export the transformer of the newest run for diffusers; ARGS=--merge
 	@$(experiment)$(if $(strip $(OUT)),,$(error OUT is missing: `make export EXP=$(EXP) OUT=<folder>`))$(with_args) -m blueberry_video.export "outputs/$$EXP" --out "$$OUT" --dtype "$$DTYPE"
+
+generate: $(STAMP) ## EXP=name OUT=clip.mp4 [PROMPT="…"] [VIDEO=file]: generate a video with the newest run; ARGS="--frames 33 --seed 1"
+	@$(experiment)$(if $(strip $(OUT)),,$(error OUT is missing: `make generate EXP=$(EXP) OUT=clip.mp4`))$(with_args) -m blueberry_video.generate "outputs/$$EXP" --out="$$OUT" $${PROMPT:+"--prompt=$$PROMPT"} $${VIDEO:+"--video=$$VIDEO"}
 
 data: $(STAMP) ## write a folder of mp4 files; ARGS="source=world out=data/world train=1000"
 	@$(with_args) -m blueberry_video.data.write

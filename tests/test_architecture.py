@@ -9,7 +9,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "blueberry_video"
-MAX_LINES = {"train.py": 150, "export.py": 150, "precompute.py": 150}  # entry points; other files: 600, tasks: 200
+MAX_LINES = {
+    "train.py": 150,
+    "export.py": 150,
+    "precompute.py": 150,
+    "generate.py": 150,
+}  # entry points; other files: 600, tasks: 200
 ANYTHING = None
 
 # room -> rooms it may import; `models.encoder` is one part of a room, `models` the whole room
@@ -35,6 +40,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "train": ANYTHING,
     "precompute": ANYTHING,
     "export": ANYTHING,
+    "generate": ANYTHING,
 }
 SHARED_IN_ROOM = {  # what a family may import besides itself
     "models": {"autoencoder", "encoder", "diffusion_transformer", "vit", "dinov2", "classifier"}

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-VARIABLES = ("ARGS", "EXP", "SWEEP", "RESUME", "VIDEO", "MODEL", "OUT", "DTYPE", "N")
+VARIABLES = ("ARGS", "EXP", "SWEEP", "RESUME", "VIDEO", "MODEL", "OUT", "PROMPT", "DTYPE", "N")
 TARGETS = (
-    *("new", "check", "train", "sweep", "gate", "report", "latents", "export", "data", "process", "decode-bench"),
-    *("test", "test-gpu", "bench-gpu", "fuzz-video"),
+    *("new", "check", "train", "sweep", "gate", "report", "latents", "export", "generate", "data"),
+    *("process", "decode-bench", "test", "test-gpu", "bench-gpu", "fuzz-video"),
 )
 PYTHON = """#!{python}
 import os, runpy, sys
@@ -67,6 +67,18 @@ def test_no_value_is_executed(repository: Path, attack: str):
 def test_quotes_in_args_group_words(repository: Path, target: str, end: list[str]):
     arguments = words(repository, target, ARGS="out='my folder' -k \"a or $HOME\" *", VIDEO="v.mp4", MODEL="m")
     assert arguments[-4 - len(end) :] == [*end, "out=my folder", "-k", "a or $HOME", "*"]
+
+
+def test_generate_passes_its_values_as_words(repository: Path):
+    attack = "$(touch x) `touch x` 'a\" b' --overwrite"
+    arguments = words(
+        repository, "generate", EXP="e", OUT="my clip.mp4", PROMPT=attack, VIDEO="a b.mp4", ARGS="--num 2"
+    )
+    expected = ["outputs/e", "--out=my clip.mp4", f"--prompt={attack}", "--video=a b.mp4", "--num", "2"]
+    assert arguments == ["-m", "blueberry_video.generate", *expected]
+    assert not (repository / "x").exists()
+    (repository / "words.txt").unlink()
+    assert words(repository, "generate", EXP="e", OUT="o.mp4")[2:] == ["outputs/e", "--out=o.mp4"]
 
 
 def test_an_open_quote_is_reported(repository: Path):

@@ -51,6 +51,7 @@ class CachedClips(Wrapper):
         self.shard_size = shard_size
         self.classes: dict[str, tuple[str, ...]] = getattr(dataset, "classes", {})
         self.reversal_pairs: dict[str, tuple[tuple[int, int], ...]] = getattr(dataset, "reversal_pairs", {})
+        self.action_names: tuple[str, ...] = getattr(dataset, "action_names", ())
         self.cache_key = dataset.cache_key  # stays the same if files change or vanish later
         self.folder = Path(folder) / hashlib.sha256(self.cache_key.encode()).hexdigest()[:16]
         self._shards: dict[int, _Shard] = {}

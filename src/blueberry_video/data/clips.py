@@ -16,6 +16,7 @@ class Clips(Protocol):
     - ``train_batches(batch_size, seed, rank, world_size, drop_last)`` and ``evaluation_batches(batch_size, rank,
       world_size)``: batch samplers of one rank; ``TrainBatches`` and ``EvaluationBatches`` otherwise.
     - ``classes``, ``reversal_pairs``: label -> class names, and pairs of classes that are time reversals of each other.
+    - ``action_names``: names of the actions, in the order of their indices.
     - ``cache_key``: names everything that a clip depends on except its index.
     - ``varies_by_epoch``: True if clips differ between epochs.
     - ``prepare(num_workers)``: fills clip caches; called once on each machine before loading.

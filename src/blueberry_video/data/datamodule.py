@@ -78,6 +78,11 @@ class DataModule(LightningDataModule):
         """Label -> pairs of classes that are time reversals of each other, in the training set."""
         return getattr(self.train, "reversal_pairs", {})
 
+    @property
+    def action_names(self) -> tuple[str, ...]:
+        """Names of the actions in the training set, in the order of their indices."""
+        return getattr(self.train, "action_names", ())
+
     def list_skipped_in(self, path: str) -> None:
         """Sets the CSV file in which datasets list skipped broken files."""
         for dataset in filter(None, (self.train, self.val, self.test)):

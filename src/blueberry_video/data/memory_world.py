@@ -85,6 +85,7 @@ class MemoryWorld(Dataset):
         self.unseen, self.seen, self.sizes, self.supersample = lengths, seen, tuple(sizes), supersample
         self.classes: dict[str, tuple[str, ...]] = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES)}
         self.reversal_pairs: dict[str, tuple[tuple[int, int], ...]] = {}
+        self.action_names = PAN_ACTIONS
 
     @property
     def cache_key(self) -> str:

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from blueberry_video.data.clips import check_index
 from blueberry_video.data.raycast import render
 from blueberry_video.data.scene import (
+    ACTIONS,
     CAMERAS,
     COLOURS,
     FOV,
@@ -110,6 +111,7 @@ class World(Dataset):
             "camera": tuple(CAMERAS),
         }
         self.reversal_pairs: dict[str, tuple[tuple[int, int], ...]] = {"motion": ((1, 2), (3, 4), (6, 7))}
+        self.action_names: tuple[str, ...] = ACTIONS if mode == "agent" else ()
         if mode == "agent":
             del self.classes["motion"], self.reversal_pairs["motion"]
 

@@ -13,16 +13,18 @@ import inspect
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from blueberry_video.atomic import atomic_folder
+from blueberry_video.atomic import atomic_file, atomic_folder, explained_errors
 from blueberry_video.data.clips import KeyedClips
 from blueberry_video.data.progress import Progress
 from blueberry_video.data.sprites import Sprites
@@ -126,27 +128,97 @@ class FolderWriter:
                 progress.add(len(rows))
 
 
+class VideoWriter:
+    """Context manager that writes an mp4 file frame by frame, as H.264 in yuv420p, in memory that does not depend on
+    the number of frames.
+
+    Args:
+        file: path, or a binary file open for writing, such as that of :func:`~blueberry_video.atomic.atomic_file`.
+        size: (height, width) in pixels.
+        fps: frames per second.
+        crf: H.264 quality, 0 (nearly lossless) to 51.
+        preset: x264 preset.
+
+    Raises:
+        ValueError: odd height or width.
+    """
+
+    def __init__(
+        self, file: Path | BinaryIO, size: tuple[int, int], fps: float, crf: int = 8, preset: str = "superfast"
+    ):
+        height, width = size
+        _check_even(size, Path(file if isinstance(file, Path) else file.name).name)
+        self._container = av.open(str(file) if isinstance(file, Path) else file, "w", format="mp4")
+        self._stream = self._container.add_stream(
+            "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf), "preset": preset}
+        )
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+        self._stream.codec_context.thread_count = 1
+
+    def write(self, frame: np.ndarray) -> None:
+        """Appends a frame (H, W, 3) uint8 RGB."""
+        self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._container.mux(self._stream.encode())
+        finally:
+            self._container.close()
+
+
 def write_video(path: Path, frames: np.ndarray, fps: float, crf: int = 8, preset: str = "superfast") -> None:
-    """Writes uint8 RGB ``frames`` (T, H, W, 3) as H.264 in yuv420p.
+    """Writes uint8 RGB ``frames`` (T, H, W, 3) as H.264 in yuv420p, see :class:`VideoWriter`.
 
     Raises:
         ValueError: odd height or width.
     """
     height, width = frames.shape[1:3]
+    with VideoWriter(path, (height, width), fps, crf, preset) as writer:
+        for frame in frames:
+            writer.write(frame)
+
+
+def write_videos(parts: Iterable[Tensor], files: Sequence[Path], size: tuple[int, int], fps: float) -> None:
+    """Writes several videos at once as mp4, in memory that does not depend on their length.
+
+    Each file appears, or is replaced, when it is complete.
+
+    Args:
+        parts: consecutive parts (B, 3, n, H, W) in [0, 1] of the videos.
+        files: B files; missing folders are created.
+        size: (H, W).
+        fps: frames per second.
+
+    Raises:
+        ValueError: odd height or width.
+        OSError: a folder or file cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        writers = []
+        for file in files:
+            _check_even(size, file.name)
+            with explained_errors(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+            opened = stack.enter_context(atomic_file(file))
+            writers.append(stack.enter_context(VideoWriter(opened, size, fps)))
+        for part in parts:
+            videos = part.mul(255).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()  # (B, n, H, W, 3)
+            for writer, frames in zip(writers, np.ascontiguousarray(videos), strict=True):
+                for frame in frames:
+                    writer.write(frame)
+
+
+def _check_even(size: tuple[int, int], name: str) -> None:
+    height, width = size
     if height % 2 or width % 2:
         raise ValueError(
-            f"frames of {height}x{width} pixels cannot be written to {path.name}: yuv420p requires even sizes, so set "
+            f"frames of {height}x{width} pixels cannot be written to {name}: yuv420p requires even sizes, so set "
             f"image_size to {height + height % 2}x{width + width % 2}."
         )
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream(
-            "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf), "preset": preset}
-        )
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.codec_context.thread_count = 1
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
 
 
 class _Job(Dataset):

@@ -1,0 +1,74 @@
+"""Opening of a trained run: its data, and its task with the weights of the newest checkpoint."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig
+
+from blueberry_video.config import load, repeat, resolve
+from blueberry_video.experiment.checkpoint import checkpoint_fault, checkpoint_files, latest_good_checkpoint
+from blueberry_video.experiment.run_folder import RunFolder
+
+
+class TrainedRun(NamedTuple):
+    """A run that is opened for use.
+
+    Attributes:
+        path: run folder.
+        config: resolved config, with the changes of sessions that resumed the run.
+        data: DataModule.
+        task: task in evaluation mode on ``device``, with the EMA weights if the run has them.
+    """
+
+    path: Path
+    config: DictConfig
+    data: Any
+    task: Any
+
+
+def load_trained(source: str | Path, kinds: Sequence[type], device: torch.device | str = "cpu") -> TrainedRun:
+    """Builds data and task of a run, and loads its newest valid checkpoint.
+
+    Args:
+        source: a run folder, or the folder of an experiment's runs: the newest run.
+        kinds: supported classes of tasks.
+        device: device of the task.
+
+    Raises:
+        FileNotFoundError: if there is no run, or it has no valid checkpoint.
+        ValueError: if the run is of a different kind, or its config or weights are not valid.
+    """
+    try:
+        run = RunFolder.open(source)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} `make train EXP=<experiment>` creates one.") from error
+    config, resumes = load(run.path / "config.yaml"), run.record.get("resumes", ())
+    if any(session.get("changed") for session in resumes):
+        config = resolve(repeat(config, resumes))
+    target = str(config.task._target_)
+    if not issubclass(get_class(target), tuple(kinds)):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{run.path} trained task._target_={target}, which generates no videos: use a run of {names}.")
+    try:
+        checkpoint = latest_good_checkpoint(run.path / "checkpoints")
+    except FileNotFoundError as error:
+        files = checkpoint_files(run.path / "checkpoints")
+        faults = "; ".join(f"{file.name}: {checkpoint_fault(file)}" for file in files) or "there is no step_*.ckpt"
+        raise FileNotFoundError(
+            f"{run.path} has no valid checkpoint in checkpoints/ ({faults}): train first, with "
+            f"`make train EXP={run.experiment}`."
+        ) from error
+    with torch.random.fork_rng(devices=()):  # the global generator does not change
+        torch.default_generator.manual_seed(config.seed)  # as training: of parts without saved weights
+        data, model = instantiate(config.data), instantiate(config.model)
+        optimization = instantiate(config.task.optimization)(
+            optimizer=instantiate(config.optimizer), schedule=instantiate(config.schedule)
+        )
+        task = instantiate(config.task, _partial_=True)(model=model, optimization=optimization)
+        if getattr(model, "lora", None) is not None and model.lora.base is not None:
+            task.load_weights(model.lora.base)  # a checkpoint of adapters lacks the frozen weights
+        task.load_weights(checkpoint)  # EMA weights have the names of the trained ones
+    return TrainedRun(run.path, config, data, task.to(device).eval())
