@@ -120,6 +120,19 @@ def test_dead_codes_are_restarted_at_vectors_of_the_batch():
     assert (off.codebook - 50).abs().max() > 40
 
 
+def test_restarted_codes_are_not_copies_of_the_most_frequent_vector():
+    torch.manual_seed(0)
+    rare = torch.randn(12, 4) * 5
+    frequent = torch.zeros(500, 4)
+    quantizer = VQ(16, 4, decay=0.8, restart_below=0.02)
+    for _ in range(40):
+        quantizer(torch.cat([frequent, rare])[torch.randperm(512)])
+    used = quantizer(torch.cat([frequent, rare])).ids
+    assert used[500:].unique().numel() == 12  # uniform draws find 5 of 12 on average in as many steps
+    assert (quantizer.codebook[used[500:]] - rare).abs().max() < 0.1
+    quantizer(torch.full((20, 4), torch.nan))  # the loss reports it, not the draw
+
+
 def test_codebooks_of_16_bits_are_averaged_in_32():
     torch.manual_seed(0)
     wide, narrow = VQ(4, 2, decay=0.999, restart_below=0.0), VQ(4, 2, decay=0.999, restart_below=0.0)

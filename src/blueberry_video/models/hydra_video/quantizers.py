@@ -124,7 +124,8 @@ class VQ(RunningAverages, Quantizer):
     """Vector quantization with a codebook of running averages (van den Oord et al., arXiv 1711.00937, appendix A).
 
     In training, every code becomes the running average of the vectors that are assigned to it, over all processes. The
-    first batch initializes the codebook, by k-means. Codes that are hardly used are replaced by vectors of the batch.
+    first batch initializes the codebook, by k-means. Codes that are hardly used are replaced by vectors of the batch,
+    drawn in proportion to their squared distance to the nearest code.
     The loss is ``commitment`` times the squared distance of the vectors to their codes.
 
     Args:
@@ -209,7 +210,15 @@ class VQ(RunningAverages, Quantizer):
         dead = (counts < self.restart_below * counts.mean()).nonzero()[:, 0]
         if not len(dead):
             return
-        drawn = _draw(_gather(vectors[torch.randperm(len(vectors), device=vectors.device)[: len(dead)]]), len(dead))
+        # in proportion to the squared distance, as in k-means++: drawn uniformly, most would be of the most frequent
+        # content, which would then have many equal codes
+        errors = (vectors - codebook[nearest(vectors, codebook)]).square().sum(1).nan_to_num(0, 0, 0)
+        count = min(len(dead), int((errors > 0).sum()))
+        candidates = _gather(vectors[errors.multinomial(count)] if count else vectors[:0])
+        dead = dead[: len(candidates)]
+        if not len(dead):
+            return
+        drawn = _draw(candidates, len(dead))
         codebook[dead] = drawn
         counts[dead] = counts.mean()
         sums[dead] = drawn * counts[dead, None]
