@@ -8,6 +8,7 @@ key=a,b`` runs every combination.
 """
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,10 @@ def run(
             fit(config, folder)
     if shared:  # the process that started the ranks writes the report
         return None
-    report.write_report(folder)
+    try:
+        report.write_report(folder)
+    except OSError as error:  # run.json contains the results
+        warnings.warn(f"report.html is not written ({error}): `make report` writes it later.", stacklevel=2)
     print(f"\n{summary.summary(folder)}")
     if config.enforce_expected and not (verdict := gate.gate(folder))[0]:
         sys.exit(f"\n{verdict[1]}")

@@ -447,7 +447,7 @@ def _explain_sections(file: Path, overrides: Sequence[Override], conf: Path, sav
         for part in override.key_or_group.split("."):
             node = dict(node.items_ex(resolve=False)).get(part) if isinstance(node, DictConfig) else None
         if isinstance(node, DictConfig) and not node._is_none() and len(node):
-            items = dict(node.items_ex(resolve=False))
+            items = {str(name): item for name, item in node.items_ex(resolve=False)}
             return advice.section(override.input_line or "", override.key_or_group, items, override.value())
     return None
 

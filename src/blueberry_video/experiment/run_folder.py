@@ -358,6 +358,14 @@ class RunFolder:
         skipped = _count_skipped(self.path / "skipped.csv")
         self.update(status=status, ended=_now(), wall_seconds=wall_seconds, skipped=skipped, **fields)
 
+    def close(self, succeeded: bool) -> None:
+        """Calls the functions of ``on_close``; an exception of one becomes a warning, because the run has ended."""
+        for close in self.on_close:
+            try:
+                close(succeeded)
+            except Exception as error:
+                warnings.warn(f"a logger of {self.path} cannot be closed: {error}", stacklevel=2)
+
     def __enter__(self) -> Self:
         return self
 
@@ -370,8 +378,7 @@ class RunFolder:
                     self.fail(error)
             except (OSError, ValueError) as second:  # the first error is the one to show
                 warnings.warn(f"run.json does not record that the run failed: {second}", stacklevel=2)
-        for close in self.on_close:
-            close(error is None)
+        self.close(error is None)
         if self._lock is not None:
             self._lock.release()
 
