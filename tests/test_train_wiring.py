@@ -189,7 +189,7 @@ def test_dry_run_creates_no_folder(tmp_path: Path, calls: list, monkeypatch: pyt
     monkeypatch.setattr(train.dry_run, "dry_run", lambda *arguments: tried.append(arguments))
     config = composed(tmp_path, "check=true")
     assert train.run(config) is None
-    assert tried == [(config, RunFolder.create, train.build)]
+    assert tried == [(config, RunFolder.create, train.build, None)]
     assert (calls, list(tmp_path.iterdir())) == ([], [])
 
 

@@ -180,7 +180,9 @@ class Wandb(WandbLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Adds metrics or media objects to the row of ``step``; ``None`` is the current row."""
         _ = self.experiment
-        step = max(self._row_step, 0) if step is None else step
+        if step is None:
+            started = self._row_step >= 0 or not self._run.resumed
+            step = max(self._row_step, 0) if started else max(read_steps(self._run.path / "metrics.csv"), default=0)
         if self._run.resumed and self._row_step < 0:
             self._send_lost(step)
         if step > self._row_step:
