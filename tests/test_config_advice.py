@@ -85,3 +85,9 @@ def test_deletion_in_a_saved_config_raises(tmp_path: Path):
     saved.write_text(OmegaConf.to_yaml(compose(EXPERIMENTS / "template" / "config.yaml")))
     with pytest.raises(ValueError, match=r"`~model\.encoder`.*`model\.encoder\.\w+=\d+`"):
         load(saved, ["~model.encoder"])
+
+
+def test_override_of_a_required_value_is_not_named_for_a_different_error():
+    overrides = ["data=video_folder", "~data.train.size", "~data.val.size", "data.train.root=/videos"]
+    message = advice("template", overrides, "data.train.pad=true")
+    assert "`+data.train.pad=true`" in message

@@ -406,8 +406,8 @@ def _explain_override(override: Override, base: DictConfig) -> str | None:
     value = None if override.is_delete() else override.value()
     node: Any = base
     for depth, part in enumerate(parts):
-        if isinstance(node, DictConfig) and part in node:
-            node = node[part]
+        if isinstance(node, DictConfig) and part in list(node):  # `in node` is False for `???`
+            node = None if OmegaConf.is_missing(node, part) else node[part]
             continue
         if isinstance(node, ListConfig) and part.isdigit() and int(part) < len(node):
             node = node[int(part)]

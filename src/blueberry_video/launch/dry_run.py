@@ -344,6 +344,12 @@ def _check_disk(config: DictConfig, size: int, findings: Findings) -> None:
     checkpoints = config.callbacks.get("checkpoints") or {}
     needed = size * (int(checkpoints.get("keep", 2)) + 1) + GIB // 4  # one more while writing; media and logs
     folder = existing_parent(Path(config.output_dir))
+    if not folder.is_dir():
+        findings.add("outputs", f"output_dir={config.output_dir}: {folder} is a file", "Use a folder: `output_dir=…`.")
+        return
+    if not os.access(folder, os.W_OK | os.X_OK):
+        fix = f"Make it writable (`chmod u+rwX '{folder}'`), or use a different folder: `output_dir=…`."
+        findings.add("outputs", f"output_dir={config.output_dir}: {folder} is not writable", fix)
     free = shutil.disk_usage(folder).free
     fix = "" if free > needed else "Free some space, or use another disk: `output_dir=…`."
     findings.add("disk", f"{free / GIB:.1f} GiB free in {folder}, a run needs about {needed / GIB:.1f}", fix)
