@@ -111,7 +111,7 @@ class Wandb(WandbLogger):
         self._sent_step = -1
         self._warned: set[str] = set()
         self.failed = False  # wandb does not start in any mode
-        limits = {"finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
+        limits: dict[str, Any] = {"finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
         limits = {name: value for name, value in limits.items() if name in wandb.Settings.model_fields}
         run.on_close.append(self.close)
         super().__init__(
