@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import lightning
 import pytest
@@ -345,6 +346,64 @@ def test_kill_just_after_a_checkpoint_loses_no_row_and_no_picture(tmp_path: Path
     assert steps == parts == [2, 8, 11]
     if wandb:
         assert wandb_steps(run) == wandb_steps(whole)
+
+
+class Drawn(Media):
+    """Lists the steps of the pictures that are drawn; ``killed`` ends the process before those of the last step."""
+
+    def __init__(self, steps: list[int], killed: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.steps, self.killed = steps, killed
+
+    def _make(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, kind: str) -> None:
+        if self.killed and trainer.global_step == trainer.max_steps:
+            raise Killed
+        super()._make(trainer, pl_module, kind)
+        self.steps.append(trainer.global_step)
+
+
+class KilledLater(Callback):
+    """Ends the process in the evaluations at the end."""
+
+    def on_train_end(self, *arguments: object) -> None:
+        raise Killed
+
+
+def pictures(run: RunFolder) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (run.path / "media").glob("*.png")}
+
+
+@pytest.mark.parametrize("wandb", [False, True])
+@pytest.mark.parametrize("later", [False, True], ids=["before", "after"])
+def test_kill_around_the_last_pictures_leaves_them_once(tmp_path: Path, later: bool, wandb: bool) -> None:
+    options = {"val_check_interval": 2, "check_val_every_n_epoch": None, "max_steps": 5, "wandb": wandb}
+    whole, run, steps, parts = create(tmp_path / "whole"), create(tmp_path / "killed"), [], []
+    train(whole, Drawn(steps), **options)
+    assert steps == [2, 5]
+    with pytest.raises(Killed):
+        train(run, Drawn(parts, killed=not later), *([KilledLater()] if later else []), **options)
+    train(RunFolder.resume("tiny", "last", tmp_path / "killed"), Drawn(parts), **options)
+    assert parts == steps
+    assert pictures(run) == pictures(whole)
+    assert sorted(pictures(run)) == [f"reconstruction_{step:08d}.png" for step in steps]
+    if wandb:
+        assert wandb_steps(run) == wandb_steps(whole)
+
+
+def test_pictures_of_the_last_step_after_a_resume_after_the_last_validation(tmp_path: Path) -> None:
+    options = {"val_check_interval": 2, "check_val_every_n_epoch": None}
+    steps: list[int] = []
+    train(create(tmp_path), Drawn([]), max_steps=4, **options)
+    train(RunFolder.resume("tiny", "last", tmp_path), Drawn(steps), max_steps=5, **options)
+    assert steps == [5]
+
+
+def test_pictures_of_a_validation_at_the_last_step_are_drawn_once(tmp_path: Path) -> None:
+    steps: list[int] = []
+    train(
+        create(tmp_path), Drawn(steps, every_n_steps=2), max_steps=4, val_check_interval=2, check_val_every_n_epoch=None
+    )
+    assert steps == [2, 4]
 
 
 class Killed(Exception):

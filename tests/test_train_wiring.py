@@ -139,6 +139,16 @@ def test_run_ends_before_its_report(tmp_path: Path, calls: list, metric: str, va
     assert capsys.readouterr().out.count("summary of {'val/loss': 0.25, 'val/motion': 0.5}") == 1
 
 
+def test_report_that_cannot_be_written_does_not_hide_the_results(tmp_path: Path, calls: list, monkeypatch, capsys):
+    def full(folder: RunFolder) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(report, "write_report", full)
+    with pytest.warns(UserWarning, match=r"report\.html .*No space left.*`make report`"):
+        assert train.run(composed(tmp_path)) == 0.25
+    assert "summary of {'val/loss': 0.25, 'val/motion': 0.5}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("devices", ["3", "[0,1,5]"])
 def test_run_of_several_devices_starts_as_many_processes(tmp_path: Path, calls: list, devices: str):
     ddp = ["trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={devices}", "trainer.precision=32-true"]
@@ -179,7 +189,7 @@ def test_dry_run_creates_no_folder(tmp_path: Path, calls: list, monkeypatch: pyt
     monkeypatch.setattr(train.dry_run, "dry_run", lambda *arguments: tried.append(arguments))
     config = composed(tmp_path, "check=true")
     assert train.run(config) is None
-    assert tried == [(config, RunFolder.create, train.build)]
+    assert tried == [(config, RunFolder.create, train.build, None)]
     assert (calls, list(tmp_path.iterdir())) == ([], [])
 
 

@@ -315,7 +315,8 @@ class Media(Callback):
 
     Writes ``media/<name>_<step>.gif`` and ``.png``, and logs the GIF to wandb. If validation also has batches of single
     frames, the first of them is saved as ``<name>_image``. Media are saved in the first validation that is at least
-    ``every_n_steps`` steps after the previous media, and at the end of training.
+    ``every_n_steps`` steps after the previous media, and at the end of training. A run that is resumed at its end, or
+    after its last validation, reads the batch again and saves the media that are missing.
 
     Args:
         every_n_steps: optimizer steps between two sets of media.
@@ -334,12 +335,20 @@ class Media(Callback):
         self.min_side = min_side
         self._batches: dict[str, Any] = {}  # by suffix of the name
         self._made_step: int | None = None
+        self._kinds: list[str] = []  # suffixes of the validation before the checkpoint from which the run resumes
+        self._trained = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"made_step": self._made_step}
+        return {"made_step": self._made_step, "kinds": list(self._batches) or self._kinds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._made_step = state_dict["made_step"]
+        self._kinds = state_dict.get("kinds", [])
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self._trained and trainer.is_global_zero:  # the media at the end are of other weights
+            _complete_media(trainer).unlink(missing_ok=True)
+        self._trained = True
 
     def on_validation_batch_end(
         self,
@@ -354,7 +363,7 @@ class Media(Callback):
             return
         if batch_idx == 0:
             self._batches.clear()
-        kind = "_image" if batch["video"].shape[2:3] == (1,) else ""
+        kind = _kind(batch)
         if kind in self._batches:
             return
         self._batches[kind] = batch
@@ -363,9 +372,28 @@ class Media(Callback):
             self._make(trainer, pl_module, kind)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for kind in self._batches:
-            self._make(trainer, pl_module, kind)
+        if not trainer.is_global_zero:
+            return
+        marker, step = _complete_media(trainer), str(trainer.global_step)
+        if self._made_step != trainer.global_step and not (marker.is_file() and marker.read_text() == step):
+            if not self._batches and self._kinds:
+                self._read_batches(trainer)
+            for kind in self._batches:
+                self._make(trainer, pl_module, kind)
+            if self._batches:
+                marker.parent.mkdir(exist_ok=True)
+                write_text(marker, step)
         self._batches.clear()
+
+    def _read_batches(self, trainer: Trainer) -> None:
+        """Reads the first validation batch of each kind, as validation does."""
+        for batch in trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader():
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            if _kind(batch) in self._kinds:
+                self._batches.setdefault(_kind(batch), batch)
+            if len(self._batches) == len(self._kinds):
+                return
 
     @torch.no_grad()
     def _make(self, trainer: Trainer, pl_module: LightningModule, kind: str) -> None:
@@ -386,6 +414,16 @@ class Media(Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     logger.log_video(f"media/{name}{kind}", [str(folder / f"{stem}.gif")])
+
+
+def _kind(batch: Any) -> str:
+    """Returns the suffix of the names of a batch's media."""
+    return "_image" if batch["video"].shape[2:3] == (1,) else ""
+
+
+def _complete_media(trainer: Trainer) -> Path:
+    """Returns the file with the last step of the training; written when its media are complete."""
+    return Path(trainer.default_root_dir) / "media" / ".complete"
 
 
 def enlarge(video: Tensor, min_side: int) -> Tensor:

@@ -8,6 +8,7 @@ key=a,b`` runs every combination.
 """
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,11 +63,13 @@ def run(
         created: called with the run folder.
     """
     from blueberry_video.experiment import gate, report, summary
+    from blueberry_video.experiment.resumption import resumption
     from blueberry_video.experiment.run_folder import RunFolder
 
     command_line.quiet_libraries()
     if config.check:
-        dry_run.dry_run(config, RunFolder.create, build)
+        resumed = resumption(config, command.file, command.overrides, lock=False) if config.resume and command else None
+        dry_run.dry_run(resumed.config if resumed else config, RunFolder.create, build, resumed)
         return None
     memory.announce(config)
     complete = False  # a finished run with nothing left to do
@@ -75,11 +78,7 @@ def run(
         folder.lock(rank=True)
         folder.resumed = config.resume is not None
     elif config.resume and command:
-        folder = RunFolder.find(config.name, config.resume, config.output_dir)
-        defaults, has_weights = configs.defaults(command.file), folder.checkpoint() is not None
-        config, changes = configs.resumed(folder.config, config, defaults, command.overrides, folder.path, has_weights)
-        folder.print_start(config.trainer.get("max_steps"))
-        complete = folder.is_complete(config, changes)
+        folder, config, changes, complete = resumption(config, command.file, command.overrides)
         if not complete:
             folder.begin_session(changes)
     else:
@@ -94,7 +93,10 @@ def run(
             fit(config, folder)
     if shared:  # the process that started the ranks writes the report
         return None
-    report.write_report(folder)
+    try:
+        report.write_report(folder)
+    except OSError as error:  # run.json contains the results
+        warnings.warn(f"report.html is not written ({error}): `make report` writes it later.", stacklevel=2)
     print(f"\n{summary.summary(folder)}")
     if config.enforce_expected and not (verdict := gate.gate(folder))[0]:
         sys.exit(f"\n{verdict[1]}")

@@ -283,3 +283,77 @@ def test_last_step_is_that_of_the_newest_readable_file(tmp_path: Path, monkeypat
 
 def test_last_step_without_wandb_files_is_minus_one(tmp_path: Path) -> None:
     assert last_wandb_step(tmp_path) == -1
+
+
+def fail(*arguments: Any, **options: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def use(method: str, logger: Wandb) -> None:
+    """Calls a method of the logger as training does."""
+    arguments = {"log_video": ("media/two", ["two.gif"]), "log_image": ("media/two", ["two.png"])}
+    getattr(logger, method)(*arguments.get(method, ({"a": 1},)))
+
+
+@pytest.mark.parametrize("method", ["log_metrics", "log_video", "log_image", "log_hyperparams"])
+def test_error_of_wandb_while_logging_is_one_warning(run: RunFolder, fake: FakeRun, monkeypatch, method: str) -> None:
+    logger = Wandb(run, mode="offline")
+    logger.log_metrics({"a": 1}, step=0)
+    monkeypatch.setattr(fake, "log", fail)
+    monkeypatch.setattr(wandb, "Video", fail)
+    monkeypatch.setattr(wandb, "Image", fail)
+    fake.config = SimpleNamespace(update=fail)
+
+    def train() -> None:
+        for step in range(3):
+            logger.log_metrics({"a": step}, step=step)
+            use(method, logger)
+
+    with pytest.warns(UserWarning, match=r"wandb .*`log_.*No space left.*logger=csv") as warned:
+        train()
+    assert len(warned) == (1 if method == "log_metrics" else 2), "one for each method"
+
+
+@pytest.mark.parametrize("error", [OSError("full"), TimeoutError("no network"), wandb.errors.CommError("lost")])
+def test_error_of_wandb_at_the_end_leaves_the_run_finished(
+    run: RunFolder, fake: FakeRun, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def finish(exit_code: int) -> None:
+        raise error
+
+    monkeypatch.setattr(fake, "finish", finish)
+    torn_down = []
+    monkeypatch.setattr(wandb, "teardown", lambda: torn_down.append(True) or fail())
+    logger = Wandb(run, mode="offline")
+    logger.log_metrics({"a": 1}, step=0)
+    with pytest.warns(UserWarning, match=rf"`finish` \({type(error).__name__}: {error}"), run:
+        run.finish({"a": 1.0})
+    assert run.record["status"] == "finished"
+    assert run.record["metrics"] == {"a": 1.0}
+    assert [row["a"] for _, row in fake.rows] == [1], "the last row is sent"
+    assert torn_down, "otherwise wandb waits when the process exits"
+
+
+def test_row_that_cannot_be_sent_does_not_keep_wandb_from_finishing(run: RunFolder, fake: FakeRun, monkeypatch) -> None:
+    logger = Wandb(run, mode="offline")
+    logger.log_metrics({"a": 1}, step=0)
+    monkeypatch.setattr(fake, "log", fail)
+    with pytest.warns(UserWarning, match="`finalize`"):
+        logger.close(True)
+    assert fake.exit_code == 0
+
+
+def test_uploads_at_the_end_have_a_limit(run: RunFolder, fake: FakeRun) -> None:
+    Wandb(run, mode="offline").log_metrics({"a": 1}, step=0)
+    settings = fake.arguments["settings"]
+    assert (settings.finish_timeout, settings.finish_timeout_raises) == (loggers.FINISH_SECONDS, True)
+
+
+def test_any_logger_that_cannot_be_closed_leaves_the_run_finished(run: RunFolder) -> None:
+    closed = []
+    run.on_close += [fail, closed.append]
+    with pytest.warns(UserWarning, match=rf"{run.path} .*No space left"), run:
+        run.finish({})
+    assert run.record["status"] == "finished"
+    assert closed == [True]
+    run.lock()  # released before

@@ -218,7 +218,7 @@ def test_error_of_rank_1_is_shown_and_recorded(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_signal_to_the_parent_ends_all_ranks(tmp_path: Path):
+def test_signal_to_the_parent_saves_a_checkpoint_and_ends_all_ranks(tmp_path: Path):
     run = two_ranks(tmp_path, "trainer.max_steps=100000")
     for _ in range(1000):
         rows = [file.read_text().count("\n") for file in tmp_path.glob("outputs/template/*/metrics.csv")]
@@ -235,3 +235,15 @@ def test_signal_to_the_parent_ends_all_ranks(tmp_path: Path):
     [file] = tmp_path.glob("outputs/template/*/run.json")
     assert json.loads(file.read_text())["status"] == "interrupted"
     assert f"SIGTERM. Continue with `make train EXP=template RESUME={file.parent.name}`" in errors
+
+    [checkpoint] = file.parent.glob("checkpoints/*.ckpt")
+    step = int(checkpoint.stem.removeprefix("step_"))
+    resumed = two_ranks(tmp_path, f"trainer.max_steps={step + 3}", "resume=last")
+    _, errors = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, errors
+    assert json.loads(file.read_text())["status"] == "finished"
+    with (file.parent / "metrics.csv").open() as rows:
+        losses = {int(row["step"]): row["train/loss"] for row in csv.DictReader(rows)}
+    assert list(losses) == list(range(step + 4))
+    assert losses.pop(step + 3) == "", "the row of the evaluations at the end"
+    assert all(losses.values())

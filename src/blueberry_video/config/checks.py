@@ -270,6 +270,11 @@ def _check_target(node: Mapping[str, Any], path: str, root: str, allow: tuple[st
     target = node["_target_"]
     known = _signature(target, path, allow)
     supplied = SUPPLIED.get(path, ())
+    if lacking := [name for name in supplied if name not in known.parameters and not known.open]:
+        raise ValueError(
+            f"`{path}._target_` = {target} has no parameter `{lacking[0]}`, which train.py passes: choose a file of "
+            f"conf/{path}/, not of a folder in it, or a class with this parameter."
+        )
     for key, value in node.items():
         if key in SPECIAL:
             continue
@@ -395,15 +400,18 @@ def fix(word: str, options: Iterable[str], value: Any, path: str, node: Mapping[
         path, node, key = deeper
     elif near:
         key = near[0]
+    else:
+        return did_you_mean(word, options)
+    if near or key == word:
         section = node.get(key) if path and not rest and key in node else None
         if isinstance(section, Mapping) and not isinstance(value, Mapping):  # a value would replace the section
             inside = _deeper(word.removeprefix(f"{key}_"), f"{path}.{key}".lstrip("."), section, own=True)
             if inside is None:
                 keys = sorted(str(name) for name in section if name not in SPECIAL)
-                return f"`{path}.{key}` is a section, with the keys {', '.join(keys)}: set one of them."
+                plain = next((name for name in keys if isinstance(section[name], bool | int | float | str)), "")
+                example = f", as in `{path}.{key}.{plain}={short(section[plain])}`" if plain else ""
+                return f"`{path}.{key}` is a section, with the keys {', '.join(keys)}: set one of them{example}."
             path, node, key = inside
-    else:
-        return did_you_mean(word, options)
     shown = short(value) if isinstance(value, bool | int | float | str) else "…"
     full = f"{path}.{key}{rest}" if path else f"{key}{rest}"
     plus = "+" if path and not rest and key not in node else ""
@@ -416,6 +424,7 @@ def _deeper(
 ) -> tuple[str, Mapping[str, Any], str] | None:
     """Child node, or with ``own`` this one, with a key similar to ``word``, as (path, node, key)."""
     for child_path, child in targets(node, path):
+        child_path = child_path.lstrip(".")  # of a root key
         parameters = signature(child["_target_"]).parameters if own or child_path != path else {}
         near = difflib.get_close_matches(word, parameters, n=1, cutoff=0.75)
         if near:

@@ -8,6 +8,7 @@ import functools
 import itertools
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,8 +22,9 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, MissingMandatoryValue, OmegaConf, open_dict
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from blueberry_video.config import safety
+from blueberry_video.config import advice, safety
 from blueberry_video.config.checks import ROOT_KEYS, SPECIAL, check, check_groups, fix, targets
+from blueberry_video.config.groups import choices_of, chosen, groups_of, is_group, misspelt_group
 from blueberry_video.config.schema import CONF, Config
 from blueberry_video.config.signatures import signature
 from blueberry_video.config.text import did_you_mean, short
@@ -132,7 +134,7 @@ def expand_sweep(overrides: Sequence[str], file: Path | None = None, conf: Path 
         assert override.input_line is not None
         key, value = override.get_key_element(), override.value()
         if isinstance(value, Glob):
-            options = [name for name in _choices(override.key_or_group, file or conf, conf) if "/" not in name]
+            options = [name for name in choices_of(override.key_or_group, file or conf, conf) if "/" not in name]
             values = value.filter(options)
             if not values:
                 raise ValueError(
@@ -176,27 +178,29 @@ def _compose(file: Path, overrides: Sequence[str], conf: Path, saved: bool, allo
         line, key = override.input_line, override.key_or_group
         if override.is_sweep_override():
             single = f"`{key}=[…]` if it is a list, `\"{key}='…'\"` if it is text"
-            if _is_group(override, file, conf):
-                single = f"one of its choices: {', '.join(_choices(key, file, conf))}"
+            if is_group(override, file, conf):
+                single = f"one of its choices: {', '.join(choices_of(key, file, conf))}"
             raise ValueError(
                 f"`{line}` sets several values in a single run: write {single}, or run every value "
                 f'with `make sweep EXP=… SWEEP="{line}"`.'
             )
-        if override.value() is None and not override.is_delete() and _is_group(override, file, conf):
+        if override.value() is None and not override.is_delete() and is_group(override, file, conf):
             hint = " Single callbacks are disabled with `callbacks.media=null`." if key == "callbacks" else ""
             raise ValueError(
-                f"`{line}`: null is not a choice of `{key}`: write one of {', '.join(_choices(key, file, conf))}"
+                f"`{line}`: null is not a choice of `{key}`: write one of {', '.join(choices_of(key, file, conf))}"
                 f"{', as in `logger=csv` for metrics.csv only' if key == 'logger' else ''}.{hint}"
             )
-        if isinstance(override.value(), bool | int | float) and _is_group(override, file, conf):
+        if isinstance(override.value(), bool | int | float) and is_group(override, file, conf):
             raise ValueError(
                 f"`{line}`: `{key}` is a group, and {override.value()} is not one of its choices: "
-                f"{', '.join(_choices(key, file, conf))}. A key below it is set with `{key}.<key>=…`."
+                f"{', '.join(choices_of(key, file, conf))}. A key below it is set with `{key}.<key>=…`."
             )
         root, _, below = key.partition("/")
         if below and override.package == root and (conf / key).is_dir():
             raise ValueError(_one_choice(line or "", root, f"{below}/{override.value()}"))
-        if group := _misspelt_group(override, conf):
+        if below and root in ROOT_KEYS and not choices_of(key, file, conf):
+            raise ValueError(_explain_group(override, file, parsed, conf, allow))
+        if group := misspelt_group(override, conf):
             raise ValueError(f"`{line}`: conf/ has no group `{key}`. Did you mean `+{group}={override.value()}`?")
         if override.is_hydra_override():
             raise ValueError(
@@ -206,18 +210,20 @@ def _compose(file: Path, overrides: Sequence[str], conf: Path, saved: bool, allo
     try:
         config, settings = compose_hydra(file, overrides, conf)
     except (HydraException, OmegaConfBaseException) as error:
-        message = _explain_sections(file, parsed, conf, saved) or _explain(error, file, parsed, conf, saved)
-        raise ValueError(message) from error
+        message = _explain_deletion(file, parsed, conf, allow) or _explain_sections(file, parsed, conf, saved)
+        raise ValueError(message or _explain(error, file, parsed, conf, saved)) from error
     except yaml.YAMLError as error:
         raise ValueError(_explain_yaml(error)) from error
     if not saved:  # a saved config is a single run, which uses no settings of Hydra
         _check_hydra(settings, file, conf)
     try:
-        return resolve(config, _shown(file), (*allow, *safety.trusted_targets(parsed)))
+        resolved = resolve(config, _shown(file), (*allow, *safety.trusted_targets(parsed)))
     except ValueError as error:  # also of interpolations into the section
-        if found := _explain_sections(file, parsed, conf, saved):
-            raise ValueError(found) from error
-        raise
+        found = _explain_deletion(file, parsed, conf, allow) or _explain_sections(file, parsed, conf, saved)
+        raise (ValueError(found) if found else error) from error
+    if any(o.is_delete() for o in parsed) and (found := _explain_deletion(file, parsed, conf, allow, resolved)):
+        raise ValueError(found)
+    return resolved
 
 
 def resolve(config: DictConfig, origin: str = "the config", allow: tuple[str, ...] = ()) -> DictConfig:
@@ -243,28 +249,11 @@ def resolve(config: DictConfig, origin: str = "the config", allow: tuple[str, ..
             f"`{key}` has no value: write `{key}=…` on the command line, or `{key}: …` in {origin}."
         ) from error
     except OmegaConfBaseException as error:
-        if "'model.encoder." in str(error) and (message := _explain_encoder(full, str(error.full_key))):
+        if "'model.encoder." in str(error) and (message := advice.encoder(full, str(error.full_key))):
             raise ValueError(message) from error
         raise ValueError(f"`{error.full_key}` in {origin} cannot be resolved: {_first_line(error)}.") from error
     check(plain, allow)
     return OmegaConf.create(plain)
-
-
-def _explain_encoder(config: Any, key: str) -> str | None:
-    """Message for a model without ``encoder``, to which ``key`` refers; None if it has one."""
-    target = OmegaConf.select(config, "model._target_")
-    if not isinstance(target, str) or OmegaConf.select(config, "model.encoder") is not None:
-        return None
-    if not re.search(r"\.(text_to_video|autoencoder)\.|Tokenizer$|Generator$", target):
-        return (
-            f"`model._target_` = {target} is an encoder, a part of a network: choose a network, and the encoder in it, "
-            "for example `model=videomae/tiny model@model.encoder=vit/tiny`, or with the `task` classification "
-            "`model=classifier/tiny model@model.encoder=vit/tiny`."
-        )
-    return (
-        f"`{key}` refers to `model.encoder`, which `model._target_` = {target} does not have: choose `data=…` for this "
-        "model, for example `data=moving_shapes` for text-to-video models, or set the key."
-    )
 
 
 def trusted_targets(overrides: Sequence[str]) -> tuple[str, ...]:
@@ -379,7 +368,7 @@ def _explain(error: Exception, file: Path, overrides: Sequence[Override], conf: 
     """Message for a failed composition, in one paragraph."""
     if isinstance(error, MissingConfigException):
         return _explain_choice(error, file, overrides, conf)
-    groups = [override for override in overrides if _is_group(override, file, conf)]
+    groups = [override for override in overrides if is_group(override, file, conf)]
     if groups and saved:
         line, key = groups[0].input_line, groups[0].key_or_group
         return f"`{line}`: a saved config has no groups. Set single keys: `{key}.<key>=<value>`."
@@ -402,9 +391,9 @@ def _explain_choice(error: MissingConfigException, file: Path, overrides: Sequen
     if not choice:
         known = did_you_mean(group, (path.stem for path in conf.glob("*.yaml")))
         return f"`{group}` in the `defaults` of {_shown(file)} is not a file of conf/. {known}"
-    choices = _choices(group, file, conf)
+    choices = choices_of(group, file, conf)
     if not choices:
-        return f"`{group}={choice}`: conf/ has no group `{group}`. {did_you_mean(group, _groups(conf))}"
+        return f"`{group}={choice}`: conf/ has no group `{group}`. {did_you_mean(group, groups_of(conf))}"
     near = difflib.get_close_matches(choice, choices, n=1, cutoff=0.5)
     hint = f"Did you mean `{near[0]}`? Write `{group}={near[0]}`, or `{group}: {near[0]}` in YAML. " if near else ""
     return f"`{group}={choice}`: there is no conf/{group}/{choice}.yaml. {hint}The choices are: {', '.join(choices)}."
@@ -417,8 +406,8 @@ def _explain_override(override: Override, base: DictConfig) -> str | None:
     value = None if override.is_delete() else override.value()
     node: Any = base
     for depth, part in enumerate(parts):
-        if isinstance(node, DictConfig) and part in node:
-            node = node[part]
+        if isinstance(node, DictConfig) and part in list(node):  # `in node` is False for `???`
+            node = None if OmegaConf.is_missing(node, part) else node[part]
             continue
         if isinstance(node, ListConfig) and part.isdigit() and int(part) < len(node):
             node = node[int(part)]
@@ -445,7 +434,7 @@ def _explain_override(override: Override, base: DictConfig) -> str | None:
 def _explain_sections(file: Path, overrides: Sequence[Override], conf: Path, saved: bool) -> str | None:
     """Message for the first override that replaces a section of a valid config with a number or text."""
     scalars = [o for o in overrides if not o.is_delete() and isinstance(o.value(), bool | int | float | str)]
-    single = [o for o in scalars if not _is_group(o, file, conf)]
+    single = [o for o in scalars if not is_group(o, file, conf)]
     if not single:
         return None
     rest = [o.input_line or "" for o in overrides if o not in single]
@@ -458,18 +447,61 @@ def _explain_sections(file: Path, overrides: Sequence[Override], conf: Path, sav
         for part in override.key_or_group.split("."):
             node = dict(node.items_ex(resolve=False)).get(part) if isinstance(node, DictConfig) else None
         if isinstance(node, DictConfig) and not node._is_none() and len(node):
-            return _section(override, node)
+            items = {str(name): item for name, item in node.items_ex(resolve=False)}
+            return advice.section(override.input_line or "", override.key_or_group, items, override.value())
     return None
 
 
-def _section(override: Override, node: DictConfig) -> str:
-    """Message for an override of a section, with the key of the section that has a value of the same type."""
-    key, value = override.key_or_group, override.value()
-    items = {str(name): item for name, item in node.items_ex(resolve=False) if name not in SPECIAL}
-    kinds = (int, float) if type(value) in (int, float) else (type(value),)
-    fitting = [name for name, item in items.items() if type(item) in kinds]
-    example = f": write for example `{key}.{fitting[0]}={value}`" if fitting else ": set one of them"
-    return f"`{override.input_line}`: `{key}` is a section, with the keys {', '.join(items)}{example}."
+def _explain_group(
+    override: Override, file: Path, overrides: Sequence[Override], conf: Path, allow: tuple[str, ...]
+) -> str:
+    """Message for the choice of a group that this config does not have."""
+    rest = [other.input_line or "" for other in overrides if other is not override]
+    try:
+        config, settings = compose_hydra(file, rest, conf)
+    except (HydraException, OmegaConfBaseException):
+        return f"`{override.input_line}`: the config has no group `{override.key_or_group}`, and other overrides fail."
+    choices = chosen(settings)
+    works = partial(_is_valid, file, rest, conf, allow)
+    return advice.group(override, cast(dict[str, Any], OmegaConf.to_container(config)), choices, works)
+
+
+def _explain_deletion(
+    file: Path, overrides: Sequence[Override], conf: Path, allow: tuple[str, ...], config: DictConfig | None = None
+) -> str:
+    """Message for the deletion of a key that the config requires; empty if there is none.
+
+    Args:
+        file, overrides, conf, allow: see :func:`_compose`.
+        config: the config, if it is valid: then only the deletion of the target of an object is an error.
+    """
+    deletions = [override for override in overrides if override.is_delete() or override.value() is None]
+    rest = [override.input_line or "" for override in overrides if override not in deletions]
+    if not deletions or not _is_valid(file, rest, conf, allow):
+        return ""
+    base, settings = compose_hydra(file, rest, conf)
+    before = cast(dict[str, Any], OmegaConf.to_container(base))
+    works: advice.Works = partial(_is_valid, file, rest, conf, allow)
+    if config is not None:
+        lost = {key.lstrip(".") for key, _ in targets(before, "") if advice.is_lost(config, key.lstrip("."))}
+        deletions = [o for o in deletions if {(o.package or o.key_or_group).replace("/", "."), _parent(o)} & lost]
+        works = lambda line: False  # noqa: E731
+    return advice.deletion(deletions, before, chosen(settings), works)
+
+
+def _parent(override: Override) -> str:
+    return override.key_or_group.rpartition(".")[0]
+
+
+def _is_valid(file: Path, rest: Sequence[str], conf: Path, allow: tuple[str, ...], line: str = "") -> bool:
+    """Returns whether overrides, and one more, compose to a valid config."""
+    lines = [*rest, *([line] if line else [])]
+    try:
+        config, _ = compose_hydra(file, lines, conf)
+        resolve(config, allow=(*allow, *safety.trusted_targets(parse(lines))))
+    except (HydraException, OmegaConfBaseException, ValueError):
+        return False
+    return True
 
 
 def _options(node: Any, path: str) -> list[str]:
@@ -499,7 +531,8 @@ def _explain_file(error: Exception, file: Path, groups: Sequence[Override], conf
         line, key = override.input_line or "", override.get_key_element()
         root, _, below = override.key_or_group.partition("/")
         renamed = f"{below}/{override.value()}"
-        if below and override.package is None and (conf / root).is_dir() and renamed in _choices(root, file, conf):
+        is_part = root == "task"  # its folders contain parts of tasks
+        if below and override.package is None and not is_part and renamed in choices_of(root, file, conf):
             return _one_choice(line, root, renamed)
         if override.is_add() and ("Multiple values" in str(error) or "more than once" in str(error)):
             return f"`{line}`: the config already has a `{key[1:]}`: write it without the plus, `{line[1:]}`."
@@ -508,10 +541,12 @@ def _explain_file(error: Exception, file: Path, groups: Sequence[Override], conf
             return (
                 f"`{line}`: this group has the name `{meant[1]}` in the config: write `{meant[1]}={override.value()}`."
             )
+        if not key.startswith("+") and f"'{key}'" in str(error) and below:
+            return _explain_group(override, file, groups, conf, ())
         if not key.startswith("+") and f"'{key}'" in str(error):
             return f"`{line}`: the group `{override.key_or_group}` is not in the defaults: write `+{line}` to add it."
-    words = [word for word in re.findall(r"'([^']+)'", str(error)) if word != file.stem and word not in _groups(conf)]
-    hint = did_you_mean(words[0], _groups(conf)) if words else ""
+    words = [word for word in re.findall(r"'([^']+)'", str(error)) if word != file.stem and word not in groups_of(conf)]
+    hint = did_you_mean(words[0], groups_of(conf)) if words else ""
     return f"the `defaults` of {_shown(file)} cannot be composed: {_first_line(error)}. {hint}".strip()
 
 
@@ -543,33 +578,6 @@ def _explain_yaml(error: yaml.YAMLError, file: Path | None = None) -> str:
     position = f", line {mark.line + 1}, column {mark.column + 1}," if mark else ""
     problem = getattr(error, "problem", None) or _first_line(error)
     return f"{name}{position} is not valid YAML: {problem}. Check colons, quotes, brackets and indentation there."
-
-
-def _is_group(override: Override, file: Path, conf: Path) -> bool:
-    if isinstance(override.value(), dict):
-        return False
-    return any((root / override.key_or_group).is_dir() for root in (conf, file.parent))
-
-
-def _misspelt_group(override: Override, conf: Path) -> str | None:
-    """Group with a name similar to the key, if it is not a root key: ``debug`` for ``debgu``."""
-    key = override.key_or_group
-    if "." in key or not isinstance(override.value(), str) or key in (*ROOT_KEYS, *_groups(conf)):
-        return None
-    near = difflib.get_close_matches(key, {*ROOT_KEYS, *_groups(conf)}, n=1, cutoff=0.6)
-    return near[0] if near and near[0] not in ROOT_KEYS else None
-
-
-def _choices(group: str, file: Path, conf: Path) -> list[str]:
-    """Choices of a group, e.g. ``vit/tiny``."""
-    folders = (conf / group, file.parent / group)
-    return sorted(
-        {str(path.relative_to(folder).with_suffix("")) for folder in folders for path in folder.rglob("*.yaml")}
-    )
-
-
-def _groups(conf: Path) -> list[str]:
-    return sorted(path.name for path in conf.iterdir() if path.is_dir())
 
 
 def _omegaconf_cause(error: BaseException | None) -> OmegaConfBaseException | None:

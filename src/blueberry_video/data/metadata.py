@@ -21,6 +21,7 @@ import codecs
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -206,6 +207,11 @@ def _is_media(path: Path, media: Media) -> bool:
     return path.suffix.lower() in media.extensions and not path.name.startswith(".") and path.is_file()
 
 
+def _raise(error: OSError) -> None:
+    """Raises the error of a folder that cannot be listed, which ``os.walk`` and ``rglob`` ignore."""
+    raise error
+
+
 def _files(root: Path, media: Media) -> dict[str, Path]:
     folder = root / media.folder
     if not folder.is_dir():
@@ -213,7 +219,8 @@ def _files(root: Path, media: Media) -> dict[str, Path]:
         raise FileNotFoundError(
             f"There is no folder {folder}: set root to a folder with {media.folder}/ and metadata.jsonl{writes}."
         )
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if _is_media(path, media)}
+    paths = (Path(parent, name) for parent, _, names in os.walk(folder, onerror=_raise) for name in names)
+    files = {path.relative_to(folder).as_posix(): path for path in paths if _is_media(path, media)}
     if not files:
         raise FileNotFoundError(
             f"The folder {folder} holds no {media.noun} file ({', '.join(sorted(media.extensions))}): put "

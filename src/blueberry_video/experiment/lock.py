@@ -36,11 +36,9 @@ class RunLock:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 1)
                 fcntl.lockf(file, fcntl.LOCK_UN, 1, 1)
         except (BlockingIOError, PermissionError):
-            owner = _owner(file.read())
+            error = _in_use(folder, file.read())
             file.close()
-            raise BlockingIOError(
-                f"the run {folder} is in use by {owner}: wait until that process ends, or end it, and then resume."
-            ) from None
+            raise error from None
         except OSError as error:
             warnings.warn(f"{path} cannot be locked ({error}): do not resume this run twice at once.", stacklevel=2)
             file.close()
@@ -54,6 +52,30 @@ class RunLock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def check_unlocked(folder: Path) -> None:
+    """Checks that no other process trains in a run folder, without locking it or changing its files.
+
+    Raises:
+        BlockingIOError: if one does; the message names it.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, 2)  # released by closing the file
+        except (BlockingIOError, PermissionError):
+            raise _in_use(folder, file.read()) from None
+        except OSError:  # a file system without locks
+            return
+
+
+def _in_use(folder: Path, content: bytes) -> BlockingIOError:
+    return BlockingIOError(
+        f"the run {folder} is in use by {_owner(content)}: wait until that process ends, or end it, and then resume."
+    )
 
 
 def _owner(content: bytes) -> str:

@@ -1,10 +1,12 @@
 """Loggers: ``metrics.csv`` (always used) and Weights & Biases (optional). Both continue the logs of a resumed run."""
 
+import contextlib
+import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,8 @@ from wandb.sdk.lib.wbauth import read_netrc_auth
 from blueberry_video.experiment.metrics_table import MetricsTable, read_steps
 from blueberry_video.experiment.run_folder import RunFolder
 from blueberry_video.launch.machine import WANDB_MODES, wandb_mode
+
+FINISH_SECONDS = 600.0  # for the last uploads, after which the run ends without them
 
 
 class MetricsCSV(Logger):
@@ -56,11 +60,29 @@ class MetricsCSV(Logger):
         self._table.write(metrics, max(self._table.last_step, 0) if step is None else step)
 
 
+def tolerated(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of a method of :class:`Wandb`: an exception becomes a warning, once for each method."""
+
+    @functools.wraps(method)
+    def call(self: "Wandb", *arguments: Any, **options: Any) -> Any:
+        if self.failed:
+            return None
+        try:
+            return method(self, *arguments, **options)
+        except Exception as error:  # of the network, the server, the disk or wandb itself: not of the run
+            self.warn(method.__name__, error)
+            return None
+
+    return call
+
+
 class Wandb(WandbLogger):
     """Weights & Biases logger: online if an API key is set, otherwise offline (for ``wandb sync`` or ``wandb leet``).
 
     Sends one row per step, when the next step begins. A resumed run keeps its id, so it is a single run on the server:
     steps that wandb already has are not sent again, and steps lost in a crash are sent from ``metrics.csv``.
+
+    No error of wandb ends a run: it becomes a warning, and ``metrics.csv`` and the run folder contain all results.
 
     Args:
         run: the run folder; the experiment's name is the wandb group, the run's name the wandb name.
@@ -87,6 +109,10 @@ class Wandb(WandbLogger):
         self._row: dict[str, Any] = {}
         self._row_step = -1
         self._sent_step = -1
+        self._warned: set[str] = set()
+        self.failed = False  # wandb does not start in any mode
+        limits: dict[str, Any] = {"finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
+        limits = {name: value for name, value in limits.items() if name in wandb.Settings.model_fields}
         run.on_close.append(self.close)
         super().__init__(
             name=run.name,
@@ -98,7 +124,7 @@ class Wandb(WandbLogger):
             tags=list(tags),
             mode=self._mode,
             config=OmegaConf.to_container(run.config, resolve=True),
-            settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=60, **limits),
         )
         del self._wandb_init["anonymous"]  # wandb warns of it
 
@@ -134,13 +160,29 @@ class Wandb(WandbLogger):
                 continue
             rank_zero_warn(f"wandb cannot be used ({reason}): {consequence}.")
             return run
+        self.failed = True
         raise error
 
+    @rank_zero_only
+    def warn(self, method: str, error: Exception) -> None:
+        """Warns of an exception in a method, once."""
+        if method in self._warned:
+            return
+        self._warned.add(method)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        rank_zero_warn(
+            f"wandb failed in `{method}` ({reason}): the run continues, and {self._run.path} contains its results. "
+            "Upload what is missing later with `wandb sync`, or use logger=csv."
+        )
+
+    @tolerated
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Adds metrics or media objects to the row of ``step``; ``None`` is the current row."""
         _ = self.experiment
-        step = max(self._row_step, 0) if step is None else step
+        if step is None:
+            started = self._row_step >= 0 or not self._run.resumed
+            step = max(self._row_step, 0) if started else max(read_steps(self._run.path / "metrics.csv"), default=0)
         if self._run.resumed and self._row_step < 0:
             self._send_lost(step)
         if step > self._row_step:
@@ -148,6 +190,7 @@ class Wandb(WandbLogger):
             self._row_step = step
         self._row |= metrics
 
+    @tolerated
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Sends the last row. Lightning calls this after each fit and validation; :meth:`close` ends the wandb run."""
@@ -156,9 +199,16 @@ class Wandb(WandbLogger):
 
     def close(self, succeeded: bool) -> None:
         """Ends the wandb run, so that a new one can start in this process."""
-        if self._experiment is not None:
-            self._send()
-            self._experiment.finish(exit_code=0 if succeeded else 1)
+        if (run := self._experiment) is None:
+            return
+        try:
+            self.finalize("success" if succeeded else "failed")
+            run.finish(exit_code=0 if succeeded else 1)
+        except Exception as error:
+            self.warn("finish", error)
+            with contextlib.suppress(Exception):  # otherwise wandb tries again when the process exits
+                wandb.teardown()
+        finally:
             self._experiment = None
 
     def _start(self, run: Any) -> None:
@@ -188,6 +238,11 @@ class Wandb(WandbLogger):
             self.experiment.log({**self._row, "trainer/global_step": self._row_step}, step=self._row_step)
             self._sent_step = self._row_step
         self._row = {}
+
+
+for _name in (*(name for name in vars(WandbLogger) if name.startswith("log_")), "watch", "after_save_checkpoint"):
+    if _name not in vars(Wandb):
+        setattr(Wandb, _name, tolerated(getattr(WandbLogger, _name)))
 
 
 def environment_mode(mode: str) -> str:

@@ -31,7 +31,7 @@ from blueberry_video.experiment.checkpoint import (
     latest_good_checkpoint,
 )
 from blueberry_video.experiment.expected import Verdict, judge
-from blueberry_video.experiment.lock import RunLock
+from blueberry_video.experiment.lock import RunLock, check_unlocked
 from blueberry_video.experiment.provenance import git_state, hardware, versions
 from blueberry_video.experiment.record import read_record, write_record
 
@@ -152,11 +152,19 @@ class RunFolder:
         return found
 
     @classmethod
-    def find(cls, experiment: str, run: str, root: str | Path = "outputs") -> Self:
-        """Opens a run to resume it, as :meth:`resume`, and locks it without changing its files."""
+    def find(cls, experiment: str, run: str, root: str | Path = "outputs", lock: bool = True) -> Self:
+        """Opens a run to resume it, as :meth:`resume`, and locks it without changing its files.
+
+        Args:
+            experiment, run, root: see :meth:`resume`.
+            lock: lock the run; otherwise only raise if it is locked.
+        """
         found = cls(_find(Path(root) / experiment, run))
         found.resumed = True
-        found.lock()
+        if lock:
+            found.lock()
+        else:
+            check_unlocked(found.path)
         record, _ = found.record, found.config  # raise if damaged
         if found.checkpoint() is None and record["status"] == "finished":
             raise FileNotFoundError(
@@ -168,16 +176,11 @@ class RunFolder:
     def begin_session(self, changes: Sequence[Change] = ()) -> None:
         """Records in ``run.json`` that training continues, and what the overrides of the command line changed.
 
-        Raises:
-            ValueError: if gradients of the checkpoint's epoch would be accumulated over a different number of batches.
+        Args:
+            changes: see :meth:`check_changes`, which is called first.
         """
         record, checkpoint = self.record, self.checkpoint()
-        accumulation = [change.new for change in changes if change.name == "trainer.accumulate_grad_batches"]
-        if checkpoint is not None and accumulation:
-            check_accumulation(checkpoint, accumulation[0])
         step = checkpoint_step(checkpoint) if checkpoint else 0
-        for change in changes:
-            rank_zero_only(print)(f"  {change}", flush=True)
         if record["status"] == "running":  # it was killed: its newest file dates the end
             record["wall_seconds"] += max(_last_modified(self.path) - record["session_started"], 0.0)
         if checkpoint is None:
@@ -195,6 +198,19 @@ class RunFolder:
             resumes=record["resumes"],
             wall_seconds=record["wall_seconds"],
         )
+
+    def check_changes(self, changes: Sequence[Change]) -> None:
+        """Prints what the overrides of the command line change, and checks it against the checkpoint.
+
+        Raises:
+            ValueError: if gradients of the checkpoint's epoch would be accumulated over a different number of batches.
+        """
+        checkpoint = self.checkpoint()
+        accumulation = [change.new for change in changes if change.name == "trainer.accumulate_grad_batches"]
+        if checkpoint is not None and accumulation:
+            check_accumulation(checkpoint, accumulation[0])
+        for change in changes:
+            rank_zero_only(print)(f"  {change}", flush=True)
 
     def is_complete(self, config: DictConfig, changes: Sequence[Change] = ()) -> bool:
         """Returns whether a finished run has no step left.
@@ -342,6 +358,14 @@ class RunFolder:
         skipped = _count_skipped(self.path / "skipped.csv")
         self.update(status=status, ended=_now(), wall_seconds=wall_seconds, skipped=skipped, **fields)
 
+    def close(self, succeeded: bool) -> None:
+        """Calls the functions of ``on_close``; an exception of one becomes a warning, because the run has ended."""
+        for close in self.on_close:
+            try:
+                close(succeeded)
+            except Exception as error:
+                warnings.warn(f"a logger of {self.path} cannot be closed: {error}", stacklevel=2)
+
     def __enter__(self) -> Self:
         return self
 
@@ -354,8 +378,7 @@ class RunFolder:
                     self.fail(error)
             except (OSError, ValueError) as second:  # the first error is the one to show
                 warnings.warn(f"run.json does not record that the run failed: {second}", stacklevel=2)
-        for close in self.on_close:
-            close(error is None)
+        self.close(error is None)
         if self._lock is not None:
             self._lock.release()
 

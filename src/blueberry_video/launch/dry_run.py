@@ -56,14 +56,21 @@ class Findings:
 
 
 def dry_run(
-    config: DictConfig, create_folder: Callable[[DictConfig, Path], Any], build: Callable[[DictConfig, Any], Any]
+    config: DictConfig,
+    create_folder: Callable[[DictConfig, Path], Any],
+    build: Callable[[DictConfig, Any], Any],
+    resumed: Any = None,
 ) -> None:
     """Runs every part of a run for a few steps, see the module; checks disk, memory and logger.
+
+    For a run that is resumed, the steps start from the weights and the optimizer state of its checkpoint.
 
     Args:
         config: the resolved and checked config.
         create_folder: creates a run folder (a context manager) for a config in a folder, here a temporary one.
         build: builds data, model, task and trainer from a config and its run folder.
+        resumed: the run that is resumed, with the attributes ``run``, ``changes`` and ``complete``, already checked
+            with the overrides; no file of it is changed.
 
     Raises:
         SystemExit: if a finding would stop the run.
@@ -72,14 +79,25 @@ def dry_run(
     findings = Findings()
     print(f"dry run of {config.name}", flush=True)
     findings.add("config", f"{len(list(_leaves(config)))} values, all keys are valid")
+    checkpoint = resumed.run.checkpoint() if resumed else None
+    if resumed:
+        _describe_resumed(resumed, checkpoint, findings)
+        if resumed.complete:
+            return
     if not _estimate_memory(config, findings):
         sys.exit(1)
     short = _short_run(config)
+    if checkpoint is not None:
+        short.init_from = None  # the weights are those of the checkpoint
     with (
         tempfile.TemporaryDirectory(prefix="blueberry-check-") as temporary,
         create_folder(short, Path(temporary)) as folder,
     ):
         data, model, task, trainer = build(short, folder)
+        step = 0
+        if checkpoint is not None:
+            single = processes.count(config.trainer) == 1
+            step = _load(checkpoint, task, trainer, build(short, folder)[0] if single else None, findings)
         _describe_model(model, findings)
         _build_callbacks(config, findings)
         if not _check_clip_counts(config, data, findings):
@@ -92,7 +110,7 @@ def dry_run(
     _check_disk(config, size, findings)
     _check_memory(findings)
     _check_logger(config, findings)
-    steps = int(config.trainer.get("max_steps", -1))
+    steps = int(config.trainer.get("max_steps", -1)) - step
     if steps > 0:
         findings.add(
             "time", f"about {steps * seconds / 60:.1f} min for {steps} steps at {seconds:.2f} s, without validation"
@@ -166,6 +184,44 @@ def _try_two_processes(
     ):
         processes.start(short, folder.path, 2)
     findings.add("processes", f"2 of {number} processes: trained, validated and evaluated")
+
+
+def _describe_resumed(resumed: Any, checkpoint: Path | None, findings: Findings) -> None:
+    start = f"from {checkpoint.name}" if checkpoint else "from step 0, because it has no checkpoint"
+    if resumed.complete:
+        start = "complete: nothing is left to train"
+    count = len(resumed.changes)
+    findings.add("resume", f"{resumed.run.path}, {start}, {count} overrides that change it")
+    if not os.access(resumed.run.path, os.W_OK):
+        findings.add("resume", f"{resumed.run.path} is not writable", "Make it writable to continue the run in it.")
+
+
+def _load(checkpoint: Path, task: Any, trainer: Any, data: Any, findings: Findings) -> int:
+    """Loads a checkpoint as a resumed run does: the weights, the optimizer state when training starts, and, in one
+    process, the position in the clips; returns its step."""
+    import torch
+    from lightning.pytorch.callbacks import Callback
+
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+
+    class LoadOptimizers(Callback):
+        def on_train_start(self, *_: Any) -> None:
+            for optimizer, state in zip(trainer.optimizers, content["optimizer_states"], strict=True):
+                optimizer.load_state_dict(state)
+
+    fix = ""
+    try:
+        task.load_state_dict(content["state_dict"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        fix = f"They do not fit the model of this version ({reason}): check out the commit in its run.json."
+    findings.add("weights", f"step {content['global_step']}, {checkpoint}", fix)
+    if fix:
+        sys.exit(1)
+    if data is not None and (position := content.get(type(data).__qualname__)):
+        data.load_state_dict(position)
+    trainer.callbacks.append(LoadOptimizers())
+    return int(content["global_step"])
 
 
 def _describe_model(model: Any, findings: Findings) -> None:
@@ -288,6 +344,12 @@ def _check_disk(config: DictConfig, size: int, findings: Findings) -> None:
     checkpoints = config.callbacks.get("checkpoints") or {}
     needed = size * (int(checkpoints.get("keep", 2)) + 1) + GIB // 4  # one more while writing; media and logs
     folder = existing_parent(Path(config.output_dir))
+    if not folder.is_dir():
+        findings.add("outputs", f"output_dir={config.output_dir}: {folder} is a file", "Use a folder: `output_dir=…`.")
+        return
+    if not os.access(folder, os.W_OK | os.X_OK):
+        fix = f"Make it writable (`chmod u+rwX '{folder}'`), or use a different folder: `output_dir=…`."
+        findings.add("outputs", f"output_dir={config.output_dir}: {folder} is not writable", fix)
     free = shutil.disk_usage(folder).free
     fix = "" if free > needed else "Free some space, or use another disk: `output_dir=…`."
     findings.add("disk", f"{free / GIB:.1f} GiB free in {folder}, a run needs about {needed / GIB:.1f}", fix)

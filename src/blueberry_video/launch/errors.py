@@ -1,5 +1,6 @@
 """Error messages without tracebacks."""
 
+import errno
 import os
 import re
 import sys
@@ -10,6 +11,7 @@ from types import TracebackType
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TRAINER = ("pytorch", "trainer", "trainer.py")  # the end of the path of Lightning's file
+DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
 TRACEBACK_VARIABLE = "BLUEBERRY_TRACEBACK"
 
 
@@ -41,16 +43,36 @@ def paragraph(error: BaseException) -> str | None:
         key = re.search(r"full_key: (\S+)", str(error))
         inner = paragraph(error.__cause__) or f"{type(error.__cause__).__name__}: {error.__cause__}"
         return f"`{key.group(1)}` cannot be built: {inner}" if key else inner
+    if isinstance(error, OSError) and error.errno in DENIED and error.filename:
+        return _denied(str(error.strerror), Path(os.fsdecode(error.filename)))
     worker = re.match(r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback", str(error))
     if worker:
         files = re.findall(r'^  File "([^"]+)"', str(error), re.MULTILINE)
         _, _, message = str(error).rstrip().rpartition(f"\n{type(error).__name__}: ")
+        if (found := re.fullmatch(r"\[Errno (\d+)\] (.*): '(.*)'", message)) and int(found[1]) in DENIED:
+            return _denied(found[2], Path(found[3]))
         return message if files and Path(files[-1]).is_relative_to(PACKAGE) else None
     frames = traceback.extract_tb(error.__traceback__)
     ours = bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
     if ours:
         return str(error) if isinstance(error, Exception) else None
     return _trainer_error(error, frames)
+
+
+def _denied(reason: str, path: Path) -> str:
+    """Returns the message for a file or folder that this user must not read or write."""
+    if reason in (os.strerror(errno.ENOTDIR), os.strerror(errno.EISDIR)):
+        return f"{path}: {reason}. A file and a folder are confused: correct the path, or move what is in its place."
+    if reason == os.strerror(errno.EROFS):
+        return f"{path}: {reason}. Use a path on a different file system."
+    paths = [*reversed(path.absolute().parents), path.absolute()]
+    blocked = next((part for part in paths if not os.access(part, os.X_OK if part in paths[:-1] else os.R_OK)), path)
+    if not path.parent.is_dir() or not os.path.lexists(path):
+        blocked = path.parent if os.access(path.parent, os.X_OK) else blocked
+    return (
+        f"{path}: {reason}. This user has no permission for {blocked}: change it (`ls -ld '{blocked}'` shows it, "
+        "`chmod u+rwX` adds it), or use a different path."
+    )
 
 
 def _trainer_error(error: BaseException, frames: traceback.StackSummary) -> str | None:

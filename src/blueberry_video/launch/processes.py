@@ -196,8 +196,7 @@ def rank_of(run: Any) -> Iterator[None]:
         yield
         succeeded = True
     finally:
-        for close in run.on_close:
-            close(succeeded)
+        run.close(succeeded)
 
 
 def _wait(ranks: Sequence[subprocess.Popen], errors: Sequence[Path]) -> Failure | None:

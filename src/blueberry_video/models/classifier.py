@@ -12,7 +12,7 @@ from blueberry_video.models import vit
 from blueberry_video.models.encoder import Encoder
 from blueberry_video.nn.heads import ClassificationHead
 from blueberry_video.weights.diffusers_folder import TRANSFORMERS, read_source, write_folder
-from blueberry_video.weights.load import check_config, check_layout, load_strictly
+from blueberry_video.weights.load import check_config, check_layout, load_strictly, origin_of_heads
 
 
 class VideoClassifier(nn.Module):
@@ -128,7 +128,7 @@ class VideoClassifier(nn.Module):
         fix = "Use fine-tuned weights, and the model variant and num_classes of these weights."
         check_config(self, config, self.encoder.published_settings, source, fix)
         load_strictly(self, weights, source, fix)
-        return f"loaded {len(weights)} tensors from {source}"
+        return f"loaded {len(weights)} tensors from {source}{origin_of_heads(config, self.encoder.published_settings)}"
 
     @classmethod
     def from_published(

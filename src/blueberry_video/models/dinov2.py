@@ -27,7 +27,7 @@ from blueberry_video.nn.feed_forward import Mlp
 from blueberry_video.nn.kept_tokens import KeptTokens
 from blueberry_video.weights.diffusers_folder import TRANSFORMERS, read_source, write_folder
 from blueberry_video.weights.files import num_blocks
-from blueberry_video.weights.load import check_layout, load_strictly
+from blueberry_video.weights.load import check_layout, load_strictly, published_heads
 
 
 class DINOv2(Encoder):
@@ -216,20 +216,17 @@ class DINOv2(Encoder):
                 a hub id, see :func:`~blueberry_video.weights.diffusers_folder.read_source`.
             image_size, num_frames: nominal size of the clips; any is accepted. They are not read from a folder's
                 ``config.json``, where ``image_size`` is that of the position table.
-            num_heads: by default that in the folder's ``config.json``, or ``embed_dim / 64`` as in published models.
+            num_heads: by default that in the folder's ``config.json``, or that of the published model of this
+                width, which is printed.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: the weights are not those of a DINOv2, or are too narrow for heads of 64 channels.
+            ValueError: the weights are not those of a DINOv2, or of a width that no published model has.
         """
         config, state = read_source(source)
         weights = published_weights(state, source)
         embed_dim, in_channels, _, patch_size = weights["patch_embed.proj.weight"].shape[:4]
-        num_heads = num_heads or config.get("num_attention_heads", embed_dim // 64)
-        if not num_heads:
-            raise ValueError(
-                f"{source} holds a DINOv2 of width {embed_dim}, too narrow for heads of 64: pass num_heads."
-            )
+        num_heads = num_heads or config.get("num_attention_heads") or published_heads(embed_dim, source)
         swiglu = "blocks.0.mlp.w12.weight" in weights
         # 2 / 3 of the ratio's width, rounded up to a multiple of 8, must be the width found
         hidden = weights["blocks.0.mlp.w3.weight"].shape[1] * 1.5 if swiglu else len(weights["blocks.0.mlp.fc1.weight"])

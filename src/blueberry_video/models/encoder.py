@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from blueberry_video.weights.diffusers_folder import read_source
-from blueberry_video.weights.load import check_config, load_strictly
+from blueberry_video.weights.load import check_config, load_strictly, origin_of_heads
 
 
 class Encoder(nn.Module):
@@ -136,4 +136,5 @@ class Encoder(nn.Module):
         check_config(self, config, self.published_settings, source, fix)
         load_strictly(self, weights, source, fix)
         note = f" (without the final norm: {', '.join(sorted(norm))})" if norm else ""
-        return f"loaded {len(own)} encoder tensors from {source}{note}"
+        heads = origin_of_heads(config, self.published_settings)
+        return f"loaded {len(own)} encoder tensors from {source}{note}{heads}"

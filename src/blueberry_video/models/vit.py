@@ -21,7 +21,7 @@ from blueberry_video.nn.embeddings import TubeletEmbed
 from blueberry_video.nn.positions import PositionTables, resize_table, sincos_3d_table, sinusoid_table
 from blueberry_video.nn.rope import RotaryPositions
 from blueberry_video.weights.files import JEPA_FILE, num_blocks
-from blueberry_video.weights.load import check_layout, load_strictly
+from blueberry_video.weights.load import check_layout, load_strictly, published_heads
 
 VIDEOMAE = "the layout of transformers' VideoMAE"
 
@@ -151,7 +151,7 @@ class VisionTransformer(Encoder, PositionTables):
             weights: as :func:`encoder_weights` returns them.
             source: origin of the weights, for error messages.
             num_frames, image_size: size of the clips, which no tensor determines.
-            num_heads: defaults to that of the published model of this width; no tensor determines it.
+            num_heads: defaults to that of the published model of this width, which is printed; no tensor determines it.
             images, positions, rope_quirk: see :class:`VisionTransformer`.
 
         Raises:
@@ -165,7 +165,7 @@ class VisionTransformer(Encoder, PositionTables):
             tubelet_size=tubelet_size,
             embed_dim=embed_dim,
             depth=num_blocks(weights, "blocks"),
-            num_heads=num_heads or embed_dim // head_width(embed_dim),
+            num_heads=num_heads or published_heads(embed_dim, source),
             mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
             in_channels=in_channels,
             qkv_bias=qkv_bias(weights, "blocks.0"),
@@ -413,11 +413,6 @@ def encoder_weights(state: dict[str, Tensor], source: str | Path) -> dict[str, T
             f"{', '.join(list(state)[:3])}."
         )
     return converted
-
-
-def head_width(width: int) -> int:
-    """Channels per head of published models: 64; 80 in ViT-H (encoder and VideoMAE's decoder), 88 in ViT-g."""
-    return {640: 80, 1280: 80, 1408: 88}.get(width, 64)
 
 
 def qkv_bias(state: dict[str, Tensor], block: str) -> str:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import yaml
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -52,14 +53,30 @@ def read_source(source: str | Path) -> tuple[dict, dict[str, Tensor]]:
             :func:`~blueberry_video.weights.files.read_weights`), or a hub id.
 
     Returns:
-        The config, empty for a file, and the state dict.
+        The config and the state dict. That of a file is empty, except for a checkpoint in a run folder: it has the
+        numbers of attention heads in the config of the run.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged.
     """
     path = resolve(source)
-    return read_folder(path) if path.is_dir() else ({}, read_weights(path))
+    return read_folder(path) if path.is_dir() else (heads_of_run(path), read_weights(path))
+
+
+def heads_of_run(file: Path) -> dict[str, int]:
+    """Numbers of attention heads in the ``config.yaml`` of the run that wrote a checkpoint, under the names of
+    transformers; empty for any other file."""
+    config = file.parent.with_name("config.yaml")
+    if file.parent.name != "checkpoints" or not config.is_file():
+        return {}
+    try:
+        model = yaml.safe_load(config.read_text())["model"]
+        found = {"num_attention_heads": model["encoder"]["num_heads"]}
+    except (yaml.YAMLError, KeyError, TypeError, ValueError):
+        return {}
+    decoder = model.get("decoder_num_heads")
+    return found | ({"decoder_num_attention_heads": decoder} if isinstance(decoder, int) else {})
 
 
 def read_published(

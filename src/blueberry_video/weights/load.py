@@ -84,3 +84,46 @@ def different_settings(loaded: Mapping[str, Any], own: Mapping[str, Any]) -> str
     """Lists the settings that differ, as ``key=theirs (here ours)``; empty if all shared keys agree."""
     shared = [key for key in loaded if key in own and loaded[key] != own[key]]
     return ", ".join(f"{key}={loaded[key]} (here {own[key]})" for key in shared)
+
+
+PUBLISHED_HEADS = {192: 3, 384: 6, 512: 8, 640: 8, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24}
+"""Width of published vision transformers and their decoders -> attention heads."""
+
+
+def published_heads(width: int, source: str | Path, argument: str = "num_heads") -> int:
+    """Returns and prints the number of attention heads of the published model of a width: the assumption for weights
+    without a config, because no tensor determines the number.
+
+    Args:
+        width: width of the attention layers.
+        source: origin of the weights, for the messages.
+        argument: name of the argument that gives the number.
+
+    Raises:
+        ValueError: no published model has this width.
+    """
+    if width not in PUBLISHED_HEADS:
+        raise ValueError(
+            f"{source} has attention layers of width={width}, which no published model has, and no config.json, and "
+            f"its tensors do not determine the number of heads: pass {argument}=…, or add the config.json."
+        )
+    heads = PUBLISHED_HEADS[width]
+    print(f"{argument}={heads} is assumed for {source}, as in the published model of width {width}: no config gives it")
+    return heads
+
+
+def origin_of_heads(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Returns where the numbers of attention heads of loaded weights come from, as the end of a sentence.
+
+    Args:
+        config: the config of the weights; empty if there is none.
+        settings: the settings of the model, under the names of ``config.json``.
+    """
+    text = ""
+    for key, value in settings.items():
+        if key.endswith("num_attention_heads"):
+            known = key in config
+            text += (
+                f"; {key}={value} {'as in its config' if known else 'of this model, which no config of it verifies'}"
+            )
+    return text

@@ -454,8 +454,11 @@ def test_v_jepa_2_file_loads_and_its_position_tables_are_ignored(tmp_path):
     content = convert.to_original(model.state_dict())
     content["encoder"]["module.backbone.pos_embed"] = torch.randn(1, 99, 128)  # published files hold this unused table
     content["predictor"]["module.backbone.predictor_pos_embed"] = torch.randn(1, 99, 72)
-    read = JEPA.from_published(saved(content, tmp_path / "vitl.pt"), "encoder", num_frames=4, image_size=32).eval()
-    assert read.encoder.position_kind == "rope_3d"  # the number of heads also defaults to that of the published models
+    file, size = saved(content, tmp_path / "vitl.pt"), {"num_frames": 4, "image_size": 32}
+    with pytest.raises(ValueError, match=r"width=128\b.*num_heads=…"):
+        JEPA.from_published(file, "encoder", **size)
+    read = JEPA.from_published(file, "encoder", **size, num_heads=2).eval()
+    assert read.encoder.position_kind == "rope_3d"
     video, keep, target = torch.randn(1, 3, 4, 32, 32), torch.tensor([[0, 9, 20]]), torch.tensor([[5, 31]])
     assert torch.equal(read(video, keep, target, 1), model(video, keep, target, 1))
 

@@ -21,7 +21,13 @@ from blueberry_video.models.jepa import convert
 from blueberry_video.models.jepa.predictor import Predictor
 from blueberry_video.nn.running_average import RunningAverages, update_averages
 from blueberry_video.weights.diffusers_folder import TRANSFORMERS, write_folder
-from blueberry_video.weights.load import check_layout, different_settings, load_strictly
+from blueberry_video.weights.load import (
+    check_layout,
+    different_settings,
+    load_strictly,
+    origin_of_heads,
+    published_heads,
+)
 
 
 class JEPA(RunningAverages):
@@ -178,7 +184,7 @@ class JEPA(RunningAverages):
         settings = convert.settings_of_weights(state, source)
         positions = positions or published.positions or "sincos_3d"
         is_rope, width = positions == "rope_3d", settings["hidden_size"]
-        num_heads = num_heads or config.get("num_attention_heads") or width // (80 if width == 1280 else 64)
+        num_heads = num_heads or config.get("num_attention_heads") or published_heads(width, source)
         predictor_heads = (
             predictor_num_heads or config.get("pred_num_attention_heads") or (12 if is_rope else num_heads)
         )
@@ -198,7 +204,7 @@ class JEPA(RunningAverages):
             predictor_positions=positions,
             rope_quirk=is_rope,
         )
-        print(f"{model._load(published, source, which)}; positions {positions}")
+        print(f"{model._load(published, source, which)}; positions {positions}; predictor_num_heads={predictor_heads}")
         return model
 
     def load_published(self, source: str | Path, which: str) -> str:
@@ -223,7 +229,8 @@ class JEPA(RunningAverages):
             heads = {key: value for key, value in published.config.items() if key.endswith("num_attention_heads")}
             if found := different_settings(heads, self.config):
                 raise ValueError(f"{source} has different settings: {found}. Choose the model of these weights.")
-        return self._load(published, source, which)
+        report = self._load(published, source, which)
+        return f"{report}{origin_of_heads(published.config, self.encoder.published_settings)}"
 
     def _load(self, published: convert.Published, source: str | Path, which: str) -> str:
         """Loads weights strictly and returns a sentence on what was loaded."""

@@ -27,7 +27,7 @@ from blueberry_video.nn.blocks import init_trunc_normal
 from blueberry_video.nn.feed_forward import Mlp
 from blueberry_video.nn.rope import Rotation, channels_per_axis, grid_positions, rotate, rotation
 from blueberry_video.weights.files import num_blocks
-from blueberry_video.weights.load import load_strictly
+from blueberry_video.weights.load import load_strictly, published_heads
 
 CONDITIONS = 2  # tokens of a step before its patches: the action, then the state
 
@@ -169,7 +169,7 @@ class WorldModel(nn.Module):
         """
         state = convert.read_world_model(source)
         weights = convert.part(state, "encoder")
-        heads = num_heads or len(weights["patch_embed.proj.bias"]) // 64
+        heads = num_heads or published_heads(len(weights["patch_embed.proj.bias"]), source)
         encoder = vit.VisionTransformer.from_weights(
             weights, source, num_frames, image_size, heads, images=True, positions="rope_3d", rope_quirk=True
         )

@@ -22,7 +22,7 @@ from blueberry_video.nn.blocks import Block
 from blueberry_video.nn.positions import PositionTables, sinusoid_table
 from blueberry_video.weights.diffusers_folder import TRANSFORMERS, read_source, write_folder
 from blueberry_video.weights.files import num_blocks
-from blueberry_video.weights.load import check_config, check_layout, load_strictly
+from blueberry_video.weights.load import check_config, check_layout, load_strictly, origin_of_heads, published_heads
 
 
 class MaskedAutoencoder(PositionTables):
@@ -128,12 +128,14 @@ class MaskedAutoencoder(PositionTables):
         sizes = vit.settings_of_config(config, num_frames, image_size, num_heads)
         encoder = vit.VisionTransformer.from_weights(vit.convert_original(state), source, **sizes, images=is_omnimae)
         decoder_dim = state["encoder_to_decoder.weight"].shape[0]
-        published_heads = 16 if is_omnimae else decoder_dim // vit.head_width(decoder_dim)
+        decoder_num_heads = decoder_num_heads or config.get("decoder_num_attention_heads")
+        if not decoder_num_heads:
+            decoder_num_heads = 16 if is_omnimae else published_heads(decoder_dim, source, "decoder_num_heads")
         model = cls(
             encoder,
             decoder_dim=decoder_dim,
             decoder_depth=num_blocks(state, "decoder.blocks"),
-            decoder_num_heads=decoder_num_heads or config.get("decoder_num_attention_heads", published_heads),
+            decoder_num_heads=decoder_num_heads,
             mlp_ratio=state["decoder.blocks.0.mlp.fc1.weight"].shape[0] / decoder_dim,
             qkv_bias=vit.qkv_bias(state, "decoder.blocks.0"),
             in_channels=encoder.video_size[0],
@@ -158,7 +160,7 @@ class MaskedAutoencoder(PositionTables):
         settings = self.encoder.published_settings | {"decoder_num_attention_heads": self.decoder_num_heads}
         check_config(self, config, settings, source, fix)
         load_strictly(self, convert_published(state, source), source, fix)
-        return f"loaded {len(self.state_dict())} tensors from {source}"
+        return f"loaded {len(self.state_dict())} tensors from {source}{origin_of_heads(config, settings)}"
 
     def save_published(self, folder: str | Path) -> None:
         """Writes a folder that transformers' ``VideoMAEForPreTraining.from_pretrained`` loads.
