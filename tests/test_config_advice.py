@@ -91,3 +91,15 @@ def test_override_of_a_required_value_is_not_named_for_a_different_error():
     overrides = ["data=video_folder", "~data.train.size", "~data.val.size", "data.train.root=/videos"]
     message = advice("template", overrides, "data.train.pad=true")
     assert "`+data.train.pad=true`" in message
+
+
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+@pytest.mark.parametrize("key", ["size", "sizee"])
+def test_a_key_of_a_reference_is_set_in_its_source(plus: str, key: str):
+    line = f"{plus}data.train.parts.image.dataset.{key}=48"
+    file = EXPERIMENTS / "omnimae" / "config.yaml"
+    with pytest.raises(ValueError, match=rf"data\.train\.parts\.image\.dataset\.{key}=48") as caught:
+        compose(file, [line])
+    assert "`data.train.parts.clip.size=48`" in str(caught.value)
+    changed = compose(file, ["data.train.parts.clip.size=48"]).data.train.parts
+    assert changed.image.dataset.size == changed.clip.size == 48

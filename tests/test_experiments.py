@@ -58,3 +58,14 @@ def test_resolved_config_composes_to_itself(file: Path, tmp_path: Path):
     saved.write_text(OmegaConf.to_yaml(config))
     assert load(saved) == config
     assert load(saved, ["seed=7"]).seed == 7
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*/weights.safetensors")), ids=lambda file: file.parent.name)
+def test_committed_weights_are_those_of_a_tokenizer_as_good_as_expected(file: Path):
+    config = compose(file.with_name("config.yaml"))
+    tokenizer = instantiate(config.model, weights=file).eval()
+    source = config.data.val.get("dataset", config.data.val)  # without the cache
+    clips = [instantiate(source)[index] for index in range(24)]
+    video = torch.stack([clip["video"] for clip in clips]).transpose(1, 2) / 127.5 - 1
+    errors = (tokenizer.decode_ids(tokenizer.encode_ids(video)) - video).square().flatten(1).mean(1)
+    assert (10 * (4 / errors).log10()).mean() > config.expected["val/psnr"].at_least

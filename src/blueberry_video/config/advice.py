@@ -1,12 +1,14 @@
 """Advice for overrides of groups and for deletions: each suggested override composes to a valid config."""
 
+import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter
 from typing import Any
 
 from hydra.core.override_parser.types import Override
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from blueberry_video.config.checks import SPECIAL
 from blueberry_video.config.signatures import signature
@@ -44,6 +46,37 @@ def section(line: str, key: str, node: Mapping[str, Any], value: Any = None) -> 
     name, shown = next(iter((fitting or plain).items()), ("", ""))
     example = f": write for example `{key}.{name}={_typed(shown)}`" if name else ": set one of them"
     return f"`{line}`: `{key}` is a section, with the keys {', '.join(items)}{example}."
+
+
+def link(override: Override, config: Any) -> str | None:
+    """Message for an override of a key in a section to which an unresolved config refers; None for any other."""
+    parts, node = override.key_or_group.split("."), config
+    for depth, part in enumerate(parts[:-1], 1):
+        if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118, `in` resolves
+            return None
+        if OmegaConf.is_interpolation(node, part):
+            key, rest = ".".join(parts[:depth]), ".".join(parts[depth:])
+            value = str(OmegaConf.to_container(node, resolve=False)[part])  # type: ignore[index, call-overload]
+            problem = f"`{override.input_line}`: `{key}` = {value} is a reference, without a key `{rest}` to set"
+            source = re.fullmatch(r"\$\{(\w[\w.]*)\}", value)
+            return f"{problem}: {_set_source(override, config, source[1], parts[depth:])}" if source else f"{problem}."
+        node = node[part]
+    return None
+
+
+def _set_source(override: Override, config: DictConfig, source: str, rest: Sequence[str]) -> str:
+    """Advice to set the key ``rest`` of the section ``source`` instead of that of a reference to it."""
+    try:
+        node = OmegaConf.select(config, source)
+    except OmegaConfBaseException:
+        node = None
+    known = [str(name) for name in node] if isinstance(node, DictConfig) else []
+    near = difflib.get_close_matches(rest[0], known, n=1, cutoff=0.6)
+    if not near:
+        return f"set one of the keys of `{source}`, {', '.join(known)}."
+    line = ".".join((source, near[0], *rest[1:]))
+    value = (override.input_line or "").partition("=")[2]
+    return f"write `{line}={value}`, which changes both."
 
 
 def group(override: Override, config: Mapping[str, Any], choices: Mapping[str, str], works: Works) -> str:

@@ -27,7 +27,7 @@ from blueberry_video.config.checks import ROOT_KEYS, SPECIAL, check, check_group
 from blueberry_video.config.groups import choices_of, chosen, groups_of, is_group, misspelt_group
 from blueberry_video.config.schema import CONF, Config
 from blueberry_video.config.signatures import signature
-from blueberry_video.config.text import did_you_mean, short
+from blueberry_video.config.text import did_you_mean, explain_yaml, first_line, short, shown
 
 
 def _default_steps(max_epochs: int | None, steps: int) -> int:
@@ -55,7 +55,7 @@ def compose(file: str | Path, overrides: Sequence[str] = (), conf: Path = CONF) 
         folder = path.parent
         others = sorted(other.parent.name for other in folder.parent.glob(f"*/{path.name}"))
         hint = did_you_mean(folder.name, others) if others else f"`make new EXP={folder.name}` creates one."
-        raise FileNotFoundError(f"there is no experiment {folder.name!r}: {_shown(path)} does not exist. {hint}")
+        raise FileNotFoundError(f"there is no experiment {folder.name!r}: {shown(path)} does not exist. {hint}")
     return _compose(path, normalize(overrides), conf, saved=False)
 
 
@@ -210,14 +210,18 @@ def _compose(file: Path, overrides: Sequence[str], conf: Path, saved: bool, allo
     try:
         config, settings = compose_hydra(file, overrides, conf)
     except (HydraException, OmegaConfBaseException) as error:
-        message = _explain_deletion(file, parsed, conf, allow) or _explain_sections(file, parsed, conf, saved)
+        message = _explain_deletion(file, parsed, conf, allow) or _explain_links(file, parsed, conf, saved)
+        message = message or _explain_sections(file, parsed, conf, saved)
         raise ValueError(message or _explain(error, file, parsed, conf, saved)) from error
     except yaml.YAMLError as error:
-        raise ValueError(_explain_yaml(error)) from error
+        raise ValueError(explain_yaml(error)) from error
+    adding = any("." in o.key_or_group and (o.is_add() or o.is_force_add()) for o in parsed)
+    if adding and (found := _explain_links(file, parsed, conf, saved)):  # Hydra would replace the reference
+        raise ValueError(found)
     if not saved:  # a saved config is a single run, which uses no settings of Hydra
         _check_hydra(settings, file, conf)
     try:
-        resolved = resolve(config, _shown(file), (*allow, *safety.trusted_targets(parsed)))
+        resolved = resolve(config, shown(file), (*allow, *safety.trusted_targets(parsed)))
     except ValueError as error:  # also of interpolations into the section
         found = _explain_deletion(file, parsed, conf, allow) or _explain_sections(file, parsed, conf, saved)
         raise (ValueError(found) if found else error) from error
@@ -251,7 +255,7 @@ def resolve(config: DictConfig, origin: str = "the config", allow: tuple[str, ..
     except OmegaConfBaseException as error:
         if "'model.encoder." in str(error) and (message := advice.encoder(full, str(error.full_key))):
             raise ValueError(message) from error
-        raise ValueError(f"`{error.full_key}` in {origin} cannot be resolved: {_first_line(error)}.") from error
+        raise ValueError(f"`{error.full_key}` in {origin} cannot be resolved: {first_line(error)}.") from error
     check(plain, allow)
     return OmegaConf.create(plain)
 
@@ -287,10 +291,10 @@ def _check_hydra(settings: DictConfig, file: Path, conf: Path) -> None:
         trusted = _own_hydra(conf, chosen)
     except HydraException as error:
         raise ValueError(
-            f"the settings of Hydra in {_shown(file)} ({', '.join(chosen)}) cannot be composed without the experiment: "
-            f"choose those of Hydra and its installed plugins ({_first_line(error)})."
+            f"the settings of Hydra in {shown(file)} ({', '.join(chosen)}) cannot be composed without the experiment: "
+            f"choose those of Hydra and its installed plugins ({first_line(error)})."
         ) from error
-    safety.check_hydra(_plain(settings), trusted, f"{_shown(file)} or a file that it includes")
+    safety.check_hydra(_plain(settings), trusted, f"{shown(file)} or a file that it includes")
 
 
 @functools.lru_cache(maxsize=8)
@@ -342,20 +346,20 @@ def parse(overrides: Sequence[str]) -> list[Override]:
 def _check_file(file: Path, saved: bool) -> None:
     """Checks that the file is valid YAML, and that the defaults of an experiment contain ``train`` and ``_self_``."""
     try:
-        safety.check_tags(file, _shown(file))
+        safety.check_tags(file, shown(file))
         content = OmegaConf.load(file)
     except yaml.YAMLError as error:
-        raise ValueError(_explain_yaml(error, file)) from error
+        raise ValueError(explain_yaml(error, file)) from error
     if not isinstance(content, DictConfig):
-        raise ValueError(f"{_shown(file)} must be a YAML mapping of keys to values.")
+        raise ValueError(f"{shown(file)} must be a YAML mapping of keys to values.")
     if isinstance(own := content.get("hydra"), DictConfig):  # before Hydra reads `searchpath` from it
-        safety.check_hydra(_plain(own), {}, _shown(file))
+        safety.check_hydra(_plain(own), {}, shown(file))
     if saved:
         return
     defaults = content.get("defaults")
     if not isinstance(defaults, ListConfig) or "train" not in defaults or "_self_" not in defaults:
         raise ValueError(
-            f"`defaults` in {_shown(file)} must be a list that begins with `- train` and ends with `- _self_`: without "
+            f"`defaults` in {shown(file)} must be a list that begins with `- train` and ends with `- _self_`: without "
             "the first, the config is incomplete; without the last, the values of conf/ override those of the "
             "experiment. See experiments/template/config.yaml."
         )
@@ -390,7 +394,7 @@ def _explain_choice(error: MissingConfigException, file: Path, overrides: Sequen
     group, choice = next((pair for pair in chosen if missing.endswith("/".join(pair))), default)
     if not choice:
         known = did_you_mean(group, (path.stem for path in conf.glob("*.yaml")))
-        return f"`{group}` in the `defaults` of {_shown(file)} is not a file of conf/. {known}"
+        return f"`{group}` in the `defaults` of {shown(file)} is not a file of conf/. {known}"
     choices = choices_of(group, file, conf)
     if not choices:
         return f"`{group}={choice}`: conf/ has no group `{group}`. {did_you_mean(group, groups_of(conf))}"
@@ -429,6 +433,17 @@ def _explain_override(override: Override, base: DictConfig) -> str | None:
     if override.is_add() and not isinstance(value, dict | list):
         return f"`{line}`: `{full}` is already set: write it without the plus."
     return None
+
+
+def _explain_links(file: Path, overrides: Sequence[Override], conf: Path, saved: bool) -> str | None:
+    """Message for the first override of a key in a section that a valid config refers to, as ``${…}``."""
+    keys = [o for o in overrides if not is_group(o, file, conf)]
+    try:
+        rest = [o.input_line or "" for o in overrides if o not in keys]
+        base = compose_hydra(file, rest, conf)[0] if not saved else OmegaConf.load(file)
+    except (HydraException, OmegaConfBaseException):
+        return None
+    return next(filter(None, (advice.link(override, base) for override in keys)), None)
 
 
 def _explain_sections(file: Path, overrides: Sequence[Override], conf: Path, saved: bool) -> str | None:
@@ -522,11 +537,11 @@ def _explain_file(error: Exception, file: Path, groups: Sequence[Override], conf
     """Message for an error in a YAML file (root key, type, default), or for a group that is not in the defaults."""
     cause = _omegaconf_cause(error)
     if cause is not None and cause.full_key:
-        source = f"in {_shown(file)}, or in a file of conf/ that it includes"
+        source = f"in {shown(file)}, or in a file of conf/ that it includes"
         root = str(cause.full_key).partition(".")[0]
         if root not in (*ROOT_KEYS, "hydra"):
             return f"`{root}` {source}, is not a root key. {did_you_mean(root, ROOT_KEYS)}"
-        return f"`{cause.full_key}` {source}, is invalid: {_first_line(cause)}."
+        return f"`{cause.full_key}` {source}, is invalid: {first_line(cause)}."
     for override in groups:
         line, key = override.input_line or "", override.get_key_element()
         root, _, below = override.key_or_group.partition("/")
@@ -547,14 +562,14 @@ def _explain_file(error: Exception, file: Path, groups: Sequence[Override], conf
             return f"`{line}`: the group `{override.key_or_group}` is not in the defaults: write `+{line}` to add it."
     words = [word for word in re.findall(r"'([^']+)'", str(error)) if word != file.stem and word not in groups_of(conf)]
     hint = did_you_mean(words[0], groups_of(conf)) if words else ""
-    return f"the `defaults` of {_shown(file)} cannot be composed: {_first_line(error)}. {hint}".strip()
+    return f"the `defaults` of {shown(file)} cannot be composed: {first_line(error)}. {hint}".strip()
 
 
 def _explain_value(error: Exception, overrides: Sequence[Override]) -> str:
     """Message for a value that the schema rejects, e.g. ``seed=abc``."""
     cause = _omegaconf_cause(error)
     if cause is None:
-        return f"the overrides cannot be applied: {_first_line(error)}."
+        return f"the overrides cannot be applied: {first_line(error)}."
     key = str(cause.full_key)
     line = next((override.input_line for override in overrides if key.startswith(override.key_or_group)), key)
     if isinstance(cause, ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
@@ -569,29 +584,10 @@ def _explain_value(error: Exception, overrides: Sequence[Override]) -> str:
             )
         hint = fix(word, _options(cause.parent_node, parent), None, parent, cause.parent_node)
         return f"`{line}`: the config has no key `{key}`. {hint}"
-    return f"`{line}` is invalid: {_first_line(cause)}."
-
-
-def _explain_yaml(error: yaml.YAMLError, file: Path | None = None) -> str:
-    mark = getattr(error, "problem_mark", None)
-    name = _shown(file) if file else str(getattr(mark, "name", "a YAML file"))
-    position = f", line {mark.line + 1}, column {mark.column + 1}," if mark else ""
-    problem = getattr(error, "problem", None) or _first_line(error)
-    return f"{name}{position} is not valid YAML: {problem}. Check colons, quotes, brackets and indentation there."
+    return f"`{line}` is invalid: {first_line(cause)}."
 
 
 def _omegaconf_cause(error: BaseException | None) -> OmegaConfBaseException | None:
     while error is not None and not isinstance(error, OmegaConfBaseException):
         error = error.__cause__ or error.__context__
     return error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-def _shown(file: Path) -> str:
-    """Path relative to the working directory if it is inside it."""
-    here = Path.cwd()
-    return str(file.relative_to(here) if file.is_relative_to(here) else file)
