@@ -67,12 +67,14 @@ def test_a_rollout_that_remembers_scores_one_and_without_an_object_zero():
     assert not module.model.training
     names = {"colour": 1 / 6, "size": 1 / 2, "shape": 1 / 3}
     kinds = {"", "_reset", "_trivial", "_coded", "_real"}
-    expected = {f"{name}_{n}{kind}" for n in (8, 16) for name in (*names, "overlap") for kind in kinds}
-    assert found.keys() == expected - {"overlap_8_real", "overlap_16_real"}
+    expected = {f"{name}_{n}{kind}" for n in (8, 16) for name in (*names, "overlap", "found") for kind in kinds}
+    absent = {name for n in (8, 16) for name in (f"overlap_{n}_real", f"found_{n}_trivial")}
+    assert found.keys() == expected - absent
     for n in (8, 16):
         for name, chance in names.items():
             assert found[f"{name}_{n}_trivial"] == chance
             assert found[f"{name}_{n}_reset"] == 0
+        assert (found[f"found_{n}"], found[f"found_{n}_real"], found[f"found_{n}_reset"]) == (1, 1, 0)
         assert (found[f"colour_{n}"], found[f"colour_{n}_real"], found[f"colour_{n}_coded"]) == (1, 1, 1)
         assert found[f"size_{n}"] == found[f"size_{n}_real"] == 1
         assert found[f"shape_{n}"] == found[f"shape_{n}_coded"] > 0.6

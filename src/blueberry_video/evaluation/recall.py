@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from blueberry_video.evaluation.end_of_run import evaluate_at_end
-from blueberry_video.evaluation.memory_metrics import CHANCE, Objects, accuracies, mask_overlap, read_objects
+from blueberry_video.evaluation.memory_metrics import CHANCE, NONE, Objects, accuracies, mask_overlap, read_objects
 
 
 class Clips(Protocol):
@@ -79,8 +79,10 @@ class Recall(Callback):
 
     - ``<name>/colour_N``, ``<name>/size_N``, ``<name>/shape_N``: shares of clips with the right class;
       ``<name>/overlap_N``: mean intersection over union of the mask of the object with that of the real frames;
+      ``<name>/found_N``: share of clips in which there is an object;
     - the same with ``_reset``: the states of the model are reset in the middle of the unseen frames;
-    - the same with ``_trivial``: chance level; of the overlap, the value of the real frames of a different clip;
+    - the same but ``found`` with ``_trivial``: chance level; of the overlap, the value of the real frames of another
+      clip;
     - the same with ``_coded``: real frames after the tokenizer, an upper limit;
     - the same without the overlap with ``_real``: real frames, the accuracy of the rule.
 
@@ -165,7 +167,7 @@ class Recall(Callback):
         truth, real, number = {name: torch.cat(values) for name, values in labels.items()}, read["_real"], unseen.pop()
         metrics: dict[str, float] = {}
         for suffix, objects in read.items():
-            shares = accuracies(objects, truth)
+            shares = {**accuracies(objects, truth), "found": (objects.colour != NONE).float().mean().item()}
             if objects is not real:
                 shares["overlap"] = mask_overlap(objects, real)
             metrics |= {f"{name}_{number}{suffix}": share for name, share in shares.items()}
