@@ -69,13 +69,14 @@ def test_a_rollout_that_remembers_scores_one_and_without_an_object_zero():
     kinds = {"", "_reset", "_trivial", "_coded", "_real"}
     expected = {f"{name}_{n}{kind}" for n in (8, 16) for name in (*names, "overlap", "found") for kind in kinds}
     absent = {name for n in (8, 16) for name in (f"overlap_{n}_real", f"found_{n}_trivial")}
-    assert found.keys() == expected - absent
+    assert found.keys() == (expected - absent) | {"colour_8_gain", "colour_16_gain"}
     for n in (8, 16):
         for name, chance in names.items():
             assert found[f"{name}_{n}_trivial"] == chance
             assert found[f"{name}_{n}_reset"] == 0
         assert (found[f"found_{n}"], found[f"found_{n}_real"], found[f"found_{n}_reset"]) == (1, 1, 0)
         assert (found[f"colour_{n}"], found[f"colour_{n}_real"], found[f"colour_{n}_coded"]) == (1, 1, 1)
+        assert found[f"colour_{n}_gain"] == pytest.approx(5 / 6)
         assert found[f"size_{n}"] == found[f"size_{n}_real"] == 1
         assert found[f"shape_{n}"] == found[f"shape_{n}_coded"] > 0.6
         assert found[f"overlap_{n}"] == found[f"overlap_{n}_coded"] > 0.9

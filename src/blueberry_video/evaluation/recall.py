@@ -83,6 +83,7 @@ class Recall(Callback):
     - the same with ``_reset``: the states of the model are reset in the middle of the unseen frames;
     - the same but ``found`` with ``_trivial``: chance level; of the overlap, the value of the real frames of another
       clip;
+    - ``<name>/colour_N_gain``: the difference of ``colour_N`` and the larger of ``_reset`` and ``_trivial``;
     - the same with ``_coded``: real frames after the tokenizer, an upper limit;
     - the same without the overlap with ``_real``: real frames, the accuracy of the rule.
 
@@ -171,6 +172,8 @@ class Recall(Callback):
             if objects is not real:
                 shares["overlap"] = mask_overlap(objects, real)
             metrics |= {f"{name}_{number}{suffix}": share for name, share in shares.items()}
+        control = max(metrics[f"colour_{number}_reset"], CHANCE["colour"])
+        metrics[f"colour_{number}_gain"] = metrics[f"colour_{number}"] - control
         other = Objects(*(values.roll(1, 0) for values in real))
         trivial = {**CHANCE, "overlap": mask_overlap(other, real)}
         return metrics | {f"{name}_{number}_trivial": value for name, value in trivial.items()}
