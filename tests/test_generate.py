@@ -415,5 +415,5 @@ def test_error_of_the_command_is_one_paragraph(tmp_path: Path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 1
-    assert re.match(r"\nError: .*run\.json", result.stderr)
+    assert re.match(r"(?s)\nError: .*run\.json", result.stderr)  # lines break at a width
     assert "Traceback" not in result.stderr
