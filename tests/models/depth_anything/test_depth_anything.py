@@ -1,7 +1,10 @@
 """DepthAnything: equal to transformers, conversions both ways, published sizes, and bad input."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
 
 from blueberry_video.models.depth_anything import DepthAnything
@@ -59,9 +62,8 @@ def test_maps_and_gradients_equal_those_of_transformers(swiglu: bool, size: tupl
     assert scale > 0
     assert (found - expected).abs().max() <= 1e-5 * scale
     weight = torch.randn_like(expected)
-    for output, parameters in ((expected, network), (found, model)):
+    for output in (expected, found):
         (output * weight).sum().backward()
-        assert parameters is not None
     gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
     gradients = convert_published(
         {name: torch.zeros(1) if value is None else value for name, value in gradients.items()}, "a test"
@@ -103,6 +105,19 @@ def test_published_sizes(width, depth, heads, features, channels, taps, millions
     mask_token = width  # of the published file, unused
     count = sum(parameter.numel() for parameter in model.parameters()) + mask_token
     assert count / 1e6 == pytest.approx(millions, abs=0.006)
+
+
+@pytest.mark.parametrize("huggingface", [False, True])
+def test_a_published_file_is_loaded(tmp_path: Path, huggingface: bool):
+    model, other = ours(), ours()
+    torch.nn.init.normal_(model.depth_head.projects[0].weight)
+    file = tmp_path / "weights.safetensors"
+    save_file({name: value.contiguous() for name, value in to_published(model.state_dict(), huggingface).items()}, file)
+    assert str(file) in other.load_published(file)
+    images = torch.randn(1, 3, 56, 56)
+    assert torch.equal(other(images), model(images))
+    with pytest.raises(ValueError, match=r"weights\.safetensors"):
+        ours(swiglu=True).load_published(file)
 
 
 def test_bad_input_raises():

@@ -122,15 +122,18 @@ def test_dead_codes_are_restarted_at_vectors_of_the_batch():
 
 def test_restarted_codes_are_not_copies_of_the_most_frequent_vector():
     torch.manual_seed(0)
-    rare = torch.randn(12, 4) * 5
-    frequent = torch.zeros(500, 4)
-    quantizer = VQ(16, 4, decay=0.8, restart_below=0.02)
-    for _ in range(40):
-        quantizer(torch.cat([frequent, rare])[torch.randperm(512)])
-    used = quantizer(torch.cat([frequent, rare])).ids
-    assert used[500:].unique().numel() == 12  # uniform draws find 5 of 12 on average in as many steps
-    assert (quantizer.codebook[used[500:]] - rare).abs().max() < 0.1
-    quantizer(torch.full((20, 4), torch.nan))  # the loss reports it, not the draw
+    vectors = torch.cat([torch.zeros(500, 4), torch.randn(12, 4) * 5])[torch.randperm(512)]
+    quantizer = VQ(16, 4, restart_below=0.02)
+    codebook, counts = torch.zeros(16, 4), torch.zeros(16)
+    counts[:4] = 128.0  # twelve dead codes; the others are the frequent vector
+    quantizer._restart(codebook, counts, torch.zeros(16, 4), vectors)
+    assert (codebook[4:].norm(dim=1) > 0).all()
+    assert codebook[4:].unique(dim=0).shape[0] == 12  # every rare vector, once
+    again = codebook.clone()
+    quantizer._restart(codebook, torch.zeros(16), torch.zeros(16, 4), vectors)
+    assert torch.equal(codebook, again)  # no vector is left without its code
+    quantizer._restart(codebook, torch.zeros(16), torch.zeros(16, 4), torch.full((20, 4), torch.nan))
+    assert torch.equal(codebook, again)  # the loss reports it
 
 
 def test_codebooks_of_16_bits_are_averaged_in_32():

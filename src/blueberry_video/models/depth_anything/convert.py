@@ -18,12 +18,13 @@ def convert_published(state: dict[str, Tensor], source: str | Path) -> dict[str,
         ValueError: if it is of neither layout.
     """
     theirs = any(name.startswith("neck.") for name in state)
-    encoder, head = ("backbone.", "") if theirs else ("pretrained.", "depth_head.")
-    inside = {name.removeprefix(encoder): value for name, value in state.items() if name.startswith(encoder)}
-    rest = {name: value for name, value in state.items() if not name.startswith(encoder)}
-    if not inside or not any(name.startswith(head or "neck.") for name in rest):
+    encoder, head = ("backbone.", ("neck.", "head.")) if theirs else ("pretrained.", ("depth_head.",))
+    rest = {name: value for name, value in state.items() if name.startswith(head)}
+    # read_weights removes `backbone.`
+    inside = {name.removeprefix(encoder): value for name, value in state.items() if name not in rest}
+    if not inside or not rest:
         raise ValueError(
-            f"{source} holds no Depth Anything: there are no {encoder}… and {head or 'neck.'}… among names such as "
+            f"{source} holds no Depth Anything: there are no {encoder}… and {head[0]}… among names such as "
             f"{', '.join(list(state)[:3])}. Use a file of github.com/DepthAnything or a folder of transformers."
         )
     converted = {f"pretrained.{name}": value for name, value in published_weights(inside, source).items()}
@@ -73,4 +74,5 @@ def head_to_huggingface(name: str) -> str:
         unit = {ours: their for their, ours in UNITS.items()}[found[2]]
         inside = f".convolution{found[3]}" if found[3] else ""
         return f"neck.fusion_stage.layers.{4 - int(found[1])}.{unit}{inside}.{kind}"
-    return f"head.{ {ours: their for their, ours in STEMS.items()}[stem] }.{kind}".replace(" ", "")
+    theirs = {ours: their for their, ours in STEMS.items()}
+    return f"head.{theirs[stem]}.{kind}"

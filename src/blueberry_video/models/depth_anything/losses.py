@@ -127,8 +127,7 @@ def silog_loss(predicted: Tensor, target: Tensor, valid: Tensor, variance_focus:
     Raises:
         ValueError: For shapes that differ, or ``variance_focus`` outside [0, 1].
     """
-    if not predicted.shape == target.shape == valid.shape:
-        _check(predicted, target, valid, predicted.ndim)
+    _check(predicted, target, valid, predicted.ndim)
     if not 0 <= variance_focus <= 1:
         raise ValueError(f"variance_focus={variance_focus} must be in [0, 1].")
     if not valid.any():

@@ -59,5 +59,5 @@ class DepthAnything(nn.Module):
     def load_published(self, source: str | Path) -> str:
         """Loads a checkpoint of the original or a folder of transformers strictly; returns a message that names it."""
         weights = convert_published(read_source(source)[1], source)
-        load_strictly(self, weights, source, "Choose the size of the weights, such as model=depth_anything/v2_small.")
+        load_strictly(self, weights, source, "Build the model in the size of the weights.")
         return f"loaded {len(weights)} tensors from {source}"
