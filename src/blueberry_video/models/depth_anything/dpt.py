@@ -6,6 +6,7 @@ no class token.
 Shapes: B images, (h, w) patches of P pixels, D width of the encoder, C features of the head.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,9 @@ class DPTHead(nn.Module):
         features: C.
         out_channels: channels of the four reassembled maps, of 4, 2, 1 and 1/2 times the resolution of the patches.
         patch_size: P.
-        max_depth: ``None`` for affine-invariant disparity, at least 0; or the largest metric depth in meters.
+        max_depth: ``None`` for affine-invariant disparity, at least 0; or the largest metric depth in meters, by which
+            a sigmoid is multiplied; or infinity for metric depth without a bound (ReLU), as in the metric models of
+            Video Depth Anything.
 
     Raises:
         ValueError: for sizes out of range, other than four channels, or an odd number of features.
@@ -61,7 +64,10 @@ class DPTHead(nn.Module):
             setattr(self.scratch, f"layer{index}_rn", nn.Conv2d(channels, features, 3, padding=1, bias=False))
             setattr(self.scratch, f"refinenet{index}", Fusion(features))
         self.scratch.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
-        last_activation: nn.Module = nn.ReLU() if max_depth is None else nn.Sigmoid()
+        # unused, as in the original: frozen, because distributed training requires a gradient of every parameter
+        self.scratch.refinenet4.resConfUnit1.requires_grad_(False)
+        self.bounded = max_depth is not None and math.isfinite(max_depth)
+        last_activation: nn.Module = nn.Sigmoid() if self.bounded else nn.ReLU()
         self.scratch.output_conv2 = nn.Sequential(
             nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 1, 1), last_activation
         )
@@ -76,7 +82,7 @@ class DPTHead(nn.Module):
                 ones, as in Video Depth Anything; ``None`` for none.
 
         Returns:
-            (B, P h, P w), disparity at least 0, or depth in [0, ``max_depth``].
+            (B, P h, P w), disparity at least 0, or depth in meters in [0, ``max_depth``].
 
         Raises:
             ValueError: for other than four layers, or a number of tokens that is not h w.
@@ -99,7 +105,7 @@ class DPTHead(nn.Module):
                 x = temporal[6 - index](x)
         x = resized(self.scratch.output_conv1(x), (h * self.patch_size, w * self.patch_size))
         out = self.scratch.output_conv2(x)[:, 0]
-        return out if self.max_depth is None else out * self.max_depth
+        return out * self.max_depth if self.max_depth is not None and self.bounded else out
 
 
 class Fusion(nn.Module):

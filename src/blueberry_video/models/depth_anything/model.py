@@ -41,23 +41,27 @@ class DepthAnything(nn.Module):
         max_depth: float | None = None,
     ):
         super().__init__()
-        blocks = len(encoder.blocks)
-        if len(taps) != 4 or list(taps) != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] < blocks:
-            raise ValueError(f"taps={list(taps)} must be four ascending indices of the blocks, 0 to {blocks - 1}.")
-        self.taps = tuple(taps)
+        self.taps = checked_taps(taps, len(encoder.blocks))
+        self.max_depth, self.patch_size = max_depth, encoder.patch_size[1]
         self.pretrained = encoder
-        self.depth_head = DPTHead(encoder.embed_dim, features, out_channels, encoder.patch_size[1], max_depth)
+        self.depth_head = DPTHead(encoder.embed_dim, features, out_channels, self.patch_size, max_depth)
 
     def forward(self, images: Tensor) -> Tensor:
         """Predicts maps (B, H, W)."""
         if images.ndim != 4:
             raise ValueError(f"images has shape {tuple(images.shape)}: it must be (B, 3, H, W).")
         layers = [tokens for tokens, _ in self.pretrained.tokens_behind(images[:, :, None], self.taps)]
-        patch = self.pretrained.patch_size[1]
-        return self.depth_head(layers, (images.shape[2] // patch, images.shape[3] // patch))
+        return self.depth_head(layers, (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size))
 
     def load_published(self, source: str | Path) -> str:
         """Loads a checkpoint of the original or a folder of transformers strictly; returns a message that names it."""
         weights = convert_published(read_source(source)[1], source)
         load_strictly(self, weights, source, "Build the model in the size of the weights.")
         return f"loaded {len(weights)} tensors from {source}"
+
+
+def checked_taps(taps: Sequence[int], blocks: int) -> tuple[int, ...]:
+    """Returns ``taps`` if they are four ascending indices of ``blocks`` blocks; raises ``ValueError`` otherwise."""
+    if len(taps) != 4 or list(taps) != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] < blocks:
+        raise ValueError(f"taps={list(taps)} must be four ascending indices of the blocks, 0 to {blocks - 1}.")
+    return tuple(taps)
