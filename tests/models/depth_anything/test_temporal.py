@@ -179,7 +179,9 @@ def test_scan_starts_with_heads_that_smooth_and_heads_that_follow():
     u, b, c, dt = scan._scanned(inputs)
     torch.testing.assert_close((b * c).sum(-1), torch.ones_like(b[..., 0]))
     memories = 1 / dt[0, 0]
-    torch.testing.assert_close(memories, torch.tensor([1, 32 ** (1 / 3), 32 ** (2 / 3), 32]).double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        memories, torch.tensor([1, 32 ** (1 / 3), 32 ** (2 / 3), 32]).double(), rtol=1e-5, atol=0
+    )
     state, outputs = scan._fixed_point(u[:, 0], b[:, 0], dt[:, 0]), []
     for t in range(400):
         state = (-dt[:, t]).exp()[..., None, None] * state + (dt[:, t, :, None] * u[:, t])[..., None] * b[:, t, :, None]
@@ -194,7 +196,7 @@ def test_states_have_a_constant_size_and_can_be_pickled():
     for kind, expected in (("attention", [(6, 42, C)] * 2), ("scan", [(6, 4, 4, 4), (6, 2, 28)] * 2)):
         made, state, x = module(kind), None, torch.randn(3, 1, C, 2, 3, dtype=torch.float64)
         for frame in x:
-            out, state = made.step(frame, state)
+            _, state = made.step(frame, state)
             assert [tuple(each.shape) for each in state] == expected
             assert all(each.untyped_storage().nbytes() == each.nbytes for each in state)  # no view of a larger tensor
         again, _ = made.step(frame, pickle.loads(pickle.dumps(state)))

@@ -21,7 +21,9 @@ def video_model(temporal: str, trained: bool = False, **options) -> VideoDepthAn
     """Model with random weights; ``trained``: with temporal modules that change the maps."""
     torch.manual_seed(0)
     scan = {"scan_head_dim": 4, "scan_state_dim": 4}
-    model = VideoDepthAnything(encoder(), **SIZES, temporal=temporal, norm_groups=4, temporal_heads=2, **scan, **options)
+    model = VideoDepthAnything(
+        encoder(), **SIZES, temporal=temporal, norm_groups=4, temporal_heads=2, **scan, **options
+    )
     nn.init.constant_(model.head.scratch.output_conv2[2].bias, 0.5)
     nn.init.normal_(model.head.scratch.output_conv2[2].weight, std=0.5)
     for module in model.head.motion_modules if trained else ():

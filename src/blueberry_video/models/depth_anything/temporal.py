@@ -150,8 +150,8 @@ class TemporalAttention(nn.Module):
     """Self-attention over the frames of each pixel, in both directions of time, with absolute positions.
 
     In a stream, frame t attends to the cached inputs of frames 0, t - 41 and t - 29 … t - 1, at positions 0 … 30, and
-    to itself at position 31. Frame 0 is processed alone, and its cache replaces those of all frames before it. The state is
-    one tensor (N, 42, C): frame 0 and the last 41 frames. A stream is not equal to the window at once.
+    to itself at position 31. Frame 0 is processed alone; copies of its cache replace those of frames before it. The
+    state is one tensor (N, 42, C): frame 0 and the last 41 frames. A stream is not equal to the window at once.
 
     Args:
         dim: C.
@@ -247,7 +247,7 @@ class TemporalScan(nn.Module):
         smooth the noise of single frames; fast heads, the skip D and the convolution, which starts as the identity,
         follow the current frame. The steps start independent of the input, and learn to grow where a pixel changes.
         """
-        values, b, c, steps = self.conv_bias.split(self.sizes)
+        _, b, c, steps = self.conv_bias.split(self.sizes)
         # a single head must do both: it takes the geometric mean
         memory = torch.linspace(0, 1, self.num_heads) if self.num_heads > 1 else torch.tensor([0.5])
         dt = (1 / WINDOW) ** memory.to(steps.device)

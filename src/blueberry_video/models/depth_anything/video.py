@@ -7,14 +7,27 @@ which a stream equals the video at once.
 Shapes: B videos of T frames of H x W pixels.
 """
 
+import json
 from collections.abc import Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from blueberry_video.atomic import atomic_file, atomic_folder
+from blueberry_video.models.depth_anything.convert import (
+    MODEL_SETTINGS,
+    VIDEO_FILE,
+    Published,
+    check_settings,
+    convert_published_video,
+    license_text,
+    read_published,
+    to_published_video,
+)
 from blueberry_video.models.depth_anything.dpt import DPTHead
-from blueberry_video.models.depth_anything.model import checked_taps
+from blueberry_video.models.depth_anything.model import check_encoder, checked_taps, load_encoder, published_sizes
 from blueberry_video.models.depth_anything.temporal import (
     WINDOW,
     State,
@@ -23,6 +36,10 @@ from blueberry_video.models.depth_anything.temporal import (
     TemporalScan,
 )
 from blueberry_video.models.dinov2 import DINOv2
+from blueberry_video.weights.diffusers_folder import CONFIG
+from blueberry_video.weights.load import load_strictly
+
+MODULES = "head.motion_modules."
 
 Temporal = Literal["attention", "scan", "none"]
 
@@ -72,6 +89,8 @@ class VideoDepthAnything(nn.Module):
             raise ValueError(f"temporal={temporal!r} is unknown: choose 'attention', 'scan' or 'none'.")
         self.taps = checked_taps(taps, len(encoder.blocks))
         self.temporal, self.freeze_encoder, self.max_depth = temporal, freeze_encoder, max_depth
+        self.norm_groups, self.temporal_heads = norm_groups, temporal_heads
+        self.scan_head_dim, self.scan_state_dim, self.scan_conv_size = scan_head_dim, scan_state_dim, scan_conv_size
         self.patch_size = encoder.patch_size[1]
         self.pretrained = encoder
         self.head = TemporalDPTHead(encoder.embed_dim, features, out_channels, self.patch_size, max_depth)
@@ -132,6 +151,102 @@ class VideoDepthAnything(nn.Module):
             raise ValueError(f"frame has shape {tuple(frame.shape)}: it must be (B, 3, H, W).")
         return self.head.step(self._layers(frame), self._grid(frame), state)
 
+    def load_published(self, source: str | Path, encoder_only: bool = False) -> str:
+        """Loads published weights of a video or an image model, or a checkpoint of a run, strictly.
+
+        Weights without temporal modules, as of an image model, leave those of this model as they are: at
+        initialization they do not change the maps.
+
+        Args:
+            source: a file, or a folder of :meth:`save_published`; of image models see
+                :meth:`.model.DepthAnything.load_published`.
+            encoder_only: load the encoder of the weights and keep the head.
+
+        Returns:
+            A sentence on what was loaded and on the license of the published weights.
+
+        Raises:
+            FileNotFoundError: there are no such weights.
+            ValueError: the weights are of a different size or kind of temporal module, or of different taps,
+                ``max_depth`` or number of heads where the source states them; the message names key and value.
+        """
+        published = read_published(source)
+        return self._load(published, convert_published_video(published.state, source), source, encoder_only)
+
+    def _load(
+        self, published: Published, weights: dict[str, Tensor], source: str | Path, encoder_only: bool = False
+    ) -> str:
+        if encoder_only:
+            return load_encoder(self.pretrained, published, weights, source)
+        check_settings(published, self.taps, self.max_depth, source)
+        check_encoder(self.pretrained, published, source)
+        has_modules = check_temporal(self, published.settings, weights, source)
+        count = len(weights)
+        if not has_modules:
+            weights |= {name: value for name, value in self.state_dict().items() if name.startswith(MODULES)}
+        load_strictly(self, weights, source, "Build the model in the size of the weights.")
+        terms = license_text(self.pretrained.embed_dim, self.taps, len(self.pretrained.blocks), video=has_modules)
+        kept = (
+            ""
+            if has_modules or self.temporal == "none"
+            else "; it has no temporal modules, those of the model are kept"
+        )
+        return f"loaded {count} tensors from {source}{kept}; {terms}"
+
+    @classmethod
+    def from_published(
+        cls,
+        source: str | Path,
+        image_size: int = 518,
+        taps: Sequence[int] | None = None,
+        max_depth: float | Literal["published"] | None = "published",
+        num_heads: int | None = None,
+        **options: Any,
+    ) -> Self:
+        """Builds a Video Depth Anything of the size of published weights, and prints their license.
+
+        Args:
+            source, image_size, taps, max_depth, num_heads: see :meth:`.model.DepthAnything.from_published`.
+            options: further arguments of the constructor. By default those of the source; where it states none, the
+                kind of temporal module is that of the weights, and sizes are those of the published models.
+
+        Raises:
+            FileNotFoundError, ValueError: see :meth:`load_published`.
+        """
+        published = read_published(source)
+        weights = convert_published_video(published.state, source)
+        encoder, sizes = published_sizes(published, weights, source, image_size, taps, max_depth, num_heads)
+        known = {key: value for key, value in published.settings.items() if key not in sizes}
+        if (found := kind_of(weights)) != "none":
+            known["temporal"] = found
+        model = cls(encoder, **(sizes | known | options))
+        print(model._load(published, weights, source))
+        return model
+
+    def save_published(self, path: str | Path) -> None:
+        """Writes the weights in the layout of the original, which has no folders and no counterpart in transformers.
+
+        Args:
+            path: a file ``….pth``; otherwise a folder with ``video_depth_anything.pth`` and the settings of this model
+                in ``config.json``.
+
+        Raises:
+            FileExistsError: the folder exists and is not empty.
+        """
+        path = Path(path)
+        if path.suffix == ".pth":
+            with atomic_file(path) as file:
+                torch.save(to_published_video(self.state_dict()), file)
+            return
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise FileExistsError(f"{path} exists and is not an empty folder: choose a different folder.")
+        settings = {key: getattr(self, key) for key in MODEL_SETTINGS}
+        encoder = self.pretrained.published_settings | {"interpolate_offset": self.pretrained.offset}
+        config = {"architectures": [type(self).__name__], "encoder": encoder, **settings}
+        with atomic_folder(path) as partial:
+            (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            torch.save(to_published_video(self.state_dict()), partial / VIDEO_FILE)
+
     def _layers(self, images: Tensor) -> list[Tensor]:
         """Tokens of the tapped blocks of images (n, 3, H, W)."""
         if self.freeze_encoder and torch.is_grad_enabled():
@@ -175,3 +290,35 @@ class TemporalDPTHead(DPTHead):
 
         modules = [lambda x, module=module: advance(x, module) for module in self.motion_modules]
         return super().forward(layers, grid, modules or None), tuple(after)
+
+
+def kind_of(weights: dict[str, Tensor]) -> Temporal:
+    """Kind of the temporal modules of converted weights."""
+    if any(name.startswith(MODULES) and name.endswith(".to_q.weight") for name in weights):
+        return "attention"
+    return "scan" if any(name.startswith(MODULES) for name in weights) else "none"
+
+
+def check_temporal(
+    model: VideoDepthAnything, settings: dict[str, Any], weights: dict[str, Tensor], source: str | Path
+) -> bool:
+    """Returns whether weights have temporal modules.
+
+    Raises:
+        ValueError: they are of a different kind than those of the model, or their settings differ.
+    """
+    found = kind_of(weights)
+    if found == "none":
+        return False
+    if found != model.temporal:
+        raise ValueError(
+            f"model.temporal={model.temporal} does not fit {source}, which has temporal modules of kind {found}: set "
+            f"model.temporal={found}, or load an image model."
+        )
+    keys = ("norm_groups", "temporal_heads") if found == "attention" else ("norm_groups",)
+    for key in keys:
+        if key in settings and settings[key] != getattr(model, key):
+            raise ValueError(
+                f"model.{key}={getattr(model, key)} does not fit {source}: set model.{key}={settings[key]}."
+            )
+    return True
