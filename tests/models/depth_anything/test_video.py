@@ -130,7 +130,7 @@ def test_the_state_has_a_constant_size_and_can_be_pickled(temporal: str):
 
 
 def test_bad_input_raises():
-    with pytest.raises(ValueError, match=r"T=33\b.*\b32\b.*inference\.depth"):
+    with pytest.raises(ValueError, match=r"T=33\b.*\b32\b.*inference/depth"):
         video_model("attention")(torch.zeros(1, 3, 33, 32, 24))
     with torch.no_grad():
         assert video_model("scan")(torch.zeros(1, 3, 33, 32, 24)).shape == (1, 33, 32, 24)

@@ -41,8 +41,6 @@ from blueberry_video.weights.load import load_strictly
 
 MODULES = "head.motion_modules."
 
-Temporal = Literal["attention", "scan", "none"]
-
 
 class VideoDepthAnything(nn.Module):
     """DINOv2 and a DPT head with temporal modules: video (B, 3, T, H, W) to maps (B, T, H, W).
@@ -76,7 +74,7 @@ class VideoDepthAnything(nn.Module):
         features: int = 64,
         out_channels: Sequence[int] = (48, 96, 192, 384),
         max_depth: float | None = None,
-        temporal: Temporal = "attention",
+        temporal: Literal["attention", "scan", "none"] = "attention",
         norm_groups: int = 32,
         temporal_heads: int = 8,
         scan_head_dim: int = 16,
@@ -125,7 +123,7 @@ class VideoDepthAnything(nn.Module):
         if self.temporal == "attention" and frames > WINDOW:
             raise ValueError(
                 f"video has T={frames} frames, but the attention of temporal=attention has {WINDOW} positions: predict "
-                "long videos in overlapping windows with blueberry_video.inference.depth, or frame by frame with step."
+                "long videos in overlapping windows (inference/depth.py), or frame by frame with step."
             )
         images = video.transpose(1, 2).flatten(0, 1)
         return self.head(self._layers(images), self._grid(images), frames).unflatten(0, (len(video), frames))
@@ -292,7 +290,7 @@ class TemporalDPTHead(DPTHead):
         return super().forward(layers, grid, modules or None), tuple(after)
 
 
-def kind_of(weights: dict[str, Tensor]) -> Temporal:
+def kind_of(weights: dict[str, Tensor]) -> str:
     """Kind of the temporal modules of converted weights."""
     if any(name.startswith(MODULES) and name.endswith(".to_q.weight") for name in weights):
         return "attention"
