@@ -114,7 +114,7 @@ def _step(model: VideoDepthAnything, images: Tensor, *state: Tensor) -> tuple[Te
 def _constant_positions(encoder: DINOv2, size: tuple[int, ...]):
     """Replaces the interpolation of positions by its result: ONNX has no equal bicubic interpolation."""
     h, w = (side // encoder.patch_size[1] for side in size)
-    table = encoder._positions(h, w)
+    table = encoder._positions(h, w).clone(memory_format=torch.contiguous_format)  # not a view of a larger tensor
     encoder._positions = lambda h, w: table  # type: ignore[method-assign]
     try:
         yield
