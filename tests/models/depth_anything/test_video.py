@@ -149,3 +149,28 @@ def test_bad_input_raises():
         video_model("scan").step(torch.zeros(1, 3, 32, 32), state)
     with pytest.raises(ValueError, match=r"16 tensors, expected 8"):
         video_model("attention").step(torch.zeros(1, 3, 32, 24), state)
+
+
+@pytest.mark.parametrize("temporal", KINDS)
+def test_reduced_precision_streams_and_trains(temporal: str):
+    model, video = video_model(temporal, trained=True), torch.randn(1, 3, 5, 32, 24)
+    with torch.no_grad():
+        expected = streamed(model, video)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = streamed(model, video)
+    assert expected.std() > 0.05
+    assert (found - expected).abs().max() < 0.03
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.train()(video).float().square().mean()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("temporal", KINDS)
+def test_a_model_built_on_the_meta_device_equals_the_original(temporal: str):
+    model, video = video_model(temporal, trained=True), torch.randn(1, 3, 3, 32, 24)
+    with torch.device("meta"):
+        twin = video_model(temporal)
+    wrapped = nn.ModuleDict({"model": twin})  # as in a task
+    wrapped.load_state_dict({f"model.{name}": value for name, value in model.state_dict().items()}, assign=True)
+    assert torch.equal(twin(video), model(video))

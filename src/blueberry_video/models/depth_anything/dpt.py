@@ -50,7 +50,7 @@ class DPTHead(nn.Module):
         if max_depth is not None and not max_depth > 0:
             raise ValueError(f"max_depth={max_depth} must be above 0, or null for relative disparity.")
         self.patch_size, self.max_depth = patch_size, max_depth
-        self.projects = nn.ModuleList(nn.Conv2d(embed_dim, channels, 1) for channels in out_channels)
+        self.projects: Any = nn.ModuleList(nn.Conv2d(embed_dim, channels, 1) for channels in out_channels)
         first, second, _, last = out_channels
         self.resize_layers = nn.ModuleList(
             [
@@ -66,7 +66,7 @@ class DPTHead(nn.Module):
             setattr(self.scratch, f"refinenet{index}", Fusion(features))
         self.scratch.output_conv1 = Conv2d(features, features // 2, 3, padding=1)
         # unused, as in the original: frozen, because distributed training requires a gradient of every parameter
-        self.scratch.refinenet4.resConfUnit1.requires_grad_(False)
+        self.scratch.get_submodule("refinenet4.resConfUnit1").requires_grad_(False)
         self.bounded = max_depth is not None and math.isfinite(max_depth)
         last_activation: nn.Module = nn.Sigmoid() if self.bounded else nn.ReLU()
         self.scratch.output_conv2 = nn.Sequential(

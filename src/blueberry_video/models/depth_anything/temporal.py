@@ -8,8 +8,9 @@ Shapes: B videos of T frames, maps of h x w pixels with C channels, N = B h w pi
 channels, S channels of the state.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,23 +21,24 @@ from blueberry_video.nn.positions import PositionTables, sinusoid_table
 from blueberry_video.ops import ssd, ssd_step
 
 WINDOW = 32  # frames that the attention sees at once: the length of its position table
-GAP = 41  # frames back to the oldest cached frame except frame 0: (22 + 22) - 1 - 2, from the steps of the offline mode
-CACHED = GAP + 1
-CONTEXT = (0, 1, *range(CACHED - (WINDOW - 3), CACHED))  # cached frames 0, t - 41 and t - 29 ... t - 1: 31 of 42
+RECENT = 29  # frames directly before the current one that it attends to, in addition to frame 0 and the oldest one
+CACHED = 42  # frame 0 and the last 41 frames, of which the oldest is (22 + 22) - 1 - 2 frames back, as in two windows
 
 State = tuple[Tensor, ...]
 
 
-class Mixer(Protocol):
-    """Layer that mixes the frames of each pixel, at once or frame by frame."""
+class Mixer(nn.Module, ABC):
+    """Base class of layers that mix the frames of each pixel: at once, (N, T, C) -> (N, T, C), or frame by frame.
 
-    num_states: int  # tensors of the state
+    Attributes:
+        num_states: tensors of the state.
+    """
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """(N, T, C) -> (N, T, C)."""
+    num_states: int
 
+    @abstractmethod
     def step(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """Next frame (N, C) and the state after the preceding one, ``None`` before the first."""
+        """Processes the next frame (N, C), after the state of the preceding one, ``None`` before the first."""
 
 
 class TemporalModule(nn.Module):
@@ -54,7 +56,7 @@ class TemporalModule(nn.Module):
         ValueError: ``norm_groups`` does not divide C; in ``step``, the state has different shapes.
     """
 
-    def __init__(self, channels: int, mixers: Sequence[nn.Module], norm_groups: int = 32):
+    def __init__(self, channels: int, mixers: Sequence[Mixer], norm_groups: int = 32):
         super().__init__()
         if norm_groups < 1 or channels % norm_groups:
             raise ValueError(f"norm_groups={norm_groups} must divide the {channels} channels of a temporal module.")
@@ -94,22 +96,26 @@ class TemporalModule(nn.Module):
 class TemporalBlock(nn.Module):
     """Pre-norm block: mixers over time, then a GEGLU of 4 times the width, each with a residual. (N, T, C) -> same."""
 
-    def __init__(self, dim: int, mixers: Sequence[nn.Module]):
+    def __init__(self, dim: int, mixers: Sequence[Mixer]):
         super().__init__()
         self.attention_blocks = nn.ModuleList(mixers)  # name of the original, also for scans
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in mixers)
         self.ff = GEGLU(dim, 4 * dim)
         self.ff_norm = nn.LayerNorm(dim)
-        self.num_states = sum(mixer.num_states for mixer in mixers)  # type: ignore[misc]
+        self.num_states = sum(mixer.num_states for mixer in mixers)
+
+    def mixers(self) -> Iterator[tuple[Mixer, nn.Module]]:
+        """Yields each mixer and its norm."""
+        return zip(cast(Iterator[Mixer], self.attention_blocks), self.norms)
 
     def forward(self, x: Tensor) -> Tensor:
-        for mixer, norm in zip(self.attention_blocks, self.norms):
+        for mixer, norm in self.mixers():
             x = x + mixer(norm(x))
         return x + self.ff(self.ff_norm(x))
 
     def step(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
         after: list[Tensor] = []
-        for mixer, norm in zip(self.attention_blocks, self.norms):
+        for mixer, norm in self.mixers():
             before = None if state is None else state[len(after) : len(after) + mixer.num_states]
             mixed, new = mixer.step(norm(x), before)
             x = x + mixed
@@ -124,7 +130,7 @@ class GEGLU(nn.Module):
         super().__init__()
         first: Any = nn.Module()
         first.proj = nn.Linear(dim, 2 * hidden_dim)
-        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(hidden_dim, dim)])  # the second is dropout of 0
+        self.net: Any = nn.ModuleList([first, nn.Identity(), nn.Linear(hidden_dim, dim)])  # the second: dropout of 0
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.net[0].proj(x).chunk(2, dim=-1)
@@ -134,19 +140,7 @@ class GEGLU(nn.Module):
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
-class TemporalPositions(PositionTables):
-    """Sinusoidal positions of the 32 frames of a window, ``pe`` (1, 32, C)."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.dim = dim
-        self.register_tables()
-
-    def tables(self) -> dict[str, Tensor]:
-        return {"pe": sinusoid_table(WINDOW, self.dim)[None]}
-
-
-class TemporalAttention(nn.Module):
+class TemporalAttention(Mixer, PositionTables):
     """Self-attention over the frames of each pixel, in both directions of time, with absolute positions.
 
     In a stream, frame t attends to the cached inputs of frames 0, t - 41 and t - 29 … t - 1, at positions 0 … 30, and
@@ -167,10 +161,13 @@ class TemporalAttention(nn.Module):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"temporal_heads={num_heads} must divide the {dim} channels of a temporal module.")
-        self.num_heads = num_heads
+        self.dim, self.num_heads = dim, num_heads
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.pos_encoder = TemporalPositions(dim)
+        self.register_tables()
+
+    def tables(self) -> dict[str, Tensor]:
+        return {"pe": sinusoid_table(WINDOW, self.dim)[None]}
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, T, C) with T up to 32 -> (N, T, C)."""
@@ -184,23 +181,23 @@ class TemporalAttention(nn.Module):
             return self(frame)[:, 0], (frame.repeat(1, CACHED, 1),)
         (cache,) = state
         _check_state(cache, (len(x), CACHED, x.shape[1]))
-        context = self._with_positions(torch.cat([cache[:, :2], cache[:, CONTEXT[2] :], frame], dim=1))
+        context = self._with_positions(torch.cat([cache[:, :2], cache[:, -RECENT:], frame], dim=1))
         return self._attend(context[:, -1:], context)[:, 0], (torch.cat([cache[:, :1], cache[:, 2:], frame], dim=1),)
 
     def _with_positions(self, x: Tensor) -> Tensor:
-        return x + self.pos_encoder.pe[:, : x.shape[1]].to(x.dtype)
+        return x + self.get_buffer("pe")[:, : x.shape[1]].to(x.dtype)
 
     def _attend(self, queries: Tensor, context: Tensor) -> Tensor:
         """(N, n, C) and (N, m, C) -> (N, n, C)."""
-        split = {"pattern": "b t (heads c) -> b heads t c", "heads": self.num_heads}
-        q, k, v = (rearrange(x, **split) for x in (self.to_q(queries), self.to_k(context), self.to_v(context)))
+        projected = self.to_q(queries), self.to_k(context), self.to_v(context)
+        q, k, v = (rearrange(x, "b t (heads c) -> b heads t c", heads=self.num_heads) for x in projected)
         return self.to_out[0](rearrange(F.scaled_dot_product_attention(q, k, v), "b heads t c -> b t (heads c)"))
 
 
 # ---- scan ------------------------------------------------------------------------------------------------------------
 
 
-class TemporalScan(nn.Module):
+class TemporalScan(Mixer):
     """Causal selective scan over the frames of each pixel, gated, after a causal convolution over K frames.
 
     The inputs of the scan (values, B, C and steps dt) pass the convolution, so that a step can depend on the change of
@@ -306,7 +303,8 @@ class TemporalScan(nn.Module):
 
     def _output(self, y: Tensor, gate: Tensor) -> Tensor:
         """(…, H, P) and the gate (…, C) -> (…, C)."""
-        return self.out_proj(self.norm(y.flatten(-2)) * F.silu(gate))
+        y = self.norm(y.flatten(-2).to(self.norm.weight.dtype))  # autocast does not cast the inputs of RMSNorm
+        return self.out_proj(y * F.silu(gate))
 
 
 def _check_state(tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -263,7 +263,7 @@ class TemporalDPTHead(DPTHead):
         self, embed_dim: int, features: int, out_channels: Sequence[int], patch_size: int, max_depth: float | None
     ):
         super().__init__(embed_dim, features, out_channels, patch_size, max_depth)
-        self.motion_modules = nn.ModuleList()
+        self.motion_modules: Any = nn.ModuleList()
 
     def forward(self, layers: Sequence[Tensor], grid: tuple[int, int], frames: int = 1) -> Tensor:  # type: ignore[override]
         """Tokens of four layers (B T, h w, D) of videos of T = ``frames`` frames -> maps (B T, P h, P w)."""
