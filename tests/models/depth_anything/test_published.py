@@ -10,7 +10,13 @@ from torch import nn
 from transformers import DepthAnythingForDepthEstimation
 
 from blueberry_video.models.depth_anything import DepthAnything, VideoDepthAnything
-from blueberry_video.models.depth_anything.convert import convert_published_video, license_text, to_published_video
+from blueberry_video.models.depth_anything.convert import (
+    convert_published_video,
+    license_text,
+    settings_of_transformers,
+    to_published,
+    to_published_video,
+)
 from blueberry_video.models.dinov2 import DINOv2
 
 IMAGES = torch.randn(2, 3, 28, 42, generator=torch.Generator().manual_seed(0))
@@ -140,9 +146,26 @@ def test_metric_weights_in_a_relative_model_and_the_reverse_raise(name: str, the
     with pytest.raises(ValueError, match=rf"max_depth={ours}\b.*max_depth={theirs}\b.*encoder_only=True"):
         model.load_published(source)
     before = model.depth_head.projects[0].weight.clone()
-    model.load_published(source, encoder_only=True)
+    assert "license" in model.load_published(source, encoder_only=True)
     assert torch.equal(model.depth_head.projects[0].weight, before)
     assert torch.equal(model.pretrained.cls_token, image_model().pretrained.cls_token)
+
+
+def test_taps_of_configs_of_transformers():
+    """Stages are counted from 1, or, if negative, from the end; older configs have only names."""
+    for stages in ({"out_indices": [9, 10, 11, 12]}, {"out_indices": [-4, -3, -2, -1]}):
+        assert settings_of_transformers({"backbone_config": stages})["taps"] == (8, 9, 10, 11)
+    names = {"out_features": ["stage5", "stage12", "stage18", "stage24"], "num_hidden_layers": 24}
+    assert settings_of_transformers({"backbone_config": names})["taps"] == (4, 11, 17, 23)
+
+
+def test_an_incomplete_head_raises(tmp_path: Path):
+    state = to_published(image_model().state_dict(), huggingface=False)
+    del state["depth_head.projects.2.weight"]
+    torch.save(state, tmp_path / "weights.pth")
+    for load in (DepthAnything.from_published, VideoDepthAnything.from_published):
+        with pytest.raises(ValueError, match=r"weights\.pth.*projects\.2\.weight"):
+            load(tmp_path / "weights.pth", num_heads=2)
 
 
 def test_other_taps_or_heads_raise(tmp_path: Path):

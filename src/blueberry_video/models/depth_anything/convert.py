@@ -85,7 +85,8 @@ def settings_of_transformers(config: dict[str, Any]) -> dict[str, Any]:
     metric = config.get("depth_estimation_type", "relative") == "metric"
     settings = {"max_depth": float(config.get("max_depth") or 1) if metric else None}
     stages = backbone.get("out_indices") or [name.removeprefix("stage") for name in backbone.get("out_features") or ()]
-    return settings | ({"taps": tuple(int(stage) - 1 for stage in stages)} if stages else {})
+    count = backbone.get("num_hidden_layers", 12) + 1  # with the patch embedding as stage 0
+    return settings | ({"taps": tuple(int(stage) % count - 1 for stage in stages)} if stages else {})
 
 
 def settings_of_run(file: Path) -> dict[str, Any]:
@@ -105,12 +106,11 @@ def settings_of_name(name: str, blocks: int) -> dict[str, Any]:
     found = re.fullmatch(
         r"(metric_)?(video_)?depth_anything_(v2_)?(metric_(hypersim|vkitti)_)?vit[sblg](14)?\.\w+", name
     )
+    ranges = {"hypersim": 20.0, "vkitti": 80.0}
     if found is None:
-        return (
-            {"max_depth": 20.0} if "metric_hypersim" in name else {"max_depth": 80.0} if "metric_vkitti" in name else {}
-        )
+        return next(({"max_depth": value} for data, value in ranges.items() if f"metric_{data}" in name), {})
     metric_video, video, second, _, data, first = found.groups()
-    metric = {"hypersim": 20.0, "vkitti": 80.0, None: math.inf if metric_video else None}[data]
+    metric = ranges[data] if data else math.inf if metric_video else None
     taps = V2_TAPS.get(blocks) if video or second else tuple(range(blocks - 4, blocks)) if first else None
     return {"max_depth": metric} | ({} if taps is None else {"taps": taps})
 
@@ -127,14 +127,14 @@ def check_settings(published: Published, taps: tuple[int, ...], max_depth: float
             "relative disparity" if each is None else f"metric depth up to {each} m" for each in (theirs, max_depth)
         ]
         raise ValueError(
-            f"model.max_depth={max_depth} does not fit {source}, of which max_depth={theirs}: the weights predict "
+            f"model.max_depth={max_depth} does not fit {source}, which has max_depth={theirs}: the weights predict "
             f"{kinds[0]}, the model {kinds[1]}. Set model.max_depth={'null' if theirs is None else theirs}; for "
             "fine-tuning to metric depth load the encoder alone, with encoder_only=True."
         )
     known = published.settings.get("taps")
     if known is not None and tuple(known) != tuple(taps):
         raise ValueError(
-            f"model.taps={list(taps)} does not fit {source}, of which the head reads the blocks {list(known)}: set "
+            f"model.taps={list(taps)} does not fit {source}: its head reads the blocks {list(known)}. Set "
             f"model.taps={list(known)}."
         )
 

@@ -89,12 +89,12 @@ class DepthAnything(nn.Module):
     def _load(
         self, published: Published, weights: dict[str, Tensor], source: str | Path, encoder_only: bool = False
     ) -> str:
+        terms = license_text(self.pretrained.embed_dim, self.taps, len(self.pretrained.blocks))
         if encoder_only:
-            return load_encoder(self.pretrained, published, weights, source)
+            return f"{load_encoder(self.pretrained, published, weights, source)}; {terms}"
         check_settings(published, self.taps, self.max_depth, source)
         check_encoder(self.pretrained, published, source)
         load_strictly(self, weights, source, "Build the model in the size of the weights.")
-        terms = license_text(self.pretrained.embed_dim, self.taps, len(self.pretrained.blocks))
         return f"loaded {len(weights)} tensors from {source}; {terms}"
 
     @classmethod
@@ -113,8 +113,8 @@ class DepthAnything(nn.Module):
         Args:
             source: see :func:`~blueberry_video.models.depth_anything.convert.read_published`.
             image_size: nominal size; any multiple of the patch size is accepted.
-            taps: by default those of the source, or those of V2, which are printed, where it states none.
-            max_depth: by default that of the source, or ``None``, which is printed, where it states none.
+            taps: default to those of the source; if it states none, to those of V2, which are printed.
+            max_depth: defaults to that of the source; if it states none, to ``None``, which is printed.
             num_heads: attention heads, see :meth:`.dinov2.DINOv2.from_published`.
 
         Raises:
@@ -222,9 +222,13 @@ def published_sizes(
         if published.max_depth == UNKNOWN:
             print(f"max_depth=None, relative disparity, is assumed for {source}, which states none")
     head = {name.partition(".")[2]: value for name, value in weights.items() if name.startswith(HEADS)}
+    sizes = ["scratch.layer1_rn.weight", *(f"projects.{i}.weight" for i in range(4))]
+    if missing := [name for name in sizes if name not in head]:
+        raise ValueError(f"{source} is not a complete Depth Anything: {missing[0]} of the head is missing.")
+    features, *out_channels = (len(head[name]) for name in sizes)
     return encoder, {
         "taps": published_taps(published, len(encoder.blocks), source) if taps is None else tuple(taps),
-        "features": len(head["scratch.layer1_rn.weight"]),
-        "out_channels": [len(head[f"projects.{i}.weight"]) for i in range(4)],
+        "features": features,
+        "out_channels": out_channels,
         "max_depth": max_depth,
     }

@@ -1,8 +1,8 @@
 """Video Depth Anything (arXiv 2501.12375; github.com/DepthAnything/Video-Depth-Anything): depth of videos.
 
 The encoder and the DPT head are those of Depth Anything V2 and process every frame separately. Four temporal modules in
-the head mix the frames: the published ones with attention over 32 frames, or causal ones with a selective scan, of
-which a stream equals the video at once.
+the head mix the frames: the published ones with attention over 32 frames, or causal ones with a selective scan, which
+give the same maps frame by frame as for the whole video at once.
 
 Shapes: B videos of T frames of H x W pixels.
 """
@@ -174,21 +174,19 @@ class VideoDepthAnything(nn.Module):
     def _load(
         self, published: Published, weights: dict[str, Tensor], source: str | Path, encoder_only: bool = False
     ) -> str:
+        kind = kind_of(weights)
+        published_video = kind == "attention"  # scans are trained with the encoder of Depth Anything
+        terms = license_text(self.pretrained.embed_dim, self.taps, len(self.pretrained.blocks), published_video)
         if encoder_only:
-            return load_encoder(self.pretrained, published, weights, source)
+            return f"{load_encoder(self.pretrained, published, weights, source)}; {terms}"
         check_settings(published, self.taps, self.max_depth, source)
         check_encoder(self.pretrained, published, source)
-        has_modules = check_temporal(self, published.settings, weights, source)
-        count = len(weights)
-        if not has_modules:
+        check_temporal(self, kind, published.settings, source)
+        count, kept = len(weights), ""
+        if kind == "none" and self.temporal != "none":
             weights |= {name: value for name, value in self.state_dict().items() if name.startswith(MODULES)}
+            kept = "; it has no temporal modules, those of the model are kept"
         load_strictly(self, weights, source, "Build the model in the size of the weights.")
-        terms = license_text(self.pretrained.embed_dim, self.taps, len(self.pretrained.blocks), video=has_modules)
-        kept = (
-            ""
-            if has_modules or self.temporal == "none"
-            else "; it has no temporal modules, those of the model are kept"
-        )
         return f"loaded {count} tensors from {source}{kept}; {terms}"
 
     @classmethod
@@ -297,26 +295,23 @@ def kind_of(weights: dict[str, Tensor]) -> str:
     return "scan" if any(name.startswith(MODULES) for name in weights) else "none"
 
 
-def check_temporal(
-    model: VideoDepthAnything, settings: dict[str, Any], weights: dict[str, Tensor], source: str | Path
-) -> bool:
-    """Returns whether weights have temporal modules.
+def check_temporal(model: VideoDepthAnything, kind: str, settings: dict[str, Any], source: str | Path) -> None:
+    """Checks that temporal modules of weights are of the kind of those of a model and have the same known settings.
+
+    Weights of kind ``"none"`` fit every model.
 
     Raises:
-        ValueError: they are of a different kind than those of the model, or their settings differ.
+        ValueError: they differ; the message names key and value.
     """
-    found = kind_of(weights)
-    if found == "none":
-        return False
-    if found != model.temporal:
+    if kind == "none":
+        return
+    if kind != model.temporal:
         raise ValueError(
-            f"model.temporal={model.temporal} does not fit {source}, which has temporal modules of kind {found}: set "
-            f"model.temporal={found}, or load an image model."
+            f"model.temporal={model.temporal} does not fit {source}, which has temporal modules of kind {kind}: set "
+            f"model.temporal={kind}, or load an image model."
         )
-    keys = ("norm_groups", "temporal_heads") if found == "attention" else ("norm_groups",)
-    for key in keys:
+    for key in ("norm_groups", "temporal_heads") if kind == "attention" else ("norm_groups",):
         if key in settings and settings[key] != getattr(model, key):
             raise ValueError(
                 f"model.{key}={getattr(model, key)} does not fit {source}: set model.{key}={settings[key]}."
             )
-    return True
