@@ -13,6 +13,7 @@ from blueberry_video.models.dinov2 import DINOv2
 
 SIZES = {"taps": (0, 1, 2, 3), "features": 16, "out_channels": (4, 6, 16, 16)}
 SIZE = (32, 24)
+SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
 
 
 def depth_model(temporal: str | None) -> DepthAnything | VideoDepthAnything:
@@ -37,6 +38,7 @@ def runner(path, format: str):
     if format == "torch":
         program = torch.export.load(path).module()
 
+        @torch.no_grad()  # as the model: attention has other kernels for training
         def run(*inputs: Tensor) -> list[Tensor]:
             outputs = program(*inputs)
             return [outputs] if isinstance(outputs, Tensor) else list(outputs)
@@ -63,7 +65,7 @@ def skip_without_packages(format: str) -> None:
 def test_the_exported_image_model_equals_pytorch(format: str, tolerance: float, tmp_path):
     skip_without_packages(format)
     model, images = depth_model(None).train(), torch.randn(1, 3, *SIZE)
-    (path,) = export_depth(model, tmp_path / "model.bin", format, SIZE)
+    (path,) = export_depth(model, tmp_path / f"model{SUFFIX[format]}", format, SIZE)
     assert model.training
     with torch.no_grad():
         expected = model.eval()(images)
@@ -94,7 +96,9 @@ def test_the_exported_image_model_equals_pytorch(format: str, tolerance: float, 
 def test_exported_steps_equal_pytorch(temporal: str, format: str, tolerance: float, tmp_path):
     skip_without_packages(format)
     model = depth_model(temporal)
-    step, first = (runner(path, format) for path in export_depth(model, tmp_path / "m.bin", format, SIZE, step=True))
+    step, first = (
+        runner(path, format) for path in export_depth(model, tmp_path / f"m{SUFFIX[format]}", format, SIZE, step=True)
+    )
     maps, expected_state, state = [], None, None
     for frame in torch.randn(4, 1, 3, *SIZE):
         with torch.no_grad():
@@ -109,13 +113,15 @@ def test_exported_steps_equal_pytorch(temporal: str, format: str, tolerance: flo
 def test_bad_arguments_raise(tmp_path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match=r"format='tflite'"):
         export_depth(depth_model(None), tmp_path / "m", "tflite")
+    with pytest.raises(ValueError, match=r"m\.onnx must end in \.pt2\b"):
+        export_depth(depth_model(None), tmp_path / "m.onnx", "torch", SIZE)
     with pytest.raises(ValueError, match=r"image_size=\(32, 25\).*\b8\b"):
-        export_depth(depth_model(None), tmp_path / "m", image_size=(32, 25))
+        export_depth(depth_model(None), tmp_path / "m.onnx", image_size=(32, 25))
     with pytest.raises(ValueError, match=r"step=False.*VideoDepthAnything.*step=True"):
-        export_depth(depth_model("scan"), tmp_path / "m", image_size=SIZE)
+        export_depth(depth_model("scan"), tmp_path / "m.onnx", image_size=SIZE)
     with pytest.raises(ValueError, match=r"step=True.* DepthAnything\b"):
-        export_depth(depth_model(None), tmp_path / "m", image_size=SIZE, step=True)
+        export_depth(depth_model(None), tmp_path / "m.onnx", image_size=SIZE, step=True)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ImportError, match=r"onnxscript.*pip install blueberry-video\[onnx\].*format=torch"):
-        export_depth(depth_model(None), tmp_path / "m", image_size=SIZE)
+        export_depth(depth_model(None), tmp_path / "m.onnx", image_size=SIZE)
     assert not list(tmp_path.iterdir())

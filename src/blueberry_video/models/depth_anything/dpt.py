@@ -142,7 +142,8 @@ class Conv2d(nn.Conv2d):
     """2-D convolution, on the CPU with channels-last inputs, which take three quarters of the time (ViT-S, 518 px)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x)
+        # clone, not contiguous: torch.export would drop that where it predicts channels-last outputs of a convolution
+        return super().forward(x.clone(memory_format=torch.channels_last) if x.device.type == "cpu" else x)
 
 
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:

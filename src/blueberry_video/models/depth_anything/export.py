@@ -35,8 +35,8 @@ def export_depth(
 
     Args:
         model: its weights are exported as they are, in evaluation mode.
-        path: the file to write, replaced if it exists; of a stream that of all frames but the first. The first is
-            ``<stem>_first<suffix>``.
+        path: the file to write, ending in ``.onnx`` or ``.pt2``, replaced if it exists; of a stream that of all frames
+            but the first. The first is ``<stem>_first<suffix>``.
         format: ``"onnx"`` (requires the packages onnx and onnxscript), or ``"torch"``: a ``.pt2`` for
             ``torch.export.load``.
         image_size: H and W in pixels, multiples of the patch size; one number for both.
@@ -47,11 +47,15 @@ def export_depth(
 
     Raises:
         ImportError: a package is missing; the message names the command that installs it.
-        ValueError: ``format`` is unknown, the size is not in whole patches, or ``step`` does not fit the model.
+        ValueError: ``format`` is unknown, ``path`` ends differently, the size is not in whole patches, or ``step`` does
+            not fit the model.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if format not in ("onnx", "torch"):
         raise ValueError(f"format={format!r} is unknown: choose 'onnx' or 'torch'.")
+    path, suffix = Path(path), ".onnx" if format == "onnx" else ".pt2"
+    if path.suffix != suffix:
+        raise ValueError(f"path={path} must end in {suffix} with format={format}, which its readers require.")
     if step != isinstance(model, VideoDepthAnything):
         fix = (
             "video models are exported as streaming steps: pass step=True" if not step else "pass a VideoDepthAnything"
@@ -60,8 +64,7 @@ def export_depth(
     if any(side < model.patch_size or side % model.patch_size for side in size):
         raise ValueError(f"image_size={image_size} must be in whole patches, multiples of {model.patch_size} pixels.")
     write = _write_onnx if format == "onnx" else _write_torch
-    path, images = Path(path), torch.randn(1, 3, *size)
-    images = images.to(next(model.parameters()))
+    images = torch.randn(1, 3, *size).to(next(model.parameters()))
     metadata = json.dumps(
         {
             "kind": "disparity" if model.max_depth is None else "depth",
