@@ -36,8 +36,10 @@ PARTS = {  # parts of a text-to-video model or of its task: group → key in the
     "task/perceptual/": "task.perceptual",
 }
 TOKENIZER_PARTS = ("model/quantizer", "task/adversarial", "task/frechet", "task/perceptual")
+DEPTH = ("model/depth_anything/", "model/video_depth_anything/")  # tests/models/depth_anything/test_depth_configs.py
 NO_ENCODER = ("model/text_to_video/", "model/video_vae/", "model/hydra_generator/", "model/hydra_tokenizer/")
-MODELS = [name for name in FILES if name.startswith("model/") and not name.startswith((*ENCODERS, *PARTS, *NO_ENCODER))]
+OTHER = (*ENCODERS, *PARTS, *NO_ENCODER, *DEPTH)
+MODELS = [name for name in FILES if name.startswith("model/") and not name.startswith(OTHER)]
 EXPERIMENT = """
 # run: nothing, a test
 defaults: [train, override model: videomae/tiny, override task: masked_pixels, override data: sprites, _self_]

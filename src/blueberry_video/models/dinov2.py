@@ -224,6 +224,19 @@ class DINOv2(Encoder):
             ValueError: the weights are not those of a DINOv2, or of a width that no published model has.
         """
         config, state = read_source(source)
+        return cls.from_state(config, state, source, image_size, num_frames, num_heads)
+
+    @classmethod
+    def from_state(
+        cls,
+        config: dict[str, Any],
+        state: dict[str, Tensor],
+        source: str | Path,
+        image_size: int = 224,
+        num_frames: int = 16,
+        num_heads: int | None = None,
+    ) -> Self:
+        """:meth:`from_published` of a config, which may be empty, and a state dict that were read from ``source``."""
         weights = published_weights(state, source)
         embed_dim, in_channels, _, patch_size = weights["patch_embed.proj.weight"].shape[:4]
         num_heads = num_heads or config.get("num_attention_heads") or published_heads(embed_dim, source)

@@ -6,9 +6,11 @@ no class token.
 Shapes: B images, (h, w) patches of P pixels, D width of the encoder, C features of the head.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,7 +25,9 @@ class DPTHead(nn.Module):
         features: C.
         out_channels: channels of the four reassembled maps, of 4, 2, 1 and 1/2 times the resolution of the patches.
         patch_size: P.
-        max_depth: ``None`` for affine-invariant disparity, at least 0; or the largest metric depth in meters.
+        max_depth: ``None`` for affine-invariant disparity, at least 0; or the largest metric depth in meters, by which
+            a sigmoid is multiplied; or infinity for metric depth without a bound (ReLU), as in the metric models of
+            Video Depth Anything.
 
     Raises:
         ValueError: for sizes out of range, other than four channels, or an odd number of features.
@@ -46,24 +50,27 @@ class DPTHead(nn.Module):
         if max_depth is not None and not max_depth > 0:
             raise ValueError(f"max_depth={max_depth} must be above 0, or null for relative disparity.")
         self.patch_size, self.max_depth = patch_size, max_depth
-        self.projects = nn.ModuleList(nn.Conv2d(embed_dim, channels, 1) for channels in out_channels)
+        self.projects: Any = nn.ModuleList(nn.Conv2d(embed_dim, channels, 1) for channels in out_channels)
         first, second, _, last = out_channels
         self.resize_layers = nn.ModuleList(
             [
                 nn.ConvTranspose2d(first, first, 4, stride=4),
                 nn.ConvTranspose2d(second, second, 2, stride=2),
                 nn.Identity(),
-                nn.Conv2d(last, last, 3, stride=2, padding=1),
+                Conv2d(last, last, 3, stride=2, padding=1),
             ]
         )
         self.scratch: Any = nn.Module()
         for index, channels in enumerate(out_channels, 1):
-            setattr(self.scratch, f"layer{index}_rn", nn.Conv2d(channels, features, 3, padding=1, bias=False))
+            setattr(self.scratch, f"layer{index}_rn", Conv2d(channels, features, 3, padding=1, bias=False))
             setattr(self.scratch, f"refinenet{index}", Fusion(features))
-        self.scratch.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
-        last_activation: nn.Module = nn.ReLU() if max_depth is None else nn.Sigmoid()
+        self.scratch.output_conv1 = Conv2d(features, features // 2, 3, padding=1)
+        # unused, as in the original: frozen, because distributed training requires a gradient of every parameter
+        self.scratch.get_submodule("refinenet4.resConfUnit1").requires_grad_(False)
+        self.bounded = max_depth is not None and math.isfinite(max_depth)
+        last_activation: nn.Module = nn.Sigmoid() if self.bounded else nn.ReLU()
         self.scratch.output_conv2 = nn.Sequential(
-            nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 1, 1), last_activation
+            Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), Conv2d(32, 1, 1), last_activation
         )
 
     def forward(self, layers: Sequence[Tensor], grid: tuple[int, int], temporal: Temporal | None = None) -> Tensor:
@@ -76,7 +83,7 @@ class DPTHead(nn.Module):
                 ones, as in Video Depth Anything; ``None`` for none.
 
         Returns:
-            (B, P h, P w), disparity at least 0, or depth in [0, ``max_depth``].
+            (B, P h, P w), disparity at least 0, or depth in meters in [0, ``max_depth``].
 
         Raises:
             ValueError: for other than four layers, or a number of tokens that is not h w.
@@ -87,7 +94,9 @@ class DPTHead(nn.Module):
             raise ValueError(f"layers have shapes {shapes}: they must be four of (B, {h * w}, D), for a grid {grid}.")
         maps = []
         for tokens, project, resize in zip(layers, self.projects, self.resize_layers):
-            maps.append(resize(project(tokens.transpose(1, 2).unflatten(2, (h, w)))))
+            # a 1 x 1 convolution is a linear layer of tokens, which is faster on the CPU
+            projected = F.linear(tokens, project.weight[:, :, 0, 0], project.bias)
+            maps.append(resize(projected.transpose(1, 2).unflatten(2, (h, w))))
         if temporal is not None:
             maps[2:] = [module(each) for module, each in zip(temporal[:2], maps[2:])]
         skips = [getattr(self.scratch, f"layer{index}_rn")(each) for index, each in enumerate(maps, 1)]
@@ -99,7 +108,7 @@ class DPTHead(nn.Module):
                 x = temporal[6 - index](x)
         x = resized(self.scratch.output_conv1(x), (h * self.patch_size, w * self.patch_size))
         out = self.scratch.output_conv2(x)[:, 0]
-        return out if self.max_depth is None else out * self.max_depth
+        return out * self.max_depth if self.max_depth is not None and self.bounded else out
 
 
 class Fusion(nn.Module):
@@ -110,7 +119,7 @@ class Fusion(nn.Module):
 
     def __init__(self, features: int):
         super().__init__()
-        self.out_conv = nn.Conv2d(features, features, 1)
+        self.out_conv = Conv2d(features, features, 1)
         self.resConfUnit1, self.resConfUnit2 = ResidualUnit(features), ResidualUnit(features)
 
     def forward(self, coarser: Tensor | None, layer: Tensor, size: Sequence[int]) -> Tensor:
@@ -123,10 +132,18 @@ class ResidualUnit(nn.Module):
 
     def __init__(self, features: int):
         super().__init__()
-        self.conv1, self.conv2 = (nn.Conv2d(features, features, 3, padding=1) for _ in range(2))
+        self.conv1, self.conv2 = (Conv2d(features, features, 3, padding=1) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class Conv2d(nn.Conv2d):
+    """2-D convolution, on the CPU with channels-last inputs, which take three quarters of the time (ViT-S, 518 px)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # clone, not contiguous: torch.export would drop that where it predicts channels-last outputs of a convolution
+        return super().forward(x.clone(memory_format=torch.channels_last) if x.device.type == "cpu" else x)
 
 
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:

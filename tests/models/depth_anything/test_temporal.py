@@ -1,0 +1,225 @@
+"""Temporal modules: published values against an independent form, streams, causality, and bad sizes."""
+
+import math
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from blueberry_video.models.depth_anything.temporal import TemporalAttention, TemporalModule, TemporalScan
+
+C, HEADS = 16, 2
+
+
+def module(kind: str, seed: int = 0) -> TemporalModule:
+    """Module with random parameters, also of the last layer."""
+    torch.manual_seed(seed)
+    mixers = [TemporalAttention(C, HEADS) if kind == "attention" else TemporalScan(C, 4, 4) for _ in range(2)]
+    made = TemporalModule(C, mixers, norm_groups=4)
+    nn.init.normal_(made.temporal_transformer.proj_out.weight, std=0.3)
+    if kind == "attention":
+        for parameter in made.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    return made.double()
+
+
+def streamed(made: TemporalModule, x: Tensor, frames: int) -> Tensor:
+    """Applies ``step`` to every frame of maps (B T, C, h, w)."""
+    state, out = None, []
+    for frame in x.unflatten(0, (-1, frames)).unbind(1):
+        y, state = made.step(frame, state)
+        out.append(y)
+    return torch.stack(out, 1).flatten(0, 1)
+
+
+# ---- published attention, pixel by pixel -----------------------------------------------------------------------------
+
+
+def table(dim: int) -> Tensor:
+    pe = torch.zeros(32, dim, dtype=torch.float64)
+    for position in range(32):
+        for i in range(0, dim, 2):
+            angle = position * math.exp(-math.log(10000.0) * i / dim)
+            pe[position, i], pe[position, i + 1] = math.sin(angle), math.cos(angle)
+    return pe
+
+
+def published_attention(p: dict[str, Tensor], query: Tensor, context: Tensor) -> Tensor:
+    """Queries at the last positions of the context (m, C), at positions 0 … m - 1."""
+    context = context + table(C)[: len(context)]
+    out = []
+    q, k, v = (context @ p[f"to_{name}.weight"].T for name in "qkv")
+    for head in range(HEADS):
+        part = slice(head * C // HEADS, (head + 1) * C // HEADS)
+        logits = q[-len(query) :, part] @ k[:, part].T / math.sqrt(C // HEADS)
+        out.append(logits.softmax(-1) @ v[:, part])
+    return torch.cat(out, -1) @ p["to_out.0.weight"].T + p["to_out.0.bias"]
+
+
+def layer_norm(x: Tensor, p: dict[str, Tensor], name: str) -> Tensor:
+    return nn.functional.layer_norm(x, (C,), p[f"{name}.weight"], p[f"{name}.bias"], 1e-5)
+
+
+def geglu(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    value, gate = (x @ p["ff.net.0.proj.weight"].T + p["ff.net.0.proj.bias"]).chunk(2, -1)
+    return (value * nn.functional.gelu(gate)) @ p["ff.net.2.weight"].T + p["ff.net.2.bias"]
+
+
+def inside(p: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in p.items() if name.startswith(prefix)}
+
+
+def published(made: TemporalModule, x: Tensor, frames: int, stream: bool) -> Tensor:
+    """Output of the published module for one video, x (T, C, h, w): at once, or with the published lists of caches."""
+    p = inside(dict(made.state_dict()), "temporal_transformer.")
+    block = inside(p, "transformer_blocks.0.")
+    normed = nn.functional.group_norm(x, 4, p["norm.weight"], p["norm.bias"], 1e-6)
+    out = x.clone()
+    for row in range(x.shape[2]):
+        for column in range(x.shape[3]):
+            h = normed[:, :, row, column] @ p["proj_in.weight"].T + p["proj_in.bias"]
+            if stream:
+                h = published_stream(h, block)
+            else:
+                for i in (0, 1):
+                    states = layer_norm(h, block, f"norms.{i}")
+                    h = h + published_attention(inside(block, f"attention_blocks.{i}."), states, states)
+                h = h + geglu(layer_norm(h, block, "ff_norm"), block)
+            out[:, :, row, column] += h @ p["proj_out.weight"].T + p["proj_out.bias"]
+    return out
+
+
+def published_stream(frames: Tensor, block: dict[str, Tensor]) -> Tensor:
+    """Policy of ``video_depth_stream.py``: 32 copies of the cache of frame 0; the first two and the last 29 are read;
+    the second is deleted once frame 11 has been added."""
+    caches: list[list[Tensor]] = []
+    out = []
+    for index, frame in enumerate(frames):
+        read = caches[:2] + caches[-29:]
+        assert len(read) in (0, 31)
+        h, own = frame[None], []
+        for i in (0, 1):
+            states = layer_norm(h, block, f"norms.{i}")
+            own.append(states)
+            context = torch.cat([cache[i] for cache in read] + [states])
+            h = h + published_attention(inside(block, f"attention_blocks.{i}."), states, context)
+        h = h + geglu(layer_norm(h, block, "ff_norm"), block)
+        caches += [own] * (1 if index else 32)
+        if index + 32 > 42:
+            del caches[1]
+        out.append(h)
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("frames", [1, 7, 32])
+def test_attention_equals_the_published_module(frames: int):
+    made, x = module("attention"), torch.randn(frames, C, 2, 3, dtype=torch.float64)
+    expected = published(made, x, frames, stream=False)
+    assert (expected - x).abs().max() > 0.1
+    torch.testing.assert_close(made(x, frames), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_attention_streams_as_published():
+    frames = 47  # frame 1 leaves the cache at frame 43
+    made, x = module("attention"), torch.randn(frames, C, 1, 2, dtype=torch.float64)
+    expected, found = published(made, x, frames, stream=True), streamed(made, x, frames)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[:1], made(x[:1], 1), rtol=1e-9, atol=1e-9)
+    assert (found[:20] - made(x[:20], 20)).abs().max() > 1e-3  # a stream is not the window at once
+
+
+def test_names_are_those_of_the_published_checkpoint():
+    prefix = "temporal_transformer.transformer_blocks.0."
+    attention = [f"attention_blocks.{i}.{name}" for i in (0, 1) for name in ("to_q", "to_k", "to_v", "to_out.0")]
+    expected = {f"{prefix}{name}.weight" for name in attention}
+    expected |= {f"{prefix}attention_blocks.{i}.to_out.0.bias" for i in (0, 1)}
+    affine = [f"{prefix}{name}" for name in ("norms.0", "norms.1", "ff.net.0.proj", "ff.net.2", "ff_norm")]
+    affine += [f"temporal_transformer.{name}" for name in ("norm", "proj_in", "proj_out")]
+    expected |= {f"{name}.{kind}" for name in affine for kind in ("weight", "bias")}
+    assert set(module("attention").state_dict()) == expected
+
+
+# ---- scan ------------------------------------------------------------------------------------------------------------
+
+
+def test_scan_streamed_equals_the_scan_at_once():
+    made, frames = module("scan"), 70  # more than a chunk
+    x = torch.randn(2 * frames, C, 2, 3, dtype=torch.float64)
+    torch.testing.assert_close(streamed(made, x, frames), made(x, frames), rtol=1e-9, atol=1e-9)
+
+
+def test_scan_is_causal_and_reads_all_past_frames():
+    made, frames = module("scan"), 6
+    x = torch.randn(frames, C, 1, 1, dtype=torch.float64, requires_grad=True)
+    out = made(x, frames)
+    for t in range(frames):
+        (gradient,) = torch.autograd.grad(out[t].square().sum(), x, retain_graph=True)
+        size = gradient.abs().amax((1, 2, 3))
+        assert (size[t + 1 :] == 0).all()
+        assert (size[: t + 1] > 1e-6).all()
+
+
+def test_scan_does_not_change_with_time_in_a_still_video():
+    made = module("scan")
+    x = torch.randn(1, C, 2, 2, dtype=torch.float64).expand(50, -1, -1, -1)
+    out = made(x, 50)
+    torch.testing.assert_close(out, out[:1].expand_as(out), rtol=1e-9, atol=1e-9)
+    moving = made(torch.randn(50, C, 2, 2, dtype=torch.float64), 50)
+    assert (moving - moving[:1]).abs().max() > 0.1
+
+
+def test_scan_starts_with_heads_that_smooth_and_heads_that_follow():
+    """The noise that remains in the average of a head falls with its memory 1 / dt, from 1 to 32 frames."""
+    torch.manual_seed(0)
+    scan = TemporalScan(64, 16, 16).double()
+    inputs = torch.randn(1, 1, sum(scan.sizes), dtype=torch.float64).expand(1, 402, -1).clone()
+    inputs[..., 64:] = 0  # B, C and steps from the biases alone
+    inputs[..., :64] = torch.randn(1, 402, 64, dtype=torch.float64)
+    u, b, c, dt = scan._scanned(inputs)
+    torch.testing.assert_close((b * c).sum(-1), torch.ones_like(b[..., 0]))
+    memories = 1 / dt[0, 0]
+    torch.testing.assert_close(
+        memories, torch.tensor([1, 32 ** (1 / 3), 32 ** (2 / 3), 32]).double(), rtol=1e-5, atol=0
+    )
+    state, outputs = scan._fixed_point(u[:, 0], b[:, 0], dt[:, 0]), []
+    for t in range(400):
+        state = (-dt[:, t]).exp()[..., None, None] * state + (dt[:, t, :, None] * u[:, t])[..., None] * b[:, t, :, None]
+        outputs.append((state * c[:, t, :, None]).sum(-1))
+    deviation = torch.stack(outputs)[100:].std(0).mean(-1)[0]
+    assert (deviation[1:] < deviation[:-1]).all()
+    assert deviation[0] > 0.8
+    assert deviation[3] < 0.25
+
+
+def test_states_have_a_constant_size_and_can_be_pickled():
+    for kind, expected in (("attention", [(6, 42, C)] * 2), ("scan", [(6, 4, 4, 4), (6, 2, 28)] * 2)):
+        made, state, x = module(kind), None, torch.randn(3, 1, C, 2, 3, dtype=torch.float64)
+        for frame in x:
+            _, state = made.step(frame, state)
+            assert [tuple(each.shape) for each in state] == expected
+            assert all(each.untyped_storage().nbytes() == each.nbytes for each in state)  # no view of a larger tensor
+        again, _ = made.step(frame, pickle.loads(pickle.dumps(state)))
+        assert torch.equal(again, made.step(frame, state)[0])
+
+
+@pytest.mark.parametrize("kind", ["attention", "scan"])
+def test_module_is_the_identity_at_initialization(kind: str):
+    mixers = [TemporalAttention(C, HEADS) if kind == "attention" else TemporalScan(C, 4, 4) for _ in range(2)]
+    made, x = TemporalModule(C, mixers, 4), torch.randn(6, C, 2, 3)
+    assert torch.equal(made(x, 3), x)
+    assert torch.equal(made.step(x, None)[0], x)
+
+
+def test_bad_sizes_raise():
+    with pytest.raises(ValueError, match=r"norm_groups=3\b.*\b16 channels"):
+        TemporalModule(C, [TemporalScan(C)], 3)
+    with pytest.raises(ValueError, match=r"temporal_heads=3\b.*\b16 channels"):
+        TemporalAttention(C, 3)
+    with pytest.raises(ValueError, match=r"scan_head_dim=5\b.*\b16 channels"):
+        TemporalScan(C, 5)
+    for kind in ("attention", "scan"):
+        made = module(kind)
+        _, state = made.step(torch.randn(1, C, 2, 3, dtype=torch.float64), None)
+        with pytest.raises(ValueError, match=r"\(6, \d+.*expected \(9, "):
+            made.step(torch.randn(1, C, 3, 3, dtype=torch.float64), state)
