@@ -22,6 +22,8 @@ VIDEO ?=
 override export VIDEO := $(value VIDEO)
 MODEL ?= qwen2.5-vl
 override export MODEL := $(value MODEL)
+CHECKPOINT ?=
+override export CHECKPOINT := $(value CHECKPOINT)
 OUT ?=
 override export OUT := $(value OUT)
 PROMPT ?=
@@ -84,9 +86,12 @@ data: $(STAMP) ## write a folder of mp4 files; ARGS="source=world out=data/world
 	@$(with_args) -m blueberry_video.data.write
 
 ##@ Video
-.PHONY: process decode-bench
+.PHONY: process depth decode-bench
 process: $(STAMP) ## VIDEO=file [MODEL=name] [OUT=folder] [ARGS="fps=1 format=numpy"]: convert a video to the input of a model
 	@$(if $(strip $(VIDEO)),,$(error VIDEO is missing: `make process VIDEO=clip.mp4 MODEL=qwen2.5-vl OUT=folder`))$(with_args) -m blueberry_video.video.command "$$VIDEO" --model "$$MODEL" $${OUT:+--out "$$OUT"}
+
+depth: $(STAMP) ## VIDEO=file OUT=folder CHECKPOINT=run [ARGS="--format npz,png --mode sliding"]: depth of a video of any length
+	@$(if $(strip $(VIDEO)),,$(error VIDEO is missing: `make depth VIDEO=clip.mp4 OUT=maps CHECKPOINT=outputs/video_depth`))$(if $(strip $(OUT)),,$(error OUT is missing: add OUT=<folder>))$(if $(strip $(CHECKPOINT)),,$(error CHECKPOINT is missing: add CHECKPOINT=outputs/<experiment>, or published weights))$(with_args) -m blueberry_video.depth "$$VIDEO" --out="$$OUT" --checkpoint="$$CHECKPOINT"
 
 decode-bench: $(STAMP) ## find the fastest decoder and number of threads on this machine; ARGS=folder of videos to use
 	@$(with_args) benchmarks/decode.py

@@ -156,6 +156,11 @@ def published_taps(published: Published, blocks: int, source: str | Path) -> tup
     return V2_TAPS[blocks]
 
 
+def is_video(state: dict[str, Tensor]) -> bool:
+    """Whether published weights are those of a video model with temporal modules."""
+    return any("motion_modules." in name for name in state)
+
+
 def license_text(embed_dim: int, taps: tuple[int, ...], depth: int, video: bool = False) -> str:
     """License of the published weights of a size, as the end of a sentence.
 
