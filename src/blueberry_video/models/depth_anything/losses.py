@@ -78,7 +78,9 @@ def gradient_matching_loss(predicted: Tensor, target: Tensor, valid: Tensor, sca
     return total
 
 
-def mixed_pseudo_label_loss(predicted: Tensor, first: Tensor, second: Tensor, valid: Tensor, mask: Tensor) -> Tensor:
+def mixed_pseudo_label_loss(
+    predicted: Tensor, first: Tensor, second: Tensor, valid: Tensor, mask: Tensor, trim: float = 0.0
+) -> Tensor:
     """Affine-invariant loss of a CutMix image, normalized separately inside and outside the pasted rectangle.
 
     Args:
@@ -86,6 +88,7 @@ def mixed_pseudo_label_loss(predicted: Tensor, first: Tensor, second: Tensor, va
         first, second: Pseudo-labels of the teacher on the two clean images; ``first`` is used where ``mask`` is true.
         valid: Valid pixels of the labels.
         mask: Bool (B, H, W), the pasted rectangle.
+        trim: share of the valid pixels of each region, those of the largest difference, that are ignored.
 
     Returns:
         Scalar: the losses of the two regions, weighted by their share of the area.
@@ -97,7 +100,8 @@ def mixed_pseudo_label_loss(predicted: Tensor, first: Tensor, second: Tensor, va
         inside = valid & region
         difference = (normalized(predicted, inside) - normalized(label, inside)).abs()
         area = region.flatten(1).float().mean(1).to(predicted)
-        losses.append((_means(difference, inside) * area).mean())
+        kept = _without_largest(difference, inside, trim) if trim else inside
+        losses.append((_means(difference, kept) * area).mean())
     return losses[0] + losses[1]
 
 
