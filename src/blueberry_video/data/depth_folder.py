@@ -177,7 +177,7 @@ class DepthFolder(MediaFolder):
         """Resizes (T, H, W) to the size and the crop of the frames, by the nearest pixel."""
         if self.image_size is None:
             return maps
-        size = covering_size(*maps.shape[1:], self.image_size) if self.resize == "crop" else self.image_size
+        size = covering_size(maps.shape[1], maps.shape[2], self.image_size) if self.resize == "crop" else self.image_size
         resized = F.interpolate(maps[:, None], size, mode="nearest-exact")
         return window(resized, self.image_size)[:, 0].contiguous()
 
