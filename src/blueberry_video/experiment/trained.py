@@ -51,7 +51,7 @@ def load_trained(source: str | Path, kinds: Sequence[type], device: torch.device
     target = str(config.task._target_)
     if not issubclass(get_class(target), tuple(kinds)):
         names = " or ".join(kind.__name__ for kind in kinds)
-        raise ValueError(f"{run.path} trained task._target_={target}, which generates no videos: use a run of {names}.")
+        raise ValueError(f"{run.path} trained task._target_={target}, but this command requires a run of {names}.")
     try:
         checkpoint = latest_good_checkpoint(run.path / "checkpoints")
     except FileNotFoundError as error:
