@@ -1,25 +1,62 @@
 """Pseudo-labels on disk: written, resumed byte for byte, read without depth; the entry point, and students of a run."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from blueberry_video import pseudo_labels, train
+from blueberry_video.config import compose
 from blueberry_video.data.pseudo_labels import PseudoLabelled, PseudoLabelWriter
 from blueberry_video.data.world import World
-from blueberry_video.evaluation.student import FirstClips
+from blueberry_video.evaluation.student import FirstClips, pseudo_labeller
+from blueberry_video.experiment.trained import load_trained
+from blueberry_video.tasks.depth import Depth
 
-CONFIG = """
+MODEL = """
+  _target_: blueberry_video.models.depth_anything.DepthAnything
+  encoder:
+    {_target_: blueberry_video.models.dinov2.DINOv2, image_size: 28, num_frames: 2, embed_dim: 16, depth: 4,
+     num_heads: 2, table_size: 2}
+  taps: [0, 1, 2, 3]
+  features: 8
+  out_channels: [4, 6, 8, 10]
+"""
+TEACHER = f"""
 defaults:
   - train
-  - override model: vit/tiny
-  - override task: depth
+  - override task: depth_student
   - override data: world_depth
   - override callbacks: student
   - _self_
 name: teacher
+model: {MODEL}
+data:
+  batch_size: 4
+  train: {{dataset: {{size: 12, supersample: 1}}}}
+  val: {{dataset: {{size: 6}}}}
+callbacks:
+  student: {{num_clips: 8, steps: 6}}
 """
+STUDENT = f"""
+defaults:
+  - train
+  - override task: depth_student
+  - override data: world_depth
+  - _self_
+name: student
+model: {MODEL}
+data:
+  batch_size: 4
+  train:
+    _target_: blueberry_video.data.pseudo_labels.PseudoLabelled
+    folder: labels
+    dataset: {{size: 9, _target_: blueberry_video.data.world.World, num_frames: 2, image_size: 28, supersample: 1}}
+  val: {{dataset: {{size: 6, num_frames: 2, camera: static, supersample: 1}}}}
+"""
+QUIET = ["logger=csv", "callbacks.progress=null", "callbacks.media=null", "schedule=constant", "optimizer.lr=0.001"]
 
 
 def world(size: int = 5, split: str = "train", **changes) -> World:
@@ -70,9 +107,8 @@ def test_an_interrupted_writer_continues_byte_for_byte(tmp_path: Path, stop: int
 
     with pytest.raises(KeyboardInterrupt):
         PseudoLabelWriter(2)(world(), dies, tmp_path / "cut", "mean")
-    if stop < 4:
-        with pytest.raises(ValueError, match=rf"contains {stop // 2} of 3 shards.*make pseudo_labels"):
-            PseudoLabelled(world(), tmp_path / "cut")
+    with pytest.raises(ValueError, match=rf"contains {stop // 2} of 3 shards.*make pseudo_labels"):
+        PseudoLabelled(world(), tmp_path / "cut")
     calls.clear()
     stop = 100
     PseudoLabelWriter(2)(world(), dies, tmp_path / "cut", "mean")
@@ -136,3 +172,67 @@ def test_first_clips(tmp_path: Path):
     labelled = PseudoLabelWriter()(first, brightness, tmp_path, "mean")
     assert [clip["id"] for clip in (labelled[0], labelled[1])] == ["world-train-0", "world-train-1"]
     assert FirstClips(world(), 3).cache_key != first.cache_key
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def config_of(folder: Path, text: str, *overrides: str):
+    file = folder / text.split("name: ")[1].split("\n")[0] / "config.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return compose(file, [*QUIET, f"output_dir={folder / 'outputs'}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of a teacher that was trained for a few steps, with the callback of the student."""
+    folder = tmp_path_factory.mktemp("runs")
+    folders = [f"data.{split}.folder={folder / 'cache'}" for split in ("train", "val")]
+    train.run(config_of(folder, TEACHER, "trainer.max_steps=8", *folders))
+    torch.use_deterministic_algorithms(False)
+    [run] = (path for path in (folder / "outputs" / "teacher").iterdir() if (path / "run.json").is_file())
+    return run
+
+
+def test_a_student_is_trained_at_the_end_of_the_run(teacher: Path):
+    results = json.loads((teacher / "end_of_run.json").read_text())["results"]
+    found = results["student"]
+    assert set(found) == {"abs_rel_student", "abs_rel_teacher", "abs_rel_student_ratio"}
+    assert found["abs_rel_teacher"] == pytest.approx(results["trainer.validate"]["val/abs_rel"], rel=1e-4)
+    assert found["abs_rel_student_ratio"] == pytest.approx(found["abs_rel_student"] / found["abs_rel_teacher"])
+    assert found["abs_rel_student"] != found["abs_rel_teacher"]
+    assert not (teacher / "pseudo_labels").exists()
+    metrics = json.loads((teacher / "run.json").read_text())["metrics"]
+    assert metrics["student/abs_rel_student"] == pytest.approx(found["abs_rel_student"])
+
+
+def test_the_entry_point_labels_the_clips_of_an_experiment(teacher: Path, tmp_path: Path):
+    config = config_of(tmp_path, STUDENT, f"data.train.folder={tmp_path / 'labels'}")
+    labelled = pseudo_labels.run(teacher, config, shard_size=4)
+    assert labelled.labels.folder == tmp_path / "labels"
+    task = load_trained(teacher, (Depth,)).task
+    for index in (0, 8):
+        clip = labelled[index]
+        assert "depth" not in clip
+        maps = task.predict(clip["video"][None].transpose(1, 2).float() / 255)[0]
+        torch.testing.assert_close(clip["disparity"], maps.detach())
+    assert torch.equal(pseudo_labeller(task)(labelled[0]["video"]), labelled[0]["disparity"])
+    whole = files(tmp_path / "labels")
+    other = pseudo_labels.run(teacher, config, out=tmp_path / "other", shard_size=4)
+    assert files(other.labels.folder) == whole
+    train.run(config_of(tmp_path, STUDENT, f"data.train.folder={tmp_path / 'labels'}", "trainer.max_steps=2"))
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_metric_teacher_raises(teacher: Path):
+    task = load_trained(teacher, (Depth,)).task
+    task.model.max_depth = 20.0
+    with pytest.raises(ValueError, match=r"model\.max_depth=20\.0"):
+        pseudo_labeller(task)
+
+
+def test_no_teacher_on_the_command_line_raises(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.argv", ["pseudo_labels", "--config-dir", "experiments/x"])
+    with pytest.raises(ValueError, match=r"--config-dir.*outputs/"):
+        pseudo_labels.main()

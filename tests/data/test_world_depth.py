@@ -14,11 +14,11 @@ CONF = Path(__file__).parents[2] / "conf" / "data" / "world_depth.yaml"
 
 
 def data(folder: Path, num_frames: int) -> DataModule:
-    config = OmegaConf.create({"data": OmegaConf.load(CONF), "seed": 0, "model": {"encoder": {"image_size": 28}}})
+    encoder = {"image_size": 28, "num_frames": num_frames}
+    config = OmegaConf.create({"data": OmegaConf.load(CONF), "seed": 0, "model": {"encoder": encoder}})
     for split in ("train", "val"):
         config.data[split].folder = str(folder)
         config.data[split].dataset.size = 8
-    config.data.train.dataset.num_frames = num_frames
     config.data.train.dataset.supersample, config.data.batch_size = 1, 4
     return instantiate(config.data)
 
