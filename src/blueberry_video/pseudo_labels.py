@@ -25,9 +25,7 @@ if TYPE_CHECKING:  # torch is imported after the config is checked
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m blueberry_video.pseudo_labels", allow_abbrev=False, add_help=False)
-    parser.add_argument(
-        "teacher", help="run of a model of depth, or folder of an experiment: its newest run"
-    )
+    parser.add_argument("teacher", help="run of a model of depth, or folder of an experiment: its newest run")
     parser.add_argument("--out", default=None, help="folder to write to; defaults to data/pseudo_labels/<name>")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the stored disparity")
     parser.add_argument("--shard-size", type=int, default=64, help="clips per file")
@@ -79,8 +77,8 @@ def run(
             f"data.train of name={config.name} has {len(found)} parts of class PseudoLabelled: label one at a time, "
             "with an experiment that has only its clips as data.train."
         )
-    node = found[0].dataset if found else config.data.train
-    folder = Path(out or (found[0].folder if found else f"data/pseudo_labels/{config.name}"))
+    node = found[0]["dataset"] if found else config.data.train
+    folder = Path(out or (found[0]["folder"] if found else f"data/pseudo_labels/{config.name}"))
     trained = load_trained(teacher, (Depth,), "cuda" if torch.cuda.is_available() else "cpu")
     label, model = pseudo_labeller(trained.task), trained.task.model
     dataset = instantiate(node)

@@ -122,7 +122,7 @@ def test_metric_loss_ignores_depth_above_the_limit(model):
     assert (depth > 4).sum() > 0
     torch.testing.assert_close(found["loss"], losses.silog_loss(module.predict(batch["video"]), depth, valid))
     scores = module.shared_step(batch, "val")
-    expected = depth_accuracy(module.predict(batch["video"]), depth)
+    expected = depth_accuracy(module.predict(batch["video"]), torch.where(valid, depth, 0.0))
     torch.testing.assert_close(scores["rmse"], expected.rmse)
 
 
@@ -375,19 +375,14 @@ def test_a_run_on_the_world_learns(tmp_path):
         ("depth_student", {"affine": 1, "gradient": 2, "temporal": 0, "features": 0, "trim": 0.1, "average": False}),
         ("depth_student_v1", {"affine": 1, "gradient": 0, "temporal": 0, "features": 1, "trim": 0, "average": True}),
         ("depth_video", {"affine": 1, "gradient": 0.5, "temporal": 10, "features": 0, "trim": 0, "average": False}),
-        ("depth_metric", {}),
     ],
 )
 def test_configs_have_the_published_weights(name: str, expected: dict):
     with hydra.initialize_config_dir(str(CONF), version_base=None):
-        config = hydra.compose(overrides=[f"+task={name}", "+model.max_depth=20"])
-    config.task.optimization._target_ = "builtins.dict"
-    optimization = {"optimization": OPTIMIZATION}
-    model = image_model(max_depth=20.0 if name == "depth_metric" else None)
-    module = instantiate(config.task, _partial_=True)(model=model, **optimization)
+        config = hydra.compose(overrides=[f"+task={name}"])
+    module = instantiate(config.task, _partial_=True)(model=image_model(), optimization=OPTIMIZATION)
     assert expected.items() <= vars(module.loss).items()
-    assert module.metric == (name == "depth_metric")
-    assert module.scores.max_depth == (20 if name == "depth_metric" else None)
+    assert module.scores == DepthScores()
     assert (module.student.cutmix, module.student.augment is None) == ((0.5, False) if "student" in name else (0, True))
     assert module.student.weight == (0.5 if name == "depth_video" else 1)
     assert module.head_lr_scale == 10

@@ -58,10 +58,10 @@ def aligned_depth(disparity: Tensor, depth: Tensor, max_depth: float | None = No
         raise ValueError(f"max_depth={max_depth} must be above 0, in meters, such as 80, or null.")
     least = MIN_DISPARITY if max_depth is None else 1 / max_depth
     first = 0 if by_image else 1  # of the dimensions that share a fit
-    rows = [maps.double().flatten(0, 1 - first).flatten(1) for maps in (disparity, disparity_of(depth))]
-    mask = valid_depth(depth).flatten(0, 1 - first).flatten(1) & rows[0].isfinite()
-    scale, shift = least_squares_alignment(*rows, mask)
-    aligned = scale[:, None] * rows[0] + shift[:, None]
+    predicted, target = (maps.double().flatten(0, 1 - first).flatten(1) for maps in (disparity, disparity_of(depth)))
+    mask = valid_depth(depth).flatten(0, 1 - first).flatten(1) & predicted.isfinite()
+    scale, shift = least_squares_alignment(predicted, target, mask)
+    aligned = scale[:, None] * predicted + shift[:, None]
     return (1 / aligned.clamp(min=least)).view_as(disparity).to(disparity.dtype)
 
 

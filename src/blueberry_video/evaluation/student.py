@@ -2,7 +2,7 @@
 
 import copy
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from blueberry_video.evaluation.end_of_run import evaluate_at_end
@@ -59,7 +59,7 @@ class StudentOfPseudoLabels(Callback):
             raise ValueError(f"callbacks.{name}.lr_scale={lr_scale} must be above 0.")
         self.writer, self.clips, self.num_clips = writer, clips, num_clips
         self.steps, self.batch_size, self.lr_scale, self.name, self.seed = steps, batch_size, lr_scale, name, seed
-        self.untrained: nn.Module | None = None
+        self.untrained: Any = None  # model with the initial weights
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Copies the initial weights, before ``init_from`` or a checkpoint is loaded."""
@@ -82,7 +82,7 @@ class StudentOfPseudoLabels(Callback):
                 f"callbacks.{self.name}.batch_size={self.batch_size} exceeds the {len(clips)} clips to label: lower it."
             )
         if self.untrained is None:
-            self.untrained = copy.deepcopy(pl_module.model).cpu()  # type: ignore[operator]
+            self.untrained = copy.deepcopy(pl_module.model).cpu()  # type: ignore[union-attr, operator]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -179,7 +179,7 @@ def validated(task: Any, dataset: Any, batch_size: int) -> float:
     """Returns the mean ``abs_rel`` of a task over the clips of a dataset with depth."""
     means = Means()
     for start in range(0, len(dataset), batch_size):
-        clips: Sequence[dict] = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+        clips = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
         batch = _on_device(task, default_collate(clips))
         scores = task.scores(task.predict(batch["video"]), batch, task.metric)
         means.add("abs_rel", scores["abs_rel"], 0)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Depth(Task):
         teacher_from: its weights, a file, folder, hub id, or checkpoint of a run; ``None``: those it was built with.
         head_lr_scale: learning rate of the parameters outside the encoder relative to those of the encoder.
         flip: probability of a horizontal flip of a training clip with its maps; 0.5 in Depth Anything.
-        scores: protocol of validation.
+        scores: protocol of validation; the default of its ``max_depth`` is that of the model.
         num_pictures: number of clips in :meth:`media`.
 
     Raises:
@@ -92,6 +93,8 @@ class Depth(Task):
         self.__dict__["frozen"] = None
         self.teacher_from, self.head_lr_scale, self.flip = teacher_from, head_lr_scale, flip
         self.scores, self.num_pictures = scores or DepthScores(), num_pictures
+        if self.metric and self.scores.max_depth is None:
+            self.scores = replace(self.scores, max_depth=float(self.model.max_depth))
         self._median = MedianMap()
 
     def setup(self, stage: str) -> None:
