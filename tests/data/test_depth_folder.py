@@ -181,6 +181,16 @@ def test_frames_and_maps_of_a_sequence_belong_together(tmp_path: Path, form: str
         assert each["depth"][:, 0, 0].tolist() == (each["video"][:, 0, 0, 0] // 20 + 1).tolist()
 
 
+def test_too_few_frames_raise_or_are_padded(tmp_path: Path):
+    frames_folder(tmp_path, "walk", 3)
+    write_map(tmp_path / "depth" / "walk.npz", maps_of_frames(3))
+    sidecar(tmp_path, {"kind": "depth", "unit": "m"})
+    with pytest.raises(ValueError, match=r"videos/walk.*num_frames=5\b.*has 3\b.*data\.train\.pad=true"):
+        DepthFolder(tmp_path, None, num_frames=5, sampler="random")[0]
+    clip = DepthFolder(tmp_path, None, num_frames=5, sampler="random", pad=True)[0]
+    assert clip["depth"][:, 0, 0].tolist() == [1, 2, 3, 3, 3]
+
+
 def test_a_video_file_with_disparity(tmp_path: Path):
     (tmp_path / "train" / "videos").mkdir(parents=True)
     levels = torch.arange(6, dtype=torch.uint8)[:, None, None, None] * 40
@@ -260,6 +270,8 @@ def break_array(root: Path) -> None:
         (lambda root: sidecar(root, {"kind": "depth"}), ValueError, r"unit=None.*'mm'"),
         (lambda root: sidecar(root, {"kind": "depth", "unit": "ft"}), ValueError, r"unit='ft'.*'mm'"),
         (lambda root: sidecar(root, {"kind": "disparity", "unit": "m"}), ValueError, r"unit='m'.*null"),
+        (lambda root: sidecar(root, {**MILLIMETERS, "Scale": 2}), ValueError, r"depth\.json.*'Scale'.*'scale'"),
+        (lambda root: sidecar(root, {"kind": "depth", "units": "m"}), ValueError, r"depth\.json.*'units'.*'unit'"),
         (lambda root: sidecar(root, {**MILLIMETERS, "scale": 0}), ValueError, r"scale=0\b"),
         (lambda root: sidecar(root, {**MILLIMETERS, "offset": "1"}), ValueError, r"offset='1'"),
         (lambda root: sidecar(root, {**MILLIMETERS, "invalid": "no"}), ValueError, r"invalid='no'"),

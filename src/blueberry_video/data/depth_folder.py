@@ -24,7 +24,7 @@ from blueberry_video.data.media_folder import MediaFolder
 from blueberry_video.data.metadata import IMAGES, VIDEOS, Row, read_metadata
 from blueberry_video.video.clip import FrameReader, with_reader
 from blueberry_video.video.decode import DecodeOptions, Frames
-from blueberry_video.video.errors import BrokenVideoError
+from blueberry_video.video.errors import BrokenVideoError, VideoError
 from blueberry_video.video.resize import covering_size, window
 from blueberry_video.video.sampling import ClipSampling
 from blueberry_video.video.source import open_source
@@ -157,8 +157,16 @@ class DepthFolder(MediaFolder):
                 )
             return reader.load(reader.sample(self.sampling, rng))
 
-        with open_source(row.path) as source:
-            frames = with_reader(source, DecodeOptions(num_threads=1, salvage=False), work)
+        try:
+            with open_source(row.path) as source:
+                frames = with_reader(source, DecodeOptions(num_threads=1, salvage=False), work)
+        except VideoError:
+            raise
+        except ValueError as error:  # too few frames
+            raise ValueError(
+                f"{row.path}: {error} In a config these are model.encoder.num_frames, data.train.stride and "
+                "data.train.pad=true (or data.val.…)."
+            ) from error
         values = maps.read(frames.indices)
         sizes = [tuple(each.shape[-2:]) for each in (frames.pixels, values)]
         if sizes[0] != sizes[1]:
@@ -177,7 +185,9 @@ class DepthFolder(MediaFolder):
         """Resizes (T, H, W) to the size and the crop of the frames, by the nearest pixel."""
         if self.image_size is None:
             return maps
-        size = covering_size(maps.shape[1], maps.shape[2], self.image_size) if self.resize == "crop" else self.image_size
+        size = (
+            covering_size(maps.shape[1], maps.shape[2], self.image_size) if self.resize == "crop" else self.image_size
+        )
         resized = F.interpolate(maps[:, None], size, mode="nearest-exact")
         return window(resized, self.image_size)[:, 0].contiguous()
 

@@ -3,7 +3,7 @@
     {"kind": "depth"|"disparity", "unit": "m"|"cm"|"mm"|null, "scale": 1.0, "offset": 0.0, "invalid": 0 | "nan" | null}
 
 A value is ``offset + scale * stored``; ``unit`` then converts depth to meters, and is null for disparity. ``scale``
-defaults to 1, ``offset`` to 0, ``invalid`` to null; further keys are ignored. Stored values equal to ``invalid`` and
+defaults to 1, ``offset`` to 0, ``invalid`` to null; further keys are ignored, but these keys in another spelling raise. Stored values equal to ``invalid`` and
 all values that are not finite are invalid, and so is depth of at most 0. An EXR file has the map in channel Z, else Y,
 else R; an NPZ file in the array ``depth`` or ``disparity``, (H, W) or (T, H, W).
 """
@@ -102,6 +102,10 @@ def read_format(folder: Path) -> DepthFormat:
     if not isinstance(content, dict) or "kind" not in content:
         raise ValueError(f"{path} has no key kind: write it as in {EXAMPLE}.")
     keys = ("kind", "unit", "scale", "offset", "invalid")
+    for key in content:
+        meant = next((known for known in keys if known == key.strip().lower().removesuffix("s")), key)
+        if key not in keys and meant in keys:
+            raise ValueError(f"{path} has the key {key!r}, which is not read: rename it to {meant!r}.")
     try:
         return DepthFormat(**{key: content[key] for key in keys if key in content})
     except ValueError as error:
