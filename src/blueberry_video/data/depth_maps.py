@@ -3,9 +3,9 @@
     {"kind": "depth"|"disparity", "unit": "m"|"cm"|"mm"|null, "scale": 1.0, "offset": 0.0, "invalid": 0 | "nan" | null}
 
 A value is ``offset + scale * stored``; ``unit`` then converts depth to meters, and is null for disparity. ``scale``
-defaults to 1, ``offset`` to 0, ``invalid`` to null; further keys are ignored, but these keys in another spelling raise. Stored values equal to ``invalid`` and
-all values that are not finite are invalid, and so is depth of at most 0. An EXR file has the map in channel Z, else Y,
-else R; an NPZ file in the array ``depth`` or ``disparity``, (H, W) or (T, H, W).
+defaults to 1, ``offset`` to 0, ``invalid`` to null. Further keys are ignored, but these in another spelling raise.
+Stored values equal to ``invalid`` and all values that are not finite are invalid, and so is depth of at most 0. An EXR
+file has the map in channel Z, else Y, else R; an NPZ file in the array ``depth`` or ``disparity``, (H, W) or (T, H, W).
 """
 
 import json
