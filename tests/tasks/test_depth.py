@@ -1,5 +1,6 @@
 """Training of depth: losses by kind of labels, students and teachers, metrics with their controls, and bad input."""
 
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -310,6 +311,16 @@ def test_shuffled_frames_are_put_back_in_order():
         found, expected = module.shared_step(batch, "val"), module.scores(shuffled, batch, False)
         for name in ("abs_rel", "tae"):
             torch.testing.assert_close(found[f"{name}_shuffled"], expected[name])
+
+
+def test_a_model_with_a_dead_output_warns():
+    module = task().eval()
+    nn.init.constant_(module.model.depth_head.scratch.output_conv2[2].bias, -1e3)
+    with pytest.warns(UserWarning, match=r"one value, 0,.*init_from"):
+        module.shared_step(clips(), "val")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        task().eval().shared_step(clips(), "val")
 
 
 def test_clips_of_pseudo_labels_have_a_loss_and_no_metrics():

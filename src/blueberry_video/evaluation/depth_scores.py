@@ -1,5 +1,6 @@
 """Scores of predicted depth on a batch of clips, and the trivial prediction: the median depth map of training clips."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -65,8 +66,15 @@ class DepthScores:
 
         Returns:
             Vectors with one value for each clip with valid depth: ``abs_rel``, ``delta1``, ``rmse`` and, for more than
-            one frame, ``flicker``, ``tae`` and ``tae_floor``, in percent.
+            one frame, ``flicker``, ``tae`` and ``tae_floor``, in percent. Warns of maps that have one value everywhere.
         """
+        if maps.numel() > 1 and bool(maps.amin() == maps.amax()):
+            warnings.warn(
+                f"the predicted maps of {len(maps)} clips have one value, {maps.amin().item():g}, at all pixels: the "
+                "last activation of the model is saturated, and no gradient reaches its weights. Start from pretrained "
+                "weights (init_from), or lower optimizer.lr or task.head_lr_scale.",
+                stacklevel=2,
+            )
         truth, depth = self.truth(batch), self.depth(maps, batch, metric)
         values = depth_accuracy(depth, truth)._asdict()
         if truth.shape[1] > 1:
