@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from blueberry_video.augmentation import ColorJitter, HorizontalFlip
 from blueberry_video.data.datamodule import DataModule
+from blueberry_video.data.mixture import Mixture
+from blueberry_video.data.pseudo_labels import PseudoLabelWriter
+from blueberry_video.data.single_frames import SingleFrames
 from blueberry_video.data.world import World
 from blueberry_video.evaluation.depth_metrics import aligned_depth, depth_accuracy, disparity_of
 from blueberry_video.evaluation.depth_scores import DepthScores, shuffled_prediction
@@ -277,6 +280,33 @@ def test_trivial_prediction_is_the_median_map_of_the_middle_frames():
     metric = attach(task(image_model(max_depth=9.0)), train)
     found = metric.shared_step(batch, "val")["abs_rel_trivial"]
     torch.testing.assert_close(found, depth_accuracy((1 / expected).expand(2, 1, -1, -1), batch["depth"]).abs_rel)
+
+
+def test_median_map_does_not_mix_depth_and_pseudo_labels():
+    labelled = [{"depth": torch.full((1, 2, 2), depth)} for depth in (2.0, 4.0, 5.0)]
+    pseudo = [{"disparity": torch.full((1, 2, 2), 1000.0)}] * 9
+    for train, expected in ((labelled + pseudo, 0.25), (pseudo, 1000)):
+        module = attach(task(), train)
+        assert (module._median.get(module, 2, 2) == expected).all()
+
+
+def test_a_mixture_of_labelled_images_and_pseudo_labelled_clips_trains(tmp_path: Path):
+    world = World("train", 8, 3, SIZE, supersample=1)
+    pseudo = PseudoLabelWriter()(world, lambda video: video.float().mean(1) / 255, tmp_path / "labels", "mean")
+    data = DataModule(Mixture({"image": SingleFrames(world), "clip": pseudo}), World("val", 2, 3, SIZE), batch_size=4)
+    module = task(VideoModel(), loss=RelativeLoss(temporal=10.0), student=Student(ColorJitter(), cutmix=0.5))
+    seen = []
+    step = module.shared_step
+    module.shared_step = lambda batch, stage: (seen.append((set(batch), stage)), step(batch, stage))[1]  # type: ignore
+    trainer = lightning.Trainer(
+        max_steps=4, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, use_distributed_sampler=False, num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    trained = [keys & {"depth", "disparity"} for keys, stage in seen if stage == "train"]
+    assert {"depth"} in trained
+    assert {"disparity"} in trained
+    assert all(float(value) == float(value) for value in trainer.callback_metrics.values())
 
 
 def test_median_map_reads_at_most_256_clips():

@@ -138,7 +138,7 @@ class MedianMap:
         self._medians: dict[tuple[int, ...], Tensor] = {}  # by size
 
     def get(self, task: Any, height: int, width: int) -> Tensor | None:
-        """Returns the map (H, W) of disparity in 1/m, or of unknown scale if clips have no ``depth``; 0 for pixels
+        """Returns the map (H, W) of disparity in 1/m, or of unknown scale if no clip has ``depth``; 0 for pixels
         without valid values.
 
         Args:
@@ -163,12 +163,13 @@ class MedianMap:
 def _middle_maps(dataset: Any) -> list[Tensor]:
     """Disparity maps (H, W) of evenly spaced clips, NaN where they are invalid."""
     size = len(dataset)
-    count, maps = min(size, MAX_MAPS), []
+    count = min(size, MAX_MAPS)
+    maps: dict[str, list[Tensor]] = {"depth": [], "disparity": []}  # of different scales, so that they are not mixed
     for index in range(count):
         clip = dataset[index * size // count]
         if "depth" in clip:
             disparity = disparity_of(clip["depth"][len(clip["depth"]) // 2].float())
-            maps.append(torch.where(disparity > 0, disparity, torch.nan))
+            maps["depth"].append(torch.where(disparity > 0, disparity, torch.nan))
         elif "disparity" in clip:
-            maps.append(clip["disparity"][len(clip["disparity"]) // 2].float())
-    return maps
+            maps["disparity"].append(clip["disparity"][len(clip["disparity"]) // 2].float())
+    return maps["depth"] or maps["disparity"]
