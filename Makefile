@@ -54,7 +54,7 @@ doctor: $(STAMP) ## check versions, devices, FFmpeg, wandb, Slurm and disk, with
 	@$(PYTHON) -m blueberry_video.launch.doctor
 
 ##@ Experiments
-.PHONY: new check train sweep gate report latents export generate data
+.PHONY: new check train sweep gate report latents pseudo_labels export generate data
 new: $(STAMP) ## EXP=name: copy experiments/template/
 	@$(PYTHON) -m blueberry_video.launch.new "$$EXP"
 
@@ -75,6 +75,9 @@ report: $(STAMP) ## EXP=name: write report.html of the newest run again
 
 latents: $(STAMP) ## EXP=name [OUT=folder] [DTYPE=bfloat16]: encode clips and captions once, for training to read
 	@$(experiment)$(PYTHON) -m blueberry_video.precompute --config-dir "experiments/$$EXP" --args="$$ARGS" --out="$$OUT" --dtype="$$DTYPE"
+
+pseudo_labels: $(STAMP) ## EXP=name CHECKPOINT=run [OUT=folder]: write the disparity that a trained model predicts for the training clips
+	@$(experiment)$(if $(strip $(CHECKPOINT)),,$(error CHECKPOINT is missing: add CHECKPOINT=outputs/<experiment>, the run of the teacher))$(PYTHON) -m blueberry_video.pseudo_labels "$$CHECKPOINT" --config-dir "experiments/$$EXP" --args="$$ARGS" --out="$$OUT"
 
 export: $(STAMP) ## EXP=name OUT=folder [DTYPE=bfloat16]: export the transformer of the newest run for diffusers; ARGS=--merge
 	@$(experiment)$(if $(strip $(OUT)),,$(error OUT is missing: `make export EXP=$(EXP) OUT=<folder>`))$(with_args) -m blueberry_video.export "outputs/$$EXP" --out "$$OUT" --dtype "$$DTYPE"

@@ -218,6 +218,100 @@ def _check_range(key: str, limits: tuple[float, float], most: float = math.inf) 
         raise ValueError(f"augment.{key}={tuple(limits)} must be a range (smallest, largest) of values above 0{above}.")
 
 
+class ColorJitter(nn.Module):
+    """Random brightness, contrast, saturation and hue, in this order, the same in all frames of a clip.
+
+    Args:
+        brightness, contrast, saturation: the factor of a clip is drawn from [max(0, 1 - x), 1 + x].
+        hue: the colors are rotated by an angle drawn from [-x, x] turns about the gray axis.
+        probability: probability for each clip.
+
+    Raises:
+        ValueError: a strength is negative, ``hue`` is above 0.5, or ``probability`` is outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        brightness: float = 0.4,
+        contrast: float = 0.4,
+        saturation: float = 0.4,
+        hue: float = 0.1,
+        probability: float = 0.8,
+    ):
+        super().__init__()
+        for key, value in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
+            if value < 0:
+                raise ValueError(f"augment.{key}={value} must be at least 0: 0 for no change.")
+        if not 0 <= hue <= 0.5:
+            raise ValueError(f"augment.hue={hue} must be in [0, 0.5], a share of a turn.")
+        _check_probability("augment.probability", probability)
+        self.brightness, self.contrast, self.saturation = brightness, contrast, saturation
+        self.hue, self.probability = hue, probability
+
+    def forward(self, video: Tensor) -> Tensor:
+        """(B, 3, T, H, W) -> the same shape, in [0, 1]."""
+        clips = len(video)
+        chosen = torch.rand(clips) < self.probability
+        strengths = (self.brightness, self.contrast, self.saturation)
+        factors = [torch.empty(clips).uniform_(max(0.0, 1 - x), 1 + x) for x in strengths]
+        angles = torch.empty(clips).uniform_(-self.hue, self.hue) * 2 * math.pi
+        bright, contrast, saturated = (each.to(video).view(-1, 1, 1, 1, 1) for each in factors)
+        changed = (video * bright).clamp(0, 1)
+        changed = torch.lerp(_gray(changed).mean(dim=(1, 2, 3, 4), keepdim=True), changed, contrast).clamp(0, 1)
+        changed = torch.lerp(_gray(changed), changed, saturated).clamp(0, 1)
+        if self.hue > 0:
+            changed = torch.einsum("bij,bjthw->bithw", _hue_rotations(angles).to(video), changed).clamp(0, 1)
+        return torch.where(chosen.to(video.device).view(-1, 1, 1, 1, 1), changed, video)
+
+
+def _gray(video: Tensor) -> Tensor:
+    """Luma (B, 1, T, H, W) of BT.601."""
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=video.dtype, device=video.device)
+    return (video * weights.view(1, 3, 1, 1, 1)).sum(dim=1, keepdim=True)
+
+
+def _hue_rotations(angles: Tensor) -> Tensor:
+    """Matrices (B, 3, 3) that rotate RGB colors by ``angles`` (B,) in radians about the axis of grays."""
+    cos, sin = angles.cos().view(-1, 1, 1), angles.sin().view(-1, 1, 1)
+    root = 1 / math.sqrt(3)
+    cross = torch.tensor([[0, -root, root], [root, 0, -root], [-root, root, 0]])
+    return cos * torch.eye(3) + sin * cross + (1 - cos) / 3
+
+
+class GaussianBlur(nn.Module):
+    """Random Gaussian blur, the same in all frames of a clip.
+
+    Args:
+        sigma: range of the standard deviation in pixels.
+        probability: probability for each clip.
+
+    Raises:
+        ValueError: ``sigma`` is not a range of positive numbers, or ``probability`` is outside [0, 1].
+    """
+
+    def __init__(self, sigma: tuple[float, float] = (0.1, 2.0), probability: float = 0.5):
+        super().__init__()
+        _check_range("sigma", sigma)
+        _check_probability("augment.probability", probability)
+        self.sigma, self.probability = (float(sigma[0]), float(sigma[1])), probability
+
+    def forward(self, video: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> the same shape."""
+        chosen = (torch.rand(len(video)) < self.probability).tolist()
+        sigmas = torch.empty(len(video)).uniform_(*self.sigma).tolist()
+        return torch.stack([_blurred(clip, s) if blur else clip for clip, s, blur in zip(video, sigmas, chosen)])
+
+
+def _blurred(clip: Tensor, sigma: float) -> Tensor:
+    """Blurs (C, T, H, W) with a kernel of three standard deviations to either side; the border pixels are repeated."""
+    reach = max(1, math.ceil(3 * sigma))
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=clip.dtype, device=clip.device) / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    images = F.pad(clip.flatten(0, 1)[:, None], (reach, reach, reach, reach), mode="replicate")
+    images = F.conv2d(F.conv2d(images, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
+    return images[:, 0].view_as(clip)
+
+
 class Mixing(nn.Module):
     """MixUp and CutMix: mixes each clip with the clip at the mirrored index of the batch, all with the same weight.
 

@@ -1,7 +1,7 @@
 """Depth entry point: writes the depth of a video of any length, at constant memory.
 
     python -m blueberry_video.depth clip.mp4 --out maps --checkpoint outputs/<name>[/<run>] [--format npz,png,mp4]
-        [--mode auto|frames|stream|windows|sliding] [--input-size 518] [--range 0,20] …
+        [--mode auto|frames|stream|windows|sliding] [--input-size 518] [--range 0 20] …
 
 The checkpoint is a run of the task ``depth``, or a folder or file of published weights. A killed command continues when
 it is repeated, and writes the same files. Of a video that breaks in the middle, everything before is written.
@@ -12,7 +12,7 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blueberry_video.launch import command_line, signals
 from blueberry_video.launch.errors import OneParagraphErrors
@@ -27,25 +27,18 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--checkpoint", required=True, help="run folder, experiment's folder, or published weights")
     parser.add_argument(
-        "--format", default="npz,mp4", help="npz, png (16 bit), exr, mp4 (colored), with commas between"
+        "--format", default="npz,mp4", help="npz, png (16 bit), exr, mp4 (colored), separated by commas"
     )
     parser.add_argument("--mode", default="auto", help="auto, frames, stream, windows or sliding")
     parser.add_argument("--latency", type=int, default=4, help="new frames of a window in mode sliding")
     parser.add_argument(
         "--input-size", type=int, help="shorter side of the frames at the network; default: of training"
     )
-    parser.add_argument("--range", help="two values with a comma: of the darkest and brightest level of png and mp4")
+    parser.add_argument("--range", type=float, nargs=2, help="values of the darkest and brightest level of png and mp4")
     known = parser.parse_args(sys.argv[1:])
     command_line.quiet_libraries()
-    limits = None
-    if known.range is not None:
-        try:
-            low, high = (float(text) for text in known.range.split(","))
-        except ValueError as error:
-            raise ValueError(f"--range={known.range} must be two numbers with a comma, such as 0,20.") from error
-        limits = (low, high)
     formats = [each.strip() for each in known.format.split(",") if each.strip()]
-    options = {"mode": known.mode, "latency": known.latency, "input_size": known.input_size, "range": limits}
+    options = {"mode": known.mode, "latency": known.latency, "input_size": known.input_size, "range": known.range}
     about = estimate_depth(known.video, known.out, known.checkpoint, formats, **options)
     print(f"wrote {about['frames']} maps to {known.out}")
     if about.get("error"):
@@ -63,7 +56,7 @@ def estimate_depth(
     mode: str = "auto",
     latency: int = 4,
     input_size: int | None = None,
-    range: tuple[float, float] | None = None,
+    range: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Writes the depth of a video into a folder, see :class:`~blueberry_video.data.depth_writer.DepthWriter`.
 
@@ -91,21 +84,32 @@ def estimate_depth(
 
     if not Path(video).is_file():
         raise FileNotFoundError(f"video={video} does not exist: use the path of a video file.")
-    model, weights = open_model(checkpoint)
-    side = input_size or model.pretrained.table_size * model.pretrained.patch_size[1]
+    model, weights, mean, std = open_model(checkpoint)
+    side = input_size or min(model.pretrained.video_size[2:])
     settings = {"video": digest(video), "weights": weights, "mode": mode, "latency": latency, "input_size": side}
+    settings |= {"mean": mean, "std": std}
 
     def work(opened: OpenVideo, decoding: DecodeOptions) -> dict[str, Any]:
         size = (opened.info.height, opened.info.width)
         stream = depth_stream(model, size, side, mode, latency)  # type: ignore[arg-type]
+        stream.mean, stream.std = tuple(mean), tuple(std)
         writer = DepthWriter(out, formats, settings, "disparity" if model.max_depth is None else "depth", range)
         return writer.about if writer.done else write_maps(opened, decoding, stream, writer)
 
     return with_fallbacks(video, DecodeOptions(salvage=False, chunk_frames=1), work)
 
 
-def open_model(checkpoint: str | Path) -> "tuple[DepthAnything | VideoDepthAnything, str]":
-    """Opens a model on the GPU if there is one; returns it with a fingerprint of its weights.
+class Opened(NamedTuple):
+    """Model of depth on its device, a fingerprint of its weights, and the normalization of its input, per channel."""
+
+    model: "DepthAnything | VideoDepthAnything"
+    fingerprint: str
+    mean: list[float]
+    std: list[float]
+
+
+def open_model(checkpoint: str | Path) -> Opened:
+    """Opens a model, on the GPU if there is one.
 
     Raises:
         FileNotFoundError: without checkpoint.
@@ -114,6 +118,7 @@ def open_model(checkpoint: str | Path) -> "tuple[DepthAnything | VideoDepthAnyth
     import torch
 
     from blueberry_video.experiment.trained import load_trained
+    from blueberry_video.inference.depth import IMAGENET_MEAN, IMAGENET_STD
     from blueberry_video.models.depth_anything import DepthAnything, VideoDepthAnything
     from blueberry_video.models.depth_anything.convert import is_video, read_published
     from blueberry_video.tasks.depth import Depth
@@ -121,14 +126,16 @@ def open_model(checkpoint: str | Path) -> "tuple[DepthAnything | VideoDepthAnyth
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = Path(checkpoint)
     if path.is_dir() and not (path / "config.json").is_file():
-        model = load_trained(path, [Depth], device).task.model
+        task = load_trained(path, [Depth], device).task
+        model, mean, std = task.model, task.pixel_mean.flatten().tolist(), task.pixel_std.flatten().tolist()
     else:
         kind = VideoDepthAnything if is_video(read_published(checkpoint).state) else DepthAnything
         model = kind.from_published(checkpoint).to(device).eval()
+        mean, std = list(IMAGENET_MEAN), list(IMAGENET_STD)
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         found.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return model, found.hexdigest()[:16]
+    return Opened(model, found.hexdigest()[:16], mean, std)
 
 
 def digest(video: str | Path) -> str:

@@ -188,6 +188,6 @@ def test_wrong_arguments_raise(tmp_path: Path) -> None:
     for formats in ([], ["npz", "jpg"]):
         with pytest.raises(ValueError, match=r"formats=.*png"):
             DepthWriter(tmp_path / "out", formats, SETTINGS, "depth")
-    with pytest.raises(ValueError, match=r"range=\[3, 3\].*0,20"):
+    with pytest.raises(ValueError, match=r"range=\[3, 3\].*0 and 20"):
         DepthWriter(tmp_path / "out", ["png"], SETTINGS, "depth", (3, 3))
     assert not (tmp_path / "out").exists()

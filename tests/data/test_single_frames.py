@@ -65,7 +65,8 @@ def test_fixed_frames_can_be_cached_and_random_ones_not(tmp_path: Path):
 def test_frames_of_world_and_video_files(tmp_path: Path):
     image = SingleFrames(World("val", 2, num_frames=3, image_size=8, supersample=1))[1]
     assert image["video"].shape == (1, 3, 8, 8)
-    assert set(image) == {"video", "id", "caption", "labels"}  # no depth, which has all frames
+    assert set(image) == {"video", "id", "caption", "labels", "depth"}  # no poses and segments, which have all frames
+    assert image["depth"].shape == (1, 8, 8)
     assert "motion" not in image["labels"]
     (tmp_path / "videos").mkdir()
     levels = np.arange(12, dtype=np.uint8)[:, None, None, None] * 16
@@ -88,3 +89,12 @@ def test_invalid_frame_raises(frame):
 def test_frame_outside_the_clip_raises():
     with pytest.raises(ValueError, match=r"frame=16\b.*'sprites-train-0'.*\b16 frames"):
         SingleFrames(Sprites("train", 2), 16)[0]
+
+
+@pytest.mark.parametrize("key", ["depth", "disparity"])
+def test_depth_is_that_of_the_frame(key: str):
+    maps = torch.arange(3.0)[:, None, None].expand(3, 2, 2)
+    clip = {"video": torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(3, 3, 2, 2), "id": "a", key: maps}
+    item = SingleFrames([clip], frame=2)[0]
+    assert set(item) == {"video", "id", key}
+    assert (item[key].shape, item[key][0, 0, 0].item(), item["video"][0, 0, 0, 0].item()) == ((1, 2, 2), 2, 2)

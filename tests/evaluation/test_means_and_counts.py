@@ -53,6 +53,14 @@ def test_means_and_counts_are_reset_and_names_are_separate():
     assert counts.majority_shares()["shape"].item() == 1
 
 
+def test_a_name_without_items_is_left_out():
+    means = Means()
+    means.add("none", torch.zeros(0), 5)
+    means.add("some", torch.zeros(0), 5)
+    means.add("some", torch.tensor([2.0, 4.0]), 2)
+    assert {name: value.item() for name, value in means.compute().items()} == {"some": 3}
+
+
 def test_a_mean_of_nan_is_nan():
     means = Means()
     means.add("x", torch.tensor(torch.nan), 1)

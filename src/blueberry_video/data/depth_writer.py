@@ -73,14 +73,14 @@ class DepthWriter:
         formats: Sequence[str],
         settings: dict[str, Any],
         kind: str,
-        range: tuple[float, float] | None = None,
+        range: Sequence[float] | None = None,
         shard_size: int = 32,
     ):
         unknown = set(formats) - set(FORMATS)
         if unknown or not formats:
             raise ValueError(f"formats={list(formats)} must be one or several of {', '.join(FORMATS)}.")
         if range is not None and not range[0] < range[1]:
-            raise ValueError(f"range={list(range)} must be two ascending numbers, such as 0,20.")
+            raise ValueError(f"range={list(range)} must be two ascending numbers, such as 0 and 20.")
         if "exr" in formats:
             _open_exr()
         self.folder, self.formats, self.range, self.shard_size = Path(folder), tuple(formats), range, shard_size
@@ -186,7 +186,8 @@ class DepthWriter:
     def _write_shard(self, count: int) -> None:
         maps = torch.cat(self._maps)
         buffer = io.BytesIO()
-        np.savez(buffer, **{self.about["kind"]: maps[:count].numpy()})
+        named: dict[str, Any] = {self.about["kind"]: maps[:count].numpy()}
+        np.savez(buffer, **named)
         write_bytes(self._shards / f"depth_{self._parts:05d}.npz", buffer.getvalue())
         self._maps = [maps[count:]]
         self._waiting -= count

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import safetensors.torch
 import torch
@@ -48,6 +48,8 @@ class LatentShards:
             another process is writing to it.
     """
 
+    key: ClassVar[str] = "moments"  # the tensor of every clip, of which the manifest has the shapes
+    command: ClassVar[str] = "make latents EXP=…"
     missing: list[int]
 
     def __init__(
@@ -78,7 +80,7 @@ class LatentShards:
         except BlockingIOError:
             self._lock.close()
             raise ValueError(
-                f"another process is writing latents to {self.folder}: wait for it, or choose another folder (OUT=…)."
+                f"another process is writing to {self.folder}: wait for it, or choose another folder (OUT=…)."
             ) from None
         try:
             self._resume()
@@ -99,7 +101,8 @@ class LatentShards:
 
         Args:
             number: index of the shard, from 0.
-            clips: in order; ``moments`` (2C, t, h, w), other tensors, and JSON values such as ``id`` and ``caption``.
+            clips: in order; the tensor ``key``, such as ``moments`` (2C, t, h, w), other tensors, and JSON values, such
+                as ``id`` and ``caption``.
 
         Raises:
             ValueError: a wrong number of clips, NaN in a tensor or an infinite mean; the message names the clip.
@@ -118,7 +121,7 @@ class LatentShards:
         write_bytes(self.folder / name, data)
         self._manifest["shards"][name] = {
             "sha256": hashlib.sha256(data).hexdigest(),
-            "shapes": [list(clip["moments"].shape) for clip in clips],
+            "shapes": [list(clip[self.key].shape) for clip in clips],
         }
         self._write_manifest()
 
@@ -126,7 +129,7 @@ class LatentShards:
         for unfinished in self.folder.glob("*.tmp"):
             unfinished.unlink()
         if (self.folder / MANIFEST).exists():
-            found = _read_manifest(self.folder)
+            found = _read_manifest(self.folder, self.command)
             _check_same(self.folder, found["made_of"], self._manifest["made_of"])
             for name, shard in found["shards"].items():
                 file = self.folder / name
@@ -162,9 +165,11 @@ class LatentClips(Dataset):
         ValueError: shards are missing; when reading: a shard is damaged.
     """
 
+    command: ClassVar[str] = LatentShards.command
+
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        manifest = _read_manifest(self.folder)
+        manifest = _read_manifest(self.folder, self.command)
         self.made_of: dict[str, Any] = manifest["made_of"]
         self.classes: dict[str, tuple[str, ...]] = {label: tuple(names) for label, names in manifest["classes"].items()}
         self.reversal_pairs: dict[str, tuple[tuple[int, int], ...]] = {
@@ -175,7 +180,7 @@ class LatentClips(Dataset):
         if len(self._shards) < wanted:
             raise ValueError(
                 f"{self.folder} contains {len(self._shards)} of {wanted} shards, because writing was interrupted: run "
-                "the same `make latents EXP=…` again, which writes the missing ones."
+                f"the same `{self.command}` again, which writes the missing ones."
             )
         self.shapes: list[tuple[int, ...]] = [
             tuple(shape) for shard in self._shards.values() for shape in shard["shapes"]
@@ -211,8 +216,8 @@ class LatentClips(Dataset):
             path = self.folder / _file_name(number)
             if not path.is_file() or _sha256(path) != self._shards[path.name]["sha256"]:
                 raise ValueError(
-                    f"the shard {path} is missing or damaged (SHA-256): remove it, and run the same `make latents "
-                    "EXP=…` again, which writes it again."
+                    f"the shard {path} is missing or damaged (SHA-256): remove it, and run the same "
+                    f"`{self.command}` again, which writes it again."
                 )
             tensors = safetensors.safe_open(path, framework="pt")
             if len(self._open) >= _MAX_OPEN:
@@ -221,27 +226,25 @@ class LatentClips(Dataset):
         return self._open[number]
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path, command: str) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no {path}: write the latents with `make latents EXP=…`, and set folder to that of one split, "
-            "as in data/latents/<experiment>/train."
+            f"there is no {path}: write it with `{command}`, and set folder to the folder that it wrote for one "
+            "split, as in data/latents/<experiment>/train."
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"{path} is not valid JSON ({error}): remove the folder, and run `make latents` again."
+            f"{path} is not valid JSON ({error}): remove the folder, and run `{command}` again."
         ) from error
     if manifest.get("format") != _FORMAT:
         raise ValueError(
-            f"{path} has format={manifest.get('format')!r} and this version reads {_FORMAT}: run `make latents` again."
+            f"{path} has format={manifest.get('format')!r} and this version reads {_FORMAT}: run `{command}` again."
         )
     if missing := {"made_of", "classes", "reversal_pairs", "shards"} - set(manifest):
-        raise ValueError(
-            f"{path} has no {', '.join(sorted(missing))}: remove the folder, and run `make latents` again."
-        )
+        raise ValueError(f"{path} has no {', '.join(sorted(missing))}: remove the folder, and run `{command}` again.")
     if "codec" in manifest["made_of"]:  # name of the key in folders written before it was renamed
         manifest["made_of"]["autoencoder"] = manifest["made_of"].pop("codec")
     return manifest
@@ -252,7 +255,7 @@ def _check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any])
     changed = [f"{key} was {before.get(key)} and is {now.get(key)}" for key in now if before.get(key) != now.get(key)]
     if changed:
         raise ValueError(
-            f"{folder} contains latents with other settings: {'; '.join(changed)}. Choose another folder (OUT=…), or "
+            f"{folder} was written with other settings: {'; '.join(changed)}. Choose another folder (OUT=…), or "
             "remove this one."
         )
 

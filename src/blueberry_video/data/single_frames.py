@@ -9,7 +9,7 @@ from blueberry_video.data.clips import Clips, Wrapper, at_epoch
 
 class SingleFrames(Wrapper):
     """Map-style dataset of one frame per clip: ``video`` uint8 (1, 3, H, W), ``id`` (``<id of the clip>@<frame>``) and,
-    if the clip has them, ``caption`` and ``labels``.
+    if the clip has them, ``caption``, ``labels``, and ``depth`` or ``disparity`` (1, H, W).
 
     Labels with reversal pairs are dropped: they name a motion, which a single frame does not show.
 
@@ -37,7 +37,7 @@ class SingleFrames(Wrapper):
     @property
     def cache_key(self) -> str:
         """Everything that an item depends on except its index and the epoch; requires that the clips have a key."""
-        return f"single-frames-1/{self.frame}/{self.seed}/{self.dataset.cache_key}"  # type: ignore[attr-defined]
+        return f"single-frames-2/{self.frame}/{self.seed}/{self.dataset.cache_key}"  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -55,6 +55,9 @@ class SingleFrames(Wrapper):
                 "index, or 'middle'."
             )
         item = {"video": clip["video"][number : number + 1].clone(), "id": f"{clip['id']}@{number}"}
+        for key in ("depth", "disparity"):
+            if key in clip:
+                item[key] = clip[key][number : number + 1].clone()
         if "caption" in clip:
             item["caption"] = clip["caption"]
         labels = {label: value for label, value in clip.get("labels", {}).items() if label not in self._motions}

@@ -104,14 +104,17 @@ class Means:
         self._totals[name] = total + added, known + count
 
     def compute(self) -> dict[str, Tensor]:
-        """Returns the means, and resets. All processes must call it, with the same names; each gets the same result."""
+        """Returns the means, and resets; names without any item are left out.
+
+        All processes must call it, with the same names; each gets the same result.
+        """
         totals, self._totals = self._totals, {}
         if not totals:
             return {}
         pairs = torch.stack([torch.stack([total, total.new_tensor(count)]) for total, count in totals.values()])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(pairs)
-        return dict(zip(totals, pairs[:, 0] / pairs[:, 1], strict=True))
+        return {name: total / count for name, (total, count) in zip(totals, pairs, strict=True) if count > 0}
 
 
 class ClassCounts:

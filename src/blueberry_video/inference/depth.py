@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blueberry_video.models.depth_anything.losses import least_squares_alignment
 from blueberry_video.models.depth_anything.model import DepthAnything
 from blueberry_video.models.depth_anything.video import VideoDepthAnything
+from blueberry_video.nn.alignment import least_squares_alignment
 
 Mode = Literal["auto", "frames", "stream", "windows", "sliding"]
 MODES = ("auto", "frames", "stream", "windows", "sliding")
@@ -68,10 +68,17 @@ class DepthStream(ABC):
         model: in evaluation mode; frames are moved to its device.
         size: (H, W) of the frames and maps.
         input_size: shorter side of the frames at the input of the network, see :func:`network_size`.
+
+    Attributes:
+        mean, std: normalization of the model's input, per channel; those of ImageNet unless they are assigned.
     """
 
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
     def __init__(self, model: nn.Module, size: tuple[int, int], input_size: int = 518):
-        self.model, self.size = model, size
+        self.model: Any = model
+        self.size = size
         self.network_size = network_size(*size, input_size, model.pretrained.patch_size[1])
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
@@ -121,7 +128,7 @@ class DepthStream(ABC):
         """Resizes and normalizes uint8 (n, 3, H, W) to (n, 3, h, w), bicubic and without antialias as published."""
         pixels = frames.to(self.device, torch.float32).div(255)
         pixels = F.interpolate(pixels, self.network_size, mode="bicubic", align_corners=False)
-        mean, std = (pixels.new_tensor(each).view(3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = (pixels.new_tensor(each).view(3, 1, 1) for each in (self.mean, self.std))
         return ((pixels - mean) / std).to(self.dtype)
 
     def _output(self, maps: Tensor) -> Tensor:

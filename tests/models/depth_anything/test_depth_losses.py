@@ -92,6 +92,21 @@ def test_mixed_pseudo_labels_are_normalized_inside_and_outside_the_rectangle():
     assert found.item() == pytest.approx(np.mean(expected), rel=1e-12)
 
 
+def test_mixed_pseudo_labels_without_the_largest_differences():
+    predicted, first, second, valid = maps(0), maps(1), maps(2), some(3)
+    mask = torch.zeros(SHAPE, dtype=torch.bool)
+    mask[:, 2:7, 3:9] = True
+    expected = []
+    for p, a, b, v, m in zip(*(each.numpy() for each in (predicted, first, second, valid, mask))):
+        parts = []
+        for label, region in ((a, m), (b, ~m)):
+            differences = np.sort(np.abs(numpy_normalized(p[v & region]) - numpy_normalized(label[v & region])))
+            parts.append(region.mean() * differences[: len(differences) - int(0.2 * len(differences))].mean())
+        expected.append(sum(parts))
+    found = losses.mixed_pseudo_label_loss(predicted, first, second, valid, mask, trim=0.2)
+    assert found.item() == pytest.approx(np.mean(expected), rel=1e-12)
+
+
 def test_feature_alignment_ignores_similar_tokens():
     features, frozen = maps(0, (2, 5, 4)) - 0.6, maps(1, (2, 5, 4)) - 0.6
     a, b = features.numpy(), frozen.numpy()

@@ -72,6 +72,8 @@ class DPTHead(nn.Module):
         self.scratch.output_conv2 = nn.Sequential(
             Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), Conv2d(32, 1, 1), last_activation
         )
+        if not self.bounded:  # trained from scratch, the last ReLU could otherwise be 0 everywhere and stay so
+            nn.init.ones_(self.scratch.output_conv2[2].bias)
 
     def forward(self, layers: Sequence[Tensor], grid: tuple[int, int], temporal: Temporal | None = None) -> Tensor:
         """Predicts maps.

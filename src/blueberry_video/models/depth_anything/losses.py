@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blueberry_video.nn.alignment import least_squares_alignment
+
 EPS = 1e-6
 
 
@@ -76,7 +78,9 @@ def gradient_matching_loss(predicted: Tensor, target: Tensor, valid: Tensor, sca
     return total
 
 
-def mixed_pseudo_label_loss(predicted: Tensor, first: Tensor, second: Tensor, valid: Tensor, mask: Tensor) -> Tensor:
+def mixed_pseudo_label_loss(
+    predicted: Tensor, first: Tensor, second: Tensor, valid: Tensor, mask: Tensor, trim: float = 0.0
+) -> Tensor:
     """Affine-invariant loss of a CutMix image, normalized separately inside and outside the pasted rectangle.
 
     Args:
@@ -84,6 +88,7 @@ def mixed_pseudo_label_loss(predicted: Tensor, first: Tensor, second: Tensor, va
         first, second: Pseudo-labels of the teacher on the two clean images; ``first`` is used where ``mask`` is true.
         valid: Valid pixels of the labels.
         mask: Bool (B, H, W), the pasted rectangle.
+        trim: share of the valid pixels of each region, those of the largest difference, that are ignored.
 
     Returns:
         Scalar: the losses of the two regions, weighted by their share of the area.
@@ -95,7 +100,8 @@ def mixed_pseudo_label_loss(predicted: Tensor, first: Tensor, second: Tensor, va
         inside = valid & region
         difference = (normalized(predicted, inside) - normalized(label, inside)).abs()
         area = region.flatten(1).float().mean(1).to(predicted)
-        losses.append((_means(difference, inside) * area).mean())
+        kept = _without_largest(difference, inside, trim) if trim else inside
+        losses.append((_means(difference, kept) * area).mean())
     return losses[0] + losses[1]
 
 
@@ -166,25 +172,6 @@ def temporal_gradient_matching_loss(
     used = valid[:, 1:] & valid[:, :-1] & (change.abs() < threshold * span[:, None, None, None])
     difference = torch.where(used, (aligned.diff(dim=1) - change).abs(), 0.0)
     return difference.sum() / used.sum().clamp(min=1)
-
-
-def least_squares_alignment(predicted: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift (B,) that minimize the squared error of scale * predicted + shift over valid pixels (B, N).
-
-    Scale 1 and shift 0 without valid pixels; scale 0 and the mean of the target for a constant prediction.
-    """
-    weight = valid.to(predicted)
-    predicted, target = torch.where(valid, predicted, 0.0), torch.where(valid, target, 0.0)
-    count = weight.sum(1)
-    divisor = count.clamp(min=1)
-    mean_p, mean_t = predicted.sum(1) / divisor, target.sum(1) / divisor
-    centered = (predicted - mean_p[:, None]) * weight
-    variance = centered.square().sum(1)
-    covariance = (centered * (target - mean_t[:, None])).sum(1)
-    tiny = torch.finfo(predicted.dtype).eps * predicted.square().sum(1)
-    scale = torch.where(variance > tiny, covariance / variance.clamp(min=torch.finfo(predicted.dtype).tiny), 0.0)
-    found = count > 0
-    return torch.where(found, scale, 1.0), torch.where(found, mean_t - scale * mean_p, 0.0)
 
 
 def _without_largest(difference: Tensor, valid: Tensor, share: float) -> Tensor:
