@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from blueberry_video import depth as entry
-from blueberry_video import train
+from blueberry_video import export, train
 from blueberry_video.config import compose
 from blueberry_video.data.write import write_video
 from blueberry_video.depth import estimate_depth, open_model
@@ -208,3 +208,20 @@ def test_wrong_arguments_raise_before_anything_is_written(run: Path, published: 
     with pytest.raises(ValueError, match=r"text\.mp4"):
         estimate_depth(tmp_path / "text.mp4", out, run)
     assert not out.exists()
+
+
+def test_a_run_is_exported_as_a_streaming_step(run: Path, tmp_path: Path) -> None:
+    step, first = export.run(run, tmp_path / "exported", format="torch", size=(16, 24))
+    assert (step.name, first.name) == ("depth.pt2", "depth_first.pt2")
+    extra = {"depth.json": ""}
+    programs = [torch.export.load(file, extra_files=extra).module() for file in (first, step)]
+    assert json.loads(extra["depth.json"])["mean"] == pytest.approx([0.4, 0.5, 0.6])
+    model, images = open_model(run).model, torch.randn(3, 1, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    state: tuple | None = None
+    found: tuple = ()
+    with torch.no_grad():
+        for index, image in enumerate(images):
+            expected, state = model.step(image, state)
+            found = programs[min(index, 1)](image, *found)
+            torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-6)
+            found = found[1:]

@@ -1,16 +1,21 @@
-"""Export entry point: writes the diffusion transformer of a run as a folder for diffusers' ``from_pretrained``.
+"""Export entry point: writes the diffusion transformer of a run as a folder for diffusers, or a model of depth as ONNX.
 
     python -m blueberry_video.export outputs/<name>[/<run>] --out <folder> [--dtype bfloat16] [--merge]
+    python -m blueberry_video.export outputs/<name>[/<run>] --out <folder> [--format onnx|torch] [--size 64 96]
 
 Writes <folder>/transformer/, with the EMA weights if the run has them. For a run with adapters (model.lora), writes
 pytorch_lora_weights.safetensors, or, with --merge, the transformer with the adapters merged. Training continues from
 the folder with init_from=<folder>. A text encoder that was trained with the transformer is left out, with a warning.
+
+Of a model of depth, writes depth.onnx or depth.pt2 for images of one size, in float32; of a video model, a streaming
+step and, as depth_first.…, its first frame.
 """
 
 import argparse
 import contextlib
 import sys
 from pathlib import Path
+from typing import Literal
 
 from blueberry_video.launch import command_line, signals
 from blueberry_video.launch.command_line import DTYPES
@@ -23,13 +28,25 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder to write to")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the written weights")
     parser.add_argument("--merge", action="store_true", help="merge the adapters into the transformer")
+    parser.add_argument("--format", choices=("onnx", "torch"), default="onnx", help="of models of depth")
+    parser.add_argument(
+        "--size", type=int, nargs=2, help="height and width of the images of depth; default: of training"
+    )
     known = parser.parse_args(sys.argv[1:])
     command_line.quiet_libraries()
-    for path in run(Path(known.run), Path(known.out), known.dtype, known.merge):
+    size = None if known.size is None else (known.size[0], known.size[1])
+    for path in run(Path(known.run), Path(known.out), known.dtype, known.merge, known.format, size):
         print(f"wrote {path}")
 
 
-def run(source: Path, out: Path, dtype: str = "float32", merge: bool = False) -> list[Path]:
+def run(
+    source: Path,
+    out: Path,
+    dtype: str = "float32",
+    merge: bool = False,
+    format: Literal["onnx", "torch"] = "onnx",
+    size: tuple[int, int] | None = None,
+) -> list[Path]:
     """Writes the trained weights of a run.
 
     Args:
@@ -37,14 +54,17 @@ def run(source: Path, out: Path, dtype: str = "float32", merge: bool = False) ->
         out: folder to write to.
         dtype: one of ``DTYPES``.
         merge: whether to merge adapters into the transformer.
+        format, size: of models of depth, see
+            :func:`~blueberry_video.models.depth_anything.export.export_depth`; ``None``: the size of training.
 
     Returns:
-        The written folder or file.
+        The written folders or files.
 
     Raises:
         FileNotFoundError: if there is no run, or it has no checkpoint.
         FileExistsError: if the folder already contains a transformer, or is a file.
-        ValueError: if the model is not a text-to-video model, or overflows in float16.
+        ImportError: if ONNX is to be written and its packages are missing.
+        ValueError: if the model is neither a text-to-video model nor one of depth, or overflows in float16.
     """
     import torch
     from hydra.utils import instantiate
@@ -55,6 +75,8 @@ def run(source: Path, out: Path, dtype: str = "float32", merge: bool = False) ->
     from blueberry_video.diffusion.text_to_video import TextToVideo
     from blueberry_video.experiment.checkpoint import weights_file
     from blueberry_video.experiment.run_folder import RunFolder
+    from blueberry_video.models.depth_anything import DepthAnything, VideoDepthAnything
+    from blueberry_video.models.depth_anything.export import export_depth
 
     if (existing := next(path for path in (out, *out.parents) if path.exists())).is_file():
         raise FileExistsError(f"--out={out} must be a folder, but {existing} is a file: choose another folder.")
@@ -62,9 +84,22 @@ def run(source: Path, out: Path, dtype: str = "float32", merge: bool = False) ->
         folder = RunFolder.open(source).path
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} `make train EXP=<experiment>` creates one.") from error
-    model = instantiate(load(folder / "config.yaml").model)
+    config = load(folder / "config.yaml")
+    model = instantiate(config.model)
+    if isinstance(model, DepthAnything | VideoDepthAnything):
+        model.load_published(weights_file(folder))
+        out.mkdir(parents=True, exist_ok=True)
+        file = out / ("depth.onnx" if format == "onnx" else "depth.pt2")
+        side = model.pretrained.video_size[2]
+        normalization = {
+            key: list(value) for key in ("mean", "std") if (value := config.task.input.get(key)) is not None
+        }
+        step = isinstance(model, VideoDepthAnything)
+        return export_depth(model.float(), file, format, size or (side, side), step, **normalization)
     if not isinstance(model, TextToVideo):
-        raise ValueError(f"{folder} trained a {type(model).__name__}: only diffusion transformers are exported.")
+        raise ValueError(
+            f"{folder} trained a {type(model).__name__}: only diffusion transformers and models of depth are exported."
+        )
     overflowing = {name.rpartition(".")[2] for name in HALF_OVERFLOWS}
     positions = getattr(model.transformer, "positions", None)
     if (

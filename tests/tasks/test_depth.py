@@ -1,6 +1,7 @@
 """Training of depth: losses by kind of labels, students and teachers, metrics with their controls, and bad input."""
 
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,10 +107,14 @@ def test_video_loss_has_a_temporal_term_of_labelled_clips():
     settings = {"loss": RelativeLoss(gradient=0.5, temporal=10.0, threshold=0.5), "student": Student(weight=0.5)}
     module, batch = task(VideoModel(), **settings), clips(frames=4)
     found = module.shared_step(batch, "train")
-    target = disparity_of(batch["depth"])
+    target, valid = disparity_of(batch["depth"]), batch["depth"] > 0
+    for clip, mask in zip(target, valid):  # from 0 to 1
+        clip[mask] = (clip[mask] - clip[mask].min()) / (clip[mask].max() - clip[mask].min())
     maps = module.predict(batch["video"])
-    temporal = losses.temporal_gradient_matching_loss(maps, target, target > 0, 0.5)
+    temporal = losses.temporal_gradient_matching_loss(maps, target, valid, 0.5)
     assert temporal > 0
+    feet = module.shared_step({**batch, "depth": batch["depth"] * 3.28}, "train")["temporal"]
+    torch.testing.assert_close(feet, temporal, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found["temporal"], temporal)
     torch.testing.assert_close(found["loss"], found["affine"] + 0.5 * found["gradient"] + 10 * temporal)
     pseudo = module.shared_step(clips(frames=4, kind="disparity"), "train")
@@ -465,3 +470,46 @@ def test_features_of_a_frozen_encoder_raise():
     model.pretrained.requires_grad_(False)
     with pytest.raises(ValueError, match=r"task\.loss\.features=1\.0.*encoder"):
         task(model, loss=RelativeLoss(features=1.0))
+
+
+def test_scores_of_the_initial_model_and_their_ratios():
+    means = {
+        "abs_rel": 0.02,
+        "abs_rel_trivial": 0.08,
+        "tae": 0.8,
+        "tae_floor": 0.3,
+        "tae_initial": 1.3,
+        "tae_shuffled": 1.1,
+    }
+    found = task(VideoModel()).epoch_metrics({key: torch.tensor(value) for key, value in means.items()})
+    expected = {"abs_rel_share": 0.25, "tae_excess": 0.5, "tae_excess_initial": 1.0, "tae_excess_shuffled": 0.8}
+    expected["tae_excess_share"] = 0.5
+    assert {key: pytest.approx(float(value)) for key, value in found.items()} == expected
+    assert task(image_model()).epoch_metrics({"loss": torch.tensor(1.0)}) == {}
+
+
+def test_the_initial_model_is_that_of_init_from_and_stays(monkeypatch: pytest.MonkeyPatch):
+    module, batch = task(VideoModel()), clips(frames=4)
+    module.setup("fit")
+    assert module.initial is None  # without init_from
+    settings = replace(module.optimization, init_from="weights.pt")
+    module.optimization = settings
+
+    def load(path: str) -> str:
+        with torch.no_grad():
+            for parameter in module.model.parameters():
+                parameter.mul_(1.5)
+        return "loaded"
+
+    monkeypatch.setattr(module, "load_weights", load)
+    module.setup("fit")
+    before = module.shared_step(batch, "val")
+    assert {"abs_rel_initial", "delta1_initial", "flicker_initial"} <= before.keys()
+    torch.testing.assert_close(before["abs_rel_initial"], before["abs_rel"])
+    with torch.no_grad():
+        for parameter in module.model.parameters():
+            parameter.add_(0.3 * torch.rand_like(parameter))
+    after = module.shared_step(batch, "val")
+    torch.testing.assert_close(after["abs_rel_initial"], before["abs_rel"])
+    assert not torch.allclose(after["abs_rel"], before["abs_rel"])
+    assert not any(name.startswith("initial") for name in module.state_dict())

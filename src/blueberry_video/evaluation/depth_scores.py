@@ -86,7 +86,12 @@ class DepthScores:
         return {name: value[~value.isnan()] for name, value in values.items()}
 
     def controls(
-        self, batch: dict, metric: bool, median: Tensor | None, predict: Callable[[Tensor], Tensor] | None
+        self,
+        batch: dict,
+        metric: bool,
+        median: Tensor | None,
+        predict: Callable[[Tensor], Tensor] | None,
+        initial: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Scores of the controls, as vectors like those of the scores.
 
@@ -96,8 +101,13 @@ class DepthScores:
             median: constant disparity (H, W); ``None`` leaves ``abs_rel_trivial`` out.
             predict: video model, (B, C, T, H, W) -> (B, T, H, W); ``None`` leaves ``abs_rel_shuffled`` and
                 ``tae_shuffled`` out.
+            initial: maps (B, T, H, W) of the model that training started from; ``None`` leaves ``abs_rel_initial``,
+                ``delta1_initial``, ``tae_initial`` and ``flicker_initial`` out.
         """
         values = {}
+        if initial is not None:
+            found = self(initial, batch, metric)
+            values = {f"{name}_initial": found[name] for name in found if name not in ("rmse", "tae_floor")}
         if median is not None:
             constant = median.to(batch["depth"]).expand_as(batch["depth"])
             trivial = 1 / constant.clamp(min=MIN_DISPARITY) if metric else constant
@@ -106,6 +116,24 @@ class DepthScores:
             shuffled = self(shuffled_prediction(predict, batch["video"], batch), batch, metric)
             values |= {f"{name}_shuffled": shuffled[name] for name in ("abs_rel", "tae") if name in shuffled}
         return values
+
+
+def derived_scores(means: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scores that follow from the means of others over a set, of those whose terms exist.
+
+    Returns:
+        ``abs_rel_share``, the ratio of ``abs_rel`` to ``abs_rel_trivial``; ``tae_excess``, ``tae`` without
+        ``tae_floor``, and the same of the controls; ``tae_excess_share``, its ratio to that of the initial model.
+    """
+    values = {}
+    if "abs_rel_trivial" in means:
+        values["abs_rel_share"] = means["abs_rel"] / means["abs_rel_trivial"]
+    for suffix in ("", "_initial", "_shuffled"):
+        if f"tae{suffix}" in means and "tae_floor" in means:
+            values[f"tae_excess{suffix}"] = means[f"tae{suffix}"] - means["tae_floor"]
+    if "tae_excess_initial" in values:
+        values["tae_excess_share"] = values["tae_excess"] / values["tae_excess_initial"]
+    return values
 
 
 @torch.no_grad()

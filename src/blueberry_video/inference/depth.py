@@ -77,9 +77,9 @@ class DepthStream(ABC):
     std: tuple[float, ...] = IMAGENET_STD
 
     def __init__(self, model: nn.Module, size: tuple[int, int], input_size: int = 518):
-        self.model: Any = model
-        self.size = size
-        self.network_size = network_size(*size, input_size, model.pretrained.patch_size[1])
+        self.model, self.size = model, size
+        encoder: Any = model.pretrained
+        self.network_size = network_size(*size, input_size, encoder.patch_size[1])
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
 

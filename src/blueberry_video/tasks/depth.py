@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from blueberry_video.evaluation.depth_metrics import disparity_of, valid_depth
-from blueberry_video.evaluation.depth_scores import DepthScores, MedianMap
+from blueberry_video.evaluation.depth_scores import DepthScores, MedianMap, derived_scores
 from blueberry_video.inference.depth_pictures import colored, range_of
 from blueberry_video.models.depth_anything.losses import feature_alignment_loss
 from blueberry_video.tasks.base import Task
@@ -29,7 +29,8 @@ class Depth(Task):
     :class:`~blueberry_video.evaluation.depth_scores.DepthScores`: ``abs_rel``, ``delta1``, ``rmse`` (m) and, for more
     than one frame, ``tae``, ``tae_floor`` and ``flicker`` (percent); ``abs_rel_trivial`` of the median map of training
     clips, aligned as predictions are; for video models ``abs_rel_shuffled`` and ``tae_shuffled``, with the frames of
-    each clip in a random order. Clips without a valid pixel contribute nothing.
+    each clip in a random order, and ``…_initial`` of the model with the weights of ``init_from``; and the
+    :func:`~blueberry_video.evaluation.depth_scores.derived_scores`. Clips without a valid pixel contribute nothing.
 
     Args:
         model: :class:`~blueberry_video.models.depth_anything.DepthAnything` or its video model.
@@ -51,6 +52,7 @@ class Depth(Task):
     model: Any  # DepthAnything or VideoDepthAnything
     teacher: Any
     frozen: Any  # initial encoder, for the alignment of features
+    initial: Any  # video model with the weights of init_from
 
     def __init__(
         self,
@@ -68,10 +70,7 @@ class Depth(Task):
     ):
         super().__init__(model, optimization, input)
         if not hasattr(model, "pretrained"):
-            raise ValueError(
-                f"task._target_=Depth requires a DepthAnything or VideoDepthAnything, but model._target_ is "
-                f"{type(model).__name__}: choose one of conf/model/depth_anything/."
-            )
+            raise ValueError(f"Depth requires model=depth_anything/…: model._target_={type(model).__name__}.")
         if not head_lr_scale > 0 or not 0 <= flip <= 1:
             raise ValueError(f"task.head_lr_scale={head_lr_scale} must be above 0, and task.flip={flip} in [0, 1].")
         self.loss, self.student = loss or RelativeLoss(), student or Student()
@@ -89,8 +88,7 @@ class Depth(Task):
         if self.loss.features and not any(each.requires_grad for each in self.model.pretrained.parameters()):
             raise ValueError(f"task.loss.features={self.loss.features} requires a trainable encoder: set it to 0.")
         # not registered as submodules, which would be trained, averaged, sharded and written to checkpoints
-        self.__dict__["teacher"] = None if teacher is None else teacher.requires_grad_(False).eval()
-        self.__dict__["frozen"] = None
+        self.__dict__ |= {"teacher": teacher and teacher.requires_grad_(False).eval(), "frozen": None, "initial": None}
         self.teacher_from, self.head_lr_scale, self.flip = teacher_from, head_lr_scale, flip
         self.scores, self.num_pictures = scores or DepthScores(), num_pictures
         if self.metric and self.scores.max_depth is None:
@@ -104,6 +102,8 @@ class Depth(Task):
             self.teacher_from = None
         if self.loss.features and self.frozen is None:
             self.__dict__["frozen"] = copy.deepcopy(self.model.pretrained).requires_grad_(False).eval()
+        if stage == "fit" and self.is_video and self.optimization.init_from is not None:  # a resume loads it too
+            self.__dict__["initial"] = copy.deepcopy(self.model).requires_grad_(False).eval()
 
     def predict(self, video: Tensor, model: nn.Module | None = None) -> Tensor:
         """Predicts maps (B, T, H, W) of clips (B, C, T, H, W) in [0, 1]."""
@@ -121,8 +121,12 @@ class Depth(Task):
         if "depth" not in batch:
             return values
         median = self._median.get(self, maps.shape[-2], maps.shape[-1])
-        controls = self.scores.controls(batch, self.metric, median, self.predict if self.is_video else None)
+        initial = self.initial and self.predict(batch["video"], self.initial.to(batch["video"]))
+        controls = self.scores.controls(batch, self.metric, median, self.predict if self.is_video else None, initial)
         return values | self.scores(maps, batch, self.metric) | controls
+
+    def epoch_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        return derived_scores(means)
 
     @torch.no_grad()
     def media(self, batch: dict) -> dict[str, Tensor]:
@@ -139,9 +143,8 @@ class Depth(Task):
 
     def tokens_per_clip(self, batch: dict) -> int:
         """Number of tokens of a clip, over all its repeats."""
-        frames, height, width = batch["video"].shape[2:]
-        patch = self.model.pretrained.patch_size[1]
-        return frames * (height // patch) * (width // patch) * self._times(batch)
+        sides = (side // self.model.pretrained.patch_size[1] for side in batch["video"].shape[3:])
+        return math.prod((batch["video"].shape[2], *sides)) * self._times(batch)
 
     def load_weights(self, path: str | Path) -> str:
         return self.model.load_published(path)
@@ -157,8 +160,7 @@ class Depth(Task):
         return found
 
     def _target(self, batch: dict) -> tuple[Tensor, Tensor, bool]:
-        """Returns the target (B, T, H, W), depth or disparity as the model predicts it, its valid pixels, and whether
-        it is a pseudo-label."""
+        """Returns the target (B, T, H, W), depth or disparity, its valid pixels, and whether it is a pseudo-label."""
         if "depth" in batch:
             depth = batch["depth"].float()
             valid = valid_depth(depth) & (depth <= (self.model.max_depth if self.metric else math.inf))
@@ -182,7 +184,6 @@ class Depth(Task):
         return torch.where(valid, disparity, 0.0), valid, True
 
     def _training_step(self, batch: dict) -> dict[str, Tensor]:
-        """Loss of a training batch and its terms."""
         target, valid, pseudo = self._target(batch)
         if not pseudo:
             terms = self.objective.supervised(self.predict(batch["video"]), target, valid)

@@ -64,7 +64,10 @@ class RelativeLoss:
         """Terms of clips of disparity (B, T, H, W), by name; without those of weight 0."""
         terms = self._by_frame(maps, target, valid)
         if self.temporal and maps.shape[1] > 1:
-            terms["temporal"] = temporal_gradient_matching_loss(maps, target, valid, self.threshold)
+            # of targets from 0 to 1, as published, so that the weight does not depend on the unit of depth
+            terms["temporal"] = temporal_gradient_matching_loss(
+                maps, _to_unit_range(target, valid), valid, self.threshold
+            )
         return terms
 
     def pseudo(self, maps: Tensor, view: StudentView) -> dict[str, Tensor]:
@@ -94,6 +97,14 @@ class RelativeLoss:
             pair = (normalized(predicted, mask), normalized(truth, mask))
             terms["gradient"] = gradient_matching_loss(*pair, mask, self.scales)
         return terms
+
+
+def _to_unit_range(target: Tensor, valid: Tensor) -> Tensor:
+    """Maps the valid values of each clip (B, T, H, W) to [0, 1]; a constant clip becomes 0."""
+    low = torch.where(valid, target, torch.inf).flatten(1).amin(1)[:, None, None, None]
+    high = torch.where(valid, target, -torch.inf).flatten(1).amax(1)[:, None, None, None]
+    span = (high - low).clamp(min=torch.finfo(target.dtype).tiny)  # infinite without valid pixels, which are not used
+    return torch.where(valid, (target - low) / span, 0.0)
 
 
 class MetricLoss:

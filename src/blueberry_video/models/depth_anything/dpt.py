@@ -68,12 +68,13 @@ class DPTHead(nn.Module):
         # unused, as in the original: frozen, because distributed training requires a gradient of every parameter
         self.scratch.get_submodule("refinenet4.resConfUnit1").requires_grad_(False)
         self.bounded = max_depth is not None and math.isfinite(max_depth)
-        last_activation: nn.Module = nn.Sigmoid() if self.bounded else nn.ReLU()
+        to_map = Conv2d(32, 1, 1)
+        if not self.bounded and to_map.bias is not None:  # from scratch, the ReLU could be 0 everywhere and stay so
+            nn.init.ones_(to_map.bias)
+        activation = nn.Sigmoid() if self.bounded else nn.ReLU()
         self.scratch.output_conv2 = nn.Sequential(
-            Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), Conv2d(32, 1, 1), last_activation
+            Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), to_map, activation
         )
-        if not self.bounded:  # trained from scratch, the last ReLU could otherwise be 0 everywhere and stay so
-            nn.init.ones_(self.scratch.output_conv2[2].bias)
 
     def forward(self, layers: Sequence[Tensor], grid: tuple[int, int], temporal: Temporal | None = None) -> Tensor:
         """Predicts maps.

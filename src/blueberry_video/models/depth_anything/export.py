@@ -1,7 +1,7 @@
 """Export of Depth Anything and of streaming steps of Video Depth Anything: ``torch.export`` programs and ONNX files."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -24,10 +24,12 @@ def export_depth(
     format: Literal["onnx", "torch"] = "onnx",
     image_size: int | tuple[int, int] = 518,
     step: bool = False,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
 ) -> list[Path]:
     """Exports the image model, or a streaming step of the video model, for images of one size.
 
-    The image model becomes one file with the input ``images`` (1, 3, H, W), normalized with ImageNet mean and std, and
+    The image model becomes one file with the input ``images`` (1, 3, H, W), normalized with ``mean`` and ``std``, and
     the output ``maps`` (1, H, W). A stream needs two files: of the first frame, from ``images`` to ``maps`` and
     ``next_state_0``, ``next_state_1``, …; and of all other frames, with the inputs ``images`` and ``state_0``,
     ``state_1``, … and the same outputs. ``depth.json`` in the metadata holds the kind of the maps (disparity, or depth
@@ -41,6 +43,7 @@ def export_depth(
             ``torch.export.load``.
         image_size: H and W in pixels, multiples of the patch size; one number for both.
         step: export a streaming step of a video model, of any kind of temporal module.
+        mean, std: normalization of ``images`` per channel, for the metadata.
 
     Returns:
         The written files; of a stream the step, then the first frame.
@@ -70,8 +73,8 @@ def export_depth(
             "kind": "disparity" if model.max_depth is None else "depth",
             "unit": None if model.max_depth is None else "m",
             "image_size": size,
-            "mean": MEAN,
-            "std": STD,
+            "mean": list(mean),
+            "std": list(std),
         }
     )
     training = model.training
