@@ -122,8 +122,9 @@ def derived_scores(means: dict[str, Tensor]) -> dict[str, Tensor]:
     """Scores that follow from the means of others over a set, of those whose terms exist.
 
     Returns:
-        ``abs_rel_share``, the ratio of ``abs_rel`` to ``abs_rel_trivial``; ``tae_excess``, ``tae`` without
-        ``tae_floor``, and the same of the controls; ``tae_excess_share``, its ratio to that of the initial model.
+        ``abs_rel_share``, the ratio of ``abs_rel`` to ``abs_rel_trivial``; ``abs_rel_gain``, the decrease from the
+        initial model; ``tae_excess``, ``tae`` without ``tae_floor``, and the same of the controls; ``tae_excess_share``
+        and ``tae_excess_share_shuffled``, the ratios to that of the initial model.
     """
     values = {}
     if "abs_rel_trivial" in means:
@@ -131,8 +132,11 @@ def derived_scores(means: dict[str, Tensor]) -> dict[str, Tensor]:
     for suffix in ("", "_initial", "_shuffled"):
         if f"tae{suffix}" in means and "tae_floor" in means:
             values[f"tae_excess{suffix}"] = means[f"tae{suffix}"] - means["tae_floor"]
-    if "tae_excess_initial" in values:
-        values["tae_excess_share"] = values["tae_excess"] / values["tae_excess_initial"]
+    if "abs_rel_initial" in means:
+        values["abs_rel_gain"] = means["abs_rel_initial"] - means["abs_rel"]
+    for suffix in ("", "_shuffled"):
+        if {f"tae_excess{suffix}", "tae_excess_initial"} <= set(values):
+            values[f"tae_excess_share{suffix}"] = values[f"tae_excess{suffix}"] / values["tae_excess_initial"]
     return values
 
 
