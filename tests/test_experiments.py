@@ -9,6 +9,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from blueberry_video.config import compose, load
+from blueberry_video.evaluation.depth_metrics import aligned_depth, depth_accuracy
+from blueberry_video.inference.depth import IMAGENET_MEAN, IMAGENET_STD
 
 FOLDER = Path(__file__).resolve().parents[1] / "experiments"
 CONFIGS = sorted(FOLDER.glob("*/config.yaml"))
@@ -60,7 +62,12 @@ def test_resolved_config_composes_to_itself(file: Path, tmp_path: Path):
     assert load(saved, ["seed=7"]).seed == 7
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("*/weights.safetensors")), ids=lambda file: file.parent.name)
+WEIGHTS = sorted(FOLDER.glob("*/weights.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in WEIGHTS if "tokenizer" in file.parent.name], ids=lambda file: file.parent.name
+)
 def test_committed_weights_are_those_of_a_tokenizer_as_good_as_expected(file: Path):
     config = compose(file.with_name("config.yaml"))
     tokenizer = instantiate(config.model, weights=file).eval()
@@ -69,3 +76,24 @@ def test_committed_weights_are_those_of_a_tokenizer_as_good_as_expected(file: Pa
     video = torch.stack([clip["video"] for clip in clips]).transpose(1, 2) / 127.5 - 1
     errors = (tokenizer.decode_ids(tokenizer.encode_ids(video)) - video).square().flatten(1).mean(1)
     assert (10 * (4 / errors).log10()).mean() > config.expected["val/psnr"].at_least
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in WEIGHTS if "depth" in file.parent.name], ids=lambda file: file.parent.name
+)
+def test_committed_weights_are_those_of_a_model_of_depth_as_good_as_expected(file: Path):
+    config = compose(file.with_name("config.yaml"))
+    model = instantiate(config.model).eval()
+    model.load_published(file)
+    noisy = instantiate(config.data.val)
+    noisy.dataset = noisy.dataset.dataset  # without the cache
+    clips = [noisy[index] for index in range(24)]
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
+    images = (torch.cat([clip["video"] for clip in clips]) / 255 - mean) / std
+    depth = torch.cat([clip["depth"] for clip in clips])[:, None]
+    with torch.no_grad():
+        found = aligned_depth(model(images)[:, None], depth)
+        constant = aligned_depth(torch.ones_like(depth), depth)
+    error, trivial = (depth_accuracy(each, depth).abs_rel.mean() for each in (found, constant))
+    assert error < config.expected["val/abs_rel"].at_most
+    assert trivial > 3 * error
