@@ -66,3 +66,16 @@ def test_run_with_a_different_number_of_heads_raises(tmp_path: Path):
     for model in (autoencoder(heads=6), autoencoder(heads=6).encoder):
         with pytest.raises(ValueError, match=rf"{file} .*num_attention_heads=3 \(here 6\)"):
             model.load_published(file)
+
+
+def test_a_file_in_the_working_directory_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = autoencoder()
+    bare(tmp_path, model)
+    file = of_a_run(tmp_path, model, 3)
+    monkeypatch.chdir(tmp_path)
+    autoencoder().load_published("bare.pth")
+    monkeypatch.chdir(file.parent)
+    autoencoder().load_published(file.name)
+    # the config of the run is found from its own folder too
+    with pytest.raises(ValueError, match=r"num_attention_heads=3\b.*4"):
+        autoencoder(heads=4).load_published(file.name)

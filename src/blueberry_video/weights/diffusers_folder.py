@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import save_torch_state_dict
@@ -64,18 +65,27 @@ def read_source(source: str | Path) -> tuple[dict, dict[str, Tensor]]:
     return read_folder(path) if path.is_dir() else (heads_of_run(path), read_weights(path))
 
 
-def heads_of_run(file: Path) -> dict[str, int]:
-    """Numbers of attention heads in the ``config.yaml`` of the run that wrote a checkpoint, under the names of
-    transformers; empty for any other file."""
-    config = file.parent.with_name("config.yaml")
-    if file.parent.name != "checkpoints" or not config.is_file():
+def model_of_run(file: Path) -> dict[str, Any]:
+    """Section ``model`` of the ``config.yaml`` of the run that wrote a checkpoint; empty for any other file."""
+    folder = file.absolute().parent
+    config = folder.parent / "config.yaml"
+    if folder.name != "checkpoints" or not config.is_file():
         return {}
     try:
         model = yaml.safe_load(config.read_text())["model"]
-        found = {"num_attention_heads": model["encoder"]["num_heads"]}
     except (yaml.YAMLError, KeyError, TypeError, ValueError):
         return {}
-    decoder = model.get("decoder_num_heads")
+    return model if isinstance(model, dict) else {}
+
+
+def heads_of_run(file: Path) -> dict[str, int]:
+    """Numbers of attention heads in the ``config.yaml`` of the run that wrote a checkpoint, under the names of
+    transformers; empty for any other file."""
+    model = model_of_run(file)
+    encoder, decoder = model.get("encoder"), model.get("decoder_num_heads")
+    if not isinstance(encoder, dict) or "num_heads" not in encoder:
+        return {}
+    found = {"num_attention_heads": encoder["num_heads"]}
     return found | ({"decoder_num_attention_heads": decoder} if isinstance(decoder, int) else {})
 
 

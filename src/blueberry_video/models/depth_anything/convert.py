@@ -9,12 +9,11 @@ import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
 from torch import Tensor
 
 from blueberry_video.models.dinov2 import published_weights, to_huggingface, to_original
 from blueberry_video.nn.positions import sinusoid_table
-from blueberry_video.weights.diffusers_folder import CONFIG, read_source
+from blueberry_video.weights.diffusers_folder import CONFIG, model_of_run, read_source
 from blueberry_video.weights.files import num_blocks, read_weights
 
 UNKNOWN: Literal["unknown"] = "unknown"  # no file states the setting
@@ -91,14 +90,8 @@ def settings_of_transformers(config: dict[str, Any]) -> dict[str, Any]:
 
 def settings_of_run(file: Path) -> dict[str, Any]:
     """Settings in ``config.yaml`` of the run that wrote a checkpoint; empty for any other file."""
-    config = file.parent.with_name("config.yaml")
-    if file.parent.name != "checkpoints" or not config.is_file():
-        return {}
-    try:
-        model = yaml.safe_load(config.read_text())["model"]
-        return {key: model[key] for key in MODEL_SETTINGS if key in model} if "taps" in model else {}
-    except (yaml.YAMLError, KeyError, TypeError):
-        return {}
+    model = model_of_run(file)
+    return {key: model[key] for key in MODEL_SETTINGS if key in model} if "taps" in model else {}
 
 
 def settings_of_name(name: str, blocks: int) -> dict[str, Any]:
