@@ -191,3 +191,24 @@ def test_wrong_arguments_raise(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"range=\[3, 3\].*0 and 20"):
         DepthWriter(tmp_path / "out", ["png"], SETTINGS, "depth", (3, 3))
     assert not (tmp_path / "out").exists()
+
+
+def test_odd_sizes_lose_a_row_of_the_mp4_only(tmp_path: Path) -> None:
+    writer = DepthWriter(tmp_path / "out", ["npz", "png", "mp4"], SETTINGS, "disparity")
+    values = torch.rand(3, 17, 33)
+    writer.add(values)
+    writer.finish(5.0)
+    assert np.array_equal(np.load(tmp_path / "out/npz/depth_00000.npz")["disparity"], values.numpy())
+    assert Image.open(tmp_path / "out/png/00000000.png").size == (33, 17)
+    with av.open(str(tmp_path / "out/depth.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.height, stream.width) == (16, 32)
+
+
+def test_a_constant_video_has_a_range(tmp_path: Path) -> None:
+    writer = DepthWriter(tmp_path / "out", ["png", "mp4"], SETTINGS, "disparity")
+    writer.add(torch.full((2, 16, 16), 3.0))
+    writer.finish(5.0)
+    sidecar = json.loads((tmp_path / "out/png/depth.json").read_text())
+    stored = np.array(Image.open(tmp_path / "out/png/00000001.png"))
+    assert np.allclose(sidecar["offset"] + sidecar["scale"] * stored, 3.0)
