@@ -1,0 +1,269 @@
+"""PyTorch backend of the rasterizer, for CPUs and all dtypes: lists of Gaussians per small tile, with its own backward.
+
+A tile is TILE x TILE pixels. Its list holds the Gaussians with alpha ≥ MIN_ALPHA at one of its pixels, by depth. Lists
+are built with one sort of (tile, rank by depth). The tiles are then composited together, SLAB Gaussians of each list at
+a time, until the list ends or all pixels of the tile are opaque. Within a tile, log-alpha is a polynomial of degree 2
+in the pixel coordinates, so that log-alpha, colors and the gradients of all parameters are matrix products with the
+pixels of a tile.
+
+The backward repeats the forward pass and needs no stored activations: what is behind a Gaussian is the final value of
+the pixel minus what is in front of it. All sums have a fixed order: results are deterministic.
+
+Shapes: C cameras, N Gaussians, n visible ones of all cameras, F channels, M pairs of tile and Gaussian, B tiles at
+once, S Gaussians of a list at once, P = TILE² pixels.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blueberry_video.ops.rasterizer.inputs import MAX_ALPHA, MIN_ALPHA, MIN_TRANSMITTANCE, Splats
+
+TILE = 4
+SLAB = 32
+PIXELS_AT_ONCE = 1 << 17  # B · S · P: the arrays of a step fit the cache of a core
+PAIRS_AT_ONCE = 1 << 22  # bound of M, except that a row of tiles is not split
+MARGIN = 1e-3  # pixels added to the extents, so that rounding loses no pixel
+NEVER = -1e4  # log-alpha of list padding: exp is 0
+BELOW_MIN_ALPHA = MIN_ALPHA * (1 - 1e-7)  # F.threshold keeps values above
+
+
+def forward(splats: Splats) -> tuple[Tensor, Tensor]:
+    """Returns the image (C, F, H, W) and alpha (C, H, W)."""
+    scene = Scene(splats)
+    output = scene.table.new_zeros(scene.num_tiles, TILE**2, scene.channels)
+    for lists in scene.parts():
+        for step in scene.steps(lists):
+            output[step.tiles] += step.weights.mT @ step.features
+    return scene.to_image(output)
+
+
+def backward(
+    d_image: Tensor, d_alpha: Tensor, image: Tensor, alpha: Tensor, splats: Splats
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of means2d, conics, opacities and features."""
+    scene = Scene(splats)
+    d_output = scene.to_tiles(d_image, d_alpha)  # (tiles, P, F + 1)
+    behind = (d_output * scene.to_tiles(image, alpha)).sum(-1)  # (tiles, P): part of the loss still to come, linearized
+    total = torch.zeros_like(scene.table)
+    for lists in scene.parts():
+        for step in scene.steps(lists):
+            gradient = d_output[step.tiles]
+            in_front = (step.features @ gradient.mT).mul_(step.weights)  # (B, S, P), without what is behind it
+            sums = torch.cumsum(in_front, 1)
+            left = behind[step.tiles, None].sub(sums)
+            behind[step.tiles] = left[:, -1]
+            ratio = step.alpha.div_(step.alpha.neg().add_(1)).mul_(step.counts)
+            d_log_alpha = in_front.sub_(left.mul_(ratio)).mul_(step.free)
+            rows = torch.cat([step.shape_gradients(d_log_alpha), step.weights @ gradient], -1)
+            total.index_add_(0, step.ids, rows.flatten(0, 1))
+    return scene.to_gaussians(total)
+
+
+class Lists(NamedTuple):
+    """Gaussians of each tile of a band of the image, in the order of their depth."""
+
+    ids: Tensor  # (M,): rows of the table
+    tiles: Tensor  # tiles with a Gaussian
+    starts: Tensor  # position of the list of each of these tiles
+    ends: Tensor
+
+
+class Step:
+    """Gaussians of a part of the list of some tiles, with alpha and the weight in the image at each pixel.
+
+    Attributes:
+        tiles: (B,).
+        ids: (B S,) rows of the table.
+        features: (B, S, F + 1).
+        alpha: (B, S, P), 0 where skipped.
+        counts: (B, S, P): 1 before the pixel is opaque, 0 after.
+        weights: (B, S, P): alpha times the transmittance before the Gaussian, or 0.
+        transmittance: (B, P) after the last Gaussian.
+        free: (B, S, P): 1 where alpha is not limited, 0 elsewhere.
+    """
+
+    def __init__(self, tiles: Tensor, ids: Tensor, padding: Tensor, rows: Tensor, centers: Tensor, before: Tensor):
+        self.tiles, self.ids, self.features = tiles, ids, rows[..., 6:]
+        x, y, xx, xy, yy, log_opacity = rows[..., :6].unbind(-1)
+        self.u, self.v = x - centers[:, :1], y - centers[:, 1:]
+        self.xx, self.xy, self.yy = xx, xy, yy
+        self.basis = polynomials(rows)
+        p, q = xx * self.u + xy * self.v, xy * self.u + yy * self.v
+        constant = log_opacity - (self.u * p + self.v * q) / 2
+        constant = constant.masked_fill_(padding, NEVER)
+        coefficients = torch.stack([constant, p, q, xx / -2, -xy, yy / -2], -1)
+        alpha = (coefficients @ self.basis).exp_()
+        self.free = (alpha <= MAX_ALPHA).to(alpha.dtype)
+        self.alpha = F.threshold_(alpha.clamp_(max=MAX_ALPHA), BELOW_MIN_ALPHA, 0)
+        chain = alpha.new_empty(alpha.shape[0], alpha.shape[1] + 1, alpha.shape[2])
+        chain[:, 0] = before
+        torch.sub(1, self.alpha, out=chain[:, 1:])
+        chain.cumprod_(1)
+        after = chain[:, 1:]
+        self.transmittance = after[:, -1]
+        self.counts = (after >= MIN_TRANSMITTANCE).to(alpha.dtype)
+        self.weights = (self.alpha * chain[:, :-1]).mul_(self.counts)
+
+    def shape_gradients(self, gradient: Tensor) -> Tensor:
+        """Gradients (B, S, 6) of means, conics and log-opacity, from that of log-alpha (B, S, P)."""
+        one, x, y, xx, xy, yy = (gradient @ self.basis.mT).unbind(-1)  # moments about the center of the tile
+        u, v = self.u, self.v
+        dx, dy = x - u * one, y - v * one  # moments about the mean
+        return torch.stack(
+            [
+                self.xx * dx + self.xy * dy,
+                self.xy * dx + self.yy * dy,
+                (xx - u * (x + dx)) / -2,
+                v * x + u * dy - xy,
+                (yy - v * (y + dy)) / -2,
+                one,
+            ],
+            -1,
+        )
+
+
+def polynomials(like: Tensor) -> Tensor:
+    """1, x, y, x², xy and y² (6, P) at the pixels of a tile, with the origin at its center."""
+    offsets = torch.arange(TILE).to(like) - (TILE - 1) / 2
+    y, x = (axis.flatten() for axis in torch.meshgrid(offsets, offsets, indexing="ij"))
+    return torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y])
+
+
+class Scene:
+    """Visible Gaussians as rows of a table, by camera and depth, and the geometry of the tiles.
+
+    ``table`` (n, 6 + F + 1) has the columns x, y, xx, xy, yy, log-opacity, features, 1. The last one yields alpha.
+    """
+
+    def __init__(self, splats: Splats):
+        self.splats = splats
+        self.height, self.width = splats.height, splats.width
+        self.cameras, number, features = splats.features.shape
+        self.rows, self.columns = math.ceil(self.height / TILE), math.ceil(self.width / TILE)
+        self.num_tiles, self.channels = self.cameras * self.rows * self.columns, features + 1
+        visible = splats.extents[..., 0] > 0
+        order = splats.depths.masked_fill(~visible, math.inf).argsort(dim=1, stable=True)
+        order = (order + number * torch.arange(self.cameras)[:, None]).flatten()
+        self.order = order[visible.flatten()[order]]  # (n,): indices into the Gaussians of all cameras
+        opacities = splats.opacities.reshape(-1)[self.order]
+        columns = [splats.means2d, splats.conics, splats.features]
+        means2d, conics, features = (tensor.flatten(0, 1)[self.order] for tensor in columns)
+        self.opacities = opacities[:, None]
+        self.table = torch.cat([means2d, conics, self.opacities.log(), features, torch.ones_like(self.opacities)], 1)
+        self.camera = self.order // max(number, 1)
+
+    def parts(self) -> Iterator[Lists]:
+        """Lists of all tiles, in bands of rows of tiles with a bounded number of pairs."""
+        entry, row, first, count = self.spans()
+        per_row = torch.bincount(row, count, minlength=self.cameras * self.rows).cumsum(0)
+        band = ((per_row - 1).clamp(min=0) / PAIRS_AT_ONCE).floor().long()[row]
+        for index in range(int(band.max()) + 1 if len(band) else 0):
+            chosen = slice(None) if not band.any() else band == index
+            yield self.lists(entry[chosen], row[chosen], first[chosen], count[chosen])
+
+    def spans(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tiles that the Gaussians overlap, by rows of tiles.
+
+        Returns:
+            Of each span: row of the table, row of tiles (of all cameras), first column and number of tiles.
+        """
+        x, y, xx, xy, yy, log_opacity = self.table[:, :6].double().unbind(1)
+        reach = (2 * (log_opacity - math.log(MIN_ALPHA))).clamp(min=0)
+        determinant = xx * yy - xy * xy
+        half_width, half_height = (reach * yy / determinant).sqrt(), (reach * xx / determinant).sqrt()
+        top, number = tiles_between(y - half_height, y + half_height, self.height)
+        entry = torch.repeat_interleave(number)
+        row = top[entry] + ordinal(number)
+        # The ellipse is widest to the right at height -xy / yy · half_width, and to the left at the opposite height.
+        x, half_width, half_height, xx, xy, yy, reach = (
+            column[entry] for column in (x, half_width, half_height, xx, xy, yy, reach)
+        )
+        low = torch.maximum(row * TILE + 0.5 - MARGIN - y[entry], -half_height)
+        high = torch.minimum(row * TILE + TILE - 0.5 + MARGIN - y[entry], half_height)
+        widest = -xy / yy * half_width
+        edges = []
+        for side in (-1, 1):
+            at = torch.minimum(torch.maximum(side * widest, low), high)
+            root = ((xy * at) ** 2 - xx * (yy * at * at - reach)).clamp(min=0).sqrt()
+            edges.append(x + (side * root - xy * at) / xx)
+        first, count = tiles_between(*edges, self.width)
+        return entry, row + self.camera[entry] * self.rows, first, count
+
+    def lists(self, entry: Tensor, row: Tensor, first: Tensor, count: Tensor) -> Lists:
+        span = torch.repeat_interleave(count)
+        bits = len(self.table).bit_length()
+        keys = ((row * self.columns + first)[span] + ordinal(count)) << bits | entry[span]
+        keys.numpy().sort()  # several times as fast as torch.sort; keys are unique
+        tiles, counts = torch.unique_consecutive(keys >> bits, return_counts=True)
+        ends = counts.cumsum(0)
+        return Lists(keys & ((1 << bits) - 1), tiles, ends - counts, ends)
+
+    def steps(self, lists: Lists) -> Iterator[Step]:
+        """Composites the lists of all tiles from front to back."""
+        tiles, position, ends = lists.tiles, lists.starts, lists.ends
+        transmittance = self.table.new_ones(len(tiles), TILE**2)
+        slab = torch.arange(SLAB)
+        in_row = tiles % (self.rows * self.columns)
+        centers = torch.stack([in_row % self.columns, in_row // self.columns], 1) * TILE + TILE / 2
+        centers = centers.to(self.table)
+        at_once = max(PIXELS_AT_ONCE // (SLAB * TILE**2), 1)
+        while len(tiles):
+            left = []
+            for start in range(0, len(tiles), at_once):
+                part = slice(start, start + at_once)
+                at = position[part, None] + slab
+                padding = at >= ends[part, None]
+                ids = lists.ids[at.clamp_(max=len(lists.ids) - 1).flatten()]
+                rows = self.table.index_select(0, ids).view(*at.shape, -1)
+                step = Step(tiles[part], ids, padding, rows, centers[part], transmittance[part])
+                left.append(step.transmittance)
+                yield step
+            transmittance = torch.cat(left)
+            position = position + SLAB
+            going = (position < ends) & (transmittance >= MIN_TRANSMITTANCE).any(1)
+            tiles, position, ends, centers = tiles[going], position[going], ends[going], centers[going]
+            transmittance = transmittance[going]
+
+    def to_image(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """(tiles, P, F + 1) -> (C, F, H, W) and (C, H, W)."""
+        grid = tiles.view(self.cameras, self.rows, self.columns, TILE, TILE, self.channels)
+        image = grid.permute(0, 5, 1, 3, 2, 4).reshape(self.cameras, self.channels, self.rows * TILE, -1)
+        image = image[..., : self.height, : self.width]
+        return tuple(part.clone(memory_format=torch.contiguous_format) for part in (image[:, :-1], image[:, -1]))
+
+    def to_tiles(self, image: Tensor, alpha: Tensor) -> Tensor:
+        """Inverse of :meth:`to_image`; 0 outside the image."""
+        image = torch.cat([image, alpha[:, None]], 1)
+        padded = F.pad(image, (0, self.columns * TILE - self.width, 0, self.rows * TILE - self.height))
+        grid = padded.view(self.cameras, self.channels, self.rows, TILE, self.columns, TILE)
+        return grid.permute(0, 2, 4, 3, 5, 1).reshape(self.num_tiles, TILE**2, self.channels)
+
+    def to_gaussians(self, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of the table -> gradients of means2d, conics, opacities and features."""
+        splats = self.splats
+        columns = [table[:, :2], table[:, 2:5], table[:, 5:6] / self.opacities, table[:, 6:-1]]
+        targets = (splats.means2d, splats.conics, splats.opacities, splats.features)
+        found = []
+        for target, gradient in zip(targets, columns, strict=True):
+            whole = torch.zeros(target.shape, dtype=target.dtype)
+            whole.view(-1, gradient.shape[1])[self.order] = gradient
+            found.append(whole)
+        return found[0], found[1], found[2], found[3]
+
+
+def tiles_between(low: Tensor, high: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """First tile and number of tiles with pixel centers from ``low`` to ``high`` along an axis of ``size`` pixels."""
+    first = (low - 0.5 - MARGIN).ceil().clamp(0, size).long()
+    last = (high - 0.5 + MARGIN).floor().clamp(-1, size - 1).long()
+    tile = first // TILE
+    return tile, torch.where(last >= first, last // TILE - tile + 1, 0)
+
+
+def ordinal(counts: Tensor) -> Tensor:
+    """0, 1, …, counts[0] - 1, 0, 1, …, counts[1] - 1, …"""
+    return torch.arange(int(counts.sum())) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
