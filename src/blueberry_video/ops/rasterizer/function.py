@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blueberry_video.ops.rasterizer import projection, reference, tiles
-from blueberry_video.ops.rasterizer.inputs import DILATION, Splats
+from blueberry_video.ops.rasterizer.inputs import Splats
 
 Backend = Literal["reference", "torch", "triton", "gsplat"]
 MAX_DEGREE = 3
@@ -28,7 +28,7 @@ class Rasterized(NamedTuple):
     color: Tensor  # (C, D, H, W), with the background
     alpha: Tensor  # (C, H, W): 1 - transmittance of all Gaussians, in [0, 1]
     depth: Tensor  # (C, H, W): depths weighted as the colors; divided by alpha, the mean depth
-    means2d: Tensor  # (C, N, 2): means in pixels; its ``grad`` is retained, for densification
+    means2d: Tensor  # (C, N, 2): means in pixels, where radii > 0; its ``grad`` is retained, for densification
     radii: Tensor  # (C, N) int32: radius in pixels of the region with alpha ≥ 1/255; 0 if no pixel is in it
 
 
@@ -105,33 +105,25 @@ def rasterize(
     dimensions = (3, 3, 3, 2, 3 if sh_degree is None else 4, 3, 3)
     tensors = [tensor if tensor.ndim == n else tensor[None] for tensor, n in zip(tensors, dimensions, strict=True)]
     with torch.autocast(means.device.type, enabled=False):
-        render = _render_gsplat if backend == "gsplat" else _render
-        image, alpha, means2d, radii = render(*tensors, height, width, sh_degree, near, backend, single)
-        color, depth = image[:, :-1].to(dtype), image[:, -1].to(dtype)
-        alpha = alpha.to(dtype)
+        image, transmittance, means2d, radii = _render(tensors, height, width, sh_degree, near, backend, single)
+        image, transmittance = image.to(dtype), transmittance.to(dtype)
+        color, depth, alpha = image[:, :-1], image[:, -1], 1 - transmittance
         if background is not None:
-            color = color + (1 - alpha)[:, None] * background.view(-1, background.shape[-1], 1, 1)
-    return Rasterized(*((v[0] for v in (color, alpha, depth)) if single else (color, alpha, depth)), means2d, radii)
+            color = color + transmittance[:, None] * background.view(-1, background.shape[-1], 1, 1)
+    if single:
+        color, alpha, depth = color[0], alpha[0], depth[0]
+    return Rasterized(color, alpha, depth, means2d, radii)
 
 
 def _render(
-    means: Tensor,
-    scales: Tensor,
-    quats: Tensor,
-    opacities: Tensor,
-    colors: Tensor,
-    intrinsics: Tensor,
-    world_to_camera: Tensor,
-    height: int,
-    width: int,
-    sh_degree: int | None,
-    near: float,
-    backend: Backend,
-    single: bool,
+    tensors: list[Tensor], height: int, width: int, sh_degree: int | None, near: float, backend: Backend, single: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the image (C, D + 1, H, W) of colors and depth, alpha (C, H, W), means2d and radii."""
-    dense = backend == "reference"
-    project = reference.project if dense else projection.project
+    """Returns the image (C, D + 1, H, W) of colors and depth, transmittance, means2d and radii.
+
+    ``tensors`` are those of Gaussians, with a leading dimension of C or 1, intrinsics and world_to_camera.
+    """
+    means, scales, quats, opacities, colors, intrinsics, world_to_camera = tensors
+    project = reference.project if backend == "reference" else projection.project
     projected = project(means, scales, quats, opacities, intrinsics, world_to_camera, height, width, near)
     means2d = projected.means2d[0] if single else projected.means2d
     if means2d.requires_grad and not torch.compiler.is_compiling():
@@ -146,45 +138,32 @@ def _render(
         means2d[None] if single else means2d, projected.conics, opacities.expand(many), features,
         projected.depths.detach(), projected.extents, height, width,
     )  # fmt: skip
-    image, alpha = reference.composite(splats) if dense else torch.ops.blueberry_video.rasterize(*splats, backend)
+    image, transmittance = _composite(splats, backend)
     radii = projected.extents.amax(-1).ceil().to(torch.int32)
-    return image, alpha, means2d, radii[0] if single else radii
+    return image, transmittance, means2d, radii[0] if single else radii
 
 
-def _render_gsplat(
-    means: Tensor,
-    scales: Tensor,
-    quats: Tensor,
-    opacities: Tensor,
-    colors: Tensor,
-    intrinsics: Tensor,
-    world_to_camera: Tensor,
-    height: int,
-    width: int,
-    sh_degree: int | None,
-    near: float,
-    backend: Backend,
-    single: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`_render`, with the kernels of gsplat; each camera is a batch of one view."""
-    from gsplat import rasterization
+def _composite(splats: Splats, backend: Backend) -> tuple[Tensor, Tensor]:
+    """Returns the image (C, F, H, W) and the transmittance (C, H, W)."""
+    if backend == "reference":
+        return reference.composite(splats)
+    if backend == "gsplat":
+        return _composite_gsplat(splats)
+    return torch.ops.blueberry_video.rasterize(*splats, backend)
 
-    cameras = len(intrinsics)
-    means, scales, quats, opacities, colors = (
-        tensor.expand(cameras, *tensor.shape[1:]) for tensor in (means, scales, quats, opacities, colors)
-    )
-    if sh_degree is None:
-        colors = colors[:, None]  # (C, 1, N, D)
-    image, alpha, info = rasterization(
-        means, quats, scales, opacities, colors, world_to_camera[:, None], intrinsics[:, None], width, height,
-        near_plane=near, eps2d=DILATION, sh_degree=sh_degree, render_mode="RGB+D", packed=False,
+
+def _composite_gsplat(splats: Splats) -> tuple[Tensor, Tensor]:
+    from gsplat import isect_offset_encode, isect_tiles, rasterize_to_pixels
+
+    size, rows, columns = 16, -(-splats.height // 16), -(-splats.width // 16)
+    extents = splats.extents.ceil().to(torch.int32)
+    _, keys, ids = isect_tiles(splats.means2d.detach(), extents, splats.depths, size, columns, rows)
+    offsets = isect_offset_encode(keys, len(extents), columns, rows)
+    image, alpha = rasterize_to_pixels(
+        splats.means2d.contiguous(), splats.conics.contiguous(), splats.features.contiguous(),
+        splats.opacities.contiguous(), splats.width, splats.height, size, offsets, ids,
     )  # fmt: skip
-    means2d = info["means2d"]
-    if means2d.requires_grad:
-        means2d.retain_grad()
-    radii = info["radii"].amax(-1).view(cameras, -1).to(torch.int32)
-    means2d = means2d if means2d.ndim == 3 else means2d
-    return image[:, 0].movedim(-1, 1), alpha[:, 0, ..., 0], means2d, radii[0] if single else radii
+    return image.movedim(-1, 1), 1 - alpha[..., 0]
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -203,7 +182,9 @@ def _check_shapes(
     if means.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"means is {means.dtype}: the rasterizer requires float32 or float64, so convert all tensors.")
     if sh_degree is not None and (isinstance(sh_degree, bool) or sh_degree not in range(MAX_DEGREE + 1)):
-        raise ValueError(f"sh_degree={sh_degree!r} must be an integer from 0 to {MAX_DEGREE}, or None for plain colors.")
+        raise ValueError(
+            f"sh_degree={sh_degree!r} must be an integer from 0 to {MAX_DEGREE}, or None for plain colors."
+        )
     if intrinsics.ndim not in (2, 3) or intrinsics.shape[-2:] != (3, 3) or intrinsics.shape[:1] == (0,):
         raise ValueError(f"intrinsics has shape {tuple(intrinsics.shape)}: it must be (3, 3) or (C, 3, 3) with C ≥ 1.")
     if world_to_camera.shape != (*intrinsics.shape[:-2], 4, 4):
@@ -211,27 +192,24 @@ def _check_shapes(
             f"world_to_camera has shape {tuple(world_to_camera.shape)}: intrinsics {tuple(intrinsics.shape)} require "
             f"{(*intrinsics.shape[:-2], 4, 4)}."
         )
-    number = means.shape[-2]
-    leading = {(number,)} if intrinsics.ndim == 2 else {(number,), (len(intrinsics), number)}
+    number, cameras = means.shape[-2], 1 if intrinsics.ndim == 2 else len(intrinsics)
     width = colors.shape[-1] if colors.ndim else 0
-    enough = None if sh_degree is None else (sh_degree + 1) ** 2
-    trailing: dict[str, tuple[int, ...]] = {"means": (3,), "scales": (3,), "quats": (4,), "opacities": ()}
-    trailing["colors"] = (width,) if enough is None else (*colors.shape[-2:-1], width)
+    enough = 0 if sh_degree is None else (sh_degree + 1) ** 2
+    harmonics = () if sh_degree is None else colors.shape[-2:-1]
+    trailing = {"means": (3,), "scales": (3,), "quats": (4,), "opacities": (), "colors": (*harmonics, width)}
     for name, tensor in gaussians.items():
-        own = len(trailing[name])
-        shape = tuple(tensor.shape)
-        if shape[: len(shape) - own] not in leading or shape[len(shape) - own :] != trailing[name]:
-            described = ", ".join(map(str, trailing[name]))
-            if name == "colors":
-                described = "D" if enough is None else "K, D"
+        allowed = [(number, *trailing[name])]
+        if intrinsics.ndim == 3:
+            allowed.append((cameras, number, *trailing[name]))
+        if tuple(tensor.shape) not in allowed:
+            layout = {"colors": f"(N, D) with sh_degree=None, else (N, K, D), N = {number}"}.get(name, str(allowed[0]))
             raise ValueError(
-                f"{name} has shape {shape}: means {tuple(means.shape)}, {len(leading) > 1 and len(intrinsics) or 1} "
-                f"camera(s) and sh_degree={sh_degree} require ({number}{', ' * bool(described)}{described})"
-                + (f" or ({len(intrinsics)}, {number}{', ' * bool(described)}{described})." if len(leading) > 1 else ".")
+                f"{name} has shape {tuple(tensor.shape)}: means {tuple(means.shape)}, sh_degree={sh_degree} and "
+                f"intrinsics {tuple(intrinsics.shape)} require {layout}, and optionally a leading C."
             )
     if not width:
         raise ValueError(f"colors has shape {tuple(colors.shape)}: it must have at least one channel.")
-    if enough is not None and colors.shape[-2] < enough:
+    if sh_degree is not None and colors.shape[-2] < enough:
         raise ValueError(
             f"colors has K={colors.shape[-2]} spherical harmonics: sh_degree={sh_degree} requires at least {enough}."
         )
@@ -264,36 +242,40 @@ def _check_values(tensors: dict[str, Tensor | None], intrinsics: Tensor, world_t
         if tensor is not None and not tensor.isfinite().all():
             number = int((~tensor.isfinite()).sum())
             raise ValueError(
-                f"{name} has {number} values that are NaN or infinite, of {tensor.numel()}: look for the first layer or "
-                "optimizer step that returns them, or lower the learning rate."
+                f"{name} has {number} values that are NaN or infinite, of {tensor.numel()}: look for the first layer "
+                "or optimizer step that returns them, or lower the learning rate."
             )
     scales, quats, opacities = tensors["scales"], tensors["quats"], tensors["opacities"]
     if scales is not None and scales.numel() and scales.min() < 0:
-        raise ValueError(f"scales has a minimum of {scales.min():.3g}: standard deviations must be ≥ 0, such as exp(x).")
+        raise ValueError(
+            f"scales has a minimum of {scales.min():.3g}: standard deviations must be ≥ 0, such as exp(x)."
+        )
     if opacities is not None and opacities.numel() and (opacities.min() < 0 or opacities.max() > 1):
         raise ValueError(
-            f"opacities has values from {opacities.min():.3g} to {opacities.max():.3g}: they must be from 0 to 1, such as "
-            "sigmoid(x)."
+            f"opacities has values from {opacities.min():.3g} to {opacities.max():.3g}: they must be from 0 to 1, such "
+            "as sigmoid(x)."
         )
     if quats is not None and not quats.any(-1).all():
         raise ValueError("quats has a quaternion 0, which is no rotation: initialize with (1, 0, 0, 0).")
-    focal = intrinsics.diagonal(dim1=-2, dim2=-1)[..., :2]
-    skewed = intrinsics[..., 0, 1].any() or intrinsics[..., 1, 0].any()
-    last = intrinsics.new_tensor([0, 0, 1])
-    if focal.min() <= 0 or skewed or (intrinsics[..., 2, :] != last).any():
-        raise ValueError(
-            f"intrinsics={intrinsics.tolist()} must be [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] with fx, fy > 0 for each "
-            "camera."
-        )
-    turn = world_to_camera[..., :3, :3]
-    error = (turn @ turn.mT - torch.eye(3).to(turn)).abs().max()
-    last = world_to_camera.new_tensor([0, 0, 0, 1])
-    if error > RIGID_TOLERANCE or torch.linalg.det(turn).min() < 0 or (world_to_camera[..., 3, :] != last).any():
-        raise ValueError(
-            f"world_to_camera={world_to_camera.tolist()} is not rigid: it must be [[R, t], [0, 0, 0, 1]] with a rotation "
-            f"R (R Rᵀ differs from I by {error:.3g}; determinant {torch.linalg.det(turn).min():.3g}). Remove scaling and "
-            "mirroring from the poses."
-        )
+    for index, matrix in enumerate(intrinsics.reshape(-1, 3, 3).tolist()):
+        (fx, skew, _), (tilt, fy, _), last = matrix
+        if fx <= 0 or fy <= 0 or skew or tilt or last != [0, 0, 1]:
+            raise ValueError(
+                f"intrinsics={matrix} of camera {index} must be [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels with "
+                "fx > 0 and fy > 0: rectify images with skew or distortion first."
+            )
+    turns = world_to_camera[..., :3, :3].reshape(-1, 3, 3)
+    with torch.autocast(turns.device.type, enabled=False):
+        errors = (turns @ turns.mT - torch.eye(3).to(turns)).abs().amax((1, 2)).tolist()
+    determinants = torch.linalg.det(turns).tolist()
+    last_rows = world_to_camera[..., 3, :].reshape(-1, 4).tolist()
+    for index, (error, determinant, last) in enumerate(zip(errors, determinants, last_rows, strict=True)):
+        if error > RIGID_TOLERANCE or determinant < 0 or last != [0, 0, 0, 1]:
+            raise ValueError(
+                f"world_to_camera of camera {index} is not rigid: R Rᵀ differs from I by {error:.3g}, det R = "
+                f"{determinant:.3g}, last row {last}. It must be [[R, t], [0, 0, 0, 1]] with a rotation R: remove "
+                "scaling and mirroring from the pose."
+            )
 
 
 def _backend(backend: Backend | None, means: Tensor) -> Backend:
@@ -321,7 +303,7 @@ _SCHEMA = (  # the fields of Splats, and the backend
 
 @torch.library.custom_op("blueberry_video::rasterize", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)")
 def _rasterize(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Returns the image (C, F, H, W) and alpha (C, H, W)."""
+    """Returns the image (C, F, H, W) and the transmittance (C, H, W)."""
     return _module(arguments[-1]).forward(Splats(*arguments[:-1]))
 
 
@@ -335,18 +317,20 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "blueberry_video::rasterize_backward",
     mutates_args=(),
-    schema=f"(Tensor d_image, Tensor d_alpha, Tensor image, Tensor alpha, {_SCHEMA}) -> "
+    schema=f"(Tensor d_image, Tensor d_transmittance, Tensor image, Tensor transmittance, {_SCHEMA}) -> "
     "(Tensor, Tensor, Tensor, Tensor)",
 )
 def _rasterize_backward(
-    d_image: Tensor, d_alpha: Tensor, image: Tensor, alpha: Tensor, *arguments: Any
+    d_image: Tensor, d_transmittance: Tensor, image: Tensor, transmittance: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of means2d, conics, opacities and features."""
-    return _module(arguments[-1]).backward(d_image, d_alpha, image, alpha, Splats(*arguments[:-1]))
+    return _module(arguments[-1]).backward(d_image, d_transmittance, image, transmittance, Splats(*arguments[:-1]))
 
 
 @_rasterize_backward.register_fake
-def _(d_image: Tensor, d_alpha: Tensor, image: Tensor, alpha: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _(
+    d_image: Tensor, d_transmittance: Tensor, image: Tensor, transmittance: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
     return tuple(tensor.new_empty(tensor.shape) for tensor in arguments[:4])
 
 
@@ -355,10 +339,10 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.settings = inputs[6:]
 
 
-def _differentiate(ctx, d_image, d_alpha):  # type: ignore[no-untyped-def]
-    *splats, image, alpha = ctx.saved_tensors
+def _differentiate(ctx, d_image, d_transmittance):  # type: ignore[no-untyped-def]
+    *splats, image, transmittance = ctx.saved_tensors
     backward = torch.ops.blueberry_video.rasterize_backward
-    return (*backward(d_image, d_alpha, image, alpha, *splats, *ctx.settings), *[None] * 5)
+    return (*backward(d_image, d_transmittance, image, transmittance, *splats, *ctx.settings), *[None] * 5)
 
 
 torch.library.register_autograd("blueberry_video::rasterize", _differentiate, setup_context=_setup_context)

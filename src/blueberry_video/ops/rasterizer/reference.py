@@ -38,8 +38,8 @@ def project(
     depths = camera[..., 2]
     visible = (depths > near) & (opacities >= MIN_ALPHA)
     camera = torch.where((depths > near)[..., None], camera, 1)
-    image = torch.einsum("cij,cnj->cni", intrinsics, camera[..., :3])
-    means2d = image[..., :2] / image[..., 2:]
+    focals, centers = intrinsics.diagonal(dim1=-2, dim2=-1)[:, None, :2], intrinsics[:, None, :2, 2]
+    means2d = focals * camera[..., :2] / camera[..., 2:3] + centers
 
     jacobian = torch.zeros(*depths.shape, 2, 3).to(camera)
     for axis, size in enumerate((width, height)):
@@ -65,22 +65,25 @@ def composite(splats: Splats) -> tuple[Tensor, Tensor]:
     """Blends from front to back.
 
     Returns:
-        Sum of the features (C, F, H, W) and of 1 (C, H, W), weighted by alpha and transmittance.
+        Sum of the features (C, F, H, W), weighted by alpha and the transmittance before, and the transmittance after
+        all Gaussians (C, H, W).
     """
     y, x = torch.meshgrid(torch.arange(splats.height) + 0.5, torch.arange(splats.width) + 0.5, indexing="ij")
     pixels = torch.stack([x, y], -1).reshape(-1, 2).to(splats.means2d)
-    images, alphas = [], []
-    for means2d, conics, opacities, features, depths, extents in zip(*splats[:6]):
+    images, transmittances = [], []
+    for camera in range(len(splats.depths)):
+        means2d, conics, opacities = splats.means2d[camera], splats.conics[camera], splats.opacities[camera]
+        features, depths, extents = splats.features[camera], splats.depths[camera], splats.extents[camera]
         order = depths.argsort(stable=True)
         order = order[extents[order, 0] > 0]
         dx, dy = (pixels[:, None] - means2d[order]).unbind(-1)  # (H W, n)
         xx, xy, yy = conics[order].unbind(-1)
         alpha = opacities[order] * torch.exp(-(xx * dx * dx + yy * dy * dy) / 2 - xy * dx * dy)
-        alpha = alpha.clamp(max=MAX_ALPHA)
+        alpha = torch.where(alpha < MAX_ALPHA, alpha, MAX_ALPHA)
         alpha = torch.where(alpha >= MIN_ALPHA, alpha, 0)
         after = torch.cumprod(1 - alpha, 1)
         before = torch.cat([torch.ones_like(after[:, :1]), after[:, :-1]], 1)[:, : after.shape[1]]
         weight = torch.where(after >= MIN_TRANSMITTANCE, alpha * before, 0)
         images.append((weight @ features[order]).T.unflatten(1, (splats.height, splats.width)))
-        alphas.append(weight.sum(1).view(splats.height, splats.width))
-    return torch.stack(images), torch.stack(alphas)
+        transmittances.append(1 - weight.sum(1).view(splats.height, splats.width))
+    return torch.stack(images), torch.stack(transmittances)

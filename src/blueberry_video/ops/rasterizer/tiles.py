@@ -29,36 +29,40 @@ PIXELS_AT_ONCE = 1 << 17  # B · S · P: the arrays of a step fit the cache of a
 PAIRS_AT_ONCE = 1 << 22  # bound of M, except that a row of tiles is not split
 MARGIN = 1e-3  # pixels added to the extents, so that rounding loses no pixel
 NEVER = -1e4  # log-alpha of list padding: exp is 0
-BELOW_MIN_ALPHA = MIN_ALPHA * (1 - 1e-7)  # F.threshold keeps values above
+BELOW_MIN_ALPHA = MIN_ALPHA * (1 - 1e-7)  # torch.threshold keeps values above
 
 
 def forward(splats: Splats) -> tuple[Tensor, Tensor]:
-    """Returns the image (C, F, H, W) and alpha (C, H, W)."""
+    """Returns the image (C, F, H, W) and the transmittance (C, H, W)."""
     scene = Scene(splats)
     output = scene.table.new_zeros(scene.num_tiles, TILE**2, scene.channels)
+    transmittance = torch.ones_like(output[..., 0])
     for lists in scene.parts():
         for step in scene.steps(lists):
             output[step.tiles] += step.weights.mT @ step.features
+            transmittance[step.tiles] = step.final_transmittance(transmittance[step.tiles])
+    output[..., -1] = transmittance
     return scene.to_image(output)
 
 
 def backward(
-    d_image: Tensor, d_alpha: Tensor, image: Tensor, alpha: Tensor, splats: Splats
+    d_image: Tensor, d_transmittance: Tensor, image: Tensor, transmittance: Tensor, splats: Splats
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of means2d, conics, opacities and features."""
     scene = Scene(splats)
-    d_output = scene.to_tiles(d_image, d_alpha)  # (tiles, P, F + 1)
-    behind = (d_output * scene.to_tiles(image, alpha)).sum(-1)  # (tiles, P): part of the loss still to come, linearized
+    d_output = scene.to_tiles(d_image, -d_transmittance)  # (tiles, P, F + 1)
+    output = scene.to_tiles(image, 1 - transmittance)
+    behind = (d_output * output).sum(-1)  # (tiles, P): d_output times the output of the Gaussians still to come
     total = torch.zeros_like(scene.table)
     for lists in scene.parts():
         for step in scene.steps(lists):
             gradient = d_output[step.tiles]
-            in_front = (step.features @ gradient.mT).mul_(step.weights)  # (B, S, P), without what is behind it
-            sums = torch.cumsum(in_front, 1)
-            left = behind[step.tiles, None].sub(sums)
+            in_front = (step.features @ gradient.mT).mul_(step.weights)  # (B, S, P)
+            left = behind[step.tiles, None] - in_front.cumsum(1)
             behind[step.tiles] = left[:, -1]
-            ratio = step.alpha.div_(step.alpha.neg().add_(1)).mul_(step.counts)
-            d_log_alpha = in_front.sub_(left.mul_(ratio)).mul_(step.free)
+            free = torch.lt(step.alpha, MAX_ALPHA, out=torch.empty_like(step.alpha))
+            ratio = step.alpha.div_(1 - step.alpha).mul_(step.counts)
+            d_log_alpha = in_front.sub_(left.mul_(ratio)).mul_(free)
             rows = torch.cat([step.shape_gradients(d_log_alpha), step.weights @ gradient], -1)
             total.index_add_(0, step.ids, rows.flatten(0, 1))
     return scene.to_gaussians(total)
@@ -83,8 +87,7 @@ class Step:
         alpha: (B, S, P), 0 where skipped.
         counts: (B, S, P): 1 before the pixel is opaque, 0 after.
         weights: (B, S, P): alpha times the transmittance before the Gaussian, or 0.
-        transmittance: (B, P) after the last Gaussian.
-        free: (B, S, P): 1 where alpha is not limited, 0 elsewhere.
+        chain: (B, S + 1, P): transmittance before each Gaussian and after the last, as if no pixel ended.
     """
 
     def __init__(self, tiles: Tensor, ids: Tensor, padding: Tensor, rows: Tensor, centers: Tensor, before: Tensor):
@@ -98,16 +101,20 @@ class Step:
         constant = constant.masked_fill_(padding, NEVER)
         coefficients = torch.stack([constant, p, q, xx / -2, -xy, yy / -2], -1)
         alpha = (coefficients @ self.basis).exp_()
-        self.free = (alpha <= MAX_ALPHA).to(alpha.dtype)
-        self.alpha = F.threshold_(alpha.clamp_(max=MAX_ALPHA), BELOW_MIN_ALPHA, 0)
-        chain = alpha.new_empty(alpha.shape[0], alpha.shape[1] + 1, alpha.shape[2])
+        self.alpha = torch.threshold_(alpha.clamp_(max=MAX_ALPHA), BELOW_MIN_ALPHA, 0)
+        chain = alpha.new_empty(len(tiles), alpha.shape[1] + 1, TILE**2)
         chain[:, 0] = before
         torch.sub(1, self.alpha, out=chain[:, 1:])
         chain.cumprod_(1)
         after = chain[:, 1:]
-        self.transmittance = after[:, -1]
-        self.counts = (after >= MIN_TRANSMITTANCE).to(alpha.dtype)
+        self.chain = chain
+        self.counts = torch.ge(after, MIN_TRANSMITTANCE, out=torch.empty_like(alpha))  # a bool mask multiplies slowly
         self.weights = (self.alpha * chain[:, :-1]).mul_(self.counts)
+
+    def final_transmittance(self, previous: Tensor) -> Tensor:
+        """Transmittance (B, P) after the last Gaussian that counts; ``previous`` where the pixel had ended."""
+        last = self.counts.sum(1, keepdim=True).long()
+        return torch.where(self.chain[:, 0] < MIN_TRANSMITTANCE, previous, self.chain.gather(1, last)[:, 0])
 
     def shape_gradients(self, gradient: Tensor) -> Tensor:
         """Gradients (B, S, 6) of means, conics and log-opacity, from that of log-alpha (B, S, P)."""
@@ -137,22 +144,24 @@ def polynomials(like: Tensor) -> Tensor:
 class Scene:
     """Visible Gaussians as rows of a table, by camera and depth, and the geometry of the tiles.
 
-    ``table`` (n, 6 + F + 1) has the columns x, y, xx, xy, yy, log-opacity, features, 1. The last one yields alpha.
+    ``table`` (n, 6 + F + 1) has the columns x, y, xx, xy, yy, log-opacity, features and 1, which stands for alpha as a
+    channel of the image.
     """
 
     def __init__(self, splats: Splats):
         self.splats = splats
         self.height, self.width = splats.height, splats.width
-        self.cameras, number, features = splats.features.shape
+        self.cameras, number = splats.depths.shape
         self.rows, self.columns = math.ceil(self.height / TILE), math.ceil(self.width / TILE)
-        self.num_tiles, self.channels = self.cameras * self.rows * self.columns, features + 1
+        self.num_tiles = self.cameras * self.rows * self.columns
+        self.channels = splats.features.shape[-1] + 1
         visible = splats.extents[..., 0] > 0
         order = splats.depths.masked_fill(~visible, math.inf).argsort(dim=1, stable=True)
         order = (order + number * torch.arange(self.cameras)[:, None]).flatten()
         self.order = order[visible.flatten()[order]]  # (n,): indices into the Gaussians of all cameras
         opacities = splats.opacities.reshape(-1)[self.order]
-        columns = [splats.means2d, splats.conics, splats.features]
-        means2d, conics, features = (tensor.flatten(0, 1)[self.order] for tensor in columns)
+        gaussians = (splats.means2d, splats.conics, splats.features)
+        means2d, conics, features = (tensor.flatten(0, 1)[self.order] for tensor in gaussians)
         self.opacities = opacities[:, None]
         self.table = torch.cat([means2d, conics, self.opacities.log(), features, torch.ones_like(self.opacities)], 1)
         self.camera = self.order // max(number, 1)
@@ -191,7 +200,7 @@ class Scene:
             at = torch.minimum(torch.maximum(side * widest, low), high)
             root = ((xy * at) ** 2 - xx * (yy * at * at - reach)).clamp(min=0).sqrt()
             edges.append(x + (side * root - xy * at) / xx)
-        first, count = tiles_between(*edges, self.width)
+        first, count = tiles_between(edges[0], edges[1], self.width)
         return entry, row + self.camera[entry] * self.rows, first, count
 
     def lists(self, entry: Tensor, row: Tensor, first: Tensor, count: Tensor) -> Lists:
@@ -218,10 +227,10 @@ class Scene:
                 part = slice(start, start + at_once)
                 at = position[part, None] + slab
                 padding = at >= ends[part, None]
-                ids = lists.ids[at.clamp_(max=len(lists.ids) - 1).flatten()]
+                ids = lists.ids.index_select(0, at.clamp_(max=len(lists.ids) - 1).flatten())
                 rows = self.table.index_select(0, ids).view(*at.shape, -1)
                 step = Step(tiles[part], ids, padding, rows, centers[part], transmittance[part])
-                left.append(step.transmittance)
+                left.append(step.chain[:, -1])
                 yield step
             transmittance = torch.cat(left)
             position = position + SLAB
@@ -234,7 +243,8 @@ class Scene:
         grid = tiles.view(self.cameras, self.rows, self.columns, TILE, TILE, self.channels)
         image = grid.permute(0, 5, 1, 3, 2, 4).reshape(self.cameras, self.channels, self.rows * TILE, -1)
         image = image[..., : self.height, : self.width]
-        return tuple(part.clone(memory_format=torch.contiguous_format) for part in (image[:, :-1], image[:, -1]))
+        image, alpha = image[:, :-1], image[:, -1]
+        return image.clone(memory_format=torch.contiguous_format), alpha.clone(memory_format=torch.contiguous_format)
 
     def to_tiles(self, image: Tensor, alpha: Tensor) -> Tensor:
         """Inverse of :meth:`to_image`; 0 outside the image."""
