@@ -42,10 +42,10 @@ def project(
     means2d = focals * camera[..., :2] / camera[..., 2:3] + centers
 
     jacobian = torch.zeros(*depths.shape, 2, 3).to(camera)
-    for axis, size in enumerate((width, height)):
+    for axis, pixels in enumerate((width, height)):
         focal, center = intrinsics[:, axis, axis, None], intrinsics[:, axis, 2, None]
-        margin = FIELD_MARGIN * size / 2
-        low, high = -(center + margin) / focal, (size - center + margin) / focal
+        margin = FIELD_MARGIN * pixels / 2
+        low, high = -(center + margin) / focal, (pixels - center + margin) / focal
         tangent = torch.minimum(torch.maximum(camera[..., axis] / camera[..., 2], low), high)
         jacobian[..., axis, axis] = focal / camera[..., 2]
         jacobian[..., axis, 2] = -focal * tangent / camera[..., 2]
