@@ -92,7 +92,7 @@ CASES = {
     "invisible": Case(opacity=0.001),
     "long and thin": Case(stretch=2.5),
     "smaller than a pixel": Case(number=100, scale=1e-3),
-    "wider than the image": Case(number=20, scale=3.0),
+    "wider than the image": Case(number=20, scale=1.5),
     "points": Case(scale=0.0),
     "one Gaussian": Case(number=1, spread=0.1),
     "no Gaussian": Case(number=0),
