@@ -28,8 +28,7 @@ SLAB = 32
 PIXELS_AT_ONCE = 1 << 17  # B · S · P: the arrays of a step fit the cache of a core
 PAIRS_AT_ONCE = 1 << 22  # bound of M, except that a row of tiles is not split
 MARGIN = 1e-3  # pixels added to the extents, so that rounding loses no pixel
-NEVER = -1e4  # log-alpha of list padding: exp is 0
-BELOW_MIN_ALPHA = MIN_ALPHA * (1 - 1e-7)  # torch.threshold keeps values above
+LEAST_LOG_ALPHA = -20.0  # lower bound, far below log(MIN_ALPHA): exp would otherwise return denormals, which are slow
 
 
 def forward(splats: Splats) -> tuple[Tensor, Tensor]:
@@ -97,11 +96,11 @@ class Step:
         self.xx, self.xy, self.yy = xx, xy, yy
         self.basis = polynomials(rows)
         p, q = xx * self.u + xy * self.v, xy * self.u + yy * self.v
-        constant = log_opacity - (self.u * p + self.v * q) / 2
-        constant = constant.masked_fill_(padding, NEVER)
-        coefficients = torch.stack([constant, p, q, xx / -2, -xy, yy / -2], -1)
-        alpha = (coefficients @ self.basis).exp_()
-        self.alpha = torch.threshold_(alpha.clamp_(max=MAX_ALPHA), BELOW_MIN_ALPHA, 0)
+        constant = log_opacity - 0.5 * (self.u * p + self.v * q)
+        constant = constant.masked_fill_(padding, -math.inf)
+        coefficients = torch.stack([constant, p, q, -0.5 * xx, -xy, -0.5 * yy], -1)
+        alpha = (coefficients @ self.basis).clamp_(min=LEAST_LOG_ALPHA).exp_()
+        self.alpha = zero_below_(alpha.clamp_(max=MAX_ALPHA), MIN_ALPHA)
         chain = alpha.new_empty(len(tiles), alpha.shape[1] + 1, TILE**2)
         chain[:, 0] = before
         torch.sub(1, self.alpha, out=chain[:, 1:])
@@ -125,13 +124,18 @@ class Step:
             [
                 self.xx * dx + self.xy * dy,
                 self.xy * dx + self.yy * dy,
-                (xx - u * (x + dx)) / -2,
+                -0.5 * (xx - u * (x + dx)),
                 v * x + u * dy - xy,
-                (yy - v * (y + dy)) / -2,
+                -0.5 * (yy - v * (y + dy)),
                 one,
             ],
             -1,
         )
+
+
+def zero_below_(values: Tensor, least: float) -> Tensor:
+    """Sets values < least to 0, in-place; ``torch.threshold_`` is fast, but keeps values > its argument only."""
+    return torch.threshold_(values, least * (1 - torch.finfo(values.dtype).eps), 0)
 
 
 def polynomials(like: Tensor) -> Tensor:
@@ -232,9 +236,9 @@ class Scene:
                 step = Step(tiles[part], ids, padding, rows, centers[part], transmittance[part])
                 left.append(step.chain[:, -1])
                 yield step
-            transmittance = torch.cat(left)
+            transmittance = zero_below_(torch.cat(left), MIN_TRANSMITTANCE)  # no denormals, which are slow
             position = position + SLAB
-            going = (position < ends) & (transmittance >= MIN_TRANSMITTANCE).any(1)
+            going = (position < ends) & transmittance.any(1)
             tiles, position, ends, centers = tiles[going], position[going], ends[going], centers[going]
             transmittance = transmittance[going]
 
