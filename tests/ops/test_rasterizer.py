@@ -9,12 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from blueberry_video.data.world import World
 from blueberry_video.ops import Rasterized, rasterize
-from blueberry_video.ops.rasterizer import projection, reference, tiles
+from blueberry_video.ops.rasterizer import function, projection, reference, tiles
 from blueberry_video.ops.rasterizer.inputs import Splats
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # relative to the largest value of a tensor
 LEAST_SCALE = 1e-3  # of a tensor of tiny values
+needs_gsplat = pytest.mark.skipif(
+    find_spec("gsplat") is None, reason="gsplat is not installed: pip install gsplat==1.5.3 --no-deps"
+)
 GAUSSIANS = ("means", "scales", "quats", "opacities", "colors")
 
 
@@ -363,10 +367,55 @@ def test_autocast_does_not_change_the_output():
         assert torch.equal(rasterize(**inputs, image_size=case.size, sh_degree=3).color, expected.color)
 
 
+def test_forward_mode_raises():
+    inputs = one()
+    with pytest.raises(ValueError, match=r"rasterize.*jvp.*reverse mode"):
+        torch.func.jvp(
+            lambda means: rasterize(**{**inputs, "means": means}).color, (inputs["means"],), (inputs["means"],)
+        )
+
+
+@needs_gsplat
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # used by gsplat
+@pytest.mark.parametrize("name", ["usual", "two cameras"])
+def test_arguments_of_gsplat(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Its PyTorch functions build the lists of tiles; a dense compositor checks them and replaces its CUDA kernel."""
+    import gsplat
+    from gsplat.cuda import _torch_impl
+
+    case = CASES[name]
+    inputs = case.inputs(torch.float32)
+    expected = rasterize(**inputs, image_size=case.size, sh_degree=3)
+
+    def rasterize_to_pixels(means2d, conics, colors, opacities, width, height, tile_size, offsets, ids, **_):
+        cameras, number = opacities.shape
+        assert offsets.shape == (cameras, -(-height // tile_size), -(-width // tile_size))
+        bounds = [*offsets.flatten().tolist(), len(ids)]
+        listed = {(tile, i) for tile in range(len(bounds) - 1) for i in ids[bounds[tile] : bounds[tile + 1]].tolist()}
+        visible = torch.zeros(cameras * number)
+        visible[[i for _, i in listed]] = 1
+        assert torch.equal(visible.view(cameras, number) > 0, expected.radii.view(cameras, number) > 0)
+        extents = visible.view(cameras, number, 1).expand(-1, -1, 2)
+        image, after = reference.composite(
+            Splats(means2d, conics, opacities, colors, colors[..., -1], extents, height, width)  # the last is the depth
+        )
+        return image.movedim(1, -1), (1 - after)[..., None]
+
+    monkeypatch.setattr(gsplat, "isect_tiles", _torch_impl._isect_tiles)
+    monkeypatch.setattr(gsplat, "isect_offset_encode", _torch_impl._isect_offset_encode)
+    monkeypatch.setattr(gsplat, "rasterize_to_pixels", rasterize_to_pixels)
+    monkeypatch.setattr(function, "_backend", lambda backend, means: backend)
+    out = rasterize(**inputs, image_size=case.size, sh_degree=3, backend="gsplat")
+    assert torch.equal(out.radii, expected.radii)
+    for found, wanted in zip(out[:4], expected[:4], strict=True):
+        assert_close(found, wanted)
+
+
 # ---- projection and spherical harmonics ------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(find_spec("gsplat") is None, reason="gsplat is not installed: pip install gsplat==1.5.3 --no-deps")
+@needs_gsplat
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # used by gsplat
 @pytest.mark.parametrize("name", ["usual", "off-center", "behind the camera", "wider than the image", "long and thin"])
 def test_projection_matches_gsplat(name: str):
     from gsplat.cuda._torch_impl import _fully_fused_projection, _quat_scale_to_covar_preci
@@ -386,7 +435,8 @@ def test_projection_matches_gsplat(name: str):
     torch.testing.assert_close(found.conics[front], conics[front], rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.skipif(find_spec("gsplat") is None, reason="gsplat is not installed: pip install gsplat==1.5.3 --no-deps")
+@needs_gsplat
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # used by gsplat
 def test_harmonics_match_gsplat():
     from gsplat.cuda._torch_impl import _spherical_harmonics
 
@@ -414,6 +464,20 @@ def test_rotations_are_those_of_the_quaternions():
     matrix = projection.rotations(torch.tensor([2 * math.cos(half), 0, 0, 2 * math.sin(half)], dtype=torch.float64))
     cosine, sine = math.cos(2 * half), math.sin(2 * half)
     torch.testing.assert_close(matrix, torch.tensor([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]]).double())
+
+
+def test_cameras_of_the_world_project_its_surfaces_to_their_pixels():
+    clip = World("train", 1, num_frames=2, image_size=16, camera="orbit")[0]
+    for depth, pose in zip(clip["depth"], clip["poses"]):
+        rows, columns = torch.nonzero(depth > 0).unbind(1)
+        pixels = torch.stack([columns + 0.5, rows + 0.5, torch.ones_like(rows)], 1)
+        points = depth[rows, columns, None] * (pixels @ torch.linalg.inv(clip["intrinsics"]).T)
+        means = (points @ pose[:3, :3].T + pose[:3, 3])[None]
+        shared = [torch.ones_like(means), torch.ones(1, len(rows), 4), torch.ones(1, len(rows))]
+        cameras = (clip["intrinsics"][None], torch.linalg.inv(pose)[None])
+        found = projection.project(means, *shared, *cameras, 16, 16, 0.01)
+        torch.testing.assert_close(found.means2d[0], pixels[:, :2], rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.depths[0], depth[rows, columns])
 
 
 @pytest.mark.parametrize("x", [0.0, 3.0, 30.0])

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from blueberry_video.ops.rasterizer import projection, reference, tiles
 from blueberry_video.ops.rasterizer.inputs import Splats
@@ -77,7 +78,7 @@ def rasterize(
 
     Raises:
         ValueError: For inconsistent shapes or dtypes, invalid cameras, an unknown backend, or, on the CPU, values that
-            are not finite or out of range. (Checking values on a GPU would synchronize.)
+            are not finite or out of range. (Checking values on a GPU would synchronize.) In forward-mode AD.
 
     Example::
 
@@ -97,6 +98,7 @@ def rasterize(
     height, width = _check_settings(image_size, near)
     if not means.is_cuda and not torch.compiler.is_compiling():
         _check_values({**gaussians, "background": background}, intrinsics, world_to_camera)
+    _refuse_forward_mode()
     backend = _backend(backend, means)
     dtype, single = means.dtype, intrinsics.ndim == 2
     tensors = [*gaussians.values(), intrinsics, world_to_camera]
@@ -276,6 +278,18 @@ def _check_values(tensors: dict[str, Tensor | None], intrinsics: Tensor, world_t
                 f"{determinant:.3g}, last row {last}. It must be [[R, t], [0, 0, 0, 1]] with a rotation R: remove "
                 "scaling and mirroring from the pose."
             )
+
+
+def _refuse_forward_mode() -> None:
+    """Raises in forward-mode AD, where torch silently takes the derivative of a custom operator as 0."""
+    if torch.compiler.is_compiling():
+        return
+    transform = torch._C._functorch.peek_interpreter_stack()
+    is_jvp = transform is not None and transform.key() == torch._C._functorch.TransformType.Jvp
+    if is_jvp or forward_ad._current_level >= 0:
+        raise ValueError(
+            "rasterize has no forward-mode derivative (jvp, jacfwd): use reverse mode, such as backward()."
+        )
 
 
 def _backend(backend: Backend | None, means: Tensor) -> Backend:
