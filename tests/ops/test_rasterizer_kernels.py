@@ -93,3 +93,24 @@ def test_cpu_tensors_raise():
     case = CASES["one Gaussian"]
     with pytest.raises(ValueError, match=r"backend='triton'.*CPU.*'torch'"):
         rasterize(**case.inputs(torch.float32), image_size=case.size, sh_degree=3, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "name", ["usual", "two cameras", "Gaussians per camera", "opaque", "seven channels", "no Gaussian"]
+)
+@pytest.mark.parametrize("backend", ["triton", "torch", "gsplat"])
+def test_backends_on_a_gpu_match_the_dense_reference(name: str, backend: str):
+    case = CASES[name]
+    if backend == "gsplat":
+        pytest.importorskip("gsplat")
+        if name in ("opaque", "no Gaussian"):
+            pytest.skip("gsplat limits alpha at 0.999 and requires a Gaussian")
+    inputs = {name: tensor.cuda() for name, tensor in case.inputs(torch.float32).items()}
+    found, gradients = render(inputs, case, backend)
+    double = {name: tensor.double().cpu() for name, tensor in inputs.items()}
+    expected, expected_gradients = render(double, case, "reference")
+    for image in ("color", "alpha", "depth"):
+        assert_close(getattr(found, image).cpu(), getattr(expected, image))
+    assert_gradients_close({name: v.cpu() for name, v in gradients.items()}, expected_gradients, double)

@@ -24,7 +24,7 @@ class Projected(NamedTuple):
 
 
 class Splats(NamedTuple):
-    """Arguments of a backend's ``composite``: the tensors have gradients except for ``depths`` and ``extents``."""
+    """Gaussians of each camera with the features to blend. The last two tensors have no gradient."""
 
     means2d: Tensor  # (C, N, 2)
     conics: Tensor  # (C, N, 3)

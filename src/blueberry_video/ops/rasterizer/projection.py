@@ -91,8 +91,8 @@ def extents(
     """
     reach = 2 * (opacities / MIN_ALPHA).log().clamp(min=0)
     half = (reach[..., None] * (torch.stack([xx, yy], -1) + DILATION)).sqrt()
-    size = torch.tensor([width, height], device=means2d.device)
-    inside = ((means2d + half > 0.5) & (means2d - half < size - 0.5)).all(-1)
+    (low_x, low_y), (high_x, high_y) = (means2d - half).unbind(-1), (means2d + half).unbind(-1)
+    inside = (high_x > 0.5) & (low_x < width - 0.5) & (high_y > 0.5) & (low_y < height - 0.5)
     return half * (inside & in_front & (opacities >= MIN_ALPHA))[..., None]
 
 

@@ -1,4 +1,4 @@
-"""PyTorch backend of the rasterizer, for CPUs and all dtypes: lists of Gaussians per small tile, with its own backward.
+"""PyTorch backend of the rasterizer, with its own backward: lists of Gaussians per small tile, on any device and dtype.
 
 A tile is TILE x TILE pixels. Its list holds the Gaussians with alpha ≥ MIN_ALPHA at one of its pixels, by depth. Lists
 are built with one sort of (tile, rank by depth). The tiles are then composited together, SLAB Gaussians of each list at
@@ -7,7 +7,7 @@ in the pixel coordinates, so that log-alpha, colors and the gradients of all par
 pixels of a tile.
 
 The backward repeats the forward pass and needs no stored activations: what is behind a Gaussian is the final value of
-the pixel minus what is in front of it. All sums have a fixed order: results are deterministic.
+the pixel minus what is in front of it. On the CPU all sums have a fixed order: results are deterministic.
 
 Shapes: C cameras, N Gaussians, n visible ones of all cameras, F channels, M pairs of tile and Gaussian, B tiles at
 once, S Gaussians of a list at once, P = TILE² pixels.
@@ -89,12 +89,14 @@ class Step:
         chain: (B, S + 1, P): transmittance before each Gaussian and after the last, as if no pixel ended.
     """
 
-    def __init__(self, tiles: Tensor, ids: Tensor, padding: Tensor, rows: Tensor, centers: Tensor, before: Tensor):
+    def __init__(
+        self, tiles: Tensor, ids: Tensor, padding: Tensor, rows: Tensor, centers: Tensor, basis: Tensor, before: Tensor
+    ):
         self.tiles, self.ids, self.features = tiles, ids, rows[..., 6:]
         x, y, xx, xy, yy, log_opacity = rows[..., :6].unbind(-1)
         self.u, self.v = x - centers[:, :1], y - centers[:, 1:]
         self.xx, self.xy, self.yy = xx, xy, yy
-        self.basis = polynomials(rows)
+        self.basis = basis
         p, q = xx * self.u + xy * self.v, xy * self.u + yy * self.v
         constant = log_opacity - 0.5 * (self.u * p + self.v * q)
         constant = constant.masked_fill_(padding, -math.inf)
@@ -161,7 +163,7 @@ class Scene:
         self.channels = splats.features.shape[-1] + 1
         visible = splats.extents[..., 0] > 0
         order = splats.depths.masked_fill(~visible, math.inf).argsort(dim=1, stable=True)
-        order = (order + number * torch.arange(self.cameras)[:, None]).flatten()
+        order = (order + number * torch.arange(self.cameras, device=order.device)[:, None]).flatten()
         self.order = order[visible.flatten()[order]]  # (n,): indices into the Gaussians of all cameras
         opacities = splats.opacities.reshape(-1)[self.order]
         gaussians = (splats.means2d, splats.conics, splats.features)
@@ -211,7 +213,7 @@ class Scene:
         span = torch.repeat_interleave(count)
         bits = len(self.table).bit_length()
         keys = ((row * self.columns + first)[span] + ordinal(count)) << bits | entry[span]
-        keys.numpy().sort()  # several times as fast as torch.sort; keys are unique
+        sort_(keys)
         tiles, counts = torch.unique_consecutive(keys >> bits, return_counts=True)
         ends = counts.cumsum(0)
         return Lists(keys & ((1 << bits) - 1), tiles, ends - counts, ends)
@@ -220,7 +222,8 @@ class Scene:
         """Composites the lists of all tiles from front to back."""
         tiles, position, ends = lists.tiles, lists.starts, lists.ends
         transmittance = self.table.new_ones(len(tiles), TILE**2)
-        slab = torch.arange(SLAB)
+        slab = torch.arange(SLAB, device=tiles.device)
+        basis = polynomials(self.table)
         in_row = tiles % (self.rows * self.columns)
         centers = torch.stack([in_row % self.columns, in_row // self.columns], 1) * TILE + TILE / 2
         centers = centers.to(self.table)
@@ -233,7 +236,7 @@ class Scene:
                 padding = at >= ends[part, None]
                 ids = lists.ids.index_select(0, at.clamp_(max=len(lists.ids) - 1).flatten())
                 rows = self.table.index_select(0, ids).view(*at.shape, -1)
-                step = Step(tiles[part], ids, padding, rows, centers[part], transmittance[part])
+                step = Step(tiles[part], ids, padding, rows, centers[part], basis, transmittance[part])
                 left.append(step.chain[:, -1])
                 yield step
             transmittance = zero_below_(torch.cat(left), MIN_TRANSMITTANCE)  # no denormals, which are slow
@@ -264,7 +267,7 @@ class Scene:
         targets = (splats.means2d, splats.conics, splats.opacities, splats.features)
         found = []
         for target, gradient in zip(targets, columns, strict=True):
-            whole = torch.zeros(target.shape, dtype=target.dtype)
+            whole = gradient.new_zeros(target.shape)
             whole.view(-1, gradient.shape[1])[self.order] = gradient
             found.append(whole)
         return found[0], found[1], found[2], found[3]
@@ -280,4 +283,13 @@ def tiles_between(low: Tensor, high: Tensor, size: int) -> tuple[Tensor, Tensor]
 
 def ordinal(counts: Tensor) -> Tensor:
     """0, 1, …, counts[0] - 1, 0, 1, …, counts[1] - 1, …"""
-    return torch.arange(int(counts.sum())) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return torch.arange(len(starts), device=counts.device) - starts
+
+
+def sort_(keys: Tensor) -> None:
+    """Sorts unique keys in-place; on the CPU with numpy, which is several times as fast as torch."""
+    if keys.is_cuda:
+        keys.copy_(keys.sort().values)
+    else:
+        keys.numpy().sort()
