@@ -1,5 +1,6 @@
 """Rasterizer: PyTorch backend against the dense reference, projection, image formation, gradients and errors."""
 
+import doctest
 import math
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -548,3 +549,9 @@ def test_wrong_dtypes_raise():
     cameras = {"intrinsics": torch.eye(3).repeat(2, 1, 1), "world_to_camera": torch.stack([torch.eye(4), SCALED])}
     with pytest.raises(ValueError, match=r"(?s)world_to_camera of camera 1\b"):
         rasterize(**one(**cameras))
+
+
+def test_docstring_example():
+    results = doctest.testmod(function)
+    assert results.attempted > 0
+    assert results.failed == 0

@@ -18,6 +18,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read when triton is i
 if INTERPRETED:
     from blueberry_video.ops.rasterizer import kernels
 
+NAMES = (  # of CASES that reach other code in the kernels
+    "usual", "two cameras", "Gaussians per camera", "one channel", "seven channels", "off-center", "behind the camera",
+    "opaque", "invisible", "long and thin", "smaller than a pixel", "wider than the image", "no Gaussian", "one pixel",
+    "one row", "one column",
+)  # fmt: skip
+
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_under_the_interpreter, in a separate process")
 
 
@@ -28,12 +34,13 @@ def test_under_the_interpreter():
         command, env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert int(re.search(r"(\d+) passed", run.stdout).group(1)) > 20, run.stdout  # the other tests of this file
+    assert int(re.search(r"(\d+) passed", run.stdout).group(1)) > 15, run.stdout  # the other tests of this file
 
 
 @interpreted
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_values_and_gradients_match_the_dense_reference(case: Case):
+@pytest.mark.parametrize("name", NAMES)
+def test_values_and_gradients_match_the_dense_reference(name: str):
+    case = CASES[name]
     inputs = case.inputs(torch.float32)
     found, gradients = render(inputs, case, "triton")
     expected, expected_gradients = render({name: v.double() for name, v in inputs.items()}, case, "reference")
