@@ -39,6 +39,22 @@ def test_exposure_scales_whole_frames() -> None:
     assert frames.mean(1).std() == pytest.approx(12.8, rel=0.4)
 
 
+def test_a_share_of_the_blocks_of_each_frame_is_lost() -> None:
+    class White(Gray):
+        def __getitem__(self, index: int) -> dict:
+            return {**super().__getitem__(index), "video": torch.full((40, 3, 20, 18), 255, dtype=torch.uint8)}
+
+    video = SensorNoise(White(), sigma=0.0, lost=0.3, block=8)[0]["video"]
+    lost = video == 128
+    assert ((video == 255) | lost).all()
+    assert torch.equal(lost[:, :1].expand_as(lost), lost)  # all channels
+    corners = lost[:, 0, ::8, ::8]
+    assert corners.shape == (40, 3, 3)
+    assert torch.equal(corners.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, :20, :18], lost[:, 0])
+    assert corners.float().mean() == pytest.approx(0.3, abs=0.08)
+    assert (corners[1:] != corners[:-1]).any()
+
+
 def test_noise_is_a_function_of_seed_epoch_and_clip() -> None:
     noisy = SensorNoise(Gray())
     first = noisy.sample(0, 0)["video"]
@@ -54,7 +70,9 @@ def test_no_noise_leaves_the_clip() -> None:
     assert torch.equal(SensorNoise(world, 0.0, 0.0)[0]["video"], world[0]["video"])
 
 
-@pytest.mark.parametrize(("key", "value"), [("sigma", -0.1), ("sigma", 1.5), ("exposure", 2.0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("sigma", -0.1), ("sigma", 1.5), ("exposure", 2.0), ("lost", -1.0), ("block", 0)]
+)
 def test_values_out_of_range_raise(key: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"{key}={value}"):
         SensorNoise(Gray(), **{key: value})
