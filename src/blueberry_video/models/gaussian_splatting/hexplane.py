@@ -5,6 +5,7 @@ Shapes: N positions, T times, F features per scale, S scales.
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,7 @@ class HexPlane(nn.Module):
         shape = (len(times), len(positions))
         coordinates = {"x": x[None], "y": y[None], "z": z[None], "t": t.to(x)[:, None].expand(shape)}
         found = []
-        for planes in self.planes:
+        for planes in self._scales():
             product: Tensor | None = None
             for name in (*SPATIAL, *TEMPORAL):  # the product of spatial planes is shared by all times
                 rows = 1 if name in SPATIAL else shape[0]
@@ -102,6 +103,10 @@ class HexPlane(nn.Module):
                 product = values if product is None else product * values
             found.append(product)
         return torch.cat(found).movedim(0, -1)  # type: ignore[arg-type]
+
+    def _scales(self) -> list[nn.ParameterDict]:
+        """Planes by name, for each scale."""
+        return [cast(nn.ParameterDict, planes) for planes in self.planes]
 
     def losses(self, both_axes: bool = True) -> dict[str, Tensor]:
         """Regularization losses, each summed over the scales and over three planes.
@@ -116,7 +121,7 @@ class HexPlane(nn.Module):
         """
         zero = self.bounds.new_zeros(())
         found = {"spatial_smoothness": zero, "time_smoothness": zero, "time_planes": zero}
-        for planes in self.planes:
+        for planes in self._scales():
             for name in SPATIAL:
                 smoothness = squared_curvature(planes[name], -2)
                 if both_axes:
