@@ -270,6 +270,16 @@ def test_initialization_from_points():
     torch.testing.assert_close(nearest_spacing(points), nearest_spacing(points, max_distances=100))
 
 
+def test_random_points_fill_the_box():
+    points = random_points(500, [[-4, -4, 0], [4, 2, 1]], torch.Generator().manual_seed(0))
+    assert points.amin(0).tolist() == pytest.approx([-4, -4, 0], abs=0.1)
+    assert points.amax(0).tolist() == pytest.approx([4, 2, 1], abs=0.1)
+    assert random_points(500, 2.0).abs().max() <= 2
+    for number, bounds, expected in ((0, 1.0, "number=0"), (1, 0.0, r"bounds=0\.0"), (1, [[0, 0, 0]], "bounds=")):
+        with pytest.raises(ValueError, match=expected):
+            random_points(number, bounds)
+
+
 def test_initial_scales_of_coinciding_points_are_finite():
     assert CanonicalGaussians(torch.zeros(5, 3)).log_scales.isfinite().all()
     assert CanonicalGaussians(torch.zeros(1, 3)).log_scales.eq(0).all()

@@ -4,7 +4,7 @@ Shapes: N Gaussians, K = (sh_degree + 1)² spherical harmonics, C times.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -120,11 +120,23 @@ def activate(means: Tensor, log_scales: Tensor, quats: Tensor, opacity_logits: T
     return Gaussians(means, log_scales.exp(), quats, opacity_logits.sigmoid(), harmonics)
 
 
-def random_points(number: int, bounds: float = 1.3, generator: torch.Generator | None = None) -> Tensor:
-    """Draws (number, 3) positions uniformly from the cube [-bounds, bounds]³."""
-    if number < 1 or bounds <= 0:
-        raise ValueError(f"number={number} must be at least 1 and bounds={bounds} above 0.")
-    return bounds * (2 * torch.rand(number, 3, generator=generator) - 1)
+def random_points(
+    number: int, bounds: float | Sequence[Sequence[float]] = 1.3, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draws (number, 3) positions uniformly from a box; see :func:`box_corners`."""
+    if number < 1:
+        raise ValueError(f"number={number} must be at least 1.")
+    low, high = box_corners(bounds)
+    return low + (high - low) * torch.rand(number, 3, generator=generator)
+
+
+def box_corners(bounds: float | Sequence[Sequence[float]]) -> Tensor:
+    """Corners (2, 3) of a box: half the side of a cube around the origin, or (low, high) of three coordinates each."""
+    corners = [[-bounds] * 3, [bounds] * 3] if isinstance(bounds, int | float) else bounds
+    values = torch.tensor([list(corner) for corner in corners], dtype=torch.float32)
+    if values.shape != (2, 3) or not (values[0] < values[1]).all() or not values.isfinite().all():
+        raise ValueError(f"bounds={bounds} must be a number > 0, or two corners (low, high) with low < high.")
+    return values
 
 
 def nearest_spacing(points: Tensor, max_distances: int = 2**24) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blueberry_video.models.gaussian_splatting.gaussians import box_corners
+
 AXES = "xyzt"
 PLANES = tuple(first + second for first, second in combinations(AXES, 2))  # xy, xz, xt, yz, yt, zt
 SPATIAL, TEMPORAL = ("xy", "xz", "yz"), ("xt", "yt", "zt")
@@ -72,11 +74,7 @@ class HexPlane(nn.Module):
 
     def set_bounds(self, bounds: float | Sequence[Sequence[float]]) -> None:
         """Sets the region that the planes cover; see ``bounds`` of the constructor."""
-        corners = [[-bounds] * 3, [bounds] * 3] if isinstance(bounds, int | float) else bounds
-        values = torch.as_tensor(corners, dtype=self.bounds.dtype)
-        if values.shape != (2, 3) or not (values[0] < values[1]).all():
-            raise ValueError(f"bounds={bounds} must be a number > 0, or two corners (low, high) with low < high.")
-        self.bounds.copy_(values)
+        self.bounds.copy_(box_corners(bounds))
 
     def forward(self, positions: Tensor, times: Tensor) -> Tensor:
         """Returns the features of every position at every time.

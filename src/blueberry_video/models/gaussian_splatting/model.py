@@ -3,7 +3,7 @@
 Shapes: N Gaussians, C cameras, H x W pixels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ class GaussianSplatting4D(nn.Module):
             :class:`~blueberry_video.models.gaussian_splatting.dynamics.Native` or
             :class:`~blueberry_video.models.gaussian_splatting.dynamics.Static`.
         num_points: Gaussians at initialization, at random positions; replaced by ``initialize``.
-        bounds: half side of the cube around the origin from which positions are drawn.
+        bounds: box from which positions are drawn: half the side of a cube around the origin, or two corners.
         sh_degree: degree of the spherical harmonics, 0 to 3.
         seed: seed of the initial positions and times.
         backend: backend of the rasterizer; by device and dtype if ``None``.
@@ -50,7 +50,7 @@ class GaussianSplatting4D(nn.Module):
         self,
         dynamics: Dynamics,
         num_points: int = 2000,
-        bounds: float = 1.3,
+        bounds: float | Sequence[Sequence[float]] = 1.3,
         sh_degree: int = 3,
         seed: int = 0,
         backend: str | None = None,
