@@ -162,7 +162,7 @@ SHEARED = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
         ({"time": 1.5}, ValueError, r"time=1\.5 of frames\[1\].*transforms_train\.json.*\[0, 1\]"),
         ({"time": -0.1}, ValueError, r"time=-0\.1 of frames\[1\]"),
         ({"time": float("nan")}, ValueError, r"time=nan of frames\[1\]"),
-        ({"time": "soon"}, ValueError, r"time='soon' of frames\[1\]"),
+        ({"time": "soon"}, ValueError, r"frames\[1\] of .* has time='soon'.*\[0, 1\]"),
         ({"time": None}, ValueError, r"1 of the 9 frames.*no time"),
         ({"transform_matrix": STRETCHED}, ValueError, r"frames\[1\].*not rigid.*0\.21"),
         ({"transform_matrix": MIRRORED}, ValueError, r"frames\[1\].*not rigid.*det R = -1"),
@@ -170,6 +170,8 @@ SHEARED = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
         ({"transform_matrix": [[1, 0], [0, 1]]}, ValueError, r"transform_matrix=\[\[1, 0\].*frames\[1\].*4 x 4"),
         ({"transform_matrix": None}, ValueError, r"transforms_train\.json has no transform_matrix"),
         ({"file_path": "./train/lost"}, FileNotFoundError, r"1 of the 9 pictures.*lost\.png"),
+        ({"k1": "0"}, ValueError, r"transforms_train\.json has k1='0'"),
+        ({"fl_x": [1]}, ValueError, r"transforms_train\.json has fl_x=\[1\]"),
         ({"file_path": 7}, ValueError, r"transforms_train\.json has file_path=7"),
     ],
 )
@@ -184,7 +186,7 @@ def test_invalid_frames_raise(tmp_path, changes, error, expected):
     [
         ('{"frames": [', r"transforms_train\.json is not JSON"),
         ('{"camera_angle_x": 0.7}', r"transforms_train\.json has no frames \(keys: camera_angle_x\)"),
-        ('[{"id": 0, "img_name": "a"}]', r"transforms_train\.json has no frames \(keys: list\)"),
+        ('[{"id": 0, "img_name": "a"}]', r"transforms_train\.json has a list\b"),
         ("ply\nformat ascii", r"transforms_train\.json is not JSON"),
     ],
 )
@@ -315,9 +317,10 @@ def test_incomplete_nerfies_scenes_raise(tmp_path):
     (tmp_path / "camera" / "000001.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"000001\.json"):
         SceneFolder(tmp_path)
-    write_json(tmp_path / "metadata.json", {})
-    with pytest.raises(ValueError, match=r"metadata\.json has no time_id.*000000"):
-        SceneFolder(tmp_path)
+    for metadata, expected in (({}, "000000"), ({"000000": {"camera_id": 0}}, "time_id.*000000")):
+        write_json(tmp_path / "metadata.json", metadata)
+        with pytest.raises(ValueError, match=rf"metadata\.json has no {expected}"):
+            SceneFolder(tmp_path)
 
 
 # Distortion

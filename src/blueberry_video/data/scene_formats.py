@@ -23,14 +23,17 @@ VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 OPENGL = np.diag([1.0, -1, -1, 1])  # between OpenGL cameras (y up, z backwards) and OpenCV cameras
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file; raises a ValueError that names it if it is of another format."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; raises a ValueError that names the file if it is of another format."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: copy it there, or use another layout.") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except ValueError as error:  # also for bytes that are not UTF-8
         raise ValueError(f"{path} is not JSON ({error}): it must be a camera file of its layout.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} has a {type(found).__name__} and must have an object with keys: use another layout.")
+    return found
 
 
 def entry(table: Any, key: str, path: Path, kind: type | tuple[type, ...], meaning: str) -> Any:
@@ -41,6 +44,13 @@ def entry(table: Any, key: str, path: Path, kind: type | tuple[type, ...], meani
         problem = f"has no {key}" if value is None else f"has {key}={value!r}"
         raise ValueError(f"{path} {problem} (keys: {keys}): it must be {meaning}; the file is of another format.")
     return value
+
+
+def numeric(table: Any, key: str, path: Path, meaning: str, default: float | None = None) -> float:
+    """Returns the number ``table[key]``, or ``default`` if it is missing; raises a ValueError as :func:`entry`."""
+    if default is not None and table.get(key) is None:
+        return default
+    return float(entry(table, key, path, (int, float), meaning))
 
 
 def matrix(value: Any, shape: tuple[int, ...], key: str, source: str) -> np.ndarray:
@@ -82,25 +92,23 @@ def read_dnerf(root: Path) -> PosedScene:
             picture = _picture(root / file)
             settings = {**table, **frame}
             if "w" in settings and "h" in settings:
-                size = (int(settings["h"]), int(settings["w"]))
+                size = (int(numeric(settings, "h", path, "pixels")), int(numeric(settings, "w", path, "pixels")))
             elif size is None and picture.is_file():
                 with readable(str(picture)), opened_image(picture) as image:
                     size = image.size[::-1]
-            time = frame.get("time")
-            timed.append(time is not None)
-            if not isinstance(time, int | float | None) or isinstance(time, bool):
-                raise ValueError(f"time={time!r} of {source} must be a number in [0, 1].")
+            timed.append(frame.get("time") is not None)
+            distortion = [numeric(settings, key, path, "a distortion", 0.0) for key in ("k1", "k2", "p1", "p2", "k3")]
             views.append(
                 View(
                     name=f"{split}/{Path(file).name}",
                     path=picture,
                     splits=(split,),
-                    time=float(time or 0),
+                    time=numeric(frame, "time", Path(source), "a number in [0, 1]", 0.0),
                     intrinsics=_dnerf_intrinsics(settings, size or (1, 1), path),
                     pose=matrix(pose, (4, 4), "transform_matrix", source) @ OPENGL,
                     size=size or (1, 1),  # of a missing picture, which the checks report
                     source=source,
-                    distortion=tuple(float(settings.get(key, 0)) for key in ("k1", "k2", "p1", "p2", "k3")),  # type: ignore[arg-type]
+                    distortion=tuple(distortion),  # type: ignore[arg-type]
                 )
             )
     if any(timed) and not all(timed):
@@ -113,14 +121,14 @@ def read_dnerf(root: Path) -> PosedScene:
 def _dnerf_intrinsics(settings: dict[str, Any], size: tuple[int, int], path: Path) -> np.ndarray:
     height, width = size
     if "fl_x" in settings:
-        fx = float(entry(settings, "fl_x", path, (int, float), "a focal length in pixels"))
-        fy = float(settings.get("fl_y", fx))
+        fx = numeric(settings, "fl_x", path, "a focal length in pixels")
+        fy = numeric(settings, "fl_y", path, "a focal length in pixels", fx)
     else:
-        angle = entry(settings, "camera_angle_x", path, (int, float), "the horizontal field of view in radians")
+        angle = numeric(settings, "camera_angle_x", path, "the horizontal field of view in radians")
         if not 0 < angle < math.pi:
             raise ValueError(f"camera_angle_x={angle} of {path} must be in radians, above 0 and below π.")
         fx = fy = 0.5 * width / np.tan(angle / 2)
-    center = float(settings.get("cx", width / 2)), float(settings.get("cy", height / 2))
+    center = [numeric(settings, key, path, "pixels", side / 2) for key, side in (("cx", width), ("cy", height))]
     return np.array([[fx, 0, center[0]], [0, fy, center[1]], [0, 0, 1]])
 
 
@@ -150,12 +158,12 @@ def read_nerfies(root: Path, images: str | None = None, hold_out: int = 8) -> Po
     held_out = {str(name) for name in table.get("val_ids") or ids[hold_out // 2 :: hold_out]}
     training = {str(name) for name in table.get("train_ids") or ids} - held_out
     center = matrix(scene.get("center"), (3,), "center", str(root / "scene.json"))
-    scale = float(entry(scene, "scale", root / "scene.json", (int, float), "a number"))
+    scale = numeric(scene, "scale", root / "scene.json", "a number")
     folder = root / (images or _largest(root / "rgb"))
     frames = {}
     for name in ids:
         if name in training or name in held_out:
-            facts = metadata.get(name) or {}
+            facts = entry(metadata, name, root / "metadata.json", dict, "the numbers of a picture")
             key = "warp_id" if "warp_id" in facts else "time_id"
             frames[name] = entry(facts, key, root / "metadata.json", int, f"the number of a frame, for {name}")
     last = max(frames.values(), default=0)
@@ -166,10 +174,10 @@ def read_nerfies(root: Path, images: str | None = None, hold_out: int = 8) -> Po
         pose = np.eye(4)
         pose[:3, :3] = matrix(camera.get("orientation"), (3, 3), "orientation", str(path)).T
         pose[:3, 3] = (matrix(camera.get("position"), (3,), "position", str(path)) - center) * scale
-        focal = float(entry(camera, "focal_length", path, (int, float), "a number of pixels"))
+        focal = numeric(camera, "focal_length", path, "a number of pixels")
         middle = matrix(camera.get("principal_point"), (2,), "principal_point", str(path))
         width, height = matrix(camera.get("image_size"), (2,), "image_size", str(path)).astype(int).tolist()
-        skew, aspect = float(camera.get("skew", 0)), float(camera.get("pixel_aspect_ratio", 1))
+        skew, aspect = numeric(camera, "skew", path, "0", 0.0), numeric(camera, "pixel_aspect_ratio", path, "1", 1.0)
         radial = matrix(camera.get("radial_distortion") or [0, 0, 0], (3,), "radial_distortion", str(path))
         tangential = matrix(camera.get("tangential_distortion") or [0, 0], (2,), "tangential_distortion", str(path))
         views.append(
