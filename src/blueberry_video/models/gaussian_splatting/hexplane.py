@@ -32,6 +32,8 @@ class HexPlane(nn.Module):
         bounds: half side of a cube around the origin, or its corners (low, high) of three coordinates each.
         full_time_range: maps times from [0, 1] to the whole time axis. False as in the published code, where they are
             used as coordinates in [-1, 1] and one half of every time plane is never read.
+        smooth_both_axes: ``losses`` measures the smoothness of spatial planes along both axes. False as in the
+            published code: only along the second axis in the name of a plane.
 
     Raises:
         ValueError: for arguments out of range.
@@ -46,6 +48,7 @@ class HexPlane(nn.Module):
         scales: Sequence[int] = (1, 2),
         bounds: float | Sequence[Sequence[float]] = 1.6,
         full_time_range: bool = True,
+        smooth_both_axes: bool = True,
     ):
         super().__init__()
         if features < 1:
@@ -54,7 +57,8 @@ class HexPlane(nn.Module):
             raise ValueError(f"resolution={list(resolution)} must be four integers ≥ 2: cells along x, y, z and t.")
         if not scales or min(scales) < 1:
             raise ValueError(f"scales={list(scales)} must be at least one integer ≥ 1, such as [1, 2].")
-        self.features, self.scales, self.full_time_range = features, tuple(scales), full_time_range
+        self.features, self.scales = features, tuple(scales)
+        self.full_time_range, self.smooth_both_axes = full_time_range, smooth_both_axes
         self.register_buffer("bounds", torch.zeros(2, 3))
         self.set_bounds(bounds)
         self.planes = nn.ModuleList()
@@ -106,12 +110,8 @@ class HexPlane(nn.Module):
         """Planes by name, for each scale."""
         return [cast(nn.ParameterDict, planes) for planes in self.planes]
 
-    def losses(self, both_axes: bool = True) -> dict[str, Tensor]:
+    def losses(self) -> dict[str, Tensor]:
         """Regularization losses, each summed over the scales and over three planes.
-
-        Args:
-            both_axes: spatial smoothness along both axes of a plane. False as in the published code: only along the
-                second axis of its name.
 
         Returns:
             ``spatial_smoothness`` and ``time_smoothness``: mean squared second difference of the spatial planes, and
@@ -122,7 +122,7 @@ class HexPlane(nn.Module):
         for planes in self._scales():
             for name in SPATIAL:
                 smoothness = squared_curvature(planes[name], -2)
-                if both_axes:
+                if self.smooth_both_axes:
                     smoothness = (smoothness + squared_curvature(planes[name], -1)) / 2
                 found["spatial_smoothness"] = found["spatial_smoothness"] + smoothness
             for name in TEMPORAL:
