@@ -7,7 +7,7 @@ A learning-rate schedule is ``schedule(step, total_steps, …) -> multiplier`` o
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
@@ -64,6 +64,28 @@ def parameter_groups(module: nn.Module, layer_decay: float = 1.0, decayed: Colle
         groups.append({"params": matrices.get(scale, []), "lr_scale": scale})
         groups.append({"params": rest.get(scale, []), "lr_scale": scale, "weight_decay": 0.0})
     return groups
+
+
+def scaled_groups(groups: list[dict], scales: Sequence[tuple[Iterable[nn.Parameter], float]]) -> list[dict]:
+    """Splits groups of :func:`parameter_groups` by learning rate.
+
+    Args:
+        groups: have ``params`` and ``lr_scale``.
+        scales: parameters, and the factor on their ``lr_scale``; a parameter belongs to the first that contains it.
+
+    Returns:
+        Groups in the order of ``scales``, then those of the remaining parameters.
+    """
+    factors: dict[nn.Parameter, tuple[int, float]] = {}
+    for rank, (parameters, factor) in enumerate(scales):
+        for parameter in parameters:
+            factors.setdefault(parameter, (rank, factor))
+    found = []
+    for rank, factor in [*((rank, factor) for rank, (_, factor) in enumerate(scales)), (len(scales), 1.0)]:
+        for group in groups:
+            own = [each for each in group["params"] if factors.get(each, (len(scales), 1.0))[0] == rank]
+            found.append({**group, "lr_scale": group["lr_scale"] * factor, "params": own})
+    return found
 
 
 def _layer_scales(module: nn.Module, layer_decay: float) -> dict[str, float]:

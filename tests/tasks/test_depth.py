@@ -21,7 +21,7 @@ from blueberry_video.data.single_frames import SingleFrames
 from blueberry_video.data.world import World
 from blueberry_video.evaluation.depth_metrics import aligned_depth, depth_accuracy, disparity_of
 from blueberry_video.evaluation.depth_scores import DepthScores, shuffled_prediction
-from blueberry_video.models.depth_anything import DepthAnything, losses
+from blueberry_video.models.depth_anything import DepthAnything, VideoDepthAnything, losses
 from blueberry_video.models.dinov2 import DINOv2
 from blueberry_video.optim import constant
 from blueberry_video.tasks.depth import Depth
@@ -258,7 +258,8 @@ def test_metrics_of_validation_do_not_depend_on_the_batch(model):
     batch = clips(4, 3)
     found = module.shared_step(batch, "val")
     names = {"loss", "abs_rel", "delta1", "rmse", "flicker", "tae", "tae_floor", "abs_rel_trivial"}
-    assert set(found) == names | ({"abs_rel_shuffled", "tae_shuffled"} if model is VideoModel else set())
+    controls = {f"{name}_{control}" for name in ("abs_rel", "tae") for control in ("shuffled", "single")}
+    assert set(found) == names | (controls if model is VideoModel else set())
     parts = [module.shared_step({key: value[i : i + 1] for key, value in batch.items()}, "val") for i in range(4)]
     for name, values in found.items():
         assert len(values) == 4
@@ -398,6 +399,21 @@ def test_parameter_groups_of_head_and_encoder():
     assert not trained & set(frozen.pretrained.parameters())
 
 
+def test_learning_rates_of_head_temporal_modules_and_encoder():
+    sizes = {"taps": (0, 1, 2, 3), "features": 8, "out_channels": (8, 8, 8, 8), "norm_groups": 4, "temporal_heads": 2}
+    model = VideoDepthAnything(image_model().pretrained, **sizes, freeze_encoder=False)
+    groups = task(model, head_lr_scale=2.0, temporal_lr_scale=5.0).parameter_groups()
+    scales = {p: group["lr_scale"] for group in groups for p in group["params"]}
+    expected = {p: 2.0 for p in model.parameters() if p.requires_grad}
+    expected |= dict.fromkeys(model.pretrained.parameters(), 1.0) | dict.fromkeys(
+        model.head.motion_modules.parameters(), 10.0
+    )
+    assert scales == expected
+    assert sum(len(group["params"]) for group in groups) == len(scales)
+    decayed = {p for group in groups if "weight_decay" not in group for p in group["params"]}
+    assert all(p.ndim >= 2 for p in decayed)
+
+
 def test_a_run_on_the_world_learns(tmp_path):
     splits = [World(split, 8, 2, SIZE, camera=["static", "orbit"], supersample=1) for split in ("train", "val")]
     module = task(loss=RelativeLoss(trim=0.0), flip=0.5)
@@ -443,6 +459,7 @@ def test_configs_have_the_published_weights(name: str, expected: dict):
     [
         (lambda: task(nn.Linear(1, 1)), r"model\._target_.*Linear"),
         (lambda: task(head_lr_scale=0), r"task\.head_lr_scale=0\b"),
+        (lambda: task(temporal_lr_scale=-1), r"task\.temporal_lr_scale=-1\b"),
         (lambda: task(flip=1.5), r"task\.flip=1\.5"),
         (lambda: task(input=ClipInput(HorizontalFlip())), r"task\.input\.augment=HorizontalFlip.*task\.flip"),
         (lambda: task(student=Student(nn.Sequential(HorizontalFlip()))), r"task\.student\.augment=HorizontalFlip"),
@@ -481,10 +498,12 @@ def test_scores_of_the_initial_model_and_their_ratios():
         "tae_initial": 1.3,
         "tae_shuffled": 1.1,
         "abs_rel_initial": 0.05,
+        "tae_single": 1.2,
     }
     found = task(VideoModel()).epoch_metrics({key: torch.tensor(value) for key, value in means.items()})
     expected = {"abs_rel_share": 0.25, "tae_excess": 0.5, "tae_excess_initial": 1.0, "tae_excess_shuffled": 0.8}
-    expected |= {"tae_excess_share": 0.5, "tae_excess_share_shuffled": 0.8, "abs_rel_gain": 0.03}
+    expected |= {"tae_excess_share": 0.5, "tae_excess_single": 0.9, "abs_rel_gain": 0.03}
+    expected |= {"tae_gain": 0.4, "tae_gain_shuffled_share": 0.25}
     assert {key: pytest.approx(float(value)) for key, value in found.items()} == expected
     assert task(image_model()).epoch_metrics({"loss": torch.tensor(1.0)}) == {}
 
@@ -514,3 +533,13 @@ def test_the_initial_model_is_that_of_init_from_and_stays(monkeypatch: pytest.Mo
     torch.testing.assert_close(after["abs_rel_initial"], before["abs_rel"])
     assert not torch.allclose(after["abs_rel"], before["abs_rel"])
     assert not any(name.startswith("initial") for name in module.state_dict())
+
+
+def test_single_frames_are_scored_without_their_clip():
+    module, batch = task(VideoModel()), clips(2, 4)
+    found = module.shared_step(batch, "val")
+    maps = module.model.image(module.normalize(batch["video"]).transpose(1, 2).flatten(0, 1)).unflatten(0, (2, 4))
+    expected = module.scores(maps, batch, False)
+    torch.testing.assert_close(found["tae_single"], expected["tae"])
+    torch.testing.assert_close(found["abs_rel_single"], expected["abs_rel"])
+    assert not torch.allclose(found["tae_single"], found["tae"])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from blueberry_video.evaluation.depth_metrics import disparity_of, valid_depth
 from blueberry_video.evaluation.depth_scores import DepthScores, MedianMap, derived_scores
 from blueberry_video.inference.depth_pictures import colored, range_of
-from blueberry_video.models.depth_anything.losses import feature_alignment_loss
+from blueberry_video.optim import scaled_groups
 from blueberry_video.tasks.base import Task
 from blueberry_video.tasks.depth_losses import MetricLoss, RelativeLoss, captured
 from blueberry_video.tasks.depth_student import Student, check_augment, flipped, is_video_model, predict_maps
@@ -28,8 +28,8 @@ class Depth(Task):
     its terms; in validation, on clips with ``depth``, the metrics of
     :class:`~blueberry_video.evaluation.depth_scores.DepthScores`: ``abs_rel``, ``delta1``, ``rmse`` (m) and, for more
     than one frame, ``tae``, ``tae_floor`` and ``flicker`` (percent); ``abs_rel_trivial`` of the median map of training
-    clips, aligned as predictions are; for video models ``abs_rel_shuffled`` and ``tae_shuffled``, with the frames of
-    each clip in a random order, and ``…_initial`` of the model with the weights of ``init_from``; and the
+    clips, aligned as predictions are; for video models ``…_shuffled``, with the frames of each clip in a random order,
+    ``…_single``, with each frame alone, and ``…_initial`` of the model with the weights of ``init_from``; and the
     :func:`~blueberry_video.evaluation.depth_scores.derived_scores`. Clips without a valid pixel contribute nothing.
 
     Args:
@@ -40,6 +40,7 @@ class Depth(Task):
         teacher: frozen model that predicts the disparity of clips without labels; checkpoints do not contain it.
         teacher_from: its weights, a file, folder, hub id, or checkpoint of a run; ``None``: those it was built with.
         head_lr_scale: learning rate of the parameters outside the encoder relative to those of the encoder.
+        temporal_lr_scale: learning rate of the temporal modules relative to the rest of the head.
         flip: probability of a horizontal flip of a training clip with its maps; 0.5 in Depth Anything.
         scores: protocol of validation; the default of its ``max_depth`` is that of the model.
         num_pictures: number of clips in :meth:`media`.
@@ -64,6 +65,7 @@ class Depth(Task):
         teacher: nn.Module | None = None,
         teacher_from: str | Path | None = None,
         head_lr_scale: float = 10.0,
+        temporal_lr_scale: float = 1.0,
         flip: float = 0.0,
         scores: DepthScores | None = None,
         num_pictures: int = 4,
@@ -71,8 +73,11 @@ class Depth(Task):
         super().__init__(model, optimization, input)
         if not hasattr(model, "pretrained"):
             raise ValueError(f"Depth requires model=depth_anything/…: model._target_={type(model).__name__}.")
-        if not head_lr_scale > 0 or not 0 <= flip <= 1:
-            raise ValueError(f"task.head_lr_scale={head_lr_scale} must be above 0, and task.flip={flip} in [0, 1].")
+        if not min(head_lr_scale, temporal_lr_scale) > 0 or not 0 <= flip <= 1:
+            raise ValueError(
+                f"task.head_lr_scale={head_lr_scale} and task.temporal_lr_scale={temporal_lr_scale} must be above 0, "
+                f"and task.flip={flip} in [0, 1]."
+            )
         self.loss, self.student = loss or RelativeLoss(), student or Student()
         check_augment("input", self.augment)
         check_augment("student", self.student.augment)
@@ -89,8 +94,8 @@ class Depth(Task):
             raise ValueError(f"task.loss.features={self.loss.features} requires a trainable encoder: set it to 0.")
         # not registered as submodules, which would be trained, averaged, sharded and written to checkpoints
         self.__dict__ |= {"teacher": teacher and teacher.requires_grad_(False).eval(), "frozen": None, "initial": None}
-        self.teacher_from, self.head_lr_scale, self.flip = teacher_from, head_lr_scale, flip
-        self.scores, self.num_pictures = scores or DepthScores(), num_pictures
+        self.teacher_from, self.flip, self.scores = teacher_from, flip, scores or DepthScores()
+        self.head_lr_scale, self.temporal_lr_scale, self.num_pictures = head_lr_scale, temporal_lr_scale, num_pictures
         if self.metric and self.scores.max_depth is None:
             self.scores = replace(self.scores, max_depth=float(self.model.max_depth))
         self._median = MedianMap()
@@ -130,7 +135,7 @@ class Depth(Task):
 
     @torch.no_grad()
     def media(self, batch: dict) -> dict[str, Tensor]:
-        """``depth``: one row per clip: frames, ground truth, aligned prediction, as disparity in one range per clip."""
+        """``depth``: rows of frames, ground truth and aligned prediction, as disparity in one range per clip."""
         chosen = {key: value[: self.num_pictures] for key, value in batch.items() if isinstance(value, Tensor)}
         maps = self.predict(chosen["video"])
         if "depth" in chosen:
@@ -150,14 +155,12 @@ class Depth(Task):
         return self.model.load_published(path)
 
     def parameter_groups(self) -> list[dict]:
-        """Parameter groups of the head, with ``head_lr_scale``, and of the encoder."""
-        inside, found = set(self.model.pretrained.parameters()), []
-        for head in (True, False):
-            for group in super().parameter_groups():
-                scale = group["lr_scale"] * (self.head_lr_scale if head else 1)
-                own = [each for each in group["params"] if (each not in inside) == head]
-                found.append({**group, "lr_scale": scale, "params": own})
-        return found
+        """Parameter groups of the temporal modules, of the head and of the encoder, with their learning rates."""
+        temporal = [each for name, each in self.model.named_parameters() if "motion_modules." in name]
+        inside = {*temporal, *self.model.pretrained.parameters()}
+        head = [each for each in self.parameters() if each not in inside]
+        scales = ((head, self.head_lr_scale), (temporal, self.head_lr_scale * self.temporal_lr_scale))
+        return scaled_groups(super().parameter_groups(), scales)
 
     def _target(self, batch: dict) -> tuple[Tensor, Tensor, bool]:
         """Returns the target (B, T, H, W), depth or disparity, its valid pixels, and whether it is a pseudo-label."""
@@ -193,8 +196,5 @@ class Depth(Task):
             terms = self.loss.pseudo(self.predict(view.video), view)
         if self.frozen is not None:
             images = self.normalize(view.video).transpose(1, 2).flatten(0, 1)[:, :, None]
-            with torch.no_grad():
-                frozen = self.frozen.to(images).tokens_behind(images, self.model.taps[-1:])[0][0]
-            tokens = outputs[-1][:, -frozen.shape[1] :]  # without the class token and registers
-            terms["features"] = feature_alignment_loss(tokens, frozen, self.loss.tolerance)
+            terms["features"] = self.loss.alignment(outputs[-1], self.frozen.to(images), images, self.model.taps[-1])
         return {"loss": self.student.weight * self.loss.total(terms), **terms}

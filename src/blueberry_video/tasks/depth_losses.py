@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from blueberry_video.models.depth_anything.losses import (
     affine_invariant_loss,
+    feature_alignment_loss,
     gradient_matching_loss,
     mixed_pseudo_label_loss,
     normalized,
     silog_loss,
     temporal_gradient_matching_loss,
 )
+from blueberry_video.models.dinov2 import DINOv2
 from blueberry_video.tasks.depth_student import StudentView
 
 
@@ -87,6 +89,13 @@ class RelativeLoss:
                 losses.append(gradient_matching_loss(*pair, inside, self.scales) * region.to(maps).mean())
             terms["gradient"] = losses[0] + losses[1]
         return terms
+
+    def alignment(self, tokens: Tensor, frozen: DINOv2, images: Tensor, layer: int) -> Tensor:
+        """Alignment of tokens (N, prefix + S, D) of a layer to those of a frozen encoder of images (N, C, 1, H, W)."""
+        with torch.no_grad():
+            target = frozen.tokens_behind(images, (layer,))[0][0]
+        patches = tokens[:, -target.shape[1] :]  # without the class token and registers
+        return feature_alignment_loss(patches, target, self.tolerance)
 
     def _by_frame(self, maps: Tensor, target: Tensor, valid: Tensor) -> dict[str, Tensor]:
         predicted, truth, mask = (each.flatten(0, 1) for each in (maps, target, valid))

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from blueberry_video.models.depth_anything import VideoDepthAnything
 from blueberry_video.models.depth_anything.temporal import TemporalAttention, TemporalModule, TemporalScan
+from blueberry_video.models.dinov2 import DINOv2
 
 C, HEADS = 16, 2
 
@@ -223,3 +225,15 @@ def test_bad_sizes_raise():
         _, state = made.step(torch.randn(1, C, 2, 3, dtype=torch.float64), None)
         with pytest.raises(ValueError, match=r"\(6, \d+.*expected \(9, "):
             made.step(torch.randn(1, C, 3, 3, dtype=torch.float64), state)
+
+
+@pytest.mark.parametrize("temporal", ["attention", "scan"])
+def test_only_the_temporal_modules_can_be_trained(temporal: str):
+    sizes = {"taps": (0, 1, 2, 3), "features": 8, "out_channels": (8, 8, 8, 8), "norm_groups": 4}
+    sizes |= {"temporal_heads": 2, "scan_head_dim": 4}
+    encoder = DINOv2(image_size=16, num_frames=1, patch_size=8, embed_dim=16, depth=4, num_heads=2)
+    model = VideoDepthAnything(encoder, temporal=temporal, **sizes).requires_grad_(False)
+    model.head.motion_modules.requires_grad_(True)
+    model(torch.randn(1, 3, 3, 16, 16)).sum().backward()  # crashed for channels-last inputs without gradients
+    zero_initialized = [module.temporal_transformer.proj_out.weight.grad for module in model.head.motion_modules]
+    assert all(each is not None and each.abs().sum() > 0 for each in zero_initialized)

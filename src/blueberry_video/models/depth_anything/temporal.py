@@ -86,7 +86,8 @@ class TemporalModule(nn.Module):
     def _enter(self, x: Tensor) -> Tensor:
         """(n, C, h, w) -> (n, h, w, C)."""
         inner = self.temporal_transformer
-        return inner.proj_in(inner.norm(x).permute(0, 2, 3, 1))
+        # contiguous: on the CPU the backward pass of GroupNorm crashes for channels-last inputs without gradients
+        return inner.proj_in(inner.norm(x.contiguous()).permute(0, 2, 3, 1))
 
     def _leave(self, x: Tensor) -> Tensor:
         """(n, h, w, C) -> (n, C, h, w)."""
