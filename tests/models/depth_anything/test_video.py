@@ -158,7 +158,8 @@ def test_reduced_precision_streams_and_trains(temporal: str):
         expected = streamed(model, video)
         with torch.autocast("cpu", torch.bfloat16):
             found = streamed(model, video)
-    assert expected.std() > 0.05
+    assert expected.std() > 0.02
+    assert (found - expected).std() < 0.1 * expected.std()
     assert (found - expected).abs().max() < 0.03
     with torch.autocast("cpu", torch.bfloat16):
         loss = model.train()(video).float().square().mean()

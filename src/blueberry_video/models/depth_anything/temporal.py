@@ -86,8 +86,9 @@ class TemporalModule(nn.Module):
     def _enter(self, x: Tensor) -> Tensor:
         """(n, C, h, w) -> (n, h, w, C)."""
         inner = self.temporal_transformer
-        # contiguous: on the CPU the backward pass of GroupNorm crashes for channels-last inputs without gradients
-        return inner.proj_in(inner.norm(x.contiguous()).permute(0, 2, 3, 1))
+        # three dimensions: on the CPU the backward pass of GroupNorm crashes for channels-last maps without gradients
+        normed = inner.norm(x.flatten(2).contiguous()).unflatten(2, x.shape[2:])
+        return inner.proj_in(normed.permute(0, 2, 3, 1))
 
     def _leave(self, x: Tensor) -> Tensor:
         """(n, h, w, C) -> (n, C, h, w)."""
