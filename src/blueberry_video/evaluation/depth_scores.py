@@ -123,7 +123,7 @@ class DepthScores:
 
 
 def derived_scores(means: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Scores that follow from the means of others over a set, of those whose terms exist.
+    """Scores computed from the means of other scores over a set; those with missing terms are left out.
 
     Returns:
         ``abs_rel_share``, the ratio of ``abs_rel`` to ``abs_rel_trivial``; ``abs_rel_gain``, the decrease from the

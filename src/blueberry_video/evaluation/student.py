@@ -67,7 +67,7 @@ class StudentOfPseudoLabels(Callback):
             return
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise ValueError(
-                f"callbacks.{self.name} copies the model, whose weights trainer.strategy shards over processes: set "
+                f"callbacks.{self.name} copies the model, but trainer.strategy shards its weights over processes: set "
                 f"callbacks.{self.name}=null, or use trainer=ddp."
             )
         pseudo_labeller(pl_module)  # raises before hours of training

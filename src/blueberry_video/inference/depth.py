@@ -24,7 +24,7 @@ MODES = ("auto", "frames", "stream", "windows", "sliding")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WINDOW = 32  # frames of a window; the temporal attention has as many positions
 KEYFRAMES = (0, 12, *range(24, 32))  # frames of a window that begin the next one
-BLENDED = 8  # of them, the last ones, whose maps are blended
+BLENDED = 8  # the last keyframes: their maps are blended with those of the previous window
 WIDE = 1.777  # aspect ratio above which the published inference lowers the resolution
 
 

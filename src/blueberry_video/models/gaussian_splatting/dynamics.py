@@ -4,6 +4,7 @@ Shapes: N Gaussians, T times.
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +12,15 @@ from torch import Tensor, nn
 from blueberry_video.models.gaussian_splatting.gaussians import CanonicalGaussians, Gaussians, PerGaussian
 
 
-class Dynamics(nn.Module):
+class Dynamics(nn.Module, ABC):
     """Base class of dynamics: maps canonical Gaussians and times to the Gaussians at these times."""
 
     def reset(self, canonical: CanonicalGaussians, generator: torch.Generator | None = None) -> None:
         """Initializes the parameters that belong to single Gaussians; called when the canonical ones are created."""
 
+    @abstractmethod
     def forward(self, canonical: CanonicalGaussians, times: Tensor) -> Gaussians:
         """Returns the Gaussians at times (T,) in [0, 1]; tensors that depend on time have a leading dimension T."""
-        raise NotImplementedError
 
     def losses(self) -> dict[str, Tensor]:
         """Regularization losses by name; empty by default."""
@@ -40,9 +41,9 @@ class Static(Dynamics):
 class Native(PerGaussian, Dynamics):
     """4-D Gaussians with an extent in time and a velocity, partly static (arXiv 2310.10642, 2505.13215).
 
-    A 4-D Gaussian is stored as the conditional distribution over space at the time t, whose covariance does not depend
-    on t, and the marginal distribution over time: its mean is at ``mean + velocity · (t - time_mean)`` and its opacity
-    is multiplied by ``exp(-(t - time_mean)² / (2 duration²))``. Gaussians that are marked as static have a velocity of
+    A 4-D Gaussian is stored as the conditional distribution over space at the time t, with a covariance that does not
+    depend on t, and the marginal distribution over time: its mean is at ``mean + velocity · (t - time_mean)`` and its
+    opacity is multiplied by ``exp(-(t - time_mean)² / (2 duration²))``. Static Gaussians have a velocity of
     zero and a constant opacity.
 
     Args:
