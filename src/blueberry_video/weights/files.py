@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -82,17 +82,24 @@ def resolve(source: str | Path) -> Path:
     """Returns the local path of weights; a hub repository is downloaded first.
 
     Args:
-        source: a file, a folder, or a hub id such as ``THUDM/CogVideoX-2b``. An existing path takes precedence.
+        source: a file, a folder, a hub id such as ``THUDM/CogVideoX-2b``, or one file of a hub repository, such as
+            ``hf://depth-anything/Video-Depth-Anything-Small/video_depth_anything_vits.pth``. An existing path takes
+            precedence over a hub id.
 
     Raises:
         FileNotFoundError: neither the path nor the repository exists, or the hub cannot be reached.
     """
     path = Path(source)
-    if path.exists() or path.suffix in WEIGHT_SUFFIXES or not re.fullmatch(r"[\w-]+/[\w.-]+", str(source)):
+    in_repository = re.fullmatch(r"hf:/+([\w-]+/[\w.-]+)/(.+)", str(source))  # Path merges slashes
+    if in_repository is None and (
+        path.exists() or path.suffix in WEIGHT_SUFFIXES or not re.fullmatch(r"[\w-]+/[\w.-]+", str(source))
+    ):
         if not path.exists():
             raise FileNotFoundError(f"there are no weights at {source}: give an existing file or folder, or a hub id.")
         return path
     try:
+        if in_repository is not None:
+            return Path(hf_hub_download(*in_repository.groups()))
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, HFValidationError) as error:
         reason = str(error).strip().split("\n")[0]
