@@ -24,9 +24,11 @@ from hydra.utils import instantiate
 from blueberry_video.data.depth_writer import DepthWriter
 from blueberry_video.data.sensor_noise import SensorNoise
 from blueberry_video.data.world import World
-from blueberry_video.depth import open_model
 from blueberry_video.evaluation.depth_metrics import aligned_depth, depth_accuracy, flicker, temporal_alignment_error
-from blueberry_video.inference.depth import depth_stream
+from blueberry_video.experiment.trained import load_trained
+from blueberry_video.inference.depth import Mode, depth_stream
+from blueberry_video.models.depth_anything import VideoDepthAnything
+from blueberry_video.tasks.depth import Depth
 
 FRAMES, EARLY, CLIPS, LENGTH, TOLERANCE = 2000, 100, 24, 64, 0.05
 MODES = [("tiny", "windows"), ("tiny", "stream"), ("tiny", "sliding"), ("tiny_scan", "stream"), ("tiny_none", "frames")]
@@ -60,30 +62,34 @@ def memory(name: str, mode: str) -> None:
     )
 
 
-def quality(run: str) -> None:
+def quality(source: str) -> None:
     """Prints the scores of every mode that fits the model of a run."""
-    model, _, mean, std = open_model(run)
-    side = min(model.pretrained.video_size[2:])
+    run = load_trained(source, [Depth])
+    model, mean, std = run.task.model, run.task.pixel_mean.flatten().tolist(), run.task.pixel_std.flatten().tolist()
+    side, camera = min(model.pretrained.video_size[2:]), run.data.val
     world = World("test", CLIPS, LENGTH, side, camera=["static", "orbit", "pan", "dolly"], supersample=1)
-    clips = [SensorNoise(world, 0.15)[index] for index in range(CLIPS)]
+    noisy = SensorNoise(world, camera.sigma, camera.exposure, camera.seed, camera.lost, camera.block)
+    clips = [noisy[index] for index in range(CLIPS)]
     depth = torch.stack([clip["depth"] for clip in clips])
     cameras = [torch.stack([clip[key] for clip in clips]) for key in ("intrinsics", "poses")]
     floor = temporal_alignment_error(depth, depth, *cameras, TOLERANCE)
-    modes = ["frames"] if not hasattr(model, "streams_exactly") else ["stream"]
-    if modes == ["stream"] and not model.streams_exactly:
-        modes = ["windows", "sliding", "stream"]
+    modes: list[Mode] = ["frames"]
+    if isinstance(model, VideoDepthAnything):
+        modes += ["stream"] if model.streams_exactly else ["windows", "sliding", "stream"]
     for mode in modes:
-        maps = []
+        maps, begun = [], time.process_time()
         for clip in clips:
-            stream = depth_stream(model, (side, side), side, mode)  # type: ignore[arg-type]
+            stream = depth_stream(model, (side, side), side, mode)
             stream.mean, stream.std = tuple(mean), tuple(std)
             maps.append(torch.cat([stream.push(clip["video"]), stream.finish()]))
+        seconds = (time.process_time() - begun) / (CLIPS * LENGTH)
         found = aligned_depth(torch.stack(maps), depth)
         scores = depth_accuracy(found, depth)
         excess = temporal_alignment_error(found, depth, *cameras, TOLERANCE) - floor
         print(
-            f"{run} {mode:8} AbsRel {scores.abs_rel.mean():.4f}  δ1 {scores.delta1.mean():.4f}  TAE without floor "
-            f"{excess.nanmean():.3f}  flicker {flicker(found, depth).nanmean():.3f}",
+            f"{run.config.name} {run.path.name} {mode:8} AbsRel {scores.abs_rel.mean():.4f}  δ1 "
+            f"{scores.delta1.mean():.4f}  TAE without floor {excess.nanmean():.3f}  flicker "
+            f"{flicker(found, depth).nanmean():.3f}  {1e3 * seconds:.1f} ms a frame",
             flush=True,
         )
 
@@ -94,5 +100,5 @@ if __name__ == "__main__":
     else:
         for each in MODES:
             subprocess.run([sys.executable, __file__, "--memory", *each], check=True)
-        for each in sys.argv[1:]:
-            quality(each)
+        for run in sys.argv[1:]:
+            quality(run)

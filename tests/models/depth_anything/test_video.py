@@ -122,7 +122,7 @@ def test_the_state_has_a_constant_size_and_can_be_pickled(temporal: str):
         for frame in frames:
             found, state = model.step(frame, state)
             sizes.append([tuple(each.shape) for each in state])
-        assert len(state) == {"attention": 8, "scan": 16, "none": 0}[temporal]
+        assert len(state) == {"attention": 8, "scan": 24, "none": 0}[temporal]
         assert sizes[0] == sizes[1] == sizes[2]
         again = model.step(frame, pickle.loads(pickle.dumps(state)))[0]
     assert torch.equal(again, model.step(frame, state)[0])
@@ -147,7 +147,7 @@ def test_bad_input_raises():
     _, state = video_model("scan").step(torch.zeros(1, 3, 32, 24))
     with pytest.raises(ValueError, match=r"\(12, 4, 4, 4\), expected \(16, 4, 4, 4\)"):
         video_model("scan").step(torch.zeros(1, 3, 32, 32), state)
-    with pytest.raises(ValueError, match=r"16 tensors, expected 8"):
+    with pytest.raises(ValueError, match=r"24 tensors, expected 8"):
         video_model("attention").step(torch.zeros(1, 3, 32, 24), state)
 
 

@@ -202,10 +202,12 @@ class TemporalAttention(Mixer, PositionTables):
 class TemporalScan(Mixer):
     """Causal selective scan over the frames of each pixel, gated, after a causal convolution over K frames.
 
-    The inputs of the scan (values, B, C and steps dt) pass the convolution, so that a step can depend on the change of
-    a pixel. Frames before the first are copies of the first, and the state starts at the fixed point of the recurrence
-    for them: a still video gives the same output in every frame. The state is two tensors: that of the scan
-    (N, H, P, S), at least fp32, and the last inputs of the convolution (N, K - 1, …). A stream equals the scan at once.
+    The output of a head is an average of the values of all frames up to the current one, weighted by dt and its decay:
+    a scan, divided by the same scan of ones. So slow heads average all frames from the start, and a still video has the
+    same output in every frame. The inputs of the scan (values, B, C and steps dt) pass the convolution, so that a step
+    can depend on the change of a pixel; frames before the first are copies of the first. The state is three tensors:
+    those of the two scans, (N, H, P, S) and (N, H, 1, 1), at least fp32, and the last inputs of the convolution
+    (N, K - 1, …). A stream equals the scan at once.
 
     Args:
         dim: C.
@@ -217,9 +219,9 @@ class TemporalScan(Mixer):
         ValueError: ``head_dim`` does not divide C, or a size is below 1; in ``step``, the state has different shapes.
     """
 
-    num_states = 2
+    num_states = 3
     no_weight_decay = ("conv_weight",)  # 0 is not a neutral value
-    least_step = 1e-3
+    least_step = 1e-3  # frames with a smaller weight would leave the average undefined
 
     def __init__(self, dim: int, head_dim: int = 16, state_dim: int = 16, conv_size: int = 3):
         super().__init__()
@@ -240,16 +242,16 @@ class TemporalScan(Mixer):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Starts as exponential moving averages of the values, with the memories of the heads from 1 to 32 frames.
+        """Starts as moving averages of the values, with the memories of the heads from 1 to 32 frames.
 
-        With A = -1 and B · C near 1, a head with step dt averages about 1 / dt frames with a gain of 1. Slow heads
-        smooth the noise of single frames; fast heads, the skip D and the convolution, which starts as the identity,
-        follow the current frame. The steps start independent of the input, and learn to grow where a pixel changes.
+        With A = -1 and B · C near 1, a head with step dt averages about 1 / dt frames. Slow heads smooth the noise of
+        single frames; fast heads, the skip D and the convolution, which starts as the identity, follow the current
+        frame. The steps start independent of the input, and learn to depend on what a frame shows.
         """
         _, b, c, steps = self.conv_bias.split(self.sizes)
         # a single head must do both: it takes the geometric mean
         memory = torch.linspace(0, 1, self.num_heads) if self.num_heads > 1 else torch.tensor([0.5])
-        dt = (1 / WINDOW) ** memory.to(steps.device)
+        dt = (1 / WINDOW) ** memory.to(steps.device) - self.least_step
         steps.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
         b.fill_(self.state_dim**-0.5)
         c.fill_(self.state_dim**-0.5)
@@ -264,25 +266,34 @@ class TemporalScan(Mixer):
         gate, inputs = self.in_proj(x).split([self.dim, sum(self.sizes)], dim=-1)
         history = inputs[:, :1].expand(-1, self.conv_size - 1, -1)
         u, B, C, dt = self._scanned(torch.cat([history, inputs], dim=1))
-        start = self._fixed_point(u[:, 0], B[:, 0], dt[:, 0])
-        y = ssd(u, dt, self._decay(), B, C, self.D.to(dt.dtype), h0=start)
-        assert isinstance(y, Tensor)
-        return self._output(y, gate)
+        sums, one = ssd(u, dt, self._decay(), B, C), torch.ones_like(dt[:, :, :1, None])
+        weights = ssd(torch.ones_like(dt[..., None]), dt, self._decay(), one, one)
+        assert isinstance(sums, Tensor)
+        assert isinstance(weights, Tensor)
+        return self._output(sums / weights, u, gate)
 
     def step(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """(N, C) and the state of the scan and of the convolution -> (N, C) and the next state."""
+        """(N, C) and the states of the scans and of the convolution -> (N, C) and the next ones."""
         gate, inputs = self.in_proj(x).split([self.dim, sum(self.sizes)], dim=-1)
         if state is None:
             history = inputs[:, None].expand(-1, self.conv_size - 1, -1)
         else:
-            history = state[1]
-            _check_state(state[0], (len(x), self.num_heads, self.dim // self.num_heads, self.state_dim))
-            _check_state(history, (len(x), self.conv_size - 1, inputs.shape[1]))
+            sizes = (len(x), self.num_heads, self.dim // self.num_heads, self.state_dim)
+            for tensor, shape in zip(
+                state, (sizes, (*sizes[:2], 1, 1), (len(x), self.conv_size - 1, inputs.shape[1])), strict=True
+            ):
+                _check_state(tensor, shape)
+            history = state[2]
         recent = torch.cat([history, inputs[:, None]], dim=1)
         u, B, C, dt = (each[:, 0] for each in self._scanned(recent))
-        scan = self._fixed_point(u, B, dt) if state is None else state[0]
-        y, scan = ssd_step(u, dt, self._decay(), B, C, self.D.to(dt.dtype), scan)
-        return self._output(y, gate), (scan, recent[:, 1:].clone())  # a view would keep all of `recent` in memory
+        one = torch.ones_like(dt[:, :1, None])
+        if state is None:
+            empty = dt.new_zeros(len(x), self.num_heads, 1, 1)
+            state = empty.expand(-1, -1, u.shape[2], self.state_dim), empty
+        sums, scan = ssd_step(u, dt, self._decay(), B, C, None, state[0])
+        weights, total = ssd_step(torch.ones_like(dt[..., None]), dt, self._decay(), one, one, None, state[1])
+        # a view would keep all of `recent` in memory
+        return self._output(sums / weights, u, gate), (scan, total, recent[:, 1:].clone())
 
     def _scanned(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Inputs (N, K - 1 + T, …) -> values (N, T, H, P), B and C (N, T, 1, S), and dt (N, T, H), at least fp32."""
@@ -291,20 +302,16 @@ class TemporalScan(Mixer):
         for i, weight in enumerate(self.conv_weight.to(inputs.dtype)):
             mixed = mixed + weight * inputs[:, i : i + frames]
         u, B, C, dt = mixed.split(self.sizes, dim=-1)
-        dt = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32))).clamp(min=self.least_step)
+        dt = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32))) + self.least_step
         return u.unflatten(-1, (self.num_heads, -1)), B[:, :, None], C[:, :, None], dt
 
     def _decay(self) -> Tensor:
         """A (H,), below 0."""
         return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
 
-    def _fixed_point(self, u: Tensor, B: Tensor, dt: Tensor) -> Tensor:
-        """State (N, H, P, S) that a frame with values (N, H, P), B (N, 1, S) and dt (N, H) does not change."""
-        gain = dt / -torch.expm1(dt * self._decay())
-        return (gain[..., None] * u)[..., None] * B[:, :, None].to(dt.dtype)
-
-    def _output(self, y: Tensor, gate: Tensor) -> Tensor:
-        """(…, H, P) and the gate (…, C) -> (…, C)."""
+    def _output(self, averages: Tensor, u: Tensor, gate: Tensor) -> Tensor:
+        """Averages and values (…, H, P), and the gate (…, C) -> (…, C)."""
+        y = averages + self.D[:, None] * u
         y = self.norm(y.flatten(-2).to(self.norm.weight.dtype))  # autocast does not cast the inputs of RMSNorm
         return self.out_proj(y * F.silu(gate))
 
