@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from blueberry_video import train
 from blueberry_video.launch.errors import paragraph
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,19 +78,33 @@ def test_unreadable_data_raises_with_the_path(data: Path):
         assert re.search(rf"Permission denied\. .*permission for {path}: .*chmod u\+rwX", flat(error)), error
 
 
-@pytest.mark.parametrize(
-    ("kind", "fix"), [("file", "Use a folder: `output_dir=…`"), ("read-only", "is not writable. Make it writable")]
-)
-def test_dry_run_checks_the_folder_of_runs(tmp_path: Path, kind: str, fix: str):
+def check_run(folder: Path) -> list[str]:
+    """Words of a dry run with its runs in a folder."""
+    experiment = ["--config-dir", str(ROOT / "experiments" / "template"), *TINY]
+    return [*experiment, f"output_dir={folder}/runs", "check=true", "callbacks.media=null"]
+
+
+def test_dry_run_in_a_file_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     folder = tmp_path / "outputs"
-    if kind == "file":
-        folder.write_text("a file")
-    else:
-        folder.mkdir(mode=0o555)
-    train = ["-m", "blueberry_video.train", "--config-dir", ROOT / "experiments" / "template", *TINY]
-    result = without_privileges(*train, f"output_dir={folder}/runs", "check=true", "callbacks.media=null")
+    folder.write_text("a file")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", *check_run(folder)])
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert ended.value.code == 1
+    assert re.search(
+        rf"FAIL  outputs +output_dir={folder}/runs: {folder} .*Use a folder: `output_dir=…`", capsys.readouterr().out
+    )
+
+
+def test_dry_run_in_a_read_only_folder_fails(tmp_path: Path):
+    folder = tmp_path / "outputs"
+    folder.mkdir(mode=0o555)
+    result = without_privileges("-m", "blueberry_video.train", *check_run(folder))
     assert result.returncode == 1
-    assert re.search(rf"FAIL  outputs +output_dir={folder}/runs: {folder} .*{re.escape(fix)}", result.stdout)
+    assert re.search(
+        rf"FAIL  outputs +output_dir={folder}/runs: {folder} .*is not writable\. Make it writable", result.stdout
+    )
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), NotADirectoryError(20, "Not a directory")])
