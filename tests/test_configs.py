@@ -4,6 +4,7 @@ import ast
 import inspect
 import pkgutil
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -167,7 +168,7 @@ def build(config: DictConfig) -> tuple[nn.Module, nn.Module]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_composes(experiment: Path, name: str):
+def test_composes_and_builds(experiment: Path, name: str):
     config = compose(experiment, overrides_for(name))
     if not name.startswith("debug/"):
         chosen = OmegaConf.load(CONF / f"{name}.yaml")
@@ -176,39 +177,56 @@ def test_composes(experiment: Path, name: str):
         part = next((key for prefix, key in PARTS.items() if name.startswith(prefix)), name.partition("/")[0])
         node = OmegaConf.select(config, "model.encoder" if name.startswith(ENCODERS) else part)
         assert given.items() <= dict(node).items(), "the composed config must contain the values of the file"
+    for prefixes, check_build in BUILDS.items():
+        if name.startswith(prefixes) and (check_build is not model_builds or name in MODELS):
+            check_build(config, name)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_models_build_with_their_task(experiment: Path, name: str):
-    config = compose(experiment, overrides_for(name))
+def model_builds(config: DictConfig, name: str) -> None:
     model, _ = build(config)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert model.encoder.embed_dim == config.model.encoder.embed_dim
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name.startswith(NO_ENCODER)])
-def test_generative_models_build_with_their_task(experiment: Path, name: str):
-    model, task = build(compose(experiment, overrides_for(name)))
+def generative_model_builds(config: DictConfig, name: str) -> None:
+    model, task = build(config)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert task.model is model
 
 
-TRANSFORMERS = ("model/cogvideox/", "model/hunyuan_video/")
-
-
-@pytest.mark.parametrize("name", [name for name in FILES if name.startswith(TRANSFORMERS)])
-def test_diffusion_transformers_build(experiment: Path, name: str):
-    config = compose(experiment, overrides_for(name))
+def transformer_builds(config: DictConfig, name: str) -> None:
     with torch.device("meta"):
         model = instantiate(config.model.transformer)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert model.out_channels == config.model.transformer.out_channels
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name.startswith(("task/sampler/", "task/guidance/"))])
-def test_samplers_and_guidances_build(experiment: Path, name: str):
-    node = OmegaConf.select(compose(experiment, overrides_for(name)), PARTS[f"{name.rpartition('/')[0]}/"])
+def sampler_or_guidance_builds(config: DictConfig, name: str) -> None:
+    node = OmegaConf.select(config, PARTS[f"{name.rpartition('/')[0]}/"])
     assert type(instantiate(node)).__name__ == node["_target_"].rpartition(".")[2]
+
+
+def optimizer_and_schedule_are_callable(config: DictConfig, name: str) -> None:
+    optimizer = instantiate(config.optimizer)([{"params": [nn.Parameter(torch.zeros(2))]}])
+    assert optimizer.param_groups[0]["lr"] == config.optimizer.lr
+    schedule = instantiate(config.schedule)
+    assert all(0 <= schedule(step, 100) <= 1 for step in range(100))
+
+
+def callbacks_build(config: DictConfig, name: str) -> None:
+    for callback in config.callbacks.values():
+        if callback is not None:
+            assert type(instantiate(callback)).__name__ == callback["_target_"].rpartition(".")[2]
+
+
+BUILDS: dict[tuple[str, ...], Callable[[DictConfig, str], None]] = {  # prefixes of files → check of their build
+    ("model/",): model_builds,  # of MODELS
+    NO_ENCODER: generative_model_builds,
+    ("model/cogvideox/", "model/hunyuan_video/"): transformer_builds,
+    ("task/sampler/", "task/guidance/"): sampler_or_guidance_builds,
+    ("optimizer/", "schedule/"): optimizer_and_schedule_are_callable,
+    ("callbacks/",): callbacks_build,
+}
 
 
 @pytest.mark.parametrize("backbone", ["dinov2/small", "vit_frame/small", "hydra_video/small"])
@@ -229,23 +247,6 @@ def test_spool_accepts_any_frame_encoder_as_backbone(experiment: Path, backbone:
     model, _ = build(config)
     assert (model.encoder.backbone.video_size, model.encoder.embed_dim) == ((4, 16, 224, 224), 384)
     assert model.head.fc_norm.normalized_shape == (768,)
-
-
-@pytest.mark.parametrize("name", [name for name in FILES if name.startswith(("optimizer/", "schedule/"))])
-def test_optimizers_and_schedules_are_callable(experiment: Path, name: str):
-    config = compose(experiment, overrides_for(name))
-    optimizer = instantiate(config.optimizer)([{"params": [nn.Parameter(torch.zeros(2))]}])
-    assert optimizer.param_groups[0]["lr"] == config.optimizer.lr
-    schedule = instantiate(config.schedule)
-    assert all(0 <= schedule(step, 100) <= 1 for step in range(100))
-
-
-@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("callbacks/")])
-def test_callbacks_build(experiment: Path, name: str):
-    config = compose(experiment, overrides_for(name))
-    for callback in config.callbacks.values():
-        if callback is not None:
-            assert type(instantiate(callback)).__name__ == callback["_target_"].rpartition(".")[2]
 
 
 @pytest.mark.parametrize("data", ["sprites", "world"])

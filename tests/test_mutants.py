@@ -48,7 +48,7 @@ def test_tests_of_a_tree_pass_fail_or_exceed_the_limit(tmp_path: Path):
     test = tmp_path / "test_it.py"
     for content, code in (("assert True", 0), ("assert False", 1), ("while True: pass", None)):
         test.write_text(f"def test_it():\n    {content}\n")
-        assert run_tests(tmp_path, ["test_it.py"], 300.0 if code is not None else 5.0) == code
+        assert run_tests(tmp_path, ["test_it.py"], 300.0 if code is not None else 2.0) == code
 
 
 SUMS = """LIMIT = 3

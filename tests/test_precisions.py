@@ -18,14 +18,14 @@ PROBE = [f"callbacks.probe.{value}" for value in ("train_clips=8", "val_clips=4"
 FEW = [f"callbacks.few_labels.{v}" for v in ("num_labelled=4", "val_clips=4", "steps=2", "batch_size=4", "lrs=[0.001]")]
 NO_PROBE = ["callbacks.probe_linear=null"]
 RUNS = {
-    "videomae": [*SPRITES, *PROBE, *FEW, *NO_PROBE],
+    "videomae": [*SPRITES, "model.encoder.depth=1", *PROBE, *FEW, *NO_PROBE],
     "vjepa2": [*SPRITES, *PROBE],
     "probe": SPRITES,
     "spool_stream": SPRITES,
     "anticipation": SPRITES,
     "video_vae": SPRITES,
     "world_model": ["data.train.dataset.size=8", "data.val.dataset.size=4", "callbacks.closed_loop.episodes=2"],
-    "cogvideox": [*SHAPES, "callbacks.sampling=null"],
+    "cogvideox": [*SHAPES, "callbacks.sampling=null", "model.transformer.depth=1"],
     "hunyuan": [*SHAPES, "callbacks.sampling=null"],
 }
 

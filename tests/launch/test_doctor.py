@@ -34,6 +34,7 @@ def test_versions_are_read_from_constraints():
 
 def test_missing_ffmpeg_is_reported_with_the_fix(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **options: SimpleNamespace(returncode=0))
     doctor._video()
     assert re.search(r"-     ffmpeg .*PyAV.*apt-get install ffmpeg", capsys.readouterr().out)
 

@@ -47,9 +47,7 @@ def words(repository: Path, target: str, **variables: str) -> list[str]:
     return (repository / "words.txt").read_text().splitlines()
 
 
-@pytest.mark.parametrize(
-    "attack", ["$(touch x)", "`touch x`", "a; touch x", "$(shell touch x)", "a | touch x", "'$(touch x)'"]
-)
+@pytest.mark.parametrize("attack", ["a; touch x | touch x $(touch x) `touch x` $(shell touch x)", "'$(touch x)'"])
 def test_no_value_is_executed(repository: Path, attack: str):
     for target in TARGETS:
         words(repository, target, **dict.fromkeys(VARIABLES, attack))

@@ -52,26 +52,6 @@ def test_rank_starts_no_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_run_in_one_folder(tmp_path: Path):
-    command = [sys.executable, "-m", "blueberry_video.train", "--config-dir", str(ROOT / "experiments" / "template")]
-    command += ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
-    command += ["trainer.max_steps=3", "trainer.log_every_n_steps=1", "logger=csv", "~callbacks.progress"]
-    command += ["data.train.size=32", "data.val.size=8", "data.batch_size=4", "model.encoder.depth=1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, env=environment)
-    assert result.returncode == 0, result.stderr
-    [folder] = (tmp_path / "outputs" / "template").iterdir()
-    record = json.loads((folder / "run.json").read_text())
-    assert record["status"] == "finished"
-    assert record["metrics"]["val/loss"] > 0
-    steps = [int(row["step"]) for row in csv.DictReader((folder / "metrics.csv").open())]
-    assert steps == sorted(set(steps))
-    assert (folder / "report.html").is_file()
-    assert result.stdout.count("report.html") == 1, "one process prints the summary"
-    assert "GLOBAL_RANK: 1, MEMBER: 2/2" in result.stderr + result.stdout
-
-
-@pytest.mark.slow
 def test_failing_process_fails_the_run(tmp_path: Path):
     with pytest.raises(RuntimeError, match=r"rank \d of the 2 processes .*`seed`.*`trainer\.devices=1`"):
         processes.start(OmegaConf.create({"sede": 3}), tmp_path, 2)
@@ -199,7 +179,8 @@ def two_ranks(folder: Path, *overrides: str) -> subprocess.Popen:
     command += ["data.batch_size=4", "model.encoder.depth=1", *overrides]
     path = os.pathsep.join([str(folder), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
 
 
 @pytest.mark.slow
@@ -218,9 +199,9 @@ def test_error_of_rank_1_is_shown_and_recorded(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_signal_to_the_parent_saves_a_checkpoint_and_ends_all_ranks(tmp_path: Path):
-    run = two_ranks(tmp_path, "trainer.max_steps=100000")
-    for _ in range(1000):
+def test_two_processes_train_one_run_that_ends_at_a_signal_and_resumes(tmp_path: Path):
+    run = two_ranks(tmp_path, "trainer.max_steps=100000", "~callbacks.progress")
+    for _ in range(3000):
         rows = [file.read_text().count("\n") for file in tmp_path.glob("outputs/template/*/metrics.csv")]
         if rows and rows[0] > 2:
             break
@@ -238,12 +219,18 @@ def test_signal_to_the_parent_saves_a_checkpoint_and_ends_all_ranks(tmp_path: Pa
 
     [checkpoint] = file.parent.glob("checkpoints/*.ckpt")
     step = int(checkpoint.stem.removeprefix("step_"))
-    resumed = two_ranks(tmp_path, f"trainer.max_steps={step + 3}", "resume=last")
-    _, errors = resumed.communicate(timeout=300)
+    resumed = two_ranks(tmp_path, f"trainer.max_steps={step + 3}", "resume=last", "~callbacks.progress")
+    output, errors = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, errors
-    assert json.loads(file.read_text())["status"] == "finished"
+    assert "GLOBAL_RANK: 1, MEMBER: 2/2" in errors + output
+    assert list(file.parent.parent.iterdir()) == [file.parent], "both processes use one folder"
+    record = json.loads(file.read_text())
+    assert record["status"] == "finished"
+    assert record["metrics"]["val/loss"] > 0
+    assert (file.parent / "report.html").is_file()
+    assert output.count("report.html") == 1, "one process prints the summary"
     with (file.parent / "metrics.csv").open() as rows:
-        losses = {int(row["step"]): row["train/loss"] for row in csv.DictReader(rows)}
-    assert list(losses) == list(range(step + 4))
-    assert losses.pop(step + 3) == "", "the row of the evaluations at the end"
-    assert all(losses.values())
+        steps, losses = zip(*((int(row["step"]), row["train/loss"]) for row in csv.DictReader(rows)))
+    assert list(steps) == list(range(step + 4))
+    assert losses[-1] == "", "the row of the evaluations at the end"
+    assert all(losses[:-1])

@@ -119,13 +119,13 @@ def check(
 
 
 CASES = {
-    "frames": Case(((5, 5, 5),)),
-    "samples": Case(((3, 3), (3, 3))),
+    "frames": Case(((5, 5, 5),), heads=1),
+    "samples": Case(((3, 3), (3, 3)), heads=1),
     "groups": Case(((6, 6),), heads=4, groups=2),
     "group_a_head": Case(((6, 6),), groups=2),
     "one_frame": Case(((7,),)),
     "one_token": Case(((1, 1, 1),)),
-    "odd_channels": Case(((5, 5),), channels=20, states=24),
+    "odd_channels": Case(((5, 5),), heads=1, channels=20, states=24),
     "nothing_carried": Case(((9, 9),), carried=False, diagonal=False),
     "ragged": Case(((3, 0, 9), (0, 6, 6)), heads=1, ragged=True),
     "chunks": Case(((37, 37),), heads=1, chunk=16),

@@ -183,9 +183,8 @@ def test_degenerate_maps_have_finite_losses_and_gradients(case: str):
 
 def test_gradients_are_those_of_finite_differences():
     target, valid = maps(1), some(2)
-    for index in range(6):
-        predicted = maps(0).requires_grad_()
-        assert torch.autograd.gradcheck(lambda p, i=index: every_loss(p, target, valid)[i], predicted, atol=1e-6), index
+    predicted = maps(0).requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: tuple(every_loss(p, target, valid)), predicted, atol=1e-6)
 
 
 def test_bad_input_raises():
