@@ -254,11 +254,11 @@ def _check_plain(node: Mapping[str, Any], path: str, root: str) -> None:
             f"`{path}` has no `_target_`: it must name the class or function to build, as the files of conf/{root}/ do."
         )
     if path == "callbacks":
-        known = {str(key) for file in CONF.glob("callbacks/*.yaml") for key in OmegaConf.load(file)} - {"defaults"}
         for key, value in node.items():
-            is_callback = isinstance(value, Mapping) and "_target_" in value
-            is_disabled = value is None and key in known
-            if not is_callback and not is_disabled:
+            if isinstance(value, Mapping) and "_target_" in value:
+                continue
+            known = {str(key) for file in CONF.glob("callbacks/*.yaml") for key in OmegaConf.load(file)} - {"defaults"}
+            if value is not None or key not in known:
                 raise ValueError(
                     f"`callbacks.{key}` = {short(value)} is not a callback: give it a `_target_`, or null to disable "
                     f"a callback of conf/callbacks/. {did_you_mean(str(key), (known | {*map(str, node)}) - {str(key)})}"
