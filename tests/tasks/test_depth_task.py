@@ -258,7 +258,7 @@ def test_metrics_of_validation_do_not_depend_on_the_batch(model):
     batch = clips(4, 3)
     found = module.shared_step(batch, "val")
     names = {"loss", "abs_rel", "delta1", "rmse", "flicker", "tae", "tae_floor", "abs_rel_trivial"}
-    controls = {f"{name}_{control}" for name in ("abs_rel", "tae") for control in ("shuffled", "single")}
+    controls = {"abs_rel_shuffled", "tae_shuffled"}
     assert set(found) == names | (controls if model is VideoModel else set())
     parts = [module.shared_step({key: value[i : i + 1] for key, value in batch.items()}, "val") for i in range(4)]
     for name, values in found.items():
@@ -498,12 +498,10 @@ def test_scores_of_the_initial_model_and_their_ratios():
         "tae_initial": 1.3,
         "tae_shuffled": 1.1,
         "abs_rel_initial": 0.05,
-        "tae_single": 1.2,
     }
     found = task(VideoModel()).epoch_metrics({key: torch.tensor(value) for key, value in means.items()})
     expected = {"abs_rel_share": 0.25, "tae_excess": 0.5, "tae_excess_initial": 1.0, "tae_excess_shuffled": 0.8}
-    expected |= {"tae_excess_share": 0.5, "tae_excess_single": 0.9, "abs_rel_gain": 0.03}
-    expected |= {"tae_gain": 0.4, "tae_gain_shuffled_share": 0.25}
+    expected |= {"tae_excess_share": 0.5, "abs_rel_gain": 0.03}
     assert {key: pytest.approx(float(value)) for key, value in found.items()} == expected
     assert task(image_model()).epoch_metrics({"loss": torch.tensor(1.0)}) == {}
 
@@ -533,13 +531,3 @@ def test_the_initial_model_is_that_of_init_from_and_stays(monkeypatch: pytest.Mo
     torch.testing.assert_close(after["abs_rel_initial"], before["abs_rel"])
     assert not torch.allclose(after["abs_rel"], before["abs_rel"])
     assert not any(name.startswith("initial") for name in module.state_dict())
-
-
-def test_single_frames_are_scored_without_their_clip():
-    module, batch = task(VideoModel()), clips(2, 4)
-    found = module.shared_step(batch, "val")
-    maps = module.model.image(module.normalize(batch["video"]).transpose(1, 2).flatten(0, 1)).unflatten(0, (2, 4))
-    expected = module.scores(maps, batch, False)
-    torch.testing.assert_close(found["tae_single"], expected["tae"])
-    torch.testing.assert_close(found["abs_rel_single"], expected["abs_rel"])
-    assert not torch.allclose(found["tae_single"], found["tae"])

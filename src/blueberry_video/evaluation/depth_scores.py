@@ -99,8 +99,8 @@ class DepthScores:
             batch: has ``depth`` and ``video``.
             metric: whether ``predict`` returns depth.
             median: constant disparity (H, W); ``None`` leaves ``abs_rel_trivial`` out.
-            predict: video model, (B, C, T, H, W) -> (B, T, H, W); ``None`` leaves ``abs_rel_shuffled``,
-                ``tae_shuffled`` and, of the frames as clips of one frame, ``abs_rel_single`` and ``tae_single`` out.
+            predict: video model, (B, C, T, H, W) -> (B, T, H, W); ``None`` leaves ``abs_rel_shuffled`` and
+                ``tae_shuffled`` out.
             initial: maps (B, T, H, W) of the model that training started from; ``None`` leaves ``abs_rel_initial``,
                 ``delta1_initial``, ``tae_initial`` and ``flicker_initial`` out.
         """
@@ -113,12 +113,8 @@ class DepthScores:
             trivial = 1 / constant.clamp(min=MIN_DISPARITY) if metric else constant
             values["abs_rel_trivial"] = self(trivial, batch, metric)["abs_rel"]
         if predict is not None and batch["depth"].shape[1] > 1:
-            video = batch["video"]
-            with torch.no_grad():
-                frames = predict(video.transpose(1, 2).flatten(0, 1)[:, :, None]).view_as(batch["depth"])
-            for control, maps in (("shuffled", shuffled_prediction(predict, video, batch)), ("single", frames)):
-                found = self(maps, batch, metric)
-                values |= {f"{name}_{control}": found[name] for name in ("abs_rel", "tae") if name in found}
+            found = self(shuffled_prediction(predict, batch["video"], batch), batch, metric)
+            values |= {f"{name}_shuffled": found[name] for name in ("abs_rel", "tae") if name in found}
         return values
 
 
@@ -128,22 +124,18 @@ def derived_scores(means: dict[str, Tensor]) -> dict[str, Tensor]:
     Returns:
         ``abs_rel_share``, the ratio of ``abs_rel`` to ``abs_rel_trivial``; ``abs_rel_gain``, the decrease from the
         initial model; ``tae_excess``, ``tae`` without ``tae_floor``, and that of controls; ``tae_excess_share``, its
-        ratio to that of the initial model; ``tae_gain``, the decrease of ``tae`` from single frames to the clip, and
-        ``tae_gain_shuffled_share``, the share of it that remains if the frames are shuffled.
+        ratio to that of the initial model.
     """
     values = {}
     if "abs_rel_trivial" in means:
         values["abs_rel_share"] = means["abs_rel"] / means["abs_rel_trivial"]
     if "abs_rel_initial" in means:
         values["abs_rel_gain"] = means["abs_rel_initial"] - means["abs_rel"]
-    for suffix in ("", "_initial", "_shuffled", "_single"):
+    for suffix in ("", "_initial", "_shuffled"):
         if f"tae{suffix}" in means and "tae_floor" in means:
             values[f"tae_excess{suffix}"] = means[f"tae{suffix}"] - means["tae_floor"]
     if "tae_excess_initial" in values:
         values["tae_excess_share"] = values["tae_excess"] / values["tae_excess_initial"]
-    if {"tae", "tae_single", "tae_shuffled"} <= set(means):
-        values["tae_gain"] = means["tae_single"] - means["tae"]
-        values["tae_gain_shuffled_share"] = (means["tae_single"] - means["tae_shuffled"]) / values["tae_gain"]
     return values
 
 

@@ -29,7 +29,7 @@ class Depth(Task):
     :class:`~blueberry_video.evaluation.depth_scores.DepthScores`: ``abs_rel``, ``delta1``, ``rmse`` (m) and, for more
     than one frame, ``tae``, ``tae_floor`` and ``flicker`` (percent); ``abs_rel_trivial`` of the median map of training
     clips, aligned as predictions are; for video models ``…_shuffled``, with the frames of each clip in a random order,
-    ``…_single``, with each frame alone, and ``…_initial`` of the model with the weights of ``init_from``; and the
+    and ``…_initial`` of the model with the weights of ``init_from``; and the
     :func:`~blueberry_video.evaluation.depth_scores.derived_scores`. Clips without a valid pixel contribute nothing.
 
     Args:
