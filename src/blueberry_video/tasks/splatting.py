@@ -12,10 +12,9 @@ from blueberry_video.diffusion.frozen import Frozen
 from blueberry_video.evaluation.nearest_view import NearestViews
 from blueberry_video.evaluation.reconstruction import psnr, ssim
 from blueberry_video.inference.orbit import orbit
-from blueberry_video.models.gaussian_splatting import Camera, GaussianSplatting4D, Static
+from blueberry_video.models.gaussian_splatting import Camera, GaussianSplatting4D, Rasterized, Static
 from blueberry_video.models.gaussian_splatting.densify import Densification, Statistics, camera_extent
 from blueberry_video.models.gaussian_splatting.gaussians import degree_at
-from blueberry_video.ops import Rasterized
 from blueberry_video.tasks.settings import ClipInput, Optimization
 from blueberry_video.tasks.splatting_settings import (
     LearningRates,

@@ -8,9 +8,8 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from blueberry_video.models.gaussian_splatting import GaussianSplatting4D, Static
+from blueberry_video.models.gaussian_splatting import GaussianSplatting4D, Rasterized, Static
 from blueberry_video.models.gaussian_splatting.densify import Densification, Statistics, densify, reset_opacities
-from blueberry_video.ops import Rasterized
 from blueberry_video.tasks.base import Task
 from blueberry_video.tasks.settings import ClipInput, Optimization
 from blueberry_video.tasks.splatting_settings import DECAYED, LearningRates

@@ -70,7 +70,8 @@ class GaussianSplatting4D(nn.Module):
             raise ValueError(f"num_points={num_points} must be at least 1.")
         self.sh_degree, self.seed, self.backend, self.dynamics = sh_degree, seed, backend, dynamics
         generator = torch.Generator("cpu").manual_seed(seed)
-        self.gaussians = CanonicalGaussians(random_points(num_points, bounds, generator), sh_degree=sh_degree)
+        points = random_points(num_points, bounds, generator)
+        self.gaussians = CanonicalGaussians(points, sh_degree=sh_degree).to(torch.empty(0).device)  # maybe meta
         dynamics.reset(self.gaussians, generator)
 
     def initialize(self, points: Tensor, colors: Tensor | None = None) -> None:
