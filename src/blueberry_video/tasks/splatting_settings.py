@@ -25,6 +25,8 @@ class LearningRates:
         grid, deformation: planes and MLP of the deformation, times the extent; decay.
         time: time centers and log-durations of native dynamics.
         velocity: velocities of native dynamics, times the extent; decays.
+        others_final: factor on the other rates at the last step, to which they decay exponentially in the second
+            stage. 1 as published, for runs of 20,000 steps; in a short run constant rates end in noise.
 
     Raises:
         ValueError: for a rate that is not above 0.
@@ -40,6 +42,7 @@ class LearningRates:
     deformation: float = 1.6e-4
     time: float = 5e-3
     velocity: float = 1e-3
+    others_final: float = 1.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

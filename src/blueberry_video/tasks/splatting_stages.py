@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from blueberry_video.models.gaussian_splatting import GaussianSplatting4D, Rasterized, Static
 from blueberry_video.models.gaussian_splatting.densify import Densification, Statistics, densify, reset_opacities
+from blueberry_video.optim import exponential
 from blueberry_video.tasks.base import Task
 from blueberry_video.tasks.settings import ClipInput, Optimization
 from blueberry_video.tasks.splatting_settings import DECAYED, LearningRates
@@ -107,11 +108,11 @@ class StagedReconstruction(Task):
 
     def rate_factor(self, role: str, step: int, total_steps: int) -> float:
         """Returns the factor of the schedule on the learning rate of a role at a step, counted from 0."""
-        if role not in DECAYED:
-            return 1.0
-        length = max(total_steps - self.coarse_steps, 1)
-        step = step if step < self.coarse_steps else step - self.coarse_steps
-        return self.optimization.schedule(min(step, length - 1), length)
+        length, in_second = max(total_steps - self.coarse_steps, 1), step >= self.coarse_steps
+        position = min(step - self.coarse_steps if in_second else step, length - 1)
+        if role in DECAYED:
+            return self.optimization.schedule(position, length)
+        return exponential(position, length, self.learning_rates.others_final) if in_second else 1.0
 
     def build_optimizer(self, total_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
         """Returns the optimizer and its schedule for a number of steps."""
