@@ -117,7 +117,7 @@ def same(first: object, second: object) -> bool:
 @pytest.mark.parametrize("kind", ["deformation", "native", "static"])
 def test_training_lowers_the_error(kind: str, tmp_path: Path):
     settings = {
-        "densification": replace(CONTROL, start=STEPS),
+        "densification": replace(CONTROL, start=STEPS, reset_interval=1000),
         "learning_rates": LearningRates(means=1e-3, sh_dc=0.05, opacity=0.1, scale=0.02),
         "coarse_steps": 0 if kind == "native" else COARSE,
     }
