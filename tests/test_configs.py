@@ -38,7 +38,14 @@ PARTS = {  # parts of a text-to-video model or of its task: group → key in the
 }
 TOKENIZER_PARTS = ("model/quantizer", "task/adversarial", "task/frechet", "task/perceptual")
 DEPTH = ("model/depth_anything/", "model/video_depth_anything/")  # tests/models/depth_anything/test_depth_configs.py
-NO_ENCODER = ("model/text_to_video/", "model/video_vae/", "model/hydra_generator/", "model/hydra_tokenizer/")
+SPLATTING = ["task=splatting", "data=world_scene", "optimizer=splatting", "schedule=exponential"]
+NO_ENCODER = (
+    "model/gaussian_splatting/",
+    "model/text_to_video/",
+    "model/video_vae/",
+    "model/hydra_generator/",
+    "model/hydra_tokenizer/",
+)
 OTHER = (*ENCODERS, *PARTS, *NO_ENCODER, *DEPTH)
 MODELS = [name for name in FILES if name.startswith("model/") and not name.startswith(OTHER)]
 EXPERIMENT = """
@@ -67,6 +74,15 @@ def overrides_for(name: str) -> list[str]:
             return [f"model={choice}", "task=diffusion", "data=moving_shapes", *paths]
         case "task" if choice.startswith("diffusion"):
             return [f"task={choice}", "model=text_to_video/cogvideox_tiny", "data=moving_shapes"]
+        case "model" if choice.startswith("gaussian_splatting/"):
+            return [f"model={choice}", *SPLATTING]
+        case "task" | "optimizer" if choice == "splatting":
+            return ["model=gaussian_splatting/tiny_deformation", *SPLATTING]
+        case "data" if choice in ("world_scene", "scene_folder"):
+            root = ["data.train.root=somewhere"] if choice == "scene_folder" else []
+            return ["model=gaussian_splatting/tiny_deformation", *SPLATTING, f"data={choice}", *root]
+        case "callbacks" if choice == "static_control":
+            return ["callbacks=static_control", "model=gaussian_splatting/tiny_deformation", *SPLATTING]
         case "model" if choice.startswith("video_vae/"):
             return [f"model={choice}", "task=autoencoding", "data=moving_shapes"]
         case "task" if choice == "autoencoding":

@@ -15,6 +15,7 @@ from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import (
     constant,
     cosine_ramp,
+    exponential,
     parameter_groups,
     ramp,
     warmup_cosine,
@@ -240,3 +241,10 @@ def test_layer_decay_without_blocks_raises():
 def test_layer_decay_out_of_range_raises(decay):
     with pytest.raises(ValueError, match=rf"task\.optimization\.layer_decay={decay}\b.*\(0, 1\]"):
         parameter_groups(deep(1), decay)
+
+
+def test_exponential_is_linear_in_the_logarithm():
+    values = [exponential(step, 5, final=0.0001) for step in range(5)]
+    assert values == pytest.approx([1, 0.1, 0.01, 0.001, 0.0001])
+    with pytest.raises(ValueError, match=r"schedule\.final=0"):
+        exponential(0, 5, final=0)

@@ -147,6 +147,13 @@ def warmup_stable_decay(
     return rise if rise is not None else 1 + (final - 1) * _progress(step, total_steps, 1 - decay)
 
 
+def exponential(step: int, total_steps: int, final: float = 0.01) -> float:
+    """Exponential decay from 1 to ``final``, linear in the logarithm."""
+    if not 0 < final <= 1:
+        raise ValueError(f"schedule.final={final} must be in (0, 1]: an exponential decay does not reach 0.")
+    return final ** _progress(step, total_steps, 0.0)
+
+
 def ramp(step: int, total_steps: int, start: float, end: float, stretch: float = 1.0) -> float:
     """Linear from ``start`` at the first step to ``end``, which a run ``stretch`` times as long would reach.
 

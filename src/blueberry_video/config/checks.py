@@ -48,6 +48,7 @@ CLASSES = (  # packages, modules and classes; their public classes are valid `_t
 FUNCTIONS = (  # the only functions that are valid `_target_`s: others write files, open addresses and unpickle
     "blueberry_video.optim.constant",
     "blueberry_video.optim.cosine_ramp",
+    "blueberry_video.optim.exponential",
     "blueberry_video.optim.ramp",
     "blueberry_video.optim.warmup_cosine",
     "blueberry_video.optim.warmup_linear",

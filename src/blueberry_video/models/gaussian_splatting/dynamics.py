@@ -68,11 +68,11 @@ class Native(PerGaussian, Dynamics):
 
     def reset(self, canonical: CanonicalGaussians, generator: torch.Generator | None = None) -> None:
         """Draws time centers; velocities start at zero and no Gaussian is static."""
-        self.to(canonical.means.device)
+        self.to_empty(device=canonical.means.device)
         self.resize(canonical.number)
         with torch.no_grad():
             if self.all_time_centers:
-                self.time_means.copy_(torch.rand(canonical.number, generator=generator))
+                self.time_means.copy_(torch.rand(canonical.number, generator=generator, device="cpu"))
             else:
                 self.time_means.fill_(0.5)
             self.log_durations.fill_(math.log(self.initial_duration))

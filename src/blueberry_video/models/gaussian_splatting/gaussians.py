@@ -100,7 +100,7 @@ class CanonicalGaussians(PerGaussian):
         spacing = nearest_spacing(points).clamp(min=MIN_SPACING)
         self.means = nn.Parameter(points.clone())
         self.log_scales = nn.Parameter(spacing.log()[:, None].repeat(1, 3))
-        self.quats = nn.Parameter(torch.tensor([1.0, 0, 0, 0]).to(points).repeat(number, 1))
+        self.quats = nn.Parameter(points.new_tensor([1.0, 0, 0, 0]).repeat(number, 1))
         self.opacity_logits = nn.Parameter(torch.full_like(spacing, math.log(INITIAL_OPACITY / (1 - INITIAL_OPACITY))))
         self.sh_dc = nn.Parameter((colors[:, None] - 0.5) / HARMONIC_0)
         self.sh_rest = nn.Parameter(points.new_zeros(number, (sh_degree + 1) ** 2 - 1, 3))
@@ -127,13 +127,13 @@ def random_points(
     if number < 1:
         raise ValueError(f"number={number} must be at least 1.")
     low, high = box_corners(bounds)
-    return low + (high - low) * torch.rand(number, 3, generator=generator)
+    return low + (high - low) * torch.rand(number, 3, generator=generator, device="cpu")  # also on the meta device
 
 
 def box_corners(bounds: float | Sequence[Sequence[float]]) -> Tensor:
     """Corners (2, 3) of a box: half the side of a cube around the origin, or (low, high) of three coordinates each."""
     corners = [[-bounds] * 3, [bounds] * 3] if isinstance(bounds, int | float) else bounds
-    values = torch.tensor([list(corner) for corner in corners], dtype=torch.float32)
+    values = torch.tensor([list(corner) for corner in corners], dtype=torch.float32, device="cpu")
     if values.shape != (2, 3) or not (values[0] < values[1]).all() or not values.isfinite().all():
         raise ValueError(f"bounds={bounds} must be a number > 0, or two corners (low, high) with low < high.")
     return values

@@ -4,14 +4,24 @@ Shapes: N Gaussians, C cameras, H x W pixels.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from blueberry_video.models.gaussian_splatting.dynamics import Dynamics
-from blueberry_video.models.gaussian_splatting.gaussians import CanonicalGaussians, Gaussians, random_points
+from blueberry_video.models.gaussian_splatting.gaussians import (
+    CanonicalGaussians,
+    Gaussians,
+    PerGaussian,
+    random_points,
+)
 from blueberry_video.ops import Rasterized, rasterize
+from blueberry_video.weights.files import read_weights
+from blueberry_video.weights.load import load_strictly
+
+PARTS = ("gaussians.", "dynamics.")  # of the names of tensors in a checkpoint; others belong to the task
 
 
 class Camera(NamedTuple):
@@ -59,8 +69,9 @@ class GaussianSplatting4D(nn.Module):
         if num_points < 1:
             raise ValueError(f"num_points={num_points} must be at least 1.")
         self.sh_degree, self.seed, self.backend, self.dynamics = sh_degree, seed, backend, dynamics
-        generator = torch.Generator().manual_seed(seed)
-        self.gaussians = CanonicalGaussians(random_points(num_points, bounds, generator), sh_degree=sh_degree)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        points = random_points(num_points, bounds, generator)
+        self.gaussians = CanonicalGaussians(points, sh_degree=sh_degree).to(torch.empty(0).device)  # maybe meta
         dynamics.reset(self.gaussians, generator)
 
     def initialize(self, points: Tensor, colors: Tensor | None = None) -> None:
@@ -70,12 +81,22 @@ class GaussianSplatting4D(nn.Module):
         """
         device = self.gaussians.means.device
         self.gaussians = CanonicalGaussians(points, colors, self.sh_degree).to(device)
-        self.dynamics.reset(self.gaussians, torch.Generator().manual_seed(self.seed))
+        self.dynamics.reset(self.gaussians, torch.Generator("cpu").manual_seed(self.seed))
 
     @property
     def number(self) -> int:
         """N, the number of Gaussians."""
         return self.gaussians.number
+
+    def load_published(self, source: str | Path) -> str:
+        """Loads a checkpoint of a run of this model strictly, with its number of Gaussians; returns a message."""
+        state = {name: value for name, value in read_weights(source).items() if name.startswith(PARTS)}
+        if isinstance(means := state.get("gaussians.means"), Tensor):
+            for module in self.modules():
+                if isinstance(module, PerGaussian):
+                    module.resize(len(means))
+        load_strictly(self, state, source, "Choose the model settings of the run that wrote them.")
+        return f"loaded {self.number} Gaussians from {source}"
 
     def forward(self, time: float | Tensor, use_dynamics: bool = True) -> Gaussians:
         """Returns the Gaussians at a time.
@@ -130,6 +151,19 @@ class GaussianSplatting4D(nn.Module):
         """Regularization losses of the dynamics, without weights."""
         return self.dynamics.losses()
 
+    def parameter_roles(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by role; a role is a group of the optimizer with a separate learning rate."""
+        own = self.gaussians
+        return {
+            "means": [own.means],
+            "sh_dc": [own.sh_dc],
+            "sh_rest": [own.sh_rest],
+            "opacity": [own.opacity_logits],
+            "scale": [own.log_scales],
+            "rotation": [own.quats],
+            **self.dynamics.parameter_roles(),
+        }
+
     def optimizer_groups(self, learning_rates: Mapping[str, float]) -> list[dict]:
         """Returns groups of the optimizer, one for each role, with ``params``, ``lr`` and ``name``.
 
@@ -140,16 +174,7 @@ class GaussianSplatting4D(nn.Module):
         Raises:
             ValueError: for a missing role, or one that the dynamics lack.
         """
-        own = self.gaussians
-        roles: dict[str, list[nn.Parameter]] = {
-            "means": [own.means],
-            "sh_dc": [own.sh_dc],
-            "sh_rest": [own.sh_rest],
-            "opacity": [own.opacity_logits],
-            "scale": [own.log_scales],
-            "rotation": [own.quats],
-            **self.dynamics.parameter_roles(),
-        }
+        roles = self.parameter_roles()
         if roles.keys() != learning_rates.keys():
             raise ValueError(
                 f"learning_rates has the keys {', '.join(learning_rates)}: {type(self.dynamics).__name__} requires "
