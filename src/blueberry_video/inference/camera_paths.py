@@ -26,10 +26,10 @@ class CameraPath(NamedTuple):
 
 
 class Orbit(NamedTuple):
-    """Circle around a point, float64; ``axes`` are the columns of a right-handed frame of which the last is vertical."""
+    """Circle around a point, in float64."""
 
     target: Tensor  # (3,), the point that the cameras look at
-    axes: Tensor  # (3, 3): first and second level direction, and the vertical one
+    axes: Tensor  # (3, 3), right-handed; columns: the first and second level direction, and the vertical one
     distance: float  # of the cameras from the target
     elevation: float  # radians above the level plane
 
@@ -161,17 +161,24 @@ def scaled_camera(intrinsics: Tensor, size: tuple[int, int], new_size: tuple[int
     return torch.tensor([[fx * scale, 0, center[0]], [0, fy * scale, center[1]], [0, 0, 1]])
 
 
-def times_of(key_times: Sequence[float], frames: int) -> Tensor:
-    """Times (F,) float32 of the frames, interpolated linearly from one or more key times.
+def key_times_of(times: str | Sequence[float]) -> list[float]:
+    """Key times of a sequence, or of a string such as "0,1".
 
     Raises:
-        ValueError: for no key times, or one outside [0, 1].
+        ValueError: for no times, or one outside [0, 1].
     """
-    if not len(key_times) or not all(0 <= time <= 1 for time in key_times):  # also for NaN
-        raise ValueError(
-            f"times={list(key_times)} must be numbers in [0, 1], such as 0.5 for one time, or 0,1 for all of them."
-        )
-    return interpolate(torch.tensor(list(key_times)), frames).clamp(0, 1).float()
+    try:
+        found = [float(time) for time in (times.split(",") if isinstance(times, str) else times)]
+    except ValueError:
+        found = []
+    if not found or not all(0 <= time <= 1 for time in found):  # also for NaN
+        raise ValueError(f"times={times} must be numbers in [0, 1]: such as 0.5 for one time, or 0,1 for all of them.")
+    return found
+
+
+def times_of(key_times: Sequence[float], frames: int) -> Tensor:
+    """Times (F,) float32 of the frames, interpolated linearly from key times; see :func:`key_times_of`."""
+    return interpolate(torch.tensor(key_times_of(key_times)), frames).clamp(0, 1).float()
 
 
 def _positions(count: int, frames: int) -> tuple[Tensor, Tensor]:

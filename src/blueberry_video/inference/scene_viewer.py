@@ -7,9 +7,9 @@ arrays, of which ``arrays`` of the header gives type, shape and offset in bytes:
     means (N, 3), log_scales (N, 3), quats (N, 4), opacities (N)    float32
     harmonics (N, K, 3)                                             float16
 
-With ``dynamics`` "native" also velocities (N, 3), time_means (N), log_durations (N) float32 and is_static (N) uint8: the
-page evaluates these exactly. With "keys", an array <name>_offsets float16 (T, N, …) for each of the above that depends
-on time: its value at ``key_times`` minus the array; the page interpolates linearly.
+With ``dynamics`` "native" also velocities (N, 3), time_means (N), log_durations (N) float32 and is_static (N) uint8,
+which the page evaluates exactly. With "keys" an array <name>_offsets float16 (T, N, …) for each array that depends on
+time, which the page adds to it: it is the difference at ``key_times``, between which the page interpolates linearly.
 
 Shapes: N Gaussians, T key times, K spherical harmonics.
 """
