@@ -16,7 +16,7 @@ def moving_model(kind: str, number: int = 300, sh_degree: int = 3) -> GaussianSp
     torch.manual_seed(0)
     dynamics = {
         "native": lambda: Native(),
-        "deformation": lambda: Deformation(HexPlane(4, (8, 8, 8, 6), bounds=1.6), 16, opacity=True, zero_init=False),
+        "deformation": lambda: Deformation(HexPlane(4, (8, 8, 8, 5), bounds=1.6), 16, opacity=True, zero_init=False),
         "static": lambda: Static(),
     }[kind]()
     model = GaussianSplatting4D(dynamics, number, bounds=0.8, sh_degree=sh_degree)
@@ -30,6 +30,9 @@ def moving_model(kind: str, number: int = 300, sh_degree: int = 3) -> GaussianSp
             parameter.add_(0.2 * noise(parameter))
         model.gaussians.log_scales.copy_(-2.5 + 0.5 * noise(model.gaussians.log_scales))
         model.gaussians.opacity_logits.copy_(3 * noise(model.gaussians.opacity_logits))
+        if isinstance(dynamics, Deformation):
+            for name, plane in dynamics.field.named_parameters():
+                plane.add_(0.8 * noise(plane) if "t" in name.rsplit(".")[-1] else 0)
         if isinstance(dynamics, Native):
             dynamics.is_static[::4] = True
     return model

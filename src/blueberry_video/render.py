@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--times", help="key times, such as 0.5 for one time; default: 0,1, or those of the file")
     parser.add_argument("--background", help="white, black or r,g,b from 0 to 1; default: of training")
     parser.add_argument("--camera", type=int, default=0, help="index of the training camera of --path fixed")
-    parser.add_argument("--key-times", type=int, default=24, help="times of a deformation that html stores")
+    parser.add_argument("--key-times", type=int, default=24, help="least number of times of a deformation in html")
     parser.add_argument("--live", action="store_true", help="serve the scene to browsers, with viser")
     parser.add_argument("--port", type=int, default=8080, help="port of --live")
     known = parser.parse_args(sys.argv[1:])

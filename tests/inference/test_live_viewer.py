@@ -2,6 +2,7 @@
 
 import math
 import types
+import urllib.error
 import urllib.request
 
 import pytest
@@ -39,7 +40,7 @@ def test_server_starts_and_stops(viewer):
         assert answer.status == 200
     viewer.close()
     assert not viewer._thread.is_alive()
-    with pytest.raises(OSError):
+    with pytest.raises(urllib.error.URLError, match="refused"):
         urllib.request.urlopen(viewer.url, timeout=5)
 
 

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 from blueberry_video.inference.render import camera_path, render_frames
-from blueberry_video.inference.scene_viewer import TEMPLATE, write_viewer
-from blueberry_video.models.gaussian_splatting import Gaussians
+from blueberry_video.inference.scene_viewer import TEMPLATE, times_to_store, write_viewer
+from blueberry_video.models.gaussian_splatting import Camera, Deformation, Gaussians, HexPlane, Static
+from blueberry_video.models.gaussian_splatting.model import render
 from trained_scenes import KINDS, trained_scene
 
 CHROMIUM = shutil.which("chromium")
@@ -82,10 +83,32 @@ def test_embedded_data_are_the_gaussians(tmp_path, kind, time):
     assert header["background"] == pytest.approx([1.0, 0.9, 0.8])
 
 
+def test_key_times_include_the_cells_of_the_field():
+    field = HexPlane(2, (2, 2, 2, 5))
+    assert times_to_store(Deformation(field), 5) == [0, 0.25, 0.5, 0.75, 1]
+    assert times_to_store(Deformation(field), 6) == [i / 8 for i in range(9)]
+    published = Deformation(HexPlane(2, (2, 2, 2, 6), full_time_range=False))  # cells at -1, -0.6, -0.2, 0.2, 0.6, 1
+    assert times_to_store(published, 2) == pytest.approx([0, 0.2, 0.6, 1])
+    assert times_to_store(Static(), 5) == [0]
+
+
+def test_times_between_key_times_are_close(tmp_path):
+    scene = trained_scene("deformation")
+    write_viewer(scene, tmp_path / "scene.html", key_times=24)
+    header, arrays = read(tmp_path / "scene.html")
+    camera = Camera.from_pose(scene.poses[0], scene.intrinsics, (64, 64))
+    with torch.no_grad():
+        expected = scene.model.render(camera, 0.435).color
+        found = render(gaussians_of(header, arrays, 0.435), camera).color
+        still = render(gaussians_of(header, arrays, 0.75), camera).color
+    error, motion = (float((each - expected).square().mean()) for each in (found, still))
+    assert error < 1e-5 < motion / 100
+
+
 def test_values_that_do_not_depend_on_time_are_stored_once(tmp_path):
     sizes = [write_viewer(trained_scene("deformation"), tmp_path / "a.html", key_times=n) for n in (2, 12)]
     _, arrays = read(tmp_path / "a.html")
-    assert arrays["means_offsets"].shape[0] == 12
+    assert arrays["means_offsets"].shape[0] == 13
     assert "harmonics_offsets" not in arrays
     assert sizes[1] < 4 * sizes[0]
 

@@ -19,6 +19,7 @@ import html
 import json
 import math
 import zlib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,15 @@ from torch import Tensor
 from blueberry_video.atomic import write_text
 from blueberry_video.inference.camera_paths import orbit_of
 from blueberry_video.inference.render import TrainedScene
-from blueberry_video.models.gaussian_splatting import Gaussians, GaussianSplatting4D, Native, Static
+from blueberry_video.models.gaussian_splatting import (
+    Deformation,
+    Gaussians,
+    GaussianSplatting4D,
+    HexPlane,
+    Native,
+    Static,
+)
+from blueberry_video.models.gaussian_splatting.dynamics import Dynamics
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MIN_SCALE = 1e-20
@@ -49,7 +58,7 @@ def write_viewer(
     """Writes the HTML file; returns its size in bytes.
 
     Args:
-        key_times: T, for dynamics that are not native.
+        key_times: least T, for dynamics that are not native, see :func:`times_to_store`.
         frames, fps: a pass through the scene takes ``frames / fps`` seconds.
         title: title of the page.
 
@@ -108,8 +117,7 @@ def pack(model: GaussianSplatting4D, key_times: int) -> tuple[dict[str, Any], di
         arrays["log_durations"], arrays["is_static"] = dynamics.log_durations, dynamics.is_static
         peak = arrays["opacities"]
     else:
-        count = 1 if isinstance(dynamics, Static) else key_times
-        kind, times = "keys", [index / max(count - 1, 1) for index in range(count)]
+        kind, times = "keys", times_to_store(dynamics, key_times)
         keys = [_stored(model(torch.tensor([time]))) for time in times]
         for name, first in keys[0].items():
             if first.ndim == DIMENSIONS[name]:  # does not depend on time
@@ -130,6 +138,25 @@ def pack(model: GaussianSplatting4D, key_times: int) -> tuple[dict[str, Any], di
         "key_times": times,
         "moves": kind == "native" or len(times) > 1,
     }, found
+
+
+def times_to_store(dynamics: Dynamics, least: int) -> list[float]:
+    """Key times, ascending from 0 to 1; a single one for a static scene.
+
+    The features of a HexPlane are linear between the cells of its time axis: these are key times, subdivided evenly
+    until there are at least ``least``.
+    """
+    if isinstance(dynamics, Static):
+        return [0.0]
+    knots = [0.0, 1.0]
+    if isinstance(dynamics, Deformation) and isinstance(dynamics.field, HexPlane):
+        cells = dynamics.field.planes[0]["xt"].shape[-2]
+        first = 0 if dynamics.field.full_time_range else -1
+        found = [first + (1 - first) * index / (cells - 1) for index in range(cells)]
+        knots = [0.0, *(time for time in found if 0 < time < 1), 1.0]
+    parts = math.ceil((least - 1) / (len(knots) - 1))
+    steps = [(low + (high - low) * part / parts) for low, high in pairwise(knots) for part in range(parts)]
+    return [*steps, 1.0]
 
 
 def _stored(gaussians: Gaussians) -> dict[str, Tensor]:
