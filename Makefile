@@ -54,7 +54,7 @@ doctor: $(STAMP) ## check versions, devices, FFmpeg, wandb, Slurm and disk, with
 	@$(PYTHON) -m blueberry_video.launch.doctor
 
 ##@ Experiments
-.PHONY: new check train sweep gate report latents pseudo_labels export generate data
+.PHONY: new check train sweep gate report latents pseudo_labels export generate render data
 new: $(STAMP) ## EXP=name: copy experiments/template/
 	@$(PYTHON) -m blueberry_video.launch.new "$$EXP"
 
@@ -84,6 +84,9 @@ export: $(STAMP) ## EXP=name OUT=folder [DTYPE=bfloat16]: export the transformer
 
 generate: $(STAMP) ## EXP=name OUT=clip.mp4 [PROMPT="…"] [VIDEO=file]: generate a video with the newest run; ARGS="--frames 33 --seed 1"
 	@$(experiment)$(if $(strip $(OUT)),,$(error OUT is missing: `make generate EXP=$(EXP) OUT=clip.mp4`))$(with_args) -m blueberry_video.generate "outputs/$$EXP" --out="$$OUT" $${PROMPT:+"--prompt=$$PROMPT"} $${VIDEO:+"--video=$$VIDEO"}
+
+render: $(STAMP) ## CHECKPOINT=run OUT=folder [ARGS="--format mp4,ply,html --path turntable"]: render a trained scene, or ARGS=--live
+	@$(if $(strip $(CHECKPOINT)),,$(error CHECKPOINT is missing: `make render CHECKPOINT=outputs/gaussians4d OUT=scene`))$(with_args) -m blueberry_video.render "$$CHECKPOINT" $${OUT:+"--out=$$OUT"}
 
 data: $(STAMP) ## write a folder of mp4 files; ARGS="source=world out=data/world train=1000"
 	@$(with_args) -m blueberry_video.data.write

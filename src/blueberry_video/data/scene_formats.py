@@ -104,7 +104,7 @@ def read_dnerf(root: Path) -> PosedScene:
                     path=picture,
                     splits=(split,),
                     time=numeric(frame, "time", Path(source), "a number in [0, 1]", 0.0),
-                    intrinsics=_dnerf_intrinsics(settings, size or (1, 1), path),
+                    intrinsics=dnerf_intrinsics(settings, size or (1, 1), path),
                     pose=matrix(pose, (4, 4), "transform_matrix", source) @ OPENGL,
                     size=size or (1, 1),  # of a missing picture, which the checks report
                     source=source,
@@ -118,7 +118,7 @@ def read_dnerf(root: Path) -> PosedScene:
     return PosedScene("D-NeRF", views)
 
 
-def _dnerf_intrinsics(settings: dict[str, Any], size: tuple[int, int], path: Path) -> np.ndarray:
+def dnerf_intrinsics(settings: dict[str, Any], size: tuple[int, int], path: Path) -> np.ndarray:
     height, width = size
     if "fl_x" in settings:
         fx = numeric(settings, "fl_x", path, "a focal length in pixels")

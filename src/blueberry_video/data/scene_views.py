@@ -72,8 +72,8 @@ def check_scene(scene: PosedScene, root: Path) -> None:
     if not scene.views:
         raise ValueError(f"{root} has the layout of {scene.layout} and 0 views: its camera files list no pictures.")
     for view in scene.views:
-        _check_pose(view)
-        _check_intrinsics(view)
+        check_pose(view)
+        check_intrinsics(view)
         if not 0 <= view.time <= 1:  # also for NaN
             raise ValueError(
                 f"time={view.time} of {view.source} must be in [0, 1]: divide frame indices by the number of frames "
@@ -88,7 +88,7 @@ def check_scene(scene: PosedScene, root: Path) -> None:
     _check_points(scene, root)
 
 
-def _check_pose(view: View) -> None:
+def check_pose(view: View) -> None:
     pose = view.pose
     if pose.shape != (4, 4) or not np.isfinite(pose).all():
         raise ValueError(f"the pose of {view.source} must be a 4 x 4 matrix of finite numbers, not {pose.tolist()}.")
@@ -102,7 +102,7 @@ def _check_pose(view: View) -> None:
         )
 
 
-def _check_intrinsics(view: View) -> None:
+def check_intrinsics(view: View) -> None:
     (fx, skew, _), (tilt, fy, _), last = view.intrinsics.tolist()
     finite = np.isfinite(view.intrinsics).all()
     if not finite or fx <= 0 or fy <= 0 or skew or tilt or last != [0, 0, 1] or min(view.size) < 1:

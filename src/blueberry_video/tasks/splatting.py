@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from blueberry_video.diffusion.frozen import Frozen
 from blueberry_video.evaluation.nearest_view import NearestViews
 from blueberry_video.evaluation.reconstruction import psnr, ssim
-from blueberry_video.inference.orbit import orbit
+from blueberry_video.inference.camera_paths import turntable
 from blueberry_video.models.gaussian_splatting import Camera, GaussianSplatting4D, Rasterized, Static
 from blueberry_video.models.gaussian_splatting.densify import Densification, Statistics, camera_extent
 from blueberry_video.models.gaussian_splatting.gaussians import degree_at
@@ -158,7 +158,7 @@ class Splatting(StagedReconstruction):
         if self._views is not None:
             frames = self.turntable_frames
             like = {key: value[:1] for key, value in batch.items()}
-            poses = orbit(self._views.poses, frames).to(self.device)
+            poses = turntable(self._views.poses, frames).to(self.device)
             times = torch.linspace(0, 1, frames, device=self.device)
             colors = [
                 self.render({**like, "poses": pose[None, None], "time": time[None, None]}).color

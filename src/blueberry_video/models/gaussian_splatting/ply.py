@@ -74,10 +74,13 @@ def write_ply(gaussians: Gaussians, path: str | Path) -> None:
         file.write(data)
 
 
-def write_sequence(model: GaussianSplatting4D, folder: str | Path, times: Sequence[float]) -> list[Path]:
+def write_sequence(
+    model: GaussianSplatting4D, folder: str | Path, times: Sequence[float], keep_existing: bool = False
+) -> list[Path]:
     """Writes ``frame_0000.ply``, ``frame_0001.ply``, … with the Gaussians at each time.
 
-    Gaussians with an opacity below 1/255, which are never drawn, are left out.
+    Gaussians with an opacity below 1/255, which are never drawn, are left out. With ``keep_existing``, files that exist
+    are kept, to continue after a kill: a file appears when it is complete.
 
     Raises:
         ValueError: for no times, a time outside [0, 1], or values that are not finite.
@@ -87,6 +90,8 @@ def write_sequence(model: GaussianSplatting4D, folder: str | Path, times: Sequen
     digits = max(4, len(str(len(times) - 1)))
     paths = [Path(folder) / f"frame_{number:0{digits}d}.ply" for number in range(len(times))]
     for path, time in zip(paths, times, strict=True):
+        if keep_existing and path.is_file():
+            continue
         with torch.no_grad():
             gaussians = model(time)
             drawn = ~(gaussians.opacities < MIN_ALPHA)  # keeps NaN, which raises
