@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blueberry_video.launch import command_line, signals
 from blueberry_video.launch.errors import OneParagraphErrors
@@ -135,7 +135,7 @@ def open_scene(run: str | Path, background: str | Sequence[float] | None = None)
 
     trained = load_trained(run, [Splatting], "cuda" if torch.cuda.is_available() else "cpu")
     train = trained.data.train
-    views = train.dataset if isinstance(train, CachedClips) else train
+    views: Any = train.dataset if isinstance(train, CachedClips) else train
     height, width = views[0]["video"].shape[-2:]
     color = trained.task.background.cpu() if background is None else color_of(background)
     return TrainedScene(trained.task.model, views.poses, views.times, views[0]["intrinsics"], (height, width), color)

@@ -94,8 +94,8 @@ def write_viewer(
         "__DATA__": base64.b64encode(zlib.compress(bytes(data))).decode("ascii"),
     }
     page = TEMPLATE.read_text(encoding="utf-8")
-    for key, value in filled.items():
-        page = page.replace(key, value, 1)
+    for key, content in filled.items():
+        page = page.replace(key, content, 1)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
@@ -150,7 +150,8 @@ def times_to_store(dynamics: Dynamics, least: int) -> list[float]:
         return [0.0]
     knots = [0.0, 1.0]
     if isinstance(dynamics, Deformation) and isinstance(dynamics.field, HexPlane):
-        cells = dynamics.field.planes[0]["xt"].shape[-2]
+        planes: Any = dynamics.field.planes[0]
+        cells = planes["xt"].shape[-2]
         first = 0 if dynamics.field.full_time_range else -1
         found = [first + (1 - first) * index / (cells - 1) for index in range(cells)]
         knots = [0.0, *(time for time in found if 0 < time < 1), 1.0]
