@@ -62,6 +62,7 @@ class SceneLosses:
         dssim: 1 - SSIM.
         spatial_smoothness, time_smoothness, time_planes: regularization of the planes in the second stage, see
             :meth:`~blueberry_video.models.gaussian_splatting.HexPlane.losses`.
+        speed: velocities of native dynamics in the second stage.
 
     Raises:
         ValueError: for a negative weight.
@@ -71,6 +72,7 @@ class SceneLosses:
     spatial_smoothness: float = 1e-4
     time_smoothness: float = 0.01
     time_planes: float = 1e-4
+    speed: float = 0.01
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -97,6 +97,8 @@ class StagedReconstruction(Task):
         if control.densifies_at(step):
             prune_large = control.prunes_large_at(step)
             densify(self.model, self.statistics, control, self.extent, optimizer, prune_large=prune_large)
+            if finished > self.coarse_steps:
+                self.model.dynamics.after_densification(self.model.gaussians)
         if control.resets_at(step):
             reset_opacities(self.model, control, optimizer)
 

@@ -243,8 +243,30 @@ def test_initial_times_of_native_dynamics():
     assert scene("native", 500).dynamics.time_means.min() < 0.05
     assert scene("native", 500).dynamics.time_means.max() > 0.95
     assert (GaussianSplatting4D(Native(all_time_centers=False), 5).dynamics.time_means == 0.5).all()
-    with pytest.raises(ValueError, match=r"initial_duration=0\b"):
-        Native(initial_duration=0)
+    durations = scene("native", 500).dynamics.log_durations.exp()
+    assert 0.15 <= durations.min() < 0.17
+    assert 1.8 < durations.max() <= 2.0
+    assert 0.4 < durations.median() < 0.7  # log-uniform
+    for durations in ((0, 1), (2, 1), (1,)):
+        with pytest.raises(ValueError, match=r"initial_durations=\[%s" % durations[0]):
+            Native(initial_durations=durations)
+    with pytest.raises(ValueError, match=r"static_duration=0\b"):
+        Native(static_duration=0)
+
+
+def test_speed_of_native_dynamics_is_the_mean_l1_norm_of_velocities():
+    native = scene("native", 3).dynamics
+    with torch.no_grad():
+        native.velocities.copy_(torch.tensor([[1.0, -2, 0], [0, 0, 0], [0, 3, 0]]))
+    assert native.losses()["speed"] == 2
+
+
+def test_long_gaussians_become_static_after_a_densification():
+    model = scene("native", 4)
+    with torch.no_grad():
+        model.dynamics.log_durations.copy_(torch.tensor([1.0, 2.9, 3.1, 5.0]).log())
+    model.dynamics.after_densification(model.gaussians)
+    assert model.dynamics.is_static.tolist() == [False, False, True, True]
 
 
 @pytest.mark.parametrize("kind", ["deformation", "native", "static"])
@@ -412,7 +434,7 @@ def test_initialize_replaces_the_gaussians():
 @pytest.mark.parametrize("kind", ["deformation", "native"])
 def test_training_fits_a_moving_gaussian_better_than_a_static_scene(kind):
     torch.manual_seed(0)
-    target = GaussianSplatting4D(Native(initial_duration=100.0), 1, sh_degree=0)
+    target = GaussianSplatting4D(Native(initial_durations=(100.0, 100.0)), 1, sh_degree=0)
     with torch.no_grad():
         target.gaussians.means.zero_()
         target.gaussians.log_scales.fill_(math.log(0.3))

@@ -5,6 +5,7 @@ Shapes: N Gaussians, T times.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ class Dynamics(nn.Module, ABC):
     @abstractmethod
     def forward(self, canonical: CanonicalGaussians, times: Tensor) -> Gaussians:
         """Returns the Gaussians at times (T,) in [0, 1]; tensors that depend on time have a leading dimension T."""
+
+    def after_densification(self, canonical: CanonicalGaussians) -> None:
+        """Called after each densification of the second stage."""
 
     def losses(self) -> dict[str, Tensor]:
         """Regularization losses by name; empty by default."""
@@ -47,27 +51,41 @@ class Native(PerGaussian, Dynamics):
     zero and a constant opacity.
 
     Args:
-        initial_duration: standard deviation in time of new Gaussians; the time span of a scene is 1.
+        initial_durations: shortest and longest standard deviation in time of new Gaussians, drawn log-uniformly; the
+            time span of a scene is 1. Long ones become what does not move, short ones what does.
         all_time_centers: initial time centers are uniform in [0, 1]; otherwise all are 0.5.
+        static_duration: Gaussians with a duration of at least this become static after each densification; ``None``:
+            none does.
 
     Raises:
-        ValueError: for an ``initial_duration`` that is not above 0.
+        ValueError: for ``initial_durations`` that are not ascending and above 0.
     """
 
     is_static: Tensor
 
-    def __init__(self, initial_duration: float = 0.5, all_time_centers: bool = True):
+    def __init__(
+        self,
+        initial_durations: Sequence[float] = (0.15, 2.0),
+        all_time_centers: bool = True,
+        static_duration: float | None = 3.0,
+    ):
         super().__init__()
-        if not initial_duration > 0:
-            raise ValueError(f"initial_duration={initial_duration} must be above 0; the span of a scene is 1.")
-        self.initial_duration, self.all_time_centers = initial_duration, all_time_centers
+        if static_duration is not None and not static_duration > 0:
+            raise ValueError(f"static_duration={static_duration} must be above 0, or null.")
+        if len(initial_durations) != 2 or not 0 < initial_durations[0] <= initial_durations[1] < math.inf:
+            raise ValueError(
+                f"initial_durations={list(initial_durations)} must be the shortest and the longest, above 0, such as "
+                "[0.15, 2.0]; the span of a scene is 1."
+            )
+        self.initial_durations, self.all_time_centers = tuple(initial_durations), all_time_centers
+        self.static_duration = static_duration
         self.time_means = nn.Parameter(torch.zeros(0))
         self.log_durations = nn.Parameter(torch.zeros(0))
         self.velocities = nn.Parameter(torch.zeros(0, 3))
         self.register_buffer("is_static", torch.zeros(0, dtype=torch.bool))
 
     def reset(self, canonical: CanonicalGaussians, generator: torch.Generator | None = None) -> None:
-        """Draws time centers; velocities start at zero and no Gaussian is static."""
+        """Draws time centers and durations; velocities start at zero and no Gaussian is static."""
         self.to_empty(device=canonical.means.device)
         self.resize(canonical.number)
         with torch.no_grad():
@@ -75,7 +93,10 @@ class Native(PerGaussian, Dynamics):
                 self.time_means.copy_(torch.rand(canonical.number, generator=generator, device="cpu"))
             else:
                 self.time_means.fill_(0.5)
-            self.log_durations.fill_(math.log(self.initial_duration))
+            low, high = (math.log(duration) for duration in self.initial_durations)
+            self.log_durations.copy_(
+                low + (high - low) * torch.rand(canonical.number, generator=generator, device="cpu")
+            )
             self.velocities.zero_()
             self.is_static.zero_()
 
@@ -86,6 +107,18 @@ class Native(PerGaussian, Dynamics):
         marginal = torch.exp(-0.5 * (elapsed * (-self.log_durations).exp()).square())
         means = base.means + self.velocities * elapsed[..., None]
         return base._replace(means=means, opacities=base.opacities * marginal)
+
+    def losses(self) -> dict[str, Tensor]:
+        """``speed``: mean of the L1 norms of the velocities, in units of space per time span.
+
+        Adam moves a velocity by the same amount for a small gradient as for a large one: without this loss, the
+        velocities of static Gaussians follow the noise of single views.
+        """
+        return {"speed": self.velocities.abs().sum(-1).mean()}
+
+    def after_densification(self, canonical: CanonicalGaussians) -> None:
+        if self.static_duration is not None:
+            self.mark_static(canonical, self.static_duration)
 
     @torch.no_grad()
     def mark_static(self, canonical: CanonicalGaussians, min_duration: float = 1.0) -> int:
