@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-VARIABLES = ("ARGS", "EXP", "SWEEP", "RESUME", "VIDEO", "MODEL", "OUT", "PROMPT", "DTYPE", "N")
+VARIABLES = ("ARGS", "EXP", "SWEEP", "RESUME", "VIDEO", "MODEL", "OUT", "PROMPT", "DTYPE", "N", "CHECKPOINT")
 TARGETS = (
     *("new", "check", "train", "sweep", "gate", "report", "latents", "export", "generate", "data"),
-    *("process", "decode-bench", "test", "test-gpu", "bench-gpu", "fuzz-video"),
+    *("process", "depth", "pseudo_labels", "decode-bench", "test", "test-gpu", "bench-gpu", "fuzz-video"),
 )
 PYTHON = """#!{python}
 import os, runpy, sys
-if sys.argv[1:3] == ["-m", "blueberry_video.launch.command_line"]:
-    sys.executable, sys.argv = __file__, sys.argv[2:]
+if sys.argv[1:3] in (["-m", "blueberry_video.cli"], ["-m", "blueberry_video.launch.words"]):
+    sys.executable, module, sys.argv = __file__, sys.argv[2], sys.argv[2:]
     sys.path.insert(0, {source!r})
-    runpy.run_module("blueberry_video.launch.command_line", run_name="__main__")
+    runpy.run_module(module, run_name="__main__")
+    sys.exit()
 with open("words.txt", "a") as file:
     print(*sys.argv[1:], sep="\\n", file=file)
 """
@@ -62,10 +63,19 @@ def test_no_value_is_executed(repository: Path, attack: str):
         ("data", ["-m", "blueberry_video.data.write"]),
         ("test", ["-m", "pytest", "-n", "2"]),
         ("process", ["--model", "m"]),
+        ("export", ["-m", "blueberry_video.export", "outputs/e", "--out", "o", "--dtype", "float32"]),
     ],
 )
 def test_quotes_in_args_group_words(repository: Path, target: str, end: list[str]):
-    arguments = words(repository, target, ARGS="out='my folder' -k \"a or $HOME\" *", VIDEO="v.mp4", MODEL="m")
+    arguments = words(
+        repository,
+        target,
+        ARGS="out='my folder' -k \"a or $HOME\" *",
+        VIDEO="v.mp4",
+        MODEL="m",
+        EXP="e",
+        OUT="o" if target == "export" else "",
+    )
     assert arguments[-4 - len(end) :] == [*end, "out=my folder", "-k", "a or $HOME", "*"]
 
 
