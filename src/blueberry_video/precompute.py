@@ -33,8 +33,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=command_line.DTYPES, default="float32", help="of the stored tensors")
     parser.add_argument("--shard-size", type=int, default=64, help="clips per file")
     known, rest = parser.parse_known_args(sys.argv[1:])
-    command = command_line.parse(rest)
-    config = command.config()
+    config = (command := command_line.parse(rest)).config()
     command_line.quiet_libraries()
     read = run(config, Path(known.out or f"data/latents/{config.name}"), known.dtype, known.shard_size)
     kept = [word for word in command.overrides if not word.lstrip("+~").startswith(("data=", "data."))]
