@@ -60,10 +60,11 @@ def translate(arguments: list[str]) -> list[str] | None:
         )
     if command.first == "run":
         return [module, rest[0] if "/" in rest[0] else f"outputs/{rest[0]}", *_expanded(rest[1:])]
-    own, words = _options(rest[1:], {"--resume": "resume=", "--checkpoint": ""} if name != "latents" else {})
-    if name == "pseudo-labels" and not own:
+    teachers, words = _options(rest[1:], {"--checkpoint": ""} if name == "pseudo-labels" else {})
+    resumes, words = _options(words, {"--resume": "resume="} if command.module == "train" else {})
+    if name == "pseudo-labels" and not teachers:
         raise ValueError(f"--checkpoint is missing: `blueberry {name} {rest[0]} --checkpoint outputs/<experiment>`.")
-    return [module, *own, *_experiment(rest[0]), *words, *command.added]
+    return [module, *teachers, *_experiment(rest[0]), *words, *resumes, *command.added]
 
 
 def _experiment(name: str) -> list[str]:
@@ -77,7 +78,9 @@ def _experiment(name: str) -> list[str]:
 
 def _options(words: list[str], prefixes: dict[str, str]) -> tuple[list[str], list[str]]:
     """Separates ``--option value`` and ``--option=value``, as prefix and value, from the other words."""
-    own, others, remaining = [], [], iter(words)
+    own: list[str] = []
+    others: list[str] = []
+    remaining = iter(words)
     for word in remaining:
         option, equals, value = word.partition("=")
         if option in prefixes:

@@ -98,3 +98,60 @@ def test_an_open_quote_is_reported(repository: Path):
     assert result.returncode != 0
     assert "ARGS=`out='a`" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_help_of_data_is_printed(repository: Path):
+    assert words(repository, "data", ARGS="--help") == ["-m", "blueberry_video.data.write", "--help"]
+
+
+def outdated(repository: Path) -> None:
+    """Makes the installation older than pyproject.toml."""
+    os.utime(repository / ".venv" / ".installed", (1, 1))
+
+
+def make(repository: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["make", *arguments], cwd=repository, capture_output=True, text=True, check=False)
+
+
+def test_nothing_is_installed_into_a_linked_environment(repository: Path):
+    outdated(repository)
+    (repository / ".venv").rename(repository / "shared")
+    (repository / ".venv").symlink_to("shared")
+    result = make(repository, "new", "EXP=mine")
+    assert result.returncode != 0
+    assert ".venv is a link to shared" in result.stderr
+    assert "make PYTHON=.venv/bin/python " in result.stderr
+    assert not (repository / "words.txt").exists()
+    assert make(repository, "new", "EXP=mine", "PYTHON=.venv/bin/python").returncode == 0
+    assert (repository / "words.txt").read_text().split() == ["-m", "blueberry_video.launch.new", "mine"]
+
+
+def test_nothing_is_installed_into_the_environment_of_a_different_folder(repository: Path):
+    outdated(repository)
+    packages = repository / ".venv" / "lib" / "python3.11" / "site-packages"
+    packages.mkdir(parents=True)
+    other = repository / "other"
+    (other / "src").mkdir(parents=True)
+    (packages / "__editable__.blueberry_video-0.1.0.pth").write_text(f"{other / 'src'}\n")
+    result = make(repository, "doctor")
+    assert result.returncode != 0
+    assert f".venv contains the project of {other}" in result.stderr
+    assert not (repository / "words.txt").exists()
+
+
+def test_own_environment_is_updated(repository: Path):
+    outdated(repository)
+    packages = repository / ".venv" / "lib" / "python3.11" / "site-packages"
+    packages.mkdir(parents=True)
+    (repository / "src").mkdir()
+    (packages / "__editable__.blueberry_video-0.1.0.pth").write_text(f"{repository / 'src'}\n")
+    assert make(repository, "doctor").returncode == 0
+    assert "--editable" in (repository / "words.txt").read_text().split()
+
+
+def test_code_of_this_folder_runs_in_any_environment(repository: Path):
+    python = repository / "python"
+    python.write_text('#!/bin/sh\necho "$PYTHONPATH" >path.txt\n')
+    python.chmod(0o755)
+    assert make(repository, "doctor", "PYTHON=./python").returncode == 0
+    assert (repository / "path.txt").read_text().split(":")[0].strip() == str(repository / "src")
