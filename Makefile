@@ -11,7 +11,8 @@ else
 PYTHON := .venv/bin/python
 STAMP := .venv/.installed
 endif
-export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))  # the code of this folder, in any environment
+# The code of this folder runs, in any environment.
+export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 EXPERIMENTS := $(patsubst experiments/%/config.yaml,%,$(wildcard experiments/*/config.yaml))
 
 # Values from the command line are passed through the environment: neither make nor the shell expands quotes and `$`.

@@ -1,5 +1,6 @@
 """Wheel: built, installed into a folder, and used from a different one, without the repository."""
 
+import json
 import os
 import re
 import shutil
@@ -107,6 +108,10 @@ def test_new_experiment_and_one_training_step(installed: Path, tmp_path: Path):
     assert trained.returncode == 0, trained.stderr
     [folder] = (tmp_path / "outputs" / "my_idea").iterdir()
     assert (folder / "report.html").is_file()
+    record = json.loads((folder / "run.json").read_text())
+    [expected] = record["expected"]  # a trivial predictor does not meet it
+    assert record["metrics"]["val/loss_trivial"] > expected["limit"]
+    assert record["commit"] is None
     assert (folder / "metrics.csv").read_text().count("\n") >= 2
 
 

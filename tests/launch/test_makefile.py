@@ -154,4 +154,4 @@ def test_code_of_this_folder_runs_in_any_environment(repository: Path):
     python.write_text('#!/bin/sh\necho "$PYTHONPATH" >path.txt\n')
     python.chmod(0o755)
     assert make(repository, "doctor", "PYTHON=./python").returncode == 0
-    assert (repository / "path.txt").read_text().split(":")[0].strip() == str(repository / "src")
+    assert (repository / "path.txt").read_text().strip().split(":")[0] == str(repository / "src")
