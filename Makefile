@@ -5,8 +5,14 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 
 PYTHON3 ?= python3
+ifeq ($(origin PYTHON),command line)  # this environment is used as it is: nothing is installed into it
+STAMP :=
+else
 PYTHON := .venv/bin/python
 STAMP := .venv/.installed
+endif
+# The code of this folder runs, in any environment.
+export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 EXPERIMENTS := $(patsubst experiments/%/config.yaml,%,$(wildcard experiments/*/config.yaml))
 
 # Values from the command line are passed through the environment: neither make nor the shell expands quotes and `$`.
@@ -34,9 +40,10 @@ N ?= 10000
 override export N := $(value N)
 
 experiment = $(if $(strip $(EXP)),,$(error EXP is missing: `make $@ EXP=<name>`, one of: $(EXPERIMENTS)))
-train = $(PYTHON) -m blueberry_video.train --config-dir "experiments/$$EXP"
-# Python with the words of ARGS as its last arguments: quotes group words, and neither make nor the shell expands anything.
-with_args = $(PYTHON) -m blueberry_video.launch.command_line
+# Every command is one of the console command. It splits --args into words, as a shell would, and expands nothing.
+blueberry = $(PYTHON) -m blueberry_video.cli
+# Python with the words of ARGS as its last arguments, for files that are not commands.
+with_args = $(PYTHON) -m blueberry_video.launch.words
 
 ##@ Start
 .PHONY: help setup doctor
@@ -51,53 +58,53 @@ help: ## list the commands
 setup: $(STAMP) ## install the tested versions into .venv/
 
 doctor: $(STAMP) ## check versions, devices, FFmpeg, wandb, Slurm and disk, with a fix for each problem
-	@$(PYTHON) -m blueberry_video.launch.doctor
+	@$(blueberry) doctor
 
 ##@ Experiments
 .PHONY: new check train sweep gate report latents pseudo_labels export generate render data
 new: $(STAMP) ## EXP=name: copy experiments/template/
-	@$(PYTHON) -m blueberry_video.launch.new "$$EXP"
+	@$(blueberry) new "$$EXP"
 
 check: $(STAMP) ## EXP=name: dry run: config, data, a few steps, save, reload, disk, memory, logger
-	@$(experiment)$(train) --args="$$ARGS" check=true
+	@$(experiment)$(blueberry) check "$$EXP" --args="$$ARGS"
 
 train: $(STAMP) ## EXP=name: train, then print a summary; ARGS=, RESUME=
-	@$(experiment)$(train) --args="$$ARGS" $${RESUME:+"resume=$$RESUME"}
+	@$(experiment)$(blueberry) train "$$EXP" --args="$$ARGS" $${RESUME:+"--resume=$$RESUME"}
 
 sweep: $(STAMP) ## EXP=name SWEEP="key=a,b": run every combination
-	@$(experiment)$(if $(strip $(SWEEP)),,$(error SWEEP is missing: `make sweep EXP=$(EXP) SWEEP="seed=1,2,3"`))$(train) --multirun --args="$$ARGS" --args="$$SWEEP"
+	@$(experiment)$(if $(strip $(SWEEP)),,$(error SWEEP is missing: `make sweep EXP=$(EXP) SWEEP="seed=1,2,3"`))$(blueberry) sweep "$$EXP" --args="$$ARGS" --args="$$SWEEP"
 
 gate: $(STAMP) ## EXP=name: train, and fail if an expected value is missed
-	@$(experiment)$(train) --args="$$ARGS" enforce_expected=true
+	@$(experiment)$(blueberry) gate "$$EXP" --args="$$ARGS"
 
 report: $(STAMP) ## EXP=name: write report.html of the newest run again
-	@$(experiment)$(PYTHON) -m blueberry_video.experiment.report "outputs/$$EXP"
+	@$(experiment)$(blueberry) report "$$EXP"
 
 latents: $(STAMP) ## EXP=name [OUT=folder] [DTYPE=bfloat16]: encode clips and captions once, for training to read
-	@$(experiment)$(PYTHON) -m blueberry_video.precompute --config-dir "experiments/$$EXP" --args="$$ARGS" --out="$$OUT" --dtype="$$DTYPE"
+	@$(experiment)$(blueberry) latents "$$EXP" --args="$$ARGS" --out="$$OUT" --dtype="$$DTYPE"
 
 pseudo_labels: $(STAMP) ## EXP=name CHECKPOINT=run [OUT=folder]: write the disparity that a trained model predicts for the training clips
-	@$(experiment)$(if $(strip $(CHECKPOINT)),,$(error CHECKPOINT is missing: add CHECKPOINT=outputs/<experiment>, the run of the teacher))$(PYTHON) -m blueberry_video.pseudo_labels "$$CHECKPOINT" --config-dir "experiments/$$EXP" --args="$$ARGS" --out="$$OUT"
+	@$(experiment)$(if $(strip $(CHECKPOINT)),,$(error CHECKPOINT is missing: add CHECKPOINT=outputs/<experiment>, the run of the teacher))$(blueberry) pseudo-labels "$$EXP" --checkpoint="$$CHECKPOINT" --args="$$ARGS" $${OUT:+"--out=$$OUT"}
 
 export: $(STAMP) ## EXP=name OUT=folder [DTYPE=bfloat16]: export the transformer of the newest run for diffusers; ARGS=--merge
-	@$(experiment)$(if $(strip $(OUT)),,$(error OUT is missing: `make export EXP=$(EXP) OUT=<folder>`))$(with_args) -m blueberry_video.export "outputs/$$EXP" --out "$$OUT" --dtype "$$DTYPE"
+	@$(experiment)$(if $(strip $(OUT)),,$(error OUT is missing: `make export EXP=$(EXP) OUT=<folder>`))$(blueberry) export "$$EXP" --out "$$OUT" --dtype "$$DTYPE" --args="$$ARGS"
 
 generate: $(STAMP) ## EXP=name OUT=clip.mp4 [PROMPT="…"] [VIDEO=file]: generate a video with the newest run; ARGS="--frames 33 --seed 1"
-	@$(experiment)$(if $(strip $(OUT)),,$(error OUT is missing: `make generate EXP=$(EXP) OUT=clip.mp4`))$(with_args) -m blueberry_video.generate "outputs/$$EXP" --out="$$OUT" $${PROMPT:+"--prompt=$$PROMPT"} $${VIDEO:+"--video=$$VIDEO"}
+	@$(experiment)$(if $(strip $(OUT)),,$(error OUT is missing: `make generate EXP=$(EXP) OUT=clip.mp4`))$(blueberry) generate "$$EXP" --out="$$OUT" $${PROMPT:+"--prompt=$$PROMPT"} $${VIDEO:+"--video=$$VIDEO"} --args="$$ARGS"
 
 render: $(STAMP) ## CHECKPOINT=run OUT=folder [ARGS="--format mp4,ply,html --path turntable"]: render a trained scene, or ARGS=--live
-	@$(if $(strip $(CHECKPOINT)),,$(error CHECKPOINT is missing: `make render CHECKPOINT=outputs/gaussians4d OUT=scene`))$(with_args) -m blueberry_video.render "$$CHECKPOINT" $${OUT:+"--out=$$OUT"}
+	@$(if $(strip $(CHECKPOINT)),,$(error CHECKPOINT is missing: `make render CHECKPOINT=outputs/gaussians4d OUT=scene`))$(blueberry) render "$$CHECKPOINT" $${OUT:+"--out=$$OUT"} --args="$$ARGS"
 
 data: $(STAMP) ## write a folder of mp4 files; ARGS="source=world out=data/world train=1000"
-	@$(with_args) -m blueberry_video.data.write
+	@$(blueberry) data --args="$$ARGS"
 
 ##@ Video
 .PHONY: process depth decode-bench
 process: $(STAMP) ## VIDEO=file [MODEL=name] [OUT=folder] [ARGS="fps=1 format=numpy"]: convert a video to the input of a model
-	@$(if $(strip $(VIDEO)),,$(error VIDEO is missing: `make process VIDEO=clip.mp4 MODEL=qwen2.5-vl OUT=folder`))$(with_args) -m blueberry_video.video.command "$$VIDEO" --model "$$MODEL" $${OUT:+--out "$$OUT"}
+	@$(if $(strip $(VIDEO)),,$(error VIDEO is missing: `make process VIDEO=clip.mp4 MODEL=qwen2.5-vl OUT=folder`))$(blueberry) process "$$VIDEO" --model "$$MODEL" $${OUT:+--out "$$OUT"} --args="$$ARGS"
 
 depth: $(STAMP) ## VIDEO=file OUT=folder CHECKPOINT=run [ARGS="--format npz,png --mode sliding"]: depth of a video of any length
-	@$(if $(strip $(VIDEO)),,$(error VIDEO is missing: `make depth VIDEO=clip.mp4 OUT=maps CHECKPOINT=outputs/video_depth`))$(if $(strip $(OUT)),,$(error OUT is missing: add OUT=<folder>))$(if $(strip $(CHECKPOINT)),,$(error CHECKPOINT is missing: add CHECKPOINT=outputs/<experiment>, or published weights))$(with_args) -m blueberry_video.depth "$$VIDEO" --out="$$OUT" --checkpoint="$$CHECKPOINT"
+	@$(if $(strip $(VIDEO)),,$(error VIDEO is missing: `make depth VIDEO=clip.mp4 OUT=maps CHECKPOINT=outputs/video_depth`))$(if $(strip $(OUT)),,$(error OUT is missing: add OUT=<folder>))$(if $(strip $(CHECKPOINT)),,$(error CHECKPOINT is missing: add CHECKPOINT=outputs/<experiment>, or published weights))$(blueberry) depth "$$VIDEO" --out="$$OUT" --checkpoint="$$CHECKPOINT" --args="$$ARGS"
 
 decode-bench: $(STAMP) ## find the fastest decoder and number of threads on this machine; ARGS=folder of videos to use
 	@$(with_args) benchmarks/decode.py
@@ -131,8 +138,22 @@ clean: ## remove caches; keeps runs, data and .venv/
 
 # ---- the environment -------------------------------------------------------------------------------------------------
 
+# An environment that is a link, or in which this project is installed from a different folder, belongs to that folder:
+# installing into it would change what runs there. The path of the folder is in the .pth file of the editable install.
+define check_owner
+owner=$$(cat .venv/lib/python3*/site-packages/__editable__.blueberry_video-*.pth 2>/dev/null | head -n 1); \
+if [ -L .venv ]; then why="is a link to $$(readlink .venv)"; \
+elif [ -n "$$owner" ] && [ "$$(realpath "$$owner")" != "$$(realpath src)" ]; then why="contains the project of $$(dirname "$$owner")"; \
+else why=; fi; \
+if [ -n "$$why" ]; then \
+  printf '%s\n' ".venv $$why, so nothing is installed into it: this would be the versions of constraints.txt of this folder and" "the project itself (pip install --constraint constraints.txt --editable '.[dev]'). Use the environment as it is with" "\`make PYTHON=.venv/bin/python $@\`, or remove .venv (\`rm -r .venv\`, for a link \`rm .venv\`): make then creates one here." >&2; exit 1; \
+fi
+endef
+
 # Debian without python3-venv has no ensurepip; the system's pip, if there is one, then installs into .venv/.
+ifneq ($(STAMP),)
 $(STAMP): pyproject.toml constraints.txt
+	@$(check_owner)
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON3) must be Python 3.11 or newer: install python3.11, or name one: make PYTHON3=/path/to/python3.11 …" >&2; exit 1; }
 	@echo "setting up .venv/ with the versions of constraints.txt; the first time takes minutes"
 	@if [ ! -x $(PYTHON) ]; then \
@@ -145,3 +166,6 @@ $(STAMP): pyproject.toml constraints.txt
 	  || { echo "the installation failed: see the output of pip above. Behind a proxy or a mirror set pip's index; for the smaller CPU build of PyTorch, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" >&2; exit 1; }
 	@touch $@
 	@echo "ready: $$($(PYTHON) -c 'from importlib.metadata import version as v; print("torch", v("torch"), "· lightning", v("lightning"))')"
+else
+.PHONY: setup
+endif

@@ -289,8 +289,9 @@ def test_video_folder_clips_fit_into_the_videos_of_make_data(experiment: Path):
 @pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONF)))
 def test_first_comment_is_a_description(file: Path):
     comments = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
-    assert comments[0].startswith("# ")
-    assert len(comments[0]) > 15
+    rule = f"{file} must begin with a comment that describes it: see CONTRIBUTING.md, section Experiments."
+    assert comments[0].startswith("# "), rule
+    assert len(comments[0]) > 15, rule
 
 
 def test_debug_overrides_the_experiment(experiment: Path):

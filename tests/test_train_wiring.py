@@ -144,7 +144,7 @@ def test_report_that_cannot_be_written_does_not_hide_the_results(tmp_path: Path,
         raise OSError("No space left on device")
 
     monkeypatch.setattr(report, "write_report", full)
-    with pytest.warns(UserWarning, match=r"report\.html .*No space left.*`make report`"):
+    with pytest.warns(UserWarning, match=r"report\.html .*No space left.*`make report EXP="):
         assert train.run(composed(tmp_path)) == 0.25
     assert "summary of {'val/loss': 0.25, 'val/motion': 0.5}" in capsys.readouterr().out
 

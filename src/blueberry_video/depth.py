@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # torch is imported after the command line is checked
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m blueberry_video.depth", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="blueberry depth", allow_abbrev=False)
     parser.add_argument("video", help="video file")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--checkpoint", required=True, help="run folder, experiment's folder, or published weights")

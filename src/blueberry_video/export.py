@@ -17,13 +17,14 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from blueberry_video.installation import start_command
 from blueberry_video.launch import command_line, signals
 from blueberry_video.launch.command_line import DTYPES
 from blueberry_video.launch.errors import OneParagraphErrors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m blueberry_video.export", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="blueberry export", allow_abbrev=False)
     parser.add_argument("run", help="a run folder, or the folder of an experiment: its newest run")
     parser.add_argument("--out", required=True, help="folder to write to")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the written weights")
@@ -83,7 +84,7 @@ def run(
     try:
         folder = RunFolder.open(source).path
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error} `make train EXP=<experiment>` creates one.") from error
+        raise FileNotFoundError(f"{error} `{start_command('train', '<experiment>')}` creates one.") from error
     config = load(folder / "config.yaml")
     model = instantiate(config.model)
     if isinstance(model, DepthAnything | VideoDepthAnything):

@@ -33,7 +33,7 @@ class Videos(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m blueberry_video.generate", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="blueberry generate", allow_abbrev=False)
     parser.add_argument("run", help="a run folder, or the folder of an experiment: its newest run")
     parser.add_argument("--out", required=True, help="mp4 file to write; with --num, <name>_0.mp4, <name>_1.mp4, …")
     parser.add_argument("--prompt", help="caption")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 from omegaconf import DictConfig
 
 from blueberry_video.config.checks import targets
+from blueberry_video.installation import start_command
 from blueberry_video.launch import command_line, signals
 from blueberry_video.launch.errors import OneParagraphErrors
 
@@ -27,18 +28,17 @@ if TYPE_CHECKING:  # torch is imported after the config is checked
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m blueberry_video.precompute", allow_abbrev=False, add_help=False)
+    parser = argparse.ArgumentParser(prog="blueberry latents", allow_abbrev=False, add_help=False)
     parser.add_argument("--out", default="", help="folder to write to; defaults to data/latents/<name>")
     parser.add_argument("--dtype", choices=command_line.DTYPES, default="float32", help="of the stored tensors")
     parser.add_argument("--shard-size", type=int, default=64, help="clips per file")
     known, rest = parser.parse_known_args(sys.argv[1:])
-    command = command_line.parse(rest)
-    config = command.config()
+    config = (command := command_line.parse(rest)).config()
     command_line.quiet_libraries()
     read = run(config, Path(known.out or f"data/latents/{config.name}"), known.dtype, known.shard_size)
     kept = [word for word in command.overrides if not word.lstrip("+~").startswith(("data=", "data."))]
     words = [word if re.fullmatch(r"[^\s'\"\\]+", word) else shlex.quote(word) for word in (*read, *kept)]
-    print(f"train on them with: make train EXP={config.name} ARGS={shlex.quote(' '.join(words))}")
+    print(f"train on them with: {start_command('train', config.name, ARGS=' '.join(words))}")
 
 
 def run(config: DictConfig, out: Path, dtype: str = "float32", shard_size: int = 64) -> list[str]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # torch is imported after the config is checked
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m blueberry_video.pseudo_labels", allow_abbrev=False, add_help=False)
+    parser = argparse.ArgumentParser(prog="blueberry pseudo-labels", allow_abbrev=False, add_help=False)
     parser.add_argument("teacher", help="run of a model of depth, or folder of an experiment: its newest run")
     parser.add_argument("--out", default=None, help="folder to write to; defaults to data/pseudo_labels/<name>")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the stored disparity")

@@ -25,7 +25,7 @@ FORMATS = ("mp4", "ply", "html")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m blueberry_video.render", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="blueberry render", allow_abbrev=False)
     parser.add_argument("run", help="run folder, or experiment's folder: its newest run")
     parser.add_argument("--out", help="folder to write")
     parser.add_argument("--format", default="mp4", help="mp4, ply (one file per frame), html, separated by commas")

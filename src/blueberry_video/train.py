@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from blueberry_video import config as configs
+from blueberry_video.installation import start_command
 from blueberry_video.launch import command_line, dry_run, memory, processes, signals
 from blueberry_video.launch import sweep as sweeps
 from blueberry_video.launch.errors import OneParagraphErrors
@@ -96,7 +97,8 @@ def run(
     try:
         report.write_report(folder)
     except OSError as error:  # run.json contains the results
-        warnings.warn(f"report.html is not written ({error}): `make report` writes it later.", stacklevel=2)
+        later = start_command("report", config.name)
+        warnings.warn(f"report.html is not written ({error}): `{later}` writes it later.", stacklevel=2)
     print(f"\n{summary.summary(folder)}")
     if config.enforce_expected and not (verdict := gate.gate(folder))[0]:
         sys.exit(f"\n{verdict[1]}")

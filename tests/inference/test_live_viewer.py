@@ -84,7 +84,7 @@ def test_moving_camera_has_few_rows_first(viewer, monkeypatch):
 
 def test_missing_package_names_the_command(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "viser", None)
-    with pytest.raises(ImportError, match=r"viser.*pip install 'blueberry-video\[viewer\]'"):
+    with pytest.raises(ImportError, match=r"viser.*pip install -e '\.\[viewer\]'"):
         LiveViewer(trained_scene("static", 5))
 
 

@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-VARIABLES = ("ARGS", "EXP", "SWEEP", "RESUME", "VIDEO", "MODEL", "OUT", "PROMPT", "DTYPE", "N")
+VARIABLES = ("ARGS", "EXP", "SWEEP", "RESUME", "VIDEO", "MODEL", "OUT", "PROMPT", "DTYPE", "N", "CHECKPOINT")
 TARGETS = (
     *("new", "check", "train", "sweep", "gate", "report", "latents", "export", "generate", "data"),
-    *("process", "decode-bench", "test", "test-gpu", "bench-gpu", "fuzz-video"),
+    *("process", "depth", "pseudo_labels", "decode-bench", "test", "test-gpu", "bench-gpu", "fuzz-video"),
 )
 PYTHON = """#!{python}
 import os, runpy, sys
-if sys.argv[1:3] == ["-m", "blueberry_video.launch.command_line"]:
-    sys.executable, sys.argv = __file__, sys.argv[2:]
+if sys.argv[1:3] in (["-m", "blueberry_video.cli"], ["-m", "blueberry_video.launch.words"]):
+    sys.executable, module, sys.argv = __file__, sys.argv[2], sys.argv[2:]
     sys.path.insert(0, {source!r})
-    runpy.run_module("blueberry_video.launch.command_line", run_name="__main__")
+    runpy.run_module(module, run_name="__main__")
+    sys.exit()
 with open("words.txt", "a") as file:
     print(*sys.argv[1:], sep="\\n", file=file)
 """
@@ -60,10 +61,19 @@ def test_no_value_is_executed(repository: Path, attack: str):
         ("data", ["-m", "blueberry_video.data.write"]),
         ("test", ["-m", "pytest", "-n", "2"]),
         ("process", ["--model", "m"]),
+        ("export", ["-m", "blueberry_video.export", "outputs/e", "--out", "o", "--dtype", "float32"]),
     ],
 )
 def test_quotes_in_args_group_words(repository: Path, target: str, end: list[str]):
-    arguments = words(repository, target, ARGS="out='my folder' -k \"a or $HOME\" *", VIDEO="v.mp4", MODEL="m")
+    arguments = words(
+        repository,
+        target,
+        ARGS="out='my folder' -k \"a or $HOME\" *",
+        VIDEO="v.mp4",
+        MODEL="m",
+        EXP="e",
+        OUT="o" if target == "export" else "",
+    )
     assert arguments[-4 - len(end) :] == [*end, "out=my folder", "-k", "a or $HOME", "*"]
 
 
@@ -86,3 +96,60 @@ def test_an_open_quote_is_reported(repository: Path):
     assert result.returncode != 0
     assert "ARGS=`out='a`" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_help_of_data_is_printed(repository: Path):
+    assert words(repository, "data", ARGS="--help") == ["-m", "blueberry_video.data.write", "--help"]
+
+
+def outdated(repository: Path) -> None:
+    """Makes the installation older than pyproject.toml."""
+    os.utime(repository / ".venv" / ".installed", (1, 1))
+
+
+def make(repository: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["make", *arguments], cwd=repository, capture_output=True, text=True, check=False)
+
+
+def test_nothing_is_installed_into_a_linked_environment(repository: Path):
+    outdated(repository)
+    (repository / ".venv").rename(repository / "shared")
+    (repository / ".venv").symlink_to("shared")
+    result = make(repository, "new", "EXP=mine")
+    assert result.returncode != 0
+    assert ".venv is a link to shared" in result.stderr
+    assert "make PYTHON=.venv/bin/python " in result.stderr
+    assert not (repository / "words.txt").exists()
+    assert make(repository, "new", "EXP=mine", "PYTHON=.venv/bin/python").returncode == 0
+    assert (repository / "words.txt").read_text().split() == ["-m", "blueberry_video.launch.new", "mine"]
+
+
+def test_nothing_is_installed_into_the_environment_of_a_different_folder(repository: Path):
+    outdated(repository)
+    packages = repository / ".venv" / "lib" / "python3.11" / "site-packages"
+    packages.mkdir(parents=True)
+    other = repository / "other"
+    (other / "src").mkdir(parents=True)
+    (packages / "__editable__.blueberry_video-0.1.0.pth").write_text(f"{other / 'src'}\n")
+    result = make(repository, "doctor")
+    assert result.returncode != 0
+    assert f".venv contains the project of {other}" in result.stderr
+    assert not (repository / "words.txt").exists()
+
+
+def test_own_environment_is_updated(repository: Path):
+    outdated(repository)
+    packages = repository / ".venv" / "lib" / "python3.11" / "site-packages"
+    packages.mkdir(parents=True)
+    (repository / "src").mkdir()
+    (packages / "__editable__.blueberry_video-0.1.0.pth").write_text(f"{repository / 'src'}\n")
+    assert make(repository, "doctor").returncode == 0
+    assert "--editable" in (repository / "words.txt").read_text().split()
+
+
+def test_code_of_this_folder_runs_in_any_environment(repository: Path):
+    python = repository / "python"
+    python.write_text('#!/bin/sh\necho "$PYTHONPATH" >path.txt\n')
+    python.chmod(0o755)
+    assert make(repository, "doctor", "PYTHON=./python").returncode == 0
+    assert (repository / "path.txt").read_text().strip().split(":")[0] == str(repository / "src")

@@ -1,4 +1,4 @@
-"""`make new`: the copy composes unchanged, and nothing is overwritten."""
+"""`blueberry new`: the copy composes unchanged, and nothing is overwritten."""
 
 import re
 from pathlib import Path
@@ -42,6 +42,9 @@ def test_invalid_name_raises_with_a_valid_one(root: Path, name: str, suggestion:
         new_experiment(name, root)
 
 
-def test_missing_template_raises(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"EXP=mine: .*/template "):
-        new_experiment("mine", tmp_path)
+def test_template_of_the_package_is_copied_where_there_is_none(tmp_path: Path):
+    made = new_experiment("mine", tmp_path / "experiments", make=False)
+    assert made == tmp_path / "experiments" / "mine"
+    assert (made / "config.yaml").read_text().startswith("# run: blueberry train mine\n")
+    assert "make " not in (made / "config.yaml").read_text()
+    assert compose(made / "config.yaml").name == "mine"

@@ -28,6 +28,7 @@ from blueberry_video.config.groups import choices_of, chosen, groups_of, is_grou
 from blueberry_video.config.schema import CONF, Config
 from blueberry_video.config.signatures import signature
 from blueberry_video.config.text import did_you_mean, explain_yaml, first_line, short, shown
+from blueberry_video.installation import start_command
 
 
 def _default_steps(max_epochs: int | None, steps: int) -> int:
@@ -54,7 +55,7 @@ def compose(file: str | Path, overrides: Sequence[str] = (), conf: Path = CONF) 
     if not path.is_file():
         folder = path.parent
         others = sorted(other.parent.name for other in folder.parent.glob(f"*/{path.name}"))
-        hint = did_you_mean(folder.name, others) if others else f"`make new EXP={folder.name}` creates one."
+        hint = did_you_mean(folder.name, others) if others else f"`{start_command('new', folder.name)}` creates one."
         raise FileNotFoundError(f"there is no experiment {folder.name!r}: {shown(path)} does not exist. {hint}")
     return _compose(path, normalize(overrides), conf, saved=False)
 
@@ -182,7 +183,7 @@ def _compose(file: Path, overrides: Sequence[str], conf: Path, saved: bool, allo
                 single = f"one of its choices: {', '.join(choices_of(key, file, conf))}"
             raise ValueError(
                 f"`{line}` sets several values in a single run: write {single}, or run every value "
-                f'with `make sweep EXP=… SWEEP="{line}"`.'
+                f"with `{start_command('sweep', '…', SWEEP=line or '')}`."
             )
         if override.value() is None and not override.is_delete() and is_group(override, file, conf):
             hint = " Single callbacks are disabled with `callbacks.media=null`." if key == "callbacks" else ""
@@ -312,7 +313,7 @@ def parse(overrides: Sequence[str]) -> list[Override]:
         if line.startswith("-"):
             raise ValueError(
                 f"`{line}` is an option, and only overrides are taken here: write `key=value`, `+key=value` or `~key`. "
-                "A sweep is started with `make sweep`."
+                f"A sweep is started with `{start_command('sweep')}`."
             )
         if bound := re.fullmatch(r"([~+]*)expected\.([^=\s]*/[^=\s]*)(=\S*)?", line):
             metric, value = bound[2].partition(".")[0], (bound[3] or "=…").removeprefix("=")

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.resolvers import oc
 
 from blueberry_video.config.text import short
+from blueberry_video.installation import start_command
 
 ALLOW_VARIABLE = "BLUEBERRY_ALLOW_TARGETS"
 ENVIRONMENT = ("HOME", "SCRATCH", "SLURM_JOB_ID", "SLURM_TMPDIR", "TMPDIR", "USER", "WORK")
@@ -107,7 +108,7 @@ def check_hydra(settings: Mapping[str, Any], trusted: Mapping[str, Any], source:
             raise ValueError(
                 f"`hydra.{key}` = {short(value)} in {source} is not allowed: of `hydra`, a file may set "
                 f"{', '.join(HYDRA_KEYS)}, because other keys run code. Values to sweep over are those of "
-                f'`make sweep SWEEP="key=a,b"`. If you trust it, write it there, `SWEEP="hydra.{key}=… …"`.'
+                f"`{start_command('sweep', SWEEP='key=a,b')}`. If you trust it, write it there, `hydra.{key}=… …`."
             )
         if not isinstance(value, _PLAIN) or not str(value).isprintable():
             raise ValueError(f"`hydra.{key}` = {short(value)} in {source} must be a number or one line of text.")

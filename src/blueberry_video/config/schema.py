@@ -1,12 +1,13 @@
 """Schema of the root keys of a config."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
-CONF = Path(__file__).resolve().parents[3] / "conf"
+from blueberry_video.installation import shipped
+
+CONF = shipped("conf")
 
 NODES = ("model", "task", "data", "optimizer", "schedule", "trainer", "logger", "callbacks")
 """Root keys that are instantiated: their keys are the parameters of the class or function in ``_target_``."""

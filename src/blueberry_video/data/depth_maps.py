@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from blueberry_video.installation import install_command
 from blueberry_video.video.errors import BrokenVideoError, one_line
 
 SIDECAR = "depth.json"
@@ -222,8 +223,8 @@ def _openexr() -> ModuleType:
         import OpenEXR
     except ImportError as error:
         raise ImportError(
-            f"OpenEXR cannot be imported ({error}), and EXR files need it: pip install 'blueberry-video[exr]', or "
-            "store the maps as 16-bit PNG or NPZ."
+            f"OpenEXR cannot be imported ({error}), and EXR files need it: run "
+            f"`{install_command('exr')}`, or store the maps as 16-bit PNG or NPZ."
         ) from error
     return OpenEXR
 

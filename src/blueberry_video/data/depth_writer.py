@@ -23,6 +23,7 @@ from torch import Tensor
 from blueberry_video.atomic import atomic_file, write_bytes, write_text
 from blueberry_video.data.progress import Progress
 from blueberry_video.data.write import VideoWriter
+from blueberry_video.installation import install_command
 from blueberry_video.video.container import OpenVideo
 from blueberry_video.video.decode import DecodeOptions, decode_in_chunks
 from blueberry_video.video.errors import BrokenVideoError, one_line
@@ -290,5 +291,5 @@ def _open_exr() -> Any:
     try:
         import OpenEXR
     except ImportError as error:
-        raise ImportError("formats=exr requires the package OpenEXR: `pip install OpenEXR`.") from error
+        raise ImportError(f"formats=exr requires the package OpenEXR: run `{install_command('exr')}`.") from error
     return OpenEXR

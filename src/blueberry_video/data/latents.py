@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from blueberry_video.atomic import write_bytes, write_text
 from blueberry_video.data.clips import check_index
+from blueberry_video.installation import start_command
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -49,7 +50,7 @@ class LatentShards:
     """
 
     key: ClassVar[str] = "moments"  # the tensor of every clip, of which the manifest has the shapes
-    command: ClassVar[str] = "make latents EXP=…"
+    command: ClassVar[str] = start_command("latents", "…")
     missing: list[int]
 
     def __init__(

@@ -26,6 +26,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from blueberry_video.installation import start_command
+
 NAMES = ("metadata.jsonl", "metadata.json", "metadata.csv", "metadata.tsv")
 CAPTION_KEYS = ("caption", "text", "prompt")
 
@@ -215,7 +217,7 @@ def _raise(error: OSError) -> None:
 def _files(root: Path, media: Media) -> dict[str, Path]:
     folder = root / media.folder
     if not folder.is_dir():
-        writes = " (`make data` writes one)" if media is VIDEOS else ""
+        writes = f" (`{start_command('data')}` writes one)" if media is VIDEOS else ""
         raise FileNotFoundError(
             f"There is no folder {folder}: set root to a folder with {media.folder}/ and metadata.jsonl{writes}."
         )

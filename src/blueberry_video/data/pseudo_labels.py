@@ -18,8 +18,9 @@ from blueberry_video.data.clip_cache import check_storable
 from blueberry_video.data.clips import KeyedClips, Wrapper, check_index
 from blueberry_video.data.latents import LatentClips, LatentShards
 from blueberry_video.data.progress import Progress
+from blueberry_video.installation import start_command
 
-COMMAND = "make pseudo_labels EXP=…"
+COMMAND = start_command("pseudo-labels", "…")
 
 
 class _DisparityShards(LatentShards):

@@ -258,6 +258,9 @@ def main(arguments: list[str]) -> None:
         SystemExit: with a message, for an argument that is not ``key=value``, an unknown key, a value out of range, or
             a folder that contains something else.
     """
+    if {"-h", "--help"} & {*arguments}:
+        print(_help())
+        return
     options = {}
     for word in arguments:
         key, equals, value = word.partition("=")
@@ -293,6 +296,20 @@ def main(arguments: list[str]) -> None:
     except (FileExistsError, ValueError) as error:  # the message names the value and the fix
         raise SystemExit(f"Error: {error}") from error
     print(f"{sum(sizes.values()):,} videos in {out}")
+
+
+def _help() -> str:
+    """Returns the arguments of the command line and their defaults."""
+    lines = [
+        "usage: blueberry data [source=sprites] [out=data/sprites] [key=value …]",
+        "",
+        "  train=1000 val=100 test=0",
+    ]
+    for name, function in (("all sources", FolderWriter), *SOURCES.items()):
+        values = inspect.signature(function).parameters.values()
+        own = [f"{p.name}={p.default}" for p in values if p.name not in ("split", "size", "sources")]
+        lines += [f"  {'source=' if name in SOURCES else ''}{name}: {' '.join(own)}"]
+    return "\n".join(lines)
 
 
 def _parsed(key: str, value: str, default: object) -> object:

@@ -14,6 +14,7 @@ from torch import Tensor
 from blueberry_video.diffusion.image_noise import ImageNoise, image_channels
 from blueberry_video.diffusion.text_to_video import TextToVideo, map_text
 from blueberry_video.diffusion.timesteps import TimestepSampler
+from blueberry_video.installation import start_command
 from blueberry_video.models.autoencoder.base import fingerprint, sample
 from blueberry_video.models.text_encoder.base import TextTokens
 from blueberry_video.nn.noise import Generator
@@ -231,7 +232,7 @@ def check_image(model: TextToVideo, num_frames: int, clip: Mapping[str, Any], im
         raise ValueError(
             "the stored latents have no `image_moments`, the first frame encoded separately, which image conditioning "
             "requires; they differ from the latents of a whole clip, because the norms of the autoencoder span frames. "
-            "Run `make latents EXP=…` with this network again, into a new folder (OUT=…)."
+            f"Run `{start_command('latents', '…', OUT='<new folder>')}` with this network again."
         )
 
 
@@ -383,7 +384,7 @@ def latent_size(data: Any, clip: dict, model: TextToVideo) -> tuple[int, int, in
         if None not in (writer, own) and writer != own:
             raise ValueError(
                 f"{data.train.folder} was written by {writer}, and model.{key} is {own}: choose the {key} that wrote "
-                "it, or run `make latents EXP=…` again into a new folder (OUT=…)."
+                f"it, or run `{start_command('latents', '…', OUT='<new folder>')}` again."
             )
     t, h, w = clip["moments"].shape[1:]
     model.check_latents((t, h, w))

@@ -29,7 +29,7 @@ def gate(run: RunFolder) -> tuple[bool, str]:
 
 def main(arguments: list[str]) -> int:
     """Prints the verdicts of the run in ``arguments[0]``; returns the exit code."""
-    passed, text = gate(parse_run("blueberry_video.experiment.gate", arguments))
+    passed, text = gate(parse_run("python -m blueberry_video.experiment.gate", arguments))
     print(text)
     return 0 if passed else 1
 

@@ -220,7 +220,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Writes the report of the run in ``arguments[0]`` and prints its path; returns the exit code."""
-    print(shown(write_report(parse_run("blueberry_video.experiment.report", arguments))))
+    print(shown(write_report(parse_run("blueberry report", arguments))))
     return 0
 
 

@@ -124,8 +124,10 @@ class RunFolder:
             return cls(path)
         runs = list_runs(path)
         if not runs:
+            others = [each.name for each in path.parent.glob("*") if each.name != path.name and list_runs(each)]
             raise FileNotFoundError(
                 f"{path} contains no run (a folder with a run.json): use outputs/<experiment>[/<run>]."
+                f"{f' {did_you_mean(path.name, others)}' if others else ''}"
             )
         return cls(runs[-1])
 
@@ -408,13 +410,13 @@ def _started(name: str) -> str:
         return ""
 
 
-def parse_run(module: str, arguments: list[str]) -> RunFolder:
-    """Opens the run named on the command line of ``python -m <module> outputs/<experiment>[/<run>]``.
+def parse_run(program: str, arguments: list[str]) -> RunFolder:
+    """Opens the run named on the command line of ``<program> outputs/<experiment>[/<run>]``.
 
     Raises:
         SystemExit: for wrong arguments or a missing run; the message is printed.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m {module}")
+    parser = argparse.ArgumentParser(prog=program)
     parser.add_argument("run", help="a run folder, or the folder of an experiment: its newest run")
     try:
         return RunFolder.open(parser.parse_args(arguments).run)

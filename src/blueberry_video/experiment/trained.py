@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from blueberry_video.config import load, repeat, resolve
 from blueberry_video.experiment.checkpoint import checkpoint_fault, checkpoint_files, latest_good_checkpoint
 from blueberry_video.experiment.run_folder import RunFolder
+from blueberry_video.installation import start_command
 
 
 class TrainedRun(NamedTuple):
@@ -44,7 +45,7 @@ def load_trained(source: str | Path, kinds: Sequence[type], device: torch.device
     try:
         run = RunFolder.open(source)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error} `make train EXP=<experiment>` creates one.") from error
+        raise FileNotFoundError(f"{error} `{start_command('train', '<experiment>')}` creates one.") from error
     config, resumes = load(run.path / "config.yaml"), run.record.get("resumes", ())
     if any(session.get("changed") for session in resumes):
         config = resolve(repeat(config, resumes))
@@ -59,7 +60,7 @@ def load_trained(source: str | Path, kinds: Sequence[type], device: torch.device
         faults = "; ".join(f"{file.name}: {checkpoint_fault(file)}" for file in files) or "there is no step_*.ckpt"
         raise FileNotFoundError(
             f"{run.path} has no valid checkpoint in checkpoints/ ({faults}): train first, with "
-            f"`make train EXP={run.experiment}`."
+            f"`{start_command('train', run.experiment)}`."
         ) from error
     with torch.random.fork_rng(devices=()):  # the global generator does not change
         torch.default_generator.manual_seed(config.seed)  # as training: of parts without saved weights

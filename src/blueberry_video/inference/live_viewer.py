@@ -10,6 +10,7 @@ from torch import Tensor
 
 from blueberry_video.inference.camera_paths import orbit_of, rotation_matrices
 from blueberry_video.inference.render import TrainedScene
+from blueberry_video.installation import install_command
 from blueberry_video.models.gaussian_splatting import Camera
 
 MOVING_HEIGHT = 128  # rows of a frame while the camera or the time changes
@@ -137,6 +138,6 @@ def _import_viser() -> Any:
         import viser
     except ImportError as error:
         raise ImportError(
-            f"the live viewer requires the package viser ({error}): `pip install 'blueberry-video[viewer]'`."
+            f"the live viewer requires the package viser ({error}): `{install_command('viewer', 'viser>=1.0')}`."
         ) from error
     return viser

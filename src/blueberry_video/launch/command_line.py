@@ -1,15 +1,8 @@
-"""Command line of ``train``.
-
-``ARGS="…" python -m blueberry_video.launch.command_line <arguments>`` runs Python with these arguments followed by the
-words of ``ARGS``, with shell quoting, of which the shell expands nothing (Makefile).
-"""
+"""Command line of ``train``."""
 
 import argparse
 import logging
-import os
 import re
-import shlex
-import sys
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +10,9 @@ from typing import NamedTuple
 from omegaconf import DictConfig
 
 from blueberry_video.config import compose, expand_sweep, load, normalize, sweep_folder
+from blueberry_video.installation import start_command
 from blueberry_video.launch import processes
-from blueberry_video.launch.errors import OneParagraphErrors
+from blueberry_video.launch.words import split
 
 DTYPES = ("float32", "bfloat16", "float16")  # of exported weights and stored latents
 HYDRA = re.compile(r"[+~]*hydra[./]")  # overrides of Hydra's own settings
@@ -58,7 +52,7 @@ class Command(NamedTuple):
         if resumes := [word for word in self.overrides if word.lstrip("+~").startswith("resume=")]:
             raise ValueError(
                 f"`{resumes[0]}`: a sweep starts new runs. Continue each run by its name, in a single run: "
-                "`make train EXP=… RESUME=<run>`."
+                f"`{start_command('train', '…', RESUME='<run>')}`."
             )
         jobs = expand_sweep(self.overrides, self.file)
         for job in jobs:
@@ -81,32 +75,23 @@ def parse(arguments: list[str]) -> Command:
     Raises:
         ValueError: if there is neither an experiment nor a config file, or ``--args`` has an open quote.
     """
-    parser = argparse.ArgumentParser(prog="python -m blueberry_video.train", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="blueberry train", allow_abbrev=False)
     parser.add_argument("--config-dir", type=Path, help="folder of the experiment")
     parser.add_argument("--config-name", default="config", help="its config file, without .yaml")
     parser.add_argument("--multirun", "-m", action="store_true", help="run every combination of key=a,b")
     parser.add_argument("--args", action="append", default=[], help="more overrides, in one string")
     parser.add_argument("overrides", nargs="*", help="key=value; the config.yaml of a run as the first word repeats it")
     known = parser.parse_intermixed_args(arguments)
-    overrides = normalize([*known.overrides, *(word for text in known.args for word in _split(text))])
+    overrides = normalize([*known.overrides, *(word for text in known.args for word in split(text))])
     if known.config_dir is not None:
         return Command(known.config_dir / f"{known.config_name}.yaml", False, overrides, known.multirun)
     if not overrides or not overrides[0].endswith(".yaml") or known.multirun:
         raise ValueError(
             f"the arguments {arguments} contain no experiment: use `--config-dir experiments/<name>`, as "
-            "`make train EXP=<name>` does, or, for a single run, the config.yaml of a run as the first argument."
+            f"`{start_command('train', '<name>')}` does, or, for a single run, the config.yaml of a run as the first "
+            "argument."
         )
     return Command(Path(overrides[0]), True, overrides[1:], False)
-
-
-def _split(text: str) -> list[str]:
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise ValueError(
-            f"ARGS=`{text}` cannot be split into words ({error}): close every quote, and quote values with spaces, "
-            "as in ARGS=\"name='two words'\"."
-        ) from error
 
 
 def quiet_libraries() -> None:
@@ -119,9 +104,3 @@ def quiet_libraries() -> None:
         r".*does not have many workers",  # sprites need none; `data.num_workers` is in every data config
     ):
         warnings.filterwarnings("ignore", message)
-
-
-if __name__ == "__main__":
-    with OneParagraphErrors():
-        words = _split(os.environ.get("ARGS", ""))
-    os.execv(sys.executable, [sys.executable, *sys.argv[1:], *words])

@@ -1,4 +1,4 @@
-"""``make doctor``: lists versions, devices and tools of this machine, with a fix for each problem."""
+"""``blueberry doctor``: lists versions, devices and tools of this machine, with a fix for each problem."""
 
 import importlib.util
 import os
@@ -10,6 +10,7 @@ import sysconfig
 from importlib import metadata
 from pathlib import Path
 
+from blueberry_video.installation import IN_CLONE, install_command, shipped
 from blueberry_video.launch.machine import GIB, available_memory, existing_parent, wandb_key
 
 PACKAGES = (
@@ -28,7 +29,8 @@ OPTIONAL = {
     "pretrained": "diffusers",
     "cuda": "triton",
     "cluster": "hydra_plugins.hydra_submitit_launcher",
-    "streaming": "litdata",
+    "onnx": "onnxscript",
+    "exr": "OpenEXR",
 }
 
 
@@ -57,9 +59,9 @@ def _versions() -> list[str]:
         version, wanted = installed.get(name), tested.get(name)
         if version is None:
             missing.append(name)
-            _line(False, name, "not installed", "Run `make setup`.")
+            _line(False, name, "not installed", f"Run `{_setup(name)}`.")
         elif wanted and version.partition("+")[0] != wanted:
-            _line(False, name, version, f"Tested with {wanted}: `make setup` installs it, or check with `make test`.")
+            _line(False, name, version, f"Tested with {wanted}: `{_setup(f'{name}=={wanted}')}` installs it.")
         else:
             _line(True, name, version)
     for extra, module in OPTIONAL.items():
@@ -67,7 +69,7 @@ def _versions() -> list[str]:
         _line(
             True if found else None,
             f"[{extra}]",
-            "installed" if found else f"optional, not installed: .venv/bin/pip install -e '.[{extra}]'",
+            "installed" if found else f"optional, not installed: {install_command(extra)}",
         )
     return missing
 
@@ -78,10 +80,14 @@ def _has(module: str) -> bool:
 
 
 def _tested_versions() -> dict[str, str]:
-    """Returns the versions pinned in constraints.txt; empty outside a checkout."""
-    file = Path(__file__).resolve().parents[3] / "constraints.txt"
-    lines = file.read_text().splitlines() if file.is_file() else []
+    """Returns the versions pinned in constraints.txt."""
+    lines = shipped("constraints.txt").read_text().splitlines()
     return {name.lower(): version for name, _, version in (line.partition("==") for line in lines) if version}
+
+
+def _setup(requirement: str) -> str:
+    """Returns the command that installs a package of the tested versions."""
+    return "make setup" if IN_CLONE else f"pip install '{requirement}' -c {shipped('constraints.txt')}"
 
 
 def _devices() -> None:
@@ -145,7 +151,8 @@ def _video() -> None:
                 False,
                 name,
                 f"does not load ({last})",
-                "`make setup` installs the tested version; torchcodec also needs a system FFmpeg of version 4 to 8.",
+                f"`{_setup(name)}` installs the tested version; torchcodec also needs a system FFmpeg of version 4 "
+                "to 8.",
             )
 
 

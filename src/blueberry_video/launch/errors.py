@@ -9,6 +9,8 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
+from blueberry_video.installation import start_command
+
 PACKAGE = Path(__file__).resolve().parents[1]
 TRAINER = ("pytorch", "trainer", "trainer.py")  # the end of the path of Lightning's file
 DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
@@ -82,5 +84,5 @@ def _trainer_error(error: BaseException, frames: traceback.StackSummary) -> str 
     if not is_bad_value or not in_constructor:
         return None
     needs_gpu = re.search(r"gpu|cuda", str(error), re.IGNORECASE)
-    hint = " Use `trainer=cpu`; `make doctor` lists the devices of this machine." if needs_gpu else ""
+    hint = f" Use `trainer=cpu`; `{start_command('doctor')}` lists the devices of this machine." if needs_gpu else ""
     return f"`trainer` cannot be built: {error}{hint}"

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from blueberry_video.atomic import write_text
+from blueberry_video.installation import start_command
 from blueberry_video.launch.errors import TRACEBACK_VARIABLE, paragraph
 from blueberry_video.launch.signals import Interrupted
 
@@ -93,7 +94,8 @@ def count(trainer: Mapping[str, Any]) -> int:
     if available == 0 and accelerator in ("gpu", "cuda"):
         raise ValueError(
             f"trainer.devices={devices} is all GPUs, and PyTorch finds none: use `trainer=cpu`, or several CPU "
-            "processes with `trainer=ddp trainer.accelerator=cpu trainer.devices=2`. `make doctor` lists the devices."
+            "processes with `trainer=ddp trainer.accelerator=cpu trainer.devices=2`. "
+            f"`{start_command('doctor')}` lists the devices."
         )
     return max(available, 1)
 

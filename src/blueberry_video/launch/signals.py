@@ -6,7 +6,6 @@ it also ends the evaluations at the end of a run. The exit code is that of shell
 """
 
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -15,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+from blueberry_video.installation import start_command
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 REPEAT_SECONDS = 5.0  # Ctrl-C in a terminal reaches a rank twice: directly and forwarded by its parent
@@ -73,8 +74,9 @@ def handled(hint: str = "", quiet: bool = False) -> Iterator[None]:
 
 def how_to_continue(experiment: str, run: str, output_dir: str) -> str:
     """Returns the hint of a run: the command that resumes it."""
-    elsewhere = "" if output_dir == "outputs" else f" ARGS={shlex.quote(f'output_dir={output_dir}')}"
-    return f"Continue with `make train EXP={experiment} RESUME={run}{elsewhere}`, or add `resume={run}` to the command."
+    elsewhere = {} if output_dir == "outputs" else {"ARGS": f"output_dir={output_dir}"}
+    command = start_command("train", experiment, RESUME=run, **elsewhere)
+    return f"Continue with `{command}`, or add `resume={run}` to the command."
 
 
 class Delay:

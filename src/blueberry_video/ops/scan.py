@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from blueberry_video.installation import install_command
 from blueberry_video.ops import chunked, reference
 from blueberry_video.ops.inputs import ScanInputs
 
@@ -358,7 +359,8 @@ def _backend(backend: Backend | None, x: Tensor, chunk: int | None) -> Backend:
     if backend in ("triton", "mamba_ssm") and x.device.type == "cpu" and not interpreted:
         raise ValueError(f"backend={backend!r} requires CUDA, but x is on the CPU: use backend='torch', or x.cuda().")
     if backend in ("triton", "mamba_ssm") and find_spec(backend) is None:
-        raise ValueError(f"backend={backend!r} is not installed: pip install blueberry-video[cuda], or use 'torch'.")
+        command = install_command("cuda", backend)
+        raise ValueError(f"backend={backend!r} is not installed: run `{command}`, or use 'torch'.")
     if backend == "triton" and x.dtype == torch.float64:
         raise ValueError("backend='triton' does not support float64: use backend='torch', or x in float32.")
     return backend

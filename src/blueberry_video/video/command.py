@@ -1,4 +1,4 @@
-"""``make process VIDEO=… MODEL=… OUT=…``: prints the plan of a video for a model and writes the processed frames.
+"""``blueberry process``: prints the plan of a video for a model and writes the processed frames.
 
     python -m blueberry_video.video.command VIDEO [--model NAME] [--out FOLDER] [key=value …]
 
@@ -33,7 +33,7 @@ from blueberry_video.video.settings import load_settings, models
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, or 1 after printing an error of the video or of an argument."""
-    parser = argparse.ArgumentParser(prog="make process", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="blueberry process", description=__doc__.splitlines()[0])
     parser.add_argument("video", help="a path or a URL")
     parser.add_argument("--model", default="qwen2.5-vl", help=f"a YAML file, or one of {', '.join(models())}")
     parser.add_argument("--out", help="output folder; without it only the plan is printed")
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             video = processor(given.video)
             print("\n".join([*_reported(video), *write(video, Path(given.out), description)]))
     except (VideoError, ValueError, TypeError, OSError, yaml.YAMLError) as error:
-        print(f"make process: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"blueberry process: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 

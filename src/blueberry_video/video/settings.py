@@ -20,6 +20,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from blueberry_video.installation import shipped
 from blueberry_video.video.budget import RunOptions
 from blueberry_video.video.cache import CacheOptions
 from blueberry_video.video.decode import DecodeOptions
@@ -29,7 +30,7 @@ from blueberry_video.video.sampling import SamplingOptions
 from blueberry_video.video.source_options import SourceOptions
 from blueberry_video.video.tokens import TokenOptions
 
-CONF = Path(__file__).resolve().parents[3] / "conf" / "video"
+CONF = shipped("conf") / "video"
 GENERAL = "general"
 DEFAULTS = [GENERAL, "_self_"]  # the only defaults list that a model's file may contain
 

@@ -3,6 +3,8 @@
 import importlib
 from typing import Any
 
+from blueberry_video.installation import install_command
+
 
 def import_extra(package: str, extra: str = "pretrained") -> Any:
     """Imports an optional package.
@@ -15,7 +17,7 @@ def import_extra(package: str, extra: str = "pretrained") -> Any:
     except ImportError as error:
         raise ImportError(
             f"{package} cannot be imported ({error}), and published weights need it: "
-            f"pip install 'blueberry-video[{extra}]'."
+            f"run `{install_command(extra, package)}`."
         ) from error
 
 

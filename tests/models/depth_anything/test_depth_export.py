@@ -122,6 +122,6 @@ def test_bad_arguments_raise(tmp_path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match=r"step=True.* DepthAnything\b"):
         export_depth(depth_model(None), tmp_path / "m.onnx", image_size=SIZE, step=True)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ImportError, match=r"onnxscript.*pip install blueberry-video\[onnx\].*format=torch"):
+    with pytest.raises(ImportError, match=r"onnxscript.*pip install -e '\.\[onnx\]'.*format=torch"):
         export_depth(depth_model(None), tmp_path / "m.onnx", image_size=SIZE)
     assert not list(tmp_path.iterdir())

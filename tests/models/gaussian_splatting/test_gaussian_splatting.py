@@ -248,7 +248,7 @@ def test_initial_times_of_native_dynamics():
     assert 1.8 < durations.max() <= 2.0
     assert 0.4 < durations.median() < 0.7  # log-uniform
     for durations in ((0, 1), (2, 1), (1,)):
-        with pytest.raises(ValueError, match=r"initial_durations=\[%s" % durations[0]):
+        with pytest.raises(ValueError, match=rf"initial_durations=\[{durations[0]}"):
             Native(initial_durations=durations)
     with pytest.raises(ValueError, match=r"static_duration=0\b"):
         Native(static_duration=0)

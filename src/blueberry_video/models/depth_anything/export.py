@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blueberry_video.atomic import atomic_file
+from blueberry_video.installation import install_command
 from blueberry_video.models.depth_anything.model import DepthAnything
 from blueberry_video.models.depth_anything.video import VideoDepthAnything
 from blueberry_video.models.dinov2 import DINOv2
@@ -144,8 +145,7 @@ def _write_onnx(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"format=onnx requires the package {error.name}: run `pip install blueberry-video[onnx]`, or use "
-            "format=torch."
+            f"format=onnx requires the package {error.name}: run `{install_command('onnx')}`, or use format=torch."
         ) from error
     program = torch.onnx.export(
         module, inputs, dynamo=True, verbose=False, input_names=names, output_names=outputs, optimize=True

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from blueberry_video.installation import install_command
 from blueberry_video.ops.rasterizer import projection, reference, tiles
 from blueberry_video.ops.rasterizer.inputs import Splats
 
@@ -301,7 +302,8 @@ def _backend(backend: Backend | None, means: Tensor) -> Backend:
     if backend in ("triton", "gsplat") and not means.is_cuda and not interpreted:
         raise ValueError(f"backend={backend!r} requires CUDA, but means is on the CPU: use backend='torch'.")
     if backend in ("triton", "gsplat") and find_spec(backend) is None:
-        raise ValueError(f"backend={backend!r} is not installed: pip install blueberry-video[cuda], or use 'torch'.")
+        command = install_command("cuda", backend)
+        raise ValueError(f"backend={backend!r} is not installed: run `{command}`, or use 'torch'.")
     if backend in ("triton", "gsplat") and means.dtype == torch.float64:
         raise ValueError(f"backend={backend!r} does not support float64: use backend='torch', or float32.")
     return backend

@@ -1,0 +1,70 @@
+"""Table of the commands of ``blueberry``."""
+
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """Command of ``blueberry``.
+
+    Attributes:
+        module: module that is executed.
+        first: kind of the first argument: ``experiment``, ``run``, or empty if the module receives all arguments.
+        usage: arguments, for the help.
+        summary: description, for the help.
+        added: words that the module receives in addition.
+        has_help: whether the module prints its own help.
+    """
+
+    module: str
+    first: str
+    usage: str
+    summary: str
+    added: tuple[str, ...] = ()
+    has_help: bool = True
+
+
+RESUME = "[--resume last|RUN]"
+COMMANDS = {
+    "new": Command("launch.new", "", "NAME", "copy the template to experiments/NAME/", has_help=False),
+    "check": Command("train", "experiment", f"EXPERIMENT [key=value …] {RESUME}", "dry run", ("check=true",)),
+    "train": Command("train", "experiment", f"EXPERIMENT [key=value …] {RESUME}", "train and print a summary"),
+    "sweep": Command("train", "experiment", "EXPERIMENT key=a,b …", "run every combination", ("--multirun",)),
+    "gate": Command(
+        "train",
+        "experiment",
+        "EXPERIMENT [key=value …]",
+        "train; fail if an expected value is missed",
+        ("enforce_expected=true",),
+    ),
+    "report": Command("experiment.report", "run", "EXPERIMENT|RUN", "write report.html again"),
+    "export": Command("export", "run", "EXPERIMENT|RUN --out FOLDER …", "export a model for other libraries"),
+    "generate": Command("generate", "run", "EXPERIMENT|RUN --out CLIP.mp4 …", "generate a video"),
+    "render": Command("render", "run", "EXPERIMENT|RUN --out FOLDER …", "render a trained scene"),
+    "latents": Command(
+        "precompute",
+        "experiment",
+        "EXPERIMENT [--out FOLDER] [--dtype bfloat16] [key=value …]",
+        "encode clips and captions once, for training",
+    ),
+    "pseudo-labels": Command(
+        "pseudo_labels",
+        "experiment",
+        "EXPERIMENT --checkpoint RUN [--out FOLDER] [key=value …]",
+        "write the disparity that a trained model predicts",
+    ),
+    "data": Command("data.write", "", "source=sprites|world out=FOLDER train=1000 …", "write a folder of mp4 files"),
+    "process": Command("video.command", "", "VIDEO [--model NAME] [--out FOLDER] …", "input of a model from a video"),
+    "depth": Command("depth", "", "VIDEO --out FOLDER --checkpoint RUN …", "depth of a video of any length"),
+    "doctor": Command("launch.doctor", "", "", "check versions, devices and tools", has_help=False),
+}
+
+
+def help_text() -> str:
+    """Returns the help of ``blueberry``."""
+    rows = "\n".join(f"  {name:14} {command.summary}" for name, command in COMMANDS.items())
+    return f"""usage: blueberry COMMAND [arguments]
+
+{rows}
+
+`blueberry COMMAND --help` lists the arguments of a command. EXPERIMENT is the name of a folder in experiments/ below
+the working directory; runs are written to outputs/. Overrides are key=value: `blueberry train my_idea seed=1`."""
