@@ -3,7 +3,7 @@
 run: python benchmarks/depth_streaming.py [run of task=depth …]     (ten minutes; without runs only memory and time)
 
 Memory: 2,000 frames are evaluated and written as NPZ shards in every mode, each in a separate process, with untrained
-tiny models at 64 x 64 pixels; resident memory at frame 100 and its largest value after it, CPU time per frame early and
+tiny models at 64 x 64 pixels; largest resident memory before frame 100 and after it, CPU time per frame early and
 late. Quality: the maps of each run on held-out clips of the world, of 64 frames, aligned once per clip: AbsRel, δ1, TAE
 without the floor of the ground truth, and flicker.
 """
@@ -52,11 +52,11 @@ def memory(name: str, mode: str) -> None:
             resident.append(process.memory_info().rss / 2**20)
         writer.add(stream.finish())
         frames_written = writer.finish(24.0)["frames"]
-    at, largest = resident[EARLY // 4], max(resident[EARLY // 4 :])
+    at, largest = max(resident[: EARLY // 4]), max(resident[EARLY // 4 :])
     half = len(seconds) // 2
     early, late = (1e3 * statistics.mean(part) for part in (seconds[EARLY // 4 : half], seconds[half:]))
     print(
-        f"{name:10} {mode:8} {frames_written} frames: {at:.0f} MB at frame {EARLY}, at most {largest:.0f} MB after it "
+        f"{name:10} {mode:8} {frames_written} frames: at most {at:.0f} MB before frame {EARLY}, {largest:.0f} MB after "
         f"({100 * (largest / at - 1):+.1f} %); {early:.1f} ms a frame early, {late:.1f} ms late",
         flush=True,
     )
