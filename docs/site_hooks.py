@@ -38,7 +38,9 @@ def on_config(config):
     """Lists the experiments, and pages that exist only in some versions."""
     for section in config.nav:
         if section.get("Experiments") == "EXPERIMENTS":
-            section["Experiments"] = [str(_address(f"experiments/{file.parent.name}/README.md")) for file in _experiments()]
+            section["Experiments"] = [
+                str(_address(f"experiments/{file.parent.name}/README.md")) for file in _experiments()
+            ]
         elif "Use" in section and (ROOT / "docs" / "installation.md").is_file():
             section["Use"] = ["installation.md", *(page for page in section["Use"] if page != "installation.md")]
     if (ROOT / "CHANGELOG.md").is_file():

@@ -10,6 +10,7 @@ MISSING = {  # part of the reason of a skipped test: command or setting that mak
     "qwen-vl-utils": "pip install --no-deps qwen-vl-utils==0.0.14 requests",
     "pycolmap": "pip install pycolmap",
     "chromium": "apt-get install chromium",
+    "mkdocs": "pip install -e '.[docs]'",
     "viser": "pip install 'blueberry-video[viewer]'",
     "gsplat": "pip install gsplat, and a CUDA device",
     "mamba": "the source of mamba-ssm on PYTHONPATH",
