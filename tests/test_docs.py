@@ -257,6 +257,11 @@ def parse(module: str, words: list[str]) -> None:
             main()
 
 
+def write_clip(file: Path, frames: int) -> None:
+    levels = (np.arange(frames)[:, None, None, None] * 5 + np.arange(64)[:, None, None]).astype(np.uint8)
+    write.write_video(file, np.ascontiguousarray(np.broadcast_to(levels, (frames, 64, 96, 3))), fps=10)
+
+
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: Path) -> Reader:
     """Folder with a video and tiny models under the names that the pages use; the Trainer stops after one step."""
@@ -269,8 +274,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: Path) -> Reade
         for room in ("models", "tasks"):
             package = importlib.import_module(f"blueberry_video.{room}")
             monkeypatch.setattr(package, "__path__", [*package.__path__, str(source / room)])
-    levels = (np.arange(40)[:, None, None, None] * 5 + np.arange(64)[:, None, None]).astype(np.uint8)
-    write.write_video(tmp_path / "clip.mp4", np.ascontiguousarray(np.broadcast_to(levels, (40, 64, 96, 3))), fps=10)
+    write_clip(tmp_path / "clip.mp4", 40)
     monkeypatch.setattr(write.FolderWriter, "__call__", lambda self, out: None)
     quick = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_steps": 1}
     quick |= {"limit_val_batches": 1, "enable_model_summary": False, "accelerator": "cpu"}
@@ -296,10 +300,12 @@ def stand_ins(reader: Reader) -> None:
         encoder = VisionTransformer(image_size=32, patch_size=16, embed_dim=384, depth=1, num_heads=6)
         MaskedAutoencoder(encoder, 384, 1, 6).save_published("MCG-NJU/videomae-base")
     if "outputs/video_depth" in text:
-        config = reader.compose("depth_anything", ["model.encoder.interpolate_offset=0.0"])
+        sizes = [f"model.encoder.{value}" for value in ("interpolate_offset=0.0", "patch_size=14", "image_size=56")]
+        config = reader.compose("depth_anything", sizes)
         tiny: DepthAnything = instantiate(config.model)
         tiny.save_published("outputs/video_depth")
-        reader.names["frames"] = iter(torch.zeros(2, 3, 64, 96, dtype=torch.uint8))
+        write_clip(Path("clip.mp4"), 2)  # a frame has at least 518 pixels in the network
+        reader.names["frames"] = iter(torch.zeros(1, 3, 64, 96, dtype=torch.uint8))
     if "outputs/my_videos" in text:
         _class_folders(Path("data/my_videos"))
         train_quickly(reader, "my_videos")
@@ -431,7 +437,7 @@ def test_choices_keys_files_and_names_exist(page: Path, tmp_path: Path):
             assert code.endswith((".yaml", ".py", ".md")) or set(parts) <= known or _is_name(code), (
                 f"{page.name}: {code}"
             )
-        if re.fullmatch(r"(src|conf|docs|experiments|tests|benchmarks)/[\w./-]+", code):
+        if re.fullmatch(r"(src|conf|docs|experiments|tests|benchmarks)/[\w./-]+\.\w+", code):
             assert (ROOT / code).exists() or (own.folder / code).exists(), f"{page.name}: {code}"
         if re.fullmatch(r"(blueberry_video|models|ops|tasks|evaluation|inference)(\.\w+)+", code):
             assert _is_name(code), f"{page.name}: {code}"
