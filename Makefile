@@ -110,7 +110,7 @@ decode-bench: $(STAMP) ## find the fastest decoder and number of threads on this
 	@$(with_args) benchmarks/decode.py
 
 ##@ Development
-.PHONY: test test-gpu lint bench bench-gpu fuzz-video clean
+.PHONY: test test-gpu lint bench bench-gpu fuzz-video docs clean
 test: $(STAMP) ## run all tests, without network, in two processes; ARGS= for pytest
 	@OMP_NUM_THREADS=1 $(with_args) -m pytest -n 2
 
@@ -130,6 +130,9 @@ bench-gpu: $(STAMP) ## compare the scan kernels with mamba-ssm, if installed, on
 
 fuzz-video: $(STAMP) ## N=10000: process damaged videos in subprocesses, and count the outcomes
 	@$(with_args) tests/video/fuzz_video.py --runs "$$N"
+
+docs: $(STAMP) ## build the documentation site in site/
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 
 clean: ## remove caches; keeps runs, data and .venv/
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis

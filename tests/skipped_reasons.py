@@ -11,6 +11,7 @@ MISSING = {  # part of the reason of a skipped test: command or setting that mak
     "pycolmap": "pip install pycolmap",
     "chromium": "apt-get install chromium",
     "viser": "pip install -e '.[viewer]'",
+    "mkdocs": "pip install -e '.[docs]'",
     "gsplat": "pip install gsplat, and a CUDA device",
     "mamba": "the source of mamba-ssm on PYTHONPATH",
 }

@@ -26,7 +26,10 @@ TOOLS = {
     "mypy",
     "setuptools",
     "onnxruntime",
-}  # of `make test`, `make lint`, tests/test_package.py
+    "mkdocs",
+    "mkdocs-material",
+    "mkdocstrings",
+}  # of `make test`, `make lint`, `make docs`, tests/test_package.py
 PLUGINS = {"hydra-submitit-launcher"}  # imported by Hydra: hydra/launcher=submitit_slurm
 UNDECLARED = {"torchvision"}  # its video reader ended with 0.26, which requires an older torch than this project
 
@@ -57,7 +60,7 @@ def test_every_dependency_is_imported():
     used = imported("src")
     extras = PROJECT["optional-dependencies"]
     declared = names(PROJECT["dependencies"]).union(*(names(extras[name]) for name in extras if name != "dev"))
-    assert {name for name in declared - PLUGINS if module(name) not in used} == set()
+    assert {name for name in declared - PLUGINS - TOOLS if module(name) not in used} == set()
     in_tests = used | imported("tests") | imported("benchmarks")
     assert {name for name in names(extras["dev"]) - TOOLS if module(name) not in in_tests} == set()
 

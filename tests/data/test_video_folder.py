@@ -52,6 +52,21 @@ def test_clip_matches_the_contract(tmp_path: Path):
     assert batch["labels"]["motion"].tolist() == [1, 0, 1, 0]
 
 
+def test_class_folders_with_and_without_split(tmp_path: Path):
+    make(tmp_path / "made", files=3)
+    for k, folder in enumerate(("train/jump", "train/run", "val/run")):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        (tmp_path / "made" / "videos" / f"{k}.mp4").rename(tmp_path / "data" / folder / f"{k}.mp4")
+    train, val = (VideoFolder(tmp_path / "data", num_frames=2, split=split) for split in ("train", "val"))
+    assert train.classes == val.classes == {"class": ("jump", "run")}
+    assert [(clip["id"], clip["labels"]) for clip in train] == [
+        ("jump/0.mp4", {"class": 0}),
+        ("run/1.mp4", {"class": 1}),
+    ]
+    assert [(clip["id"], clip["labels"]) for clip in val] == [("run/2.mp4", {"class": 1})]
+    assert VideoFolder(tmp_path / "data" / "train", num_frames=2).rows == train.rows
+
+
 @pytest.mark.parametrize("form", ["json", "csv", "filename", "bare"])
 def test_metadata_formats(tmp_path: Path, form: str):
     make(tmp_path, files=3)

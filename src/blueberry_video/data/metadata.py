@@ -14,7 +14,7 @@ Other keys are ignored, but a misspelled one, such as ``Caption`` or ``captions`
 Class ids follow the order of ``classes.json`` or of the argument ``classes``, otherwise the sorted order, with numbers
 by value. Either every row has a caption (or a label) or none.
 
-Images may also be in one folder per class, without metadata: see ``read_class_folders``.
+Files may also be in one folder per class, without metadata: see ``read_class_folders``.
 """
 
 import codecs
@@ -197,6 +197,11 @@ def read_class_folders(
     return [Row(name, path, None, labels[name]) for name, path in files.items()], numbered
 
 
+def has_class_folders(root: Path, split: str | None, media: Media = VIDEOS) -> bool:
+    """Returns true for a folder without ``videos/`` (or ``images/``) that has the layout of ``read_class_folders``."""
+    return not (root / media.folder).is_dir() and bool(_class_folders(root if split is None else root / split, media))
+
+
 def _class_folders(folder: Path, media: Media) -> list[Path]:
     """Returns the sub-folders that directly contain a file."""
     if not folder.is_dir():
@@ -219,7 +224,8 @@ def _files(root: Path, media: Media) -> dict[str, Path]:
     if not folder.is_dir():
         writes = f" (`{start_command('data')}` writes one)" if media is VIDEOS else ""
         raise FileNotFoundError(
-            f"There is no folder {folder}: set root to a folder with {media.folder}/ and metadata.jsonl{writes}."
+            f"There is no folder {folder}: set root to a folder with {media.folder}/ and metadata.jsonl{writes}, or "
+            f"with <split>/<class>/ folders of {media.noun} files."
         )
     paths = (Path(parent, name) for parent, _, names in os.walk(folder, onerror=_raise) for name in names)
     files = {path.relative_to(folder).as_posix(): path for path in paths if _is_media(path, media)}

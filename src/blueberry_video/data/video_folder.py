@@ -1,10 +1,11 @@
-"""Clips from a folder of video files with captions and labels.
+"""Clips from a folder of video files with captions and labels, in one of two layouts:
 
     <root>/videos/*.mp4                 any container that FFmpeg reads; sub-folders allowed
-    <root>/metadata.{jsonl,json,csv}    one row per file
-    <root>/classes.json                 optional: {"classes": {label: [names]}, "reversal_pairs": {label: [[i, j]]}}
+    <root>/metadata.{jsonl,json,csv}    one row per file, see ``read_metadata``
 
-See ``read_metadata`` for the rows. The frames of a clip are a pure function of (seed, epoch, file name), independent of
+    <root>/<split>/<class>/*.mp4        also without split; sets the label ``class``
+
+and optionally <root>/classes.json: {"classes": {label: [names]}, "reversal_pairs": {label: [[i, j]]}}. The frames of a clip are a pure function of (seed, epoch, file name), independent of
 the worker that decodes them.
 """
 
@@ -17,7 +18,14 @@ from typing import Literal
 import numpy as np
 
 from blueberry_video.data.media_folder import MediaFolder
-from blueberry_video.data.metadata import VIDEOS, Row, read_classes, read_metadata
+from blueberry_video.data.metadata import (
+    VIDEOS,
+    Row,
+    has_class_folders,
+    read_class_folders,
+    read_classes,
+    read_metadata,
+)
 from blueberry_video.video import resize as resizing
 from blueberry_video.video.clip import load_clip
 from blueberry_video.video.decode import BACKENDS, DecodeOptions, Frames
@@ -31,7 +39,7 @@ class VideoFolder(MediaFolder):
     ``caption``, ``labels``.
 
     Args:
-        root: the folder, with the layout above.
+        root: folder with one of the layouts above.
         num_frames: T.
         sampler: ``uniform``: spread over the whole video; ``random``: a window of every ``stride``-th frame, at a
             different start in each epoch; ``fixed_fps``: frames 1 / ``fps`` s apart, in the middle of the video;
@@ -50,7 +58,7 @@ class VideoFolder(MediaFolder):
             aspect ratio.
         pad: repeat the last frame of videos that are shorter than the clip, instead of raising.
         metadata: file name below root; None finds the existing one; ``"none"`` omits caption and labels.
-        split: use only the rows with this ``split``; None uses all.
+        split: use only the rows with this ``split``, None uses all; or the folder between root and the class folders.
         classes: class names of each label; defaults to those of ``classes.json``, else to the sorted values found (over
             all splits).
         backends: decoders in the order in which they are tried.
@@ -102,7 +110,10 @@ class VideoFolder(MediaFolder):
         self.seed = seed
         self.varies_by_epoch = sampler == "random"
         named, self.reversal_pairs = read_classes(self.root, classes)
-        self.rows, self.classes = read_metadata(self.root, metadata, split, named)
+        if metadata is None and has_class_folders(self.root, split, self.media):
+            self.rows, self.classes = read_class_folders(self.root, split, named, self.media)
+        else:
+            self.rows, self.classes = read_metadata(self.root, metadata, split, named)
         self._last: tuple[tuple[str, int], Frames] | None = None  # (file, clip) and its frames, for num_crops=3
 
     def __len__(self) -> int:
