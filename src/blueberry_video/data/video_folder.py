@@ -5,8 +5,11 @@
 
     <root>/<split>/<class>/*.mp4        also without split; sets the label ``class``
 
-and optionally <root>/classes.json: {"classes": {label: [names]}, "reversal_pairs": {label: [[i, j]]}}. The frames of a clip are a pure function of (seed, epoch, file name), independent of
-the worker that decodes them.
+and optionally
+
+    <root>/classes.json                 {"classes": {label: [names]}, "reversal_pairs": {label: [[i, j]]}}
+
+The frames of a clip are a pure function of (seed, epoch, file name), independent of the worker that decodes them.
 """
 
 import hashlib
