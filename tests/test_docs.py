@@ -246,7 +246,11 @@ def parse(module: str, words: list[str]) -> None:
     original = argparse.ArgumentParser.parse_args
 
     def parse_args(parser, *arguments):
-        original(parser, *arguments)
+        try:
+            original(parser, *arguments)
+        except SystemExit as end:  # code 0: --help
+            if end.code:
+                raise
         raise Parsed
 
     main = importlib.import_module(module).main

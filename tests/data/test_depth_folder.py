@@ -301,7 +301,7 @@ def test_bad_arguments_raise(tmp_path: Path, arguments: dict, error: type[Except
 def test_exr_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "a.exr").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "OpenEXR", None)
-    with pytest.raises(ImportError, match=r"OpenEXR.*blueberry-video\[exr\]"):
+    with pytest.raises(ImportError, match=r"OpenEXR.*pip install -e .*\[exr\]"):
         read_stored(tmp_path / "a.exr")
 
 

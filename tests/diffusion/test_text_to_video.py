@@ -359,5 +359,5 @@ def test_unknown_target_layer_raises_with_its_name():
 
 def test_missing_peft_raises_with_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match=r"peft.*blueberry-video\[pretrained\]"):
+    with pytest.raises(ImportError, match=r"peft.*pip install -e .*\[pretrained\]"):
         adapted()

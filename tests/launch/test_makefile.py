@@ -42,7 +42,8 @@ def repository(tmp_path: Path) -> Path:
 def words(repository: Path, target: str, **variables: str) -> list[str]:
     """Arguments that the command of a target receives."""
     command = ["make", target, *(f"{name}={value}" for name, value in variables.items())]
-    environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+    # MAKEFLAGS has the variables of the make that runs the tests
+    environment = {key: value for key, value in os.environ.items() if key not in {*VARIABLES, "MAKEFLAGS"}}
     result = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return (repository / "words.txt").read_text().splitlines()

@@ -104,5 +104,5 @@ def test_missing_or_invalid_autoencoder_raises(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ValueError, match=r"(?s)AutoencoderKL\b.*AutoencoderKLCogVideoX.*AutoencoderKLHunyuanVideo15"):
         PretrainedVAE(str(tmp_path))
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ImportError, match=r"(?s)diffusers.*blueberry-video\[pretrained\]"):
+    with pytest.raises(ImportError, match=r"(?s)diffusers.*pip install -e .*\[pretrained\]"):
         PretrainedVAE(str(tmp_path))

@@ -109,5 +109,5 @@ def test_missing_or_invalid_parts_raise(cogvideox: Path, tmp_path: Path):
 
 def test_missing_package_raises_with_the_extra(cogvideox: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"(?s)transformers.*blueberry-video\[pretrained\]"):
+    with pytest.raises(ImportError, match=r"(?s)transformers.*pip install -e .*\[pretrained\]"):
         T5Text(str(cogvideox))
