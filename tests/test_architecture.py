@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "diffusion": {"models.autoencoder", "models.text_encoder", "nn", "weights"},
     "evaluation": {"diffusion", "models.encoder", "models.text_encoder", "nn", "weights"},
     "data": {"video"},
-    "inference": {"models", "nn"},
+    "inference": {"models", "nn", "ops"},
     "tasks": {"models", "diffusion", "nn", "masking", "augmentation", "optim", "inference", "evaluation", "weights"},
     "callbacks": {"nn"},
     "experiment": {"config", "launch.machine"},

@@ -7,6 +7,7 @@ import torch
 
 from blueberry_video.inference import camera_paths as paths
 from blueberry_video.inference.render import camera_path, color_of, path_of_cameras, render_frames, size_of
+from blueberry_video.ops.rasterizer.projection import rotations
 from trained_scenes import trained_scene
 
 
@@ -62,7 +63,7 @@ def test_turntable_of_degenerate_cameras_is_finite(case):
 
 def test_quaternions_of_all_rotations():
     turns = torch.cat([random_rotations(50), torch.stack([rotation(math.pi * axis) for axis in torch.eye(3)])])
-    torch.testing.assert_close(paths.rotation_matrices(paths.quaternions(turns)), turns, atol=1e-12, rtol=0)
+    torch.testing.assert_close(rotations(paths.quaternions(turns)), turns, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("angle", [1e-9, 1e-4, 0.5, 3.0, 3.14159])

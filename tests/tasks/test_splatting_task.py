@@ -171,6 +171,29 @@ def test_density_control_counts_the_steps_of_each_stage(monkeypatch: pytest.Monk
     assert calls == [(3, False), (COARSE + 3, False), COARSE + 5, (COARSE + 6, True), (COARSE + 9, True), COARSE + 10]
 
 
+def test_loss_of_native_dynamics_has_the_weighted_speed():
+    found, images = prepared("native", losses=SceneLosses(speed=5.0)), batch()
+    with torch.no_grad():
+        found.model.dynamics.velocities.fill_(0.1)
+    found.steps.fill_(COARSE)
+    values = found.shared_step(images, "train")
+    torch.testing.assert_close(values["speed"], torch.tensor(0.3))
+    torch.testing.assert_close(values["loss"], values["l1"] + 1.5)
+
+
+def test_long_native_gaussians_become_static_after_a_densification_of_the_second_stage():
+    found = prepared("native")
+    optimizer, _ = found.build_optimizer(30)
+    with torch.no_grad():
+        found.model.dynamics.log_durations[:5] = 2.0  # 7.4 time spans
+    marked = []
+    for _ in range(COARSE + 3):
+        found.after_step(optimizer)
+        marked.append(int(found.model.dynamics.is_static.sum()))
+    assert marked[:-1] == [0] * (COARSE + 2)  # the densification of the first stage is after step 3
+    assert marked[-1] == 5
+
+
 @pytest.mark.parametrize("final", [1.0, 0.25])
 def test_learning_rates_have_the_scale_of_the_scene_and_decay_by_role(final: float):
     found = prepared(

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blueberry_video.ops.rasterizer.projection import rotations
+
 NEARLY_PARALLEL = 1e-6  # sine of the angle below which a spherical interpolation is linear
 RIDGE = 1e-3  # weight of the points one unit ahead of the cameras, for parallel optical axes
 
@@ -110,7 +112,7 @@ def interpolate_poses(poses: Tensor, frames: int) -> Tensor:
     high = (low + 1).clamp(max=len(poses) - 1)
     found = torch.eye(4, dtype=torch.float64).repeat(frames, 1, 1)
     quats = quaternions(poses[:, :3, :3])
-    found[:, :3, :3] = rotation_matrices(slerp(quats[low], quats[high], weight))
+    found[:, :3, :3] = rotations(slerp(quats[low], quats[high], weight))
     found[:, :3, 3] = interpolate(poses[:, :3, 3], frames)
     return found.float()
 
@@ -126,9 +128,9 @@ def slerp(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
     return F.normalize(torch.where(sine > NEARLY_PARALLEL, spherical, first + weight * (second - first)), dim=-1)
 
 
-def quaternions(rotations: Tensor) -> Tensor:
+def quaternions(matrices: Tensor) -> Tensor:
     """Unit quaternions (…, 4) in the order w, x, y, z of rotation matrices (…, 3, 3)."""
-    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = (row.unbind(-1) for row in rotations.unbind(-2))
+    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = (row.unbind(-1) for row in matrices.unbind(-2))
     # Rows of 4 q qᵀ, of which the one with the largest diagonal entry is divided by its norm.
     rows = [
         [1 + xx + yy + zz, zy - yz, xz - zx, yx - xy],
@@ -139,15 +141,6 @@ def quaternions(rotations: Tensor) -> Tensor:
     products = torch.stack([torch.stack(row, -1) for row in rows], -2)
     largest = products.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
     return F.normalize(products.take_along_dim(largest, -2)[..., 0, :], dim=-1)
-
-
-def rotation_matrices(quats: Tensor) -> Tensor:
-    """Rotation matrices (…, 3, 3) of unit quaternions (…, 4) in the order w, x, y, z."""
-    w, vector = quats[..., 0, None, None], quats[..., 1:]
-    x, y, z = vector.unbind(-1)
-    zero = torch.zeros_like(x)
-    skew = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
-    return torch.eye(3).to(quats) + 2 * (w * skew + skew @ skew)
 
 
 def scaled_camera(intrinsics: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blueberry_video.inference.camera_paths import orbit_of, rotation_matrices
+from blueberry_video.inference.camera_paths import orbit_of
 from blueberry_video.inference.render import TrainedScene
 from blueberry_video.installation import install_command
 from blueberry_video.models.gaussian_splatting import Camera
+from blueberry_video.ops.rasterizer.projection import rotations
 
 MOVING_HEIGHT = 128  # rows of a frame while the camera or the time changes
 PERIOD = 1 / 30  # seconds between two looks at the state
@@ -99,7 +100,7 @@ class LiveViewer:
         """
         pose = torch.eye(4, dtype=torch.float64)
         quat = torch.tensor([float(value) for value in wxyz], dtype=torch.float64)
-        pose[:3, :3] = rotation_matrices(quat / quat.norm())
+        pose[:3, :3] = rotations(quat)
         pose[:3, 3] = torch.tensor([float(value) for value in position], dtype=torch.float64)
         width, focal = max(1, round(height * aspect)), height / 2 / math.tan(fov / 2)
         intrinsics = torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])

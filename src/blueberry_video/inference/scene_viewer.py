@@ -18,6 +18,7 @@ import base64
 import html
 import json
 import math
+import re
 import zlib
 from itertools import pairwise
 from pathlib import Path
@@ -93,9 +94,8 @@ def write_viewer(
         "__HEADER__": json.dumps(header, allow_nan=False).replace("<", "\\u003c"),
         "__DATA__": base64.b64encode(zlib.compress(bytes(data))).decode("ascii"),
     }
-    page = TEMPLATE.read_text(encoding="utf-8")
-    for key, content in filled.items():
-        page = page.replace(key, content, 1)
+    # in one pass: a title may contain another key
+    page = re.sub("|".join(filled), lambda key: filled[key[0]], TEMPLATE.read_text(encoding="utf-8"))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)

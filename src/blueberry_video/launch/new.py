@@ -16,7 +16,7 @@ def new_experiment(name: str, root: Path = Path("experiments"), make: bool = IN_
 
     Args:
         name: name of the experiment.
-        root: folder of the experiments. If it has a ``template`` of its own, that one is copied.
+        root: folder of the experiments. Its ``template``, if there is one, replaces the shipped one.
         make: whether the commands in the files are those of make.
 
     Raises:
