@@ -11,11 +11,13 @@ EXTRAS=${EXTRAS-pretrained}
 TORCH_INDEX=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}
 
 # 1. system packages
-if command -v ffmpeg >/dev/null && command -v git >/dev/null && python3 -c 'import ensurepip' 2>/dev/null; then
+# (libpython3-dev: torchcodec loads the shared library of Python, Triton and torch.compile need the headers)
+if command -v ffmpeg >/dev/null && command -v git >/dev/null &&
+  python3 -c 'import ctypes, ensurepip, sys; ctypes.CDLL("libpython%d.%d.so.1.0" % sys.version_info[:2])' 2>/dev/null; then
   echo "system packages: installed"
 else
   apt-get update
-  apt-get install -y --no-install-recommends ca-certificates ffmpeg git python3 python3-venv
+  apt-get install -y --no-install-recommends ca-certificates ffmpeg git libpython3-dev python3 python3-venv
 fi
 
 # 2. environment

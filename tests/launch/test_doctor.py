@@ -130,6 +130,16 @@ def test_decoders(ffmpeg: bool, fails: tuple, expected: dict, capsys, monkeypatc
     assert all(found[name].startswith(text) for name, text in expected.items()), found
 
 
+def test_missing_shared_library_of_python_is_reported_with_the_fix(capsys, monkeypatch: pytest.MonkeyPatch):
+    missing = "OSError: {}: cannot open shared object file: No such file or directory\n"
+    error = "".join(missing.format(name) for name in ("libavutil.so.60", "libpython3.11.so.1.0", "libavutil.so.56"))
+    result = SimpleNamespace(returncode=1, stderr=error + "[end of libtorchcodec loading traceback].")
+    monkeypatch.setattr(doctor.subprocess, "run", lambda command, **options: result)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
+    doctor._video()
+    assert re.search(r"FAIL  torchcodec .*libpython3\.11\.so\.1\.0.*`apt-get install libpython3-dev`", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("present", [False, True])
 def test_services(present: bool, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "wandb_key", lambda: "netrc" if present else None)

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -146,14 +147,22 @@ def _video() -> None:
         elif name == "torchcodec" and not ffmpeg:
             _line(None, name, "does not load without FFmpeg; PyAV decodes instead")
         else:
-            last = (result.stderr.strip().splitlines() or ["no message"])[-1][:80]
-            _line(
-                False,
-                name,
-                f"does not load ({last})",
-                f"`{_setup(name)}` installs the tested version; torchcodec also needs a system FFmpeg of version 4 "
-                "to 8.",
-            )
+            _line(False, name, *_load_failure(name, result.stderr))
+
+
+def _load_failure(name: str, traceback: str) -> tuple[str, str]:
+    """Returns reason and fix for a decoder that fails to import."""
+    # torchcodec tries one library per version of FFmpeg: the reason of the installed version is not the last line
+    if python := re.search(r"(libpython[\d.]+\.so[\d.]*): cannot open shared object", traceback):
+        return (
+            f"does not load: {python[1]} is missing, the shared library of Python",
+            "`apt-get install libpython3-dev` installs it; until then PyAV decodes.",
+        )
+    last = (traceback.strip().splitlines() or ["no message"])[-1][:80]
+    return (
+        f"does not load ({last})",
+        f"`{_setup(name)}` installs the tested version; torchcodec also needs a system FFmpeg of version 4 to 8.",
+    )
 
 
 def _services() -> None:
