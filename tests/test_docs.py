@@ -77,6 +77,8 @@ def blocks(page: Path) -> list[Block]:
         fence = re.match(r"( *)```(\w*)\s*$", line)
         if fence and start is None:
             start = number, fence
+            # Markdown of the site: a block belongs to a list item with four spaces only
+            assert len(fence[1]) % 4 == 0, f"{page.name} line {number + 1}: indent blocks of lists by 4 spaces"
         elif fence and start is not None:
             first, opening = start
             text = "\n".join(each[len(opening[1]) :] for each in lines[first + 1 : number])
