@@ -18,8 +18,8 @@ from blueberry_video.data.latents import LatentClips
 from blueberry_video.data.media_folder import broken_reason
 from blueberry_video.data.metadata import Row
 from blueberry_video.data.mixture import Mixture
-from blueberry_video.data.video_folder import VideoFolder
-from blueberry_video.video.container import VideoInfo, probe
+from blueberry_video.data.video_folder import VideoClips
+from blueberry_video.video.container import VideoInfo
 from blueberry_video.video.errors import VideoError
 
 
@@ -103,7 +103,7 @@ class VideoBuckets(Buckets):
 
     def __init__(
         self,
-        dataset: VideoFolder,
+        dataset: VideoClips,
         shapes: Sequence[Sequence[int]],
         token_size: Sequence[int],
         token_budget: int,
@@ -118,13 +118,13 @@ class VideoBuckets(Buckets):
             raise ValueError("sampler=multi_clip cannot be used with buckets: use uniform, random or fixed_fps.")
         if captions and (missing := [row.name for row in dataset.rows if not row.caption]):
             raise ValueError(
-                f"{len(missing)} of {len(dataset.rows)} videos in {dataset.root} have no caption, the first of them "
-                f"{missing[0]!r}: add captions to the metadata, or set captions=false for a model without text."
+                f"{len(missing)} of {len(dataset.rows)} videos in {dataset.location} have no caption, the first "
+                f"of them {missing[0]!r}: add captions to the metadata, or set captions=false for a model without text."
             )
         rows: dict[str, list[Row]] = {name: [] for name in wanted}
         for row in dataset.rows:
             try:
-                info = probe(row.path)
+                info = dataset.probe(row)
             except (VideoError, OSError) as error:
                 dataset.skip(row.name, broken_reason(error))
                 continue
@@ -138,7 +138,7 @@ class VideoBuckets(Buckets):
                 )
         if not any(rows.values()):
             raise ValueError(
-                f"all {len(dataset.rows)} videos in {dataset.root} are too small for every bucket of shapes "
+                f"all {len(dataset.rows)} videos in {dataset.location} are too small for every bucket of shapes "
                 f"({', '.join(wanted)}): add smaller ones."
             )
         parts = {name: _restricted(dataset, wanted[name], found) for name, found in rows.items() if found}
@@ -251,7 +251,7 @@ def _three(key: str, values: Sequence[int]) -> tuple[int, int, int]:
     return frames, height, width
 
 
-def _available(dataset: VideoFolder, info: VideoInfo) -> float:
+def _available(dataset: VideoClips, info: VideoInfo) -> float:
     """Returns the maximum number of frames in a clip of this video, with the sampling of the dataset."""
     if dataset.pad:
         return math.inf
@@ -263,7 +263,7 @@ def _available(dataset: VideoFolder, info: VideoInfo) -> float:
     return info.num_frames
 
 
-def _restricted(dataset: VideoFolder, shape: tuple[int, int, int], rows: list[Row]) -> VideoFolder:
+def _restricted(dataset: VideoClips, shape: tuple[int, int, int], rows: list[Row]) -> VideoClips:
     """Returns the same folder with only these files, resized to this shape."""
     part = copy.copy(dataset)
     part.num_frames, part.image_size, part.rows, part.counted = shape[0], shape[1:], rows, dataset.rows

@@ -44,9 +44,10 @@ class MediaFolder(Dataset):
     """
 
     media: Media
-    rows: list[Row]
+    rows: Sequence[Row]
     classes: dict[str, tuple[str, ...]]
-    counted: list[Row] | None = None  # rows that max_broken_share is a share of, if they are more than ``rows``
+    counted: Sequence[Row] | None = None  # rows that max_broken_share is a share of, if they are more than ``rows``
+    repair = "Replace or remove them (with their metadata rows)"  # the fix for broken files
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class MediaFolder(Dataset):
                 f"max_broken_share={max_broken_share} is outside 0 to 1: use a share of the files, such as 0.05."
             )
         self.root = Path(root)
+        self.location = str(root) if "://" in str(root) else str(self.root)  # in messages and in skipped_file
         self.image_size = (int(size[0]), int(size[1])) if size is not None else None
         self.resize, self.max_broken_share = resize, max_broken_share
         self.skipped: dict[str, str] = {}
@@ -94,17 +96,20 @@ class MediaFolder(Dataset):
         self.skipped[name] = reason
         self._list(name, reason)
         rows = self.counted or self.rows
-        broken = sum(row.name in self.skipped for row in rows)
+        broken = self._num_skipped(rows)
         if broken > self.max_broken_share * len(rows):
             raise RuntimeError(
-                f"{broken} of {len(rows)} {self.media.noun} files in {self.root} are broken, more than "
-                f"max_broken_share={self.max_broken_share}: "
-                f"{self._examples()}. Replace or remove them (with their metadata rows), or raise max_broken_share."
+                f"{broken} of {len(rows)} {self.media.noun} files in {self.location} are broken, more than "
+                f"max_broken_share={self.max_broken_share}: {self._examples()}. {self.repair}, or raise "
+                "max_broken_share."
             )
 
     def _list(self, name: str, reason: str) -> None:
         if self._skipped_file is not None:
-            self.skipped.update(_append_skipped(Path(self._skipped_file), self.root, name, reason))
+            self.skipped.update(_append_skipped(Path(self._skipped_file), self.location, name, reason))
+
+    def _num_skipped(self, rows: Sequence[Row]) -> int:
+        return sum(row.name in self.skipped for row in rows)
 
     def _first_good(self, start: int, read: Callable[[Row], dict]) -> dict:
         """Returns ``read`` of row ``start``, or of the first row after it that is not broken."""
@@ -117,7 +122,8 @@ class MediaFolder(Dataset):
             except (VideoError, OSError) as error:
                 self.skip(row.name, broken_reason(error))
         raise RuntimeError(
-            f"All {len(self.rows)} {self.media.noun} files in {self.root} are broken: {self._examples()}. Replace them."
+            f"All {len(self.rows)} {self.media.noun} files in {self.location} are broken: {self._examples()}. Replace "
+            "them."
         )
 
     def _resized(self, pixels: Tensor) -> Tensor:
@@ -134,13 +140,16 @@ class MediaFolder(Dataset):
         """SHA-256 of all rows and of the sizes and modification times of their files."""
         digest = hashlib.sha256()
         for row in self.rows:
-            try:
-                stat = row.path.stat()
-                version = [stat.st_size, stat.st_mtime_ns]
-            except OSError:  # vanished since it was listed: reading it skips it
-                version = [-1, -1]
-            digest.update(json.dumps([row.name, *version, row.caption, row.labels]).encode())
+            digest.update(json.dumps([row.name, *self._version(row), row.caption, row.labels]).encode())
         return digest.hexdigest()
+
+    def _version(self, row: Row) -> list[int]:
+        """Size and modification time of the file of a row."""
+        try:
+            stat = row.path.stat()
+        except OSError:  # vanished since it was listed: reading it skips it
+            return [-1, -1]
+        return [stat.st_size, stat.st_mtime_ns]
 
     def _examples(self) -> str:
         return "; ".join(f"{name}: {reason}" for name, reason in list(self.skipped.items())[:3])
@@ -153,7 +162,7 @@ def broken_reason(error: VideoError | OSError) -> str:
     return str(error) if isinstance(error, VideoError) else f"the file has vanished or cannot be read ({error})"
 
 
-def _append_skipped(path: Path, root: Path, name: str, reason: str) -> dict[str, str]:
+def _append_skipped(path: Path, root: str | Path, name: str, reason: str) -> dict[str, str]:
     """Appends a row unless the file is already listed, under a lock. Returns file -> reason for this root."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", newline="") as file:

@@ -58,12 +58,13 @@ IMAGES = Media("image", frozenset(_IMAGE_FILES.split(" ")))
 @dataclass(frozen=True)
 class Row:
     """Metadata of one file. ``name`` is the path below ``videos``, ``images`` or the split, with slashes; ``labels``
-    are class ids."""
+    are class ids; ``split`` is that of a metadata row."""
 
     name: str
     path: Path
     caption: str | None
     labels: dict[str, int]
+    split: str | None = None
 
     @property
     def annotations(self) -> dict:
@@ -98,6 +99,15 @@ def read_classes(
                 f'{path} is not {{"classes": {{label: [names]}}, "reversal_pairs": {{label: [[i, j]]}}}} ({error!r}): '
                 "correct it, or remove it to number the classes in sorted order."
             ) from error
+    return renamed_classes(classes, pairs, given)
+
+
+def renamed_classes(
+    classes: dict[str, tuple[str, ...]],
+    pairs: dict[str, tuple[tuple[int, int], ...]],
+    given: Mapping[str, Sequence[str]] | None,
+) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[tuple[int, int], ...]]]:
+    """Replaces class names by ``given``; pairs refer to the new order, and those of absent classes are dropped."""
     if not given:
         return classes, pairs
     named = {str(label): _class_names(label, names) for label, names in given.items()}
@@ -162,7 +172,9 @@ def read_metadata(
     captions = _captions(source, entries)
     labels, classes = _number(source, {name: _labels(source, name, entry) for name, entry in entries.items()}, classes)
     kept = _of_split(source, entries, split)
-    return [Row(name, files[name], captions.get(name), labels[name]) for name in sorted(kept)], classes
+    return [
+        Row(name, files[name], captions.get(name), labels[name], entries[name]["split"]) for name in sorted(kept)
+    ], classes
 
 
 def read_class_folders(

@@ -15,6 +15,7 @@ The frames of a clip are a pure function of (seed, epoch, file name), independen
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -31,13 +32,126 @@ from blueberry_video.data.metadata import (
 )
 from blueberry_video.video import resize as resizing
 from blueberry_video.video.clip import load_clip
+from blueberry_video.video.container import VideoInfo, open_video, probe
 from blueberry_video.video.decode import BACKENDS, DecodeOptions, Frames
 from blueberry_video.video.errors import VideoError
 from blueberry_video.video.resize import ResizeOptions
 from blueberry_video.video.sampling import ClipSampling
+from blueberry_video.video.source import Source
 
 
-class VideoFolder(MediaFolder):
+class VideoClips(MediaFolder):
+    """Base of a map-style dataset of video files: sampling, decoding, cropping and resizing.
+
+    A subclass sets ``rows``, ``classes`` and ``reversal_pairs``, and opens the file of a row. The arguments are those
+    of :class:`VideoFolder`.
+    """
+
+    media = VIDEOS
+    reversal_pairs: dict[str, tuple[tuple[int, int], ...]]
+
+    def __init__(
+        self,
+        root: str | Path,
+        num_frames: int,
+        sampler: Literal["uniform", "random", "fixed_fps", "multi_clip"],
+        stride: int,
+        fps: float | None,
+        num_clips: int,
+        num_crops: Literal[1, 3],
+        image_size: int | Sequence[int] | None,
+        resize: Literal["crop", "stretch"],
+        pad: bool,
+        backends: Sequence[str],
+        max_broken_share: float,
+        skipped_file: str | None,
+        seed: int,
+    ):
+        self.num_frames, self.sampler, self.stride, self.fps, self.pad = num_frames, sampler, stride, fps, pad
+        self.num_clips, self.num_crops = num_clips, num_crops
+        _ = self.sampling  # validates the arguments
+        _check_crops(num_crops, sampler, image_size, resize)
+        super().__init__(root, image_size, resize, max_broken_share, skipped_file)
+        # one thread, since data loaders have many workers; damaged files are skipped, since training would repeat them
+        self.decoding = DecodeOptions(backends=tuple(backends), num_threads=1, salvage=False)
+        self.seed = seed
+        self.varies_by_epoch = sampler == "random"
+        self._last: tuple[tuple[str, int], Frames] | None = None  # (file, clip) and its frames, for num_crops=3
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.num_clips * self.num_crops
+
+    def __getitem__(self, index: int) -> dict:
+        return self.sample(index, epoch=0)
+
+    def sample(self, index: int, epoch: int) -> dict:
+        """Returns clip ``index`` of epoch ``epoch``."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside this dataset of {len(self)} clips.")
+        rest, crop = divmod(index, self.num_crops)
+        start, clip = divmod(rest, self.num_clips)
+        return self._first_good(start, lambda row: self._read(row, clip, crop, epoch))
+
+    def opened(self, row: Row) -> AbstractContextManager[Path | Source]:
+        """Context manager of the file of a row: a local path, or a source that is deleted on exit."""
+        return nullcontext(row.path)
+
+    def probe(self, row: Row) -> VideoInfo:
+        """Returns the properties of the file of a row; raises as :func:`~blueberry_video.video.container.probe`."""
+        with self.opened(row) as source:
+            if isinstance(source, Source):
+                assert source.path is not None
+                with open_video(source.path, name=source.name) as video:
+                    return video.info
+            return probe(source)
+
+    @property
+    def sampling(self) -> ClipSampling:
+        """Sampling of the frames of a clip."""
+        return ClipSampling(self.sampler, self.num_frames, self.stride, self.fps, self.num_clips, self.pad)
+
+    @property
+    def cache_key(self) -> str:
+        """Key of everything that determines the clips: settings, files with size and modification time, labels and
+        captions."""
+        settings: list = [self.num_frames, self.sampler, self.stride, self.fps, self.num_clips, self.image_size]
+        settings += [self.resize, self.pad, self.decoding.backends, self.seed]
+        settings += [self.num_crops] if self.num_crops > 1 else []
+        return f"video-folder-2/{json.dumps(settings)}/{self._digest()}"
+
+    def _read(self, row: Row, clip: int, crop: int, epoch: int) -> dict:
+        part = f"#{clip}" if self.sampler == "multi_clip" else ""
+        if self.num_crops == 1:
+            frames = self._load(row, clip, epoch)
+            video = frames.pixels
+        else:
+            assert self.image_size is not None
+            if self._last is None or self._last[0] != (row.name, clip):
+                self._last = (row.name, clip), self._load(row, clip, epoch=0)
+            frames = self._last[1]
+            video, part = resizing.window(frames.pixels, self.image_size, crop), f"{part}.{crop}"
+        seconds = frames.timestamps.unique()  # without the repetitions of padding
+        fps = self.fps or ((len(seconds) - 1) / float(seconds[-1] - seconds[0]) if len(seconds) > 1 else 0.0)
+        return {"video": video, "id": row.name + part, "fps": float(fps), **self._said(row)}
+
+    def _load(self, row: Row, clip: int, epoch: int) -> Frames:
+        """Decoded frames resized to ``image_size``, or to the smallest size that covers it for ``num_crops=3``."""
+        rng = np.random.default_rng([self.seed, epoch, int(hashlib.sha256(row.name.encode()).hexdigest()[:16], 16)])
+        rule = "none" if self.image_size is None else "cover" if self.num_crops > 1 else self.resize
+        size = ResizeOptions(rule, image_size=self.image_size, resample="fast", interpolation="bilinear")
+        try:
+            with self.opened(row) as source:
+                return load_clip(source, self.sampling, size, self.decoding, rng, clip)
+        except VideoError:
+            raise
+        except ValueError as error:
+            raise ValueError(
+                f"{row.path}: {error} In a config these are model.encoder.num_frames, data.train.stride and "
+                "data.train.pad=true (or data.val.…)."
+            ) from error
+
+
+class VideoFolder(VideoClips):
     """Map-style dataset of clips: ``video`` uint8 (T, 3, H, W), ``id``, ``fps`` and, if the metadata has them,
     ``caption``, ``labels``.
 
@@ -78,8 +192,6 @@ class VideoFolder(MediaFolder):
         RuntimeError: (when reading a clip) more than ``max_broken_share`` of the files are broken.
     """
 
-    media = VIDEOS
-
     def __init__(
         self,
         root: str | Path,
@@ -101,81 +213,15 @@ class VideoFolder(MediaFolder):
         seed: int = 0,
         make: Callable[[Path], None] | None = None,
     ):
-        self.num_frames, self.sampler, self.stride, self.fps, self.pad = num_frames, sampler, stride, fps, pad
-        self.num_clips, self.num_crops = num_clips, num_crops
-        _ = self.sampling  # validates the arguments
-        _check_crops(num_crops, sampler, image_size, resize)
-        super().__init__(root, image_size, resize, max_broken_share, skipped_file)
+        how = (sampler, stride, fps, num_clips, num_crops, image_size, resize, pad, backends)
+        super().__init__(root, num_frames, *how, max_broken_share, skipped_file, seed)
         if make is not None:
             make(self.root)
-        # one thread, since data loaders have many workers; damaged files are skipped, since training would repeat them
-        self.decoding = DecodeOptions(backends=tuple(backends), num_threads=1, salvage=False)
-        self.seed = seed
-        self.varies_by_epoch = sampler == "random"
         named, self.reversal_pairs = read_classes(self.root, classes)
         if metadata is None and has_class_folders(self.root, split, self.media):
             self.rows, self.classes = read_class_folders(self.root, split, named, self.media)
         else:
             self.rows, self.classes = read_metadata(self.root, metadata, split, named)
-        self._last: tuple[tuple[str, int], Frames] | None = None  # (file, clip) and its frames, for num_crops=3
-
-    def __len__(self) -> int:
-        return len(self.rows) * self.num_clips * self.num_crops
-
-    def __getitem__(self, index: int) -> dict:
-        return self.sample(index, epoch=0)
-
-    def sample(self, index: int, epoch: int) -> dict:
-        """Returns clip ``index`` of epoch ``epoch``."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside this dataset of {len(self)} clips.")
-        rest, crop = divmod(index, self.num_crops)
-        start, clip = divmod(rest, self.num_clips)
-        return self._first_good(start, lambda row: self._read(row, clip, crop, epoch))
-
-    @property
-    def sampling(self) -> ClipSampling:
-        """Sampling of the frames of a clip."""
-        return ClipSampling(self.sampler, self.num_frames, self.stride, self.fps, self.num_clips, self.pad)
-
-    @property
-    def cache_key(self) -> str:
-        """Key of everything that determines the clips: settings, files with size and modification time, labels and
-        captions."""
-        settings: list = [self.num_frames, self.sampler, self.stride, self.fps, self.num_clips, self.image_size]
-        settings += [self.resize, self.pad, self.decoding.backends, self.seed]
-        settings += [self.num_crops] if self.num_crops > 1 else []
-        return f"video-folder-2/{json.dumps(settings)}/{self._digest()}"
-
-    def _read(self, row: Row, clip: int, crop: int, epoch: int) -> dict:
-        part = f"#{clip}" if self.sampler == "multi_clip" else ""
-        if self.num_crops == 1:
-            frames = self._load(row, clip, epoch)
-            video = frames.pixels
-        else:
-            assert self.image_size is not None
-            if self._last is None or self._last[0] != (row.name, clip):
-                self._last = (row.name, clip), self._load(row, clip, epoch=0)
-            frames = self._last[1]
-            video, part = resizing.window(frames.pixels, self.image_size, crop), f"{part}.{crop}"
-        seconds = frames.timestamps.unique()  # without the repetitions of padding
-        fps = self.fps or ((len(seconds) - 1) / float(seconds[-1] - seconds[0]) if len(seconds) > 1 else 0.0)
-        return {"video": video, "id": row.name + part, "fps": float(fps), **self._said(row)}
-
-    def _load(self, row: Row, clip: int, epoch: int) -> Frames:
-        """Decoded frames resized to ``image_size``, or to the smallest size that covers it for ``num_crops=3``."""
-        rng = np.random.default_rng([self.seed, epoch, int(hashlib.sha256(row.name.encode()).hexdigest()[:16], 16)])
-        rule = "none" if self.image_size is None else "cover" if self.num_crops > 1 else self.resize
-        size = ResizeOptions(rule, image_size=self.image_size, resample="fast", interpolation="bilinear")
-        try:
-            return load_clip(row.path, self.sampling, size, self.decoding, rng, clip)
-        except VideoError:
-            raise
-        except ValueError as error:
-            raise ValueError(
-                f"{row.path}: {error} In a config these are model.encoder.num_frames, data.train.stride and "
-                "data.train.pad=true (or data.val.…)."
-            ) from error
 
 
 def _check_crops(num_crops: int, sampler: str, image_size: int | Sequence[int] | None, resize: str) -> None:
