@@ -1,6 +1,7 @@
 """Batch samplers. The order is a pure function of (seed, epoch), so that a run can resume at any batch."""
 
 import itertools
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -84,6 +85,56 @@ class TrainBatches:
         order = np.random.default_rng(entropy).permutation(self.size)
         for batch in range(len(self)):
             yield order[batch * self.global_batch : (batch + 1) * self.global_batch]
+
+
+class WindowedTrainBatches(TrainBatches):
+    """Batch sampler for clips in shards: shuffles the shards, and then the clips within each window of shards.
+
+    The batches of a while read from few shards. Clips of distant shards never share a batch.
+
+    Args:
+        clips: indices of the dataset, shard by shard.
+        counts: number of indices of each shard.
+        window: shards that are shuffled together.
+        batch_size, seed, rank, world_size, drop_last: see ``TrainBatches``.
+
+    Raises:
+        ValueError: the dataset is smaller than one global batch.
+    """
+
+    def __init__(
+        self,
+        clips: np.ndarray,
+        counts: np.ndarray,
+        window: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+    ):
+        super().__init__(len(clips), batch_size, seed, rank, world_size, drop_last)
+        self.clips, self.counts, self.window = clips, counts, window
+        self.ends = np.cumsum(counts)
+
+    @property
+    def order(self) -> dict[str, Any]:
+        shards = zlib.crc32(np.asarray(self.counts, np.int64).tobytes())
+        return {**super().order, "shuffle_window": self.window, "shards": shards}
+
+    def one_pass(self, entropy: list[int]) -> Iterator[np.ndarray]:
+        random = np.random.default_rng(entropy)
+        shards = random.permutation(len(self.counts))
+        rest = np.empty(0, np.int64)
+        for first in range(0, len(shards), self.window):
+            chosen = shards[first : first + self.window]
+            found = [self.clips[self.ends[shard] - self.counts[shard] : self.ends[shard]] for shard in chosen]
+            rest = np.concatenate([rest, random.permutation(np.concatenate(found))])
+            whole = len(rest) // self.global_batch * self.global_batch
+            yield from rest[:whole].reshape(-1, self.global_batch)
+            rest = rest[whole:]
+        if len(rest) and not self.drop_last:
+            yield rest
 
 
 class MixedTrainBatches(TrainBatches):
