@@ -36,6 +36,8 @@ PROMPT ?=
 override export PROMPT := $(value PROMPT)
 DTYPE ?= float32
 override export DTYPE := $(value DTYPE)
+DATA ?=
+override export DATA := $(value DATA)
 N ?= 10000
 override export N := $(value N)
 
@@ -61,7 +63,7 @@ doctor: $(STAMP) ## check versions, devices, FFmpeg, wandb, Slurm and disk, with
 	@$(blueberry) doctor
 
 ##@ Experiments
-.PHONY: new check train sweep gate report latents pseudo_labels export generate render data
+.PHONY: new check train sweep gate report latents pseudo_labels export generate render data shards
 new: $(STAMP) ## EXP=name: copy experiments/template/
 	@$(blueberry) new "$$EXP"
 
@@ -97,6 +99,9 @@ render: $(STAMP) ## CHECKPOINT=run OUT=folder [ARGS="--format mp4,ply,html --pat
 
 data: $(STAMP) ## write a folder of mp4 files; ARGS="source=world out=data/world train=1000"
 	@$(blueberry) data --args="$$ARGS"
+
+shards: $(STAMP) ## DATA=folder OUT=folder [ARGS="--shard-size 1GB"]: write tar shards of a folder of videos; OUT may be s3://bucket/folder
+	@$(if $(strip $(DATA)),,$(error DATA is missing: `make shards DATA=data/my_videos OUT=data/my_shards`))$(if $(strip $(OUT)),,$(error OUT is missing: add OUT=<folder>))$(blueberry) shards "$$DATA" --out="$$OUT" --args="$$ARGS"
 
 ##@ Video
 .PHONY: process depth decode-bench

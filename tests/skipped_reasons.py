@@ -11,6 +11,8 @@ MISSING = {  # part of the reason of a skipped test: command or setting that mak
     "pycolmap": "pip install pycolmap",
     "chromium": "apt-get install chromium",
     "viser": "pip install -e '.[viewer]'",
+    "moto": "pip install 'moto[s3]' flask flask-cors s3fs",
+    "webdataset": "pip install webdataset",
     "mkdocs": "pip install -e '.[docs]'",
     "gsplat": "pip install gsplat, and a CUDA device",
     "mamba": "the source of mamba-ssm on PYTHONPATH",

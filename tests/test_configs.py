@@ -140,7 +140,7 @@ def overrides_for(name: str) -> list[str]:
             ]
         case "debug":
             return [f"+debug={choice}"]
-        case "data" if choice in ("video_folder", "video_folder_tested", "depth_folder"):
+        case "data" if choice in ("video_folder", "video_folder_tested", "video_shards", "depth_folder"):
             return [f"data={choice}", "data.train.root=somewhere"]
         case "data" if choice == "image_folder":
             return ["data=image_folder", "data.train.root=somewhere", "model.encoder.images=true"]

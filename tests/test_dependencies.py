@@ -19,6 +19,7 @@ MODULES = {  # distribution: its module, if the name differs
     "qwen-vl-utils": "qwen_vl_utils",
     "hydra-submitit-launcher": "hydra_plugins",
     "pytest-xdist": "xdist",
+    "flask-cors": "flask_cors",
 }
 TOOLS = {
     "pytest-xdist",
@@ -30,7 +31,7 @@ TOOLS = {
     "mkdocs-material",
     "mkdocstrings",
 }  # of `make test`, `make lint`, `make docs`, tests/test_package.py
-PLUGINS = {"hydra-submitit-launcher"}  # imported by Hydra: hydra/launcher=submitit_slurm
+PLUGINS = {"hydra-submitit-launcher", "s3fs", "gcsfs"}  # imported by Hydra (hydra/launcher=submitit_slurm) and fsspec
 UNDECLARED = {"torchvision"}  # its video reader ended with 0.26, which requires an older torch than this project
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-VARIABLES = ("ARGS", "EXP", "SWEEP", "RESUME", "VIDEO", "MODEL", "OUT", "PROMPT", "DTYPE", "N", "CHECKPOINT")
+VARIABLES = ("ARGS", "EXP", "SWEEP", "RESUME", "VIDEO", "MODEL", "OUT", "PROMPT", "DTYPE", "N", "CHECKPOINT", "DATA")
 TARGETS = (
-    *("new", "check", "train", "sweep", "gate", "report", "latents", "export", "generate", "data"),
+    *("new", "check", "train", "sweep", "gate", "report", "latents", "export", "generate", "data", "shards"),
     *("process", "depth", "pseudo_labels", "decode-bench", "test", "test-gpu", "bench-gpu", "fuzz-video"),
 )
 PYTHON = """#!{python}
@@ -62,6 +62,7 @@ def test_no_value_is_executed(repository: Path, attack: str):
         ("data", ["-m", "blueberry_video.data.write"]),
         ("test", ["-m", "pytest", "-n", "2"]),
         ("process", ["--model", "m"]),
+        ("shards", ["-m", "blueberry_video.data.shards", "d", "--out=o"]),
         ("export", ["-m", "blueberry_video.export", "outputs/e", "--out", "o", "--dtype", "float32"]),
     ],
 )
@@ -73,7 +74,8 @@ def test_quotes_in_args_group_words(repository: Path, target: str, end: list[str
         VIDEO="v.mp4",
         MODEL="m",
         EXP="e",
-        OUT="o" if target == "export" else "",
+        OUT="o" if target in ("export", "shards") else "",
+        DATA="d",
     )
     assert arguments[-4 - len(end) :] == [*end, "out=my folder", "-k", "a or $HOME", "*"]
 

@@ -77,7 +77,7 @@ REFUSED = {  # key, with everything below it -> reason
     "callbacks.ema.warmup": "",
     "callbacks.checkpoints._target_": "this callback restores the position of the run",
 }
-MOVED = ("root", "folder")  # of data, which may be moved: the number of clips is checked when training starts
+MOVED = ("root", "folder", "cache", "cache_gb", "cache_fetch")  # of data: the number of clips is checked at the start
 OF_A_CALL = ("resume", "check", "enforce_expected", "output_dir", "allow_targets")  # not part of a run
 
 

@@ -125,6 +125,7 @@ class ShardWriter:
             ValueError: another process is writing to it, or a file changed while it was written.
             OSError: the disk is full; the finished shards are kept.
         """
+        self._check_unused()
         with self._locked(), self._explained():
             found = self.store.sizes()
             done = self._finished(found)
@@ -146,18 +147,24 @@ class ShardWriter:
             self._write_index()
         return True
 
+    def _check_unused(self) -> None:
+        """Raises FileExistsError if the destination has files of other programs. Changes nothing."""
+        local = self.store.local
+        found = sorted(os.listdir(local)) if local is not None and local.exists() else list(self.store.sizes())
+        other = [name for name in found if name not in (".lock", f".{MANIFEST}.tmp")]
+        if other and MANIFEST not in other:
+            raise FileExistsError(
+                f"out={self.store.url} contains {other[0]} and no {MANIFEST} of this writer; nothing was changed: "
+                "choose another out."
+            )
+
     def _finished(self, found: dict[str, int]) -> set[str]:
         """Returns the finished shards in the destination.
 
         Raises:
-            FileExistsError: it contains something else, or the shards of another source.
+            FileExistsError: it contains the shards of another source.
         """
         if MANIFEST not in found:
-            if other := [name for name in found if name != ".lock"]:
-                raise FileExistsError(
-                    f"out={self.store.url} contains {other[0]} and no {MANIFEST} of this writer; nothing was changed: "
-                    "choose another out."
-                )
             return set()
         before = Manifest.from_bytes(self.store.read(MANIFEST), self.store.path(MANIFEST))
         if before != self.manifest:
@@ -345,7 +352,7 @@ def _clip(number: int, row: Row, classes: dict[str, tuple[str, ...]]) -> _Clip:
     stat = row.path.stat()
     if stat.st_size > _MAX_CLIP:
         raise ValueError(
-            f"{row.path} has {stat.st_size} bytes, more than the {_MAX_CLIP} of a file in a tar shard: cut it."
+            f"{row.path} has {stat.st_size} bytes, more than the {_MAX_CLIP} of a file in a shard: cut it."
         )
     content: dict = {"file_name": row.name}
     content |= {} if row.split is None else {"split": row.split}

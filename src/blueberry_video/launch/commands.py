@@ -53,6 +53,7 @@ COMMANDS = {
         "write the disparity that a trained model predicts",
     ),
     "data": Command("data.write", "", "source=sprites|world out=FOLDER train=1000 …", "write a folder of mp4 files"),
+    "shards": Command("data.shards", "", "FOLDER --out FOLDER|s3://… …", "write tar shards of a folder of videos"),
     "process": Command("video.command", "", "VIDEO [--model NAME] [--out FOLDER] …", "input of a model from a video"),
     "depth": Command("depth", "", "VIDEO --out FOLDER --checkpoint RUN …", "depth of a video of any length"),
     "doctor": Command("launch.doctor", "", "", "check versions, devices and tools", has_help=False),
