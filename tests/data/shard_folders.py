@@ -38,8 +38,7 @@ class RawShards(VideoShards):
     """Shards of files that are not videos: a clip has the number in its bytes and the epoch. The reader is real."""
 
     def _read(self, row: Row, clip: int, crop: int, epoch: int) -> dict:
-        with self.opened(row) as source:
-            data = source.path.read_bytes()
+        data = bytes(self.read(row))
         number = int(data[:7])
         assert data == content(number, 200)
         return {"video": torch.tensor([number]), "id": row.name, "epoch": epoch, **self._said(row)}

@@ -24,6 +24,7 @@ from blueberry_video.data.shard_store import Store, read_at
 
 GB = 10**9
 _PAGE = 4096  # granularity of the disk space of a sparse file
+_PIECE = 1 << 25  # bytes of a request for a whole shard
 _KEPT_SHARE = 0.9  # of the limit, after files were removed
 _ABANDONED = 3600  # seconds after which a temporary file is one that a killed process left
 
@@ -98,33 +99,38 @@ class ShardCache:
         return data
 
     def _keep(self, shard: Shard, start: int, data: bytes) -> None:
-        end = start + len(data)
-        self._reserve((-(-end // _PAGE) - start // _PAGE) * _PAGE)
-        descriptor = os.open(self.folder / shard.name, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            if os.fstat(descriptor).st_size < shard.bytes:
-                os.ftruncate(descriptor, shard.bytes)
-            written = 0
-            while written < len(data):
-                written += os.pwrite(descriptor, memoryview(data)[written:], start + written)
-        finally:
-            os.close(descriptor)
+        pages = -(-(start + len(data)) // _PAGE) - start // _PAGE
+        with self._reserved(pages * _PAGE):
+            descriptor = os.open(self.folder / shard.name, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                if os.fstat(descriptor).st_size < shard.bytes:
+                    os.ftruncate(descriptor, shard.bytes)
+                written = 0
+                while written < len(data):
+                    written += os.pwrite(descriptor, memoryview(data)[written:], start + written)
+            finally:
+                os.close(descriptor)
 
     def _fetch_shard(self, shard: Shard, is_there: Callable[[], bool]) -> None:
         path = self.folder / shard.name
         with _locked(self.folder / f"{shard.name}.lock"), self._room_or_warning():
-            if not is_there():  # another process may have read it meanwhile
-                self._reserve(shard.bytes)
-                with atomic_file(path, sync_folder=False) as file:
-                    self.store.download(shard.name, Path(file.name))
+            if is_there():  # another process has read it meanwhile
+                return
+            with atomic_file(path, sync_folder=False) as file:
+                with self._reserved(-(-shard.bytes // _PAGE) * _PAGE):
+                    file.truncate(shard.bytes)  # counted from now on
+                for start in range(0, shard.bytes, _PIECE):
+                    file.write(self.store.read(shard.name, start, min(start + _PIECE, shard.bytes)))
 
-    def _reserve(self, size: int) -> None:
-        """Counts bytes that are about to be written, and removes files if the limit would be exceeded."""
+    @contextlib.contextmanager
+    def _reserved(self, size: int) -> Iterator[None]:
+        """Makes room for bytes, by removing files if necessary, and holds the lock while they are allocated."""
         with _locked(self.top / ".used") as file:
             text = os.pread(file, 32, 0).strip(b"\0 ")
             used = int(text) if text.isdigit() else self.used()
             if used + size > self.limit:
                 used = self._evict(max(0, int(self.limit * _KEPT_SHARE) - size))
+            yield
             os.pwrite(file, f"{used + size:<32}".encode(), 0)
 
     def _evict(self, limit: int) -> int:
@@ -147,7 +153,8 @@ class ShardCache:
             for path in self.top.glob(pattern):
                 with contextlib.suppress(FileNotFoundError):  # removed by another process
                     stat = path.stat()
-                    found.append((stat.st_mtime, stat.st_blocks * 512, path))
+                    size = stat.st_size if path.suffix == ".tmp" else stat.st_blocks * 512  # a shard is sparse
+                    found.append((stat.st_mtime, size, path))
         return found
 
     @contextlib.contextmanager

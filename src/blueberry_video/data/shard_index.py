@@ -143,7 +143,7 @@ class ShardIndex:
         self.manifest, self.where = manifest, where
         self.path = source if isinstance(source, Path) else None
         if isinstance(source, Path) and source.stat().st_size:  # an empty file cannot be mapped
-            data: np.ndarray = np.memmap(source, np.uint8, "r")
+            data = np.memmap(source, np.uint8, "r").view(np.ndarray)  # indexing a memmap object is slow
         else:
             data = np.frombuffer(b"" if isinstance(source, Path) else source, np.uint8)
         self.columns, found = read_columns(data, where)

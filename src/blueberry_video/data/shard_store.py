@@ -74,7 +74,7 @@ class Store:
             return self._read_local(name, start, end)
         if self.local is not None:
             return (self.local / name).read_bytes()
-        return self._tried(f"reading {self.path(name)}", lambda fs: fs.cat_file(self.path(name), start, end))
+        return self._tried(f"reading {self.path(name)}", lambda fs: fs.cat_file(self.path(name), start=start, end=end))
 
     def download(self, name: str, path: Path) -> None:
         """Copies a file to a local path; raises as :meth:`read`."""
