@@ -34,7 +34,7 @@ import blueberry_video
 from blueberry_video import train
 from blueberry_video.config import CONF, Config, compose, expand_sweep
 from blueberry_video.config.signatures import signature
-from blueberry_video.data import write
+from blueberry_video.data import shards, write
 from blueberry_video.data.metadata import read_metadata
 from blueberry_video.launch.command_line import HYDRA
 from blueberry_video.launch.new import NAME
@@ -171,6 +171,8 @@ class Reader:
             assert NAME.fullmatch(name)
         elif target == "data" and args != ["--help"]:
             write.main(args)
+        elif target == "shards":
+            shards.main([given["DATA"], f"--out={given['OUT']}", *args])
         elif target == "process":
             words = [given["VIDEO"], *(["--out", given["OUT"]] if "OUT" in given else []), *args]
             assert command.main([*words, *(["--model", given["MODEL"]] if "MODEL" in given else [])]) == 0
