@@ -271,8 +271,11 @@ def test_failed_requests_are_repeated(
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """URL of a bucket of an S3 server on loopback."""
-    for package in ("s3fs", "moto", "flask", "flask_cors"):
-        pytest.importorskip(package, reason="the S3 server needs moto and s3fs")
+    why = "the S3 server needs moto, flask and s3fs"
+    pytest.importorskip("flask", reason=why)
+    pytest.importorskip("flask_cors", reason=why)
+    s3fs = pytest.importorskip("s3fs", reason=why)
+    pytest.importorskip("moto", reason=why)
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -282,8 +285,6 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    import s3fs
-
     s3fs.S3FileSystem.clear_instance_cache()
     Store("s3://videos")._remote().mkdir("videos")
     yield "s3://videos/set"
