@@ -32,6 +32,8 @@ CHECKPOINT ?=
 override export CHECKPOINT := $(value CHECKPOINT)
 OUT ?=
 override export OUT := $(value OUT)
+GPUS ?= 1
+override export GPUS := $(value GPUS)
 PROMPT ?=
 override export PROMPT := $(value PROMPT)
 DTYPE ?= float32
@@ -61,12 +63,15 @@ doctor: $(STAMP) ## check versions, devices, FFmpeg, wandb, Slurm and disk, with
 	@$(blueberry) doctor
 
 ##@ Experiments
-.PHONY: new check train sweep gate report latents pseudo_labels export generate render data
+.PHONY: new check estimate train sweep gate report latents pseudo_labels export generate render data
 new: $(STAMP) ## EXP=name: copy experiments/template/
 	@$(blueberry) new "$$EXP"
 
 check: $(STAMP) ## EXP=name: dry run: config, data, a few steps, save, reload, disk, memory, logger
 	@$(experiment)$(blueberry) check "$$EXP" --args="$$ARGS"
+
+estimate: $(STAMP) ## EXP=name [GPUS=8] [ARGS="--device H100 --mfu 0.4"]: memory, FLOPs and days before a run
+	@$(experiment)$(blueberry) estimate "$$EXP" --gpus="$$GPUS" --args="$$ARGS"
 
 train: $(STAMP) ## EXP=name: train, then print a summary; ARGS=, RESUME=
 	@$(experiment)$(blueberry) train "$$EXP" --args="$$ARGS" $${RESUME:+"--resume=$$RESUME"}

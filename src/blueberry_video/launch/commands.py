@@ -36,6 +36,12 @@ COMMANDS = {
         "train; fail if an expected value is missed",
         ("enforce_expected=true",),
     ),
+    "estimate": Command(
+        "estimate",
+        "experiment",
+        "EXPERIMENT [--gpus N] [--device H100] [--mfu 0.4] [key=value …]",
+        "memory, FLOPs and days before a run",
+    ),
     "report": Command("experiment.report", "run", "EXPERIMENT|RUN", "write report.html again"),
     "export": Command("export", "run", "EXPERIMENT|RUN --out FOLDER …", "export a model for other libraries"),
     "generate": Command("generate", "run", "EXPERIMENT|RUN --out CLIP.mp4 …", "generate a video"),
