@@ -32,6 +32,8 @@ CHECKPOINT ?=
 override export CHECKPOINT := $(value CHECKPOINT)
 OUT ?=
 override export OUT := $(value OUT)
+KILLS ?= 50
+override export KILLS := $(value KILLS)
 GPUS ?= 1
 override export GPUS := $(value GPUS)
 PROMPT ?=
@@ -63,7 +65,7 @@ doctor: $(STAMP) ## check versions, devices, FFmpeg, wandb, Slurm and disk, with
 	@$(blueberry) doctor
 
 ##@ Experiments
-.PHONY: new check estimate train sweep gate report latents pseudo_labels export generate render data
+.PHONY: new check estimate train sweep gate torture report latents pseudo_labels export generate render data
 new: $(STAMP) ## EXP=name: copy experiments/template/
 	@$(blueberry) new "$$EXP"
 
@@ -81,6 +83,9 @@ sweep: $(STAMP) ## EXP=name SWEEP="key=a,b": run every combination
 
 gate: $(STAMP) ## EXP=name: train, and fail if an expected value is missed
 	@$(experiment)$(blueberry) gate "$$EXP" --args="$$ARGS"
+
+torture: $(STAMP) ## EXP=name [KILLS=50]: kill a run at random moments, resume it, and compare with the uninterrupted run
+	@$(experiment)$(blueberry) torture "$$EXP" --kills="$$KILLS" --args="$$ARGS"
 
 report: $(STAMP) ## EXP=name: write report.html of the newest run again
 	@$(experiment)$(blueberry) report "$$EXP"
