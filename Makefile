@@ -32,6 +32,10 @@ CHECKPOINT ?=
 override export CHECKPOINT := $(value CHECKPOINT)
 OUT ?=
 override export OUT := $(value OUT)
+KILLS ?= 50
+override export KILLS := $(value KILLS)
+GPUS ?= 1
+override export GPUS := $(value GPUS)
 PROMPT ?=
 override export PROMPT := $(value PROMPT)
 DTYPE ?= float32
@@ -63,12 +67,15 @@ doctor: $(STAMP) ## check versions, devices, FFmpeg, wandb, Slurm and disk, with
 	@$(blueberry) doctor
 
 ##@ Experiments
-.PHONY: new check train sweep gate report latents pseudo_labels export generate render data shards
+.PHONY: new check estimate train sweep gate torture report latents pseudo_labels export generate render data shards
 new: $(STAMP) ## EXP=name: copy experiments/template/
 	@$(blueberry) new "$$EXP"
 
 check: $(STAMP) ## EXP=name: dry run: config, data, a few steps, save, reload, disk, memory, logger
 	@$(experiment)$(blueberry) check "$$EXP" --args="$$ARGS"
+
+estimate: $(STAMP) ## EXP=name [GPUS=8] [ARGS="--device H100 --mfu 0.4"]: memory, FLOPs and days before a run
+	@$(experiment)$(blueberry) estimate "$$EXP" --gpus="$$GPUS" --args="$$ARGS"
 
 train: $(STAMP) ## EXP=name: train, then print a summary; ARGS=, RESUME=
 	@$(experiment)$(blueberry) train "$$EXP" --args="$$ARGS" $${RESUME:+"--resume=$$RESUME"}
@@ -78,6 +85,9 @@ sweep: $(STAMP) ## EXP=name SWEEP="key=a,b": run every combination
 
 gate: $(STAMP) ## EXP=name: train, and fail if an expected value is missed
 	@$(experiment)$(blueberry) gate "$$EXP" --args="$$ARGS"
+
+torture: $(STAMP) ## EXP=name [KILLS=50]: kill a run at random moments, resume it, and compare with the uninterrupted run
+	@$(experiment)$(blueberry) torture "$$EXP" --kills="$$KILLS" --args="$$ARGS"
 
 report: $(STAMP) ## EXP=name: write report.html of the newest run again
 	@$(experiment)$(blueberry) report "$$EXP"

@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "depth": ANYTHING,
     "pseudo_labels": ANYTHING,
     "render": ANYTHING,
+    "estimate": ANYTHING,
 }
 SHARED_IN_ROOM = {  # what a family may import besides itself
     "models": {"autoencoder", "encoder", "diffusion_transformer", "vit", "dinov2", "classifier"}

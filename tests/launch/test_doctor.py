@@ -137,7 +137,9 @@ def test_missing_shared_library_of_python_is_reported_with_the_fix(capsys, monke
     monkeypatch.setattr(doctor.subprocess, "run", lambda command, **options: result)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
     doctor._video()
-    assert re.search(r"FAIL  torchcodec .*libpython3\.11\.so\.1\.0.*`apt-get install libpython3-dev`", capsys.readouterr().out)
+    assert re.search(
+        r"FAIL  torchcodec .*libpython3\.11\.so\.1\.0.*`apt-get install libpython3-dev`", capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("present", [False, True])

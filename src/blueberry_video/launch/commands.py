@@ -36,6 +36,18 @@ COMMANDS = {
         "train; fail if an expected value is missed",
         ("enforce_expected=true",),
     ),
+    "estimate": Command(
+        "estimate",
+        "experiment",
+        "EXPERIMENT [--gpus N] [--device H100] [--mfu 0.4] [key=value …]",
+        "memory, FLOPs and days before a run",
+    ),
+    "torture": Command(
+        "launch.torture",
+        "experiment",
+        "EXPERIMENT [--kills N] [--out FOLDER] [key=value …]",
+        "kill and resume a run at random moments, and compare",
+    ),
     "report": Command("experiment.report", "run", "EXPERIMENT|RUN", "write report.html again"),
     "export": Command("export", "run", "EXPERIMENT|RUN --out FOLDER …", "export a model for other libraries"),
     "generate": Command("generate", "run", "EXPERIMENT|RUN --out CLIP.mp4 …", "generate a video"),

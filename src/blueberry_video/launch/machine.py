@@ -48,3 +48,9 @@ def wandb_mode(mode: str, has_key: bool) -> str | None:
     if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("1", "true", "yes", "on"):
         return "disabled"
     return WANDB_MODES[value] if value else "online" if has_key else "offline"
+
+
+def resident_memory() -> int:
+    """Returns the resident memory of this process in bytes (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
