@@ -1,6 +1,7 @@
 """Sequence parallelism on two processes: outputs and gradients equal those of one process."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -187,11 +188,15 @@ def results(model: nn.Module, call: Call, group: SequenceGroup | None = None) ->
 
 
 def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """Largest difference relative to the largest value of a tensor, and the tensor."""
+    """Largest difference relative to the largest value of a tensor, and the tensor.
+
+    Gradients that are zero but for rounding, as of a bias on keys, are compared with the largest of all.
+    """
     assert found.keys() == expected.keys()
+    sizes = {name: float(tensor.abs().max()) for name, tensor in expected.items()}
+    least = 1e-6 * max(sizes.values())
     return max(
-        (float((found[name] - expected[name]).abs().max() / expected[name].abs().max().clamp(min=1e-3)), name)
-        for name in expected
+        (float((found[name] - expected[name]).abs().max()) / max(sizes[name], least), name) for name in expected
     )
 
 
@@ -244,7 +249,7 @@ def saved_elements(call: Call, group: SequenceGroup | None) -> int:
     def save(tensor: Tensor) -> Tensor:
         if not (tensor.is_leaf and tensor.requires_grad):
             found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.itemsize
-        return tensor
+        return tensor.detach()  # the tensor itself would refer to its own graph
 
     kept = []
     with sequence_parallel(group), torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
@@ -288,8 +293,32 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict]]:
 def test_outputs_and_gradients_equal_those_of_one_process(found: list[dict], name: str):
     for rank in range(SIZE):
         difference, tensor = found[rank][name]
-        assert difference < 1e-10, f"{tensor} on rank {rank}"
+        limit = 1e-6 if name.startswith("hunyuan") else 1e-10  # its mean of the text is float32
+        assert difference < limit, f"{tensor} on rank {rank}"
 
 
 def test_exchanges_are_inverse(found: list[dict]):
     assert all(one["shards"] and one["neighbors"] and not one["active outside"] for one in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("frames", r"sequence_parallel=2\b.* frames .*=3\b.*sequence_parallel=1\b.*num_frames"),
+        ("image", r"sequence_parallel=2\b.* frames .*=1\b"),
+        ("keep", r"keep has from 0 to 32 .*sequence_parallel=2\b.*TubeMasking"),
+        ("state", r"sequence_parallel=2\b"),
+        ("heads", r"sequence_parallel=2\b.*num_heads=3\b.*sequence_parallel=1\b"),
+        ("tokens", r"sequence_parallel=2\b.*tokens_per_frame=15\b.*image_size.* 3 x 5 tokens"),
+        ("vit tokens", r"sequence_parallel=2\b.* tokens=3\b.*num_frames"),
+    ],
+)
+def test_sizes_that_do_not_divide_raise(found: list[dict], name: str, values: str):
+    assert all(re.search(values, one["errors"][name]) for one in found), found[0]["errors"][name]
+
+
+@pytest.mark.parametrize("name", ["hydra", "vit", "hunyuan"])
+def test_a_process_saves_half_of_the_activations(found: list[dict], name: str):
+    """The rest are the text, the states of the scan that enter a process, and what the exchanges copy."""
+    limit = 0.7 if name == "hunyuan" else 0.6  # 5 tokens of text and 12 of video, which only one process has
+    assert all(one[f"saved {name}"] < limit for one in found)
