@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,6 @@ from blueberry_video.models.classifier import VideoClassifier
 from blueberry_video.models.cogvideox import CogVideoX
 from blueberry_video.models.hunyuan_video import HunyuanVideo, HunyuanVideo15
 from blueberry_video.models.hydra_video import HydraVideo
-from blueberry_video.models.hydra_video.hydra import HydraMixer
-from blueberry_video.models.hydra_video.state_space import Layout
 from blueberry_video.models.jepa.multi_level import MultiLevelEncoder
 from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer
@@ -60,21 +58,21 @@ def vit(positions: str, masked: bool) -> tuple[nn.Module, Call]:
 
 
 def autoencoder() -> tuple[nn.Module, Call]:
-    encoder, call = hydra()
+    encoder, _ = hydra()
     model = randomized(MaskedAutoencoder(encoder, decoder_dim=16, decoder_depth=2, decoder_num_heads=2))
     video, masks = torch.randn(2, 3, 8, 16, 16).double(), TubeMasking(0.75)(2, (4, 4, 4))
     return model, lambda: model(video, masks.keep, masks.target)
 
 
 def classifier() -> tuple[nn.Module, Call]:
-    encoder, call = hydra()
+    encoder, _ = hydra()
     model = randomized(VideoClassifier(encoder, {"motion": 5}, pooling="attentive", num_heads=2, pool_depth=2))
     video = torch.randn(2, 3, 8, 16, 16).double()
     return model, lambda: model(video)["motion"]
 
 
 def multi_level() -> tuple[nn.Module, Call]:
-    model, call = vit("sincos_3d", masked=False)
+    model, _ = vit("sincos_3d", masked=False)
     levels = randomized(MultiLevelEncoder(model, 2))
     video = torch.randn(2, 3, 6, 16, 16).double()
     return levels, lambda: levels(video)
@@ -125,9 +123,7 @@ def causal_chunks() -> tuple[nn.Module, Call]:
 
     def call() -> Tensor:
         cache, mask = KeyValueCache(), padded(2, 5)
-        found = [
-            model(latents[:, :, i : i + 1], timestep, text, mask, pooled, guidance, cache, i) for i in range(2)
-        ]
+        found = [model(latents[:, :, i : i + 1], timestep, text, mask, pooled, guidance, cache, i) for i in range(2)]
         return torch.cat(found, dim=2)
 
     return model, call
@@ -195,9 +191,7 @@ def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) ->
     assert found.keys() == expected.keys()
     sizes = {name: float(tensor.abs().max()) for name, tensor in expected.items()}
     least = 1e-6 * max(sizes.values())
-    return max(
-        (float((found[name] - expected[name]).abs().max()) / max(sizes[name], least), name) for name in expected
-    )
+    return max((float((found[name] - expected[name]).abs().max()) / max(sizes[name], least), name) for name in expected)
 
 
 def errors_of(group: SequenceGroup) -> dict[str, str]:
@@ -215,7 +209,7 @@ def errors_of(group: SequenceGroup) -> dict[str, str]:
     }
     found = {}
     for name, call in calls.items():
-        with sequence_parallel(group), pytest.raises(ValueError) as error:
+        with sequence_parallel(group), pytest.raises(ValueError, match="sequence_parallel=2") as error:
             call()
         found[name] = str(error.value)
     return found
@@ -283,10 +277,10 @@ def measure(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("sequence")
     torch.multiprocessing.spawn(process, (str(folder),), nprocs=SIZE)
-    yield [torch.load(folder / f"found-{rank}", weights_only=False) for rank in range(SIZE)]
+    return [torch.load(folder / f"found-{rank}", weights_only=False) for rank in range(SIZE)]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -56,6 +56,7 @@ class DiffusionTransformer(nn.Module, ABC):
     """
 
     family: ClassVar[str]
+    splits_clips: ClassVar[bool] = True  # under sequence_parallel
     flexible: ClassVar[tuple[str, ...]] = ("causal_chunk", "image_condition")
     in_channels: int
     out_channels: int

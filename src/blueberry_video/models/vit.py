@@ -53,6 +53,7 @@ class VisionTransformer(Encoder, PositionTables):
             ``forward``, the shape of the video does not fit the positions.
     """
 
+    splits_clips = True  # under sequence_parallel
     positions: Tensor
 
     def __init__(

@@ -56,6 +56,7 @@ class HydraVideo(Encoder, PositionTables):
             width or number of channels, or with an incomplete last tubelet.
     """
 
+    splits_clips = True  # under sequence_parallel
     positions: Tensor
 
     def __init__(
