@@ -302,7 +302,7 @@ def test_exchanges_are_inverse(found: list[dict]):
         ("image", r"sequence_parallel=2\b.* frames .*=1\b"),
         ("keep", r"keep has from 0 to 32 .*sequence_parallel=2\b.*TubeMasking"),
         ("state", r"sequence_parallel=2\b"),
-        ("heads", r"sequence_parallel=2\b.*num_heads=3\b.*sequence_parallel=1\b"),
+        ("heads", r"sequence_parallel=2\b.*model\.transformer\.num_heads=3\b.*sequence_parallel=1\b"),
         ("tokens", r"sequence_parallel=2\b.*tokens_per_frame=15\b.*image_size.* 3 x 5 tokens"),
         ("vit tokens", r"sequence_parallel=2\b.* tokens=3\b.*num_frames"),
     ],

@@ -102,7 +102,7 @@ class DiffusionTransformer(nn.Module, ABC):
             return None
         t, h, w = grid
         fix = f"data.image_size: a frame has {h} x {w} tokens of patch_size={self.patch_size}"
-        return TokenShards(group, t, t * h * w, self.num_heads, fix)
+        return TokenShards(group, t, t * h * w, self.num_heads, "model.transformer.num_heads", fix)
 
     def unused_parts(self) -> list[nn.Module]:
         """Parts of the published model that a text-to-video model does not use, and therefore freezes.

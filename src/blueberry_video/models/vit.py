@@ -123,7 +123,7 @@ class VisionTransformer(Encoder, PositionTables):
         if (group := active_group()) is not None:
             tokens = math.prod(grid) if keep is None else keep.shape[1]
             assert self.num_heads is not None
-            shards = TokenShards(group, 1, tokens, self.num_heads, FIX)
+            shards = TokenShards(group, 1, tokens, self.num_heads, "model.encoder.num_heads", FIX)
             keep = None if keep is None else shards.own(keep)
         x = self.patch_embed(self.as_clip(video), keep)
         if self.rope is not None:

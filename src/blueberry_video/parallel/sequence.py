@@ -122,6 +122,7 @@ class TokenShards:
         frames: number t of frames of N / t consecutive tokens each; 1 splits the sequence into consecutive parts.
         tokens: number N of tokens of all processes.
         num_heads: attention heads.
+        heads_key: key of ``num_heads``, for errors.
         fix: settings that change the tokens of a frame, for errors.
 
     Raises:
@@ -132,10 +133,11 @@ class TokenShards:
     frames: int
     tokens: int
     num_heads: int
+    heads_key: str = "num_heads"
     fix: str = "the size of the videos"
 
     def __post_init__(self) -> None:
-        self.group.part(self.num_heads, "num_heads", "num_heads of the model")
+        self.group.part(self.num_heads, self.heads_key, self.heads_key)
         name = "tokens" if self.frames == 1 else "tokens_per_frame"
         self.group.part(self.tokens // self.frames, name, self.fix)
 

@@ -213,7 +213,8 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, num_targets: int) -> Tensor:
         shards = None
         if (group := active_group()) is not None:
-            shards = TokenShards(group, 1, x.shape[1], self.num_heads, "the ratio of the masking (decoder tokens)")
+            key, fix = "model.decoder_num_heads", "the ratio of task.masking, for the tokens of the decoder"
+            shards = TokenShards(group, 1, x.shape[1], self.num_heads, key, fix)
             x = shards.own(x)
         for block in self.blocks:
             x = block(x, shards=shards)
