@@ -19,7 +19,7 @@ from blueberry_video.config import compose
 from blueberry_video.experiment.run_folder import RunFolder
 from blueberry_video.parallel import sequence
 from blueberry_video.parallel.ranks import data_rank, data_world_size
-from blueberry_video.parallel.strategy import SequenceParallelStrategy
+from blueberry_video.parallel.sequence_strategy import SequenceParallelStrategy
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 COMMON = ["trainer.max_steps=3", "trainer.log_every_n_steps=1", "trainer.precision=64-true", "logger=csv"]
@@ -105,16 +105,15 @@ def test_data_rank_is_that_of_the_group():
     assert (data_world_size(trainer(0, split)), data_world_size(trainer(0, SimpleNamespace()))) == (3, 6)
 
 
-def test_sizes_that_do_not_divide_the_processes_raise():
-    strategy = SequenceParallelStrategy(sequence_parallel=4)
+@pytest.mark.parametrize("size", [0, 4])
+def test_sizes_that_do_not_divide_the_processes_raise(size: int):
+    strategy = SequenceParallelStrategy(sequence_parallel=size)
     strategy.parallel_devices = [torch.device("cpu")] * 6
-    with pytest.raises(ValueError, match=r"sequence_parallel=4\b.*\b6\b.*trainer\.devices=4\b"):
-        strategy.setup_distributed()
-    with pytest.raises(ValueError, match=r"sequence_parallel=0\b"):
-        SequenceParallelStrategy(sequence_parallel=0)
+    with pytest.raises(ValueError, match=rf"sequence_parallel={size}\b.*\b6\b.*sequence_parallel=1 or 2 or 3 or 6,"):
+        strategy.setup_environment()
 
 
-def test_model_that_does_not_split_clips_raises(trainer):
+def test_model_that_does_not_split_clips_raises():
     strategy = SequenceParallelStrategy(sequence_parallel=2)
     module = SimpleNamespace(model=torch.nn.Linear(1, 1), modules=lambda: [torch.nn.Linear(1, 1)])
     strategy._lightning_module = module  # type: ignore[assignment]
