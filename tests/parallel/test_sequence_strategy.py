@@ -87,6 +87,7 @@ def weights(folder: Path) -> dict[str, Any]:
     return torch.load(file, weights_only=False)["state_dict"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_weights_equal_those_of_one_process(folder: Path, name: str):
     expected, found = metrics(folder / "one" / name), metrics(folder / "0" / name)

@@ -14,4 +14,4 @@ def data_world_size(trainer: Any) -> int:
 
 
 def _sequence_size(trainer: Any) -> int:
-    return getattr(trainer.strategy, "sequence_parallel", 1)
+    return getattr(getattr(trainer, "strategy", None), "sequence_parallel", 1)
