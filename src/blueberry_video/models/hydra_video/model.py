@@ -216,8 +216,8 @@ class HydraVideo(Encoder, PositionTables):
                 ranks = order.argsort(dim=1)
         group = active_group()
         if group is not None:
-            clip, keep, order = self._split(group, clip, keep)
-            ranks = order if ranks is None else ranks  # in raster order, those of all processes are too
+            clip, keep, of_split = self._split(group, clip, keep)
+            ranks = of_split if ranks is None else ranks  # in raster order, those of all processes are too
         layout = Layout(self.grid(clip.shape), keep, group)
         x = self.patch_embed(clip, keep)
         if keep is None:
