@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed
+import torch.distributed.nn  # else a later import, as by torch._dynamo, keeps the group as default argument
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blueberry_video.atomic import write_text
 from blueberry_video.nn.running_average import RunningAverages, update_averages
+from blueberry_video.parallel.ranks import data_rank, data_world_size
 
 # Dense 16-bit FLOP/s from NVIDIA's data sheets; the first key contained in the device name applies. Lightning's table
 # has the doubled, sparse rate for the H200, and does not match the name that the H200 reports.
@@ -40,6 +41,8 @@ PEAK_FLOPS = {
 
 class StepSeed(Callback):
     """Seeds every training step with a pure function of (seed, rank, epoch, batch).
+
+    Processes that share a clip, under sequence parallelism, have one rank here.
 
     Masks, dropout and augmentation are the same however a step is reached: resumed from a checkpoint, or after a
     different number of validations, probes and media. So the state of the generators need not be saved and restored,
@@ -60,7 +63,7 @@ class StepSeed(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        position = [self.seed, trainer.global_rank, trainer.current_epoch, batch_idx]
+        position = [self.seed, data_rank(trainer), trainer.current_epoch, batch_idx]
         words = np.random.SeedSequence(position).generate_state(3)
         random.seed(int(words[0]))
         np.random.seed(words[1])
@@ -201,8 +204,8 @@ class Throughput(Callback):
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         clips_per_s = self._clips / self._seconds
         values = {
-            "throughput/clips_per_s": clips_per_s * trainer.world_size,
-            "throughput/tokens_per_s": self._tokens / self._seconds * trainer.world_size,
+            "throughput/clips_per_s": clips_per_s * data_world_size(trainer),
+            "throughput/tokens_per_s": self._tokens / self._seconds * data_world_size(trainer),
         }
         if self._peak and self._clip_flops:
             values["throughput/mfu"] = clips_per_s * self._clip_flops / self._peak

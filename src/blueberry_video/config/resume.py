@@ -263,7 +263,9 @@ def _global_batch(config: Mapping[str, Any]) -> int | None:
     number = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else None
     if number is None or not isinstance(batch_size, int):
         return None
-    return batch_size * number * int(trainer.get("num_nodes") or 1)
+    strategy = trainer.get("strategy")
+    sharing = strategy.get("sequence_parallel", 1) if isinstance(strategy, Mapping) else 1  # processes with equal clips
+    return batch_size * number * int(trainer.get("num_nodes") or 1) // sharing
 
 
 def _differences(old: Any, new: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

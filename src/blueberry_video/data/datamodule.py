@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from blueberry_video.data.batches import ByEpoch, EvaluationBatches, TrainBatches, collate
 from blueberry_video.data.clips import Clips
+from blueberry_video.parallel.ranks import data_rank, data_world_size
 
 
 class DataModule(LightningDataModule):
@@ -168,11 +169,11 @@ class DataModule(LightningDataModule):
 
     @property
     def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer is not None else 0
+        return data_rank(self.trainer) if self.trainer is not None else 0
 
     @property
     def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer is not None else 1
+        return data_world_size(self.trainer) if self.trainer is not None else 1
 
 
 class _LazyLoader(DataLoader):

@@ -175,6 +175,8 @@ def _try_two_processes(
     devices = config.trainer.devices
     short.trainer.devices = list(devices)[:2] if OmegaConf.is_list(devices) else 2
     short.trainer.strategy = config.trainer.get("strategy", "auto")
+    if OmegaConf.is_dict(short.trainer.strategy) and "sequence_parallel" in short.trainer.strategy:
+        short.trainer.strategy.sequence_parallel = min(2, short.trainer.strategy.sequence_parallel)
     short.check = False
     if "sampler" in short.task:
         _limit(short.task.sampler, {"steps": SAMPLER_STEPS})

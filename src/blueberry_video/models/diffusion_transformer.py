@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from blueberry_video.nn.joint_attention import KeyValueCache, Shared
+from blueberry_video.nn.rope import Rotation
+from blueberry_video.parallel.sequence import TokenShards, active_group
 from blueberry_video.weights.diffusers_folder import read_published, write_folder
 from blueberry_video.weights.load import different_settings, load_strictly
 
@@ -34,12 +36,16 @@ class DiffusionTransformer(nn.Module, ABC):
     - ``first_frame``: index of the first of ``latents`` in the clip. The cache is overwritten from this frame on.
       Unless it is 0, the text is also read from the cache.
 
+    Under :func:`~blueberry_video.parallel.sequence.sequence_parallel`, the video tokens of each frame are split over
+    the group, and every process has the text.
+
     It raises a ValueError, which names the expected value, for inputs that do not fit the model.
 
     Attributes:
         family: name of the architecture in :mod:`~blueberry_video.weights.diffusers_folder`.
         flexible: constructor arguments in which loaded weights may differ from the model.
         patch_size: (t, h, w).
+        num_heads: attention heads.
         pooled_dim: width of the pooled text embedding; 0 for none.
         embedded_guidance: whether the guidance scale is an input.
         causal_chunk: latent frames per chunk. A frame then attends to the text and to the frames of the same and of
@@ -50,6 +56,7 @@ class DiffusionTransformer(nn.Module, ABC):
     """
 
     family: ClassVar[str]
+    splits_clips: ClassVar[bool] = True  # under sequence_parallel
     flexible: ClassVar[tuple[str, ...]] = ("causal_chunk", "image_condition")
     in_channels: int
     out_channels: int
@@ -57,6 +64,7 @@ class DiffusionTransformer(nn.Module, ABC):
     pooled_dim = 0
     embedded_guidance = False
     patch_size: Grid
+    num_heads: int
     causal_chunk: int
     checkpointing: bool
     trained_text_encoder = ""
@@ -82,6 +90,19 @@ class DiffusionTransformer(nn.Module, ABC):
         if self.checkpointing and torch.is_grad_enabled() and shared.cache is None:
             return checkpoint(block, *inputs, shared, layer, use_reentrant=False)
         return block(*inputs, shared, layer)
+
+    def shards(self, grid: Grid) -> TokenShards | None:
+        """Split of the tokens of a patch grid over the group of
+        :func:`~blueberry_video.parallel.sequence.sequence_parallel`; ``None`` outside of it.
+
+        Raises:
+            ValueError: the size of the group does not divide the heads or the tokens of a frame.
+        """
+        if (group := active_group()) is None:
+            return None
+        t, h, w = grid
+        fix = f"data.image_size: a frame has {h} x {w} tokens of patch_size={self.patch_size}"
+        return TokenShards(group, t, t * h * w, self.num_heads, "model.transformer.num_heads", fix)
 
     def unused_parts(self) -> list[nn.Module]:
         """Parts of the published model that a text-to-video model does not use, and therefore freezes.
@@ -280,6 +301,13 @@ def check_tokens(name: str, tokens: Tensor, mask: Tensor | None, batch: int, key
             f"{name}_mask is a {mask.dtype} tensor of shape {tuple(mask.shape)}: expected torch.bool of "
             f"{tuple(tokens.shape[:2])}, true at tokens and false at padding."
         )
+
+
+def own_rotation(rotation: Rotation | None, text_len: int, shards: TokenShards) -> Rotation | None:
+    """Rotation of the text and of the video tokens of this process, from that of [text, video], (L + N, …)."""
+    if rotation is None:
+        return None
+    return Rotation(*(torch.cat([part[:text_len], shards.own(part[text_len:], 0)]) for part in rotation))
 
 
 def text_timestep(timestep: Tensor) -> Tensor:

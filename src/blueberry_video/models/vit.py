@@ -19,10 +19,12 @@ from blueberry_video.models.encoder import Encoder
 from blueberry_video.nn.blocks import Block, init_trunc_normal
 from blueberry_video.nn.embeddings import TubeletEmbed
 from blueberry_video.nn.positions import PositionTables, resize_table, sincos_3d_table, sinusoid_table
-from blueberry_video.nn.rope import RotaryPositions
+from blueberry_video.nn.rope import RotaryPositions, Rotation
+from blueberry_video.parallel.sequence import TokenShards, active_group
 from blueberry_video.weights.files import JEPA_FILE, num_blocks
 from blueberry_video.weights.load import check_layout, load_strictly, published_heads
 
+FIX = "num_frames or image_size of data and model.encoder, or the ratio of the masking"
 VIDEOMAE = "the layout of transformers' VideoMAE"
 
 
@@ -51,6 +53,7 @@ class VisionTransformer(Encoder, PositionTables):
             ``forward``, the shape of the video does not fit the positions.
     """
 
+    splits_clips = True  # under sequence_parallel
     positions: Tensor
 
     def __init__(
@@ -112,17 +115,29 @@ class VisionTransformer(Encoder, PositionTables):
         return video
 
     def forward(self, video: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Encodes all tokens, or the visible ones ``keep`` (B, N_kept): (B, C, T, H, W) -> (B, N or N_kept, D)."""
+        """Encodes all tokens, or the visible ones ``keep`` (B, N_kept): (B, C, T, H, W) -> (B, N or N_kept, D).
+
+        Under :func:`~blueberry_video.parallel.sequence.sequence_parallel`, the tokens are split over the group.
+        """
+        grid, rotation, shards = self.grid(video.shape), None, None
+        if (group := active_group()) is not None:
+            tokens = math.prod(grid) if keep is None else keep.shape[1]
+            assert self.num_heads is not None
+            shards = TokenShards(group, 1, tokens, self.num_heads, "model.encoder.num_heads", FIX)
+            keep = None if keep is None else shards.own(keep)
         x = self.patch_embed(self.as_clip(video), keep)
-        grid, rotation = self.grid(video.shape), None
         if self.rope is not None:
             rotation = self.rope(keep, grid)
         else:
             positions = self._positions(grid)
             x = x + (positions if keep is None else positions[keep])
+        if shards is not None and keep is None:
+            x = shards.own(x)
+            rotation = None if rotation is None else Rotation(*(shards.own(part, 0) for part in rotation))
         for block in self.blocks:
-            x = block(x, rotation)
-        return self.norm(x)
+            x = block(x, rotation, shards)
+        x = self.norm(x)
+        return x if shards is None else shards.gather(x)
 
     def _positions(self, grid: tuple[int, int, int]) -> Tensor:
         """Position table (t * h * w, D) of a clip of this grid; a single frame has the first positions of a clip."""

@@ -6,6 +6,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from blueberry_video.nn.rope import Rotation, rotate
+from blueberry_video.parallel.sequence import TokenShards
 
 
 class Attention(nn.Module):
@@ -33,8 +34,14 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D); ``rotation`` applies rotary position embedding to queries and keys."""
+    def forward(self, x: Tensor, rotation: Rotation | None = None, shards: TokenShards | None = None) -> Tensor:
+        """Attention of all tokens: (B, N, D) -> (B, N, D).
+
+        Args:
+            x: tokens, with ``shards`` those of this process.
+            rotation: rotary position embedding of the queries and keys of ``x``.
+            shards: split of the tokens over processes.
+        """
         bias: Tensor | None = self.qkv.bias
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
@@ -42,5 +49,9 @@ class Attention(nn.Module):
         q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in qkv.chunk(3, dim=-1))
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
+        if shards is not None:
+            q, k, v = (part.transpose(1, 2) for part in shards.to_heads(*(part.transpose(1, 2) for part in (q, k, v))))
         out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D / heads)
+        if shards is not None:
+            out = shards.to_tokens(out.transpose(1, 2)).transpose(1, 2)
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from blueberry_video.nn.attention import Attention
 from blueberry_video.nn.feed_forward import Mlp
 from blueberry_video.nn.rope import Rotation
+from blueberry_video.parallel.sequence import TokenShards
 
 
 class DropPath(nn.Module):
@@ -32,7 +33,10 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block of attention and MLP: (B, N, D) -> (B, N, D), with an optional rotary embedding."""
+    """Pre-norm transformer block of attention and MLP: (B, N, D) -> (B, N, D), with an optional rotary embedding.
+
+    The arguments of ``forward`` are those of :class:`~blueberry_video.nn.attention.Attention`.
+    """
 
     def __init__(
         self,
@@ -50,8 +54,8 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, round(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), rotation))
+    def forward(self, x: Tensor, rotation: Rotation | None = None, shards: TokenShards | None = None) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), rotation, shards))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from blueberry_video.nn.rope import Rotation, rotate
+from blueberry_video.parallel.sequence import TokenShards
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (sample, head, query, key) -> True where attended
 
@@ -132,20 +133,27 @@ class KeyValueCache:
 
 
 class Shared(NamedTuple):
-    """Inputs common to all blocks of a forward pass over [text, video] of L and N tokens."""
+    """Inputs common to all blocks of a forward pass over [text, video] of L and N tokens.
+
+    Under sequence parallelism, blocks and ``rotation`` have the text and the video tokens of this process.
+    """
 
     text_len: int  # L; 0 if the text is in the cache
     rotation: Rotation | None = None  # (L + N, 1, head_dim); the text is not rotated
     mask: Tensor | BlockMask | None = None  # attention mask, see attend()
     cache: KeyValueCache | None = None
     kept: int = 0  # number of cached tokens of text and earlier frames
+    shards: TokenShards | None = None  # split of the video tokens over processes
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """Attention of q, k, v (B, N, heads, d), with the cached tokens of ``layer`` prepended to k, v -> (B, N, D)."""
+        if self.shards is not None:
+            q, k, v = self.shards.to_heads(q, k, v, text_len=self.text_len)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         if self.cache is not None:
             k, v = self.cache.update(layer, k, v, self.kept)
-        return attend(q, k, v, self.mask).transpose(1, 2).flatten(2)
+        out = attend(q, k, v, self.mask).transpose(1, 2)
+        return (out if self.shards is None else self.shards.to_tokens(out, self.text_len)).flatten(2)
 
 
 class HeadNormProjections(nn.Module):

@@ -25,6 +25,7 @@ from blueberry_video.evaluation.reference import ReferenceClips, seeded_generato
 from blueberry_video.models.text_encoder.base import TextTokens
 from blueberry_video.models.text_encoder.words import WordText
 from blueberry_video.nn.noise import Generator, clip_generators, standard_normal
+from blueberry_video.parallel.ranks import data_rank, data_world_size
 from blueberry_video.tasks.base import Task
 from blueberry_video.tasks.sampling_checks import check_sampling
 from blueberry_video.tasks.settings import ClipInput, Optimization
@@ -189,8 +190,8 @@ class Diffusion(Task):
 
     def _timesteps_of(self, clean: Tensor) -> Tensor:
         t, h, w = (size // patch for size, patch in zip(clean.shape[2:], self.model.shape.patch_size))
-        frames, ranks = t if self.frame_timesteps else None, self.trainer.world_size
-        timesteps = self.timesteps(len(clean), frames, (t, h, w), rank=self.global_rank, world_size=ranks)
+        frames, ranks = t if self.frame_timesteps else None, data_world_size(self.trainer)
+        timesteps = self.timesteps(len(clean), frames, (t, h, w), rank=data_rank(self.trainer), world_size=ranks)
         if frames is not None:  # frames of a patch share a timestep
             timesteps = timesteps.repeat_interleave(self.model.shape.patch_size[0], dim=1)
         return timesteps.to(clean.device)

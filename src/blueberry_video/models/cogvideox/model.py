@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from blueberry_video.models.cogvideox.blocks import AdaptiveNorm, CogVideoXBlock, Condition, ExpertNorm, PatchEmbedding
 from blueberry_video.models.cogvideox.convert import FREE_SETTINGS, PUBLISHED_SETTINGS, convert_sat, settings_of
 from blueberry_video.models.cogvideox.positions import CogVideoXPositions, sincos_positions
-from blueberry_video.models.diffusion_transformer import DiffusionTransformer, Grid, text_timestep
+from blueberry_video.models.diffusion_transformer import DiffusionTransformer, Grid, own_rotation, text_timestep
 from blueberry_video.nn.joint_attention import KeyValueCache, Shared, block_causal
 from blueberry_video.nn.timestep_conditioning import TimestepMLP, sinusoidal
 from blueberry_video.weights.load import different_settings
@@ -151,10 +151,14 @@ class CogVideoX(DiffusionTransformer):
             text = text[:, :0]
         mask = block_causal(text_len, t, h * w, chunk, first, x.device) if chunk else None
         rotation = self.positions.rotation(grid, first, text.shape[1], x.device)
-        shared = Shared(text.shape[1], rotation, mask, cache, kept)
+        shards = self.shards(grid)
+        if shards is not None:
+            x, rotation = shards.own(x), own_rotation(rotation, text.shape[1], shards)
+        shared = Shared(text.shape[1], rotation, mask, cache, kept, shards)
         for layer, block in enumerate(self.transformer_blocks):
             text, x = self.run_block(block, text, x, condition, shared=shared, layer=layer)
-        return self.unpatchify(self.proj_out(self.norm_out(self.norm_final(x), condition.video)), grid)
+        patches = self.proj_out(self.norm_out(self.norm_final(x), condition.video))
+        return self.unpatchify(patches if shards is None else shards.gather(patches), grid)
 
     def check_size(self, size: Grid, first_frame: int = 0) -> None:
         """Checks that latents of ``size`` (T, H, W) consist of whole patches and have positions.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from blueberry_video.models.diffusion_transformer import DiffusionTransformer, Grid
+from blueberry_video.models.diffusion_transformer import DiffusionTransformer, Grid, own_rotation
 from blueberry_video.models.hunyuan_video.blocks import DualStreamBlock, Modulation, SingleStreamBlock, normalize
 from blueberry_video.models.hunyuan_video.convert import convert_tencent, settings_of_weights
 from blueberry_video.models.hunyuan_video.token_refiner import TokenRefiner
@@ -156,14 +156,19 @@ class DualStreamTransformer(DiffusionTransformer):
         """
         t, h, w = grid = self.grid(latents)
         text_queries = 0 if text is None else text_len
+        rotation: Rotation | None = self._rotation(grid, first_frame, text_queries, latents.device)
+        x, (video_condition, text_condition, output_condition) = self.x_embedder(latents), condition
+        shards = self.shards(grid)
+        if shards is not None:
+            x, rotation = shards.own(x), own_rotation(rotation, text_queries, shards)
         shared = Shared(
             text_queries,
-            self._rotation(grid, first_frame, text_queries, latents.device),
+            rotation,
             self._mask(text_len, text_mask, first_frame, t, h * w, latents.device),
             cache,
             text_len + first_frame * h * w if first_frame else 0,
+            shards,
         )
-        x, (video_condition, text_condition, output_condition) = self.x_embedder(latents), condition
         for layer, block in enumerate(self.transformer_blocks):
             of_text = video_condition if text_condition is None else text_condition
             x, text = self.run_block(block, x, text, video_condition, of_text, shared=shared, layer=layer)
@@ -173,7 +178,8 @@ class DualStreamTransformer(DiffusionTransformer):
                 x = self.run_block(block, x, video_condition, text_condition, shared=shared, layer=layer)
             x = x[:, text_queries:]
         scale, shift = self.norm_out(output_condition)
-        return self.unpatchify(self.proj_out(normalize(x, shift, scale)), grid)
+        patches = self.proj_out(normalize(x, shift, scale))
+        return self.unpatchify(patches if shards is None else shards.gather(patches), grid)
 
     # ---- published weights ----
 

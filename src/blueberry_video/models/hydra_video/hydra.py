@@ -16,6 +16,8 @@ from blueberry_video.models.hydra_video.state_space import (
     init_dt_bias,
     step_sizes,
 )
+from blueberry_video.parallel.scan import bidirectional_ssd
+from blueberry_video.parallel.sequence import SequenceGroup
 
 
 class HydraMixer(StateSpaceMixer):
@@ -64,14 +66,26 @@ class HydraMixer(StateSpaceMixer):
     def forward(
         self, x: Tensor, layout: Layout | None = None, state: MixerState | None = None, return_state: bool = False
     ) -> tuple[Tensor, None]:
-        """Tokens (B, L, D) in raster order -> (B, L, D) and ``None``; ``layout`` is ignored."""
+        """Tokens (B, L, D) in raster order -> (B, L, D) and ``None``; of ``layout``, only ``group`` is used."""
         if state is not None or return_state:
             raise ValueError(
                 "mixer='hydra' is bidirectional over all tokens and has no state, so it does not support streaming: "
                 "use mixer='hydra_video' or 'mamba2'."
             )
         z, xbc, dt = self.project(x)
-        xbc = F.silu(self.conv1d(xbc.mT).mT)
         dt, A = step_sizes(dt.unflatten(-1, (2, -1)), self.dt_bias), decay_rates(self.A_log).expand(2, -1)
+        if layout is not None and layout.group is not None:
+            return self.output(self._split_scan(layout.group, xbc, dt, A), z), None
+        xbc = F.silu(self.conv1d(xbc.mT).mT)
         y, _ = self.scan(xbc, dt, A, segment_len=x.shape[1], shift=self.shift)
         return self.output(y, z), None
+
+    def _split_scan(self, group: SequenceGroup, xbc: Tensor, dt: Tensor, A: Tensor) -> Tensor:
+        """Convolution and scan of tokens that are split over a group."""
+        conv, reach = self.conv1d, self.conv1d.kernel_size[0] // 2
+        xbc = torch.cat([group.preceding(xbc, reach), xbc, group.following(xbc, reach)], dim=1)
+        xbc = F.silu(F.conv1d(xbc.mT, conv.weight, conv.bias, groups=conv.groups).mT)
+        x, B_f, C_f, B_b, C_b = self.heads(xbc)
+        D = F.linear(xbc[..., : self.inner], self.fc_D.weight, self.D)
+        forward, backward = (dt[:, :, 0], A[0], B_f, C_f), (dt[:, :, 1], A[1], B_b, C_b)
+        return bidirectional_ssd(group, x, forward, backward, D, self.shift, self.chunk)

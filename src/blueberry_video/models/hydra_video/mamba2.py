@@ -15,6 +15,7 @@ from blueberry_video.models.hydra_video.state_space import (
     step_sizes,
 )
 from blueberry_video.ops import ssd, ssd_step
+from blueberry_video.parallel.scan import entering_state
 
 
 class Mamba2Mixer(StateSpaceMixer):
@@ -62,22 +63,21 @@ class Mamba2Mixer(StateSpaceMixer):
     ) -> tuple[Tensor, MixerState | None]:
         """Tokens (B, L, D) in raster order -> (B, L, D) and, with ``return_state``, the state after the last token.
 
-        ``state`` is the state after the preceding tokens, ``None`` before the first; ``layout`` is ignored.
+        ``state`` is the state after the preceding tokens, ``None`` before the first; of ``layout``, only ``group`` is
+        used.
         """
+        group = None if layout is None else layout.group
+        self.check_split(group, state, return_state)
         z, xbc, dt = self.project(x)
-        inputs = self._with_history(xbc, state)
+        if group is None:
+            inputs = self._with_history(xbc, state)
+        else:
+            inputs = torch.cat([group.preceding(xbc, self.conv1d.kernel_size[0] - 1), xbc], dim=1)
         u, B, C = self.heads(F.silu(self.conv1d(inputs.mT).mT))
-        y, states = ssd(
-            u,
-            step_sizes(dt, self.dt_bias),
-            decay_rates(self.A_log),
-            B,
-            C,
-            self.D,
-            h0=None if state is None else state.scan,
-            chunk=self.chunk,
-            return_frame_states=True,
-        )
+        steps, A, h0 = step_sizes(dt, self.dt_bias), decay_rates(self.A_log), None if state is None else state.scan
+        if group is not None:
+            h0 = entering_state(group, u, steps, A, B)
+        y, states = ssd(u, steps, A, B, C, self.D, h0=h0, chunk=self.chunk, return_frame_states=True)
         if not return_state:
             return self.output(y, z), None
         recent = inputs[:, x.shape[1] :].clone()  # a view would keep all inputs in memory

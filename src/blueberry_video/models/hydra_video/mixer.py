@@ -31,6 +31,7 @@ from blueberry_video.nn.blocks import DropPath
 from blueberry_video.nn.feed_forward import Mlp
 from blueberry_video.nn.patches import gather_tokens
 from blueberry_video.ops import ssd
+from blueberry_video.parallel.scan import entering_state
 
 ReturnState = bool | Literal["before_frames"]
 FEW_TOKENS = 512  # up to which a product is faster than a convolution of one row and column, with equal results
@@ -103,23 +104,25 @@ class HydraVideoMixer(StateSpaceMixer):
             (B, L, D), and the state or ``None``.
 
         Raises:
-            ValueError: For a number of tokens different from the layout's, a frame that the blocks do not tile, or a
-                state of a different batch or grid.
+            ValueError: For a number of tokens different from the layout's, a frame that the blocks do not tile, a state
+                of a different batch or grid, or a state while the frames are split over processes.
         """
         self._check(x, layout, state)
+        self.check_split(layout.group, state, return_state)
         t, h, w = layout.grid
         z, xbc, dt = self.project(x)
         dt = step_sizes(dt.unflatten(-1, (2, self.num_heads)), self.dt_bias)  # (B, L, 2, H)
-        inputs = self.conv.extend(layout.spread(xbc).unflatten(1, (t, h, w)), None if state is None else state.conv)
-        order = _ScanOrder(layout, self.block, self.order)
-        y, states = self.scan(
-            order.fold(F.silu(self.conv(inputs)).flatten(1, 3)),
-            order.fold(layout.spread(dt)),
-            decay_rates(self.A_log),
-            segment_len=order.segment_len,
-            h0=None if state is None else state.scan,
-            max_segment=order.max_segment,
-        )
+        frames = layout.spread(xbc).unflatten(1, (t, h, w))
+        history, h0 = (None, None) if state is None else (state.conv, state.scan)
+        if layout.group is not None:
+            history = layout.group.preceding(frames, self.conv.size[0] - 1)
+        inputs = self.conv.extend(frames, history)
+        order, A = _ScanOrder(layout, self.block, self.order), decay_rates(self.A_log)
+        xbc, dt = order.fold(F.silu(self.conv(inputs)).flatten(1, 3)), order.fold(layout.spread(dt))
+        if layout.group is not None:
+            u, B, *_ = self.heads(xbc)
+            h0 = entering_state(layout.group, u, dt[:, :, 0], A[0], B)
+        y, states = self.scan(xbc, dt, A, segment_len=order.segment_len, h0=h0, max_segment=order.max_segment)
         y = self.output(layout.pick(order.unfold(y)), z)
         if return_state == "before_frames":
             return y, self._before_frames(states, inputs, state)
@@ -236,7 +239,7 @@ class HydraVideoMixer(StateSpaceMixer):
         return torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], dim=1).flip(1)
 
     def _check(self, x: Tensor, layout: Layout, state: MixerState | None) -> None:
-        (t, h, w), keep = layout
+        (t, h, w), keep, _ = layout
         tokens = t * h * w if keep is None else keep.shape[1]
         if x.shape[1] != tokens:
             expected = f"{t} x {h} x {w} tokens" if keep is None else f"{tokens} kept tokens"
@@ -339,7 +342,7 @@ class _ScanOrder:
     """
 
     def __init__(self, layout: Layout, block: tuple[int, int] | None, order: str):
-        (t, h, w), keep = layout
+        (t, h, w), keep, _ = layout
         bh, bw = block or (h, w)
         self.sizes = {"t": t, "nh": h // bh, "bh": bh, "nw": w // bw, "bw": bw}
         self.positions = t * h * w

@@ -19,6 +19,7 @@ from blueberry_video.models.hydra_video.state_space import Layout, MixerState
 from blueberry_video.nn.embeddings import TubeletEmbed
 from blueberry_video.nn.patches import gather_tokens
 from blueberry_video.nn.positions import PositionTables, sinusoid_table
+from blueberry_video.parallel.sequence import KEY, SequenceGroup, active_group
 
 State = tuple[MixerState, ...]  # one per layer
 MIXERS = {"hydra_video": HydraVideoMixer, "hydra": HydraMixer, "mamba2": Mamba2Mixer}
@@ -55,6 +56,7 @@ class HydraVideo(Encoder, PositionTables):
             width or number of channels, or with an incomplete last tubelet.
     """
 
+    splits_clips = True  # under sequence_parallel
     positions: Tensor
 
     def __init__(
@@ -140,7 +142,11 @@ class HydraVideo(Encoder, PositionTables):
         return {"positions": sinusoid_table(h * w, self.embed_dim)}
 
     def forward(self, video: Tensor, keep: Tensor | None = None) -> Tensor:
-        """(B, C, T, H, W) and, optionally, indices (B, N_kept) of the visible tokens -> (B, N or N_kept, D)."""
+        """(B, C, T, H, W) and, optionally, indices (B, N_kept) of the visible tokens -> (B, N or N_kept, D).
+
+        Under :func:`~blueberry_video.parallel.sequence.sequence_parallel`, the frames are split over the group. Each
+        process must have the same number of visible tokens in its frames, as with tube masking.
+        """
         return self._encode(video, keep)[0]
 
     @torch.no_grad()
@@ -175,6 +181,28 @@ class HydraVideo(Encoder, PositionTables):
             raise ValueError("keep contains duplicate indices: the indices of each row must be distinct.")
         return keep
 
+    def _split(
+        self, group: SequenceGroup, clip: Tensor, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns the frames of this process, its visible tokens in them, and the ranks of the visible tokens of all
+        processes, one process after the other."""
+        t, h, w = self.grid(clip.shape)
+        tokens = group.part(t, "the frames of tokens", "data.num_frames, a multiple of tubelet_size") * h * w
+        clip = group.own(clip, dim=2)
+        if keep is None:
+            return clip, None, None
+        owner = keep // tokens
+        counts = torch.stack([(owner == rank).sum(1) for rank in range(group.size)])
+        if (counts != counts[0, 0]).any():
+            raise ValueError(
+                f"keep has from {int(counts.min())} to {int(counts.max())} visible tokens in the frames of a process: "
+                f"{KEY}={group.size} requires equal numbers. Use a masking with the same number of visible tokens in "
+                "every frame, such as TubeMasking."
+            )
+        order = owner.argsort(dim=1, stable=True)
+        own = group.own(keep.gather(1, order)) - group.rank * tokens
+        return clip, own, order.argsort(dim=1)
+
     def _encode(
         self, video: Tensor, keep: Tensor | None, state: State | None = None, return_state: bool = False
     ) -> tuple[Tensor, State]:
@@ -186,7 +214,11 @@ class HydraVideo(Encoder, PositionTables):
             if self.in_raster_order:
                 keep, order = keep.sort(dim=1)
                 ranks = order.argsort(dim=1)
-        layout = Layout(self.grid(clip.shape), keep)
+        group = active_group()
+        if group is not None:
+            clip, keep, of_split = self._split(group, clip, keep)
+            ranks = of_split if ranks is None else ranks  # in raster order, those of all processes are too
+        layout = Layout(self.grid(clip.shape), keep, group)
         x = self.patch_embed(clip, keep)
         if keep is None:
             x = (x.unflatten(1, (-1, len(self.positions))) + self.positions).flatten(1, 2)
@@ -201,6 +233,7 @@ class HydraVideo(Encoder, PositionTables):
             x, new = block(x, layout, None if state is None else state[layer], return_state)
             states += [new] if return_state else []
         x = self.norm(x)
+        x = x if group is None else group.gather(x)
         return x if ranks is None else gather_tokens(x, ranks), tuple(states)
 
 

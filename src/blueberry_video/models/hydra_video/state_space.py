@@ -13,13 +13,18 @@ from torch import Tensor, nn
 
 from blueberry_video.nn.patches import gather_tokens
 from blueberry_video.ops import video_ssd
+from blueberry_video.parallel.sequence import KEY, SequenceGroup
 
 
 class Layout(NamedTuple):
-    """Positions of the tokens of a batch in their videos."""
+    """Positions of the tokens of a batch in their videos.
+
+    If the frames are split over a group, grid and positions are those of the frames of this process.
+    """
 
     grid: tuple[int, int, int]  # (t, h, w)
     keep: Tensor | None = None  # (B, L) long: distinct positions of the tokens in (t, h, w) raster; None: all in order
+    group: SequenceGroup | None = None  # processes that have the frames before and after
 
     def spread(self, tokens: Tensor) -> Tensor:
         """(B, L, …) -> (B, t h w, …), zeros at positions without a token."""
@@ -103,6 +108,14 @@ class StateSpaceMixer(nn.Module):
     def output(self, y: Tensor, z: Tensor) -> Tensor:
         """(…, H, P) and the gate (…, I) -> (…, D)."""
         return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def check_split(self, group: SequenceGroup | None, state: MixerState | None, return_state: Any) -> None:
+        """Raises ``ValueError`` if a state is passed or requested while the frames are split over a group."""
+        if group is not None and (state is not None or return_state):
+            raise ValueError(
+                f"a state cannot be passed or returned with {KEY}={group.size}, which splits the frames over "
+                "processes: stream outside of sequence_parallel."
+            )
 
     def check_state(self, state: MixerState | None, scan: tuple[int, ...], conv: tuple[int, ...]) -> None:
         if state is not None and (tuple(state.scan.shape), tuple(state.conv.shape)) != (scan, conv):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blueberry_video.models.encoder import Encoder
+from blueberry_video.parallel.sequence import sequence_parallel
 
 
 class MultiLevelEncoder(Encoder):
@@ -41,7 +42,8 @@ class MultiLevelEncoder(Encoder):
         blocks = cast(nn.ModuleList, self.encoder.blocks)
         hooks = [blocks[depth].register_forward_hook(lambda *call: found.append(call[2])) for depth in self.depths]
         try:
-            tokens = self.encoder(video, keep)
+            with sequence_parallel(None):  # blocks would have the tokens of one process
+                tokens = self.encoder(video, keep)
         finally:
             for hook in hooks:
                 hook.remove()

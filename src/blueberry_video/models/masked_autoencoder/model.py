@@ -20,6 +20,7 @@ from blueberry_video.models.encoder import Encoder
 from blueberry_video.models.masked_autoencoder.convert import convert_published, to_huggingface
 from blueberry_video.nn.blocks import Block
 from blueberry_video.nn.positions import PositionTables, sinusoid_table
+from blueberry_video.parallel.sequence import TokenShards, active_group
 from blueberry_video.weights.diffusers_folder import TRANSFORMERS, read_source, write_folder
 from blueberry_video.weights.files import num_blocks
 from blueberry_video.weights.load import check_config, check_layout, load_strictly, origin_of_heads, published_heads
@@ -196,18 +197,28 @@ class MaskedAutoencoder(PositionTables):
 
 
 class Decoder(nn.Module):
-    """Transformer blocks, LayerNorm and a linear head on the last ``num_targets`` tokens."""
+    """Transformer blocks, LayerNorm and a linear head on the last ``num_targets`` tokens.
+
+    Under :func:`~blueberry_video.parallel.sequence.sequence_parallel`, the tokens of the blocks are split.
+    """
 
     def __init__(self, dim: int, depth: int, num_heads: int, mlp_ratio: float, qkv_bias: str, patch_dim: int):
         super().__init__()
+        self.num_heads = num_heads
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, qkv_bias) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, patch_dim)
         self.apply(vit.init_weights)
 
     def forward(self, x: Tensor, num_targets: int) -> Tensor:
+        shards = None
+        if (group := active_group()) is not None:
+            key, fix = "model.decoder_num_heads", "the ratio of task.masking, for the tokens of the decoder"
+            shards = TokenShards(group, 1, x.shape[1], self.num_heads, key, fix)
+            x = shards.own(x)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, shards=shards)
+        x = x if shards is None else shards.gather(x)
         return self.head(self.norm(x[:, -num_targets:]))
 
 
