@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import random
+import runpy
 import shutil
 import signal
 import sys
@@ -138,11 +139,8 @@ def _train(words: list[str], log: Path) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    from blueberry_video.train import main
-
     sys.argv = ["train", *words]
-    with OneParagraphErrors():
-        main()
+    runpy.run_module("blueberry_video.train", run_name="__main__")
 
 
 def _run(folder: Path) -> Path:
