@@ -13,6 +13,7 @@ MISSING = {  # part of the reason of a skipped test: command or setting that mak
     "viser": "pip install -e '.[viewer]'",
     "mkdocs": "pip install -e '.[docs]'",
     "gsplat": "pip install gsplat, and a CUDA device",
+    "sinfo": "apt-get install slurm-wlm munge, then .ci/slurm as root",
     "mamba": "the source of mamba-ssm on PYTHONPATH",
 }
 
