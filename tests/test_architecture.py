@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "inference": {"models", "nn", "ops"},
     "tasks": {"models", "diffusion", "nn", "masking", "augmentation", "optim", "inference", "evaluation", "weights"},
     "callbacks": {"nn"},
-    "experiment": {"config", "launch.machine"},
+    "experiment": {"config", "launch.machine", "launch.scheduler"},
     "launch": {"config"},
     "cli": {"launch"},
     "train": ANYTHING,

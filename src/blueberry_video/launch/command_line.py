@@ -101,6 +101,7 @@ def quiet_libraries() -> None:
         r".*isinstance\(treespec, LeafSpec\)",  # Lightning uses a deprecated torch function
         r".*have overridden `on_after_batch_transfer` in `LightningModule`",  # every task does, on purpose
         r"The number of training batches .* is smaller than the logging interval",  # an epoch may be short
+        r"The `srun` command is available on your system but is not used",  # one process, or ranks of this package
         r".*does not have many workers",  # sprites need none; `data.num_workers` is in every data config
     ):
         warnings.filterwarnings("ignore", message)
