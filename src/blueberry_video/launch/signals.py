@@ -138,7 +138,6 @@ class Delay:
             os.write(2, b"\nsaving a checkpoint after this step; press Ctrl-C again to end at once\n")
         return True
 
-
     def _expire(self, number: int) -> None:
         self._expired = True
         os.kill(os.getpid(), number)
