@@ -12,6 +12,7 @@ which each rank also counts up a number once a second, so that a lost rank ends 
 A signal that one rank receives is sent to all of them.
 """
 
+import importlib
 import json
 import os
 import platform
@@ -101,6 +102,7 @@ class Group:
     def __init__(self, here: Environment) -> None:
         self.here = here
         self._run = 0  # number of the current run; 0 before the first
+        self._has_failed = False  # the previous run
         self._in_run = False
         self._since = 0.0  # time when a failure was noticed that the main thread must handle
         self._failure: Failure | None = None  # of a lost rank
@@ -111,12 +113,12 @@ class Group:
         self._gone: dict[int, float] = {}
         self._stopped: dict[int, float] = {}
         self._prefix = f"blueberry/{here.key}"
-        self._restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self._store = self._connect(here.hosts_store and here.rank == 0)
         # Libraries then see what torchrun sets, and torch.distributed connects to this store.
         os.environ.update({**here.variables(), "TORCHELASTIC_USE_AGENT_STORE": "True"})
         os.environ.setdefault("TORCHELASTIC_RUN_ID", "none")
         os.environ.setdefault("TORCHELASTIC_RESTART_COUNT", "0")
+        self._separate_process_groups()
         self._set(f"process/{here.rank}", {"host": platform.node(), "process": os.getpid()})
         threading.Thread(target=self._beat, args=(self._connect(),), daemon=True).start()
         threading.Thread(target=self._watch, daemon=True).start()
@@ -134,8 +136,9 @@ class Group:
         """
         if self._failure is not None:
             raise LostRankError(f"{self._failure.named()} No further run can start in this group of processes.")
-        with self._running(self._run + 1):
-            self._set(f"run/{self._run}", message)
+        with self._running(self._has_failed):
+            self._set(f"run/{self._run}", {**message, "reconnect": self._has_failed})
+            self._has_failed = True
             try:
                 yield
             except signals.Interrupted:
@@ -151,6 +154,7 @@ class Group:
             failures = self._failures(wait=True)
             if failures:
                 raise self._lost(first_cause(failures), message)
+            self._has_failed = False
 
     def follow(self, train: Callable[[dict[str, Any]], None]) -> None:
         """Trains every run that rank 0 starts, until rank 0 ends.
@@ -162,7 +166,7 @@ class Group:
             SystemExit: with the exit code of rank 0.
         """
         while (message := self._next()) is not None:
-            with self._running(self._run + 1):
+            with self._running(message["reconnect"]):
                 ended: dict[str, Any] = {}
                 try:
                     train(message)
@@ -188,21 +192,39 @@ class Group:
                     time.sleep(POLL_SECONDS)
             else:
                 self._set(f"left/{self.here.rank}", code)
+                leader = self._get("process/0") or {}
+                end = time.monotonic() + GONE_SECONDS  # torchrun ends all ranks as soon as one has failed
+                while code and leader.get("host") == platform.node() and time.monotonic() < end:
+                    if not Path(f"/proc/{leader['process']}").exists():
+                        break
+                    time.sleep(POLL_SECONDS)
         except RuntimeError:  # the store has ended
             return
         finally:
             self._closed.set()
 
     @contextmanager
-    def _running(self, number: int) -> Iterator[None]:
-        self._run, self._in_run = number, True
-        # torch.distributed separates by it the connections of process groups that follow each other
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(1000 * self._restart + number)
+    def _running(self, reconnect: bool) -> Iterator[None]:
+        if reconnect:
+            _leave_process_group()
+        self._run, self._in_run = self._run + 1, True
         try:
             yield
         finally:
             self._in_run, self._since = False, 0.0
-            _leave_process_group()
+
+    def _separate_process_groups(self) -> None:
+        """Gives the process groups of the runs different keys in the store, which keeps those of earlier runs."""
+        from torch.distributed import PrefixStore
+
+        handlers = importlib.import_module("torch.distributed.rendezvous")._rendezvous_handlers
+        connect = handlers["env"]
+
+        def connect_run(*arguments: Any, **options: Any) -> Iterator[tuple[Any, int, int]]:
+            for store, rank, size in connect(*arguments, **options):
+                yield PrefixStore(f"{self._prefix}/group/{self._run}", store), rank, size
+
+        handlers["env"] = connect_run
 
     def _lost(self, cause: Failure, message: Mapping[str, Any]) -> LostRankError:
         if cause.text:

@@ -97,6 +97,7 @@ class Delay:
 
     def __init__(self, quiet: bool = False, patient: bool = False) -> None:
         self._timer: threading.Timer | None = None
+        self._workers: Any = None
         self._expired = False
         self._quiet = quiet
         self._patient = patient
@@ -111,6 +112,9 @@ class Delay:
             _waiting = None
         if self._timer is not None:
             self._timer.cancel()
+        if self._workers is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, self._workers)
+            self._workers = None
 
     @property
     def received(self) -> bool:
@@ -134,6 +138,8 @@ class Delay:
         self._timer = threading.Timer(seconds_to_save(number), self._expire, (number,))
         self._timer.daemon = True
         self._timer.start()
+        # A batch system also sends the signal to the workers of DataLoaders, whose end must not interrupt the step.
+        self._workers = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if not self._quiet and number == signal.SIGINT:
             os.write(2, b"\nsaving a checkpoint after this step; press Ctrl-C again to end at once\n")
         return True
@@ -173,10 +179,10 @@ def _install() -> dict[int, Any]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         global _received
-        if os.getpid() != process:  # a forked worker: its parent, which may still need it to save, ends it
-            if number in (signal.SIGTERM, signal.SIGHUP):
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                signal.alarm(int(SAVE_SECONDS))
+        if os.getpid() != process:  # a forked worker: its parent ends it
+            if number not in (signal.SIGINT, *WARNINGS):
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
             return
         delay, first = _waiting, _received is None
         if first:
