@@ -15,6 +15,10 @@ LOST_PEER = re.compile(  # errors of a rank that lost the connection to a differ
 )
 
 
+class LostRankError(RuntimeError):
+    """Failure of a different rank than this one."""
+
+
 class Failure(NamedTuple):
     """Failure of a rank.
 
@@ -57,8 +61,17 @@ def first_cause(failures: Iterable[Failure]) -> Failure:
 
 def is_stopped(process: int) -> bool:
     """Returns whether a process is stopped by a signal or a debugger; False where /proc does not exist."""
+    return _state(process) in ("T", "t")
+
+
+def has_ended(process: int) -> bool:
+    """Returns whether a process has ended; False where /proc does not exist."""
+    return Path("/proc/self").exists() and _state(process) in ("", "Z", "X")
+
+
+def _state(process: int) -> str:
+    """Returns the letter of a process's state in /proc; empty if there is none."""
     try:
-        state = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[0]
-    except OSError:
-        return False
-    return state in (b"T", b"t")
+        return Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[0].decode()
+    except (OSError, IndexError):
+        return ""

@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from blueberry_video.launch import environment, signals
 from blueberry_video.launch.environment import Environment
-from blueberry_video.launch.failures import Failure, first_cause, is_stopped
+from blueberry_video.launch.failures import Failure, LostRankError, first_cause, has_ended, is_stopped
 
 JOIN_SECONDS = 300.0  # between the start of the first and the last rank
 BEAT_SECONDS = 1.0
@@ -42,10 +42,6 @@ LEAVE_SECONDS = 15.0  # for the other ranks to read the end of the command
 POLL_SECONDS = 0.1
 
 _group: "Group | None" = None
-
-
-class LostRankError(RuntimeError):
-    """Failure of a different rank than this one."""
 
 
 @contextmanager
@@ -61,7 +57,7 @@ def shared(config: DictConfig, folder: Path, resumed: bool, fail: Callable[[Base
     if _group is None:
         yield
         return
-    _group.on_end = lambda error: fail(LostRankError(error))
+    _group.on_end = fail
     message = {"config": OmegaConf.to_container(config, resolve=True), "folder": str(folder), "resumed": resumed}
     with _group.shared(message):
         yield
@@ -172,6 +168,7 @@ class Group:
                     train(message)
                 except signals.Interrupted:
                     ended = {"interrupted": True}
+                    _leave_process_group()
                 except (Exception, SystemExit) as error:
                     ended = Failure.of(error, self.here.rank)._asdict()
                     _leave_process_group()
@@ -195,7 +192,7 @@ class Group:
                 leader = self._get("process/0") or {}
                 end = time.monotonic() + GONE_SECONDS  # torchrun ends all ranks as soon as one has failed
                 while code and leader.get("host") == platform.node() and time.monotonic() < end:
-                    if not Path(f"/proc/{leader['process']}").exists():
+                    if has_ended(leader["process"]):
                         break
                     time.sleep(POLL_SECONDS)
         except RuntimeError:  # the store has ended
@@ -306,8 +303,8 @@ class Group:
                     number = store.add(f"{self._prefix}/beat/{rank}", 0)
                     if rank not in self._beats or self._beats[rank][0] != number:
                         self._beats[rank] = number, now
-                    if number and rank not in self._processes:
-                        self._processes[rank] = self._get(f"process/{rank}", store) or {}
+                    if rank not in self._processes and (process := self._get(f"process/{rank}", store)):
+                        self._processes[rank] = process
                     if rank in self._gone and self._get(f"left/{rank}" if rank else "end", store) is not None:
                         del self._gone[rank]
                 received = signals.received()
@@ -328,7 +325,7 @@ class Group:
         if self.here.rank > 0:
             return self._get(f"ended/{self._run}/0", store) is not None or self._get("end", store) is not None
         states = (self._get(f"ended/{self._run}/{rank}", store) for rank in range(1, self.here.world_size))
-        return any(state and "error" in state for state in states)
+        return any(state and ("error" in state or "interrupted" in state) for state in states)
 
     def _watch(self) -> None:
         """Thread: notices lost ranks, and ends this process if its main thread waits for one."""
@@ -348,7 +345,7 @@ class Group:
     def _lost_rank(self, now: float, started: float) -> Failure | None:
         if now - self._contact > LOST_SECONDS:
             return Failure(0, time.time(), "its store does not answer.")
-        for rank, (number, changed) in self._beats.copy().items():
+        for rank, (_, changed) in self._beats.copy().items():
             process = self._processes.get(rank, {})
             if process.get("host") == platform.node() and (identifier := process["process"]):
                 where = f"process {identifier} on {process['host']}"
@@ -357,13 +354,13 @@ class Group:
                 if now - since >= STOPPED_SECONDS:
                     os.kill(identifier, signal.SIGKILL)
                     return Failure(rank, time.time(), f"{where} was stopped by a signal for {STOPPED_SECONDS:.0f} s.")
-                if Path("/proc/self").exists() and not Path(f"/proc/{identifier}").exists():
+                if has_ended(identifier):
                     if now - self._gone.setdefault(rank, now) >= GONE_SECONDS:
                         return Failure(rank, time.time(), f"{where} ended without an error: it was killed.")
                     continue
-            limit = LOST_SECONDS if number else JOIN_SECONDS
+            limit = LOST_SECONDS if process else JOIN_SECONDS
             if now - max(changed, started) > limit:
-                what = "gives no sign of life" if number else "has not started"
+                what = "gives no sign of life" if process else "has not started"
                 host = f" on {process['host']}" if process else ""
                 return Failure(rank, time.time(), f"its process{host} {what} for {limit:.0f} s.")
         return None
@@ -374,19 +371,25 @@ class Group:
 
     def _end(self, failure: Failure) -> None:
         """Ends this process while its main thread waits for a lost rank. One rank prints the reason."""
+        code = 1
         try:
-            if self.here.rank == 0 or (failure.rank == 0 and failure.error and self.here.rank == 1):
-                cause = first_cause([*self._known_failures(), *([failure] if failure.error else [])])
-                print(f"\nError: {cause.named()} The run ends.", file=sys.stderr, flush=True)
-                if self.here.rank == 0:
-                    if self.on_end is not None:
-                        self.on_end(cause.named())
-                    self._set("end", 1)
-                    time.sleep(2 * BEAT_SECONDS)  # for the other ranks to read it
+            if (number := self._get("signal")) is not None:
+                code = int(str(signals.Interrupted(number).code))
+            if self.here.rank == 0:
+                causes = [*self._known_failures(), *([failure] if failure.error else [])]
+                if causes:
+                    error = LostRankError(first_cause(causes).named())
+                    print(f"\nError: {error} The run ends.", file=sys.stderr, flush=True)
+                if self.on_end is not None:
+                    self.on_end(error if causes else signals.Interrupted(number or signal.SIGTERM))
+                self._set("end", code)
+                time.sleep(2 * BEAT_SECONDS)  # for the other ranks to read it
+            elif self.here.rank == 1 and failure.rank == 0 and failure.error:
+                print(f"\nError: {failure.named()} The run ends.", file=sys.stderr, flush=True)
         finally:
-            os._exit(1)
+            os._exit(code)
 
-    on_end: Callable[[str], None] | None = None
+    on_end: Callable[[BaseException], None] | None = None
     """Called with the error before this process ends without its main thread."""
 
     def _known_failures(self) -> list[Failure]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from blueberry_video.installation import start_command
 from blueberry_video.launch import environment
+from blueberry_video.launch.failures import LostRankError
 
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm's --signal=USR1@120; submitit's is SIGUSR2
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *WARNINGS)
@@ -65,7 +66,7 @@ def handled(hint: str = "", quiet: bool = False) -> Iterator[None]:
         yield
     except BaseException as error:
         if not isinstance(error, Interrupted):
-            if _received is None:
+            if _received is None or isinstance(error, LostRankError):  # torchrun sends SIGTERM after it
                 raise
             error = Interrupted(_received[0])
         if not error.explained and not quiet:
