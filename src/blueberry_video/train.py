@@ -34,8 +34,7 @@ def main() -> None:
             ranks.follow(train_rank)
         command = command_line.parse(sys.argv[1:])
         if shared := processes.shared_folder():
-            config = command.config()
-            train_rank({"config": config, "folder": str(shared), "resumed": config.resume is not None})
+            train_rank({"config": (config := command.config()), "folder": shared, "resumed": config.resume is not None})
         elif command.multirun:
             folder, sys.argv[1:] = command.for_hydra()
             sweeps.run(sweep, folder)
@@ -80,10 +79,8 @@ def run(
     memory.announce(config)
     folder, config, _, complete = begun(config, command)
     created(folder)
-    continue_with = signals.how_to_continue(config.name, folder.name, config.output_dir)
-    with signals.handled(continue_with), folder:
-        number = 0 if complete else processes.count(config.trainer)
-        if number > 1:
+    with signals.handled(signals.how_to_continue(config.name, folder.name, config.output_dir)), folder:
+        if (number := 0 if complete else processes.count(config.trainer)) > 1:
             processes.start(config, folder.path, number)
         elif number:
             with group.shared(config, folder.path, folder.resumed, folder.fail):
@@ -95,11 +92,7 @@ def run(
 
 
 def train_rank(message: dict[str, Any]) -> None:
-    """Trains in a process of a run whose folder a different process has created.
-
-    Args:
-        message: ``config``; path of the ``folder``; ``resumed``, see :class:`RunFolder`.
-    """
+    """Trains in a process of the run that another one started: ``message`` has its config, folder and ``resumed``."""
     from blueberry_video.experiment.run_folder import RunFolder
 
     command_line.quiet_libraries()

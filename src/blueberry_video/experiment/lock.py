@@ -39,6 +39,7 @@ class RunLock:
 
     def __init__(self, folder: Path, rank: bool = False) -> None:
         self._file: BinaryIO | None = None
+        self._owner: dict[str, Any] = {}
         self._released = threading.Event()
         path = folder / FILE
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
@@ -58,7 +59,6 @@ class RunLock:
                 f"{path} cannot be locked ({error}): a second process is recognized by the contents of the file.",
                 stacklevel=2,
             )
-        self._rank = rank
         try:
             if not rank:
                 self._own(file, folder, has_locks)
@@ -71,8 +71,8 @@ class RunLock:
     def release(self) -> None:
         self._released.set()
         if self._file is not None:
-            if not self._rank:
-                self._file.truncate(0)
+            if self._owner:
+                _write(self._file, {**self._owner, "released": True})
             self._file.close()
             self._file = None
 
@@ -89,9 +89,8 @@ class RunLock:
             "start": _start_time(os.getpid()),
             "job": scheduler.job(),
         }
-        file.seek(0)
-        file.truncate(0)
-        file.write(json.dumps(this).encode())
+        _write(file, this)
+        self._owner = this
         if not has_locks:
             time.sleep(SETTLE_SECONDS)
             if (owner := _read(file)) != this:
@@ -136,7 +135,7 @@ def _is_alive(owner: dict[str, Any], age: float, has_locks: bool) -> bool:
         age: seconds since its last sign of life.
         has_locks: whether the file system has locks, at least between processes of this machine.
     """
-    if not {"host", "pid"} <= owner.keys():
+    if not {"host", "pid"} <= owner.keys() or owner.get("released"):
         return False
     if owner["host"] == platform.node():
         started = _start_time(owner["pid"])
@@ -172,11 +171,20 @@ def _read(file: BinaryIO) -> dict[str, Any]:
     return owner if isinstance(owner, dict) else {}
 
 
+def _write(file: BinaryIO, owner: dict[str, Any]) -> None:
+    """Replaces the owner in place, so that a full disk has room for it."""
+    file.seek(0)
+    file.truncate(file.write(json.dumps(owner).encode()))
+
+
 def _in_use(folder: Path, owner: dict[str, Any]) -> BlockingIOError:
-    name = "another process"
-    if {"pid", "host", "since"} <= owner.keys():
-        name = f"process {owner['pid']} on {owner['host']} since {owner['since']}"
     return BlockingIOError(
-        f"the run {folder} is in use by {name}: wait until that process ends, or end it, and then resume. A process on "
-        f"a different machine that was killed counts as running for {STALE_SECONDS:.0f} s."
+        f"the run {folder} is in use by {_named(owner)}: wait until that process ends, or end it, and then resume. A "
+        f"process on a different machine that was killed counts as running for {STALE_SECONDS:.0f} s."
     )
+
+
+def _named(owner: dict[str, Any]) -> str:
+    if not {"pid", "host", "since"} <= owner.keys():
+        return "another process"
+    return f"process {owner['pid']} on {owner['host']} since {owner['since']}"

@@ -99,6 +99,7 @@ class Group:
         self.here = here
         self._run = 0  # number of the current run; 0 before the first
         self._has_failed = False  # the previous run
+        self._leaves = False
         self._in_run = False
         self._since = 0.0  # time when a failure was noticed that the main thread must handle
         self._failure: Failure | None = None  # of a lost rank
@@ -180,6 +181,7 @@ class Group:
 
     def leave(self, code: int) -> None:
         """Ends the membership; rank 0 tells the others its exit code, and waits until they have read it."""
+        self._leaves = True
         try:
             if self.here.rank == 0:
                 self._set("end", code)
@@ -188,15 +190,13 @@ class Group:
                 while time.monotonic() < end and any(self._get(name) is None for name in others if self._is_here(name)):
                     time.sleep(POLL_SECONDS)
             else:
-                self._set(f"left/{self.here.rank}", code)
                 leader = self._get("process/0") or {}
+                self._set(f"left/{self.here.rank}", code)
                 end = time.monotonic() + GONE_SECONDS  # torchrun ends all ranks as soon as one has failed
                 while code and leader.get("host") == platform.node() and time.monotonic() < end:
                     if has_ended(leader["process"]):
                         break
                     time.sleep(POLL_SECONDS)
-        except RuntimeError:  # the store has ended
-            return
         finally:
             self._closed.set()
 
@@ -281,11 +281,24 @@ class Group:
         )
 
     def _set(self, name: str, value: Any) -> None:
-        self._store.set(f"{self._prefix}/{name}", json.dumps(value))
+        try:
+            self._store.set(f"{self._prefix}/{name}", json.dumps(value))
+        except RuntimeError:
+            self._without_store()
 
     def _get(self, name: str, store: Any = None) -> Any:
-        store, name = store or self._store, f"{self._prefix}/{name}"
-        return json.loads(store.get(name)) if store.check([name]) else None
+        name = f"{self._prefix}/{name}"
+        try:
+            return json.loads((store or self._store).get(name)) if (store or self._store).check([name]) else None
+        except RuntimeError:
+            if store is not None:
+                raise
+            return self._without_store()
+
+    def _without_store(self) -> None:
+        """Ends this process, whose store has ended, with rank 0 or with torchrun."""
+        if not self._leaves:
+            self._end(self._failure or _noticed(0, "its process has ended, and with it the store."))
 
     def _is_here(self, name: str) -> bool:
         rank = int(name.rpartition("/")[2])
@@ -318,7 +331,7 @@ class Group:
                 self._contact = time.monotonic()
             except RuntimeError:  # the store has ended
                 if not self._closed.wait(GONE_SECONDS):
-                    self._lose(Failure(0, time.time(), "the store of the processes has ended."))
+                    self._lose(_noticed(0, "its process has ended, and with it the store."))
                 return
 
     def _others_failed(self, store: Any) -> bool:
@@ -344,7 +357,7 @@ class Group:
 
     def _lost_rank(self, now: float, started: float) -> Failure | None:
         if now - self._contact > LOST_SECONDS:
-            return Failure(0, time.time(), "its store does not answer.")
+            return _noticed(0, "its store does not answer.")
         for rank, (_, changed) in self._beats.copy().items():
             process = self._processes.get(rank, {})
             if process.get("host") == platform.node() and (identifier := process["process"]):
@@ -353,16 +366,16 @@ class Group:
                 since = self._stopped[rank] = self._stopped.get(rank, now) if stopped else now
                 if now - since >= STOPPED_SECONDS:
                     os.kill(identifier, signal.SIGKILL)
-                    return Failure(rank, time.time(), f"{where} was stopped by a signal for {STOPPED_SECONDS:.0f} s.")
+                    return _noticed(rank, f"{where} was stopped by a signal for {STOPPED_SECONDS:.0f} s.")
                 if has_ended(identifier):
                     if now - self._gone.setdefault(rank, now) >= GONE_SECONDS:
-                        return Failure(rank, time.time(), f"{where} ended without an error: it was killed.")
+                        return _noticed(rank, f"{where} ended without an error: it was killed.")
                     continue
             limit = LOST_SECONDS if process else JOIN_SECONDS
             if now - max(changed, started) > limit:
                 what = "gives no sign of life" if process else "has not started"
                 host = f" on {process['host']}" if process else ""
-                return Failure(rank, time.time(), f"its process{host} {what} for {limit:.0f} s.")
+                return _noticed(rank, f"its process{host} {what} for {limit:.0f} s.")
         return None
 
     def _lose(self, failure: Failure) -> None:
@@ -397,6 +410,10 @@ class Group:
             return []
         states = [self._get(f"ended/{self._run}/{rank}") for rank in range(1, self.here.world_size)]
         return [Failure(**state) for state in states if state and "error" in state]
+
+
+def _noticed(rank: int, error: str) -> Failure:
+    return Failure(rank, time.time(), error, reported=False)
 
 
 def _leave_process_group() -> None:
