@@ -144,7 +144,11 @@ class Group:
                 own = Failure.of(error, 0)
                 _leave_process_group()
                 self._set(f"ended/{self._run}/0", own._asdict())
-                cause = first_cause([own, *self._failures()])
+                try:
+                    failures = self._failures()
+                except signals.Interrupted:  # of torchrun, because a rank has failed
+                    failures = self._failures()
+                cause = first_cause([own, *failures])
                 if cause.rank == 0 or cause.error == own.error:
                     raise
                 raise self._lost(cause, message) from error

@@ -69,8 +69,8 @@ def count(trainer: Mapping[str, Any]) -> int:
     available = torch.cuda.device_count()
     if available == 0 and accelerator in ("gpu", "cuda"):
         raise ValueError(
-            f"trainer.devices={trainer.get('devices')} is all GPUs, and PyTorch finds none: use `trainer=cpu`, or several "
-            "CPU processes with `trainer=ddp trainer.accelerator=cpu trainer.devices=2`. "
+            f"trainer.devices={trainer.get('devices')} is all GPUs, and PyTorch finds none: use `trainer=cpu`, or "
+            "several CPU processes with `trainer=ddp trainer.accelerator=cpu trainer.devices=2`. "
             f"`{start_command('doctor')}` lists the devices."
         )
     return max(available, 1)
