@@ -16,11 +16,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from blueberry_video.atomic import write_text
+from blueberry_video.experiment import summary as summaries
 from blueberry_video.experiment.curves import plot_curves
 from blueberry_video.experiment.expected import Verdict
 from blueberry_video.experiment.metrics_table import read_curves
 from blueberry_video.experiment.run_folder import RunFolder, parse_run
-from blueberry_video.experiment.summary import comparison_table, duration, number, shown, skipped_files, summary
+from blueberry_video.experiment.summary import comparison_table, duration, number, shown, skipped_files
 from blueberry_video.installation import start_command
 
 CSS = """
@@ -94,7 +95,7 @@ def conclude(run: RunFolder) -> None:
     except OSError as error:  # run.json contains the results
         later = start_command("report", run.experiment)
         warnings.warn(f"report.html is not written ({error}): `{later}` writes it later.", stacklevel=2)
-    print(f"\n{summary(run)}")
+    print(f"\n{summaries.summary(run)}")
 
 
 def _header(run: RunFolder, record: Mapping[str, Any]) -> str:
