@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -36,28 +35,20 @@ def main() -> None:
         if shared := processes.shared_folder():
             train_rank({"config": (config := command.config()), "folder": shared, "resumed": config.resume is not None})
         elif command.multirun:
-            folder, sys.argv[1:] = command.for_hydra()
-            sweeps.run(sweep, folder)
+            sweeps.run(command, sweep)
         else:
-            run(command.config(), command)
+            sweeps.run_single(command, run)
 
 
 @hydra.main(config_path=str(configs.CONF), config_name=None, version_base="1.3")
 def sweep(config: DictConfig) -> float | None:
-    job = HydraConfig.get()
-    names = dict.fromkeys((str(config.optimized_metric), *map(str, config.expected or ())))
-
-    def start(folders: list[Path]) -> float | None:
-        allow = configs.trusted_targets(job.overrides.task)
-        return run(configs.resolve(config, allow=allow), created=lambda folder: folders.append(folder.path))
-
-    return sweeps.run_point(Path(job.sweep.dir), job.job.num, job.overrides.task, list(names), start)
+    return sweeps.run_point(config, run)
 
 
 def run(
     config: DictConfig,
     command: command_line.Command | None = None,
-    created: Callable[["RunFolder"], None] = lambda folder: None,
+    created: Callable[[Path], None] = lambda folder: None,
 ) -> float | None:
     """Executes one run, from creating its folder to writing its report; returns ``optimized_metric``.
 
@@ -78,7 +69,7 @@ def run(
     environment.check(config.trainer, environment.recognize(), " ".join(sys.argv[1:]))
     memory.announce(config)
     folder, config, _, complete = begun(config, command)
-    created(folder)
+    created(folder.path)
     with signals.handled(signals.how_to_continue(config.name, folder.name, config.output_dir)), folder:
         if (number := 0 if complete else processes.count(config.trainer)) > 1:
             processes.start(config, folder.path, number)

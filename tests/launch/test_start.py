@@ -179,7 +179,7 @@ def test_rank_that_continues_after_a_stop_does_not_end_the_run(tmp_path: Path, c
     ],
 )
 def test_description_of_an_exit_code(code: int, expected: str):
-    assert processes._describe(code) == expected
+    assert processes.describe(code) == expected
 
 
 def test_rank_that_failed_first_precedes_those_that_followed(tmp_path: Path):

@@ -31,8 +31,9 @@ from blueberry_video.experiment.checkpoint import (
     latest_good_checkpoint,
 )
 from blueberry_video.experiment.expected import Verdict, judge
+from blueberry_video.experiment.git import git_state
 from blueberry_video.experiment.lock import RunLock, check_unlocked
-from blueberry_video.experiment.provenance import git_state, hardware, versions
+from blueberry_video.experiment.provenance import hardware, versions
 from blueberry_video.experiment.record import read_record, write_record
 from blueberry_video.launch import scheduler
 

@@ -111,10 +111,10 @@ def start(config: DictConfig, run: Path, number: int) -> None:
                 ranks.append(subprocess.Popen(command, env=shared | own))
             failure = _wait(ranks, errors)
         except Interrupted as interrupted:
-            _end(ranks, interrupted.signal, signals.seconds_to_save(interrupted.signal) + WRITE_SECONDS)
+            end(ranks, interrupted.signal, signals.seconds_to_save(interrupted.signal) + WRITE_SECONDS)
             raise
         finally:
-            _end(ranks)
+            end(ranks)
     if failure is None:
         return
     if failure.text:
@@ -215,14 +215,14 @@ def _first_failure(
             failure = Failure(rank, **json.loads(file.read_text()))
             (consequences if LOST_PEER.search(failure.error) else causes).append(failure)
         elif code:
-            without_report.append(Failure(rank, 0.0 if first_code else 1.0, _describe(code)))
+            without_report.append(Failure(rank, 0.0 if first_code else 1.0, describe(code)))
     for failures in (causes, without_report, consequences):
         if failures:
             return min(failures, key=lambda failure: failure.time)
     return None
 
 
-def _describe(code: int) -> str:
+def describe(code: int) -> str:
     """Describes an exit code without an error."""
     number = -code if code < 0 else code - 128
     if number not in signal.valid_signals():
@@ -231,7 +231,7 @@ def _describe(code: int) -> str:
     return f"it was ended by {signal.Signals(number).name}.{hint}"
 
 
-def _end(ranks: Sequence[subprocess.Popen], number: int = signal.SIGTERM, seconds: float | None = None) -> None:
+def end(ranks: Sequence[subprocess.Popen], number: int = signal.SIGTERM, seconds: float | None = None) -> None:
     """Sends a signal to the running ranks, and SIGKILL to those that run ``seconds`` later (``GRACE_SECONDS``)."""
     for rank in ranks:
         if rank.poll() is None:
