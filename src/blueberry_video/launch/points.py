@@ -22,7 +22,7 @@ from blueberry_video.launch.errors import TRACEBACK_VARIABLE, paragraph
 FILE_VARIABLE = "BLUEBERRY_VIDEO_POINT"  # the record of the point that this process trains
 SIGNALS = (129, 130, 143)  # exit codes of SIGHUP, Ctrl-C and SIGTERM
 WIDTH = 100  # of an error in the table
-EMPTY: dict[str, Any] = {"state": "pending", "run": None, "metrics": {}, "objective": None, "error": "", "log": None, "job": None}
+EMPTY: dict[str, Any] = {"state": "pending", "run": None, "metrics": {}, "objective": None, "error": "", "log": None}
 
 Created = Callable[[Path], None]
 

@@ -25,6 +25,7 @@ from blueberry_video.launch.errors import OneParagraphErrors
 from blueberry_video.launch.sweep_folder import SweepFolder, now
 
 POLL_SECONDS = 0.1
+MODULE = "blueberry_video.train"
 Environment = dict[str, str]
 
 
@@ -120,7 +121,7 @@ def _start(folder: Path, record: Mapping[str, Any], environment: Environment, fo
     variables = {**os.environ, **environment, **own}
     if threads := os.environ.get("OMP_NUM_THREADS"):
         variables["OMP_NUM_THREADS"] = threads
-    command = [sys.executable, "-m", "blueberry_video.train", *record["command"]]
+    command = [sys.executable, "-m", MODULE, *record["command"]]
     title = f"point {record['number']} starts: {' '.join(record['overrides'])}"
     if foreground:
         print(title, flush=True)

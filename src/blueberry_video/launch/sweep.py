@@ -8,10 +8,12 @@ trained again, interrupted ones continue from their checkpoint. After a sweep ha
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
@@ -92,12 +94,12 @@ def run_resolved(folder: Path, number: int, overrides: Sequence[str], config: Di
         return float("nan")
 
     def train(created: points.Created, resumed: str | None) -> float | None:
-        command = None
-        if resumed is not None:
-            with open_dict(config):
-                config.resume = resumed
-            command = command_line.Command(Path(sweep["file"]), False, [*overrides], False)
-        return run(config, command, created)
+        if resumed is None:
+            return run(config, None, created)
+        with open_dict(config):
+            config.resume = resumed
+        with _without_hydra():
+            return run(config, command_line.Command(Path(sweep["file"]), False, [*overrides], False), created)
 
     try:
         return points.recorded(file, train)
@@ -131,11 +133,22 @@ def failures(command: command_line.Command, folder: Path) -> str:
     lines = []
     for record in points.read(folder):
         if record["state"] == "failed":
-            log = record["log"] or record["run"]
-            lines.append(f"point {record['number']} failed: {record['error']}{f' Log: {log}' if log else ''}")
+            log = f" Log: {record['log'] or record['run']}" if record["log"] or record["run"] else ""
+            lines.append(f"point {record['number']} failed: {record['error'].rstrip('.')}.{log}")
     if lines:
         lines.append(f"`{command.again(RETRY='failed')}` trains the failed points again.")
     return "".join(f"{line}\n" for line in lines)
+
+
+@contextmanager
+def _without_hydra() -> Iterator[None]:
+    """Context manager in which configs can be composed, although Hydra runs a sweep in this process."""
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def _open(command: command_line.Command, expanded: command_line.Points) -> SweepFolder:
