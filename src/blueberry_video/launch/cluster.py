@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from blueberry_video.config import CONF, did_you_mean
 from blueberry_video.config.text import explain_yaml, first_line, short, shown
+from blueberry_video.launch.environment import device_count
 
 EXECUTORS = ("local", "debug", "slurm")
 
@@ -109,14 +110,7 @@ def tasks(cluster: Cluster, trainer: DictConfig) -> tuple[int, int]:
     uses_gpus = trainer.get("accelerator", "auto") in ("gpu", "cuda") or (
         trainer.get("accelerator", "auto") == "auto" and cluster.gpus_per_node > 0
     )
-    if isinstance(devices, int) and devices > 0:
-        number = devices
-    elif OmegaConf.is_list(devices):
-        number = len(devices)
-    elif str(devices).isdigit() and int(devices) > 0:
-        number = int(devices)
-    else:  # -1 or auto
-        number = cluster.gpus_per_node if uses_gpus else 1
+    number = device_count(trainer) or (cluster.gpus_per_node if uses_gpus else 1)
     if uses_gpus and cluster.executor == "slurm" and not 0 < number <= cluster.gpus_per_node:
         raise ValueError(
             f"trainer.accelerator={trainer.get('accelerator')}, trainer.devices={devices} needs {max(number, 1)} GPUs "

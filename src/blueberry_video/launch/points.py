@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from blueberry_video.atomic import write_text
 from blueberry_video.config.resume import OF_A_CALL
-from blueberry_video.launch import processes
 from blueberry_video.launch.errors import TRACEBACK_VARIABLE, paragraph
 
 FILE_VARIABLE = "BLUEBERRY_VIDEO_POINT"  # the record of the point that this process trains
@@ -140,12 +139,6 @@ def report(error: BaseException, number: int, folder: Path) -> str:
         update(file_of(folder, number), log=str(log))
         text = f"{text.rstrip('.')}. The traceback is in {log}."
     return text
-
-
-def is_first_process() -> bool:
-    """Returns whether this process is rank 0 of its run, or the process that starts the ranks."""
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    return processes.shared_folder() is None and rank == "0"
 
 
 def table(folder: Path) -> tuple[str, int]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from blueberry_video.launch import points, processes, signals
+from blueberry_video.launch import environment, points, processes, signals
 from blueberry_video.launch.errors import OneParagraphErrors
 from blueberry_video.launch.sweep_folder import SweepFolder, now
 
@@ -41,8 +41,7 @@ def slots(jobs: int, config: DictConfig) -> list[Environment]:
     """
     trainer = config.trainer
     gpus = _gpus() if trainer.get("accelerator", "auto") in ("gpu", "cuda", "auto") else []
-    devices = trainer.get("devices", 1)
-    number = devices if isinstance(devices, int) and devices > 0 else None
+    number, devices = environment.device_count(trainer), trainer.get("devices", 1)
     if gpus:
         share = number or len(gpus) // jobs
         if share * jobs > len(gpus) or not share:
@@ -62,7 +61,7 @@ def run(
     slots: Sequence[Environment],
     retry: bool = False,
     fail_fast: bool = False,
-    environment: Mapping[str, str] | None = None,
+    code: Mapping[str, str] | None = None,
     foreground: bool = False,
 ) -> None:
     """Runs the points of a sweep that are not finished, and prints one line for each.
@@ -72,7 +71,7 @@ def run(
         slots: environment variables of each process that runs at once.
         retry: also run the points that failed before.
         fail_fast: after a failure, interrupt the other points and start no more.
-        environment: further environment variables of all processes.
+        code: further environment variables of all processes, which select the code that they run.
         foreground: print the output of the points, in place of writing it to files.
 
     Raises:
@@ -87,38 +86,37 @@ def run(
             print(f"point {record['number']} failed before, and is not trained again: {record['error']}", flush=True)
         else:
             waiting.append(record)
-    free, running = [*range(len(slots))], dict[int, tuple[int, dict[str, Any], subprocess.Popen]]()
+    free, running = [*range(len(slots))], dict[int, tuple[int, subprocess.Popen]]()
     failed = False
     try:
         while running or (waiting and not failed):
             while waiting and free and not failed:
                 slot, record = free.pop(0), waiting.pop(0)
-                variables = {**slots[slot], **(environment or {})}
-                running[record["number"]] = slot, record, _start(folder, record, variables, foreground)
+                variables = {**slots[slot], **(code or {})}
+                running[record["number"]] = slot, _start(folder, record, variables, foreground)
             time.sleep(POLL_SECONDS)
-            for number, (slot, _, process) in [*running.items()]:
-                if (code := process.poll()) is not None:
+            for number, (slot, process) in [*running.items()]:
+                if (status := process.poll()) is not None:
                     del running[number]
                     free.append(slot)
-                    ended = _end(folder, number, code)
+                    ended = _end(folder, number, status)
                     if ended == "failed" and fail_fast and not failed:
                         failed = True
-                        processes.end([other for _, _, other in running.values()], seconds=processes.SAVE_SECONDS)
+                        _interrupt(running, signal.SIGTERM)
     except signals.Interrupted as interrupted:
-        children = [process for _, _, process in running.values()]
-        processes.end(children, interrupted.signal, processes.SAVE_SECONDS)
+        _interrupt(running, interrupted.signal)
         raise
     finally:
-        processes.end([process for _, _, process in running.values()])
+        processes.end([process for _, process in running.values()])
     if failed:
         raise SystemExit(1)
 
 
-def _start(folder: Path, record: Mapping[str, Any], environment: Environment, foreground: bool) -> subprocess.Popen:
+def _start(folder: Path, record: Mapping[str, Any], own: Environment, foreground: bool) -> subprocess.Popen:
     """Starts the process of a point, in a session without terminal, so that Ctrl-C reaches it once, forwarded."""
     file = points.file_of(folder, record["number"])
-    own = {points.FILE_VARIABLE: str(file), processes.PARENT_VARIABLE: str(os.getpid())}
-    variables = {**os.environ, **environment, **own}
+    identity = {points.FILE_VARIABLE: str(file), processes.PARENT_VARIABLE: str(os.getpid())}
+    variables = {**os.environ, **own, **identity}
     if threads := os.environ.get("OMP_NUM_THREADS"):
         variables["OMP_NUM_THREADS"] = threads
     command = [sys.executable, "-m", MODULE, *record["command"]]
@@ -135,6 +133,12 @@ def _start(folder: Path, record: Mapping[str, Any], environment: Environment, fo
         )
     print(f"{title}; log: {log}", flush=True)
     return process
+
+
+def _interrupt(running: Mapping[int, tuple[int, subprocess.Popen]], number: int) -> None:
+    """Sends a signal to the processes, which may have ranks, and waits until they have saved a checkpoint."""
+    seconds = signals.seconds_to_save(number) + 2 * processes.WRITE_SECONDS
+    processes.end([process for _, process in running.values()], number, seconds)
 
 
 def _end(folder: Path, number: int, code: int) -> str:

@@ -17,9 +17,9 @@ from blueberry_video.installation import install_command
 from blueberry_video.launch import points, pool
 from blueberry_video.launch.cluster import Cluster, minutes
 from blueberry_video.launch.point_job import PointJob
+from blueberry_video.launch.scheduler import REQUEUE_VARIABLE
 from blueberry_video.launch.sweep_folder import SweepFolder
 
-REQUEUE_VARIABLE = "BLUEBERRY_VIDEO_REQUEUE"  # 1: after SIGUSR1 and a checkpoint, the run queues its job again
 LOCAL_MINUTES = 60 * 24 * 365  # time limit of a background process, which submitit requires
 
 
@@ -51,7 +51,7 @@ def submit(
         ImportError: if submitit is not installed.
     """
     if cluster.executor == "debug":
-        pool.run(folder.path, slots, retry=True, environment=environment, foreground=True)
+        pool.run(folder.path, slots, retry=True, code=environment, foreground=True)
         return {}
     try:
         import submitit

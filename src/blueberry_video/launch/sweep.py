@@ -116,7 +116,7 @@ def run_single(command: command_line.Command, run: Run) -> None:
     """Executes a single run. If it is a point of a sweep or of a submission, records it, and resumes the run that the
     point has begun."""
     file = os.environ.get(points.FILE_VARIABLE)
-    if file is None or not points.is_first_process():
+    if file is None:
         run(command.config(), command, lambda folder: None)
         return
 
