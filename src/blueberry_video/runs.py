@@ -20,6 +20,7 @@ from blueberry_video.launch import job_states, points
 from blueberry_video.launch.errors import OneParagraphErrors
 from blueberry_video.launch.sweep_folder import SweepFolder
 
+WIDTH = 40  # of the overrides of a point
 TAIL = 4096  # bytes at the end of metrics.csv in which the last step is
 
 
@@ -73,7 +74,7 @@ def rows(experiment: Path, slurm: dict[str, str] | None) -> Iterator[Row]:
     listed = set()
     for file in sorted(experiment.glob("submissions/*/sweep.json")) + sorted(experiment.glob("sweeps/*/sweep.json")):
         sweep, records = SweepFolder(file.parent).record, points.read(file.parent)
-        states = job_states.states_of(file.parent, slurm or {})
+        states = job_states.states_of(file.parent, slurm)
         common = set.intersection(*(set(each["overrides"]) for each in records)) if len(records) > 1 else set()
         for record in records:
             job = sweep.get("jobs", {}).get(str(record["number"]), "")
@@ -86,7 +87,9 @@ def rows(experiment: Path, slurm: dict[str, str] | None) -> Iterator[Row]:
                 error = f": {record['error'].rstrip('.')}" if record["error"] else ""
                 where = f" Log: {' '.join(map(shown, logs))}" if job or logs else ""
                 note = f"{experiment.name} {points.title(record, common)} {state}{error}.{where}"
-            yield _row(experiment.name, job, points.title(record, common), run, state, sweep["started"], note)
+            title = points.title(record, common)
+            short = title if len(title) <= WIDTH else f"…{title[1 - WIDTH :]}"  # the last overrides are the swept ones
+            yield _row(experiment.name, job, short, run, state, sweep["started"], note)
     for file in experiment.glob("*/run.json"):
         if file.parent.name not in listed:
             yield _row(experiment.name, "", "", file.parent, "", "", "")

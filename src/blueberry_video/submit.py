@@ -113,7 +113,7 @@ def _open(root: Path, name: str, retry: str | None, keys: list[str]) -> tuple[Sw
             f"--resume {name} (RESUME={name}): the overrides, or the experiment, differ from those of {folder.path}, "
             f"which was submitted with `{' '.join(record['overrides'])}`: repeat them, or leave --resume out."
         )
-    states = job_states.states_of(folder.path)
+    states = job_states.states_of(folder.path, job_states.slurm_states())
     wanted = [number for number, state in states.items() if state in (("failed",) if retry else ENDED)]
     if not wanted:
         counts = ", ".join(f"{[*states.values()].count(state)} {state}" for state in dict.fromkeys(states.values()))

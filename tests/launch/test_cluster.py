@@ -22,7 +22,7 @@ def test_profile_of_the_working_directory_comes_first(tmp_path: Path, monkeypatc
     folder.mkdir(parents=True)
     (folder / "gpu.yaml").write_text("partition: mine\nhours: 0.5\n")
     found = clusters.load("gpu", ["hours=2", "sbatch.constraint=a100", "setup=[module load cuda]"])
-    assert found == Cluster(partition="mine", hours=2, sbatch={"constraint": "a100"}, setup=["module load cuda"])
+    assert found == Cluster(partition="mine", hours=2.0, sbatch={"constraint": "a100"}, setup=["module load cuda"])
     assert clusters.load(str(folder / "gpu.yaml")).hours == 0.5
 
 

@@ -25,7 +25,7 @@ class Cluster:
     Attributes:
         executor: ``slurm``; ``local``: processes of this machine, in the background; ``debug``: in the foreground.
         partition, account, qos: as of ``sbatch``; null: its defaults.
-        hours: time limit of a job; null: that of the partition, and none for ``local``.
+        hours: time limit of a job of Slurm.
         nodes: number of nodes; null: ``trainer.num_nodes``, which it must equal.
         gpus_per_node: GPUs of a node that a job reserves. ``trainer.devices=-1`` uses all of them.
         cpus_per_task: cores of each process; there is one process per device. null: default of Slurm.
@@ -41,7 +41,7 @@ class Cluster:
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    hours: float | None = None
+    hours: float = 24.0
     nodes: int | None = None
     gpus_per_node: int = 0
     cpus_per_task: int | None = None
@@ -90,9 +90,9 @@ def load(name: str, overrides: Sequence[str] = ()) -> Cluster:
     return cluster
 
 
-def minutes(cluster: Cluster) -> int | None:
+def minutes(cluster: Cluster) -> int:
     """Returns the time limit in minutes, rounded up."""
-    return None if cluster.hours is None else max(1, math.ceil(cluster.hours * 60))
+    return max(1, math.ceil(cluster.hours * 60))
 
 
 def tasks(cluster: Cluster, trainer: DictConfig) -> tuple[int, int]:
@@ -154,6 +154,6 @@ def _check(cluster: Cluster, source: str) -> None:
     for key, least in (("hours", 0), ("nodes", 1), ("cpus_per_task", 1), ("at_once", 1), ("signal_seconds", 1)):
         value = getattr(cluster, key)
         if value is not None and (value < least or value == 0):
-            raise ValueError(f"`{key}: {value}` in {source} must be at least {least or 'a part of an hour'}.")
+            raise ValueError(f"`{key}: {value}` in {source} must be {f'at least {least}' if least else 'positive'}.")
     if cluster.gpus_per_node < 0:
         raise ValueError(f"`gpus_per_node: {cluster.gpus_per_node}` in {source} must be at least 0.")

@@ -29,19 +29,17 @@ def slurm_states() -> dict[str, str] | None:
     return states
 
 
-def states_of(folder: Path, slurm: Mapping[str, str] | None = None) -> dict[int, str]:
+def states_of(folder: Path, slurm: Mapping[str, str] | None) -> dict[int, str]:
     """Returns the state of each point of a sweep or of a submission: ``pending``, ``running``, ``finished``,
     ``failed``, ``interrupted``, or ``lost``: its process ended without a record.
 
     Args:
         folder: the folder.
-        slurm: see :func:`slurm_states`, which is called if it is None.
+        slurm: see :func:`slurm_states`; None: the states are those of the records.
     """
     sweep = SweepFolder(folder)
     record = sweep.record
     is_slurm = record.get("executor") == "slurm"
-    if is_slurm and slurm is None:
-        slurm = slurm_states()
     alive = not is_slurm and sweep.is_running()
     return {
         point["number"]: _of_job(point, slurm, record.get("jobs", {}))

@@ -40,7 +40,7 @@ def create(target: Path, experiment: Path, git: Mapping[str, Any]) -> Snapshot:
         experiment: the config file of the experiment.
         git: state of the working tree in git, which is recorded.
     """
-    experiment, here = experiment.absolute(), Path.cwd()
+    target, experiment, here = target.absolute(), experiment.absolute(), Path.cwd()
     code, project = target / "code", target / "project"
     if IN_CLONE:
         _copy_tree(ROOT, code)

@@ -85,7 +85,7 @@ def submit(
             submitted.update({str(number): job.job_id for number, job in zip(group, jobs, strict=True)})
     except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
         for job_id in {job.partition("_")[0] for job in submitted.values()}:
-            subprocess.run(["scancel", job_id], check=False)
+            cancel(job_id)
         text = " ".join(str(getattr(error, "stderr", None) or error).split())
         found = re.search(r"sbatch: error: (.*)", text)
         raise RuntimeError(
@@ -121,6 +121,10 @@ def slurm_parameters(
         "additional_parameters": options,
     }
     return {key: value for key, value in parameters.items() if value is not None}
+
+
+def cancel(job: str) -> None:
+    subprocess.run(["scancel", job], check=False)
 
 
 def check_slurm() -> None:
