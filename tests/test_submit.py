@@ -1,14 +1,17 @@
 """Submission: every point is checked before the first is submitted; jobs, states, and submitting again."""
 
+import functools
 import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from omegaconf import DictConfig
 
 from blueberry_video import submit
-from blueberry_video.launch import job_states, points, snapshot, submission
+from blueberry_video.config import compose
+from blueberry_video.launch import command_line, job_states, points, snapshot, submission
 from blueberry_video.launch.point_job import PointJob
 from blueberry_video.launch.sweep_folder import SweepFolder
 
@@ -37,6 +40,12 @@ class FakeSlurm:
         return [SimpleNamespace(job_id=f"{identifier}_{index}") for index in range(len(jobs))]
 
 
+@functools.cache
+def composed(file: Path, words: tuple[str, ...]) -> DictConfig:
+    """Composes a config once: the tests use the same ones."""
+    return compose(file, words)
+
+
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[FakeSlurm]:
     submitit = pytest.importorskip("submitit", reason="submitit is not installed")
@@ -46,6 +55,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[FakeSlurm]:
     file.write_text(EXPERIMENT)
     monkeypatch.setattr(submitit, "SlurmExecutor", FakeSlurm)
     monkeypatch.setattr(submission, "check_slurm", lambda: None)
+    monkeypatch.setattr(command_line, "compose", lambda file, words: composed(file, tuple(words)))
     monkeypatch.setattr(snapshot, "_copy_tree", lambda root, target: None)
     FakeSlurm.submitted, FakeSlurm.parameters = [], []
     return FakeSlurm
@@ -90,7 +100,7 @@ def test_two_submissions_in_one_second_have_two_folders(slurm: type[FakeSlurm], 
 
 
 def test_points_with_other_processes_are_other_jobs(slurm: type[FakeSlurm]):
-    folder = run("trainer.devices=1,2", "seed=1,2")
+    folder = run("trainer.devices=1,2", "seed=0,1")
     assert [parameters["ntasks_per_node"] for parameters in slurm.parameters] == [1, 2]
     assert SweepFolder(folder).record["jobs"] == {"0": "101_0", "1": "101_1", "2": "102_0", "3": "102_1"}
 
