@@ -30,7 +30,11 @@ TOOLS = {
     "mkdocs-material",
     "mkdocstrings",
 }  # of `make test`, `make lint`, `make docs`, tests/test_package.py
-PLUGINS = {"hydra-submitit-launcher"}  # imported by Hydra: hydra/launcher=submitit_slurm
+PLUGINS = {  # imported by Hydra: hydra/launcher=submitit_slurm, hydra/launcher=joblib, hydra/sweeper=optuna
+    "hydra-submitit-launcher",
+    "hydra-joblib-launcher",
+    "hydra-optuna-sweeper",
+}
 UNDECLARED = {"torchvision"}  # its video reader ended with 0.26, which requires an older torch than this project
 
 

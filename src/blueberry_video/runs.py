@@ -4,24 +4,20 @@ python -m blueberry_video.runs [EXPERIMENT] [--output-dir outputs] [--last 30]
 """
 
 import argparse
-import csv
-import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from blueberry_video.config import Config, did_you_mean
-from blueberry_video.experiment.lock import check_unlocked
+from blueberry_video.experiment import run_states
 from blueberry_video.launch import job_states, points
 from blueberry_video.launch.errors import OneParagraphErrors
 from blueberry_video.launch.sweep_folder import SweepFolder
 
 WIDTH = 40  # of the overrides of a point
-TAIL = 4096  # bytes at the end of metrics.csv in which the last step is
 
 
 class Row(NamedTuple):
@@ -97,54 +93,26 @@ def rows(experiment: Path, slurm: dict[str, str] | None) -> Iterator[Row]:
 
 def _row(experiment: str, job: str, point: str, run: Path | None, state: str, since: str, note: str) -> Row:
     """Returns a row; ``state`` is empty for a run that is no point."""
-    record = _read(run / "run.json") if run is not None else {}
+    record = run_states.read(run) if run is not None else {}
     since = record.get("started") or since
     if not state:
-        state = _state(run, record) if run is not None else ""
+        state = run_states.state(run, record) if run is not None else ""
         if state in ("failed", "lost", "interrupted"):
             note = f"{experiment} {run.name if run else ''} {state}: {record.get('error') or 'it was killed'}"
     metrics, objective = record.get("metrics") or {}, Config.optimized_metric
     value = metrics.get(objective)
     metric = "" if value is None else f"{objective} {value:.4g}"
-    cells = [job, experiment, point, run.name if run else "", state, _step(run, record), _time(since), metric]
+    cells = [
+        job,
+        experiment,
+        point,
+        run.name if run else "",
+        state,
+        run_states.steps(run, record) if run is not None else "",
+        _time(since),
+        metric,
+    ]
     return Row(since, [cell or "-" for cell in cells], note)
-
-
-def _state(run: Path, record: dict[str, Any]) -> str:
-    """Returns the state of a run: its status, or ``lost`` if it is not running although its record states it."""
-    if record.get("status") != "running":
-        return record.get("status", "lost")
-    try:
-        check_unlocked(run)
-    except BlockingIOError:
-        return "running"
-    return "lost"
-
-
-def _step(run: Path | None, record: dict[str, Any]) -> str:
-    """Returns the last step of a run, of the number in its config."""
-    if run is None or not record:
-        return ""
-    step = record.get("step")
-    file = run / "metrics.csv"
-    if step is None and file.is_file():
-        with file.open("rb") as lines:
-            header = next(csv.reader([lines.readline().decode()]), [])
-            lines.seek(max(lines.tell(), file.stat().st_size - TAIL))
-            last = lines.read().decode(errors="replace").splitlines()[-1:]
-        values = dict(zip(header, next(csv.reader(last), []), strict=False))
-        step = values.get("step")
-    config = run / "config.yaml"
-    text = config.read_text() if config.is_file() else ""
-    found = re.search(r"^trainer:\n(?:[ ].*\n)*?  max_steps: (\d+)", text, re.MULTILINE)
-    return f"{step or 0}/{found[1]}" if found else str(step or 0)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except (FileNotFoundError, ValueError):  # removed, or damaged: the row shows what else is known
-        return {}
 
 
 def _time(text: str) -> str:

@@ -31,11 +31,13 @@ def main(arguments: list[str]) -> None:
     options, rest = parser.parse_known_args(arguments)
     command = command_line.parse(["--multirun", *rest])
     own = [word.removeprefix("cluster.") for word in command.overrides if word.startswith("cluster.")]
-    words = [word for word in command.overrides if not word.startswith("cluster.")]
+    names = [word.removeprefix("cluster=") for word in command.overrides if word.startswith("cluster=")]
+    words = [word for word in command.overrides if not command_line.CLUSTER.match(word)]
     if hydra := [word for word in words if command_line.HYDRA.match(word)]:
         raise ValueError(f"`{hydra[0]}`: `submit` uses no launcher or sweeper of Hydra: leave it out, or use `sweep`.")
     at_once = [f"at_once={options.at_once}"] if options.at_once is not None else []
-    cluster = clusters.load(options.cluster, [*own, *at_once])
+    profile = names[-1] if names else options.cluster
+    cluster = clusters.load(profile, [*own, *at_once])
     expanded = command._replace(overrides=words).points()
     if expanded.interval:
         raise ValueError(f"`{expanded.interval}` is no list of values: write them, as in `key=a,b`, or use `sweep`.")
@@ -54,7 +56,7 @@ def main(arguments: list[str]) -> None:
             [{**record, "command": []} for record in records],
             keys=[record["key"] for record in records],
             overrides=words,
-            cluster=options.cluster,
+            cluster=profile,
             executor=cluster.executor,
             jobs={},
         )

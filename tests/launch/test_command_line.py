@@ -54,6 +54,11 @@ def test_every_point_of_a_sweep_is_checked(tmp_path: Path):
         parse([*arguments, "resume=last"]).points()
     with pytest.raises(ValueError, match=r"`schedule=glob\(x\*\)`.*warmup_cosine"):
         parse([*arguments, "schedule=glob(x*)"]).points()
+    for word in ("cluster=slurm", "cluster.hours=2"):
+        with pytest.raises(ValueError, match=rf"`{word}`.*CLUSTER="):
+            parse([*arguments, word]).points()
+        with pytest.raises(ValueError, match=rf"`{word}`.*CLUSTER="):
+            parse(["--config-dir", "x", word]).config()
     with pytest.raises(ValueError, match="num_heads=4"):  # the second job is invalid
         parse([*arguments, "model.encoder.num_heads=3,5"]).points()
 

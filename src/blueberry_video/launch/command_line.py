@@ -17,6 +17,7 @@ from blueberry_video.launch import processes
 from blueberry_video.launch.words import split
 
 DTYPES = ("float32", "bfloat16", "float16")  # of exported weights and stored latents
+CLUSTER = re.compile(r"[+~]*cluster[.=]")  # words of `submit`
 HYDRA = re.compile(r"[+~]*hydra[./]")  # overrides of Hydra's own settings
 
 
@@ -61,6 +62,7 @@ class Command(NamedTuple):
 
     def config(self) -> DictConfig:
         """Returns the resolved and checked config of a single run; raises the errors of ``blueberry_video.config``."""
+        self._check_cluster()
         if not self.saved:
             return compose(self.file, self.overrides)
         is_rank = processes.shared_folder() is not None  # the process that started it has checked the config
@@ -72,6 +74,7 @@ class Command(NamedTuple):
         Raises:
             ValueError: a point is invalid, or the overrides contain ``resume``.
         """
+        self._check_cluster()
         if resumes := [word for word in self.overrides if word.lstrip("+~").startswith("resume=")]:
             raise ValueError(
                 f"`{resumes[0]}`: the same command continues a sweep that was interrupted. Continue one run by its "
@@ -85,6 +88,13 @@ class Command(NamedTuple):
             word.input_line for word in parse_overrides(self.overrides) if isinstance(word.value(), IntervalSweep)
         ]
         return Points([*zip(single, configs, strict=True)], Path(folder), sweeper, str((*intervals, "")[0]))
+
+    def _check_cluster(self) -> None:
+        if found := [word for word in self.overrides if CLUSTER.match(word)]:
+            raise ValueError(
+                f"`{found[0]}`: a cluster profile is of `submit`, which alone reads it: "
+                f"`{start_command('submit', self.file.parent.name, CLUSTER='<name>')}`."
+            )
 
     def of_experiment(self) -> list[str]:
         """Returns the arguments that select the experiment."""
