@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from blueberry_video import config as configs
-from blueberry_video.launch import command_line, points, pool
+from blueberry_video.launch import command_line, environment, points, pool
 from blueberry_video.launch.sweep_folder import SweepFolder, now
 
 Run = Callable[[DictConfig, command_line.Command | None, points.Created], float | None]
@@ -39,6 +39,11 @@ def run(command: command_line.Command, hydra_main: Callable[[], Any]) -> None:
         raise ValueError(
             f"--jobs {command.jobs} (JOBS={command.jobs}) needs a list of points, and {dynamic} chooses them during "
             "the sweep: use `hydra/launcher=joblib`, whose number of processes is `hydra.launcher.n_jobs`."
+        )
+    if slots and environment.recognize().is_external:
+        raise ValueError(
+            f"--jobs {command.jobs} (JOBS={command.jobs}) starts a process per point, and `torchrun` or `srun` started "
+            "several processes for every point: leave one of them out."
         )
     folder = _open(command, expanded)
     folder.update(retry=command.retry is not None, fail_fast=command.fail_fast, ended=None)
