@@ -24,6 +24,18 @@ SWEEP ?=
 override export SWEEP := $(value SWEEP)
 RESUME ?=
 override export RESUME := $(value RESUME)
+RETRY ?=
+override export RETRY := $(value RETRY)
+JOBS ?=
+override export JOBS := $(value JOBS)
+FAIL_FAST ?=
+override export FAIL_FAST := $(value FAIL_FAST)
+NEW ?=
+override export NEW := $(value NEW)
+CLUSTER ?=
+override export CLUSTER := $(value CLUSTER)
+AT_ONCE ?=
+override export AT_ONCE := $(value AT_ONCE)
 VIDEO ?=
 override export VIDEO := $(value VIDEO)
 MODEL ?= qwen2.5-vl
@@ -67,7 +79,7 @@ doctor: $(STAMP) ## check versions, devices, FFmpeg, wandb, Slurm and disk, with
 	@$(blueberry) doctor
 
 ##@ Experiments
-.PHONY: new check estimate train sweep gate torture report latents pseudo_labels export generate render data shards
+.PHONY: new check estimate train sweep submit runs gate torture report latents pseudo_labels export generate render data shards
 new: $(STAMP) ## EXP=name: copy experiments/template/
 	@$(blueberry) new "$$EXP"
 
@@ -80,8 +92,14 @@ estimate: $(STAMP) ## EXP=name [GPUS=8] [ARGS="--device H100 --mfu 0.4"]: memory
 train: $(STAMP) ## EXP=name: train, then print a summary; ARGS=, RESUME=
 	@$(experiment)$(blueberry) train "$$EXP" --args="$$ARGS" $${RESUME:+"--resume=$$RESUME"}
 
-sweep: $(STAMP) ## EXP=name SWEEP="key=a,b": run every combination
-	@$(experiment)$(if $(strip $(SWEEP)),,$(error SWEEP is missing: `make sweep EXP=$(EXP) SWEEP="seed=1,2,3"`))$(blueberry) sweep "$$EXP" --args="$$ARGS" --args="$$SWEEP"
+sweep: $(STAMP) ## EXP=name SWEEP="key=a,b" [JOBS=2] [RETRY=failed] [FAIL_FAST=true] [NEW=1]: run every combination; again after a kill: what is missing
+	@$(experiment)$(if $(strip $(SWEEP)),,$(error SWEEP is missing: `make sweep EXP=$(EXP) SWEEP="seed=1,2,3"`))$(blueberry) sweep "$$EXP" --args="$$ARGS" --args="$$SWEEP" $${JOBS:+"--jobs=$$JOBS"} $${RETRY:+"--retry=$$RETRY"} $${FAIL_FAST:+"--fail-fast=$$FAIL_FAST"} $${NEW:+--new}
+
+submit: $(STAMP) ## EXP=name [SWEEP="key=a,b"] [CLUSTER=profile] [AT_ONCE=4] [RESUME=last] [RETRY=failed]: submit a run or a sweep to Slurm or to the background
+	@$(experiment)$(blueberry) submit "$$EXP" --args="$$ARGS" --args="$$SWEEP" $${CLUSTER:+"--cluster=$$CLUSTER"} $${AT_ONCE:+"--at-once=$$AT_ONCE"} $${RESUME:+"--resume=$$RESUME"} $${RETRY:+"--retry=$$RETRY"}
+
+runs: $(STAMP) ## [EXP=name]: show the state of submitted and local runs
+	@$(blueberry) runs $${EXP:+"$$EXP"}
 
 gate: $(STAMP) ## EXP=name: train, and fail if an expected value is missed
 	@$(experiment)$(blueberry) gate "$$EXP" --args="$$ARGS"

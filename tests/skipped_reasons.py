@@ -15,6 +15,7 @@ MISSING = {  # part of the reason of a skipped test: command or setting that mak
     "webdataset": "pip install webdataset",
     "mkdocs": "pip install -e '.[docs]'",
     "gsplat": "pip install gsplat, and a CUDA device",
+    "sinfo": "apt-get install slurm-wlm munge, then .ci/slurm as root",
     "mamba": "the source of mamba-ssm on PYTHONPATH",
 }
 

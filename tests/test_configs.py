@@ -20,8 +20,8 @@ from blueberry_video.data.sprites import Sprites
 FILES = sorted(
     str(path.relative_to(CONF).with_suffix(""))
     for path in CONF.rglob("*.yaml")
-    if path.parent not in (CONF, CONF / "video") and path != CONF / "task/base.yaml"
-)  # video/: settings of the video pipeline; task/base: a part of every task
+    if path.parent not in (CONF, CONF / "video", CONF / "cluster") and path != CONF / "task/base.yaml"
+)  # video/: settings of the video pipeline; cluster/: profiles of `submit`; task/base: a part of every task
 ENCODERS = ("model/vit", "model/hydra_video/", "model/spool/", "model/dinov2/")  # parts of a network
 PARTS = {  # parts of a text-to-video model or of its task: group → key in the config
     "model/cogvideox/": "model.transformer",

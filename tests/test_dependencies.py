@@ -31,7 +31,13 @@ TOOLS = {
     "mkdocs-material",
     "mkdocstrings",
 }  # of `make test`, `make lint`, `make docs`, tests/test_package.py
-PLUGINS = {"hydra-submitit-launcher", "s3fs", "gcsfs"}  # imported by Hydra (hydra/launcher=submitit_slurm) and fsspec
+PLUGINS = {  # imported by fsspec, and by Hydra: hydra/launcher=submitit_slurm, hydra/launcher=joblib, hydra/sweeper=optuna
+    "hydra-submitit-launcher",
+    "hydra-joblib-launcher",
+    "hydra-optuna-sweeper",
+    "s3fs",
+    "gcsfs",
+}
 UNDECLARED = {"torchvision"}  # its video reader ended with 0.26, which requires an older torch than this project
 
 

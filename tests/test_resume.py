@@ -32,6 +32,7 @@ from blueberry_video.experiment.checkpoint import AtomicCheckpointIO, Checkpoint
 from blueberry_video.experiment.loggers import MetricsCSV, Wandb
 from blueberry_video.experiment.metrics_table import read_steps
 from blueberry_video.experiment.run_folder import RunFolder
+from blueberry_video.launch import signals
 from blueberry_video.masking import TubeMasking
 from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer
@@ -143,6 +144,35 @@ def test_resumed_run_ends_with_the_same_weights(tmp_path: Path, steps: Iterable[
         resumed = RunFolder.resume("tiny", "last", root)
         assert differing(expected, train(resumed, **options)) == [], f"resumed at step {step}"
         assert (resumed.path / "metrics.csv").read_text() == metrics, f"resumed at step {step}"
+
+
+class SignalInValidation(Callback):
+    """Sends SIGTERM to this process in the validation after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_validation_batch_start(self, trainer: lightning.Trainer, *arguments: object) -> None:
+        if trainer.global_step == self.step and trainer.state.fn == "fit":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("step", "options"), [(3, {"val_check_interval": 3}), (5, {}), (STEPS, {"val_check_interval": 2})]
+)
+def test_validation_that_a_signal_interrupts_is_repeated(tmp_path: Path, step: int, options: dict) -> None:
+    options = {**options, "every_n_steps": 100}
+    expected = train(create(tmp_path / "whole"), **options)
+    run, checkpoints = create(tmp_path / "part"), Checkpoints(100)
+    checkpoints.signal_delay = signals.Delay()
+    with pytest.raises(SystemExit) as error, signals.handled():
+        train(run, SignalInValidation(step), checkpoints=checkpoints, **options)
+    assert error.value.code == 143
+    assert [file.name for file in checkpoint_files(run.path / "checkpoints")] == [f"step_{step:08d}.ckpt"]
+    resumed = RunFolder.resume("tiny", "last", tmp_path / "part")
+    assert differing(expected, train(resumed, **options)) == []
+    [whole] = (tmp_path / "whole").glob("tiny/*/metrics.csv")
+    assert (resumed.path / "metrics.csv").read_text() == whole.read_text()
 
 
 def child(root: Path, resume: bool) -> None:

@@ -143,11 +143,12 @@ def test_accumulation_changes_only_where_a_step_begins(command):
     [
         (signal.SIGTERM, 3, []),
         (signal.SIGINT, 3, []),
+        (signal.SIGUSR1, 3, []),
         (signal.SIGTERM, 4, []),  # with a validation at the end of an epoch
         (signal.SIGTERM, 3, ["trainer.accumulate_grad_batches=2"]),
         (signal.SIGTERM, 6, []),  # the last one: the evaluations at the end remain
     ],
-    ids=["batch", "ctrl-c", "validation", "accumulation", "end"],
+    ids=["batch", "ctrl-c", "warning", "validation", "accumulation", "end"],
 )
 def test_signal_while_training_saves_a_checkpoint(
     command, monkeypatch, capsys, number: signal.Signals, step: int, options: list[str]
@@ -164,7 +165,7 @@ def test_signal_while_training_saves_a_checkpoint(
     monkeypatch.setattr(Throughput, "on_train_batch_start", stop)
     with pytest.raises(SystemExit) as ended:
         command(*options)
-    assert ended.value.code == 128 + number
+    assert ended.value.code == (143 if number == signal.SIGUSR1 else 128 + number)
     assert f"Stopped by {number.name}." in capsys.readouterr().err
     run = sorted((whole.parent).glob("*/run.json"))[-1].parent
     assert record(run)["status"] == "interrupted"

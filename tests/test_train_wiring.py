@@ -163,11 +163,13 @@ def test_rank_trains_in_the_folder_of_its_parent_and_writes_no_report(tmp_path: 
     monkeypatch.setenv(processes.FOLDER_VARIABLE, str(folder.path))
     locked = []
     monkeypatch.setattr(RunFolder, "lock", lambda self, rank=False: locked.append(rank))
-    created = []
-    assert train.run(config, created=created.append) is None
-    assert calls == ["memory", ("fit", "running")]
-    assert ([run.path for run in created], locked) == ([folder.path], [True])
-    assert created[0].resumed is False
+    runs = []
+    fit = train.fit
+    monkeypatch.setattr(train, "fit", lambda config, run: (runs.append(run), fit(config, run)))
+    train.train_rank({"config": config, "folder": str(folder.path), "resumed": False})
+    assert calls == [("fit", "running")]
+    assert ([run.path for run in runs], locked) == ([folder.path], [True])
+    assert runs[0].resumed is False
     assert folder.record["status"] == "running", "its parent records the end"
     assert "summary" not in capsys.readouterr().out
 

@@ -10,6 +10,7 @@ DISTRIBUTION = "blueberry-video"
 PACKAGE = Path(__file__).resolve().parent
 IN_CLONE = PACKAGE.parent.name == "src" and (PACKAGE.parents[1] / "pyproject.toml").is_file()
 ROOT = PACKAGE.parents[1] if IN_CLONE else PACKAGE / "shipped"  # setup.py copies the files of the wheel there
+SNAPSHOT = ROOT / "snapshot.json"  # in the copy of the code that a submitted job runs
 
 
 def shipped(name: str) -> Path:

@@ -8,19 +8,16 @@ key=a,b`` runs every combination.
 """
 
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from blueberry_video import config as configs
-from blueberry_video.installation import start_command
-from blueberry_video.launch import command_line, dry_run, memory, processes, signals
+from blueberry_video.launch import command_line, dry_run, environment, group, memory, processes, scheduler, signals
 from blueberry_video.launch import sweep as sweeps
 from blueberry_video.launch.errors import OneParagraphErrors
 
@@ -30,31 +27,28 @@ if TYPE_CHECKING:  # torch and lightning are imported after the config is checke
 
 def main() -> None:
     processes.end_with_parent()
-    with processes.reported(), signals.handled(quiet=processes.shared_folder() is not None):
+    follows = environment.recognize().follows
+    with processes.reported(), signals.handled(quiet=follows), group.joined() as ranks, scheduler.requeued(follows):
+        if ranks is not None and ranks.follows:
+            ranks.follow(train_rank)
         command = command_line.parse(sys.argv[1:])
-        if not command.multirun:
-            run(command.config(), command)
-            return
-        folder, sys.argv[1:] = command.for_hydra()
-        sweeps.run(sweep, folder)
+        if shared := processes.shared_folder():
+            train_rank({"config": (config := command.config()), "folder": shared, "resumed": config.resume is not None})
+        elif command.multirun:
+            sweeps.run(command, sweep)
+        else:
+            sweeps.run_single(command, run)
 
 
 @hydra.main(config_path=str(configs.CONF), config_name=None, version_base="1.3")
 def sweep(config: DictConfig) -> float | None:
-    job = HydraConfig.get()
-    names = dict.fromkeys((str(config.optimized_metric), *map(str, config.expected or ())))
-
-    def start(folders: list[Path]) -> float | None:
-        allow = configs.trusted_targets(job.overrides.task)
-        return run(configs.resolve(config, allow=allow), created=lambda folder: folders.append(folder.path))
-
-    return sweeps.run_point(Path(job.sweep.dir), job.job.num, job.overrides.task, list(names), start)
+    return sweeps.run_point(config, run)
 
 
 def run(
     config: DictConfig,
     command: command_line.Command | None = None,
-    created: Callable[["RunFolder"], None] = lambda folder: None,
+    created: Callable[[Path], None] = lambda folder: None,
 ) -> float | None:
     """Executes one run, from creating its folder to writing its report; returns ``optimized_metric``.
 
@@ -63,8 +57,8 @@ def run(
         command: the command line, of which a resumed run applies the overrides to its own config.
         created: called with the run folder.
     """
-    from blueberry_video.experiment import gate, report, summary
-    from blueberry_video.experiment.resumption import resumption
+    from blueberry_video.experiment import gate, report
+    from blueberry_video.experiment.resumption import begun, resumption
     from blueberry_video.experiment.run_folder import RunFolder
 
     command_line.quiet_libraries()
@@ -72,37 +66,32 @@ def run(
         resumed = resumption(config, command.file, command.overrides, lock=False) if config.resume and command else None
         dry_run.dry_run(resumed.config if resumed else config, RunFolder.create, build, resumed)
         return None
+    environment.check(config.trainer, environment.recognize(), " ".join(sys.argv[1:]))
     memory.announce(config)
-    complete = False  # a finished run with nothing left to do
-    if shared := processes.shared_folder():  # a rank of a multi-process run
-        folder = RunFolder.open(shared)
-        folder.lock(rank=True)
-        folder.resumed = config.resume is not None
-    elif config.resume and command:
-        folder, config, changes, complete = resumption(config, command.file, command.overrides)
-        if not complete:
-            folder.begin_session(changes)
-    else:
-        folder = RunFolder.create(config, config.output_dir)
-    created(folder)
-    continue_with = signals.how_to_continue(config.name, folder.name, config.output_dir)
-    with signals.handled(continue_with, shared is not None), processes.rank_of(folder) if shared else folder:
-        number = 0 if complete else processes.count(config.trainer)
-        if number > 1:
+    folder, config, _, complete = begun(config, command)
+    created(folder.path)
+    with signals.handled(signals.how_to_continue(config.name, folder.name, config.output_dir)), folder:
+        if (number := 0 if complete else processes.count(config.trainer)) > 1:
             processes.start(config, folder.path, number)
         elif number:
-            fit(config, folder)
-    if shared:  # the process that started the ranks writes the report
-        return None
-    try:
-        report.write_report(folder)
-    except OSError as error:  # run.json contains the results
-        later = start_command("report", config.name)
-        warnings.warn(f"report.html is not written ({error}): `{later}` writes it later.", stacklevel=2)
-    print(f"\n{summary.summary(folder)}")
+            with group.shared(config, folder.path, folder.resumed, folder.fail):
+                fit(config, folder)
+    report.conclude(folder)
     if config.enforce_expected and not (verdict := gate.gate(folder))[0]:
         sys.exit(f"\n{verdict[1]}")
     return folder.metric(config.optimized_metric)
+
+
+def train_rank(message: dict[str, Any]) -> None:
+    """Trains in a process of the run that another one started: ``message`` has its config, folder and ``resumed``."""
+    from blueberry_video.experiment.run_folder import RunFolder
+
+    command_line.quiet_libraries()
+    folder = RunFolder.open(message["folder"])
+    folder.lock(rank=True)
+    folder.resumed = message["resumed"]
+    with processes.rank_of(folder):
+        fit(OmegaConf.create(message["config"]), folder)
 
 
 def fit(config: DictConfig, folder: "RunFolder") -> None:
@@ -123,6 +112,7 @@ def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:
 
     from blueberry_video.experiment.checkpoint import weights_file
     from blueberry_video.experiment.loggers import MetricsCSV
+    from blueberry_video.launch.cluster_environment import trainer_options
 
     seed_everything(config.seed, workers=True, verbose=False)
     data, model = instantiate(config.data), instantiate(config.model)
@@ -140,8 +130,9 @@ def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:
     interval = config.trainer.get("val_check_interval")
     if isinstance(interval, int):  # Lightning counts batches
         options["val_check_interval"] = interval * config.trainer.get("accumulate_grad_batches", 1)
-    trainer = instantiate(config.trainer, _partial_=True)(**options)
-    signals.save_first(trainer, quiet=processes.shared_folder() is not None)
+    partial = instantiate(config.trainer, _partial_=True)
+    trainer = partial(**options, **trainer_options(partial.keywords))
+    signals.save_first(trainer)
     return data, model, task, trainer
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from blueberry_video.experiment import provenance
-from blueberry_video.experiment.provenance import git_state
+from blueberry_video.experiment.git import git_state
 
 
 @pytest.fixture

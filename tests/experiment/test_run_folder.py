@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from blueberry_video.experiment import record
 from blueberry_video.experiment.checkpoint import AtomicCheckpointIO
-from blueberry_video.experiment.provenance import git_state
+from blueberry_video.experiment.git import git_state
 from blueberry_video.experiment.run_folder import RunFolder, list_runs
 
 CONFIG = OmegaConf.create(

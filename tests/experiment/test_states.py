@@ -1,8 +1,11 @@
 """States of a run folder, its lock and its checkpoints, with several unequal runs, steps and sizes."""
 
+import io
 import json
 import os
 import pickle
+import platform
+import time
 import warnings
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -211,7 +214,7 @@ def test_lock_names_its_process(tmp_path: Path):
     ],
 )
 def test_owner_of_a_lock(content: bytes, text: str):
-    assert lock._owner(content) == text
+    assert lock._named(lock._read(io.BytesIO(content))) == text
 
 
 @pytest.mark.parametrize("rank", [False, True])
@@ -229,6 +232,57 @@ def test_file_system_without_locks_is_a_warning(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(lock.fcntl, "lockf", unsupported)
     with pytest.warns(UserWarning, match=r"\.lock cannot be locked .*No locks available"):
+        RunLock(tmp_path).release()
+
+
+OWNER = {"pid": 7, "host": "other", "since": "2026-01-01", "start": 1, "job": None}
+JOB = {"scheduler": "slurm", "cluster": "c", "id": "5", "array": None, "restart": 0}
+
+
+@pytest.mark.parametrize(
+    ("owner", "age", "job", "is_alive"),
+    [
+        (OWNER, 5, {}, True),
+        (OWNER, 200, {}, False),
+        ({**OWNER, "released": True}, 5, {}, False),
+        ({**OWNER, "job": JOB}, 5, {"SLURM_JOB_ID": "5", "SLURM_CLUSTER_NAME": "c"}, True),
+        ({**OWNER, "job": JOB}, 5, {"SLURM_JOB_ID": "5", "SLURM_CLUSTER_NAME": "c", "SLURM_RESTART_COUNT": "1"}, False),
+    ],
+    ids=["alive", "stale", "released", "same-start-of-the-job", "earlier-start-of-the-job"],
+)
+def test_owner_on_a_different_machine(tmp_path: Path, owner: dict, age: int, job: dict, is_alive: bool, monkeypatch):
+    """The file system has locks only between processes of one machine."""
+    for name in ("SLURM_JOB_ID", "SLURM_CLUSTER_NAME", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    file = tmp_path / lock.FILE
+    file.write_text(json.dumps(owner))
+    os.utime(file, (time.time() - age, time.time() - age))
+    for use in (lock.check_unlocked, lambda folder: RunLock(folder).release()):
+        if is_alive:
+            with pytest.raises(BlockingIOError, match="process 7 on other since 2026-01-01"):
+                use(tmp_path)
+        else:
+            use(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [lock.FILE]
+
+
+def test_owner_without_locks_of_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def unsupported(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", unsupported)
+    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.0)
+    parent = {"pid": os.getppid(), "host": platform.node(), "since": "s", "start": lock._start_time(os.getppid())}
+    (tmp_path / lock.FILE).write_text(json.dumps(parent))
+    with (
+        pytest.warns(UserWarning, match="No locks"),
+        pytest.raises(BlockingIOError, match=f"process {os.getppid()} on "),
+    ):
+        RunLock(tmp_path)
+    (tmp_path / lock.FILE).write_text(json.dumps({**parent, "start": 1}))  # a different process had this number
+    with pytest.warns(UserWarning, match="No locks"):
         RunLock(tmp_path).release()
 
 

@@ -13,7 +13,6 @@ from lightning import Trainer
 from torch.utils.data import DataLoader
 
 from blueberry_video.data.sprites import Sprites
-from blueberry_video.launch import command_line
 from blueberry_video.launch.command_line import Command, parse, quiet_libraries
 from blueberry_video.launch.errors import OneParagraphErrors, paragraph
 
@@ -30,37 +29,56 @@ def test_config_of_a_run():
     assert command == Command(Path("outputs/x/run/config.yaml"), True, ["seed=1"], False)
 
 
-def test_sweep_becomes_hydra_arguments_if_every_job_is_valid(tmp_path: Path):
-    file = tmp_path / "x" / "config.yaml"
+def experiment_in(folder: Path) -> Path:
+    file = folder / "x" / "config.yaml"
     file.parent.mkdir()
     file.write_text(
         "defaults: [train, override model: videomae/tiny, override task: masked_pixels, override data: sprites,"
         " _self_]\nname: x\n"
     )
-    arguments = ["--config-dir", str(file.parent), "--multirun", "seed=1,2"]
-    expected = ["--multirun", "--config-dir", str(file.parent), "--config-name", "config", "seed=1,2"]
-    folder, words = parse(arguments).for_hydra()
-    assert words == [*expected, f"hydra.sweep.dir='{folder}'"]
-    assert folder.parent == Path("outputs/x/sweeps")
-    mine = parse([*arguments, "hydra.sweep.dir=mine", "hydra/launcher=basic", "schedule=glob(warmup*)"])
-    assert mine.for_hydra()[0] == Path("mine")
+    return file
+
+
+def test_every_point_of_a_sweep_is_checked(tmp_path: Path):
+    arguments = ["--config-dir", str(experiment_in(tmp_path).parent), "--multirun", "seed=1,2"]
+    points = parse(arguments).points()
+    assert [(words, config.seed) for words, config in points.configs] == [(["seed=1"], 1), (["seed=2"], 2)]
+    assert (points.folder.parent, points.sweeper, points.interval) == (Path("outputs/x/sweeps"), "basic", "")
+    mine = parse([*arguments, "hydra.sweep.dir=mine", "hydra/launcher=basic", "schedule=glob(warmup*)"]).points()
+    assert mine.folder == Path("mine")
+    assert mine.configs[0][0][0] == "seed=1", "single runs have no settings of Hydra"
+    assert not any("hydra" in word for words, _ in mine.configs for word in words)
+    chosen = parse([*arguments, "optimizer.lr=interval(1e-4,1e-3)"]).points()
+    assert chosen.interval == "optimizer.lr=interval(1e-4,1e-3)"
     with pytest.raises(ValueError, match=r"`resume=last`.*RESUME="):
-        parse([*arguments, "resume=last"]).for_hydra()
+        parse([*arguments, "resume=last"]).points()
     with pytest.raises(ValueError, match=r"`schedule=glob\(x\*\)`.*warmup_cosine"):
-        parse([*arguments, "schedule=glob(x*)"]).for_hydra()
+        parse([*arguments, "schedule=glob(x*)"]).points()
+    for word in ("cluster=slurm", "cluster.hours=2"):
+        with pytest.raises(ValueError, match=rf"`{word}`.*CLUSTER="):
+            parse([*arguments, word]).points()
+        with pytest.raises(ValueError, match=rf"`{word}`.*CLUSTER="):
+            parse(["--config-dir", "x", word]).config()
     with pytest.raises(ValueError, match="num_heads=4"):  # the second job is invalid
-        parse([*arguments, "model.encoder.num_heads=3,5"]).for_hydra()
+        parse([*arguments, "model.encoder.num_heads=3,5"]).points()
 
 
-def test_folder_of_a_sweep_is_that_of_its_first_job(monkeypatch: pytest.MonkeyPatch):
-    composed = []
-    monkeypatch.setattr(command_line, "compose", lambda file, words: composed.append(words))
-    monkeypatch.setattr(command_line, "sweep_folder", lambda file, words: "/".join(words))
-    sweep = ["--config-dir", "x", "--multirun", "hydra.sweep.dir=mine", "+hydra/launcher=basic"]
-    folder, _ = parse([*sweep, "seed=1,2"]).for_hydra()
-    assert folder == Path("hydra.sweep.dir=mine/+hydra/launcher=basic/seed=1")
-    assert composed == [["seed=1"], ["seed=2"]], "single runs have no settings of Hydra"
-    assert parse([*sweep, "seed=3"]).for_hydra()[0].name == "seed=3"
+def test_words_of_a_sweep_for_hydra():
+    words = parse(["--config-dir", "x", "--multirun", "+hydra/launcher=basic", "seed=1,2"]).hydra_words(Path("a b"))
+    expected = ["--multirun", "--config-dir", "x", "--config-name", "config", "+hydra/launcher=basic", "seed=1,2"]
+    assert words == [*expected, "hydra.sweep.dir='a b'"]
+
+
+def test_options_of_a_sweep():
+    sweep = ["--config-dir", "x", "--multirun", "seed=1,2", "--retry", "failed", "--jobs=2", "--fail-fast", "--new"]
+    found = parse(sweep)
+    assert (found.retry, found.jobs, found.fail_fast, found.new) == ("failed", 2, True, True)
+    assert not parse(["--config-dir", "x", "--multirun", "--fail-fast=false"]).fail_fast
+    assert 'SWEEP="seed=1,2" RETRY=failed' in found.again(RETRY="failed")
+    with pytest.raises(ValueError, match=r"--jobs 0.*at least 1"):
+        parse(["--config-dir", "x", "--multirun", "--jobs", "0"])
+    with pytest.raises(ValueError, match=r"--fail-fast .*sweep"):
+        parse(["--config-dir", "x", "--fail-fast"])
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,38 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-VARIABLES = ("ARGS", "EXP", "SWEEP", "RESUME", "VIDEO", "MODEL", "OUT", "PROMPT", "DTYPE", "N", "CHECKPOINT", "DATA")
+SWEEPS = ("JOBS", "RETRY", "FAIL_FAST", "NEW", "CLUSTER", "AT_ONCE")
+VARIABLES = (
+    "ARGS",
+    "EXP",
+    "SWEEP",
+    "RESUME",
+    "VIDEO",
+    "MODEL",
+    "OUT",
+    "PROMPT",
+    "DTYPE",
+    "N",
+    "CHECKPOINT",
+    "DATA",
+    *SWEEPS,
+)
 TARGETS = (
-    *("new", "check", "train", "sweep", "gate", "report", "latents", "export", "generate", "data", "shards"),
+    *(
+        "new",
+        "check",
+        "train",
+        "sweep",
+        "submit",
+        "runs",
+        "gate",
+        "report",
+        "latents",
+        "export",
+        "generate",
+        "data",
+        "shards",
+    ),
     *("process", "depth", "pseudo_labels", "decode-bench", "test", "test-gpu", "bench-gpu", "fuzz-video"),
 )
 PYTHON = """#!{python}

@@ -88,7 +88,7 @@ def test_rank_that_fails_is_named_and_the_others_end(tmp_path: Path, monkeypatch
     monkeypatch.setattr(processes, "SETTLE_SECONDS", 0.1)
     ranks = [rank("import time; time.sleep(100)"), rank("raise SystemExit(3)")]
     failure = processes._wait(ranks, [tmp_path / "0", tmp_path / "1"])
-    processes._end(ranks)
+    processes.end(ranks)
     assert (failure.rank, failure.error) == (1, "it ended with exit code 3.")
     assert ranks[0].returncode == -signal.SIGTERM
 
@@ -98,7 +98,7 @@ def test_rank_that_ignores_the_signal_is_killed(monkeypatch: pytest.MonkeyPatch)
     code = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(100)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     process.stdout.readline()
-    processes._end([process])
+    processes.end([process])
     process.stdout.close()
     assert process.returncode == -signal.SIGKILL
 
@@ -110,7 +110,7 @@ def test_stopped_rank_is_reported_and_ends_the_run(tmp_path: Path, capsys, monke
     ranks = [rank("import time; time.sleep(100)") for _ in range(2)]
     ranks[1].send_signal(signal.SIGSTOP)
     failure = processes._wait(ranks, [tmp_path / "0", tmp_path / "1"])
-    processes._end(ranks)
+    processes.end(ranks)
     assert failure.rank == 1
     assert str(ranks[1].pid) in failure.error
     assert f"kill -CONT {ranks[1].pid}" in capsys.readouterr().err

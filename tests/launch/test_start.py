@@ -161,7 +161,7 @@ def test_rank_that_continues_after_a_stop_does_not_end_the_run(tmp_path: Path, c
     monkeypatch.setattr(processes, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(processes, "STOPPED_NOTICE_SECONDS", 0.025)
     monkeypatch.setattr(processes, "STOPPED_SECONDS", 0.045)
-    monkeypatch.setattr(processes, "_is_stopped", lambda pid: next(states, False))
+    monkeypatch.setattr(processes, "is_stopped", lambda pid: next(states, False))
     rank = process("import time; time.sleep(0.3)")
     assert processes._wait([rank], [tmp_path / "0"]) is None
     assert capsys.readouterr().err.count(f"kill -CONT {rank.pid}") == 2, "one notice per stop"
@@ -179,7 +179,7 @@ def test_rank_that_continues_after_a_stop_does_not_end_the_run(tmp_path: Path, c
     ],
 )
 def test_description_of_an_exit_code(code: int, expected: str):
-    assert processes._describe(code) == expected
+    assert processes.describe(code) == expected
 
 
 def test_rank_that_failed_first_precedes_those_that_followed(tmp_path: Path):
@@ -191,16 +191,16 @@ def test_rank_that_failed_first_precedes_those_that_followed(tmp_path: Path):
 
 def test_stopped_process_is_recognized():
     child = process("import time; time.sleep(60)")
-    assert not processes._is_stopped(os.getpid())
-    assert not processes._is_stopped(child.pid)
+    assert not processes.is_stopped(os.getpid())
+    assert not processes.is_stopped(child.pid)
     child.send_signal(signal.SIGSTOP)
     end = time.monotonic() + 30
-    while not processes._is_stopped(child.pid):
+    while not processes.is_stopped(child.pid):
         assert time.monotonic() < end
         time.sleep(0.01)
     child.kill()
     child.wait()
-    assert not processes._is_stopped(child.pid), "it does not exist"
+    assert not processes.is_stopped(child.pid), "it does not exist"
 
 
 def test_process_that_is_no_rank_does_not_depend_on_its_parent(monkeypatch: pytest.MonkeyPatch):

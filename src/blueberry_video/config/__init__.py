@@ -13,7 +13,7 @@ from blueberry_video.config.compose import (
     normalize,
     register_schema,
     resolve,
-    sweep_folder,
+    sweep_settings,
     trusted_targets,
 )
 from blueberry_video.config.resume import Change, defaults, repeat, resumed
@@ -38,7 +38,7 @@ __all__ = [
     "repeat",
     "resolve",
     "resumed",
-    "sweep_folder",
+    "sweep_settings",
     "trusted_targets",
     "validate",
 ]

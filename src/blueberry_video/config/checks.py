@@ -79,6 +79,7 @@ COUNTS = {  # number → whether -1 is no limit
     "trainer.max_epochs": True,
     "trainer.accumulate_grad_batches": False,
     "trainer.log_every_n_steps": False,
+    "trainer.num_nodes": False,
     "data.batch_size": False,
 }
 REQUIRED = ("model", "task", "data", "optimizer", "schedule", "trainer")

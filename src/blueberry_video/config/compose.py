@@ -166,11 +166,12 @@ def normalize(overrides: Sequence[str]) -> list[str]:
     return lines
 
 
-def sweep_folder(file: str | Path, overrides: Sequence[str], conf: Path = CONF) -> str:
-    """Returns ``hydra.sweep.dir`` of a sweep, given the overrides of its first job, including those of Hydra."""
+def sweep_settings(file: str | Path, overrides: Sequence[str], conf: Path = CONF) -> tuple[str, str]:
+    """Returns ``hydra.sweep.dir`` and the name of the sweeper, given the overrides of the first job of a sweep,
+    including those of Hydra."""
     config, settings = compose_hydra(Path(file).resolve(), overrides, conf)
     full = OmegaConf.create({**_plain(config), "hydra": _plain(settings)})
-    return str(full.hydra.sweep.dir)
+    return str(full.hydra.sweep.dir), str(full.hydra.runtime.choices["hydra/sweeper"])
 
 
 def _compose(file: Path, overrides: Sequence[str], conf: Path, saved: bool, allow: tuple[str, ...] = ()) -> DictConfig:

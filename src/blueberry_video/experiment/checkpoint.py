@@ -20,7 +20,8 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from omegaconf import OmegaConf
 
 from blueberry_video.atomic import atomic_file, explained_errors
@@ -93,7 +94,8 @@ class Checkpoints(Checkpoint):
     callback makes it call them, so that a run killed in the evaluations repeats those that are missing.
 
     A signal that ends the run is delayed until the next optimizer step is complete and its checkpoint is saved, see
-    ``launch/signals.py``.
+    ``launch/signals.py``. A validation is interrupted, and the resumed run begins with it again; where every rank must
+    save a part of the state, as with sharding, the checkpoint is saved after the validation.
 
     Args:
         every_n_steps: optimizer steps between two checkpoints.
@@ -122,6 +124,7 @@ class Checkpoints(Checkpoint):
         self._max_steps: int | None = None  # trainer.max_steps, while it is raised
         self._stop_later = False
         self._waits_for_validation = False
+        self._interrupts_validation = False
         self._valid: dict[Path, tuple[int, int]] = {}  # file -> size and time when it was verified
         self._position: dict[str, Any] | None = None  # in the clips after the last batch of an epoch
         self._at_epoch_end = False
@@ -150,7 +153,7 @@ class Checkpoints(Checkpoint):
             # does not count the next one as started: a second resume would read the clips of a different epoch.
             epochs.increment_ready()
             epochs.increment_started()
-        if self._max_steps is not None:
+        if self._max_steps is not None and not (loop.restarting and loop.epoch_loop.val_loop.restarted_mid_evaluation):
             loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
         if self._final is not None:
             _apply_optimizer_settings(trainer, pl_module)
@@ -184,9 +187,28 @@ class Checkpoints(Checkpoint):
         trainer._logger_connector.update_train_step_metrics()
         self._save(trainer, leave=ends)
 
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or self._ended or self.signal_delay is None:
+            return
+        is_replicated = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        if not self.signal_delay.received or not is_replicated or trainer.fit_loop._should_accumulate():
+            return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging):  # validation uses the averaged weights
+                callback.on_validation_epoch_end(trainer, pl_module)
+        self._interrupts_validation = True
+        self.signal_delay.end()
+        # without the barrier of save_checkpoint: the ranks do not interrupt the validation at the same batch
+        content = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        trainer.strategy.save_checkpoint(content, self._path(trainer))
+        self._prune(trainer)
+        self.signal_delay.leave()
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
+        if self._max_steps is not None:  # the run resumed in the validation after its last step
+            trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
         self._stop_at_optimizer_step(trainer)
         self._position = _position(trainer) if trainer.is_last_batch else None
         ends = self._is_interrupted(trainer)
@@ -213,6 +235,11 @@ class Checkpoints(Checkpoint):
             checkpoint["final"] = {"metrics": metrics, "stopped": self.stopped, "epochs": epochs}
         if self._at_epoch_end and self._position is not None:  # from here, Lightning would resume one epoch later
             checkpoint["loops"]["fit_loop"] = self._position
+        if self._interrupts_validation:  # Lightning then begins with the validation, here with its first batch
+            started = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            none = dict.fromkeys(started, 0)
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            progress.update(total=started, current=none, is_last_batch=False)
 
     def _is_interrupted(self, trainer: Trainer) -> bool:
         """Returns whether a signal ends the run at this optimizer step, on all ranks."""
@@ -246,13 +273,16 @@ class Checkpoints(Checkpoint):
             self._ended = True
             if trainer.is_global_zero:  # results of other weights; evaluation/end_of_run.py writes this file
                 folder.with_name("end_of_run.json").unlink(missing_ok=True)
-        trainer.save_checkpoint(folder / f"step_{trainer.global_step:08d}{SUFFIX}", weights_only=False)
+        trainer.save_checkpoint(self._path(trainer), weights_only=False)
         self._prune(trainer)
         if final and self.signal_delay is not None:  # a signal ends the evaluations that follow
             self.signal_delay.end()
             leave |= self.signal_delay.received
         if leave:
             self.signal_delay.leave()
+
+    def _path(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "checkpoints" / f"step_{trainer.global_step:08d}{SUFFIX}"
 
     def _prune(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:

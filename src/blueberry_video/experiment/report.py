@@ -8,6 +8,7 @@ import base64
 import html
 import json
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from blueberry_video.atomic import write_text
+from blueberry_video.experiment import summary as summaries
 from blueberry_video.experiment.curves import plot_curves
 from blueberry_video.experiment.expected import Verdict
 from blueberry_video.experiment.metrics_table import read_curves
 from blueberry_video.experiment.run_folder import RunFolder, parse_run
 from blueberry_video.experiment.summary import comparison_table, duration, number, shown, skipped_files
+from blueberry_video.installation import start_command
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1d2333; --soft: #667085; --line: #e3e6ee; --card: #ffffff; --page: #f5f6fa;
@@ -83,6 +86,16 @@ def write_report(run: RunFolder) -> Path:
     path = run.path / "report.html"
     write_text(path, page)
     return path
+
+
+def conclude(run: RunFolder) -> None:
+    """Writes the report of a run that has ended, or warns if that fails, and prints the summary."""
+    try:
+        write_report(run)
+    except OSError as error:  # run.json contains the results
+        later = start_command("report", run.experiment)
+        warnings.warn(f"report.html is not written ({error}): `{later}` writes it later.", stacklevel=2)
+    print(f"\n{summaries.summary(run)}")
 
 
 def _header(run: RunFolder, record: Mapping[str, Any]) -> str:

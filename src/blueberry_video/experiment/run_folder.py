@@ -31,9 +31,11 @@ from blueberry_video.experiment.checkpoint import (
     latest_good_checkpoint,
 )
 from blueberry_video.experiment.expected import Verdict, judge
+from blueberry_video.experiment.git import git_state
 from blueberry_video.experiment.lock import RunLock, check_unlocked
-from blueberry_video.experiment.provenance import git_state, hardware, versions
+from blueberry_video.experiment.provenance import hardware, versions
 from blueberry_video.experiment.record import read_record, write_record
+from blueberry_video.launch import scheduler
 
 MODE = {"resume": None, "check": False, "enforce_expected": False}
 """Config keys of a single call and their defaults; they are not saved, so that a later call does not inherit them."""
@@ -84,7 +86,7 @@ class RunFolder:
                 "outputs/my_idea/."
             )
         run = cls(_make_folder(Path(root) / experiment))
-        rank_zero_only(write_text)(run.path / "config.yaml", OmegaConf.to_yaml(_without_mode(config), resolve=True))
+        rank_zero_only(write_text)(run.path / "config.yaml", saved_config(config))
         run.lock()
         write_record(
             run.path,
@@ -97,6 +99,7 @@ class RunFolder:
                 "wall_seconds": 0.0,
                 "session_started": time.time(),
                 "seed": config.get("seed"),
+                "job": scheduler.job(),
                 **git_state(),
                 "versions": versions(),
                 "hardware": hardware(),
@@ -197,6 +200,7 @@ class RunFolder:
             error=None,
             ended_because=None,
             session_started=time.time(),
+            job=scheduler.job(),
             resumes=record["resumes"],
             wall_seconds=record["wall_seconds"],
         )
@@ -435,9 +439,10 @@ def _find(folder: Path, run: str) -> Path:
     return path
 
 
-def _without_mode(config: DictConfig) -> DictConfig:
-    """Returns the config with the keys of a single call at their defaults."""
-    return OmegaConf.merge(config, {key: value for key, value in MODE.items() if key in config})  # type: ignore[return-value]
+def saved_config(config: DictConfig) -> str:
+    """Returns the text of ``config.yaml``: the config with the keys of a single call at their defaults."""
+    saved = OmegaConf.merge(config, {key: value for key, value in MODE.items() if key in config})
+    return OmegaConf.to_yaml(saved, resolve=True)
 
 
 def _count_skipped(file: Path) -> int:

@@ -28,7 +28,20 @@ COMMANDS = {
     "new": Command("launch.new", "", "NAME", "copy the template to experiments/NAME/", has_help=False),
     "check": Command("train", "experiment", f"EXPERIMENT [key=value …] {RESUME}", "dry run", ("check=true",)),
     "train": Command("train", "experiment", f"EXPERIMENT [key=value …] {RESUME}", "train and print a summary"),
-    "sweep": Command("train", "experiment", "EXPERIMENT key=a,b …", "run every combination", ("--multirun",)),
+    "sweep": Command(
+        "train",
+        "experiment",
+        "EXPERIMENT key=a,b … [--jobs N] [--retry failed] [--fail-fast] [--new]",
+        "run every combination; again after a kill: what is missing",
+        ("--multirun",),
+    ),
+    "submit": Command(
+        "submit",
+        "experiment",
+        "EXPERIMENT [key=value …] [key=a,b …] [--cluster NAME] [--at-once N] [--resume last] [--retry failed]",
+        "submit a run or a sweep to Slurm or to the background",
+    ),
+    "runs": Command("runs", "", "[EXPERIMENT]", "show the state of submitted and local runs"),
     "gate": Command(
         "train",
         "experiment",

@@ -137,6 +137,7 @@ def _short_run(config: DictConfig) -> DictConfig:
         "accumulate_grad_batches": 1,
         "log_every_n_steps": 1,
         "devices": 1,
+        "num_nodes": 1,
         "strategy": "auto",
         "profiler": None,
         "enable_progress_bar": False,

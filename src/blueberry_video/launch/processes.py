@@ -4,7 +4,7 @@ Lightning would start them by running the whole command again, so that in a swee
 Instead, the process started by the user creates the run folder, starts the ranks, waits, and writes the report. It
 hosts the store of ``torch.distributed`` as ``torchrun`` does. No rank outlives it:
 
-- signals are forwarded to the ranks, which have ``SAVE_SECONDS`` to save a checkpoint;
+- signals are forwarded to the ranks, which have ``signals.seconds_to_save`` to save a checkpoint;
 - the kernel kills the ranks if this process is killed;
 - if a rank fails, the others are ended, and the error of the rank that failed first is raised;
 - a rank that is stopped (SIGSTOP) for ``STOPPED_SECONDS`` ends the run.
@@ -13,56 +13,36 @@ hosts the store of ``torch.distributed`` as ``torchrun`` does. No rank outlives 
 import ctypes
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from blueberry_video.atomic import write_text
 from blueberry_video.installation import start_command
-from blueberry_video.launch.errors import TRACEBACK_VARIABLE, paragraph
+from blueberry_video.launch import environment, signals
+from blueberry_video.launch.environment import FOLDER_VARIABLE
+from blueberry_video.launch.failures import LOST_PEER, Failure, is_stopped
 from blueberry_video.launch.signals import Interrupted
 
-FOLDER_VARIABLE = "BLUEBERRY_VIDEO_RUN_FOLDER"
 PARENT_VARIABLE = "BLUEBERRY_VIDEO_PARENT"
 ERROR_VARIABLE = "BLUEBERRY_VIDEO_ERROR_FILE"
 
 POLL_SECONDS = 0.1
 SETTLE_SECONDS = 5.0  # after the first failure, for the other ranks to report their errors
 GRACE_SECONDS = 15.0  # between SIGTERM and SIGKILL after a failure
-SAVE_SECONDS = 40.0  # the same after a signal: signals.SAVE_SECONDS and the time to write a checkpoint
+WRITE_SECONDS = 20.0  # to write a checkpoint: the same after a signal, in addition to signals.seconds_to_save
 STOPPED_NOTICE_SECONDS = 2.0
 STOPPED_SECONDS = 30.0
 PR_SET_PDEATHSIG = 1
-LOST_PEER = re.compile(  # errors of a rank that lost the connection to a different one
-    r"Connection (closed|reset|refused)|Broken pipe|\bgloo\b|NCCL|DistNetworkError|DistBackendError", re.IGNORECASE
-)
-
-
-class Failure(NamedTuple):
-    """Failure of a rank.
-
-    Attributes:
-        rank: its number.
-        time: seconds since the epoch.
-        error: type and message.
-        text: traceback; empty for errors that need none.
-    """
-
-    rank: int
-    time: float
-    error: str
-    text: str = ""
 
 
 def shared_folder() -> Path | None:
@@ -77,15 +57,11 @@ def count(trainer: Mapping[str, Any]) -> int:
     Raises:
         ValueError: if ``devices`` is all GPUs and there are none.
     """
-    if shared_folder() or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    if environment.recognize().launcher != "standalone":
         return 1
-    devices, accelerator = trainer.get("devices", 1), trainer.get("accelerator", "auto")
-    if isinstance(devices, Sequence) and not isinstance(devices, str):  # in a config, a ListConfig
-        return len(devices)
-    if isinstance(devices, str) and devices.isdigit():
-        devices = int(devices)
-    if devices not in (-1, "-1", "auto"):
-        return int(devices)
+    if (devices := environment.device_count(trainer)) is not None:
+        return devices
+    accelerator = trainer.get("accelerator", "auto")
     if accelerator == "cpu":
         return 1
     import torch  # only here: a fixed number of devices does not need torch
@@ -93,8 +69,8 @@ def count(trainer: Mapping[str, Any]) -> int:
     available = torch.cuda.device_count()
     if available == 0 and accelerator in ("gpu", "cuda"):
         raise ValueError(
-            f"trainer.devices={devices} is all GPUs, and PyTorch finds none: use `trainer=cpu`, or several CPU "
-            "processes with `trainer=ddp trainer.accelerator=cpu trainer.devices=2`. "
+            f"trainer.devices={trainer.get('devices')} is all GPUs, and PyTorch finds none: use `trainer=cpu`, or "
+            "several CPU processes with `trainer=ddp trainer.accelerator=cpu trainer.devices=2`. "
             f"`{start_command('doctor')}` lists the devices."
         )
     return max(available, 1)
@@ -135,10 +111,10 @@ def start(config: DictConfig, run: Path, number: int) -> None:
                 ranks.append(subprocess.Popen(command, env=shared | own))
             failure = _wait(ranks, errors)
         except Interrupted as interrupted:
-            _end(ranks, interrupted.signal, SAVE_SECONDS)
+            end(ranks, interrupted.signal, signals.seconds_to_save(interrupted.signal) + WRITE_SECONDS)
             raise
         finally:
-            _end(ranks)
+            end(ranks)
     if failure is None:
         return
     if failure.text:
@@ -182,11 +158,8 @@ def reported() -> Iterator[None]:
     except Exception as error:
         if not file:
             raise
-        message = None if os.environ.get(TRACEBACK_VARIABLE) == "1" else paragraph(error)
-        text = "" if message else traceback.format_exc()
-        described = " ".join((message or str(error) or "no message").split()).rstrip(".")
-        failure = {"time": time.time(), "error": f"{type(error).__name__}: {described}.", "text": text}
-        write_text(Path(file), json.dumps(failure))
+        failure = Failure.of(error, int(os.environ.get("RANK", "0")))
+        write_text(Path(file), json.dumps({"time": failure.time, "error": failure.error, "text": failure.text}))
         raise SystemExit(1) from None
 
 
@@ -213,7 +186,7 @@ def _wait(ranks: Sequence[subprocess.Popen], errors: Sequence[Path]) -> Failure 
         time.sleep(POLL_SECONDS)
         for index, rank in enumerate(ranks):
             # counted in polls: this process may have been stopped too, as by Ctrl-Z
-            before, stopped[index] = stopped[index], stopped[index] + POLL_SECONDS if _is_stopped(rank.pid) else 0.0
+            before, stopped[index] = stopped[index], stopped[index] + POLL_SECONDS if is_stopped(rank.pid) else 0.0
             where = f"rank {index} (process {rank.pid}) is stopped by a signal"
             if before < STOPPED_NOTICE_SECONDS <= stopped[index]:
                 fix = f"`kill -CONT {rank.pid}` continues it, otherwise the run ends in {STOPPED_SECONDS:.0f} s."
@@ -242,14 +215,14 @@ def _first_failure(
             failure = Failure(rank, **json.loads(file.read_text()))
             (consequences if LOST_PEER.search(failure.error) else causes).append(failure)
         elif code:
-            without_report.append(Failure(rank, 0.0 if first_code else 1.0, _describe(code)))
+            without_report.append(Failure(rank, 0.0 if first_code else 1.0, describe(code)))
     for failures in (causes, without_report, consequences):
         if failures:
             return min(failures, key=lambda failure: failure.time)
     return None
 
 
-def _describe(code: int) -> str:
+def describe(code: int) -> str:
     """Describes an exit code without an error."""
     number = -code if code < 0 else code - 128
     if number not in signal.valid_signals():
@@ -258,21 +231,12 @@ def _describe(code: int) -> str:
     return f"it was ended by {signal.Signals(number).name}.{hint}"
 
 
-def _is_stopped(process: int) -> bool:
-    """Returns whether a process is stopped by a signal or a debugger; False where /proc does not exist."""
-    try:
-        state = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[0]
-    except OSError:
-        return False
-    return state in (b"T", b"t")
-
-
-def _end(ranks: Sequence[subprocess.Popen], number: int = signal.SIGTERM, seconds: float | None = None) -> None:
+def end(ranks: Sequence[subprocess.Popen], number: int = signal.SIGTERM, seconds: float | None = None) -> None:
     """Sends a signal to the running ranks, and SIGKILL to those that run ``seconds`` later (``GRACE_SECONDS``)."""
     for rank in ranks:
         if rank.poll() is None:
             rank.send_signal(number)
-            if _is_stopped(rank.pid):
+            if is_stopped(rank.pid):
                 rank.kill()
     deadline = time.monotonic() + (GRACE_SECONDS if seconds is None else seconds)
     for rank in ranks:

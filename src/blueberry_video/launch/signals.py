@@ -1,8 +1,9 @@
-"""Signals that end a run: SIGTERM, SIGINT (Ctrl-C) and SIGHUP.
+"""Signals that end a run: SIGTERM, SIGINT (Ctrl-C), SIGHUP, and the warnings of batch systems, SIGUSR1 and SIGUSR2.
 
 While a run trains, the first signal lets the current optimizer step end and a checkpoint be saved, within
 ``SAVE_SECONDS``. Otherwise, and for a second signal, it raises an exception in the main thread wherever it is, so that
 it also ends the evaluations at the end of a run. The exit code is that of shells: 143 after SIGTERM, 130 after SIGINT.
+It is 143 after a warning too: a batch system must see neither a success nor an unknown failure.
 """
 
 import os
@@ -16,22 +17,27 @@ from types import FrameType
 from typing import Any
 
 from blueberry_video.installation import start_command
+from blueberry_video.launch import environment
+from blueberry_video.launch.failures import LostRankError
 
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm's --signal=USR1@120; submitit's is SIGUSR2
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *WARNINGS)
+PREEMPTED = 128 + signal.SIGTERM
 REPEAT_SECONDS = 5.0  # Ctrl-C in a terminal reaches a rank twice: directly and forwarded by its parent
 SAVE_SECONDS = 20.0  # for the step and the checkpoint after the first signal; batch systems kill after about 30 s
+WARNED_SECONDS = 90.0  # the same after a warning
 
 _received: tuple[signal.Signals, float] | None = None  # the last signal of this process and its time
 _waiting: "Delay | None" = None  # training that saves a checkpoint before it ends
 
 
 class Interrupted(SystemExit):
-    """Exit caused by a signal, with the exit code 128 + its number."""
+    """Exit caused by a signal, with the exit code 128 + its number, or that of SIGTERM for :data:`WARNINGS`."""
 
     def __init__(self, number: int):
         self.signal = signal.Signals(number)
         self.explained = False
-        super().__init__(128 + number)
+        super().__init__(PREEMPTED if number in WARNINGS else 128 + number)
 
     def __str__(self) -> str:
         return self.signal.name
@@ -60,7 +66,7 @@ def handled(hint: str = "", quiet: bool = False) -> Iterator[None]:
         yield
     except BaseException as error:
         if not isinstance(error, Interrupted):
-            if _received is None:
+            if _received is None or isinstance(error, LostRankError):  # torchrun sends SIGTERM after it
                 raise
             error = Interrupted(_received[0])
         if not error.explained and not quiet:
@@ -82,15 +88,20 @@ def how_to_continue(experiment: str, run: str, output_dir: str) -> str:
 class Delay:
     """Delays the first signal until training has saved a checkpoint, between :meth:`begin` and :meth:`end`.
 
-    After ``SAVE_SECONDS`` without a call of :meth:`end`, the signal ends the process without a checkpoint.
+    After ``SAVE_SECONDS`` without a call of :meth:`end`, ``WARNED_SECONDS`` for a warning, the signal ends the process
+    without a checkpoint.
 
     Args:
         quiet: print nothing, and ignore a second signal within ``REPEAT_SECONDS``: in ranks, which their parent ends.
+        patient: ignore a second signal: ``torchrun`` sends one as soon as one of the ranks ends.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, patient: bool = False) -> None:
         self._timer: threading.Timer | None = None
+        self._workers: Any = None
+        self._expired = False
         self._quiet = quiet
+        self._patient = patient
 
     def begin(self) -> None:
         global _waiting
@@ -102,6 +113,9 @@ class Delay:
             _waiting = None
         if self._timer is not None:
             self._timer.cancel()
+        if self._workers is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, self._workers)
+            self._workers = None
 
     @property
     def received(self) -> bool:
@@ -120,22 +134,40 @@ class Delay:
     def start(self, number: int) -> bool:
         """Called by the handler; returns whether the signal is delayed."""
         if self._timer is not None:
-            return self._quiet and _received is not None and time.monotonic() - _received[1] < REPEAT_SECONDS
-        self._timer = threading.Timer(SAVE_SECONDS, os.kill, (os.getpid(), number))
+            repeated = self._quiet and _received is not None and time.monotonic() - _received[1] < REPEAT_SECONDS
+            return not self._expired and (self._patient or repeated)
+        self._timer = threading.Timer(seconds_to_save(number), self._expire, (number,))
         self._timer.daemon = True
         self._timer.start()
+        # A batch system also sends the signal to the workers of DataLoaders, whose end must not interrupt the step.
+        self._workers = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if not self._quiet and number == signal.SIGINT:
             os.write(2, b"\nsaving a checkpoint after this step; press Ctrl-C again to end at once\n")
         return True
 
+    def _expire(self, number: int) -> None:
+        self._expired = True
+        os.kill(os.getpid(), number)
 
-def save_first(trainer: Any, quiet: bool = False) -> None:
+
+def seconds_to_save(number: int) -> float:
+    """Returns the time between a signal and the end of a process that cannot save a checkpoint."""
+    return WARNED_SECONDS if number in WARNINGS else SAVE_SECONDS
+
+
+def received() -> signal.Signals | None:
+    """Returns the signal that ends this process, None if there was none."""
+    return _received[0] if _received else None
+
+
+def save_first(trainer: Any) -> None:
     """Makes the callback ``Checkpoints`` of a trainer save before a signal ends training, in place of Lightning's
     SIGTERM handler, which broadcasts among ranks that may wait for each other elsewhere."""
+    here = environment.recognize()
     trainer._signal_connector._sigterm_notifier_fn = lambda *_: None
     for callback in trainer.callbacks:
         if hasattr(callback, "signal_delay"):
-            callback.signal_delay = Delay(quiet)
+            callback.signal_delay = Delay(here.follows, here.is_external)
 
 
 def _install() -> dict[int, Any]:
@@ -149,7 +181,7 @@ def _install() -> dict[int, Any]:
     def handle(number: int, frame: FrameType | None) -> None:
         global _received
         if os.getpid() != process:  # a forked worker: its parent ends it
-            if number != signal.SIGINT:
+            if number not in (signal.SIGINT, *WARNINGS):
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
