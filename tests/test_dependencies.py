@@ -31,7 +31,7 @@ TOOLS = {
     "mkdocs-material",
     "mkdocstrings",
 }  # of `make test`, `make lint`, `make docs`, tests/test_package.py
-PLUGINS = {  # imported by fsspec, and by Hydra: hydra/launcher=submitit_slurm, hydra/launcher=joblib, hydra/sweeper=optuna
+PLUGINS = {  # imported by fsspec and by Hydra (hydra/launcher=submitit_slurm or joblib, hydra/sweeper=optuna)
     "hydra-submitit-launcher",
     "hydra-joblib-launcher",
     "hydra-optuna-sweeper",
