@@ -10,7 +10,7 @@ Parameter names are those of the original code.
 import math
 import re
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ class VisionTransformer(Encoder, PositionTables):
             ``forward``, the shape of the video does not fit the positions.
     """
 
+    block_lists: ClassVar[tuple[str, ...]] = ("blocks",)  # sharded one by one
     positions: Tensor
 
     def __init__(

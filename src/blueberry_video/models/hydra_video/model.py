@@ -6,7 +6,7 @@ frame, and returns the features of the whole video. Positions within a frame com
 in time from the scan alone: videos may be longer than in training.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ class HydraVideo(Encoder, PositionTables):
             width or number of channels, or with an incomplete last tubelet.
     """
 
+    block_lists: ClassVar[tuple[str, ...]] = ("blocks",)  # sharded one by one
     positions: Tensor
 
     def __init__(
