@@ -67,8 +67,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
         accelerator.setup(trainer)
         if not isinstance(task, FSDPModule):  # validation after training: sharded already
             self.precision_plugin.convert_module(task)
-            dtype = {"bf16-mixed": torch.bfloat16}.get(str(trainer.precision))
-            parallelize(task, self.device_mesh, dtype)
+            is_narrow = str(trainer.precision) == "bf16-mixed" and self.root_device.type == "cuda"
+            # autocast of the CPU does not convert 16-bit weights of norms, that of CUDA does
+            parallelize(task, self.device_mesh, torch.bfloat16 if is_narrow else None)
             for method in STEPS:
                 register_fsdp_forward_method(task, method)
         task.to(self.root_device)  # frozen parts that are no parameters

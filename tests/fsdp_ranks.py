@@ -10,6 +10,7 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from blueberry_video.callbacks import EMA, Media, NaNGuard, StepSeed
 from blueberry_video.data.datamodule import DataModule
@@ -32,6 +33,7 @@ from blueberry_video.models.jepa.model import JEPA
 from blueberry_video.models.text_encoder.words import WordText
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.optim import constant, ramp
+from blueberry_video.parallel.fsdp import gathered, parallelize
 from blueberry_video.parallel.strategy import FullyShardedStrategy
 from blueberry_video.tasks.classification import Classification
 from blueberry_video.tasks.diffusion import Diffusion
@@ -42,8 +44,8 @@ from gloo_group import gloo_group
 STEPS = 4
 
 
-def optimization() -> Optimization:
-    return Optimization(partial(torch.optim.AdamW, lr=3e-3), constant)
+def optimization(layer_decay: float = 1.0) -> Optimization:
+    return Optimization(partial(torch.optim.AdamW, lr=3e-3), constant, layer_decay=layer_decay)
 
 
 def encoder(**changes: Any) -> VisionTransformer:
@@ -58,7 +60,7 @@ def jepa() -> LatentPrediction:
 
 
 def classifier() -> Classification:
-    return Classification(VideoClassifier(encoder(), {"motion": len(Sprites.classes["motion"])}), optimization())
+    return Classification(VideoClassifier(encoder(), {"motion": len(Sprites.classes["motion"])}), optimization(0.5))
 
 
 def lora(checkpointing: bool = False) -> Diffusion:
@@ -136,17 +138,44 @@ def compiled() -> Diffusion:
     return task
 
 
-class Dtypes(lightning.pytorch.Callback):
-    """Records the dtype of the parameters of a block while it runs, and of its parts."""
+class Narrow(torch.nn.Module):
+    """Two blocks that record the dtype of their weights while they run."""
+
+    block_lists = ("blocks",)
 
     def __init__(self) -> None:
-        self.dtypes: set[torch.dtype] = set()
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(6, 6) for _ in range(2))
+        self.dtypes: list[torch.dtype] = []
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        def look(module: Any, _: Any) -> None:
-            self.dtypes.update(parameter.dtype for parameter in module.parameters())
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            block.register_forward_pre_hook(lambda module, _: self.dtypes.append(module.weight.dtype))
+            with torch.autocast("cpu", torch.bfloat16):
+                x = block(x)
+        return x.float()
 
-        pl_module.model.encoder.blocks[0].mlp.register_forward_pre_hook(look)
+
+def narrow(rank: int) -> dict[str, Any]:
+    """Returns gradients of blocks that are gathered in bfloat16, of a different batch on each process."""
+    torch.manual_seed(rank)
+    module = Narrow()
+    start = broadcast_weights(module)
+    batches = [torch.randn(8, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    parallelize(module, init_device_mesh("cpu", (2,)), torch.bfloat16)
+    module(batches[rank]).square().mean().backward()
+    gradients = {name: weight.grad.full_tensor() for name, weight in module.named_parameters()}  # type: ignore
+    with gathered(module):
+        inside = {name: weight.dtype for name, weight in module.named_parameters()}
+    dtypes = {weight.dtype for weight in module.parameters()}
+    return {"start": start, "gradients": gradients, "dtypes": module.dtypes, "inside": inside, "outside": dtypes}
+
+
+def broadcast_weights(module: torch.nn.Module) -> dict[str, Tensor]:
+    found = {name: weight.detach().clone() for name, weight in module.named_parameters()}
+    for weight in found.values():
+        torch.distributed.broadcast(weight, 0)
+    return found
 
 
 def sharded() -> FullyShardedStrategy:
@@ -184,10 +213,9 @@ def runs(rank: int, folder: Path, single: Path) -> dict[str, Any]:
     run("jepa-resumed", jepa, sharded(), resume=folder / "jepa-sharded/checkpoints/step_00000002.shards")
     run("jepa-full-resumed", jepa, sharded(), resume=folder / "jepa-fsdp/checkpoints/step_00000002.ckpt")
     run("from-one", classifier, sharded(), resume=single / "checkpoints/step_00000002.shards")
-    dtypes = Dtypes()
     run("bf16-ddp", classifier, "ddp", precision="bf16-mixed")
-    run("bf16-fsdp", classifier, FullyShardedStrategy(), dtypes, precision="bf16-mixed")
-    found["bf16-dtypes"] = [str(dtype) for dtype in dtypes.dtypes]
+    run("bf16-fsdp", classifier, FullyShardedStrategy(), precision="bf16-mixed")
+    found["narrow"] = narrow(rank)
     return found
 
 
