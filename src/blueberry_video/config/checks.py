@@ -483,8 +483,8 @@ def _check_sharding(trainer: Mapping[str, Any]) -> None:
         )
     if name == SHARDED and precision in (16, "16", "16-mixed", 64, "64", "64-true"):
         raise ValueError(
-            f"`trainer.precision` = {precision} is not supported by trainer=fsdp: write `trainer.precision=bf16-mixed`, "
-            "or `trainer=ddp`."
+            f"`trainer.precision` = {precision} is not supported by trainer=fsdp: write "
+            "`trainer.precision=bf16-mixed`, or `trainer=ddp`."
         )
 
 

@@ -4,7 +4,7 @@
 its lists of blocks in ``block_lists``. Sharded parameters are DTensors, which keep their names, shapes and order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -32,8 +32,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     def search(module: nn.Module) -> None:
         names = getattr(type(module), "block_lists", None)
         for name, child in module.named_children():
-            is_list = isinstance(child, nn.ModuleList)
-            if is_list and (name in names if names is not None else _are_blocks(child)):
+            if isinstance(child, nn.ModuleList) and (_are_blocks(child) if names is None else name in names):
                 found.extend(block for block in child if any(True for _ in block.parameters()))
             else:
                 search(child)
@@ -80,12 +79,13 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = 
 
 def _shard(module: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
     """Shards the parameters of a module that are not sharded yet."""
-    device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None)
+    on_gpu = mesh.device_type == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device(mesh.device_type)
     own = [tensor for tensor in module.parameters() if not isinstance(tensor, DTensor)]
     for tensor in (*own, *module.buffers()):
         tensor.data = tensor.data.to(device)
         if mesh.size() > 1:
-            dist.broadcast(tensor.data, mesh.mesh.flatten()[0].item(), group=mesh.get_group())
+            dist.broadcast(tensor.data, int(mesh.mesh.flatten()[0]), group=mesh.get_group())
     narrow = dtype is not None or any(parameter.dtype in NARROW for parameter in own)
     policy = MixedPrecisionPolicy(dtype, torch.float32 if narrow else None, cast_forward_inputs=False)
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -118,7 +118,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _without_hooks(parts: list[nn.Module]) -> Iterator[None]:
+def _without_hooks(parts: Sequence[nn.Module]) -> Iterator[None]:
     """Removes the hooks of FSDP, which count the calls of a block: the number must be equal on all processes."""
     tables = [table for part in parts for table in (part._forward_pre_hooks, part._forward_hooks)]
     before: list[dict[int, Any]] = [dict(table) for table in tables]
