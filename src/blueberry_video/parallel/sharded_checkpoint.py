@@ -14,6 +14,7 @@ file can execute code.
 import hashlib
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,9 @@ def read_shards(path: Path, mesh: DeviceMesh | None = None, only: str | None = N
         else:
             tensors[name] = empty_dtensor(info.size, dtype=dtype, device_mesh=mesh, placements=[Shard(0)])
     if tensors:
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=mesh is None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as intended without a mesh
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=mesh is None)
     return _with_shards(rest, tensors.__getitem__)
 
 
