@@ -39,7 +39,6 @@ from blueberry_video.tasks.classification import Classification
 from blueberry_video.tasks.diffusion import Diffusion
 from blueberry_video.tasks.latent_prediction import LatentPrediction
 from blueberry_video.tasks.settings import Optimization
-from gloo_group import gloo_group
 
 STEPS = 4
 
@@ -188,10 +187,13 @@ def work(rank: int, folder: str, single: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
     torch.set_num_threads(1)
-    with gloo_group(folder, rank, 2):
-        results = runs(rank, Path(folder), Path(single))
-        if rank == 0:
-            torch.save(results, Path(folder, "results.pt"))
+    store = torch.distributed.FileStore(str(Path(folder, "store")), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    results = runs(rank, Path(folder), Path(single))
+    if rank == 0:
+        torch.save(results, Path(folder, "results.pt"))
+    torch.distributed.barrier()
+    os._exit(0)  # trainers and meshes still refer to the group, see gloo_group.py
 
 
 def runs(rank: int, folder: Path, single: Path) -> dict[str, Any]:

@@ -17,7 +17,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Returns the folders of the run in one process, which is killed while it saves, and of those in two."""
+    """Returns the folders of the run in one process, which is killed while it saves, and of those in two.
+
+    All tests read them: three processes import PyTorch and Lightning, which takes half of the time.
+    """
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     process = torch.multiprocessing.get_context("spawn").Process(target=fsdp_ranks.one, args=(str(one), True))
     process.start()

@@ -140,7 +140,8 @@ def shards_fault(path: Path, part: int = 0, parts: int = 1) -> str | None:
     if not (path / CHECKSUMS).is_file():
         return f"its checksums {CHECKSUMS} are missing"
     lines = [line.split("  ", 1) for line in (path / CHECKSUMS).read_text(errors="replace").splitlines()]
-    if not any(line[1:] == [REST] for line in lines):
+    known, present = {line[-1] for line in lines}, {file.name for file in path.glob("*.safetensors")}
+    if not {REST, *present} <= known or any(len(line) != 2 for line in lines):
         return f"its checksums {CHECKSUMS} are damaged"
     for digest, name in lines[part::parts]:
         if not (path / name).is_file():
