@@ -79,7 +79,7 @@ doctor: $(STAMP) ## check versions, devices, FFmpeg, wandb, Slurm and disk, with
 	@$(blueberry) doctor
 
 ##@ Experiments
-.PHONY: new check estimate train sweep submit runs gate torture report latents pseudo_labels export generate render data shards
+.PHONY: new check estimate train sweep submit runs gate torture report consolidate latents pseudo_labels export generate render data shards
 new: $(STAMP) ## EXP=name: copy experiments/template/
 	@$(blueberry) new "$$EXP"
 
@@ -109,6 +109,9 @@ torture: $(STAMP) ## EXP=name [KILLS=50]: kill a run at random moments, resume i
 
 report: $(STAMP) ## EXP=name: write report.html of the newest run again
 	@$(experiment)$(blueberry) report "$$EXP"
+
+consolidate: $(STAMP) ## EXP=name: write the weights of the newest sharded checkpoint to one file
+	@$(experiment)$(blueberry) consolidate "$$EXP"
 
 latents: $(STAMP) ## EXP=name [OUT=folder] [DTYPE=bfloat16]: encode clips and captions once, for training to read
 	@$(experiment)$(blueberry) latents "$$EXP" --args="$$ARGS" --out="$$OUT" --dtype="$$DTYPE"

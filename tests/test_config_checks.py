@@ -563,3 +563,17 @@ def test_factories_are_partial(path: str, partial: bool | None):
     else:
         message = refused({key: value for key, value in node.items() if value is not None}, path=path, root="x")
         assert f"`{path}` must have `_partial_: true`" in message
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_cpu_offload", "lightning.pytorch.strategies.FSDPStrategy"])
+def test_fsdp1_raises(strategy):
+    node = {"_target_": strategy} if "." in strategy else strategy
+    with pytest.raises(ValueError, match=rf"`trainer\.strategy` = {strategy}.*`trainer=fsdp`"):
+        validate({"trainer": {"strategy": node}})
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "64-true"])
+def test_precisions_that_fsdp2_does_not_have_raise(precision):
+    with pytest.raises(ValueError, match=rf"`trainer\.precision` = {precision}.*`trainer\.precision=bf16-mixed`"):
+        validate({"trainer": {"strategy": {"_target_": checks.SHARDED}, "precision": precision}})
+    validate({"trainer": {"strategy": "ddp", "precision": precision}})

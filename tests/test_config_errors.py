@@ -477,7 +477,7 @@ def test_sweep_is_expanded():
     [
         "lightning.Trainer",
         "lightning.pytorch.callbacks.ModelCheckpoint",
-        "lightning.pytorch.strategies.FSDPStrategy",
+        "blueberry_video.parallel.strategy.FullyShardedStrategy",
         "torch.optim.AdamW",
         "torch.nn.Linear",
         "torch.nn.ReLU",

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blueberry_video.atomic import write_text
 from blueberry_video.nn.running_average import RunningAverages, update_averages
+from blueberry_video.parallel.fsdp import full, gathered, shard_copy
 from blueberry_video.parallel.ranks import data_rank, data_world_size
 
 # Dense 16-bit FLOP/s from NVIDIA's data sheets; the first key contained in the device name applies. Lightning's table
@@ -106,6 +107,11 @@ class EMA(WeightAveraging):
         trained = [weight for weight in averaged.parameters() if weight.requires_grad]
         for weight in (*trained, *_running_averages(averaged)):
             weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shards the averages as the weights, if these are sharded."""
+        assert self._average_model is not None
+        shard_copy(self._average_model.module, pl_module)
 
     @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -281,7 +287,7 @@ class NaNGuard(Callback):
         if trainer.global_step % self.every_n_steps or str(trainer.precision).startswith("16"):
             return
         gradients = {name: weight.grad for name, weight in pl_module.named_parameters() if weight.grad is not None}
-        norm = torch.nn.utils.get_total_norm(list(gradients.values()))
+        norm = full(torch.nn.utils.get_total_norm(list(gradients.values())))
         if self.every_n_steps == 1:
             pl_module.log("train/grad_norm", norm, on_epoch=False, batch_size=1)
         else:  # Lightning would repeat the value in the rows of later steps
@@ -289,7 +295,7 @@ class NaNGuard(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics({"train/grad_norm": norm.item()}, step=trainer.global_step)
         if not torch.isfinite(norm):
-            bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
+            bad = [name for name, gradient in gradients.items() if not torch.isfinite(full(gradient)).all()]
             self._stop(trainer, f"the gradient norm is {norm.item()}", bad)
 
     def _stop(self, trainer: Trainer, what: str, parameters: list[str]) -> None:
@@ -362,7 +368,7 @@ class Media(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if dataloader_idx or trainer.sanity_checking or not trainer.is_global_zero or trainer.state.fn != "fit":
+        if dataloader_idx or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if batch_idx == 0:
             self._batches.clear()
@@ -375,15 +381,13 @@ class Media(Callback):
             self._make(trainer, pl_module, kind)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
         marker, step = _complete_media(trainer), str(trainer.global_step)
         if self._made_step != trainer.global_step and not (marker.is_file() and marker.read_text() == step):
             if not self._batches and self._kinds:
                 self._read_batches(trainer)
             for kind in self._batches:
                 self._make(trainer, pl_module, kind)
-            if self._batches:
+            if self._batches and trainer.is_global_zero:
                 marker.parent.mkdir(exist_ok=True)
                 write_text(marker, step)
         self._batches.clear()
@@ -398,9 +402,15 @@ class Media(Callback):
             if len(self._batches) == len(self._kinds):
                 return
 
-    @torch.no_grad()
     def _make(self, trainer: Trainer, pl_module: LightningModule, kind: str) -> None:
+        """Makes the media of a batch on the first process; all processes must call it."""
         self._made_step = trainer.global_step
+        with gathered(pl_module):
+            if trainer.is_global_zero:
+                self._save(trainer, pl_module, kind)
+
+    @torch.no_grad()
+    def _save(self, trainer: Trainer, pl_module: LightningModule, kind: str) -> None:
         was_training = pl_module.training
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
         with torch.random.fork_rng(devices):

@@ -7,11 +7,9 @@ A learning-rate schedule is ``schedule(step, total_steps, …) -> multiplier`` o
 
 import math
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
-
-WRAPPER = "_fsdp_wrapped_module."  # inserted into parameter names by FSDP
 
 
 def decayed_names(module: nn.Module) -> set[str]:
@@ -24,7 +22,7 @@ def decayed_names(module: nn.Module) -> set[str]:
     return {name for name, parameter in module.named_parameters() if parameter.ndim > 1 and name not in exempt}
 
 
-def parameter_groups(module: nn.Module, layer_decay: float = 1.0, decayed: Collection[str] | None = None) -> list[dict]:
+def parameter_groups(module: nn.Module, layer_decay: float = 1.0) -> list[dict]:
     """Returns optimizer groups: weight decay applies to matrices, not to biases, norms and ``no_weight_decay``.
 
     With ``layer_decay`` below 1 each layer of the encoder has two separate groups, and its learning rate decreases
@@ -36,7 +34,6 @@ def parameter_groups(module: nn.Module, layer_decay: float = 1.0, decayed: Colle
     Args:
         module: contains the encoder as ``encoder`` and its blocks as ``encoder.blocks``, at any depth.
         layer_decay: in (0, 1]; layer l has ``lr_scale = layer_decay ** (depth + 1 - l)``. At 1 there are two groups.
-        decayed: output of :func:`decayed_names` from before FSDP flattened the parameters; defaults to its output now.
 
     Returns:
         Groups with ``params``, ``lr_scale`` and, without weight decay, ``weight_decay`` 0; those of the head are
@@ -50,13 +47,12 @@ def parameter_groups(module: nn.Module, layer_decay: float = 1.0, decayed: Colle
             f"task.optimization.layer_decay={layer_decay} must be in (0, 1]: 1 for none; VideoMAE-B is fine-tuned "
             "with 0.75."
         )
-    decayed = decayed_names(module) if decayed is None else decayed
+    decayed = decayed_names(module)
     scales = _layer_scales(module, layer_decay) if layer_decay < 1 else {}
     matrices: dict[float, list[nn.Parameter]] = {1.0: []}
     rest: dict[float, list[nn.Parameter]] = {1.0: []}
-    for wrapped, parameter in module.named_parameters():
+    for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            name = wrapped.replace(WRAPPER, "")
             chosen = matrices if name in decayed else rest
             chosen.setdefault(scales.get(name, 1.0), []).append(parameter)
     groups: list[dict] = []
@@ -90,7 +86,7 @@ def scaled_groups(groups: list[dict], scales: Sequence[tuple[Iterable[nn.Paramet
 
 def _layer_scales(module: nn.Module, layer_decay: float) -> dict[str, float]:
     """Returns parameter name -> learning-rate factor, for the parameters of ``encoder`` up to its last block."""
-    names = [name.replace(WRAPPER, "") for name, _ in module.named_parameters()]
+    names = [name for name, _ in module.named_parameters()]
     blocks = {name: found for name in names if (found := re.search(r"(?:^|\.)encoder\.blocks\.(\d+)\.", name))}
     if not blocks:
         raise ValueError(

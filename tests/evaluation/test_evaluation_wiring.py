@@ -139,7 +139,7 @@ def test_only_rank_zero_evaluates_at_the_end(callback, prefix: str, rank: int, t
     calls = []
     monkeypatch.setattr(callback, "measure", lambda task: calls.append(task) or {"success": 0.25})
     trainer = SimpleNamespace(is_global_zero=rank == 0, global_step=3, default_root_dir=tmp_path, loggers=[])
-    trainer.callback_metrics = {}
+    trainer.callback_metrics, trainer.lightning_module = {}, torch.nn.Module()
     callback.on_train_end(trainer, "task")
     assert calls == ([] if rank else ["task"])
     assert list(trainer.callback_metrics) == ([] if rank else [f"{prefix}/success"])

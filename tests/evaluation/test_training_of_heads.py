@@ -169,7 +169,7 @@ def test_only_rank_zero_evaluates_at_the_end(encoder, rank: int, tmp_path, monke
     probe, calls = Probe(["level"], name="own"), []
     monkeypatch.setattr(probe, "measure", lambda task, data: calls.append((task, data)) or {"level": 0.5})
     trainer = SimpleNamespace(is_global_zero=rank == 0, global_step=3, default_root_dir=tmp_path, loggers=[])
-    trainer.callback_metrics, trainer.datamodule = {}, "data"
+    trainer.callback_metrics, trainer.datamodule, trainer.lightning_module = {}, "data", torch.nn.Module()
     probe.on_train_end(trainer, "task")
     assert calls == ([("task", "data")] if rank == 0 else [])
     assert list(trainer.callback_metrics) == (["own/level"] if rank == 0 else [])

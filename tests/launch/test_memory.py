@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from blueberry_video.launch import machine, memory
 
 GIB = 2**30
-FSDP = {"_target_": "lightning.pytorch.strategies.FSDPStrategy"}
+FSDP = {"_target_": "blueberry_video.parallel.strategy.FullyShardedStrategy"}
 
 
 @pytest.mark.parametrize(

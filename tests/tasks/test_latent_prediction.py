@@ -3,7 +3,6 @@
 import copy
 import zlib
 from functools import partial
-from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -337,12 +336,3 @@ def test_masks_without_context_raise():
 def test_more_maskings_than_mask_tokens_raise():
     with pytest.raises(ValueError, match=r"mask_index=2\b"):
         task(maskings=[RandomMasking(0.5)] * 3).shared_step(batch(), "train")
-
-
-def test_sharded_16_bit_weights_raise():
-    """Their float32 averages could not be saved."""
-    strategy = lightning.pytorch.strategies.FSDPStrategy(process_group_backend="gloo")
-    module = task()
-    module._trainer = SimpleNamespace(strategy=strategy, precision="bf16-true", lightning_module=None)
-    with pytest.raises(ValueError, match=r"trainer\.precision=bf16-true\b.*fsdp.*trainer\.precision=bf16-mixed"):
-        module.setup("fit")

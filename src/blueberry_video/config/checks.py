@@ -15,6 +15,7 @@ from blueberry_video.config.schema import CONF, NODES, Config
 from blueberry_video.config.signatures import UNKNOWN, Signature, accepted, names, signature, takes_object
 from blueberry_video.config.text import did_you_mean, short
 
+SHARDED = "blueberry_video.parallel.strategy.FullyShardedStrategy"
 # Dotted names, written in full. tests/test_configs.py imports each of them.
 CLASSES = (  # packages, modules and classes; their public classes are valid `_target_`s
     "blueberry_video.models",
@@ -36,7 +37,7 @@ CLASSES = (  # packages, modules and classes; their public classes are valid `_t
     "torch.optim",
     "torch.utils.data",
     "torch.profiler",
-    "torch.distributed.fsdp.wrap",
+    SHARDED,
     "lightning.Trainer",
     "lightning.pytorch.callbacks",
     "lightning.pytorch.strategies",
@@ -54,9 +55,6 @@ FUNCTIONS = (  # the only functions that are valid `_target_`s: others write fil
     "blueberry_video.optim.warmup_cosine",
     "blueberry_video.optim.warmup_linear",
     "blueberry_video.optim.warmup_stable_decay",
-    "torch.distributed.fsdp.wrap.always_wrap_policy",
-    "torch.distributed.fsdp.wrap.size_based_auto_wrap_policy",
-    "torch.distributed.fsdp.wrap.transformer_auto_wrap_policy",
     "torch.profiler.schedule",
 )
 REFUSED = ("torch.utils.data.datapipes",)  # classes of `CLASSES` that open files and addresses, and generate code
@@ -444,6 +442,7 @@ def validate(config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: for the first rule that is broken.
     """
+    _check_sharding(config.get("trainer") or {})
     teacher = (config.get("task") or {}).get("teacher")
     networks = [*targets(config.get("model"), "model"), *targets(teacher, "task.teacher")]
     data = list(targets(config.get("data"), "data"))
@@ -474,6 +473,21 @@ def validate(config: Mapping[str, Any]) -> None:
                     f"with `{path}.images` = False. Write `{'' if 'images' in encoder else '+'}{path}.images=true`, or "
                     "choose a dataset of clips."
                 )
+
+
+def _check_sharding(trainer: Mapping[str, Any]) -> None:
+    """Refuses FSDP1 of Lightning, and precisions that FSDP2 does not have."""
+    strategy, precision = trainer.get("strategy"), trainer.get("precision")
+    name = strategy.get("_target_") if isinstance(strategy, Mapping) else strategy
+    if str(name).startswith("fsdp") or str(name).endswith("FSDPStrategy"):
+        raise ValueError(
+            f"`trainer.strategy` = {name} is FSDP1, which cannot clip gradients by their norm: write `trainer=fsdp`."
+        )
+    if name == SHARDED and precision in (16, "16", "16-mixed", 64, "64", "64-true"):
+        raise ValueError(
+            f"`trainer.precision` = {precision} is not supported by trainer=fsdp: write "
+            "`trainer.precision=bf16-mixed`, or `trainer=ddp`."
+        )
 
 
 def _check_half(trainer: Mapping[str, Any], node: Mapping[str, Any], path: str) -> None:

@@ -38,6 +38,7 @@ APPLIED = (  # keys, with everything below them; of several that match, here and
     "trainer.accelerator",
     "trainer.devices",  # if the global batch stays the same: _conflict
     "trainer.num_nodes",
+    "trainer.strategy",  # a checkpoint depends on neither
     "trainer.gradient_clip_val",
     "trainer.gradient_clip_algorithm",
     "trainer.val_check_interval",

@@ -101,8 +101,7 @@ class ClosedLoop(Callback):
         self.min_distance, self.tolerance, self.split, self.seed = min_distance, tolerance, split, seed
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            evaluate_at_end(trainer, self.name, lambda: self.measure(pl_module))
+        evaluate_at_end(trainer, self.name, lambda: self.measure(pl_module))
 
     @torch.no_grad()
     def measure(self, task: Any) -> dict[str, float]:

@@ -15,6 +15,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from blueberry_video.parallel.fsdp import full, gathered
+
 
 def feature_std(latents: Tensor) -> Tensor:
     """Standard deviation over clips per dimension (biased), averaged over the N positions: (B, N, D) -> (D,)."""
@@ -55,7 +57,7 @@ def parameter_distance(online: nn.Module, target: nn.Module) -> Tensor:
     """Euclidean distance of the weights of two networks of one architecture, relative to the norm of the second."""
     first, second = ([parameter.detach().float() for parameter in m.parameters()] for m in (online, target))
     difference = torch.nn.utils.get_total_norm(torch._foreach_sub(first, second))
-    return difference / torch.nn.utils.get_total_norm(second)
+    return full(difference) / full(torch.nn.utils.get_total_norm(second))
 
 
 class CollapseMonitor(Callback):
@@ -146,7 +148,8 @@ class CollapseMonitor(Callback):
     @torch.no_grad()
     def _measure(self, trainer: Trainer, pl_module: LightningModule, video: Tensor) -> dict[str, Tensor]:
         was_training = pl_module.training
-        latents = pl_module.eval().latents(video)  # type: ignore[operator]
+        with gathered(pl_module):
+            latents = pl_module.eval().latents(video)  # type: ignore[operator]
         pl_module.train(was_training)
         std = feature_std(latents)
         values = {

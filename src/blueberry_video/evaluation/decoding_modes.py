@@ -51,8 +51,7 @@ class DecodingModes(Callback):
         self.decodings, self.shapes, self.real = dict(decodings), shapes, list(real)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            evaluate_at_end(trainer, "decoding", lambda: self.measure(pl_module))
+        evaluate_at_end(trainer, "decoding", lambda: self.measure(pl_module))
 
     @torch.no_grad()
     def measure(self, task: Any) -> dict[str, float]:

@@ -15,6 +15,7 @@ import torch
 from lightning import LightningModule, Trainer
 
 from blueberry_video.atomic import write_text
+from blueberry_video.parallel.fsdp import gathered
 
 RECORD = "end_of_run.json"
 
@@ -22,10 +23,13 @@ RECORD = "end_of_run.json"
 def evaluate_at_end(trainer: Trainer, prefix: str, measure: Callable[[], dict[str, float]]) -> None:
     """Logs ``<prefix>/<name>`` of every value of ``measure()`` to all loggers and to ``trainer.callback_metrics``.
 
-    The values are those of ``end_of_run.json``, without calling ``measure``, if it contains them.
+    The values are those of ``end_of_run.json``, without calling ``measure``, if it contains them. Only the first
+    process measures; all processes must call.
     """
-    values = measured_once(trainer, prefix, measure)
-    log_at_end(trainer, {f"{prefix}/{name}": value for name, value in values.items()})
+    with gathered(trainer.lightning_module):
+        if trainer.is_global_zero:
+            values = measured_once(trainer, prefix, measure)
+            log_at_end(trainer, {f"{prefix}/{name}": value for name, value in values.items()})
 
 
 def log_at_end(trainer: Trainer, metrics: dict[str, float]) -> None:

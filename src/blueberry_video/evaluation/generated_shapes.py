@@ -39,8 +39,7 @@ class GeneratedShapes(Callback):
         self.clips, self.batch_size, self.seed = clips, batch_size, seed
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            evaluate_at_end(trainer, "sampling", lambda: self.measure(pl_module))
+        evaluate_at_end(trainer, "sampling", lambda: self.measure(pl_module))
 
     @torch.no_grad()
     def generate(self, task: Any, generator: torch.Generator | None = None) -> tuple[Tensor, list[str]]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from blueberry_video.evaluation.end_of_run import evaluate_at_end
 from blueberry_video.evaluation.supervised import LabelledClips, Normalize, Recipe, encode, fine_tune, fit_probe, score
@@ -99,7 +99,7 @@ class _EncoderEvaluation(Callback, ABC):
         return parts[self.part]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+        if isinstance(trainer.strategy, ModelParallelStrategy):
             raise ValueError(
                 f"callbacks.{self.name} requires an unsharded encoder, but trainer.strategy="
                 f"{type(trainer.strategy).__name__} shards it: set callbacks.{self.name}=null and probe the finished "
@@ -130,8 +130,7 @@ class _EncoderEvaluation(Callback, ABC):
                     )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            evaluate_at_end(trainer, self.name, lambda: self.measure(pl_module, trainer.datamodule))  # type: ignore[attr-defined]
+        evaluate_at_end(trainer, self.name, lambda: self.measure(pl_module, trainer.datamodule))  # type: ignore[attr-defined]
 
 
 class Probe(_EncoderEvaluation):

@@ -125,8 +125,7 @@ class Recall(Callback):
         self.count, self.batch_size, self.seed = count, batch_size, seed
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            evaluate_at_end(trainer, self.name, lambda: self.measure(pl_module))
+        evaluate_at_end(trainer, self.name, lambda: self.measure(pl_module))
 
     @torch.no_grad()
     def measure(self, task: Any) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
@@ -65,7 +65,7 @@ class StudentOfPseudoLabels(Callback):
         """Copies the initial weights, before ``init_from`` or a checkpoint is loaded."""
         if stage != "fit":
             return
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+        if isinstance(trainer.strategy, ModelParallelStrategy):
             raise ValueError(
                 f"callbacks.{self.name} copies the model, but trainer.strategy shards its weights over processes: set "
                 f"callbacks.{self.name}=null, or use trainer=ddp."
@@ -85,8 +85,7 @@ class StudentOfPseudoLabels(Callback):
             self.untrained = copy.deepcopy(pl_module.model).cpu()  # type: ignore[union-attr, operator]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            evaluate_at_end(trainer, self.name, lambda: self.measure(trainer, pl_module))
+        evaluate_at_end(trainer, self.name, lambda: self.measure(trainer, pl_module))
 
     def measure(self, trainer: Trainer, task: Any) -> dict[str, float]:
         """Returns the metrics without their prefix."""
@@ -110,7 +109,6 @@ class StudentOfPseudoLabels(Callback):
         """Returns a copy of the task with a student that was trained on labelled clips."""
         student = copy.copy(task)
         student._modules = {**task._modules, "model": copy.deepcopy(self.untrained).to(task.device, task.dtype)}
-        student._decayed = None
         student.train()
         settings = task.optimization
         optimizer = settings.optimizer(student.parameter_groups())

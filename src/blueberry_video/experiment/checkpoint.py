@@ -2,14 +2,16 @@
 
 A checkpoint is written to a temporary file, synced to disk, hashed and renamed; its SHA-256 is stored next to it in
 ``<name>.sha256``. So a file under its final name is complete, and one that was truncated or damaged later is detected
-before it is loaded.
+before it is loaded. A sharded checkpoint is a folder, see ``parallel/sharded_checkpoint.py``.
 """
 
 import copy
+import fcntl
 import hashlib
 import os
 import pickle
 import re
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +29,8 @@ from omegaconf import OmegaConf
 from blueberry_video.atomic import atomic_file, explained_errors
 from blueberry_video.experiment.metrics_table import MetricsTable
 from blueberry_video.experiment.record import read_record
+from blueberry_video.parallel import sharded_checkpoint
+from blueberry_video.parallel.sharded_checkpoint import has_shards, is_sharded, read_shards, remove_shards, shards_fault
 
 SUFFIX = ".ckpt"
 
@@ -35,8 +39,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Trainer plugin that writes and reads checkpoint files: ``Trainer(plugins=[AtomicCheckpointIO()])``."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
-        """Writes ``path`` and ``path.sha256``; ``path`` is replaced when both are complete and synced to disk."""
+        """Writes ``path`` and ``path.sha256``; ``path`` is replaced when both are complete and synced to disk.
+
+        A checkpoint with sharded tensors, for which all processes must call, is written to a folder.
+        """
         path = Path(path)
+        if has_shards(checkpoint):
+            sharded_checkpoint.write_shards(_plain(checkpoint), path)
+            return
         needed = _size(checkpoint)
         with explained_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +66,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Reads a checkpoint after verifying its checksum; ``map_location`` defaults to the CPU.
+        """Reads a checkpoint after verifying its checksum; ``map_location`` defaults to the CPU, and is not used for a
+        sharded one, of which the tensors are assembled.
 
         Raises:
             FileNotFoundError: if the file does not exist.
@@ -64,11 +75,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         path = Path(path)
         if fault := checkpoint_fault(path):
-            raise (ValueError if path.is_file() else FileNotFoundError)(
+            raise (ValueError if path.exists() else FileNotFoundError)(
                 f"checkpoint {path} cannot be loaded: {fault}. Use another file, or resume=last, which resumes the run "
                 "from its newest valid checkpoint."
             )
         try:  # the checksum detects damage, not forgery: no file may execute code
+            if is_sharded(path):
+                return read_shards(path)
             return torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(
@@ -78,6 +91,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
 
     def remove_checkpoint(self, path: _PATH) -> None:
+        if is_sharded(path):
+            self.remove_checkpoint(_weights_of(Path(path)))
+            remove_shards(Path(path))
+            return
         Path(path).unlink(missing_ok=True)
         _digest_file(Path(path)).unlink(missing_ok=True)
 
@@ -282,7 +299,8 @@ class Checkpoints(Checkpoint):
             self.signal_delay.leave()
 
     def _path(self, trainer: Trainer) -> Path:
-        return Path(trainer.default_root_dir) / "checkpoints" / f"step_{trainer.global_step:08d}{SUFFIX}"
+        suffix = sharded_checkpoint.SUFFIX if _writes_shards(trainer) else SUFFIX
+        return Path(trainer.default_root_dir) / "checkpoints" / f"step_{trainer.global_step:08d}{suffix}"
 
     def _prune(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
@@ -295,11 +313,11 @@ class Checkpoints(Checkpoint):
             for old in [*damaged, *[file for file in files if file not in damaged][self.keep :]]:
                 trainer.strategy.remove_checkpoint(old)
             for temporary in folder.glob(".*.tmp"):  # left by a process that was killed
-                temporary.unlink()
+                shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
 
     def _is_damaged(self, file: Path) -> bool:
         """Verifies a checkpoint; again only if the file has changed, because hashing reads all of it."""
-        state = file.stat().st_size, file.stat().st_mtime_ns
+        state = file.stat().st_size, file.stat().st_mtime_ns  # of a folder: when a file was added or removed
         if self._valid.get(file) != state:
             if checkpoint_fault(file) is not None:
                 return True
@@ -382,20 +400,31 @@ def _is_last_step(trainer: Trainer) -> bool:
     return trainer.global_step == trainer.max_steps or bool(last_epoch and trainer.is_last_batch)
 
 
+def _writes_shards(trainer: Trainer) -> bool:
+    return getattr(trainer.strategy, "checkpoints", "full") == "sharded"
+
+
 def checkpoint_files(folder: str | Path) -> list[Path]:
-    """Returns the checkpoints ``step_<step>.ckpt`` in a folder, newest step first, valid or not."""
-    files = [file for file in Path(folder).glob(f"step_*{SUFFIX}") if file.stem.removeprefix("step_").isdecimal()]
+    """Returns the checkpoints ``step_<step>.ckpt`` and ``.shards`` in a folder, newest step first, valid or not."""
+    files = [
+        file
+        for suffix in (SUFFIX, sharded_checkpoint.SUFFIX)
+        for file in Path(folder).glob(f"step_*{suffix}")
+        if file.stem.removeprefix("step_").isdecimal()
+    ]
     return sorted(files, key=checkpoint_step, reverse=True)
 
 
 def checkpoint_step(path: Path) -> int:
-    """Returns the optimizer step at which ``step_<step>.ckpt`` was saved."""
+    """Returns the optimizer step at which ``step_<step>.ckpt`` or ``.shards`` was saved."""
     return int(path.stem.removeprefix("step_"))
 
 
 def checkpoint_fault(path: str | Path) -> str | None:
-    """Returns a description of what is wrong with a checkpoint file, or ``None`` if it matches its checksum."""
+    """Returns a description of what is wrong with a checkpoint, or ``None`` if it matches its checksum."""
     path = Path(path)
+    if is_sharded(path):
+        return shards_fault(path)
     if not path.is_file():
         return "the file does not exist"
     with path.open("rb") as file:
@@ -442,7 +471,10 @@ def check_accumulation(path: Path, batches: int) -> None:
     Raises:
         ValueError: if the position in the epoch is no multiple of ``batches``; the message names the numbers that fit.
     """
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    whole = not is_sharded(path)
+    content = (
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True) if whole else read_shards(path, only="loops")
+    )
     progress = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     position = progress["current"]["processed"]
     if position % batches and not progress["is_last_batch"]:
@@ -455,8 +487,8 @@ def check_accumulation(path: Path, batches: int) -> None:
 
 
 def weights_file(source: str | Path) -> Path:
-    """Resolves ``init_from``: a run folder becomes its newest valid checkpoint; a file, or a folder of published
-    weights (``model_index.json`` or ``config.json``), is returned unchanged.
+    """Resolves ``init_from``: a run folder becomes its newest valid checkpoint, and a sharded one a file of its
+    weights; a file, or a folder of published weights (``model_index.json`` or ``config.json``), is returned unchanged.
 
     Raises:
         FileNotFoundError: if the path does not exist or is a folder of neither kind.
@@ -470,6 +502,8 @@ def weights_file(source: str | Path) -> Path:
     is_published = any(
         (source / name).is_file() for name in ("model_index.json", "config.json", "transformer/config.json")
     )
+    if is_sharded(source):
+        return consolidated(source)
     if is_published or source.is_file():
         return source
     if not (source / "checkpoints").is_dir():
@@ -477,7 +511,28 @@ def weights_file(source: str | Path) -> Path:
             f"init_from={source} is neither a run folder (checkpoints/) nor a folder of published weights (config.json "
             "or model_index.json): use one of these, or the path of a weight file."
         )
-    return latest_good_checkpoint(source / "checkpoints")
+    return consolidated(latest_good_checkpoint(source / "checkpoints"))
+
+
+def consolidated(path: Path) -> Path:
+    """Returns one file with the weights of a sharded checkpoint, ``weights_<step>.ckpt`` next to it, which is written
+    once; a checkpoint that is a file is returned unchanged.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    if not is_sharded(path):
+        return path
+    file = _weights_of(path)
+    with explained_errors(file), (path.parent / ".consolidate.lock").open("wb") as lock:  # the ranks of a run wait
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        if checkpoint_fault(file) is not None:
+            AtomicCheckpointIO().save_checkpoint(read_shards(path, only="state_dict"), file)
+    return file
+
+
+def _weights_of(path: Path) -> Path:
+    return path.with_name(f"weights_{checkpoint_step(path):08d}{SUFFIX}")
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,12 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 
 from blueberry_video.config import load, repeat, resolve
-from blueberry_video.experiment.checkpoint import checkpoint_fault, checkpoint_files, latest_good_checkpoint
+from blueberry_video.experiment.checkpoint import (
+    checkpoint_fault,
+    checkpoint_files,
+    consolidated,
+    latest_good_checkpoint,
+)
 from blueberry_video.experiment.run_folder import RunFolder
 from blueberry_video.installation import start_command
 
@@ -54,7 +59,7 @@ def load_trained(source: str | Path, kinds: Sequence[type], device: torch.device
         names = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"{run.path} trained task._target_={target}, but this command requires a run of {names}.")
     try:
-        checkpoint = latest_good_checkpoint(run.path / "checkpoints")
+        checkpoint = consolidated(latest_good_checkpoint(run.path / "checkpoints"))
     except FileNotFoundError as error:
         files = checkpoint_files(run.path / "checkpoints")
         faults = "; ".join(f"{file.name}: {checkpoint_fault(file)}" for file in files) or "there is no step_*.ckpt"

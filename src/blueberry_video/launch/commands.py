@@ -62,6 +62,9 @@ COMMANDS = {
         "kill and resume a run at random moments, and compare",
     ),
     "report": Command("experiment.report", "run", "EXPERIMENT|RUN", "write report.html again"),
+    "consolidate": Command(
+        "experiment.consolidate", "run", "EXPERIMENT|RUN", "write the weights of a sharded checkpoint to one file"
+    ),
     "export": Command("export", "run", "EXPERIMENT|RUN --out FOLDER …", "export a model for other libraries"),
     "generate": Command("generate", "run", "EXPERIMENT|RUN --out CLIP.mp4 …", "generate a video"),
     "render": Command("render", "run", "EXPERIMENT|RUN --out FOLDER …", "render a trained scene"),

@@ -205,7 +205,9 @@ def _load(checkpoint: Path, task: Any, trainer: Any, data: Any, findings: Findin
     import torch
     from lightning.pytorch.callbacks import Callback
 
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    from blueberry_video.parallel.sharded_checkpoint import is_sharded, read_shards
+
+    content = read_shards(checkpoint) if is_sharded(checkpoint) else torch.load(checkpoint, "cpu", weights_only=True)
 
     class LoadOptimizers(Callback):
         def on_train_start(self, *_: Any) -> None:

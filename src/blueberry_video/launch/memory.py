@@ -1,6 +1,7 @@
 """Memory estimate of training per device, without allocating the model."""
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,7 +68,7 @@ def num_shards(trainer: Mapping[str, Any]) -> int:
     """Returns the number of shards of model and optimizer state: the number of processes with FSDP, otherwise 1."""
     strategy = trainer.get("strategy") or ""
     name = strategy.get("_target_", "") if isinstance(strategy, Mapping) else strategy
-    if "fsdp" not in str(name).lower():
+    if not re.search("fsdp|fullysharded", str(name).lower()):
         return 1
     of_machine = processes.count(trainer) * int(trainer.get("num_nodes", 1))
     return max(of_machine, int(os.environ.get("SLURM_NTASKS", "1")))

@@ -12,7 +12,7 @@ The frames of a video are encoded independently.
 import math
 import re
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,7 @@ class DINOv2(Encoder):
             :class:`~blueberry_video.nn.kept_tokens.KeptTokens`) is invalid.
     """
 
+    block_lists: ClassVar[tuple[str, ...]] = ("blocks",)  # sharded one by one
     no_weight_decay = ("cls_token", "pos_embed", "register_tokens")
 
     def __init__(

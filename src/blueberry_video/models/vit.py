@@ -10,7 +10,7 @@ Parameter names are those of the original code.
 import math
 import re
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ class VisionTransformer(Encoder, PositionTables):
             ``forward``, the shape of the video does not fit the positions.
     """
 
+    block_lists: ClassVar[tuple[str, ...]] = ("blocks",)  # sharded one by one
     splits_clips = True  # under sequence_parallel
     positions: Tensor
 

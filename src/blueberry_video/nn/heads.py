@@ -1,5 +1,7 @@
 """Attentive pooling of tokens and a classification head."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -24,6 +26,7 @@ class AttentivePool(nn.Module):
         ValueError: if ``num_heads`` does not divide ``dim``, or ``depth`` or ``num_queries`` is below 1.
     """
 
+    block_lists: ClassVar[tuple[str, ...]] = ("blocks",)  # sharded one by one
     no_weight_decay = ("query",)
 
     def __init__(

@@ -1,1 +1,1 @@
-"""Parallelism of one model over processes: sequence parallelism, which splits each clip over a group of them."""
+"""Training of one model on several devices: sharded parameters and checkpoints, and clips split over processes."""

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from blueberry_video.augmentation import repeat_clips
 from blueberry_video.evaluation.metrics import Means
 from blueberry_video.models.encoder import Encoder
-from blueberry_video.optim import decayed_names, parameter_groups
+from blueberry_video.optim import parameter_groups
 from blueberry_video.tasks.settings import ClipInput, Optimization
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -59,7 +59,6 @@ class Task(lightning.LightningModule, ABC):
             )
         self.model, self.optimization = model, optimization
         self.augment = self.input.augment  # a submodule: it moves to the device
-        self._decayed: set[str] | None = None
         self._step_values: dict[str, list[Tensor]] = {}  # of the batches of the running optimizer step
         self._means = Means()  # of the running validation or test epoch
         for name, values in (("pixel_mean", mean or IMAGENET_MEAN), ("pixel_std", std or IMAGENET_STD)):
@@ -101,8 +100,6 @@ class Task(lightning.LightningModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Loads ``init_from``, after the setup of callbacks, which may copy the untrained encoder."""
-        if stage == "fit":
-            self._decayed = decayed_names(self)  # before a strategy flattens parameters
         if stage == "fit" and self.optimization.init_from is not None:
             rank_zero_only(print)(self.load_weights(self.optimization.init_from))
 
@@ -171,7 +168,7 @@ class Task(lightning.LightningModule, ABC):
 
     def parameter_groups(self) -> list[dict]:
         """Parameter groups of the optimizer; see :func:`~blueberry_video.optim.parameter_groups`."""
-        return parameter_groups(self, self.optimization.layer_decay, self._decayed)
+        return parameter_groups(self, self.optimization.layer_decay)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         settings = self.optimization

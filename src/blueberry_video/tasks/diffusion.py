@@ -106,7 +106,7 @@ class Diffusion(Task):
         check_sampling(self, data)
 
     def on_fit_start(self) -> None:
-        """Moves the frozen parts to the device of the run, since FSDP moves the network only."""
+        """Moves the frozen parts to the device of the run, which are no submodules."""
         self.model.prepare(self.trainer.strategy.root_device)
 
     on_validation_start = on_test_start = on_fit_start

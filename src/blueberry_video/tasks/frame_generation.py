@@ -95,7 +95,7 @@ class FrameGeneration(Task):
         super().setup(stage)
 
     def on_fit_start(self) -> None:
-        """Moves the tokenizer to the device of the run, since FSDP moves the network only."""
+        """Moves the tokenizer to the device of the run, which is no submodule."""
         if self._tokenizer is not None:
             self._tokenizer.get().to(self.trainer.strategy.root_device)
 

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from lightning.pytorch.strategies import FSDPStrategy
-
 
 def check_settings(task: Any) -> None:
     """Checks the arguments of a :class:`~blueberry_video.tasks.latent_prediction.LatentPrediction`.
@@ -33,17 +31,3 @@ def check_settings(task: Any) -> None:
     for step in (0, 999):
         if task.momentum is not None and not 0 <= (value := task.momentum(step, 1000)) <= 1:
             raise ValueError(f"task.momentum={value} at step {step} of 1000 must be in [0, 1], such as 0.998.")
-
-
-def check_sharding(task: Any) -> None:
-    """Checks that the target encoder can be averaged in 32 bits.
-
-    Raises:
-        ValueError: for 16-bit weights that FSDP flattens: a checkpoint cannot contain their float32 averages.
-    """
-    precision = str(task.trainer.precision)
-    if task.momentum is not None and isinstance(task.trainer.strategy, FSDPStrategy) and precision.endswith("16-true"):
-        raise ValueError(
-            f"trainer.precision={precision} with trainer=fsdp would average the target encoder in 16 bits, which loses "
-            f"its updates: use trainer.precision={precision.removesuffix('-true')}-mixed, or trainer=ddp."
-        )

@@ -21,7 +21,7 @@ from blueberry_video.models.jepa.model import JEPA
 from blueberry_video.models.jepa.multi_level import normalize_levels
 from blueberry_video.nn.patches import gather_tokens
 from blueberry_video.tasks.base import Task
-from blueberry_video.tasks.latent_checks import check_settings, check_sharding
+from blueberry_video.tasks.latent_checks import check_settings
 from blueberry_video.tasks.settings import ClipInput, Optimization
 from blueberry_video.weights.files import read_weights
 
@@ -92,7 +92,6 @@ class LatentPrediction(Task):
         check_settings(self)
 
     def setup(self, stage: str) -> None:
-        check_sharding(self)
         super().setup(stage)
         if self.teacher_from is not None and stage == "fit":
             report = cast(Encoder, self.model.target_encoder).load_published(self.teacher_from)

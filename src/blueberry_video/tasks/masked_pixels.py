@@ -86,7 +86,8 @@ class MaskedPixels(Task):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        # before a strategy shards the weights
+        if self._decoder_mflops:  # setup also runs for validation, with weights that a strategy has sharded
+            return
         grid = self.model.encoder.grid(self.model.encoder.video_size)
         masks = evaluation_masks(self.masking, [0], grid)
         visible, tokens = masks.keep.shape[1], self.model.encoder.num_tokens

@@ -12,7 +12,7 @@ frame of patches, N = t * S, L text tokens, D width, E width of the condition, K
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,7 @@ class CogVideoX(DiffusionTransformer):
         ValueError: for sizes that do not fit each other, or an unknown ``positions``.
     """
 
+    block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)  # sharded one by one
     family = "CogVideoX"
     convert = staticmethod(convert_sat)
     settings_of = staticmethod(settings_of)

@@ -10,7 +10,7 @@ Shapes: B videos of T frames of H x W pixels.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -256,6 +256,8 @@ class VideoDepthAnything(nn.Module):
 
 class TemporalDPTHead(DPTHead):
     """DPT head with modules over time, four or none, in the order of the original. Arguments: see :class:`DPTHead`."""
+
+    block_lists: ClassVar[tuple[str, ...]] = ("motion_modules",)  # sharded one by one
 
     def __init__(
         self, embed_dim: int, features: int, out_channels: Sequence[int], patch_size: int, max_depth: float | None

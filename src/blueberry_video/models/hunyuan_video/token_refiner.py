@@ -5,6 +5,8 @@ The timestep and the mean of the text only gate the residual branches; there is 
 the outputs at padding are meaningless and must be masked in the following layers.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,6 +51,8 @@ class RefinerBlock(nn.Module):
 
 class RefinerBlocks(nn.Module):
     """Sequence of ``depth`` refiner blocks."""
+
+    block_lists: ClassVar[tuple[str, ...]] = ("refiner_blocks",)  # sharded one by one
 
     def __init__(self, dim: int, num_heads: int, depth: int):
         super().__init__()

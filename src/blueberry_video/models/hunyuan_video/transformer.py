@@ -52,6 +52,7 @@ class DualStreamTransformer(DiffusionTransformer):
         ValueError: for axes that do not fill a head.
     """
 
+    block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")  # sharded one by one
     convert = staticmethod(convert_tencent)
     diffusers_class: ClassVar[str]
 

@@ -9,7 +9,7 @@ Shapes: B batch, (t, h, w) grid of tokens, S = h w tokens of a frame, D width, V
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,7 @@ class HydraVideoGenerator(PositionTables):
             states of a different batch.
     """
 
+    block_lists: ClassVar[tuple[str, ...]] = ("blocks",)  # sharded one by one
     positions: Tensor
 
     def __init__(

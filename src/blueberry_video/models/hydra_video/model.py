@@ -6,7 +6,7 @@ frame, and returns the features of the whole video. Positions within a frame com
 in time from the scan alone: videos may be longer than in training.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class HydraVideo(Encoder, PositionTables):
             width or number of channels, or with an incomplete last tubelet.
     """
 
+    block_lists: ClassVar[tuple[str, ...]] = ("blocks",)  # sharded one by one
     splits_clips = True  # under sequence_parallel
     positions: Tensor
 

@@ -63,6 +63,7 @@ class StateSpaceMixer(nn.Module):
 
     directions: int = 2
     no_weight_decay = ("A_log", "D", "dt_bias")  # 0 is not a neutral value of these
+    gathered_in_float32 = True  # by FSDP: in 16 bits, rounded decays add up over the tokens
     D: nn.Parameter
     fc_D: nn.Linear
     norm: nn.Module

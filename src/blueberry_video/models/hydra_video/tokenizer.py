@@ -9,7 +9,7 @@ Shapes: B clips, T x H x W pixels, t x h x w tokens, D width of a token at the c
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -277,6 +277,8 @@ class FrameTokens(PositionTables):
 
 class Level(nn.Module):
     """Blocks of one resolution, after a pooling (encoder) or before an upsampling (decoder)."""
+
+    block_lists: ClassVar[tuple[str, ...]] = ("blocks",)  # sharded one by one
 
     def __init__(self, merge: Merge | None, blocks: Sequence[HydraVideoBlock], split: Split | None):
         super().__init__()

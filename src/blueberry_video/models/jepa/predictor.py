@@ -1,5 +1,7 @@
 """Predictor of V-JEPA (arXiv 2404.08471) and V-JEPA 2 (arXiv 2506.09985)."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,7 @@ class Predictor(PositionTables):
         ValueError: ``positions`` is unknown, ``num_mask_tokens`` is below 1, or ``num_heads`` does not fit ``dim``.
     """
 
+    block_lists: ClassVar[tuple[str, ...]] = ("blocks",)  # sharded one by one
     positions: Tensor
 
     def __init__(

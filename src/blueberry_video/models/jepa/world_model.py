@@ -12,7 +12,7 @@ Letters: B batch, T frames, S patches per frame, D width of the encoder, A and K
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Self, cast
+from typing import ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -202,6 +202,8 @@ class WorldModel(nn.Module):
 
 class Predictor(nn.Module):
     """Block-causal transformer of a :class:`WorldModel` for frames of a patch grid (h, w)."""
+
+    block_lists: ClassVar[tuple[str, ...]] = ("blocks",)  # sharded one by one
 
     def __init__(
         self,

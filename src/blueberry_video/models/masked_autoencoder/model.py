@@ -8,7 +8,7 @@ width of the encoder and are used *before* the projection to the decoder, which 
 """
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -201,6 +201,8 @@ class Decoder(nn.Module):
 
     Under :func:`~blueberry_video.parallel.sequence.sequence_parallel`, the tokens of the blocks are split.
     """
+
+    block_lists: ClassVar[tuple[str, ...]] = ("blocks",)  # sharded one by one
 
     def __init__(self, dim: int, depth: int, num_heads: int, mlp_ratio: float, qkv_bias: str, patch_dim: int):
         super().__init__()

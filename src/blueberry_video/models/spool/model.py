@@ -12,7 +12,7 @@ chosen by its name in conf/model/: `override /model@model.encoder.backbone: dino
 Shapes: B batch, T frames, S tokens per frame, D width.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -71,6 +71,7 @@ class Spool(Encoder):
             or do not divide the width; when called, for a video of a different size or without frames.
     """
 
+    block_lists: ClassVar[tuple[str, ...]] = ("blocks",)  # sharded one by one
     no_weight_decay = ("context_frames",)
 
     def __init__(
