@@ -132,7 +132,7 @@ def _blank_clip(config: DictConfig) -> dict:
             "unknown: set data.train.root to an existing folder."
         )
     height, width = (size, size) if isinstance(size, int) else size
-    labels = {str(name): 0 for name in OmegaConf.to_container(config.model.get("num_classes") or OmegaConf.create({}))}
+    labels = {str(name): 0 for name in config.model.get("num_classes") or ()}
     video = torch.zeros(frames, 3, height, width, dtype=torch.uint8)
     return {"video": video, "id": "blank", "caption": "", "labels": labels}
 

@@ -63,7 +63,7 @@ def main() -> None:
     seconds = _session(context, rest, out / "timed", None)[1]  # the first also fills caches
     print(f"uninterrupted run: {seconds:.1f} s", flush=True)
     reference, draws, left, failed = _run(out / "uninterrupted"), random.Random(known.moments), known.kills, 0
-    rows = [("run", "kills", "start", "training", "saving", "end", "equal")]
+    rows: list[tuple[str, ...]] = [("run", "kills", "start", "training", "saving", "end", "equal")]
     print(_row(rows[0]), flush=True)
     while left > 0:
         folder = out / f"killed_{len(rows)}"

@@ -110,11 +110,8 @@ class MemoryCounter(TorchDispatchMode):
             func, args = aten.new_empty.default, (args[0], (args[0].numel(), args[0].dim()))
             kwargs = {"dtype": torch.long}
         if func is aten.bincount.default and isinstance(args[0], FakeTensor):
-            func, args, kwargs = (
-                aten.new_empty.default,
-                (args[0], (args[2] if len(args) > 2 else kwargs["minlength"],)),
-                {},
-            )
+            length = args[2] if len(args) > 2 else (kwargs or {})["minlength"]
+            func, args, kwargs = aten.new_empty.default, (args[0], (length,)), {}
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
             if isinstance(value, Tensor):
