@@ -117,6 +117,11 @@ class Group:
         os.environ.setdefault("TORCHELASTIC_RESTART_COUNT", "0")
         self._separate_process_groups()
         self._set(f"process/{here.rank}", {"host": platform.node(), "process": os.getpid()})
+        end = time.monotonic() + JOIN_SECONDS
+        while (leader := self._get("process/0")) is None and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+        self._processes[0] = leader or {}
+        self._beats[0] = 0, time.monotonic()
         threading.Thread(target=self._beat, args=(self._connect(),), daemon=True).start()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -335,7 +340,7 @@ class Group:
                 self._contact = time.monotonic()
             except RuntimeError:  # the store has ended
                 if not self._closed.wait(GONE_SECONDS):
-                    self._lose(_noticed(0, "its process has ended, and with it the store."))
+                    self._lose(self._failure or _noticed(0, "its process has ended, and with it the store."))
                 return
 
     def _others_failed(self, store: Any) -> bool:
@@ -363,14 +368,18 @@ class Group:
         if now - self._contact > LOST_SECONDS:
             return _noticed(0, "its store does not answer.")
         for rank, (_, changed) in self._beats.copy().items():
+            if rank == self.here.rank:
+                continue
             process = self._processes.get(rank, {})
             if process.get("host") == platform.node() and (identifier := process["process"]):
                 where = f"process {identifier} on {process['host']}"
                 stopped = is_stopped(identifier)
                 since = self._stopped[rank] = self._stopped.get(rank, now) if stopped else now
                 if now - since >= STOPPED_SECONDS:
+                    # before its end: the other thread reports the end of its store otherwise
+                    self._failure = _noticed(rank, f"{where} was stopped by a signal for {STOPPED_SECONDS:.0f} s.")
                     os.kill(identifier, signal.SIGKILL)
-                    return _noticed(rank, f"{where} was stopped by a signal for {STOPPED_SECONDS:.0f} s.")
+                    return self._failure
                 if has_ended(identifier):
                     if now - self._gone.setdefault(rank, now) >= GONE_SECONDS:
                         return _noticed(rank, f"{where} ended without an error: it was killed.")
@@ -390,7 +399,9 @@ class Group:
         """Ends this process while its main thread waits for a lost rank. One rank prints the reason."""
         code = 1
         try:
-            if (number := self._get("signal")) is not None:
+            # the store may be that of rank 0, which does not answer
+            number = None if failure.rank == 0 and failure.error else self._get("signal")
+            if number is not None:
                 code = int(str(signals.Interrupted(number).code))
             if self.here.rank == 0:
                 causes = [*self._known_failures(), *([failure] if failure.error else [])]
