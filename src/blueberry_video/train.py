@@ -57,9 +57,10 @@ def run(
         command: the command line, of which a resumed run applies the overrides to its own config.
         created: called with the run folder.
     """
-    from blueberry_video.experiment import gate, report
-    from blueberry_video.experiment.resumption import begun, resumption
-    from blueberry_video.experiment.run_folder import RunFolder
+    with signals.held():
+        from blueberry_video.experiment import gate, report
+        from blueberry_video.experiment.resumption import begun, resumption
+        from blueberry_video.experiment.run_folder import RunFolder
 
     command_line.quiet_libraries()
     if config.check:
@@ -84,7 +85,8 @@ def run(
 
 def train_rank(message: dict[str, Any]) -> None:
     """Trains in a process of the run that another one started: ``message`` has its config, folder and ``resumed``."""
-    from blueberry_video.experiment.run_folder import RunFolder
+    with signals.held():
+        from blueberry_video.experiment.run_folder import RunFolder
 
     command_line.quiet_libraries()
     folder = RunFolder.open(message["folder"])

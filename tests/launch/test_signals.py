@@ -94,3 +94,13 @@ with signals.handled("hint"):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout == f"{-signal.SIGTERM}\n"
     assert result.stderr == ""
+
+
+def test_signals_wait_for_the_end_of_imports():
+    with pytest.raises(SystemExit) as error, signals.handled():
+        with signals.held():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            reached = True
+        pytest.fail("the signal is lost")
+    assert reached
+    assert error.value.code == 143

@@ -150,6 +150,17 @@ class Delay:
         os.kill(os.getpid(), number)
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    """Context manager in which signals wait for its end, for imports: an exception that a handler raises in the import
+    of a C++ extension, such as Triton's, aborts the process."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
 def seconds_to_save(number: int) -> float:
     """Returns the time between a signal and the end of a process that cannot save a checkpoint."""
     return WARNED_SECONDS if number in WARNINGS else SAVE_SECONDS
