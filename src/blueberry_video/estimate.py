@@ -23,6 +23,8 @@ from blueberry_video.launch.errors import OneParagraphErrors
 from blueberry_video.launch.trace import Trace, trace
 
 DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
+ONE_PROCESS = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 TEXT_TOKENS = 226  # of CogVideoX
 
 
@@ -107,17 +109,7 @@ def _batch(config: DictConfig, task: Any) -> tuple[dict, str]:
             raise
         clips = _blank_clip(config)
         return collate([clips] * config.data.batch_size), f"blank clips of the same size: {error.__cause__}"
-    task.trainer = instantiate(
-        config.trainer,
-        accelerator="cpu",
-        devices=1,
-        num_nodes=1,
-        strategy="auto",
-        precision="32-true",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-    )
+    task.trainer = instantiate(config.trainer, **ONE_PROCESS, **QUIET)
     task.trainer.datamodule = data
     task.setup("fit")
     return next(iter(data.train_dataloader())), ""
