@@ -10,7 +10,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from blueberry_video.config import checks, compose, expand_sweep, load, safety, signatures, sweep_folder, validate
+from blueberry_video.config import checks, compose, expand_sweep, load, safety, signatures, sweep_settings, validate
 from blueberry_video.config.compose import normalize
 from blueberry_video.config.text import did_you_mean, short
 
@@ -487,7 +487,7 @@ def test_glob_of_a_sweep_is_expanded_and_matches_a_choice(experiment: Path):
 
 
 def test_folder_of_a_sweep(experiment: Path):
-    assert sweep_folder(experiment, ["hydra.sweep.dir=mine/${name}", "name=x"]) == "mine/x"
+    assert sweep_settings(experiment, ["hydra.sweep.dir=mine/${name}", "name=x"]) == ("mine/x", "basic")
 
 
 def test_saved_config_takes_additions_and_deletions_once_or_twice(experiment: Path, tmp_path: Path):
