@@ -411,7 +411,14 @@ def test_odd_sizes_raise_and_leave_no_file(tmp_path: Path):
 
 
 def test_error_of_the_command_is_one_paragraph(tmp_path: Path):
-    command = [sys.executable, "-m", "blueberry_video.generate", str(tmp_path), "--out", str(tmp_path / "a.mp4")]
+    command = [
+        sys.executable,
+        "-m",
+        "blueberry_video.generate",
+        str(tmp_path / "idea" / "run"),
+        "--out",
+        str(tmp_path / "a.mp4"),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 1

@@ -135,7 +135,7 @@ def test_run_ends_before_its_report(tmp_path: Path, calls: list, metric: str, va
     assert train.run(config, created=created.append) == value
     assert calls == ["memory", ("fit", "running"), ("report", "finished")]
     [folder] = created
-    assert folder.path.parent == tmp_path / "template"
+    assert folder.parent == tmp_path / "template"
     assert capsys.readouterr().out.count("summary of {'val/loss': 0.25, 'val/motion': 0.5}") == 1
 
 
@@ -205,4 +205,5 @@ def test_failure_is_recorded_and_there_is_no_report(tmp_path: Path, calls: list,
     with pytest.raises(ArithmeticError, match="odd"):
         train.run(composed(tmp_path), created=created.append)
     assert calls == ["memory"]
-    assert (created[0].record["status"], created[0].record["error"]) == ("failed", "ArithmeticError: odd")
+    record = RunFolder.open(created[0]).record
+    assert (record["status"], record["error"]) == ("failed", "ArithmeticError: odd")

@@ -198,7 +198,7 @@ def test_the_alarm_waits_for_after_steps(after_steps: int, patience: int, alarm:
     trainer.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0))
     network = SimpleNamespace(target_encoder=None)
     module = SimpleNamespace(model=network, training=True, train=lambda mode: None, latents=lambda video: video)
-    module.eval = lambda: module
+    module.eval, module.modules = lambda: module, lambda: ()
     log = lambda values, step: logged.append((trainer.global_step, values["collapse/alarm"]))  # noqa: E731
     trainer.loggers = [SimpleNamespace(log_metrics=log)]
     monitor = CollapseMonitor(every_n_steps=2, after_steps=after_steps, patience=patience, stop=True)

@@ -189,6 +189,7 @@ def test_limits_of_the_short_run(monkeypatch: pytest.MonkeyPatch):
         **{"max_steps": 4, "max_epochs": -1, "limit_train_batches": 4, "limit_val_batches": 1},
         **{"limit_test_batches": 1, "val_check_interval": None, "check_val_every_n_epoch": 1},
         **{"accumulate_grad_batches": 1, "log_every_n_steps": 1, "devices": 1, "strategy": "auto", "profiler": None},
+        "num_nodes": 1,
         **{"enable_progress_bar": False, "enable_model_summary": False, "precision": "bf16-mixed"},
     }
     assert short.callbacks == {"progress": None, "checkpoints": None, "media": {"every_n_steps": 4, "fps": 8}}

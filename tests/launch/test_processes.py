@@ -46,9 +46,6 @@ def test_rank_starts_no_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv(processes.FOLDER_VARIABLE, str(tmp_path))
     assert processes.count({"devices": 4}) == 1
     assert processes.shared_folder() == tmp_path
-    monkeypatch.delenv(processes.FOLDER_VARIABLE)
-    monkeypatch.setenv("SLURM_NTASKS", "4")
-    assert processes.count({"devices": 4}) == 1
 
 
 @pytest.mark.slow
