@@ -19,6 +19,7 @@ import numpy as np
 from blueberry_video.callbacks import PEAK_FLOPS
 from blueberry_video.config import compose
 from blueberry_video.estimate import estimate
+from blueberry_video.launch.command_line import quiet_libraries
 
 ROOT = Path(__file__).resolve().parents[1]
 MFU = 0.4
@@ -70,7 +71,7 @@ def traced(name: str, frames: tuple[int, ...], *overrides: str) -> None:
         words = [*overrides, "data.batch_size=2", f"model.encoder.num_frames={count}"]
         cost = estimate(compose(ROOT / f"experiments/{name}/config.yaml", words))[0]
         rows.append((count, cost.flops / 2e9, cost.activations / 2 / 2**20))
-        print(f"| {name} | {count} | {rows[-1][1]:.0f} | {rows[-1][2]:.0f} |", flush=True)
+        print(f"| {name} | {count} | {rows[-1][1]:.3g} | {rows[-1][2]:.3g} |", flush=True)
     counts, flops, bytes_ = np.log(np.array(rows).T)
     print(f"| exponent | | {np.polyfit(counts, flops, 1)[0]:.2f} | {np.polyfit(counts, bytes_, 1)[0]:.2f} |")
 
@@ -88,6 +89,7 @@ def modelled() -> None:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     print("| processes | clips/s (median of 3 runs) |")
     for processes in (1, 2):
         print(f"| {processes} | {', '.join(f'{rate:.0f}' for rate in measured(processes))} |", flush=True)
