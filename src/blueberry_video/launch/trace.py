@@ -10,10 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -42,21 +40,10 @@ class Trace(NamedTuple):
         return self.peak - sum(self.state.values())
 
 
-FLASH, FLASH_BACKWARD = (
+FLASH, FLASH_BACKWARD = (  # attention of the CPU, with the memory of GPU kernels; without FLOP formulas in PyTorch
     aten._scaled_dot_product_flash_attention_for_cpu,
     aten._scaled_dot_product_flash_attention_for_cpu_backward,
 )
-
-
-class FusedAttention(TorchFunctionMode):
-    """Replaces attention by the fused kernel of the CPU, which has the memory of those of GPUs: fake tensors would
-    select the composite of matrix products, with an L x L matrix per head. Masks and causality are ignored, which
-    changes no shape; attention counts as full."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None) -> Any:
-        if func is F.scaled_dot_product_attention and args[0].dim() == 4 and args[0].shape[-1] == args[2].shape[-1]:
-            return FLASH.default(*(each.contiguous() for each in args[:3]))[0]
-        return func(*args, **(kwargs or {}))
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -149,7 +136,7 @@ def trace(
 
     gc.freeze()  # of the objects that exist already: collections are fast
     # the mode is not active: masks and noise, which depend on no fake tensor, are real, and code may read them
-    with counter, FlopCounterMode(display=False, custom_mapping=FLOPS) as flops, FusedAttention():
+    with counter, FlopCounterMode(display=False, custom_mapping=FLOPS) as flops:
         module._apply(replaced)
         inputs = {
             name: fake.from_tensor(value) if isinstance(value, Tensor) else value for name, value in batch.items()
