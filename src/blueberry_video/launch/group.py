@@ -305,7 +305,7 @@ class Group:
             return self._without_store()
 
     def _without_store(self) -> None:
-        """Ends this process, whose store has ended, with rank 0 or with torchrun."""
+        """Ends this process after the store was closed, by the end of rank 0 or of torchrun."""
         if not self._leaves:
             self._end(self._failure or _noticed(0, "its process has ended, and with it the store."))
 
@@ -432,7 +432,7 @@ def _noticed(rank: int, error: str) -> Failure:
 
 
 def _leave_process_group() -> None:
-    """Closes the connections to the other ranks, whose waiting operations then fail."""
+    """Closes the connections to the other ranks; operations that wait for this rank then fail."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

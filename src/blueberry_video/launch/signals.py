@@ -139,7 +139,7 @@ class Delay:
         self._timer = threading.Timer(seconds_to_save(number), self._expire, (number,))
         self._timer.daemon = True
         self._timer.start()
-        # A batch system also sends the signal to the workers of DataLoaders, whose end must not interrupt the step.
+        # A batch system also sends the signal to the workers of DataLoaders. Their exit must not interrupt the step.
         self._workers = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if not self._quiet and number == signal.SIGINT:
             os.write(2, b"\nsaving a checkpoint after this step; press Ctrl-C again to end at once\n")

@@ -32,7 +32,7 @@ def submit(
     name: str,
     slots: Sequence[dict[str, str]] = ({},),
 ) -> dict[str, str]:
-    """Submits points, whose records are in a folder and have a ``command``, the arguments of ``train``.
+    """Submits points that are recorded in a folder; the ``command`` of a record is the arguments of ``train``.
 
     Args:
         folder: the folder of the submission.

@@ -38,7 +38,7 @@ def run(command: command_line.Command, hydra_main: Callable[[], Any]) -> None:
     if slots and (dynamic := _is_dynamic(expanded)):
         raise ValueError(
             f"--jobs {command.jobs} (JOBS={command.jobs}) needs a list of points, and {dynamic} chooses them during "
-            "the sweep: use `hydra/launcher=joblib`, whose number of processes is `hydra.launcher.n_jobs`."
+            "the sweep: use `hydra/launcher=joblib` with `hydra.launcher.n_jobs`."
         )
     if slots and environment.recognize().is_external:
         raise ValueError(
