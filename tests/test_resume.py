@@ -61,6 +61,7 @@ def train(
     every_n_steps: int = 1,
     max_steps: int = STEPS,
     checkpoints: Checkpoints | None = None,
+    evaluate: bool = False,
     **trainer_options,
 ) -> dict[str, torch.Tensor]:
     """Trains a tiny VideoMAE with random masks, stochastic depth and EMA; returns the averaged weights."""
@@ -91,7 +92,10 @@ def train(
     )
     with run:
         trainer.fit(task, datamodule=data, ckpt_path=run.checkpoint())
-        run.finish(trainer.callback_metrics, why_training_ended(trainer), trainer.global_step)
+        metrics = dict(trainer.callback_metrics)
+        if evaluate:
+            trainer.validate(task, datamodule=data, verbose=False)
+        run.finish(metrics, why_training_ended(trainer), trainer.global_step)
     return task.state_dict()
 
 
@@ -307,24 +311,27 @@ class FailsAtTheEnd(Callback):
     ("callbacks", "options"),
     [
         ((), {}),
+        ((), {"max_steps": 10}),
+        ((), {"max_steps": 10, "limit_val_batches": 0}),
         ((), {"max_steps": -1, "max_epochs": 2, "limit_val_batches": 0}),
         ((), {"max_steps": -1, "max_epochs": 2}),
         ((StopAfter(7),), {}),
         ((StopAfter(7),), {"limit_val_batches": 0}),
         ((patience(),), {"max_steps": 30}),
     ],
-    ids=["steps", "epochs-no-validation", "epochs", "stopped", "stopped-no-validation", "early-stopping"],
+    ids=["steps", "whole-epochs", "whole-epochs-no-validation", "epochs-no-validation", "epochs", "stopped", "stopped-no-validation", "early-stopping"],
 )
 def test_run_that_fails_in_its_final_evaluations_repeats_only_them(
     tmp_path: Path, callbacks: tuple[Callback, ...], options: dict
 ) -> None:
+    options = {"every_n_steps": 8, "evaluate": True, **options}
     whole, run, steps = create(tmp_path / "whole"), create(tmp_path / "failed"), Steps()
-    expected = train(whole, *copy.deepcopy(callbacks), every_n_steps=8, **options)
+    expected = train(whole, *copy.deepcopy(callbacks), **options)
     with pytest.raises(RuntimeError, match="out of memory"):
-        train(run, FailsAtTheEnd(), *copy.deepcopy(callbacks), every_n_steps=8, **options)
+        train(run, FailsAtTheEnd(), *copy.deepcopy(callbacks), **options)
     assert run.record["status"] == "failed"
     resumed = RunFolder.resume("tiny", "last", tmp_path / "failed")
-    assert differing(expected, train(resumed, FailsAtTheEnd(), steps, *callbacks, every_n_steps=8, **options)) == []
+    assert differing(expected, train(resumed, FailsAtTheEnd(), steps, *callbacks, **options)) == []
     assert steps.trained == 0
     for name, value in whole.record["metrics"].items():
         assert name.startswith("val/") or run.record["metrics"][name] == value  # train.fit validates again

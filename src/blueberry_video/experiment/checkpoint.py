@@ -187,6 +187,7 @@ class Checkpoints(Checkpoint):
         if loop.done:
             self._ended = True
             loop.epoch_loop._batches_that_stepped = trainer.global_step
+            epochs.current.completed = self._final.get("epoch", epochs.current.completed)
             values = self._final.get("metrics", {}).items()
             trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in values})
 
@@ -249,7 +250,8 @@ class Checkpoints(Checkpoint):
         if self._ended:
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
             epochs = trainer.current_epoch + 1 if trainer.is_last_batch else 0
-            checkpoint["final"] = {"metrics": metrics, "stopped": self.stopped, "epochs": epochs}
+            epoch = trainer.fit_loop.epoch_progress.current.ready  # trainer.current_epoch when training has ended
+            checkpoint["final"] = {"metrics": metrics, "stopped": self.stopped, "epochs": epochs, "epoch": epoch}
         if self._at_epoch_end and self._position is not None:  # from here, Lightning would resume one epoch later
             checkpoint["loops"]["fit_loop"] = self._position
         if self._interrupts_validation:  # Lightning then begins with the validation, here with its first batch
