@@ -137,6 +137,7 @@ class Checkpoints(Checkpoint):
         self.signal_delay: Any = None  # launch.signals.Delay
         self._saved_step = 0
         self._ended = False  # the final checkpoint exists
+        self._metrics: dict[str, float] = {}  # of the checkpoint from which the run resumes
         self._final: dict[str, Any] | None = None  # state of a final checkpoint from which the run resumes
         self._max_steps: int | None = None  # trainer.max_steps, while it is raised
         self._stop_later = False
@@ -150,7 +151,7 @@ class Checkpoints(Checkpoint):
         self._saved_step = checkpoint["global_step"]
         if trainer.state.fn != "fit":
             return
-        self._final = checkpoint.get("final", {})
+        self._metrics, self._final = checkpoint.get("metrics", {}), checkpoint.get("final", {})
         metrics = Path(trainer.default_root_dir) / "metrics.csv"
         if trainer.is_global_zero and metrics.is_file():
             # The last step that was logged when the checkpoint was saved: later steps are repeated.
@@ -179,6 +180,8 @@ class Checkpoints(Checkpoint):
             self.signal_delay.begin()
         if self._final is None:
             return
+        values = self._metrics.items()
+        trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in values})
         if not loop.done and trainer.max_epochs is not None and 0 < trainer.max_epochs <= self._final.get("epochs", 0):
             epochs.increment_processed()
         stopped = self._final.get("stopped")
@@ -188,8 +191,6 @@ class Checkpoints(Checkpoint):
             self._ended = True
             loop.epoch_loop._batches_that_stepped = trainer.global_step
             epochs.current.completed = self._final.get("epoch", epochs.current.completed)
-            values = self._final.get("metrics", {}).items()
-            trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in values})
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -247,11 +248,12 @@ class Checkpoints(Checkpoint):
             self._save(trainer, final=True)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # of the last validation or check, which a resumed run does not repeat before its end
+        checkpoint["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if self._ended:
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
             epochs = trainer.current_epoch + 1 if trainer.is_last_batch else 0
             epoch = trainer.fit_loop.epoch_progress.current.ready  # trainer.current_epoch when training has ended
-            checkpoint["final"] = {"metrics": metrics, "stopped": self.stopped, "epochs": epochs, "epoch": epoch}
+            checkpoint["final"] = {"stopped": self.stopped, "epochs": epochs, "epoch": epoch}
         if self._at_epoch_end and self._position is not None:  # from here, Lightning would resume one epoch later
             checkpoint["loops"]["fit_loop"] = self._position
         if self._interrupts_validation:  # Lightning then begins with the validation, here with its first batch
