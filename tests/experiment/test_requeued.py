@@ -107,8 +107,14 @@ def test_finished_run_of_a_requeued_job_is_not_trained_again(job: Callable, conf
 
 @pytest.mark.parametrize(
     ("variable", "state", "commands"),
-    [("1", "RUNNING", 2), ("1", "CANCELLED", 1), ("0", "RUNNING", 0)],
-    ids=["requeued", "canceled", "not-asked-for"],
+    [
+        ("1", "RUNNING None", 2),
+        ("1", "COMPLETING TimeLimit", 2),
+        ("1", "COMPLETING None", 1),
+        ("1", "CANCELLED None", 1),
+        ("0", "RUNNING None", 0),
+    ],
+    ids=["requeued", "time-limit", "scancel", "canceled", "not-asked-for"],
 )
 def test_requeue(job: Callable, variable: str, state: str, commands: int, tmp_path: Path, monkeypatch):
     calls = tmp_path / "calls"

@@ -41,7 +41,7 @@ if "SLURM_PROCID" in os.environ and "blueberry_video.train" in sys.orig_argv:
 TRAIN = ["-m", "blueberry_video.train", "--config-dir", str(ROOT / "experiments" / "probe")]
 TRAIN += ["model.freeze_encoder=false", "model.encoder.depth=1", "logger=csv", "data.num_workers=0"]
 TRAIN += ["data.train.size=32", "data.val.size=8", "data.batch_size=4", "trainer=ddp", "trainer.accelerator=cpu"]
-TRAIN += ["trainer.precision=32-true", "trainer.devices=2", "trainer.log_every_n_steps=1"]
+TRAIN += ["trainer.precision=32-true", "trainer.log_every_n_steps=1"]
 TRAIN += ["callbacks.checkpoints.every_n_steps=1000", "trainer.max_steps=60", "trainer.check_val_every_n_epoch=1000"]
 
 
@@ -64,27 +64,47 @@ def state(job: str) -> str:
     return dict(word.split("=", 1) for word in text.split() if "=" in word)["JobState"]
 
 
+def submit(folder: Path, tasks: int) -> str:
+    """Submits a training job; returns its id."""
+    (folder / "sitecustomize.py").write_text(SLOW)
+    script = folder / "job.sh"
+    words = " ".join(f"'{word}'" for word in [sys.executable, *TRAIN, f"trainer.devices={tasks}"])
+    script.write_text(f"#!/bin/bash\nsrun {words}\ncode=$?\necho exit code $code\nexit $code\n")
+    command = ["sbatch", "--parsable", f"--ntasks={tasks}", "--requeue", "--open-mode=append", "--output=job.log"]
+    submitted = subprocess.run(
+        [*command, str(script)], cwd=folder, env=variables(folder), capture_output=True, text=True, check=True
+    )
+    return submitted.stdout.strip()
+
+
+def rows(folder: Path) -> int:
+    return sum(file.read_text().count("\n") for file in folder.glob("outputs/probe/*/metrics.csv"))
+
+
+def test_canceled_job_saves_a_checkpoint_and_stays_canceled(tmp_path: Path):
+    job = submit(tmp_path, tasks=1)
+    try:
+        wait(lambda: rows(tmp_path) > 3, 300, "no step")
+        subprocess.run(["scancel", job], check=True)
+        [file] = tmp_path.glob("outputs/probe/*/run.json")
+        wait(lambda: json.loads(file.read_text())["status"] == "interrupted", 60, "not interrupted")
+        time.sleep(2)  # a requeue follows
+        wait(lambda: state(job) != "COMPLETING", 60, "not ended")
+        assert state(job) == "CANCELLED", (tmp_path / "job.log").read_text()
+    finally:
+        subprocess.run(["scancel", job], check=False)
+    assert [*file.parent.glob("checkpoints/*.ckpt")]
+
+
 def test_job_that_is_requeued_continues_its_run(tmp_path: Path):
     """Two tasks; Slurm's warning; the job requeues itself and continues at the step at which it was warned."""
-    (tmp_path / "sitecustomize.py").write_text(SLOW)
-    script = tmp_path / "job.sh"
-    words = " ".join(f"'{word}'" for word in [sys.executable, *TRAIN])
-    script.write_text(f"#!/bin/bash\nsrun {words}\ncode=$?\necho exit code $code\nexit $code\n")
-    command = ["sbatch", "--parsable", "--ntasks=2", "--requeue", "--open-mode=append", "--output=job.log", str(script)]
-    submitted = subprocess.run(
-        command, cwd=tmp_path, env=variables(tmp_path), capture_output=True, text=True, check=True
-    )
-    job = submitted.stdout.strip()
-    log = tmp_path / "job.log"
-
-    def rows() -> int:
-        return sum(file.read_text().count("\n") for file in tmp_path.glob("outputs/probe/*/metrics.csv"))
+    job, log = submit(tmp_path, tasks=2), tmp_path / "job.log"
 
     def shown() -> str:
         return log.read_text() if log.is_file() else ""
 
     try:
-        wait(lambda: rows() > 3, 300, "no step")
+        wait(lambda: rows(tmp_path) > 3, 300, "no step")
         subprocess.run(["scancel", "--signal=USR1", job], check=True)
         wait(lambda: "Requeued the job" in shown(), 60, "not requeued")
         [file] = tmp_path.glob("outputs/probe/*/run.json")

@@ -55,8 +55,8 @@ def requeue() -> bool:
     if os.environ.get(REQUEUE_VARIABLE) != "1" or current is None:
         return False
     name = current["id"] if current["array"] is None else f"{current['id']}_{current['array']}"
-    state = _slurm("squeue", "--noheader", "--format=%T", f"--jobs={name}")
-    if state is not None and state.returncode == 0 and "CANCELLED" in state.stdout:
+    state = _slurm("squeue", "--noheader", "--format=%T %r", f"--jobs={name}")
+    if state is not None and state.returncode == 0 and _is_canceled(state.stdout):
         return False
     result = _slurm("scontrol", "requeue", name)
     if result is None or result.returncode != 0:
@@ -69,6 +69,12 @@ def requeue() -> bool:
         return False
     print(f"Requeued the job {name}: it continues this run.", flush=True)
     return True
+
+
+def _is_canceled(state: str) -> bool:
+    """Returns whether a job is ended by scancel, from its state and reason: while its processes end, the state is
+    COMPLETING also after the time limit, which is then the reason."""
+    return "CANCELLED" in state or ("COMPLETING" in state and "TimeLimit" not in state)
 
 
 @contextmanager
