@@ -29,6 +29,7 @@ def explained_errors(path: Path, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        reason = error.strerror or getattr(error.__cause__, "strerror", None)  # of a nested context
         folder = next(parent for parent in (path.parent, *path.absolute().parents) if parent.exists())
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             size = "" if needed is None else f" needs {needed} bytes"
@@ -40,7 +41,7 @@ def explained_errors(path: Path, needed: int | None = None) -> Iterator[None]:
             problem, fix = f"{path} cannot be created in {folder}", "move the file in its place, or use another folder"
         else:
             raise
-        explained = type(error)(f"{error.strerror}: {problem}. To continue, {fix}.")
+        explained = type(error)(f"{reason}: {problem}. To continue, {fix}.")
         explained.errno = error.errno
         raise explained from error
 

@@ -203,7 +203,9 @@ def test_full_disk_names_size_and_space(tmp_path: Path) -> None:
         "AtomicCheckpointIO().save_checkpoint({'a': torch.zeros(100000)}, Path(sys.argv[1]) / 'step_00000001.ckpt')"
     )
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert re.search(r"OSError: .*step_00000001\.ckpt needs 400000 bytes, and \d+ bytes are free in", result.stderr)
+    assert re.search(
+        r"OSError: File too large: .*step_00000001\.ckpt needs 400000 bytes, and \d+ bytes are free in", result.stderr
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,5 +1,7 @@
 """Command line: parsing, and error messages without tracebacks."""
 
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -99,6 +101,15 @@ def error_of(function) -> Exception:
     with pytest.raises(Exception) as caught:  # noqa: PT011 - the tests below check which one
         function()
     return caught.value
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("file", [None, "run.json"])
+def test_full_disk_has_a_paragraph(number: int, file: str | None):
+    text = str(paragraph(OSError(number, os.strerror(number), file)))
+    assert os.strerror(number) in text
+    assert "output_dir=" in text
+    assert ("run.json" in text) == (file is not None)
 
 
 def test_error_of_this_package_has_a_paragraph():

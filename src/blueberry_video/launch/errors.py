@@ -13,6 +13,7 @@ from blueberry_video.installation import start_command
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TRAINER = ("pytorch", "trainer", "trainer.py")  # the end of the path of Lightning's file
+FULL = {errno.ENOSPC, errno.EDQUOT}
 DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
 TRACEBACK_VARIABLE = "BLUEBERRY_TRACEBACK"
 
@@ -47,6 +48,12 @@ def paragraph(error: BaseException) -> str | None:
         return f"`{key.group(1)}` cannot be built: {inner}" if key else inner
     if isinstance(error, OSError) and error.errno in DENIED and error.filename:
         return _denied(str(error.strerror), Path(os.fsdecode(error.filename)))
+    if isinstance(error, OSError) and error.errno in FULL and error.strerror:  # not explained where it was raised
+        where = f": {os.fsdecode(error.filename)}" if error.filename else ""
+        return (
+            f"{error.strerror}{where}. Free some space (`df -h` shows it), or use another disk, for example with "
+            "output_dir=…; then repeat the command, with resume=last for a run."
+        )
     worker = re.match(r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback", str(error))
     if worker:
         files = re.findall(r'^  File "([^"]+)"', str(error), re.MULTILINE)
