@@ -38,10 +38,12 @@ class Outcome(NamedTuple):
     Attributes:
         kills: number of kills, by what the run did: start, training, saving, end (evaluation and report).
         differences: what differs from the uninterrupted run; empty if nothing does.
+        seconds: duration of the last session.
     """
 
     kills: Counter[str]
     differences: list[str]
+    seconds: float
 
 
 def main() -> None:
@@ -70,6 +72,8 @@ def main() -> None:
         outcome = torture(context, rest, folder, reference, seconds, draws, left)
         left -= outcome.kills.total()
         failed += bool(outcome.differences)
+        if not outcome.kills:  # the machine has become faster
+            seconds = outcome.seconds
         counts = [str(outcome.kills[phase]) for phase in rows[0][2:-1]]
         rows.append((str(len(rows)), str(outcome.kills.total()), *counts, ", ".join(outcome.differences) or "yes"))
         print(_row(rows[-1]), flush=True)
@@ -101,23 +105,24 @@ def torture(
     for _ in range(LIMIT):
         delay = draws.uniform(0, seconds) if kills.total() < most else None
         resume = ["resume=last"] if any(folder.glob("*/*/run.json")) else []
-        code, _ = _session(context, [*words, *resume], folder, delay)
+        code, last = _session(context, [*words, *resume], folder, delay)
         run = _run(folder) if any(folder.glob("*/*/run.json")) else None
         if code == 0 and run is not None:
             break
         if code != -signal.SIGKILL:
-            return Outcome(kills, [f"session {kills.total() + 1} ended with exit code {code}, see {folder}/log.txt"])
+            found = f"session {kills.total() + 1} ended with exit code {code}, see {folder}/log.txt"
+            return Outcome(kills, [found], last)
         kills[_phase(run)] += 1
         if run is not None and (run / "run.json").is_file():
             identity = identity or json.loads((run / "run.json").read_text())["wandb"]["id"]
     else:
-        return Outcome(kills, [f"not finished after {LIMIT} sessions"])
+        return Outcome(kills, [f"not finished after {LIMIT} sessions"], last)
     found = list(_differences(reference, run))
     if identity is not None and json.loads((run / "run.json").read_text())["wandb"]["id"] != identity:
         found.append("wandb run")
     if len([*folder.glob("*/*/run.json")]) > 1:
         found.append("more than one run folder")
-    return Outcome(kills, found)
+    return Outcome(kills, found, last)
 
 
 def _session(
