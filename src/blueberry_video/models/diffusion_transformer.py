@@ -45,6 +45,7 @@ class DiffusionTransformer(nn.Module, ABC):
         family: name of the architecture in :mod:`~blueberry_video.weights.diffusers_folder`.
         flexible: constructor arguments in which loaded weights may differ from the model.
         original_config: settings of the original code under the names of :meth:`config`, for weights in its layout.
+        original_names: names of settings in configs of the original code -> names in :meth:`config`.
         assumed: keys of :meth:`config` that change the output and that no tensor determines.
         patch_size: (t, h, w).
         num_heads: attention heads.
@@ -61,6 +62,7 @@ class DiffusionTransformer(nn.Module, ABC):
     splits_clips: ClassVar[bool] = True  # under sequence_parallel
     flexible: ClassVar[tuple[str, ...]] = ("causal_chunk", "image_condition")
     original_config: ClassVar[dict[str, Any]] = {}
+    original_names: ClassVar[dict[str, str]] = {}
     assumed: ClassVar[tuple[str, ...]] = ()
     in_channels: int
     out_channels: int
@@ -303,6 +305,7 @@ class DiffusionTransformer(nn.Module, ABC):
                 "both.",
                 stacklevel=3,
             )
+        config = {cls.original_names.get(key, key): value for key, value in config.items()}
         cls.check_source(config, state, source)
         try:
             return config, state, cls.settings_of(state, (defaults or {}) | config)

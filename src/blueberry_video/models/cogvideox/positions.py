@@ -156,8 +156,8 @@ def read_sincos(table: Tensor) -> tuple[int, Grid, float]:
     if not len(video) or expected.shape != video.shape or (expected - video).abs().max() > TABLE_ERROR:
         raise ValueError(
             f"the weights have a position table, patch_embed.pos_embedding, of {tuple(table.shape)} and no image "
-            "channels, as CogVideoX-2B in SAT's layout, but the table is not its sine-cosine embedding. A trained table "
-            "is published for 5B-I2V only: use weights in the published layout."
+            "channels, as CogVideoX-2B in SAT's layout, but the table is not its sine-cosine embedding. A trained "
+            "table is published for 5B-I2V only: use weights in the published layout."
         )
     return text_len, grid, scale
 
