@@ -138,8 +138,8 @@ def complete_rotation(arguments: dict[str, Any], source: str | Path) -> dict[str
     if head_dim not in PUBLISHED_AXES:
         raise ValueError(
             f"{source} has heads of head_dim={head_dim}, which no published model has, and no config with "
-            "rope_axes_dim (diffusers) or rope_dim_list (Tencent), which its tensors do not determine: pass rope_axes=…, the three "
-            f"numbers of channels that rotate by time, row and column; their sum is {head_dim}."
+            "rope_axes_dim (diffusers) or rope_dim_list (Tencent), which its tensors do not determine: pass "
+            f"rope_axes=…, the three numbers of channels that rotate by time, row and column; their sum is {head_dim}."
         )
     axes, theta = PUBLISHED_AXES[head_dim], arguments["rope_theta"]
     print(f"rope_axes={axes} and rope_theta={theta} are assumed for {source}, as published: no config gives them")
