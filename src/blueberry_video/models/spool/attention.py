@@ -216,9 +216,9 @@ def _with_original_context(
             continue
         own = frames.pop(0)
         if is_lookback:
-            ends = [torch.cat([x[:, :, :context], x[:, :, tail:]], dim=2) for x in (keys, values)]
+            end_keys, end_values = (torch.cat([x[:, :, :context], x[:, :, tail:]], dim=2) for x in (keys, values))
             seen = None if valid is None else torch.cat([valid[..., :context], valid[..., tail:]], dim=3)
-            start = attend(queries[:, :, :context], *ends, seen)
+            start = attend(queries[:, :, :context], end_keys, end_values, seen)
             end = attend(queries[:, :, tail:], keys, values, valid)
             own = own[:, :, :-1]
         else:
@@ -247,6 +247,7 @@ def _one_way(q: Tensor, k: Tensor, v: Tensor, layout: FrameLayout, heads: Heads,
         key, value = keys.gather(blocks), values.gather(blocks)
         context = key.shape[2] - sum(queries[j].shape[2] for j in blocks)  # tokens of context frames
         shape = (query.shape[2] // size, (key.shape[2] - context) // size, (i - blocks[0]) * step)
+        mask: Tensor | None
         if heads.mode == "original":
             mask = _original_band(*shape, i * step + 1, layout, heads.reach, is_lookback, q.device)
         else:
