@@ -39,6 +39,7 @@ from blueberry_video.data.metadata import read_metadata
 from blueberry_video.launch.command_line import HYDRA
 from blueberry_video.launch.new import NAME
 from blueberry_video.models.depth_anything import DepthAnything
+from blueberry_video.models.dinov2 import DINOv2
 from blueberry_video.models.masked_autoencoder import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.video import command
@@ -307,6 +308,9 @@ def stand_ins(reader: Reader) -> None:
     if "MCG-NJU/videomae-base" in text:
         encoder = VisionTransformer(image_size=32, patch_size=16, embed_dim=384, depth=1, num_heads=6)
         MaskedAutoencoder(encoder, 384, 1, 6).save_published("MCG-NJU/videomae-base")
+    if "facebook/dinov2-base" in text:
+        sizes = {"embed_dim": 48, "depth": 1, "num_heads": 2, "table_size": 4, "interpolate_offset": 0.0}
+        DINOv2(image_size=56, **sizes).save_published("facebook/dinov2-base")
     if "outputs/video_depth" in text:
         sizes = [f"model.encoder.{value}" for value in ("interpolate_offset=0.0", "patch_size=14", "image_size=56")]
         config = reader.compose("depth_anything", sizes)

@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import Tensor
 
+from blueberry_video.config import CONF
 from blueberry_video.diffusion.guidance import ConstantGuidance, DynamicGuidance, EmbeddedGuidance, Guidance, NoGuidance
 from blueberry_video.diffusion.objectives import FlowMatching, VPrediction
 from blueberry_video.diffusion.samplers import DDIM
@@ -29,7 +32,7 @@ def test_constant_scale_mixes_the_two_outputs(scale: float):
     torch.testing.assert_close(guided(latents, t), base + scale * (conditional - base))
 
 
-@pytest.mark.parametrize("guidance", [ConstantGuidance(6.3), DynamicGuidance(6.3), DynamicGuidance(6.3, "legacy")])
+@pytest.mark.parametrize("guidance", [ConstantGuidance(6.3), DynamicGuidance(6.3), DynamicGuidance(6.3, "cosine")])
 def test_guidance_of_a_float64_network_is_float64(guidance: Guidance):
     latents, t = torch.randn(SHAPE, dtype=torch.float64), torch.tensor([0.1, 0.5, 0.9])
     base, output = without_text(latents, t.double()), with_text(latents, t.double())
@@ -51,10 +54,11 @@ def test_guidance_of_a_bfloat16_network_is_float32():
 
 
 @pytest.mark.parametrize("steps", [10, 50])
-def test_legacy_scale_equals_the_pipeline(steps: int):
-    """The legacy scale uses the network's timestep, 999 … 19, in place of the index of the sampler's step."""
+def test_published_scale_is_the_default(steps: int):
+    """SAT's sampler passes ``num_steps - timestep`` as the index of its step, and so does diffusers' pipeline: with the
+    network's timestep, 999 … 19, in place of the index of the sampler's step."""
     timesteps = DDIM(steps).timesteps(VPrediction())[:-1]
-    scales = DynamicGuidance(6.0, mode="legacy").scale_at(timesteps, VPrediction(), steps)
+    scales = DynamicGuidance().scale_at(timesteps, VPrediction(), steps)
     expected = [
         1 + 6.0 * ((1 - math.cos(math.pi * ((steps - step) / steps) ** 5.0)) / 2)
         for step in VPrediction().network_timestep(timesteps).long().tolist()
@@ -63,10 +67,15 @@ def test_legacy_scale_equals_the_pipeline(steps: int):
     assert scales.diff().min() < 0, "the published scale is not monotonic"
 
 
+def test_config_of_dynamic_guidance_is_the_published_one():
+    config = OmegaConf.load(CONF / "task" / "guidance" / "dynamic.yaml")
+    assert vars(instantiate(config)) == vars(DynamicGuidance()) == {"scale": 6.0, "mode": "legacy", "exponent": 5.0}
+
+
 @pytest.mark.parametrize("objective", [VPrediction(), FlowMatching()])
 def test_cosine_scale_rises_from_1_to_the_full_scale(objective):
     timesteps = DDIM(50).timesteps(objective)
-    scales = DynamicGuidance(6.0).scale_at(timesteps, objective, 50)
+    scales = DynamicGuidance(6.0, "cosine").scale_at(timesteps, objective, 50)
     expected = [1 + 6.0 * (1 - math.cos(math.pi * (done / 50) ** 5)) / 2 for done in range(51)]
     assert scales.tolist() == pytest.approx(expected, abs=1e-4)
     assert scales[0] == 1

@@ -141,6 +141,26 @@ def test_any_number_of_steps_ends_at_the_clean_latents(steps: int):
     assert timesteps[-1] == 0
 
 
+@pytest.mark.parametrize(
+    ("steps", "snr_shift", "largest"), [(50, 3.0, 1.02e-3), (10, 3.0, 5.68e-3), (50, 1.0, 6.2e-4), (10, 1.0, 3.9e-3)]
+)
+def test_signal_of_sat_is_larger_by_the_documented_difference(steps: int, snr_shift: float, largest: float):
+    """SAT takes every k-th step of the schedule first, and then rescales to zero terminal SNR; here, as in diffusers,
+    the training schedule is rescaled once."""
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    power = np.cumprod(1 - betas)
+    signal = np.sqrt(power / (snr_shift + (1 - snr_shift) * power))
+    chosen = signal[np.linspace(999, 0, steps, endpoint=False).astype(int)]  # from noise to the last step
+    sat = (chosen - chosen[0]) * chosen[-1] / (chosen[-1] - chosen[0])
+
+    objective = VPrediction(snr_shift=snr_shift)
+    alpha, _ = objective.alpha_sigma(DDIM(steps).timesteps(objective)[:-1])
+    difference = sat - alpha.double().numpy()
+    assert difference.max() == pytest.approx(largest, rel=0.01)
+    assert difference.argmax() == steps - 1
+    assert difference.min() > -1e-6
+
+
 def test_dpm_solver_draws_from_the_generator():
     noise = torch.randn(SHAPE)
     first, second, other = (

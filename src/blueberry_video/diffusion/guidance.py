@@ -80,21 +80,22 @@ class ConstantGuidance(Guidance):
 
 
 class DynamicGuidance(Guidance):
-    """Guidance that rises from 1 at pure noise to 1 + scale: s = 1 + scale * (1 - cos(π * progress^exponent)) / 2.
+    """Dynamic guidance of CogVideoX: s = 1 + scale * (1 - cos(π * progress^exponent)) / 2, between 1 and 1 + scale.
 
     Args:
         scale: 6 as published.
-        mode: ``cosine`` has progress 1 - t, which is the intended fraction of finished steps if the sampler's ``shift``
-            is 1; with a larger one the scale rises late. ``legacy`` has (steps - network timestep) / steps, as in
-            diffusers: the network timestep is in units of 1000 steps, not of the sampler's, so the scale oscillates
-            until the last few steps.
+        mode: ``legacy``, as published, has progress (steps - network timestep) / steps, in the original code (SAT) and
+            in diffusers: the network timestep is in units of 1000 steps, not of the sampler's, so that the scale
+            oscillates until the last few steps. ``cosine``, which is not published, has progress 1 - t, the fraction
+            of finished steps if the sampler's ``shift`` is 1: the scale rises from 1 at pure noise to 1 + scale; with a
+            larger shift it rises late.
         exponent: 5 as published.
 
     Raises:
         ValueError: for a negative scale, an unknown mode, or an exponent that is not above 0.
     """
 
-    def __init__(self, scale: float = 6.0, mode: Literal["cosine", "legacy"] = "cosine", exponent: float = 5.0):
+    def __init__(self, scale: float = 6.0, mode: Literal["cosine", "legacy"] = "legacy", exponent: float = 5.0):
         if mode not in ("cosine", "legacy"):
             raise ValueError(f"mode={mode!r} of the guidance must be 'cosine' or 'legacy'.")
         if exponent <= 0:

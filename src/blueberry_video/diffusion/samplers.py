@@ -4,6 +4,10 @@ Timesteps descend from 1 to 0 with even spacing ("trailing": the first is pure n
 and always end at the clean latents, for any number of steps. DDIM and DPM-Solver++ use only alpha_t and sigma_t, so
 they support every objective; for flow matching, DDIM is Euler's method.
 
+alpha_t of a step is that of training, as in diffusers. The samplers of CogVideoX's original code (SAT) rescale to zero
+terminal SNR again after the choice of steps, so that its samples differ: with ``snr_shift`` 3, alpha_t is larger by up
+to 1.0e-3 with 50 steps and by up to 5.7e-3 with 10, at the least noise.
+
 Latents are at least float32 between steps, for any dtype of the network.
 """
 

@@ -44,6 +44,9 @@ class DiffusionTransformer(nn.Module, ABC):
     Attributes:
         family: name of the architecture in :mod:`~blueberry_video.weights.diffusers_folder`.
         flexible: constructor arguments in which loaded weights may differ from the model.
+        original_config: settings of the original code under the names of :meth:`config`, for weights in its layout.
+        original_names: names of settings in configs of the original code -> names in :meth:`config`.
+        assumed: keys of :meth:`config` that change the output and that no tensor determines.
         patch_size: (t, h, w).
         num_heads: attention heads.
         pooled_dim: width of the pooled text embedding; 0 for none.
@@ -58,6 +61,9 @@ class DiffusionTransformer(nn.Module, ABC):
     family: ClassVar[str]
     splits_clips: ClassVar[bool] = True  # under sequence_parallel
     flexible: ClassVar[tuple[str, ...]] = ("causal_chunk", "image_condition")
+    original_config: ClassVar[dict[str, Any]] = {}
+    original_names: ClassVar[dict[str, str]] = {}
+    assumed: ClassVar[tuple[str, ...]] = ()
     in_channels: int
     out_channels: int
     text_dim: int
@@ -196,6 +202,23 @@ class DiffusionTransformer(nn.Module, ABC):
         A causal model adds ``causal_chunk``, which diffusers ignores with a warning.
         """
 
+    @classmethod
+    def check_source(cls, config: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> None:
+        """Checks that published weights have no parts that this family lacks.
+
+        Raises:
+            ValueError: they do; the message names the setting.
+        """
+
+    @classmethod
+    def complete(cls, arguments: dict[str, Any], source: str | Path) -> dict[str, Any]:
+        """Completes constructor arguments for published weights by those of the published models, which it prints.
+
+        Raises:
+            ValueError: no published model has weights of this shape; the message names the argument to pass.
+        """
+        return arguments
+
     def check_config(self, config: dict[str, Any], source: str | Path) -> None:
         """Checks that the config of published weights describes this model, which was built for the weights.
 
@@ -219,8 +242,9 @@ class DiffusionTransformer(nn.Module, ABC):
             ValueError: the weights are damaged, of a different architecture, or do not match their config.
         """
         config, state, arguments = cls._read(source)
+        arguments = cls.complete({**arguments, "zero_init": False, **settings}, source)
         with torch.device("meta"):
-            model = cls(**{**arguments, "zero_init": False, **settings})
+            model = cls(**arguments)
         model.check_config(config, source)
         load_strictly(model, state, source)
         print(f"{model.variant} from {source}: {sum(p.numel() for p in model.parameters()) / 1e9:.3f}B parameters")
@@ -239,7 +263,7 @@ class DiffusionTransformer(nn.Module, ABC):
             ValueError: the weights are damaged, or of a different architecture or variant; the message names the
                 settings that differ.
         """
-        _, state, loaded = self._read(source, self.config())
+        config, state, loaded = self._read(source, self.config())
         own = self.settings_of(self.state_dict(), self.config())
         if found := different_settings({key: loaded[key] for key in loaded if key not in self.flexible}, own):
             with torch.device("meta"):
@@ -250,7 +274,9 @@ class DiffusionTransformer(nn.Module, ABC):
             )
         load_strictly(self, state, source)
         trained = different_settings({key: loaded[key] for key in self.flexible if key in loaded}, own)
-        return f"loaded {self.variant} from {source}{f', trained with {trained}' if trained else ''}"
+        unknown = ", ".join(f"{key}={self.config()[key]}" for key in self.assumed if key not in config)
+        note = f", with {unknown} of this model, which no config of the weights verifies" if unknown else ""
+        return f"loaded {self.variant} from {source}{f', trained with {trained}' if trained else ''}{note}"
 
     def save_published(self, folder: str | Path) -> None:
         """Writes a folder that ``from_pretrained`` of diffusers loads.
@@ -271,7 +297,7 @@ class DiffusionTransformer(nn.Module, ABC):
         cls, source: str | Path, defaults: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
         """Config, state dict and constructor arguments; ``defaults`` completes the config."""
-        config, state = read_published(source, cls.family, cls.convert)
+        config, state = read_published(source, cls.family, cls.convert, cls.original_config)
         if text := config.get("trained_text_encoder"):
             warnings.warn(
                 f"{source} was trained with a {text}, which the folder lacks: the model does not follow captions until "
@@ -279,6 +305,8 @@ class DiffusionTransformer(nn.Module, ABC):
                 "both.",
                 stacklevel=3,
             )
+        config = {cls.original_names.get(key, key): value for key, value in config.items()}
+        cls.check_source(config, state, source)
         try:
             return config, state, cls.settings_of(state, (defaults or {}) | config)
         except KeyError as error:

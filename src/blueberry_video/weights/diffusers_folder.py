@@ -5,7 +5,7 @@ Reading and writing need neither library, so training and sampling do not import
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,10 @@ def heads_of_run(file: Path) -> dict[str, int]:
 
 
 def read_published(
-    source: str | Path, expected: str, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    source: str | Path,
+    expected: str,
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    original_config: Mapping[str, Any] | None = None,
 ) -> tuple[dict, dict[str, Tensor]]:
     """Config and state dict of a source (see :func:`read_source`), under the names of diffusers.
 
@@ -98,6 +101,7 @@ def read_published(
         source: a folder, a weight file, or a hub id.
         expected: the required architecture, see :func:`family`.
         convert: converts a state dict in the original layout to that of diffusers.
+        original_config: settings of the original code, which complete the config of weights in its layout.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -107,7 +111,7 @@ def read_published(
     found = family(state)
     if found != expected and not found.startswith(f"{expected} in "):
         raise ValueError(f"{source} holds {found}, not {expected}: choose the model for these weights.")
-    return config, state if found == expected else convert(state)
+    return (config, state) if found == expected else ({**(original_config or {}), **config}, convert(state))
 
 
 def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
@@ -169,6 +173,8 @@ def write_folder(
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder: choose a different folder.")
+    # a part of a fused matrix of a converted file is a view of it, which safetensors refuses
+    state = {name: x.clone() if x.nbytes < x.untyped_storage().nbytes() else x for name, x in state.items()}
     with atomic_folder(folder) as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         pattern = f"{stem}{{suffix}}.safetensors"

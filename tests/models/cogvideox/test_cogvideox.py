@@ -3,7 +3,9 @@
 All models are tiny, with random values in **every** parameter and table: zero biases would hide a dropped one.
 """
 
+import itertools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from blueberry_video.config import CONF
 from blueberry_video.models.cogvideox import model as cogvideox
 from blueberry_video.models.cogvideox.convert import convert_sat
 from blueberry_video.models.cogvideox.model import CogVideoX
+from blueberry_video.models.cogvideox.positions import read_sincos, sincos_positions
 from blueberry_video.nn.joint_attention import KeyValueCache
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}  # fp32 round-off of two blocks; a dropped bias changes outputs by 1e-2
@@ -303,8 +306,26 @@ def test_zero_initialized_blocks_are_the_identity():
 # ---- published files -------------------------------------------------------------------------------------------------
 
 
-def to_sat(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """State dict in the original (SAT) layout, with the tensors of the original files that are not loaded."""
+def sat_table(text_len: int, frames: int, height: int, width: int, dim: int, scale: float) -> Tensor:
+    """Position table that SAT saves with 2B (Basic3DPositionEmbeddingMixin), one token and one channel at a time.
+
+    It is zero for the text. A token at (t, y, x) has a quarter of the channels for t, three eighths for x / scale and
+    three eighths for y / scale, each with the sines before the cosines of position / 10000^(i / half).
+    """
+
+    def waves(position: float, channels: int) -> list[float]:
+        angles = [position / 10000 ** (i / (channels // 2)) for i in range(channels // 2)]
+        return [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+
+    rows = [[0.0] * dim for _ in range(text_len)]
+    for t, y, x in itertools.product(range(frames), range(height), range(width)):
+        rows.append(waves(t, dim // 4) + waves(x / scale, dim * 3 // 8) + waves(y / scale, dim * 3 // 8))
+    return torch.tensor([rows], dtype=torch.float32)
+
+
+def to_sat(state: dict[str, Tensor], depth: int, grid: tuple | None = None) -> dict[str, Tensor]:
+    """State dict in the original (SAT) layout, with the tensors of the original files that are not loaded; ``grid``:
+    the arguments of ``sat_table`` for 2B."""
     mixins, sat = "model.diffusion_model.mixins", {}
     for name, target in (
         ("time_embedding.linear_1", "model.diffusion_model.time_embed.0"),
@@ -338,6 +359,8 @@ def to_sat(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
             sat[f"{layer}.mlp.dense_4h_to_h.{kind}"] = block[f"ff.net.2.{kind}"]
     if "patch_embed.pos_embedding" in state:
         sat[f"{mixins}.pos_embed.pos_embedding"] = state["patch_embed.pos_embedding"]
+    elif "ofs_embedding.linear_1.weight" not in state and grid is not None:
+        sat[f"{mixins}.pos_embed.pos_embedding"] = sat_table(*grid)
     return sat | {
         f"{mixins}.pos_embed.freqs_sin": torch.zeros(3, 4),
         f"{mixins}.pos_embed.freqs_cos": torch.zeros(3, 4),
@@ -354,13 +377,142 @@ def test_original_weights_round_trip(name: str):
     assert "transformer.new" in convert_sat({"model.diffusion_model.transformer.new": torch.zeros(1)})
 
 
+def sat_file(folder: Path, model: CogVideoX, grid: tuple | None = None) -> Path:
+    torch.save({"module": to_sat(model.state_dict(), depth=2, grid=grid)}, folder / "mp_rank_00_model_states.pt")
+    return folder / "mp_rank_00_model_states.pt"
+
+
+@pytest.mark.parametrize(
+    ("size", "scale"), [((3, 8, 12), 1.875), ((1, 4, 2), 1.875), ((2, 2, 30), 1.0), ((4, 26, 6), 2.5)]
+)
+def test_original_file_of_2b_is_not_taken_for_5b_i2v(size: tuple, scale: float, tmp_path: Path):
+    """SAT saves the frozen table of 2B as a parameter, as the trained one of 5B-I2V."""
+    frames, height, width = size
+    sizes = {"num_frames": frames, "height": height, "width": width, "spatial_scale": scale}
+    model = build("2b", norm_out_eps=1e-6, **sizes)
+    path = sat_file(tmp_path, model, (6, frames, height // 2, width // 2, 32, scale))
+    read = CogVideoX.from_published(path)
+    assert read.positions.kind == "sincos"
+    assert read.patch_embed.pos_embedding is None
+    assert (read.text_len, read.positions.latent_size, read.positions.spatial_scale) == (6, size, scale)
+    arguments = inputs(model)
+    torch.testing.assert_close(read(*arguments), model(*arguments), atol=0, rtol=0)
+    other = build("2b", norm_out_eps=1e-6, spatial_scale=scale)
+    assert "rotary_grid" not in other.load_published(path)
+    torch.testing.assert_close(other(*arguments), model(*arguments), atol=0, rtol=0)
+
+
+def test_published_table_of_2b_is_recognized():
+    """13 frames of 30 x 45 patches at a scale of 1.875; the columns go through several turns at unit frequency."""
+    table = torch.cat([torch.zeros(226, 1920), sincos_positions((13, 30, 45), 1920, 1.875)])[None]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert read_sincos(table.to(dtype)) == (226, (13, 30, 45), 1.875)
+
+
+@pytest.mark.parametrize("change", ["trained", "two scales", "no video"])
+def test_trained_table_without_image_channels_raises(change: str, tmp_path: Path):
+    model = build("2b")
+    path = sat_file(tmp_path, model, (6, 3, 4, 6, 32, 1.875))
+    content = torch.load(path)
+    table = content["module"]["model.diffusion_model.mixins.pos_embed.pos_embedding"]
+    if change == "trained":
+        table[0, 20, 3] += 0.05
+    elif change == "two scales":
+        table[0, 6:, 20:] = sat_table(0, 3, 4, 6, 32, 1.5)[0, :, 20:]
+    else:
+        table.zero_()
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"pos_embedding.*\(1, 78, 32\).*2B.*5B-I2V"):
+        CogVideoX.from_published(path)
+
+
+def test_norm_of_the_output_has_the_eps_of_the_origin(tmp_path: Path):
+    """1e-6 in SAT's FinalLayerMixin, 1e-5 in diffusers: they differ for tokens of small variance."""
+    model = build("1.5")
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            getattr(model.norm_final, name).mul_(0.003)
+    arguments = inputs(model)
+    outputs = {}
+    for origin, path in (("sat", sat_file(tmp_path, model)), ("diffusers", tmp_path / "folder")):
+        if origin == "diffusers":
+            model.save_published(path)
+        read = CogVideoX.from_published(path)
+        normed: list[Tensor] = []
+        hook = read.norm_out.norm.register_forward_hook(lambda _, args, out, seen=normed: seen.extend((args[0], out)))
+        outputs[origin] = read(*arguments)
+        hook.remove()
+        eps = {"sat": 1e-6, "diffusers": 1e-5}[origin]
+        mean, variance = normed[0].mean(-1, keepdim=True), normed[0].var(-1, unbiased=False, keepdim=True)
+        expected = (normed[0] - mean) / (variance + eps).sqrt() * read.norm_out.norm.weight + read.norm_out.norm.bias
+        torch.testing.assert_close(normed[1], expected, **TOLERANCE)
+    assert (outputs["sat"] - outputs["diffusers"]).abs().max() > 1e-2
+    with pytest.raises(ValueError, match=r"norm_out_eps=1e-06 \(here 1e-05\)"):
+        model.load_published(sat_file(tmp_path, model))
+    # the setting is kept in a folder, and can be chosen
+    CogVideoX.from_published(sat_file(tmp_path, model)).save_published(tmp_path / "again")
+    torch.testing.assert_close(CogVideoX.from_published(tmp_path / "again")(*arguments), outputs["sat"])
+    chosen = CogVideoX.from_published(tmp_path / "again", norm_out_eps=1e-5)
+    torch.testing.assert_close(chosen(*arguments), outputs["diffusers"])
+
+
+def sat_rotation(model: CogVideoX, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (N, head_dim) of SAT's Rotary3DPositionEmbeddingMixin, one token at a time.
+
+    The table of the training grid has integer positions; a clip takes its first frames, rows and columns.
+    """
+    size, angles = model.head_dim, []
+    for position in itertools.product(*(range(length) for length in grid)):
+        token = []
+        for axis, channels in zip(position, (size // 4, size * 3 // 8, size * 3 // 8), strict=True):
+            for i in range(channels // 2):
+                token += [axis * 10000 ** (-2 * i / channels)] * 2
+        angles.append(token)
+    found = torch.tensor(angles, dtype=torch.float64)
+    return found.cos().float(), found.sin().float()
+
+
+@pytest.mark.parametrize("grid", [(3, 4, 6), (2, 2, 6), (3, 4, 1), (1, 1, 1)])
+def test_original_file_of_5b_crops_the_rotary_table(grid: tuple[int, int, int], tmp_path: Path):
+    model = build("5b")
+    assert "rotary_grid=crop (here stretch)" in build("5b", norm_out_eps=1e-6).load_published(sat_file(tmp_path, model))
+    cropped = build("5b", rotary_grid="crop")
+    rotation = cropped.positions.rotation(grid, 0, 2, torch.device("cpu"))
+    for found, expected in zip(rotation, sat_rotation(model, grid), strict=True):
+        torch.testing.assert_close(found[2:, 0], expected, **TOLERANCE)
+    is_native = grid[1:] == (4, 6)
+    stretched = model.positions.rotation(grid, 0, 2, torch.device("cpu"))
+    assert torch.equal(stretched.cos, rotation.cos) == is_native
+
+
+def test_original_file_wider_than_2b_is_5b_with_the_settings_of_sat(tmp_path: Path):
+    with torch.device("meta"):
+        wide = CogVideoX(**{**TINY, "num_heads": 121, "depth": 1, "positions": "rope"})
+    state = {name: torch.zeros(1).expand(value.shape) for name, value in wide.state_dict().items()}  # 4 bytes each
+    torch.save({"module": to_sat(state, depth=1)}, tmp_path / "a.pt")
+    read = CogVideoX.from_published(tmp_path / "a.pt")
+    assert (read.positions.kind, read.positions.crop, read.norm_out.norm.eps) == ("rope", True, 1e-6)
+
+
+def test_rotary_grid_is_a_setting_that_a_folder_keeps(tmp_path: Path):
+    cropped = build("5b", rotary_grid="crop")
+    arguments = inputs(cropped, 3, 4, 12)
+    cropped.save_published(tmp_path / "crop")
+    stretched = CogVideoX.from_published(tmp_path / "crop", rotary_grid="stretch")
+    torch.testing.assert_close(stretched(*arguments), run_diffusers(diffusers_of(stretched), *arguments), **TOLERANCE)
+    kept = CogVideoX.from_published(tmp_path / "crop")
+    torch.testing.assert_close(kept(*arguments), cropped(*arguments), atol=0, rtol=0)
+    assert (kept(*arguments) - stretched(*arguments)).abs().max() > 1e-4
+    assert "rotary_grid=crop (here stretch)" in build("5b").load_published(tmp_path / "crop")
+
+
 def test_original_file_loads(tmp_path: Path, capsys):
-    model = build("1.5_i2v")
+    model = build("1.5_i2v", norm_out_eps=1e-6)
     torch.save({"module": to_sat(model.state_dict(), depth=2)}, tmp_path / "mp_rank_00_model_states.pt")
     read = CogVideoX.from_published(tmp_path / "mp_rank_00_model_states.pt")
     assert read.positions.latent_size == (21, 300, 300)
     assert re.search(r"CogVideoX1\.5.*\b2\b.*\b32\b.*-I2V", capsys.readouterr().out)
-    small = build("1.5_i2v")
+    small = build("1.5_i2v", norm_out_eps=1e-6)
     small.load_published(tmp_path / "mp_rank_00_model_states.pt")
     arguments = inputs(model)
     torch.testing.assert_close(small(*arguments), model(*arguments), atol=0, rtol=0)
@@ -445,6 +597,8 @@ def test_files_of_other_models_and_incomplete_files_raise(tmp_path: Path):
         ({"positions": "rope", "head_dim": 8}, r"head_dim=8\b.*positions='rope'.*\b16\b"),
         ({"num_heads": 3, "head_dim": 8}, r"num_heads=3\b.*head_dim=8\b.*positions='sincos'.*\b16\b"),
         ({"tubelet_size": 2}, "tubelet_size=2.*positions='rope'.*'sincos'"),
+        ({"rotary_grid": "wrap"}, "rotary_grid='wrap'.*'crop'.*'stretch'"),
+        ({**TUBELETS, "rotary_grid": "stretch"}, r"rotary_grid='stretch'.*tubelet_size=2\b.*'crop'"),
         ({"height": 9}, r"height=9\b.*width=12\b.*\b2\b"),
         ({"causal_chunk": 3, "tubelet_size": 2, "positions": "rope"}, r"causal_chunk=3\b.*\b2\b.*\b0\b"),
         ({"causal_chunk": -1}, r"causal_chunk=-1\b"),

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from blueberry_video.config import CONF
 from blueberry_video.diffusion.conditioning import concat_image, replace_first
-from blueberry_video.models.hunyuan_video.model import HunyuanVideo
+from blueberry_video.models.hunyuan_video.model import HunyuanVideo, thousandfold
 from blueberry_video.models.hunyuan_video.transformer import without_padding
 from blueberry_video.nn.joint_attention import KeyValueCache, block_causal_mask
 
@@ -89,8 +89,43 @@ def inputs(model: HunyuanVideo, padded: bool = False, frames: int = 3, length: i
 
 def their_output(model: HunyuanVideoTransformer3DModel, given: dict[str, Tensor]) -> Tensor:
     mask = given.get("text_mask", torch.ones(given["text"].shape[:2], dtype=torch.bool))
-    guidance = given["guidance"] * 1000 if "guidance" in given else None
+    guidance = given["guidance"].bfloat16() * 1000 if "guidance" in given else None  # as the pipelines, in bfloat16
     return model(given["latents"], given["timestep"], given["text"], mask, given["pooled"], guidance).sample
+
+
+def test_guidance_is_rounded_as_in_the_published_pipelines(tmp_path: Path):
+    """They compute ``tensor([6.0]).to(bfloat16) * 1000``, which is 6016."""
+    theirs, ours = pair("guidance")
+    given = inputs(ours) | {"guidance": torch.tensor([6.0, 6.0])}
+
+    def expected(value: float) -> Tensor:
+        mask, scales = torch.ones(2, 5, dtype=torch.bool), torch.full((2,), value)
+        return theirs(given["latents"], given["timestep"], given["text"], mask, given["pooled"], scales).sample
+
+    torch.testing.assert_close(ours(**given), expected(6016.0), **TOLERANCE)
+    assert (expected(6016.0) - expected(6000.0)).norm() / expected(6000.0).norm() > 1e-2
+    ours.save_published(tmp_path / "bfloat16")
+    assert "guidance_dtype" not in json.loads((tmp_path / "bfloat16" / "config.json").read_text())
+    exact = HunyuanVideo.from_published(tmp_path / "bfloat16", guidance_dtype="float32")
+    torch.testing.assert_close(exact(**given), expected(6000.0), **TOLERANCE)
+    exact.save_published(tmp_path / "float32")
+    torch.testing.assert_close(HunyuanVideo.from_published(tmp_path / "float32")(**given), exact(**given))
+    with pytest.raises(ValueError, match=r"guidance_dtype=float32 \(here bfloat16\)"):
+        ours.load_published(tmp_path / "float32")
+    with pytest.raises(ValueError, match=r"guidance_dtype='float16'.*bfloat16.*float32"):
+        HunyuanVideo.from_published(tmp_path / "float32", guidance_dtype="float16")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_thousandfold_guidance_equals_bfloat16_arithmetic(compiled: bool):
+    """Also compiled: torch.compile would drop the conversions, and embed 6000."""
+    scales = torch.cat([torch.tensor([6.0, 0.0, 1.0, 1.5, 7.5]), 20 * torch.rand(500)])
+    function = torch.compile(thousandfold, fullgraph=True) if compiled else thousandfold
+    rounded = function(scales, "bfloat16")
+    assert rounded.dtype == torch.float32
+    assert rounded[:5].tolist() == [6016.0, 0.0, 1000.0, 1504.0, 7488.0]
+    assert torch.equal(rounded, (scales.to(torch.bfloat16) * 1000).float())
+    assert torch.equal(thousandfold(scales, "float32"), 1000 * scales)
 
 
 def causal(chunk: int = 1, **changes) -> HunyuanVideo:

@@ -1,5 +1,7 @@
 """Files in the layout of Tencent: round trips of HunyuanVideo and HunyuanVideo-1.5."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -105,8 +107,10 @@ def test_hunyuan_video_file_loads(guidance: bool, tmp_path: Path):
     path = tmp_path / "mp_rank_00_model_states.pt"
     torch.save({"module": file}, path)
     given = (torch.randn(2, 4, 2, 4, 4), torch.tensor([500.0, 3.5]), torch.randn(2, 3, 16), None, torch.randn(2, 8))
-    assert_same(HunyuanVideo.from_published(path), model, *given, torch.ones(2) if guidance else None)
-    assert HunyuanVideo.from_published(path, image_condition="token_replace").image_condition == "token_replace"
+    read = HunyuanVideo.from_published(path, rope_axes=(4, 14, 14))
+    assert_same(read, model, *given, torch.ones(2) if guidance else None)
+    read = HunyuanVideo.from_published(path, rope_axes=(4, 14, 14), image_condition="token_replace")
+    assert read.image_condition == "token_replace"
 
 
 @pytest.mark.parametrize("meanflow", [False, True])
@@ -122,8 +126,78 @@ def test_hunyuan_video_15_file_loads(meanflow: bool, tmp_path: Path, monkeypatch
     letters, image = torch.randn(2, 3, 12), torch.randn(2, 2, 6)
     given = (latents, timestep, torch.randn(2, 3, 16), None, None, None, None, 0, letters, None, image)
     assert_same(
-        HunyuanVideo15.from_published(tmp_path / "a.safetensors"), model, *given, timestep if meanflow else None
+        HunyuanVideo15.from_published(tmp_path / "a.safetensors", rope_axes=(4, 14, 14)),
+        model,
+        *given,
+        timestep if meanflow else None,
     )
+
+
+def tencent_file(folder: Path, **changes) -> tuple[HunyuanVideo, Path]:
+    model = randomized(HunyuanVideo(**(TINY | {"in_channels": 4, "single_depth": 2, "pooled_dim": 8} | changes)))
+    torch.save({"module": to_tencent(model)}, folder / "a.pt")
+    return model, folder / "a.pt"
+
+
+@pytest.mark.parametrize("axes", [(4, 14, 14), (8, 12, 12), (16, 8, 8)])
+def test_axes_of_rotation_are_never_guessed(axes: tuple[int, int, int], tmp_path: Path):
+    """A file does not hold ``rope_dim_list``; it must be passed unless the heads are as wide as published ones."""
+    model, path = tencent_file(tmp_path, rope_axes=axes)
+    with pytest.raises(ValueError, match=r"a\.pt.*head_dim=32\b.*rope_dim_list.*rope_axes=.*\b32\b"):
+        HunyuanVideo.from_published(path)
+    given = (torch.randn(2, 4, 2, 4, 4), torch.tensor([500.0, 3.5]), torch.randn(2, 3, 16), None, torch.randn(2, 8))
+    assert_same(HunyuanVideo.from_published(path, rope_axes=axes), model, *given)
+    fresh = HunyuanVideo(**TINY | {"in_channels": 4, "single_depth": 2, "pooled_dim": 8, "rope_axes": axes})
+    assert f"rope_axes_dim={list(axes)}, rope_theta=256.0 of this model" in fresh.load_published(path)
+    assert_same(fresh, model, *given)
+
+
+def test_axes_of_published_heads_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture):
+    model, path = tencent_file(tmp_path, num_heads=1, head_dim=128, rope_axes=(16, 56, 56))
+    assert HunyuanVideo.from_published(path).rope_axes == (16, 56, 56)
+    assert re.search(r"rope_axes=\(16, 56, 56\).*rope_theta=256\.0.*a\.pt", capsys.readouterr().out)
+    model.save_published(tmp_path / "folder")
+    assert HunyuanVideo.from_published(tmp_path / "folder").rope_axes == (16, 56, 56)
+    assert "assumed" not in capsys.readouterr().out
+    assert "no config" not in model.load_published(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("axes", [(8, 12, 12), (4, 14, 14)])
+def test_config_of_tencent_gives_the_axes(axes: tuple[int, int, int], tmp_path: Path):
+    """A folder of HunyuanVideo-1.5 has a config.json with Tencent's names."""
+    model, _ = tencent_file(tmp_path, rope_axes=axes)
+    file = {name: value.contiguous() for name, value in to_tencent(model).items()}
+    save_file(file, tmp_path / "diffusion_pytorch_model.safetensors")
+    config = {"rope_dim_list": list(axes), "rope_theta": 100.0, "text_projection": "single_refiner"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = HunyuanVideo.from_published(tmp_path)
+    assert (read.rope_axes, read.rope_theta) == (axes, 100.0)
+    with pytest.raises(
+        ValueError, match=r"rope_axes=\((8, 12, 12|4, 14, 14)\) \(here \(16, 8, 8\)\).*rope_theta=100\.0"
+    ):
+        HunyuanVideo(
+            **TINY | {"in_channels": 4, "single_depth": 2, "pooled_dim": 8, "rope_axes": (16, 8, 8)}
+        ).load_published(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"text_projection": "linear"}))
+    with pytest.raises(ValueError, match=r"text_projection='linear'.*'single_refiner'"):
+        HunyuanVideo.from_published(tmp_path)
+
+
+def test_text_projection_without_a_refiner_raises(tmp_path: Path):
+    """Tencent's ``text_projection="linear"`` is an MLP of two layers, ``txt_in.linear_1`` and ``txt_in.linear_2``."""
+    model, path = tencent_file(tmp_path)
+    file = {name: value for name, value in to_tencent(model).items() if not name.startswith("txt_in.")}
+    file |= {f"txt_in.linear_{i}.weight": torch.zeros(64, 16 if i == 1 else 64) for i in (1, 2)}
+    torch.save({"module": file}, path)
+    for load in (HunyuanVideo.from_published, model.load_published):
+        with pytest.raises(ValueError, match=r"a\.pt.*text_projection='linear'.*text_projection='single_refiner'"):
+            load(path)
+
+
+def test_converted_file_can_be_saved_as_a_folder(tmp_path: Path):
+    model, path = tencent_file(tmp_path)
+    HunyuanVideo.from_published(path, rope_axes=(4, 14, 14)).save_published(tmp_path / "folder")
+    torch.testing.assert_close(HunyuanVideo.from_published(tmp_path / "folder").state_dict(), model.state_dict())
 
 
 def test_unknown_names_raise(tmp_path: Path):
@@ -131,4 +205,4 @@ def test_unknown_names_raise(tmp_path: Path):
     file = {name: value.contiguous() for name, value in to_tencent(model).items()}
     save_file(file | {"new.weight": torch.ones(1)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"(?s)a\.safetensors.*HunyuanVideo.*\b1\b.*new\.weight"):
-        HunyuanVideo.from_published(tmp_path / "a.safetensors")
+        HunyuanVideo.from_published(tmp_path / "a.safetensors", rope_axes=(4, 14, 14))

@@ -27,7 +27,24 @@ def allowed(f_q: int, f_k: int, head: int, last: int, heads: Heads) -> bool:
     return near or f_q in (0, last) or f_k == (0 if is_lookback else last)
 
 
+def originally_allowed(q: int, k: int, head: int, num_tokens: int, tokens: int, heads: Heads) -> bool:
+    """Mask of the original code for one pair of tokens, with context frames of ``tokens`` tokens as all frames."""
+    if head < heads.lookback:
+        is_global = num_tokens - tokens - 1  # not - tokens: an off-by-one error, the last patch of the last frame
+        return q >= is_global or k >= is_global or k // tokens <= q // tokens <= k // tokens + heads.reach
+    return q < tokens or k < tokens or q // tokens < k // tokens <= q // tokens + heads.reach
+
+
 def brute_force(layout: FrameLayout, heads: Heads, num_heads: int) -> Tensor:
+    if heads.mode == "original":
+        assert layout.context == layout.tokens
+        n = sum(layout.sizes)
+        found = [
+            [originally_allowed(q, k, h, n, layout.tokens, heads) for k in range(n)]
+            for h in range(num_heads)
+            for q in range(n)
+        ]
+        return torch.tensor(found).view(num_heads, n, n)
     frames = [0] * layout.context
     frames += [1 + n // layout.tokens for n in range(layout.frames * layout.tokens)]
     frames += [layout.frames + 1] * layout.context
@@ -42,8 +59,10 @@ def tensors(layout: FrameLayout, num_heads: int, batch: int = 2) -> list[Tensor]
     ]
 
 
-def modes_of(lookback: int, num_heads: int) -> list[str]:
-    return [mode for mode in MODES if mode != "causal" or lookback == num_heads]
+def modes_of(lookback: int, num_heads: int, layout: FrameLayout) -> list[str]:
+    """Valid modes; without context tokens, lookahead heads of the original have empty rows."""
+    unfit = set() if lookback == num_heads else {"causal"}
+    return [mode for mode in MODES if mode not in (unfit if layout.context else unfit | {"original"})]
 
 
 SIZES = [(1, 1, 1), (1, 4, 4), (4, 2, 0), (2, 3, 3), (5, 2, 2), (9, 1, 1), (7, 3, 2), (40, 2, 2), (3, 70, 2)]
@@ -55,9 +74,9 @@ REACHES = (0, 1, 2, 5, 100)
 def test_dense_mask_equals_the_reference(size, lookback, num_heads):
     layout = FrameLayout(*size)
     for reach in REACHES:
-        for mode in modes_of(lookback, num_heads):
+        for mode in modes_of(lookback, num_heads, layout):
             heads = Heads(lookback, reach, mode)
-            if sum(layout.sizes) <= 30:
+            if sum(layout.sizes) <= 30 and (mode != "original" or layout.context == layout.tokens):
                 assert torch.equal(dense_mask(layout, heads, num_heads)[0], brute_force(layout, heads, num_heads))
             assert dense_mask(layout, heads, num_heads).any(-1).all(), "an empty row"
 
@@ -67,7 +86,7 @@ def test_dense_mask_equals_the_reference(size, lookback, num_heads):
 def test_banded_equals_the_reference_with_gradients(size, lookback, num_heads):
     layout = FrameLayout(*size)
     for reach in REACHES:
-        for mode in modes_of(lookback, num_heads):
+        for mode in modes_of(lookback, num_heads, layout):
             heads, qkv = Heads(lookback, reach, mode), tensors(layout, num_heads)
             outs = [frame_attention(*qkv, layout, heads, backend=backend) for backend in (None, "reference")]
             torch.testing.assert_close(*outs, rtol=1e-9, atol=1e-9)
@@ -83,7 +102,7 @@ def test_padding_tokens_are_masked(size, lookback):
     valid = torch.rand(2, layout.frames, layout.tokens) < 0.6
     ragged = layout._replace(valid=valid)
     mask = F.pad(valid.flatten(1), (layout.context, layout.context), value=True)
-    for mode in modes_of(lookback, 4):
+    for mode in modes_of(lookback, 4, layout):
         heads, qkv = Heads(lookback, 2, mode), tensors(layout, 4)
         banded, dense = (frame_attention(*qkv, ragged, heads, backend) for backend in ("banded", "reference"))
         flat = [out.transpose(1, 2)[mask] for out in (banded, dense)]
@@ -96,12 +115,12 @@ def test_padding_tokens_are_masked(size, lookback):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @torch.no_grad()  # on the CPU FlexAttention has no backward pass; tests/gpu/ compares gradients
-@pytest.mark.parametrize(("lookback", "mode"), [(1, "both"), (1, "split"), (4, "causal")])
+@pytest.mark.parametrize(("lookback", "mode"), [(1, "both"), (1, "split"), (4, "causal"), (1, "original")])
 def test_flex_equals_the_reference(lookback, mode):
     layout, heads = FrameLayout(5, 3, 2), Heads(lookback, 1, mode)
     qkv = [x.float() for x in tensors(layout, 4)]
     ragged = layout._replace(valid=torch.rand(2, 5, 3) < 0.6)
-    for given in (layout, ragged) if mode == "both" else (layout,):
+    for given in (layout, ragged) if mode in ("both", "original") else (layout,):
         mask = torch.ones(2, 19, dtype=torch.bool)
         if given.valid is not None:
             mask = F.pad(given.valid.flatten(1), (2, 2), value=True)
@@ -110,7 +129,29 @@ def test_flex_equals_the_reference(lookback, mode):
         torch.testing.assert_close(*pairs, rtol=1e-5, atol=1e-5)
 
 
-def test_largest_tensor_grows_linearly_with_the_video():
+def test_mask_of_the_original_written_out():
+    """Two frames of two tokens, reach 1: rows are queries, columns keys; S start, 1 and 2 frames, E end frame."""
+    expected = {
+        "lookback": """
+            11000111 11000111
+            11110111 11110111
+            00111111 11111111
+            11111111 11111111
+        """,  # S S, 1 1, 2 2, E E: the end frame and the last token of frame 2 are keys and queries of everything
+        "lookahead": """
+            11111111 11111111
+            11001100 11001100
+            11000011 11000011
+            11000000 11000000
+        """,  # the start frame is key and query of everything; no token sees its own frame
+    }
+    rows = [[[digit == "1" for digit in row] for row in text.split()] for text in expected.values()]
+    mask = dense_mask(FrameLayout(2, 2, 2), Heads(1, 1, "original"), 2)
+    assert torch.equal(mask[0], torch.tensor(rows))
+
+
+@pytest.mark.parametrize("mode", ["both", "original"])
+def test_largest_tensor_grows_linearly_with_the_video(mode: str):
     """Measures the largest tensor of the forward and backward pass; no dense mask of all pairs is built."""
     largest = {}
     for frames in (32, 64, 128):
@@ -125,7 +166,7 @@ def test_largest_tensor_grows_linearly_with_the_video():
                 return out
 
         with Watch():
-            frame_attention(*qkv, layout, Heads(1, 4, "both")).sum().backward()
+            frame_attention(*qkv, layout, Heads(1, 4, mode)).sum().backward()
         largest[frames] = max(sizes)
     assert largest[128] <= 2.1 * largest[64] <= 4.5 * largest[32]
     assert largest[128] < (128 * 4) ** 2 / 20
@@ -200,7 +241,7 @@ def test_compiles_to_one_graph():
         ),
         ((8, 4, 5, -1, 1), r"num_lookback_heads=5\b.*num_lookahead_heads=-1\b.*num_attention_heads=4\b"),
         ((8, 4, 2, 2, -1), r"local_frame_range=-1\b"),
-        ((8, 4, 2, 2, 1, "all"), "context_mode='all'.*'both'.*'split'.*'causal'"),
+        ((8, 4, 2, 2, 1, "all"), "context_mode='all'.*'both'.*'split'.*'causal'.*'original'"),
         ((8, 4, 2, 2, 1, "causal"), r"context_mode=causal\b.*num_lookback_heads=4\b.*num_lookahead_heads=0\b"),
         ((8, 4, 2, 0, 1, "causal"), r"context_mode=causal\b.*num_lookback_heads=4\b.*num_lookahead_heads=0\b"),
     ],

@@ -1,11 +1,16 @@
 """Spool: receptive field of frames, streaming, masked tokens, and use as the encoder of every task."""
 
+import inspect
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+from transformers import Dinov2Config, Dinov2Model
 
 from blueberry_video.masking import RandomMasking, TubeMasking
 from blueberry_video.models import dinov2
@@ -15,7 +20,7 @@ from blueberry_video.models.encoder import Encoder
 from blueberry_video.models.hydra_video.model import HydraVideo
 from blueberry_video.models.jepa.model import JEPA
 from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
-from blueberry_video.models.spool.attention import frame_attention
+from blueberry_video.models.spool.attention import Heads, frame_attention
 from blueberry_video.models.spool.model import Spool
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.nn.patches import gather_tokens
@@ -281,6 +286,111 @@ def test_bad_arguments_raise(backbone, changes, expected):
 def test_invalid_video_shapes_raise(shape):
     with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}.*C ?= ?3\b.*\(16, 16\).*image_size"):
         tiny()(torch.zeros(shape))
+
+
+# ---- the interface of the original -----------------------------------------------------------------------------------
+
+
+def dinov2_folder(folder: Path) -> Dinov2Model:
+    """Tiny random DINOv2 of transformers, saved as a folder; positions of 3 x 3 patches are interpolated to 2 x 2."""
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=8, layerscale_value=1.0
+    )
+    theirs = Dinov2Model(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.2)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def from_folder(folder: Path, **changes) -> Spool:
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_lookahead_heads": 1, "num_lookback_heads": 3}
+    return Spool.from_backbone(folder, **{**heads, "image_size": 16, "local_frame_range": 1, **changes}).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_frames_are_encoded_as_by_transformers(dtype, tmp_path):
+    theirs = dinov2_folder(tmp_path)
+    frames = torch.randint(256, (2, 3, 16, 16, 3), dtype=torch.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    normalized = ((frames / 255 - mean) / std).flatten(0, 1).movedim(3, 1)
+    patches = theirs(normalized).last_hidden_state[:, 1:].unflatten(0, (2, 3))
+
+    model = from_folder(tmp_path)
+    given = frames if dtype == torch.uint8 else frames / 255
+    video = normalized.unflatten(0, (2, 3)).transpose(1, 2)
+    torch.testing.assert_close(model.backbone(video).unflatten(1, (3, 4)), patches, atol=1e-4, rtol=1e-4)
+    bare = from_folder(tmp_path, num_hidden_layers=0)
+    bare.norm, bare.temporal_sinusoid = torch.nn.Identity(), False
+    torch.testing.assert_close(bare.encode_frames(given).features[:, 1:-1], patches, atol=1e-4, rtol=1e-4)
+
+    features, context = model.encode_frames(given)
+    assert features.shape == (2, 5, 4, 16)
+    assert context.shape == (2, 32)
+    expected = model.features(video)
+    torch.testing.assert_close(features, expected.features, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(context, expected.context, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(40, 56), (16, 31), (9, 12)])
+def test_frames_of_other_sizes_are_resized_with_antialiasing(size):
+    model, seen = tiny(), []
+    frames = torch.randint(256, (1, 2, *size, 3), dtype=torch.uint8)
+    model.features = lambda video: seen.append(video)
+    model.encode_frames(frames)
+    pixels = seen[0][0].permute(1, 2, 3, 0) * torch.tensor([0.229, 0.224, 0.225]) + torch.tensor([0.485, 0.456, 0.406])
+    for frame, found in zip(frames[0], pixels * 255, strict=True):
+        expected = Image.fromarray(frame.numpy()).resize((16, 16), Image.Resampling.BILINEAR)
+        assert (
+            found - torch.from_numpy(np.array(expected)).float()
+        ).abs().max() < 1.5  # Pillow rounds rows and columns
+
+
+def test_arguments_of_the_original_and_their_defaults(tmp_path):
+    dinov2_folder(tmp_path)
+    names = ["num_hidden_layers", "num_attention_heads", "num_lookahead_heads", "num_lookback_heads"]
+    published = {"backbone_name": "facebook/dinov2-base", **dict(zip(names, (12, 12, 6, 6), strict=True))}
+    defaults = {key: value.default for key, value in inspect.signature(Spool.from_backbone).parameters.items()}
+    assert defaults.items() >= (published | {"image_size": 224, "local_frame_range": 16}).items()
+    model = from_folder(tmp_path, context_mode="original", local_frame_range=5)
+    assert len(model.blocks) == 2
+    assert model.blocks[0].attn.heads == Heads(3, 5, "original")
+    assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
+    with pytest.raises(ValueError, match=r"num_lookahead_heads=2\b.*num_attention_heads=4\b"):
+        from_folder(tmp_path, num_lookahead_heads=2)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Spool.from_backbone(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        torch.zeros(2, 3, 3, 16, 16),
+        torch.zeros(2, 0, 16, 16, 3),
+        torch.zeros(3, 16, 16, 3),
+        torch.zeros(2, 3, 16, 16, 4),
+        torch.zeros(2, 3, 16, 16, 3, dtype=torch.long),
+    ],
+)
+def test_invalid_frames_raise(frames):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tuple(frames.shape)))}.*{frames.dtype}.*\(B, T, H, W, C\)"):
+        tiny().encode_frames(frames)
+
+
+@torch.no_grad()
+def test_original_mode_runs_with_the_weights_of_every_mode():
+    video = clips(5)
+    outputs = {}
+    for mode in ("both", "split", "original"):
+        model = tiny(lookback=3, context_mode=mode)
+        outputs[mode] = model.features(video).features
+        keep = torch.arange(20)[None].expand(2, -1)
+        torch.testing.assert_close(model(video, keep), model(video), atol=1e-5, rtol=1e-5)
+    assert (outputs["original"] - outputs["both"]).abs().max() > 1e-3
+    assert (outputs["original"] - outputs["split"]).abs().max() > 1e-3
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------

@@ -119,10 +119,10 @@ class CogVideoXBlock(nn.Module):
 class AdaptiveNorm(nn.Module):
     """Adaptive LayerNorm of the output: video (B, N, D), condition (B, K, E) -> (B, N, D)."""
 
-    def __init__(self, dim: int, condition_dim: int):
+    def __init__(self, dim: int, condition_dim: int, eps: float):
         super().__init__()
         self.linear = nn.Linear(condition_dim, 2 * dim)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim, eps=eps)
 
     def forward(self, video: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.linear(condition).chunk(2, dim=-1)

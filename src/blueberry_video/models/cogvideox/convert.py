@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blueberry_video.models.cogvideox.positions import read_sincos
 from blueberry_video.weights.files import num_blocks
 
 SAT = (  # prefixes of names in SAT and in diffusers, except those of blocks and of the norms of heads
@@ -69,6 +70,10 @@ def convert_sat(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
+# Settings of SAT's code in which diffusers' differs: eps of the last norm (dit_video_concat.py, FinalLayerMixin), and
+# the part of the rotary table that a clip of another size has (Rotary3DPositionEmbeddingMixin).
+SAT_CONFIG = {"norm_out_eps": 1e-6, "rotary_grid": "crop"}
+
 PUBLISHED_SETTINGS = {  # entries of diffusers' config that are equal in all published models
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
@@ -82,7 +87,7 @@ PUBLISHED_SETTINGS = {  # entries of diffusers' config that are equal in all pub
     "timestep_activation_fn": "silu",
 }
 # Constructor arguments that no tensor shape determines.
-FREE_SETTINGS = ("text_len", "num_frames", "height", "width", "spatial_scale", "causal_chunk")
+FREE_SETTINGS = ("text_len", "num_frames", "height", "width", "spatial_scale", "rotary_grid", "causal_chunk")
 
 
 def settings_of(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
@@ -90,9 +95,12 @@ def settings_of(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, A
 
     The shape of a linear patch embedding determines only the number of pixels of a patch: the patch size is taken from
     ``config``, or is that of CogVideoX 1.5. Without a config, positions are rotary in 1.5 and in models wider than 2B.
+    SAT saves a position table of 2B, too: without image channels it is the frozen sine-cosine embedding, and determines
+    the settings of ``"sincos"``.
 
     Raises:
         KeyError: a tensor is missing.
+        ValueError: weights without image channels have a trained position table.
     """
     patches, dim = state["patch_embed.proj.weight"], len(state["patch_embed.proj.bias"])
     head_dim = len(state["transformer_blocks.0.attn1.norm_q.weight"])
@@ -102,22 +110,37 @@ def settings_of(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, A
     )
     native, frames = (300, 81) if is_linear else (60, 49)
     rotary = tubelet > 1 or config.get("use_rotary_positional_embeddings", dim > 1920)
+    in_channels = patches.shape[1] // (tubelet * patch**2 if is_linear else 1)
+    out_channels = len(state["proj_out.bias"]) // (tubelet * patch**2)
+    table = state.get("patch_embed.pos_embedding")
+    positions = "rope" if rotary else "sincos"
+    sizes: dict[str, Any] = {}
+    if table is not None and (in_channels > out_channels or config.get("use_learned_positional_embeddings")):
+        positions = "rope_and_table"
+    elif table is not None:
+        text_len, (t, h, w), scale = read_sincos(table)
+        positions, sizes = "sincos", {"text_len": text_len, "num_frames": t, "height": patch * h, "width": patch * w}
+        sizes["spatial_scale"] = scale
+    rotary_grid = config.get("rotary_grid", "stretch") if positions == "rope" else "stretch"
     return {
         "num_heads": dim // head_dim,
         "head_dim": head_dim,
         "depth": num_blocks(state, "transformer_blocks"),
-        "in_channels": patches.shape[1] // (tubelet * patch**2 if is_linear else 1),
-        "out_channels": len(state["proj_out.bias"]) // (tubelet * patch**2),
+        "in_channels": in_channels,
+        "out_channels": out_channels,
         "text_dim": state["patch_embed.text_proj.weight"].shape[1],
         "time_dim": len(state["time_embedding.linear_2.bias"]),
         "patch_size": patch,
         "tubelet_size": tubelet,
         "offset": "ofs_embedding.linear_1.weight" in state,
-        "positions": "rope_and_table" if "patch_embed.pos_embedding" in state else "rope" if rotary else "sincos",
+        "positions": positions,
+        "rotary_grid": "crop" if tubelet > 1 else rotary_grid,
+        "norm_out_eps": config.get("norm_out_eps", 1e-5),
         "text_len": config.get("max_text_seq_length", 226),
         "num_frames": (config.get("sample_frames", frames) - 1) // 4 + 1,
         "height": config.get("sample_height", native),
         "width": config.get("sample_width", native if is_linear else 90),
         "spatial_scale": config.get("spatial_interpolation_scale", 1.875),
         "causal_chunk": config.get("causal_chunk", 0),
+        **sizes,
     }

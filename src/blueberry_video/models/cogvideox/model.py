@@ -4,7 +4,8 @@ image-to-video variants.
 Text and video are one sequence with shared weights, LayerNorms included; only shift, scale and gate, computed from the
 timestep, are separate for each ("expert" adaptive LayerNorm). The text has no padding mask and no positions. Attention
 normalizes each head. 2B adds sine-cosine position embeddings to the tokens; 5B rotates queries and keys, and stretches
-grids of other sizes over the training grid; 1.5 rotates them on the plain grid and has patches of two latent frames.
+grids of other sizes over the training grid, as diffusers does, or crops that grid, as SAT does; 1.5 rotates them on the
+plain grid and has patches of two latent frames.
 Parameter names are those of diffusers.
 
 Letters: B clips, C channels, T latent frames, H W latent rows and columns; t h w the patch grid, S = h * w tokens per
@@ -19,7 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blueberry_video.models.cogvideox.blocks import AdaptiveNorm, CogVideoXBlock, Condition, ExpertNorm, PatchEmbedding
-from blueberry_video.models.cogvideox.convert import FREE_SETTINGS, PUBLISHED_SETTINGS, convert_sat, settings_of
+from blueberry_video.models.cogvideox.convert import (
+    FREE_SETTINGS,
+    PUBLISHED_SETTINGS,
+    SAT_CONFIG,
+    convert_sat,
+    settings_of,
+)
 from blueberry_video.models.cogvideox.positions import CogVideoXPositions, sincos_positions
 from blueberry_video.models.diffusion_transformer import DiffusionTransformer, Grid, own_rotation, text_timestep
 from blueberry_video.nn.joint_attention import KeyValueCache, Shared, block_causal
@@ -42,11 +49,15 @@ class CogVideoX(DiffusionTransformer):
         time_dim: width E of the condition.
         patch_size: rows and columns of a patch.
         tubelet_size: latent frames of a patch: 1, or 2 in CogVideoX 1.5.
-        num_frames, height, width: size of the latents in training. Rotary positions of other rows and columns are
-            stretched over these; a table takes no other rows and columns, and no more frames; with ``tubelet_size``
-            above 1 rows and columns can be fewer, and are not stretched. Ignored for ``"sincos"``.
+        num_frames, height, width: size of the latents in training, see ``rotary_grid``; a table takes no other rows and
+            columns, and no more frames. Ignored for ``"sincos"``.
         positions: ``"sincos"`` (2B), ``"rope"`` (5B, 1.5) or ``"rope_and_table"`` (5B-I2V).
         spatial_scale: divisor of rows and columns for ``"sincos"``.
+        rotary_grid: rotary positions of other rows and columns than in training: ``"stretch"`` (diffusers' 5B) scales
+            them to fit into the training grid; ``"crop"`` (1.5, and 5B in SAT) counts them from 0, up to ``height`` and
+            ``width``. ``None``: ``"crop"`` with ``tubelet_size`` above 1, which has no other, else ``"stretch"``.
+        norm_out_eps: eps of the LayerNorm before the output: 1e-5 in diffusers, 1e-6 in SAT. Weights in SAT's layout
+            are read with SAT's settings.
         offset: add the embedding of a constant to that of the timestep (1.5-5B-I2V).
         causal_chunk, checkpointing: see :class:`~blueberry_video.models.diffusion_transformer.DiffusionTransformer`.
         zero_init: initialize as DiT does, see :func:`init_weights`; otherwise as PyTorch does.
@@ -58,7 +69,7 @@ class CogVideoX(DiffusionTransformer):
             (``noised_image_dropout`` in sat/configs/cogvideox_5b_i2v.yaml of THUDM/CogVideo).
 
     Raises:
-        ValueError: for sizes that do not fit each other, or an unknown ``positions``.
+        ValueError: for sizes that do not fit each other, or an unknown ``positions`` or ``rotary_grid``.
     """
 
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)  # sharded one by one
@@ -66,6 +77,7 @@ class CogVideoX(DiffusionTransformer):
     convert = staticmethod(convert_sat)
     settings_of = staticmethod(settings_of)
     flexible = FREE_SETTINGS
+    original_config = SAT_CONFIG
 
     def __init__(
         self,
@@ -84,6 +96,8 @@ class CogVideoX(DiffusionTransformer):
         width: int = 90,
         positions: str = "sincos",
         spatial_scale: float = 1.875,
+        rotary_grid: str | None = None,
+        norm_out_eps: float = 1e-5,
         offset: bool = False,
         causal_chunk: int = 0,
         zero_init: bool = True,
@@ -108,7 +122,9 @@ class CogVideoX(DiffusionTransformer):
         self.patch_size: Grid = (tubelet_size, patch_size, patch_size)
         self.causal_chunk, self.checkpointing = causal_chunk, checkpointing
         latent_size = (num_frames, height, width)
-        self.positions = CogVideoXPositions(positions, num_heads, head_dim, self.patch_size, latent_size, spatial_scale)
+        self.positions = CogVideoXPositions(
+            positions, num_heads, head_dim, self.patch_size, latent_size, spatial_scale, rotary_grid
+        )
 
         table = self.positions.joint_table(text_len) if positions == "rope_and_table" else None
         self.patch_embed = PatchEmbedding(in_channels, self.patch_size, text_dim, dim, table)
@@ -116,7 +132,7 @@ class CogVideoX(DiffusionTransformer):
         self.ofs_embedding = TimestepMLP(time_dim, time_dim, time_dim) if offset else None
         self.transformer_blocks = nn.ModuleList(CogVideoXBlock(dim, num_heads, time_dim) for _ in range(depth))
         self.norm_final = nn.LayerNorm(dim)
-        self.norm_out = AdaptiveNorm(dim, time_dim)
+        self.norm_out = AdaptiveNorm(dim, time_dim, norm_out_eps)
         self.proj_out = nn.Linear(dim, out_channels * tubelet_size * patch_size**2)
         if zero_init:
             init_weights(self)
@@ -214,8 +230,18 @@ class CogVideoX(DiffusionTransformer):
 
     # ---- published weights ----
 
+    @classmethod
+    def _read(
+        cls, source: str | Path, defaults: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+        config, state, settings = super()._read(source, defaults)
+        if settings["positions"] == "sincos":  # SAT saves the table, which is computed here
+            state = {name: value for name, value in state.items() if name != "patch_embed.pos_embedding"}
+        return config, state, settings
+
     def check_config(self, config: dict[str, Any], source: str | Path) -> None:
-        own = {key: value for key, value in self.config().items() if key not in ("sample_frames", "causal_chunk")}
+        free = ("sample_frames", "causal_chunk", "norm_out_eps", "rotary_grid")  # may be replaced by an argument
+        own = {key: value for key, value in self.config().items() if key not in free}
         if found := different_settings({key: config[key] for key in own if key in config}, own):
             raise ValueError(
                 f"{source}: its config does not describe these weights, of a {self.variant}, or has settings "
@@ -246,7 +272,13 @@ class CogVideoX(DiffusionTransformer):
             "use_rotary_positional_embeddings": self.positions.kind != "sincos",
             "use_learned_positional_embeddings": self.positions.kind == "rope_and_table",
         }
-        return config | ({"causal_chunk": self.causal_chunk} if self.causal_chunk else {})
+        # diffusers has no such settings, and ignores them with a warning
+        own: dict[str, Any] = {"causal_chunk": self.causal_chunk} if self.causal_chunk else {}
+        if self.norm_out.norm.eps != PUBLISHED_SETTINGS["norm_eps"]:
+            own["norm_out_eps"] = self.norm_out.norm.eps
+        if self.positions.kind == "rope" and self.positions.crop and tubelet == 1:
+            own["rotary_grid"] = "crop"
+        return config | own
 
     @property
     def variant(self) -> str:

@@ -2,6 +2,8 @@
 1.5, and the additional table over text and video of 5B-I2V.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from blueberry_video.models.diffusion_transformer import Grid
 from blueberry_video.nn.rope import Rotation, axes_rotation
 
 POSITIONS = ("sincos", "rope", "rope_and_table")
+GRIDS = ("stretch", "crop")
+TABLE_ERROR = 1e-2  # largest rounding error of a table in bfloat16, its scale included
 
 
 class CogVideoXPositions:
@@ -20,13 +24,21 @@ class CogVideoXPositions:
         patch_size: (t, h, w); more than one frame requires ``"rope"``, which is then not stretched.
         latent_size: latent frames, rows and columns in training.
         spatial_scale: divisor of rows and columns for ``"sincos"``.
+        rotary_grid: one of ``GRIDS``, or ``None`` for the published one.
 
     Raises:
         ValueError: for sizes that do not fit each other, or an unknown kind.
     """
 
     def __init__(
-        self, kind: str, num_heads: int, head_dim: int, patch_size: Grid, latent_size: Grid, spatial_scale: float
+        self,
+        kind: str,
+        num_heads: int,
+        head_dim: int,
+        patch_size: Grid,
+        latent_size: Grid,
+        spatial_scale: float,
+        rotary_grid: str | None = None,
     ):
         if kind not in POSITIONS:
             raise ValueError(f"positions={kind!r} is unknown: choose one of {', '.join(POSITIONS)}.")
@@ -41,6 +53,12 @@ class CogVideoXPositions:
             raise ValueError(
                 f"height={latent_size[1]} and width={latent_size[2]} must be multiples of patch_size={patch_size[1]}."
             )
+        if rotary_grid not in (None, *GRIDS) or (rotary_grid == "stretch" and patch_size[0] > 1):
+            raise ValueError(
+                f"rotary_grid={rotary_grid!r} with tubelet_size={patch_size[0]} must be null (the published one), "
+                "'crop' or, for a tubelet_size of 1 only, 'stretch'."
+            )
+        self.crop = rotary_grid == "crop" or (rotary_grid is None and patch_size[0] > 1)
         self.kind, self.dim, self.head_dim = kind, num_heads * head_dim, head_dim
         self.patch_size, self.latent_size, self.spatial_scale = patch_size, latent_size, spatial_scale
 
@@ -51,10 +69,11 @@ class CogVideoXPositions:
             ValueError: they do not; the message names the argument to change.
         """
         num_frames, height, width = self.latent_size
-        if self.patch_size[0] > 1 and (size[1] > height or size[2] > width):
+        if self.kind == "rope" and self.crop and (size[1] > height or size[2] > width):
+            fix = "" if self.patch_size[0] > 1 else ", or set rotary_grid='stretch'"
             raise ValueError(
                 f"latents of {size[1]} x {size[2]} are larger than the model's height={height} and width={width}: "
-                "increase these, no weight depends on them."
+                f"increase these, no weight depends on them{fix}."
             )
         if self.kind == "rope_and_table" and (size[1:] != (height, width) or first_frame + size[0] > num_frames):
             raise ValueError(
@@ -73,7 +92,7 @@ class CogVideoXPositions:
             return None
         t, h, w = grid
         rows, columns = torch.arange(h, device=device).float(), torch.arange(w, device=device).float()
-        if self.patch_size[0] == 1:
+        if not self.crop:
             rows, columns = stretched_grid((h, w), self._native()[1:], device)
         frames = torch.arange(first, first + t, device=device).float()
         positions = torch.cat([rows.new_zeros(text_len, 3), torch.cartesian_prod(frames, rows, columns)])
@@ -104,6 +123,49 @@ def sincos_positions(grid: Grid, dim: int, spatial_scale: float, first: int = 0)
     row = waves(torch.arange(h, dtype=torch.float64) / spatial_scale, dim // 8 * 3)[None, :, None]
     column = waves(torch.arange(w, dtype=torch.float64) / spatial_scale, dim // 8 * 3)[None, None]
     return torch.cat([part.expand(t, h, w, -1) for part in (frame, column, row)], dim=-1).flatten(0, 2)
+
+
+def read_sincos(table: Tensor) -> tuple[int, Grid, float]:
+    """Text length, patch grid (t, h, w) and ``spatial_scale`` of the position table in an original (SAT) file of 2B.
+
+    SAT saves the frozen sine-cosine embedding as a parameter over [text, video], zero for the text. All sizes follow
+    from it: the frame, column and row of a token are angles of unit frequency.
+
+    Args:
+        table: (1, L + N, D), in any precision.
+
+    Raises:
+        ValueError: it is not a sine-cosine embedding with one scale of rows and columns, such as a trained table.
+    """
+    dim, rows = table.shape[2], table[0].float()
+    text_len = int((rows == 0).all(dim=1).cumprod(0).sum())
+    video, eighth = rows[text_len:], dim // 8
+    frame, column, row = video.split((2 * eighth, 3 * eighth, 3 * eighth), dim=1)
+    of_frame = _period(frame, same=False)
+    w = _period(column[:of_frame], same=True)
+    h = of_frame // w
+    # the farthest position has the smallest relative error; its turns are counted with the first position
+    along, count = (column, w) if w > 1 else (row, h)
+    angles = torch.atan2(along[:count, 0], along[:count, 3 * eighth // 2]).double()
+    scale = 1.0
+    if count > 1:
+        last = angles[-1] + 2 * math.pi * ((angles[1] * (count - 1) - angles[-1]) / (2 * math.pi)).round()
+        scale = round(((count - 1) / last).item(), 3)
+    grid = (len(video) // of_frame, h, w) if len(video) else (0, 0, 0)
+    expected = sincos_positions(grid, dim, scale) if scale > 0 and math.prod(grid) == len(video) else rows[:0]
+    if not len(video) or expected.shape != video.shape or (expected - video).abs().max() > TABLE_ERROR:
+        raise ValueError(
+            f"the weights have a position table, patch_embed.pos_embedding, of {tuple(table.shape)} and no image "
+            "channels, as CogVideoX-2B in SAT's layout, but the table is not its sine-cosine embedding. A trained "
+            "table is published for 5B-I2V only: use weights in the published layout."
+        )
+    return text_len, grid, scale
+
+
+def _period(embedding: Tensor, same: bool) -> int:
+    """First index above 0 at which an embedding (N, D) equals that of token 0, or differs from it; else N."""
+    found = ((embedding[1:] - embedding[:1]).abs() < TABLE_ERROR).all(dim=1) == same
+    return 1 + int(found.int().argmax()) if found.any() else max(len(embedding), 1)
 
 
 def stretched_grid(size: tuple[int, int], native: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:

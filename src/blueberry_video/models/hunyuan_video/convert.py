@@ -5,6 +5,8 @@ of a single-stream block also holds the first MLP matrix; the shift and scale ha
 """
 
 import re
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,12 +99,62 @@ def _width(state: dict[str, Tensor]) -> int:
     return next(len(value) for name, value in state.items() if name.endswith("img_in.proj.bias"))
 
 
+ORIGINAL_NAMES = {"rope_dim_list": "rope_axes_dim"}  # of settings that no tensor determines: Tencent's -> diffusers'
+
+# Channels of a head that rotate by time, row and column in published models, by the width of a head. No file in
+# Tencent's layout holds them.
+PUBLISHED_AXES = {128: (16, 56, 56)}
+
+
+def check_parts(config: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> None:
+    """Checks that weights in Tencent's or diffusers' layout have a token refiner.
+
+    Tencent's code also has ``text_projection="linear"``, an MLP of each text token, which no published model uses.
+
+    Raises:
+        ValueError: they have none.
+    """
+    projection = "linear" if "txt_in.linear_1.weight" in state else config.get("text_projection", "single_refiner")
+    if projection != "single_refiner":
+        raise ValueError(
+            f"{source} has text_projection={projection!r}, without a token refiner: only "
+            "text_projection='single_refiner' is supported, which all published models have."
+        )
+
+
+def complete_rotation(arguments: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    """Constructor arguments with ``rope_axes``, by default those of the published models, which are then printed.
+
+    Args:
+        arguments: constructor arguments, in which ``rope_axes`` is ``None`` where weights and config do not give it.
+        source: origin of the weights, for the messages.
+
+    Raises:
+        ValueError: no published model has heads of this width.
+    """
+    if arguments["rope_axes"] is not None:
+        return arguments
+    head_dim = arguments["head_dim"]
+    if head_dim not in PUBLISHED_AXES:
+        raise ValueError(
+            f"{source} has heads of head_dim={head_dim}, which no published model has, and no config with "
+            "rope_axes_dim (diffusers) or rope_dim_list (Tencent), which its tensors do not determine: pass "
+            f"rope_axes=…, the three numbers of channels that rotate by time, row and column; their sum is {head_dim}."
+        )
+    axes, theta = PUBLISHED_AXES[head_dim], arguments["rope_theta"]
+    print(f"rope_axes={axes} and rope_theta={theta} are assumed for {source}, as published: no config gives them")
+    return {**arguments, "rope_axes": axes}
+
+
 def settings_of_weights(state: dict[str, Tensor], config: dict) -> dict:
     """Constructor arguments that HunyuanVideo and HunyuanVideo-1.5 share; see
     :meth:`~blueberry_video.models.diffusion_transformer.DiffusionTransformer.settings_of`.
+
+    ``rope_axes`` is ``None`` where ``config`` does not give it, see :func:`complete_rotation`.
     """
     dim, in_channels, *patch_size = state["x_embedder.proj.weight"].shape
     head_dim = len(state["transformer_blocks.0.attn.norm_q.weight"])
+    axes = config.get("rope_axes_dim")
     return {
         "in_channels": in_channels,
         "out_channels": len(state["proj_out.bias"]) // (patch_size[0] * patch_size[1] * patch_size[2]),
@@ -113,7 +165,7 @@ def settings_of_weights(state: dict[str, Tensor], config: dict) -> dict:
         "refiner_depth": num_blocks(state, "context_embedder.token_refiner.refiner_blocks"),
         "mlp_ratio": len(state["transformer_blocks.0.ff.net.0.proj.bias"]) / dim,
         "text_dim": state["context_embedder.proj_in.weight"].shape[1],
-        "rope_axes": tuple(config.get("rope_axes_dim", (head_dim // 8, 7 * head_dim // 16, 7 * head_dim // 16))),
+        "rope_axes": None if axes is None else tuple(axes),
         "rope_theta": config.get("rope_theta", 256.0),
         "causal_chunk": config.get("causal_chunk", 0),
     }

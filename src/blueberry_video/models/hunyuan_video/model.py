@@ -25,6 +25,7 @@ from blueberry_video.nn.joint_attention import KeyValueCache
 from blueberry_video.nn.timestep_conditioning import TimestepMLP, sinusoidal
 from blueberry_video.weights.files import num_blocks
 
+GUIDANCE_DTYPES = ("bfloat16", "float32")
 IMAGE_CONDITIONS = (None, "latent_concat", "token_replace")
 
 
@@ -37,6 +38,9 @@ class HunyuanVideo(DualStreamTransformer):
         out_channels: channels of the output.
         pooled_dim: width of the pooled text embedding; 0 for none (no published model).
         embedded_guidance: take the guidance scale as an input, as the distilled model does.
+        guidance_dtype: precision in which 1000 times the guidance scale is computed: ``"bfloat16"``, as published, or
+            ``"float32"``. The published pipelines, Tencent's and diffusers', run in bfloat16 and embed 6016 for a scale
+            of 6. Here the rounding is the same in any precision of the weights.
         image_condition: conditioning on the first frame: ``None``, ``"latent_concat"`` (along channels, see
             ``concat_image``) or ``"token_replace"`` (it replaces the first latent frame, at timestep 0).
         patch_size, num_heads, head_dim, depth, single_depth, refiner_depth, mlp_ratio, text_dim, rope_axes, rope_theta,
@@ -65,6 +69,7 @@ class HunyuanVideo(DualStreamTransformer):
         text_dim: int = 4096,
         pooled_dim: int = 768,
         embedded_guidance: bool = False,
+        guidance_dtype: str = "bfloat16",
         image_condition: str | None = None,
         rope_axes: tuple[int, int, int] = (16, 56, 56),
         rope_theta: float = 256.0,
@@ -92,6 +97,8 @@ class HunyuanVideo(DualStreamTransformer):
             raise ValueError(
                 f"image_condition={image_condition!r} is unknown: choose null, 'latent_concat' or 'token_replace'."
             )
+        if guidance_dtype not in GUIDANCE_DTYPES:
+            raise ValueError(f"guidance_dtype={guidance_dtype!r} must be one of {', '.join(GUIDANCE_DTYPES)}.")
         expected = 2 * out_channels + 1 if image_condition == "latent_concat" else out_channels
         if in_channels != expected:
             raise ValueError(
@@ -99,6 +106,7 @@ class HunyuanVideo(DualStreamTransformer):
                 f"needs in_channels={expected}."
             )
         self.pooled_dim, self.embedded_guidance, self.image_condition = pooled_dim, embedded_guidance, image_condition
+        self.guidance_dtype = guidance_dtype
         dim = num_heads * head_dim
         self.time_text_embed = nn.ModuleDict({"timestep_embedder": TimestepMLP(SINUSOID, dim, dim)})
         if pooled_dim:
@@ -145,7 +153,7 @@ class HunyuanVideo(DualStreamTransformer):
         if pooled is not None:
             constant = self.time_text_embed["text_embedder"](pooled)[:, None]
         if guidance is not None:
-            of_guidance = sinusoidal(1000 * guidance.float(), SINUSOID)
+            of_guidance = sinusoidal(thousandfold(guidance, self.guidance_dtype), SINUSOID)
             constant = constant + self.time_text_embed["guidance_embedder"](of_guidance)[:, None]
         return constant
 
@@ -176,6 +184,7 @@ class HunyuanVideo(DualStreamTransformer):
             "single_depth": num_blocks(state, "single_transformer_blocks"),
             "pooled_dim": 0 if pooled is None else pooled.shape[1],
             "embedded_guidance": "time_text_embed.guidance_embedder.linear_1.weight" in state,
+            "guidance_dtype": config.get("guidance_dtype", "bfloat16"),
             "image_condition": "latent_concat" if concatenated else config.get("image_condition_type"),
         }
 
@@ -185,9 +194,27 @@ class HunyuanVideo(DualStreamTransformer):
         super().save_published(folder)
 
     def config(self) -> dict[str, Any]:
-        return super().config() | {
+        config = super().config() | {
             "num_single_layers": len(self.single_transformer_blocks),
             "guidance_embeds": self.embedded_guidance,
             "pooled_projection_dim": self.pooled_dim,
             "image_condition_type": self.image_condition,
         }
+        # diffusers has no such setting, and ignores it with a warning
+        return config | ({} if self.guidance_dtype == "bfloat16" else {"guidance_dtype": self.guidance_dtype})
+
+
+def thousandfold(guidance: Tensor, dtype: str) -> Tensor:
+    """1000 times a guidance scale (B,), float32; with ``"bfloat16"``, scale and product have 8 significant bits.
+
+    The rounding is written as arithmetic, because torch.compile removes a conversion to bfloat16 and back.
+    """
+    if dtype == "float32":
+        return 1000 * guidance.float()
+    return eight_bits(1000 * eight_bits(guidance.float()))
+
+
+def eight_bits(x: Tensor) -> Tensor:
+    """Rounds float32 to 8 significant bits, ties to even, as a conversion to bfloat16."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 256).round() / 256, exponent)

@@ -14,7 +14,13 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from blueberry_video.models.diffusion_transformer import DiffusionTransformer, Grid, own_rotation
 from blueberry_video.models.hunyuan_video.blocks import DualStreamBlock, Modulation, SingleStreamBlock, normalize
-from blueberry_video.models.hunyuan_video.convert import convert_tencent, settings_of_weights
+from blueberry_video.models.hunyuan_video.convert import (
+    ORIGINAL_NAMES,
+    check_parts,
+    complete_rotation,
+    convert_tencent,
+    settings_of_weights,
+)
 from blueberry_video.models.hunyuan_video.token_refiner import TokenRefiner
 from blueberry_video.nn.embeddings import TubeletEmbed
 from blueberry_video.nn.joint_attention import KeyValueCache, Shared, block_causal
@@ -54,6 +60,10 @@ class DualStreamTransformer(DiffusionTransformer):
 
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")  # sharded one by one
     convert = staticmethod(convert_tencent)
+    check_source = staticmethod(check_parts)
+    complete = staticmethod(complete_rotation)
+    original_names = ORIGINAL_NAMES
+    assumed = ("rope_axes_dim", "rope_theta")
     diffusers_class: ClassVar[str]
 
     def __init__(

@@ -3,12 +3,16 @@
 
 The sequence is a start frame, T video frames and an end frame. With f the frame index of a token, from 0 to T + 1, and
 reach R, a query attends to the keys with 0 <= f_q - f_k <= R in a lookback head, and with 0 <= f_k - f_q <= R in a
-lookahead head. The context frames, 0 and T + 1, are exempt, in one of three modes:
+lookahead head. The context frames, 0 and T + 1, are exempt, in one of these modes:
 
 - ``"both"``: every query attends to both context frames, and their queries attend to all tokens;
 - ``"split"``: lookback heads attend to the start frame, lookahead heads to the end frame; queries as above;
 - ``"causal"``, for lookback heads only: every query attends to the start frame, which attends to itself only, and the
-  end frame is an ordinary last frame. No frame depends on a later one, for any number of layers.
+  end frame is an ordinary last frame. No frame depends on a later one, for any number of layers;
+- ``"original"``, the mask of the original code: lookahead heads exclude their own frame, 1 <= f_k - f_q <= R. In
+  lookback heads every query attends to the end frame and to the last token of frame T, which is an off-by-one error of
+  the original, and the queries of both attend to all tokens; in lookahead heads the same holds for the start frame
+  alone. The other context frame is an ordinary frame in the respective heads.
 
 Shapes: B batch, H heads, T frames of S tokens, C tokens of a context frame, N = C + T S + C, P channels of a head.
 """
@@ -27,7 +31,7 @@ from blueberry_video.nn.blocks import DropPath
 from blueberry_video.nn.feed_forward import Mlp
 from blueberry_video.nn.joint_attention import attend
 
-MODES = ("both", "split", "causal")
+MODES = ("both", "split", "causal", "original")
 MAX_QUERIES = 1024  # maximum query tokens, thus mask rows, per block of the banded backend
 
 
@@ -95,7 +99,11 @@ def dense_mask(layout: FrameLayout, heads: Heads, num_heads: int, device: torch.
     """Dense attention mask that defines the pattern: bool (1 or B, H, queries N, keys N)."""
     frame = _frame_index(layout, device)
     is_lookback = torch.arange(num_heads, device=device)[:, None, None] < heads.lookback
-    mask = _attends(frame[:, None], frame, is_lookback, layout.frames + 1, heads)[None]
+    if heads.mode == "original":
+        tail = torch.arange(len(frame), device=device) >= _tail(layout)
+        mask = _attends_originally(frame[:, None], frame, tail[:, None], tail, is_lookback, heads.reach)[None]
+    else:
+        mask = _attends(frame[:, None], frame, is_lookback, layout.frames + 1, heads)[None]
     valid = _padding_mask(layout)
     return mask if valid is None else mask & valid
 
@@ -126,6 +134,20 @@ def _attends(query: Tensor, key: Tensor, is_lookback: Tensor, last: int, heads: 
     return near | everything | (key == torch.where(is_lookback, 0, last))
 
 
+def _tail(layout: FrameLayout) -> int:
+    """Index of the last token of frame T, the first one that is global in lookback heads of mode ``"original"``."""
+    return layout.context + layout.frames * layout.tokens - 1
+
+
+def _attends_originally(
+    query: Tensor, key: Tensor, query_tail: Tensor, key_tail: Tensor, is_lookback: Tensor, reach: int
+) -> Tensor:
+    """:func:`_attends` in mode ``"original"``; ``query_tail`` and ``key_tail`` are true from :func:`_tail` on."""
+    distance = torch.where(is_lookback, query - key, key - query)
+    near = (distance >= torch.where(is_lookback, 0, 1)) & (distance <= reach)
+    return near | torch.where(is_lookback, query_tail | key_tail, (query == 0) | (key == 0))
+
+
 # ---- FlexAttention ---------------------------------------------------------------------------------------------------
 
 
@@ -137,10 +159,14 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, layout: FrameLayout, heads: Heads) ->
 def _block_mask(layout: FrameLayout, heads: Heads, num_heads: int, device: torch.device) -> BlockMask:
     with torch.inference_mode(False):  # a mask cached during validation must also serve training
         frame, valid = _frame_index(layout, device), _padding_mask(layout)
-        length = len(frame)
+        length, tail = len(frame), _tail(layout)
 
         def mask_mod(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
-            mask = _attends(frame[q_index], frame[k_index], h < heads.lookback, layout.frames + 1, heads)
+            query, key, is_lookback = frame[q_index], frame[k_index], h < heads.lookback
+            if heads.mode == "original":
+                mask = _attends_originally(query, key, q_index >= tail, k_index >= tail, is_lookback, heads.reach)
+            else:
+                mask = _attends(query, key, is_lookback, layout.frames + 1, heads)
             return mask if valid is None else mask & valid[b, 0, 0, k_index]
 
         batch = None if valid is None else len(valid)
@@ -162,6 +188,8 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, layout: FrameLayout, heads: Heads) 
         if q[:, part].shape[1]
     ]
     valid = _padding_mask(layout)
+    if heads.mode == "original":
+        return _with_original_context(q, k, v, layout, heads, frames)
     if heads.mode == "causal":
         k_start, v_start = k[:, :, : layout.context], v[:, :, : layout.context]
         start = attend(q_start, k_start, v_start)
@@ -174,6 +202,30 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, layout: FrameLayout, heads: Heads) 
         context = attend(torch.cat([q_start, q_end], dim=2), k, v, valid)
         start, end = context.split([layout.context] * 2, dim=2)
     return torch.cat([start, torch.cat(frames, dim=1), end], dim=2)
+
+
+def _with_original_context(
+    q: Tensor, k: Tensor, v: Tensor, layout: FrameLayout, heads: Heads, frames: list[Tensor]
+) -> Tensor:
+    """Attention output in mode ``"original"``, from that of the video tokens in lookback and in lookahead heads."""
+    valid, context, tail = _padding_mask(layout), layout.context, _tail(layout)
+    out = []
+    for part, is_lookback in ((slice(None, heads.lookback), True), (slice(heads.lookback, None), False)):
+        queries, keys, values = q[:, part], k[:, part], v[:, part]
+        if not queries.shape[1]:
+            continue
+        own = frames.pop(0)
+        if is_lookback:
+            end_keys, end_values = (torch.cat([x[:, :, :context], x[:, :, tail:]], dim=2) for x in (keys, values))
+            seen = None if valid is None else torch.cat([valid[..., :context], valid[..., tail:]], dim=3)
+            start = attend(queries[:, :, :context], end_keys, end_values, seen)
+            end = attend(queries[:, :, tail:], keys, values, valid)
+            own = own[:, :, :-1]
+        else:
+            start = attend(queries[:, :, :context], keys, values, valid)
+            end = attend(queries[:, :, tail + 1 :], keys[:, :, :context], values[:, :, :context])
+        out.append(torch.cat([start, own, end], dim=2))
+    return torch.cat(out, dim=1)
 
 
 def _one_way(q: Tensor, k: Tensor, v: Tensor, layout: FrameLayout, heads: Heads, is_lookback: bool) -> Tensor:
@@ -195,9 +247,15 @@ def _one_way(q: Tensor, k: Tensor, v: Tensor, layout: FrameLayout, heads: Heads,
         key, value = keys.gather(blocks), values.gather(blocks)
         context = key.shape[2] - sum(queries[j].shape[2] for j in blocks)  # tokens of context frames
         shape = (query.shape[2] // size, (key.shape[2] - context) // size, (i - blocks[0]) * step)
-        mask = _band(*shape, heads.reach, is_lookback, size, context, q.device)
+        mask: Tensor | None
+        if heads.mode == "original":
+            mask = _original_band(*shape, i * step + 1, layout, heads.reach, is_lookback, q.device)
+        else:
+            mask = _band(*shape, heads.reach, is_lookback, size, context, q.device)
         if valid is not None:
             padding = F.pad(torch.cat([valid[j] for j in blocks], dim=1), (context, 0), value=True)[:, None, None]
+            if heads.mode == "original" and is_lookback:
+                padding[..., layout.context] = valid[-1][:, None, None, -1]
             mask = padding if mask is None else mask & padding
         out.append(attend(query, key, value, mask))
     return torch.cat(out, dim=2)
@@ -208,7 +266,10 @@ class _ContextAndBlocks:
 
     def __init__(self, x: Tensor, layout: FrameLayout, mode: str, is_lookback: bool, step: int):
         start, frames, end = x.split(layout.sizes, dim=2)
-        self.context = [start, end] if mode == "both" else [start if is_lookback else end]
+        if mode == "original":
+            self.context = [start, frames[:, :, -1:], end] if is_lookback else [start, end]
+        else:
+            self.context = [start, end] if mode == "both" else [start if is_lookback else end]
         self.blocks = frames.split(step * layout.tokens, dim=2)
 
     def gather(self, blocks: range) -> Tensor:
@@ -240,6 +301,30 @@ def _make_band(
     near = (distance >= 0) & (distance <= reach)
     near = near.repeat_interleave(tokens, dim=0).repeat_interleave(tokens, dim=1)
     return F.pad(near, (context, 0), value=True).to(device)
+
+
+def _original_band(
+    queries: int,
+    keys: int,
+    offset: int,
+    first: int,
+    layout: FrameLayout,
+    reach: int,
+    is_lookback: bool,
+    device: torch.device,
+) -> Tensor:
+    """:func:`_band` in mode ``"original"``, over the keys of :class:`_ContextAndBlocks`; the frame index of the first
+    query is ``first``."""
+    query = torch.arange(first, first + queries, device=device)[:, None]
+    key = torch.arange(first - offset, first - offset + keys, device=device)
+    distance = query - key if is_lookback else key - query
+    near = ((distance >= (0 if is_lookback else 1)) & (distance <= reach)).repeat_interleave(layout.tokens, dim=1)
+    everything, last = torch.ones_like(query, dtype=torch.bool), layout.frames
+    if is_lookback:  # the last token of frame T is already among the keys of its own frame
+        context = [(query <= reach).expand(-1, layout.context), query < last, everything.expand(-1, layout.context)]
+    else:
+        context = [x.expand(-1, layout.context) for x in (everything, last + 1 - query <= reach)]
+    return torch.cat([*context, near], dim=1).repeat_interleave(layout.tokens, dim=0)
 
 
 _cached_band = lru_cache(maxsize=64)(_make_band)
@@ -280,7 +365,7 @@ class FrameAttention(nn.Module):
         num_heads: number of heads; must divide ``dim``.
         num_lookback_heads, num_lookahead_heads: number of heads of each kind; they add up to ``num_heads``.
         reach: frames R in addition to the own one, 0 or more.
-        mode: ``"both"``, ``"split"`` or ``"causal"``.
+        mode: one of ``MODES``.
 
     Raises:
         ValueError: for heads that do not add up or do not divide the width, a negative reach, an unknown mode, or

@@ -5,24 +5,43 @@ Lookback and lookahead heads attend to at most ``local_frame_range`` previous or
 learned *context frames*, before the first and after the last frame, attend to the whole video, and every frame attends
 to them, so that distant frames interact from the second block on. The means of their outputs are the video's vector.
 
-Instead of the original's ``backbone_name``, the config has a backbone, any encoder that takes single frames. It is
-chosen by its name in conf/model/: `override /model@model.encoder.backbone: dinov2/small` in an experiment, or
-``model@model.encoder.backbone=dinov2/small`` on the command line.
+The config has a backbone, any encoder that takes single frames. It is chosen by its name in conf/model/: `override
+/model@model.encoder.backbone: dinov2/small` in an experiment, or ``model@model.encoder.backbone=dinov2/small`` on the
+command line. :meth:`Spool.from_backbone` builds a model by the original's ``backbone_name``.
+
+Departures from the original code, which does not run as committed, and has no published weights:
+
+- Both kinds of heads attend to the own frame and to both context frames, and the queries of both context frames attend
+  to everything; the original's mask is ``context_mode="original"``.
+- The tokens of a frame are its patches; the original keeps the class token of DINOv2.
+- A context frame has a learned vector per token, initialized with std 0.02; the original one for all, with std 1.
+- No dropout, but optional stochastic depth; the original has a dropout of 0.1 on both branches.
+- eps of the LayerNorms is 1e-6, the original's 1e-5.
+- By default, a sinusoidal embedding of the frame index and a LayerNorm after the last block; the original has neither:
+  ``temporal_sinusoid=False``, ``final_norm=False``.
+- Matrices are initialized truncated-normal with std 0.02, the original's as PyTorch does.
+- ``image_size`` must be a multiple of the patch size; the original's default of 244 is not one of 14.
+- Additions: training of the backbone, masked tokens, streaming with ``context_mode="causal"``, ``"split"``.
 
 Shapes: B batch, T frames, S tokens per frame, D width.
 """
 
-from typing import ClassVar, NamedTuple
+from pathlib import Path
+from typing import ClassVar, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from blueberry_video.models.dinov2 import DINOv2
 from blueberry_video.models.encoder import Encoder
 from blueberry_video.models.spool.attention import FrameAttention, FrameBlock, FrameLayout, Past, check_heads
 from blueberry_video.models.vit import init_weights
 from blueberry_video.nn.kept_tokens import KeptTokens
 from blueberry_video.nn.positions import sinusoid
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # normalization of DINOv2's frames
 
 
 class Features(NamedTuple):
@@ -53,8 +72,8 @@ class Spool(Encoder):
         image_size: height and width in pixels, equal to the backbone's.
         num_frames: frames of the training clips.
         local_frame_range: number of frames that a head attends to in addition to the own one.
-        context_mode: ``"both"``, ``"split"`` or ``"causal"``, see :mod:`.attention`. ``"causal"`` permits
-            :meth:`stream`. The weights are the same in all three.
+        context_mode: ``"both"``, ``"split"``, ``"causal"`` or ``"original"``, see :mod:`.attention`. ``"causal"``
+            permits :meth:`stream`. The weights are the same in all four.
         freeze_backbone: freeze the backbone and keep it in evaluation mode.
         temporal_sinusoid: add a sinusoidal embedding of the frame index to all tokens. Without it only the attention
             masks encode order, as far as they differ between the two kinds of heads.
@@ -127,6 +146,46 @@ class Spool(Encoder):
         if freeze_backbone:
             backbone.requires_grad_(False)
 
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone_name: str | Path = "facebook/dinov2-base",
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        num_lookahead_heads: int | None = 6,
+        num_lookback_heads: int = 6,
+        image_size: int = 224,
+        local_frame_range: int = 16,
+        context_mode: str = "both",
+        freeze_backbone: bool = True,
+    ) -> Self:
+        """Builds a model on published weights of DINOv2, with the arguments of the original code.
+
+        :meth:`encode_frames` of the model takes frames as the original does. The temporal blocks are untrained.
+
+        Args:
+            backbone_name: hub id, folder in the layout of transformers, or file, see :meth:`.DINOv2.from_published`.
+            num_hidden_layers, num_attention_heads, num_lookahead_heads, num_lookback_heads, image_size,
+                local_frame_range, context_mode, freeze_backbone: see :class:`Spool`.
+
+        Raises:
+            FileNotFoundError: there are no such weights, or the hub cannot be reached.
+            ValueError: the weights are not those of a DINOv2, or the arguments do not fit them.
+        """
+        backbone = DINOv2.from_published(backbone_name, image_size=image_size)
+        return cls(
+            backbone,
+            num_hidden_layers,
+            num_attention_heads,
+            num_lookahead_heads,
+            num_lookback_heads,
+            image_size,
+            local_frame_range=local_frame_range,
+            context_mode=context_mode,
+            freeze_backbone=freeze_backbone,
+            in_channels=backbone.video_size[0],
+        )
+
     def train(self, mode: bool = True) -> "Spool":
         super().train(mode)
         if self.freeze_backbone:
@@ -139,7 +198,8 @@ class Spool(Encoder):
         if video.ndim != 5 or [video.shape[1], *video.shape[3:]] != [channels, *size] or not video.shape[2]:
             raise ValueError(
                 f"the video has (B, C, T, H, W) = {tuple(video.shape)}, but the encoder takes C = {channels}, (H, W) = "
-                f"{tuple(size)} and T >= 1: give the data and model.encoder the same image_size."
+                f"{tuple(size)} and T >= 1: give the data and model.encoder the same image_size. For frames (B, T, H, "
+                "W, C) call encode_frames."
             )
         return video
 
@@ -157,6 +217,33 @@ class Spool(Encoder):
         """Encodes a video (B, C, T, H, W) to the features of all frames and context frames, and the context."""
         start, frames, end = self._mix(self._encode(self.as_clip(video)), None)
         return Features(torch.cat([start[:, None], frames, end[:, None]], dim=1), _context(start, end))
+
+    def encode_frames(self, frames: Tensor) -> Features:
+        """Encodes frames as the original code takes them: resized to ``image_size`` and normalized as for DINOv2.
+
+        Args:
+            frames: (B, T, H, W, C) of any size, uint8, or float in [0, 1].
+
+        Returns:
+            The features (B, T + 2, S, D) and the context (B, 2 D), as :meth:`features`.
+
+        Raises:
+            ValueError: for a different number of dimensions or channels, no frames, or integers other than uint8.
+        """
+        channels, _, *size = self.video_size
+        is_pixels = frames.dtype == torch.uint8 or frames.is_floating_point()
+        if frames.ndim != 5 or frames.shape[4] != channels or 0 in frames.shape or channels != 3 or not is_pixels:
+            raise ValueError(
+                f"the frames are {tuple(frames.shape)} of {frames.dtype}: expected (B, T, H, W, C) with C = 3, at "
+                f"least one frame, uint8 or float in [0, 1], and a model with in_channels=3 (here {channels})."
+            )
+        like = self.context_frames
+        pixels = rearrange(frames, "b t h w c -> (b t) c h w").to(like.device)
+        pixels = pixels.to(like.dtype) / 255 if frames.dtype == torch.uint8 else pixels.to(like.dtype)
+        if list(pixels.shape[2:]) != size:
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return self.features(rearrange((pixels - mean) / std, "(b t) c h w -> b c t h w", b=len(frames)))
 
     def context(self, video: Tensor) -> Tensor:
         """Encodes a video (B, C, T, H, W) to the context (B, 2 D), used by classifiers with ``pooling: context``."""

@@ -32,8 +32,8 @@ class T5Text(TextEncoder):
     Args:
         path: a local folder or hub id as diffusers writes it, such as ``THUDM/CogVideoX-2b``.
         length: tokens per caption: 226, in CogVideoX-1.5 224.
-        unconditional: see :class:`.base.TextEncoder`; CogVideoX is trained with zeros and sampled with the encoding of
-            "".
+        unconditional: see :class:`.base.TextEncoder`; the original code of CogVideoX (SAT) trains and samples with
+            zeros, the pipeline of diffusers samples with the encoding of "".
         dtype: of weights and tokens. float16 overflows.
         encoder_folder, tokenizer_folder: below ``path``; None for ``path`` itself.
 
