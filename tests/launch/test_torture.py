@@ -38,7 +38,9 @@ def finished(folder: Path, **changes: float) -> Path:
     values = {"weight": 1.0, "ema": 2.0, "loss": 3.0, "metric": 4.0, "seconds": 5.0} | changes
     (folder / "checkpoints").mkdir(parents=True)
     state = {"state_dict": {"w": torch.tensor([values["weight"]])}, "callbacks": {"EMA": [torch.tensor(values["ema"])]}}
-    torch.save(state | {"metrics": {"throughput/clips_per_s": values["seconds"]}}, folder / "checkpoints/step_1.ckpt")
+    torch.save(
+        state | {"metrics": {"throughput/clips_per_s": values["seconds"]}}, folder / "checkpoints/step_00000001.ckpt"
+    )
     (folder / "metrics.csv").write_text(f"step,loss,throughput/clips_per_s\n1,{values['loss']},{values['seconds']}\n")
     (folder / "run.json").write_text(json.dumps({"metrics": {"val/loss": values["metric"]}, "status": "finished"}))
     return folder
@@ -66,5 +68,5 @@ def test_phase_of_a_kill_is_read_from_the_files(tmp_path: Path):
     assert torture._phase(run) == "end"
     (run / "run.json").write_text(json.dumps({"status": "running"}))
     assert torture._phase(run) == "training"
-    (run / "checkpoints" / "step_2.ckpt.tmp").write_text("")
+    (run / "checkpoints" / "step_00000002.ckpt.tmp").write_text("")
     assert torture._phase(run) == "saving"

@@ -158,7 +158,7 @@ def _phase(run: Path | None) -> str:
         return "start"
     checkpoints = run / "checkpoints"
     names = [file.name for file in checkpoints.iterdir()] if checkpoints.is_dir() else []
-    if any(not name.endswith((".ckpt", ".sha256")) for name in names):
+    if any(not name.endswith((".ckpt", ".shards", ".sha256")) for name in names):
         return "saving"
     if (run / "end_of_run.json").is_file() or json.loads((run / "run.json").read_text())["status"] == "finished":
         return "end"
@@ -169,13 +169,18 @@ def _differences(first: Path, second: Path) -> Iterator[str]:
     """Yields what differs between two finished runs."""
     import torch
 
-    files = [
-        max((run / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime) for run in (first, second)
-    ]
+    from blueberry_video.experiment.checkpoint import checkpoint_files
+    from blueberry_video.parallel.sharded_checkpoint import is_sharded, read_shards
+
+    files = [checkpoint_files(run / "checkpoints")[0] for run in (first, second)]
     if files[0].name != files[1].name:
         yield f"{files[1].name} instead of {files[0].name}"
         return
-    states = [dict(_leaves(torch.load(file, map_location="cpu", weights_only=True))) for file in files]
+    contents = [
+        read_shards(file) if is_sharded(file) else torch.load(file, map_location="cpu", weights_only=True)
+        for file in files
+    ]
+    states = [dict(_leaves(content)) for content in contents]
     names = (name for name in sorted(states[0].keys() | states[1].keys()) if not any(time in name for time in TIMES))
     yield from (name for name in names if not _equal(states[0].get(name), states[1].get(name)))
     tables = [_rows(run / "metrics.csv") for run in (first, second)]
