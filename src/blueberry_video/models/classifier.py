@@ -24,8 +24,9 @@ class VideoClassifier(nn.Module):
         pooling: ``"mean"`` or ``"attentive"`` over the tokens, see
             :class:`~blueberry_video.nn.heads.ClassificationHead`, or ``"context"``: the vector
             ``encoder.context(video)`` of an encoder such as :class:`~blueberry_video.models.spool.Spool`.
-        num_heads, dropout, head_init_scale, pool_depth, head_norm: arguments of the head; V-JEPA 2 is probed with
-            ``attentive`` pooling of 4 blocks and no norm.
+        num_heads, dropout, head_init_scale, pool_depth, head_norm, pool_eps, complete_block, published_pool: arguments
+            of the head. V-JEPA is probed with ``attentive`` pooling of 1 block, V-JEPA 2 of 4, both without norm and
+            with ``head_init_scale=None``; transformers' probes need ``pool_eps=1e-6``.
         freeze_encoder: train only the head; the encoder stays in evaluation mode.
 
     Attributes:
@@ -42,10 +43,13 @@ class VideoClassifier(nn.Module):
         pooling: str = "mean",
         num_heads: int = 1,
         dropout: float = 0.0,
-        head_init_scale: float = 0.001,
+        head_init_scale: float | None = 0.001,
         pool_depth: int = 1,
         head_norm: bool = True,
         freeze_encoder: bool = False,
+        pool_eps: float = 1e-5,
+        complete_block: bool = True,
+        published_pool: bool = True,
     ):
         super().__init__()
         self.encoder, self.freeze_encoder = encoder, freeze_encoder
@@ -59,9 +63,8 @@ class VideoClassifier(nn.Module):
                     "use one of conf/model/spool/ with num_hidden_layers of at least 1, or 'mean' or 'attentive' "
                     "pooling."
                 )
-        self.head = ClassificationHead(
-            width, num_classes, pooling, num_heads, dropout, head_init_scale, pool_depth, head_norm
-        )
+        of_head = (dropout, head_init_scale, pool_depth, head_norm, pool_eps, complete_block, published_pool)
+        self.head = ClassificationHead(width, num_classes, pooling, num_heads, *of_head)
         if freeze_encoder:
             encoder.requires_grad_(False)
 

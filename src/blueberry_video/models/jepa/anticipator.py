@@ -30,7 +30,7 @@ class Anticipator(nn.Module):
         mask_index: index of the mask token; 1 for the published weights.
         length: number of tubelets to predict.
         sees: input of the head: tokens of the ``"past"``, of the ``"future"``, or ``"both"``.
-        num_heads, pool_depth: see :class:`AnticipationHead`.
+        num_heads, pool_depth, pool_eps, published_pool: see :class:`AnticipationHead`.
         freeze: train only the head; encoder and predictor then stay in evaluation mode.
 
     Attributes:
@@ -57,6 +57,8 @@ class Anticipator(nn.Module):
         num_heads: int = 16,
         pool_depth: int = 4,
         freeze: bool = True,
+        pool_eps: float = 1e-5,
+        published_pool: bool = True,
     ):
         super().__init__()
         if sees not in ("past", "future", "both"):
@@ -73,7 +75,8 @@ class Anticipator(nn.Module):
             sizes = (predictor_dim, predictor_depth, predictor_num_heads, predictor_mlp_ratio, num_mask_tokens)
             grid = encoder.grid(encoder.video_size)
             self.predictor = Predictor(encoder.embed_dim, grid, *sizes, rope_quirk=rope_quirk)
-        self.head = AnticipationHead(encoder.embed_dim, num_classes, num_heads, pool_depth)
+        of_pool = (num_heads, pool_depth, pool_eps, published_pool)
+        self.head = AnticipationHead(encoder.embed_dim, num_classes, *of_pool)
         if freeze:
             for part in self._frozen():
                 part.requires_grad_(False)
@@ -136,16 +139,26 @@ class AnticipationHead(nn.Module):
         dim: width of the tokens.
         num_classes: number of classes of each label.
         num_heads, depth: see :class:`~blueberry_video.nn.heads.AttentivePool`.
+        pool_eps, published_pool: its ``norm_eps`` and ``published``.
 
     Raises:
         ValueError: ``num_classes`` is empty, or ``num_heads`` does not divide ``dim``.
     """
 
-    def __init__(self, dim: int, num_classes: dict[str, int], num_heads: int = 16, depth: int = 4):
+    def __init__(
+        self,
+        dim: int,
+        num_classes: dict[str, int],
+        num_heads: int = 16,
+        depth: int = 4,
+        pool_eps: float = 1e-5,
+        published_pool: bool = True,
+    ):
         super().__init__()
         if not num_classes:
             raise ValueError("num_classes is empty: give at least one label with its classes, such as {verb: 97}.")
-        self.pool = AttentivePool(dim, num_heads, depth=depth, num_queries=len(num_classes))
+        queries = len(num_classes)
+        self.pool = AttentivePool(dim, num_heads, 4.0, pool_eps, depth, queries, published=published_pool)
         self.linear = nn.ModuleDict({name: nn.Linear(dim, count) for name, count in num_classes.items()})
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:

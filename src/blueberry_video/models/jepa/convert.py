@@ -32,6 +32,7 @@ ORIGINAL_PROBE = (  # parts of names: probes of the original repositories -> thi
     ("pooler.cross_attention_block.", "pool."),
     ("pooler.blocks.", "pool.blocks."),
 )
+UNUSED_PROJECTION = re.compile(r"pooler\.cross_attention_block\.(xattn\.)?proj\.")  # in files of V-JEPA; never called
 HUGGINGFACE_PROBE = (  # parts of names: VJEPA2ForVideoClassification -> this package
     ("pooler.query_tokens", "pool.query"),
     ("pooler.cross_attention_layer.cross_attn.q_proj.", "pool.q."),
@@ -341,6 +342,8 @@ def convert_probe(state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
     for name, value in state.items():
         is_merged = re.search(r"\.(self_attn\.[kv]|cross_attn\.v)_proj\.", name)  # concatenated below
         if is_merged or not re.match(r"pooler\.|linear\.|((verb|noun|action)_)?classifier\.", name):
+            continue
+        if UNUSED_PROJECTION.match(name):
             continue
         if ".self_attn.q_proj." in name:
             value = torch.cat([state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
