@@ -33,11 +33,7 @@ class MultiScaleCrop(nn.Module):
     """
 
     def __init__(
-        self,
-        size: int,
-        scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66),
-        flip: float = 0.0,
-        antialias: bool = True,
+        self, size: int, scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66), flip: float = 0.0, antialias: bool = True
     ):
         super().__init__()
         if not scales or not all(0 < scale <= 1 for scale in scales):
