@@ -299,3 +299,12 @@ def test_videomae_learning_rates_are_exact_at_every_step():
 def test_unknown_counting_raises():
     with pytest.raises(ValueError, match="counting='late'"):
         warmup_cosine(50, 100, counting="late")
+
+
+def test_decays_head_multiplies_every_layer_once_more():
+    """OmniMAE: layer l of depth d has decay ** (d + 2 - l), so that the head has one factor."""
+    model = VideoClassifier(encoder(), {"motion": 8})
+    plain, more = parameter_groups(model, 0.5), parameter_groups(model, 0.5, decays_head=True)
+    assert [group["lr_scale"] for group in more] == [0.5 * group["lr_scale"] for group in plain]
+    assert more[0]["lr_scale"] == 0.5
+    assert [len(group["params"]) for group in more] == [len(group["params"]) for group in plain]

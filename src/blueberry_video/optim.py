@@ -27,7 +27,7 @@ def decayed_names(module: nn.Module) -> set[str]:
     return {name for name, parameter in module.named_parameters() if parameter.ndim > 1 and name not in exempt}
 
 
-def parameter_groups(module: nn.Module, layer_decay: float = 1.0) -> list[dict]:
+def parameter_groups(module: nn.Module, layer_decay: float = 1.0, decays_head: bool = False) -> list[dict]:
     """Returns optimizer groups: weight decay applies to matrices, not to biases, norms and ``no_weight_decay``.
 
     With ``layer_decay`` below 1 each layer of the encoder has two separate groups, and its learning rate decreases
@@ -39,6 +39,7 @@ def parameter_groups(module: nn.Module, layer_decay: float = 1.0) -> list[dict]:
     Args:
         module: contains the encoder as ``encoder`` and its blocks as ``encoder.blocks``, at any depth.
         layer_decay: in (0, 1]; layer l has ``lr_scale = layer_decay ** (depth + 1 - l)``. At 1 there are two groups.
+        decays_head: one more factor ``layer_decay`` for all layers, the head included, as in OmniMAE's fine-tuning.
 
     Returns:
         Groups with ``params``, ``lr_scale`` and, without weight decay, ``weight_decay`` 0; those of the head are
@@ -61,9 +62,10 @@ def parameter_groups(module: nn.Module, layer_decay: float = 1.0) -> list[dict]:
             chosen = matrices if name in decayed else rest
             chosen.setdefault(scales.get(name, 1.0), []).append(parameter)
     groups: list[dict] = []
+    factor = layer_decay if decays_head else 1.0
     for scale in sorted({*matrices, *rest}, reverse=True):
-        groups.append({"params": matrices.get(scale, []), "lr_scale": scale})
-        groups.append({"params": rest.get(scale, []), "lr_scale": scale, "weight_decay": 0.0})
+        groups.append({"params": matrices.get(scale, []), "lr_scale": scale * factor})
+        groups.append({"params": rest.get(scale, []), "lr_scale": scale * factor, "weight_decay": 0.0})
     return groups
 
 

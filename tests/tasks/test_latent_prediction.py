@@ -204,9 +204,9 @@ def test_encoder_and_predictor_are_clipped_to_separate_norms(trainer):
     trainer(steps, max_steps=1, gradient_clip_val=1e-3).fit(task(), datamodule=data())
     [(encoder_norm, predictor_norm)] = steps.values
     assert (encoder_norm**2 + predictor_norm**2) ** 0.5 == pytest.approx(1e-3, rel=1e-3)
+    fit = trainer(max_steps=1, gradient_clip_val=1e-3, gradient_clip_algorithm="value")
     with pytest.raises(ValueError, match=r"(?i)gradient_clip_algorithm=.*value.*clip_separately=true"):
-        options = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
-        trainer(max_steps=1, **options).fit(task(clip_separately=True), datamodule=data())
+        fit.fit(task(clip_separately=True), datamodule=data())
 
 
 def mask_tokens_with_gradients(module: LatentPrediction, clips: dict) -> set[int]:

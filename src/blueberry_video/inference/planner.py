@@ -224,8 +224,8 @@ class CrossEntropyPlanner:
                 raise ValueError(f"planner.{key}={momentum}, the share of the old distribution, must be in [0, 1].")
         if displacement is not None and actions.moves_states:
             raise ValueError(
-                f"planner.displacement contradicts planner.actions={type(actions).__name__}, which computes the states: "
-                "leave planner.displacement null."
+                f"planner.displacement contradicts planner.actions={type(actions).__name__}, which computes the "
+                "states: leave planner.displacement null."
             )
         if displacement is None and horizon > 1 and not actions.moves_states:
             raise ValueError(

@@ -149,9 +149,6 @@ class ClassificationHead(nn.Module):
             self.linear[name] = linear
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
-        if self.pool is not None:
-            pooled = self.pool(tokens)
-        else:
-            pooled = tokens[:, 0] if self.first else tokens.mean(dim=1)
+        pooled = self.pool(tokens) if self.pool is not None else tokens[:, 0] if self.first else tokens.mean(dim=1)
         pooled = self.dropout(self.fc_norm(pooled))
         return {name: linear(pooled) for name, linear in self.linear.items()}

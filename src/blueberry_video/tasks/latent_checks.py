@@ -75,7 +75,8 @@ def clip_each(
         return
     if gradient_clip_algorithm not in (None, "norm"):
         raise ValueError(
-            f"trainer.gradient_clip_algorithm={gradient_clip_algorithm} contradicts task.clip_separately=true: use norm."
+            f"trainer.gradient_clip_algorithm={gradient_clip_algorithm} contradicts task.clip_separately=true: use "
+            "norm."
         )
     for module in parts:
         nn.utils.clip_grad_norm_(module.parameters(), gradient_clip_val)
