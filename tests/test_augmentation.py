@@ -260,3 +260,19 @@ def test_constant_is_zero_after_normalization():
 def test_bad_arguments_raise(make, text):
     with pytest.raises(ValueError, match=text):
         make()
+
+
+@pytest.mark.parametrize("augment", [RandomResizedCrop, MultiScaleCrop])
+def test_without_antialias_crops_are_plain_bilinear(augment):
+    """Rule of VideoMAE's fine-tuning and of V-JEPA: each output pixel mixes the 2 x 2 pixels around its center, which
+    keeps more of the noise of a frame than the antialiased mean over the whole pixel."""
+    noise = torch.rand(1, 1, 1, 96, 96)
+    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)} if augment is RandomResizedCrop else {"scales": (1.0,)}
+    plain = augment(32, **whole, antialias=False)(noise)[0, 0, 0]
+    centers = (torch.arange(32) + 0.5) * 3 - 0.5  # whole pixels: the mixture is the pixel itself
+    torch.testing.assert_close(plain, noise[0, 0, 0][centers.long()][:, centers.long()])
+    smooth = augment(32, **whole)(noise)[0, 0, 0]
+    assert smooth.std() < 0.6 * plain.std()
+    half = augment(48, **whole, antialias=False)(noise)[0, 0, 0]
+    mean = noise[0, 0, 0].unfold(0, 2, 2).unfold(1, 2, 2).mean(dim=(2, 3))  # centers between two pixels
+    torch.testing.assert_close(half, mean)

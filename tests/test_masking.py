@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from blueberry_video.masking import (
     ByModality,
+    CausalMasking,
     DualMasking,
+    FrameMasking,
     Masks,
     MultiBlockMasking,
     RandomMasking,
@@ -416,3 +418,53 @@ def test_evaluation_masks_depend_on_the_seed_of_the_clip_only(masking):
             assert (part is None and other is None) or torch.equal(part[row : row + 1], other)
     assert not torch.equal(whole.keep[0], whole.keep[1])
     assert not torch.equal(whole.keep, evaluation_masks(masking, [7, 2**31 + 5, 40], (2, 4, 4), seed=1).keep)
+
+
+def test_v_jepa_2_options_of_block_masks():
+    """Rules of V-JEPA 2: ``max_keep`` truncates the context; a full complement is taken after truncation, of the
+    context or of the targets; an inverse mask swaps the two."""
+    grid, tokens = (4, 6, 6), 144
+    plain = MultiBlockMasking(2, 0.5)(5, grid, generator(3))
+    assert plain.keep.shape[1] + plain.target.shape[1] < tokens  # truncation left some tokens in neither
+    few = MultiBlockMasking(2, 0.5, max_keep=7)(5, grid, generator(3))
+    assert torch.equal(few.keep, plain.keep[:, :7])
+    assert torch.equal(few.target, plain.target)
+    for complement, kept, filled in (("target", "keep", "target"), ("context", "target", "keep")):
+        masks = MultiBlockMasking(2, 0.5, complement=complement)(5, grid, generator(3))
+        assert torch.equal(getattr(masks, kept), getattr(plain, kept))
+        for row, other in zip(getattr(masks, kept).tolist(), getattr(masks, filled).tolist(), strict=True):
+            assert other == sorted(set(range(tokens)) - set(row))
+    swapped = MultiBlockMasking(2, 0.5, inverse=True)(5, grid, generator(3))
+    assert torch.equal(swapped.keep, plain.target)
+    assert torch.equal(swapped.target, plain.keep)
+
+
+def test_frames_after_max_temporal_keep_are_hidden():
+    hidden = MultiBlockMasking(1, 0.2, max_temporal_keep=0.6).draw(8, (4, 6, 6), generator()).view(8, 4, 36)
+    assert hidden[:, 2:].all()
+    assert torch.equal(hidden[:, 0].sum(dim=1), hidden[:, 1].sum(dim=1))
+    assert not hidden[:, :2].all()
+
+
+@pytest.mark.parametrize("changes", [{"complement": "all"}, {"max_keep": 0}, {"max_temporal_keep": 0.0}])
+def test_invalid_options_of_block_masks_raise(changes):
+    [(key, value)] = changes.items()
+    with pytest.raises(ValueError, match=rf"{key}={value!r}"):
+        MultiBlockMasking(**changes)
+
+
+def test_frame_masks_hide_whole_frames_and_causal_masks_the_last():
+    grid = (8, 3, 3)
+    frames = FrameMasking(0.75)(40, grid, generator())
+    visible = torch.zeros(40, 72, dtype=torch.bool).scatter_(1, frames.keep, True).view(40, 8, 9)
+    assert torch.equal(visible.all(dim=2), visible.any(dim=2))
+    assert (visible.any(dim=2).sum(dim=1) == 2).all()
+    assert (visible.any(dim=2).float().mean(dim=0) > 0).all()  # every frame is visible in some sample
+    causal = CausalMasking(0.75)(2, grid, generator())
+    assert causal.keep.tolist() == [list(range(18))] * 2
+    assert causal.target.tolist() == [list(range(18, 72))] * 2
+    for masks in (frames, causal):
+        assert_ascending_tokens(masks.keep, 72)
+        assert masks.keep.shape[1] + masks.target.shape[1] == 72
+    with pytest.raises(ValueError, match=r"ratio=0\.1\b"):
+        CausalMasking(0.1)(1, grid)

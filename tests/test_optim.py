@@ -50,7 +50,7 @@ def test_weight_decay_applies_to_matrices_only():
 
 
 def test_no_weight_decay_of_a_submodule_applies_to_the_full_name():
-    model = VideoClassifier(encoder(), {"motion": 8}, pooling="attentive", num_heads=2)
+    model = VideoClassifier(encoder(), {"motion": 8}, pooling="attentive", num_heads=2, published_pool=False)
     matrices, rest = parameter_groups(model)
     assert "head.pool.query" in names(model, rest)
     assert "head.pool.q.weight" in names(model, matrices)
@@ -248,3 +248,63 @@ def test_exponential_is_linear_in_the_logarithm():
     assert values == pytest.approx([1, 0.1, 0.01, 0.001, 0.0001])
     with pytest.raises(ValueError, match=r"schedule\.final=0"):
         exponential(0, 5, final=0)
+
+
+# The rules of the published schedules, written with their own counters: V-JEPA counts before it steps, so that step i
+# (from 0) has the counter i + 1; its momentum and the schedules of VideoMAE are tables that begin with step 0.
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 12])
+def test_v_jepa_learning_rates_are_exact_at_every_step(warmup_steps):
+    total, anneal, start, peak, final = 90, 20, 0.2, 1.0, 0.016
+    options = {"warmup": warmup_steps / total, "start": start, "final": final, "counting": "after"}
+    stretched = round(1.25 * total)
+    for step in range(total):
+        count = step + 1
+        rising = count < warmup_steps
+        warm = start + count / max(warmup_steps, 1) * (peak - start)
+        cosine = (count - warmup_steps) / (stretched - warmup_steps)
+        cosine = final + (peak - final) * 0.5 * (1 + math.cos(math.pi * cosine))
+        assert warmup_cosine(step, total, **options, stretch=1.25) == pytest.approx(
+            warm if rising else cosine, abs=1e-12
+        )
+        falling = max(count - (total - anneal), 0) / anneal
+        stable = warm if rising else peak + falling * (final - peak)
+        assert warmup_stable_decay(step, total, **options, decay=anneal / total) == pytest.approx(stable, abs=1e-12)
+        linear = peak + count / total * (final - peak)
+        cooled = warmup_linear(step, total, warmup=0.0, final=final, counting="after")
+        assert cooled == pytest.approx(linear, abs=1e-12)
+
+
+def test_v_jepa_weight_decay_and_momentum_are_exact_at_every_step():
+    total, stretched = 80, 100
+    for step in range(total):
+        cosine = 0.5 * (1 + math.cos(math.pi * (step + 1) / stretched))
+        decay = cosine_ramp(step, total, start=0.04, end=0.4, stretch=1.25, counting="after")
+        assert decay == pytest.approx(0.4 + (0.04 - 0.4) * cosine, abs=1e-12)
+        momentum = ramp(step, total, start=0.998, end=1.0, stretch=1.25, counting="before")
+        assert momentum == pytest.approx(0.998 + step * (1.0 - 0.998) / stretched, abs=1e-12)
+
+
+def test_videomae_learning_rates_are_exact_at_every_step():
+    """numpy.linspace from the start to the peak, then half a cosine over the remaining steps."""
+    total, warmup_steps, start, final = 100, 10, 0.1, 0.02
+    table = [start + (1 - start) * step / (warmup_steps - 1) for step in range(warmup_steps)]
+    rest = total - warmup_steps
+    table += [final + 0.5 * (1 - final) * (1 + math.cos(math.pi * step / rest)) for step in range(rest)]
+    options = {"warmup": 0.1, "start": start, "final": final, "counting": "before"}
+    assert [warmup_cosine(step, total, **options) for step in range(total)] == pytest.approx(table, abs=1e-12)
+
+
+def test_unknown_counting_raises():
+    with pytest.raises(ValueError, match="counting='late'"):
+        warmup_cosine(50, 100, counting="late")
+
+
+def test_decays_head_multiplies_every_layer_once_more():
+    """OmniMAE: layer l of depth d has decay ** (d + 2 - l), so that the head has one factor."""
+    model = VideoClassifier(encoder(), {"motion": 8})
+    plain, more = parameter_groups(model, 0.5), parameter_groups(model, 0.5, decays_head=True)
+    assert [group["lr_scale"] for group in more] == [0.5 * group["lr_scale"] for group in plain]
+    assert more[0]["lr_scale"] == 0.5
+    assert [len(group["params"]) for group in more] == [len(group["params"]) for group in plain]

@@ -26,17 +26,20 @@ class MultiScaleCrop(nn.Module):
         scales: crop sizes as fractions of the short side, in (0, 1], in descending order. A size within two pixels of
             ``size`` becomes ``size``, which avoids the resize.
         flip: probability of a horizontal flip; use 0 where left and right are labels.
+        antialias: resize with antialiasing, as the original, which resizes images of PIL.
 
     Raises:
         ValueError: ``scales`` are outside (0, 1], or ``flip`` is outside [0, 1].
     """
 
-    def __init__(self, size: int, scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66), flip: float = 0.0):
+    def __init__(
+        self, size: int, scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66), flip: float = 0.0, antialias: bool = True
+    ):
         super().__init__()
         if not scales or not all(0 < scale <= 1 for scale in scales):
             raise ValueError(f"augment.scales={scales} must be one or more fractions of the short side, in (0, 1].")
         _check_probability("augment.flip", flip)
-        self.size, self.scales, self.flip = size, tuple(scales), flip
+        self.size, self.scales, self.flip, self.antialias = size, tuple(scales), flip, antialias
         steps = range(len(scales))
         self._pairs = [(i, j) for i in steps for j in steps if abs(i - j) <= 1]
 
@@ -54,9 +57,7 @@ class MultiScaleCrop(nn.Module):
         top, left = down * ((height - crop_height) // 4), across * ((width - crop_width) // 4)
         crop = clip[..., top : top + crop_height, left : left + crop_width].transpose(0, 1)  # (T, C, h, w)
         if (crop_height, crop_width) != (self.size, self.size):
-            crop = F.interpolate(
-                crop, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False
-            )
+            crop = _resized(crop, self.size, self.antialias)
         if torch.rand(()) < self.flip:
             crop = crop.flip(-1)
         return crop.transpose(0, 1)
@@ -70,18 +71,24 @@ class RandomResizedCrop(nn.Module):
         size: height and width of the output in pixels.
         scale: range of the fraction of the image's area.
         ratio: range of width / height, drawn log-uniformly.
+        antialias: resize with antialiasing; the published recipes of VideoMAE's fine-tuning and of V-JEPA resize
+            without, which leaves more high frequencies in crops larger than ``size``.
 
     Raises:
         ValueError: ``scale`` is outside (0, 1], ``ratio`` is not positive, or a range is in descending order.
     """
 
     def __init__(
-        self, size: int, scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
+        self,
+        size: int,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        antialias: bool = True,
     ):
         super().__init__()
         _check_range("scale", scale, most=1.0)
         _check_range("ratio", ratio)
-        self.size, self.scale, self.ratio = size, scale, ratio
+        self.size, self.scale, self.ratio, self.antialias = size, scale, ratio, antialias
 
     def forward(self, video: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C, T, size, size)."""
@@ -98,9 +105,12 @@ class RandomResizedCrop(nn.Module):
 
     def _resized(self, clip: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
         crop = clip[..., top : top + height, left : left + width].transpose(0, 1)  # (T, C, h, w)
-        size = (self.size, self.size)
-        crop = F.interpolate(crop, size=size, mode="bilinear", antialias=True, align_corners=False)
-        return crop.transpose(0, 1)
+        return _resized(crop, self.size, self.antialias).transpose(0, 1)
+
+
+def _resized(frames: Tensor, size: int, antialias: bool) -> Tensor:
+    """Resizes (T, C, H, W) to squares."""
+    return F.interpolate(frames, (size, size), mode="bilinear", antialias=antialias, align_corners=False)
 
 
 class HorizontalFlip(nn.Module):

@@ -79,6 +79,40 @@ class RandomMasking:
         return Masks(*_random_split(batch_size, math.prod(grid), self.ratio, generator))
 
 
+class FrameMasking:
+    """Frame masking: hides whole random frames (an ablation of OmniMAE, arXiv 2206.08356).
+
+    Args:
+        ratio: share of the frames of tokens to hide, in (0, 1); floor(ratio * t) are hidden.
+    """
+
+    def __init__(self, ratio: float = 0.9):
+        self.ratio = _checked_ratio(ratio)
+
+    def __call__(self, batch_size: int, grid: tuple[int, int, int], generator: torch.Generator | None = None) -> Masks:
+        t, h, w = grid
+        inside = torch.arange(h * w)
+        frames = _random_split(batch_size, t, self.ratio, generator)
+        return Masks(*((each[..., None] * (h * w) + inside).flatten(1) for each in frames))
+
+
+class CausalMasking:
+    """Causal masking: hides the last frames (an ablation of OmniMAE, arXiv 2206.08356).
+
+    Args:
+        ratio: share of the frames of tokens to hide, in (0, 1); floor(ratio * t) are hidden.
+    """
+
+    def __init__(self, ratio: float = 0.9):
+        self.ratio = _checked_ratio(ratio)
+
+    def __call__(self, batch_size: int, grid: tuple[int, int, int], generator: torch.Generator | None = None) -> Masks:
+        t, h, w = grid
+        hidden = _checked_count(self.ratio, t)
+        visible = torch.arange(t * h * w).expand(batch_size, -1)
+        return Masks(*visible.tensor_split([(t - hidden) * h * w], dim=1))
+
+
 class DualMasking:
     """Dual masking: an encoder mask, and running-cell masking of the decoder (VideoMAE V2, arXiv 2303.16727).
 
@@ -158,6 +192,12 @@ class MultiBlockMasking:
         aspect_ratio: range of height over width, drawn uniformly.
         truncate: tokens that are kept: ``"prefix"``, the first in raster order, as published, which drops the last
             frames; or ``"random"``.
+        max_keep: largest number of visible tokens; ``None``: no limit.
+        max_temporal_keep: share of the frames that may be visible, in (0, 1]; later frames are hidden.
+        complement: after truncation, ``"target"`` predicts all tokens that are not visible, ``"context"`` shows all
+            tokens that are not predicted; ``None``: some tokens are in neither. V-JEPA 2 names them
+            ``full_complement`` and ``pred_full_complement``.
+        inverse: the blocks are visible and the rest is predicted; ``inv_block`` in V-JEPA 2.
 
     Raises:
         ValueError: for values outside these ranges; when called, if the blocks leave no context.
@@ -170,10 +210,20 @@ class MultiBlockMasking:
         temporal_scale: float = 1.0,
         aspect_ratio: tuple[float, float] = (0.75, 1.5),
         truncate: str = "prefix",
+        max_keep: int | None = None,
+        max_temporal_keep: float = 1.0,
+        complement: str | None = None,
+        inverse: bool = False,
     ):
         if num_blocks < 1:
             raise ValueError(f"masking num_blocks={num_blocks} must be at least 1; V-JEPA uses 8 and 2.")
-        for key, scale in (("spatial_scale", spatial_scale), ("temporal_scale", temporal_scale)):
+        if complement not in (None, "target", "context") or (max_keep is not None and max_keep < 1):
+            raise ValueError(
+                f"masking complement={complement!r} must be null, 'target' or 'context', and max_keep={max_keep} null "
+                "or at least 1."
+            )
+        scales = {"spatial_scale": spatial_scale, "temporal_scale": temporal_scale}
+        for key, scale in (scales | {"max_temporal_keep": max_temporal_keep}).items():
             if not 0 < scale <= 1:
                 raise ValueError(f"masking {key}={scale} must be in (0, 1], a share of the clip.")
         low, high = aspect_ratio
@@ -183,10 +233,21 @@ class MultiBlockMasking:
             raise ValueError(f"masking truncate={truncate!r} must be 'prefix' or 'random'.")
         self.num_blocks, self.spatial_scale, self.temporal_scale = num_blocks, spatial_scale, temporal_scale
         self.aspect_ratio, self.truncate = (low, high), truncate
+        self.max_keep, self.max_temporal_keep, self.complement, self.inverse = (
+            max_keep,
+            max_temporal_keep,
+            complement,
+            inverse,
+        )
 
     def __call__(self, batch_size: int, grid: tuple[int, int, int], generator: torch.Generator | None = None) -> Masks:
-        hidden = self.draw(batch_size, grid, generator)
-        return Masks(keep=self._cut(~hidden, generator), target=self._cut(hidden, generator))
+        hidden, tokens = self.draw(batch_size, grid, generator), math.prod(grid)
+        keep, target = self._cut(~hidden, generator, self.max_keep), self._cut(hidden, generator)
+        if self.complement == "target":
+            target = _others(keep, tokens)
+        elif self.complement == "context":
+            keep = _others(target, tokens)
+        return Masks(target, keep) if self.inverse else Masks(keep, target)
 
     def draw(
         self, batch_size: int, grid: tuple[int, int, int], generator: torch.Generator | None = None
@@ -225,16 +286,18 @@ class MultiBlockMasking:
             shape = [samples, self.num_blocks, 1, 1, 1]
             shape[2 + axis] = length
             inside.append(((offset >= 0) & (offset < extent)).view(shape))
-        return (inside[0] & inside[1] & inside[2]).any(dim=1).flatten(1)
+        hidden = (inside[0] & inside[1] & inside[2]).any(dim=1)  # (samples, t, h, w)
+        hidden[:, max(1, int(grid[0] * self.max_temporal_keep)) :] = True
+        return hidden.flatten(1)
 
-    def _cut(self, chosen: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Indices of the true entries of (B, N), truncated to the smallest number in any row."""
+    def _cut(self, chosen: Tensor, generator: torch.Generator | None, most: int | None = None) -> Tensor:
+        """Indices of the true entries of (B, N), truncated to the smallest number in any row and to ``most``."""
         rows, tokens = chosen.shape
         if self.truncate == "random":
             order = torch.rand(rows, tokens, generator=generator).argsort(dim=1)
         else:
             order = torch.arange(tokens).expand(rows, -1)
-        fewest = int(chosen.sum(dim=1).min())
+        fewest = min(int(chosen.sum(dim=1).min()), most or tokens)
         return order.masked_fill(~chosen, tokens).argsort(dim=1)[:, :fewest].sort(dim=1).values
 
     def _no_context(self, grid: tuple[int, int, int], size: tuple[int, int, int]) -> ValueError:
@@ -244,6 +307,12 @@ class MultiBlockMasking:
             f"blocks of {frames} x {rows} x {columns} tokens cover the whole grid of {t} x {h} x {w}. Use fewer or "
             "smaller blocks, or smaller patches."
         )
+
+
+def _others(index: Tensor, tokens: int) -> Tensor:
+    """Indices in [0, ``tokens``) that are not in ``index`` (B, K): (B, tokens - K), ascending."""
+    others = torch.ones(len(index), tokens, dtype=torch.bool).scatter_(1, index, False)
+    return others.nonzero()[:, 1].view(len(index), -1)
 
 
 def _checked_ratio(ratio: float) -> float:
@@ -256,14 +325,20 @@ def _random_split(
     batch_size: int, positions: int, ratio: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Splits ``range(positions)`` into visible and hidden indices at random for each sample."""
+    hidden = _checked_count(ratio, positions)
+    order = torch.rand(batch_size, positions, generator=generator).argsort(dim=1)
+    return order[:, hidden:].sort(dim=1).values, order[:, :hidden].sort(dim=1).values
+
+
+def _checked_count(ratio: float, positions: int) -> int:
+    """Number of hidden positions."""
     hidden = int(ratio * positions)
     if not 0 < hidden < positions:
         raise ValueError(
             f"masking ratio={ratio} hides {hidden} of {positions} positions, but at least one must be hidden and one "
             f"visible: use a ratio from {1 / positions:.3g} to {1 - 1 / positions:.3g}, or smaller patches."
         )
-    order = torch.rand(batch_size, positions, generator=generator).argsort(dim=1)
-    return order[:, hidden:].sort(dim=1).values, order[:, :hidden].sort(dim=1).values
+    return hidden
 
 
 def corrupt_frames(

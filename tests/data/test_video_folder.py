@@ -143,6 +143,20 @@ def test_fixed_fps_and_multi_clip(tmp_path: Path):
     assert [frame_numbers(clips[i], file=1) for i in (3, 4, 5)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
+def test_segments_are_one_clip_with_the_indices_of_its_frames(tmp_path: Path):
+    clips = VideoFolder(make(tmp_path, files=2, frames=24), num_frames=3, sampler="segments", num_clips=2, stride=2)
+    assert len(clips) == 2
+    first, later = clips.sample(0, epoch=0), clips.sample(0, epoch=1)
+    assert first["video"].shape[0] == 6
+    assert frame_numbers(first) == first["frames"].tolist()
+    assert max(first["frames"][:3]) < 12 <= min(first["frames"][3:])
+    assert "#" not in first["id"]
+    assert clips.varies_by_epoch
+    drawn = [clips.sample(0, epoch)["frames"].tolist() for epoch in range(8)]
+    assert len({tuple(each) for each in drawn}) > 1
+    assert drawn[1] == later["frames"].tolist()
+
+
 def thirds(root: Path, height: int, width: int, frames: int = 8) -> Path:
     """Video with a black, a gray and a white third along its longer side, 2 levels brighter in each frame."""
     (root / "videos").mkdir(parents=True)

@@ -193,3 +193,18 @@ def test_mean_class_recall_weights_classes_equally_and_ignores_absent_ones():
     assert recalled_by_class(logits, labels, 9)[0].tolist() == [2, 1, 1, 0]  # k exceeds the number of classes
     with pytest.raises(ValueError, match=r"(?s)0 to 4\b.*0 to 3\b.*model\.num_classes"):
         recalled_by_class(logits, torch.tensor([0, 4, 1, 1]))
+
+
+def test_recall_among_valid_classes_only():
+    """V-JEPA 2 sets the scores of all other classes to 0 before it takes the highest k."""
+    torch.manual_seed(0)
+    logits, valid = torch.randn(40, 6), [0, 2, 5]
+    labels = torch.tensor(valid)[torch.randint(3, (40,))]
+    scores = torch.zeros(40, 6)
+    scores[:, valid] = logits.sigmoid()[:, valid]
+    found = (scores.topk(2, dim=1).indices == labels[:, None]).any(dim=1)
+    counts = recalled_by_class(logits, labels, 2, valid)
+    assert counts[0].tolist() == [int((found & (labels == c)).sum()) for c in range(6)]
+    assert counts[0].sum() > recalled_by_class(logits, labels, 2)[0].sum()
+    with pytest.raises(ValueError, match=r"valid_classes=\[6\].*0 to 5"):
+        recalled_by_class(logits, labels, 2, [6])

@@ -349,3 +349,29 @@ def test_load_whole_is_strict(file):
     pre_trained = {name: value for name, value in written.items() if not name.startswith(("head.", "fc_norm."))}
     with pytest.raises(ValueError, match=r"(?s)weights\.pth.*\b4\b.*head\.fc_norm\.bias"):
         model.load_finetuned(file(pre_trained))
+
+
+def test_the_head_receives_the_tokens_of_all_segments():
+    """Each segment is encoded alone; the pooling attends to the tokens of all, in the order of the segments."""
+    model = noisy(pooling="attentive", num_heads=2, segments=3)
+    parts = [torch.randn(2, 3, 4, 16, 16) for _ in range(3)]
+    tokens = torch.cat([model.encoder(part) for part in parts], dim=1)
+    torch.testing.assert_close(model(torch.cat(parts, dim=2)), model.head(tokens), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"4 frames.*model\.segments=3\b"):
+        model(VIDEO)
+    with pytest.raises(ValueError, match=r"model\.segments=0\b"):
+        tiny(segments=0)
+
+
+def test_segment_positions_are_those_of_the_frames_in_the_file():
+    """V-JEPA: sin and cos of the index of the first frame of each tubelet, at frequencies 10000^(-i / (D / 2)), added
+    to all tokens of the tubelet."""
+    model = noisy(pooling="attentive", num_heads=2, segments=2, segment_positions=True)
+    video, frames = torch.randn(1, 3, 8, 16, 16), torch.tensor([[3, 5, 7, 9, 40, 42, 44, 46]])
+    tokens = torch.cat([model.encoder(part) for part in video.chunk(2, dim=2)], dim=1)  # 4 tubelets of 4 tokens
+    frequency = 10000 ** (-torch.arange(8) / 8)
+    rows = [torch.cat([(t * frequency).sin(), (t * frequency).cos()]) for t in (3, 7, 40, 44)]
+    tokens = tokens + torch.stack([row for row in rows for _ in range(4)])
+    torch.testing.assert_close(model(video, frames), model.head(tokens), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"segment_positions=true.*frames.*sampler=segments"):
+        model(video)

@@ -1,10 +1,13 @@
 """Attentive pooling: parity with its formula; classification and anticipation heads."""
 
+import math
+
 import pytest
 import torch
 
 from blueberry_video.models.jepa.anticipator import AnticipationHead
 from blueberry_video.nn.heads import AttentivePool, ClassificationHead
+from blueberry_video.optim import decayed_names
 
 
 def test_attentive_pool_equals_the_formula():
@@ -26,7 +29,7 @@ def test_attentive_pool_equals_the_formula():
 
 def test_deeper_pooling_starts_with_self_attention():
     torch.manual_seed(0)
-    pool, tokens = AttentivePool(8, 2, depth=4), torch.randn(3, 5, 8)
+    pool, tokens = AttentivePool(8, 2, depth=4, published=False), torch.randn(3, 5, 8)
     assert len(pool.blocks) == 3
     one = AttentivePool(8, 2)
     one.load_state_dict({name: value for name, value in pool.state_dict().items() if not name.startswith("blocks.")})
@@ -91,3 +94,50 @@ def test_zero_depth_or_queries_raise(key, sizes):
 def test_indivisible_num_heads_raises(num_heads):
     with pytest.raises(ValueError, match=rf"num_heads={num_heads}\b.*dim=8\b"):
         AttentivePool(8, num_heads)
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_published_probe_has_the_original_norms_initialization_and_weight_decay(depth):
+    """Rule of V-JEPA and V-JEPA 2: eps 1e-5; truncated normal 0.02 and zero biases; output layers of block i over
+    sqrt(2 i), the cross-attention with the number of the last self-attention; "bias" or 1-D has no weight decay."""
+    torch.manual_seed(0)
+    pool = AttentivePool(128, 4, depth=depth)
+    assert {module.eps for module in pool.modules() if isinstance(module, torch.nn.LayerNorm)} == {1e-5}
+    scales = {"mlp.fc2": math.sqrt(2 * max(depth - 1, 1))}
+    for i in range(depth - 1):
+        scales |= {f"blocks.{i}.{layer}": math.sqrt(2 * (i + 1)) for layer in ("attn.proj", "mlp.fc2")}
+    for name, module in pool.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert module.weight.std().item() == pytest.approx(0.02 / scales.get(name, 1.0), rel=0.03), name
+            assert not module.bias.any(), name
+    assert pool.query.std().item() == pytest.approx(0.02, rel=0.3)
+    rule = {name for name, parameter in pool.named_parameters() if "bias" not in name and parameter.ndim != 1}
+    assert decayed_names(pool) == rule
+    assert "query" in rule
+    assert decayed_names(AttentivePool(128, 4, published=False)) == decayed_names(AttentivePool(128, 4)) - {"query"}
+
+
+def test_incomplete_block_is_the_cross_attention_alone():
+    torch.manual_seed(0)
+    pool, tokens = AttentivePool(8, 2, complete_block=False), torch.randn(3, 5, 8)
+    for parameter in pool.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    assert pool.state_dict().keys() == {"query", "q.weight", "q.bias", "kv.weight", "kv.bias"}
+    q = (pool.query[0] @ pool.q.weight.T + pool.q.bias).view(1, 2, 4)
+    k, v = (tokens @ pool.kv.weight.T + pool.kv.bias).view(3, 5, 2, 2, 4).unbind(dim=2)
+    weights = (torch.einsum("ohd,bnhd->bhn", q, k) / 2).softmax(dim=-1)
+    expected = torch.einsum("bhn,bnhd->bhd", weights, v).flatten(1)
+    torch.testing.assert_close(pool(tokens), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_without_init_scale_the_linear_layer_keeps_the_initialization_of_pytorch():
+    torch.manual_seed(3)
+    weights = ClassificationHead(64, {"a": 50}, init_scale=None).linear["a"].weight
+    assert weights.abs().max().item() == pytest.approx(1 / 8, rel=0.01)  # uniform in +-1 / sqrt(64)
+    assert weights.std().item() == pytest.approx(1 / 8 / math.sqrt(3), rel=0.05)
+
+
+def test_first_pooling_takes_the_first_token():
+    torch.manual_seed(0)
+    head, tokens = ClassificationHead(8, {"a": 3}, "first", final_norm=False, init_scale=50.0), torch.randn(2, 6, 8)
+    torch.testing.assert_close(head(tokens)["a"], head.linear["a"](tokens[:, 0]))

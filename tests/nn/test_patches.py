@@ -70,3 +70,18 @@ def test_gather_tokens_indexes_each_sample(trailing):
     tokens, index = torch.randn(2, 6, *trailing), torch.tensor([[5, 0, 0], [2, 3, 1]])
     expected = torch.stack([torch.stack([tokens[b, n] for n in index[b].tolist()]) for b in range(2)])
     assert torch.equal(gather_tokens(tokens, index), expected)
+
+
+def test_joint_normalization_is_over_all_values_of_a_patch_and_none_keeps_the_pixels():
+    """OmniMAE's option: mean and unbiased variance over pixels and channels; VideoMAE's: pixels as they are."""
+    patches = torch.rand(2, 3, 8, 3) * torch.tensor([1.0, 2.0, 3.0])
+    joint = normalize_patches(patches, eps_under_root=True, over="patch")
+    flat = patches.flatten(2)
+    expected = (flat - flat.mean(dim=2, keepdim=True)) / (flat.var(dim=2, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(joint.patches.flatten(2), expected)
+    torch.testing.assert_close(joint.patches * joint.std + joint.mean, patches)
+    plain = normalize_patches(patches, over="none")
+    assert torch.equal(plain.patches, patches)
+    assert torch.equal(plain.patches * plain.std + plain.mean, patches)
+    with pytest.raises(ValueError, match="over='clip'"):
+        normalize_patches(patches, over="clip")

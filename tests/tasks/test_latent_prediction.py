@@ -110,7 +110,7 @@ def test_validation_metrics_equal_the_formulas(trainer):
             drawn = masking(32, GRID, torch.Generator().manual_seed(number))
             keep, target = drawn.keep[rows], drawn.target[rows]
             context = module.model.encoder(inputs, keep)
-            predicted = module.model.predictor.both(context, keep, target, number)
+            predicted = module.model.predictor.both(context, keep, target, 0)
             truth = [torch.stack([latents[b, row[b]] for b in range(6)]) for row in (target, keep)]
             error = [(a - b).abs() for a, b in zip(predicted, truth)]
             weight = context_weight(keep, target, GRID)[..., None]
@@ -135,7 +135,7 @@ def test_the_loss_averages_over_tokens_and_then_over_masks():
         keep, target, _ = MASKINGS[number](3, GRID, torch.Generator().manual_seed(number))
         inputs = module.normalize(clips["video"])
         truth = module.latents(clips["video"]).gather(1, target[..., None].expand(-1, -1, 24))
-        single.append(latent_loss(module.model(inputs, keep, target, number), truth))
+        single.append(latent_loss(module.model(inputs, keep, target, 0), truth))
     torch.testing.assert_close(whole, (single[0] + single[1]) / 2)
     assert single[0] != single[1]
 
@@ -187,6 +187,57 @@ def test_gradients_are_clipped_only_after_the_warm_up(trainer):
     fit.fit(task(clip_after=0.5), datamodule=data())
     assert min(steps.values[:2]) > 1e-2
     assert max(steps.values[2:]) < 1.1e-3
+
+
+def test_encoder_and_predictor_are_clipped_to_separate_norms(trainer):
+    """As V-JEPA: each part has the norm of trainer.gradient_clip_val, and their directions do not change."""
+
+    def norms(module: LatentPrediction) -> tuple[float, float]:
+        parts = (module.model.encoder, module.model.predictor)
+        grads = [[p.grad for p in part.parameters() if p.grad is not None] for part in parts]
+        return tuple(torch.nn.utils.get_total_norm(part).item() for part in grads)
+
+    steps = EachStep(norms)
+    trainer(steps, max_steps=2, gradient_clip_val=1e-3).fit(task(clip_separately=True), datamodule=data())
+    assert steps.values == [pytest.approx((1e-3, 1e-3), rel=1e-3)] * 2
+    steps = EachStep(norms)
+    trainer(steps, max_steps=1, gradient_clip_val=1e-3).fit(task(), datamodule=data())
+    [(encoder_norm, predictor_norm)] = steps.values
+    assert (encoder_norm**2 + predictor_norm**2) ** 0.5 == pytest.approx(1e-3, rel=1e-3)
+    fit = trainer(max_steps=1, gradient_clip_val=1e-3, gradient_clip_algorithm="value")
+    with pytest.raises(ValueError, match=r"(?i)gradient_clip_algorithm=.*value.*clip_separately=true"):
+        fit.fit(task(clip_separately=True), datamodule=data())
+
+
+def mask_tokens_with_gradients(module: LatentPrediction, clips: dict) -> set[int]:
+    module.zero_grad()
+    module.shared_step(clips, "train")["loss"].backward()
+    return set(module.model.predictor.mask_tokens.grad.abs().sum(dim=1).nonzero().flatten().tolist())
+
+
+def test_the_mask_token_follows_the_clip_length_or_the_masking():
+    """V-JEPA 2 selects it by the clip length, so that with one length both maskings share token 0; V-JEPA by the
+    masking."""
+    long = {**batch(), "video": batch()["video"].repeat_interleave(2, dim=2)}  # 8 frames
+    assert mask_tokens_with_gradients(task(), batch()) == {0}
+    assert mask_tokens_with_gradients(task(mask_token="masking"), batch()) == {0, 1}
+    mixed = task(clip_lengths=[4, 8])
+    assert mask_tokens_with_gradients(mixed, batch()) == {0}
+    assert mask_tokens_with_gradients(mixed, long) == {1}
+    with pytest.raises(ValueError, match=r"8 frames.*task\.clip_lengths=None.*num_frames=4\b"):
+        task().shared_step(long, "train")
+
+
+def test_the_loss_is_the_power_of_the_error_over_the_exponent():
+    module, clips = task(maskings=MASKINGS[:1], loss_exponent=2.0), batch()
+    keep, target, _ = MASKINGS[0](3, GRID, torch.Generator().manual_seed(0))
+    error = module.model(module.normalize(clips["video"]), keep, target, 0) - module.latents(clips["video"]).gather(
+        1, target[..., None].expand(-1, -1, 24)
+    )
+    found = module.shared_step(clips, "val")
+    torch.testing.assert_close(found["loss"], error.square().mean() / 2)
+    zero = trivial_latent_losses(torch.full((1, 8, 2), 3.0), keep[:1], target[:1], torch.zeros(8, 2), 2.0)
+    assert zero["mean"].item() == pytest.approx(4.5)
 
 
 def test_without_a_target_encoder_gradients_reach_the_targets():
@@ -313,6 +364,10 @@ def test_media_shows_clips_masks_targets_and_predictions():
         ({"model": model(predictor_context=True)}, r"(?s)task\.visible_weight=0\.0\b.*model\.predictor_context"),
         ({"visible_weight": -0.5}, r"(?s)task\.sigreg_weight.*task\.visible_weight=-0\.5\b"),
         ({"clip_after": 2.0}, r"task\.clip_after=2\.0\b"),
+        ({"mask_token": "none"}, r"task\.mask_token='none'"),
+        ({"mask_token": "masking", "clip_lengths": [4]}, r"task\.clip_lengths=\[4\].*mask_token"),
+        ({"clip_lengths": [4, 4]}, r"task\.clip_lengths=\[4, 4\]"),
+        ({"loss_exponent": 0.0}, r"task\.loss_exponent=0\.0\b"),
         ({"momentum": partial(ramp, start=0.998, end=1.5)}, r"(?s)task\.momentum\b.*\b1\.5\b"),
         ({"momentum": None}, r"(?s)model\.ema=true\b.*task\.momentum=None"),
         ({"teacher_from": "x.pt"}, r"(?s)model\.ema=true\b.*task\.teacher_from=x\.pt"),
@@ -335,4 +390,4 @@ def test_masks_without_context_raise():
 
 def test_more_maskings_than_mask_tokens_raise():
     with pytest.raises(ValueError, match=r"mask_index=2\b"):
-        task(maskings=[RandomMasking(0.5)] * 3).shared_step(batch(), "train")
+        task(maskings=[RandomMasking(0.5)] * 3, mask_token="masking").shared_step(batch(), "train")

@@ -219,3 +219,23 @@ def test_model_and_encoder_load_from_the_checkpoint_of_a_run(tmp_path, trainer):
     encoder = model().encoder
     encoder.load_published(tmp_path / "own.ckpt")
     assert torch.equal(encoder.blocks[0].attn.qkv.weight, module.model.encoder.blocks[0].attn.qkv.weight)
+
+
+@pytest.mark.parametrize("over", ["patch", "none"])
+def test_targets_follow_normalize_over(over):
+    """The loss is the squared error of the pixels, normalized over the whole patch or not at all."""
+    module, clips = task(normalize_over=over).eval(), batch()
+    video = clips["video"]
+    pixels = video.unfold(2, 2, 2).unfold(3, 8, 8).unfold(4, 8, 8)  # (B, C, t, h, w, 2, 8, 8)
+    patches = pixels.permute(0, 2, 3, 4, 5, 6, 7, 1).reshape(3, 8, -1)  # channels last
+    if over == "patch":
+        patches = (patches - patches.mean(dim=2, keepdim=True)) / (patches.std(dim=2, keepdim=True) + 1e-6)
+    masks = module._validation_masks(clips, GRID)
+    rows = torch.arange(3)[:, None]
+    with torch.no_grad():
+        predicted = module.model(module.normalize(video), masks.keep, masks.target)
+        found = module.shared_step(clips, "val")["loss"]
+    torch.testing.assert_close(found, (predicted - patches[rows, masks.target]).square().mean())
+    assert module.media(clips)["reconstruction"].dtype == torch.uint8
+    with pytest.raises(ValueError, match=r"task\.normalize_over='clip'"):
+        task(normalize_over="clip")

@@ -20,6 +20,7 @@ from blueberry_video.video.sampling import (
     frame_rate,
     prefer_keyframes,
     random_window,
+    segments,
     spread,
     time_range,
     uniform,
@@ -44,6 +45,44 @@ def test_windows_are_spread_evenly():
     assert windows(12, 4, num_clips=3) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert windows(12, 4, num_clips=1) == [[4, 5, 6, 7]]
     assert windows(4, 4, num_clips=2) == [[0, 1, 2, 3]] * 2
+
+
+def published_segments(total: int, fpc: int, clips: int, fstp: int, rng: np.random.Generator) -> list[int]:
+    """The rule of V-JEPA's dataset with overlapping clips and random starts, written with its quantities."""
+    clip_len, partition_len, found = fpc * fstp, total // clips, []
+    for i in range(clips):
+        if partition_len > clip_len:
+            end = clip_len + int(rng.integers(partition_len - clip_len))
+            indices = np.clip(np.linspace(end - clip_len, end, num=fpc), end - clip_len, end - 1).astype(np.int64)
+            found.extend(indices + i * partition_len)
+        else:
+            sample_len = min(clip_len, total) - 1
+            indices = np.linspace(0, sample_len, num=sample_len // fstp)
+            indices = np.concatenate((indices, np.ones(fpc - sample_len // fstp) * sample_len))
+            indices = np.clip(indices, 0, sample_len - 1).astype(np.int64)
+            step = (total - clip_len) // (clips - 1) if total > clip_len else 0
+            found.extend(indices + i * step)
+    return [int(index) for index in found]
+
+
+@pytest.mark.parametrize("total", [300, 129, 128, 100, 64, 40, 9])
+@pytest.mark.parametrize(("clips", "stride"), [(8, 4), (2, 4), (2, 1)])
+def test_segments_equal_the_published_rule(total, clips, stride):
+    for seed in range(5):
+        drawn = segments(total, 16, clips, np.random.default_rng(seed), stride, pad=True)
+        assert drawn == published_segments(total, 16, clips, stride, np.random.default_rng(seed))
+        assert len(drawn) == 16 * clips
+        assert 0 <= min(drawn) <= max(drawn) < total
+
+
+def test_segments_are_random_within_their_parts():
+    options = ClipSampling("segments", 4, stride=2, num_clips=3)
+    drawn = [choose_clip(np.arange(90) / 10, options, np.random.default_rng(seed)) for seed in range(200)]
+    for number in range(3):
+        starts = {clip[4 * number] for clip in drawn}
+        assert starts == set(range(30 * number, 30 * number + 22))
+    with pytest.raises(ValueError, match=r"num_frames=4 with stride=2.*7 frames"):
+        choose_clip(np.arange(5) / 10, options)
 
 
 def test_fixed_fps_uses_timestamps_at_a_variable_frame_rate():

@@ -25,6 +25,7 @@ CLASSES = (  # packages, modules and classes; their public classes are valid `_t
     "blueberry_video.data",
     "blueberry_video.evaluation",
     "blueberry_video.inference.frame_generation.FrameDecoding",
+    "blueberry_video.inference.droid",
     "blueberry_video.inference.planner",
     "blueberry_video.inference.rollout.Rollout",
     "blueberry_video.masking",

@@ -114,8 +114,10 @@ class VideoBuckets(Buckets):
             raise ValueError("shapes is empty: list at least one bucket (frames, height, width), as in [49, 480, 720].")
         wanted = {bucket_name(shape): shape for shape in (_three("shapes", shape) for shape in shapes)}
         token_size = _three("token_size", token_size)
-        if dataset.sampler == "multi_clip":
-            raise ValueError("sampler=multi_clip cannot be used with buckets: use uniform, random or fixed_fps.")
+        if dataset.sampler in ("multi_clip", "segments"):
+            raise ValueError(
+                f"sampler={dataset.sampler} cannot be used with buckets: use uniform, random or fixed_fps."
+            )
         if captions and (missing := [row.name for row in dataset.rows if not row.caption]):
             raise ValueError(
                 f"{len(missing)} of {len(dataset.rows)} videos in {dataset.location} have no caption, the first "

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from blueberry_video.data.media_folder import MediaFolder
 from blueberry_video.data.metadata import (
@@ -54,7 +55,7 @@ class VideoClips(MediaFolder):
         self,
         root: str | Path,
         num_frames: int,
-        sampler: Literal["uniform", "random", "fixed_fps", "multi_clip"],
+        sampler: Literal["uniform", "random", "fixed_fps", "multi_clip", "segments"],
         stride: int,
         fps: float | None,
         num_clips: int,
@@ -69,17 +70,18 @@ class VideoClips(MediaFolder):
     ):
         self.num_frames, self.sampler, self.stride, self.fps, self.pad = num_frames, sampler, stride, fps, pad
         self.num_clips, self.num_crops = num_clips, num_crops
+        self.items = 1 if sampler == "segments" else num_clips  # per file and crop
         _ = self.sampling  # validates the arguments
         _check_crops(num_crops, sampler, image_size, resize)
         super().__init__(root, image_size, resize, max_broken_share, skipped_file)
         # one thread, since data loaders have many workers; damaged files are skipped, since training would repeat them
         self.decoding = DecodeOptions(backends=tuple(backends), num_threads=1, salvage=False)
         self.seed = seed
-        self.varies_by_epoch = sampler == "random"
+        self.varies_by_epoch = sampler in ("random", "segments")
         self._last: tuple[tuple[str, int], Frames] | None = None  # (file, clip) and its frames, for num_crops=3
 
     def __len__(self) -> int:
-        return len(self.rows) * self.num_clips * self.num_crops
+        return len(self.rows) * self.items * self.num_crops
 
     def __getitem__(self, index: int) -> dict:
         return self.sample(index, epoch=0)
@@ -89,7 +91,7 @@ class VideoClips(MediaFolder):
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside this dataset of {len(self)} clips.")
         rest, crop = divmod(index, self.num_crops)
-        start, clip = divmod(rest, self.num_clips)
+        start, clip = divmod(rest, self.items)
         return self._first_good(start, lambda row: self._read(row, clip, crop, epoch))
 
     def opened(self, row: Row) -> AbstractContextManager[Path | Source]:
@@ -120,7 +122,7 @@ class VideoClips(MediaFolder):
         return f"video-folder-2/{json.dumps(settings)}/{self._digest()}"
 
     def _read(self, row: Row, clip: int, crop: int, epoch: int) -> dict:
-        part = f"#{clip}" if self.sampler == "multi_clip" else ""
+        part = f"#{clip}" if self.sampler == "multi_clip" or self.num_crops > 1 else ""
         if self.num_crops == 1:
             frames = self._load(row, clip, epoch)
             video = frames.pixels
@@ -130,9 +132,12 @@ class VideoClips(MediaFolder):
                 self._last = (row.name, clip), self._load(row, clip, epoch=0)
             frames = self._last[1]
             video, part = resizing.window(frames.pixels, self.image_size, crop), f"{part}.{crop}"
-        seconds = frames.timestamps.unique()  # without the repetitions of padding
+        seconds = frames.timestamps[: self.num_frames].unique()  # without the repetitions of padding
         fps = self.fps or ((len(seconds) - 1) / float(seconds[-1] - seconds[0]) if len(seconds) > 1 else 0.0)
-        return {"video": video, "id": row.name + part, "fps": float(fps), **self._said(row)}
+        said = self._said(row)
+        if self.sampler == "segments":
+            said["frames"] = torch.tensor(frames.indices)
+        return {"video": video, "id": row.name + part, "fps": float(fps), **said}
 
     def _load(self, row: Row, clip: int, epoch: int) -> Frames:
         """Decoded frames resized to ``image_size``, or to the smallest size that covers it for ``num_crops=3``."""
@@ -162,13 +167,15 @@ class VideoFolder(VideoClips):
             different start in each epoch; ``fixed_fps``: frames 1 / ``fps`` s apart, in the middle of the video;
             ``multi_clip``: ``num_clips`` evenly spaced windows of each file, for testing. Each window is a separate
             item with id ``name#k``, so that all clips have the same shape; average the predictions of the items with
-            the same id before ``#``.
-        stride: frame step of a ``random`` or ``multi_clip`` window.
+            the same id before ``#``; ``segments``: a random window in each of ``num_clips`` parts of the file, one
+            after the other in one clip of ``num_clips`` · ``num_frames`` frames, with ``frames``, their indices in the
+            file; for probes that attend across segments (``model.segments``).
+        stride: frame step of a ``random``, ``multi_clip`` or ``segments`` window.
         fps: frames per second of ``fixed_fps``.
-        num_clips: windows per file of ``multi_clip``.
-        num_crops: crops of each ``multi_clip`` window: 1, the center, or 3 items ``name#<clip>.<crop>``: crops of
-            ``image_size`` at the start, the center and the end of the longer side. Consecutive items share one
-            decoding.
+        num_clips: windows per file of ``multi_clip`` and ``segments``.
+        num_crops: crops of each ``multi_clip`` window, or of the windows of ``segments`` together: 1, the center, or 3
+            items ``name#<clip>.<crop>``: crops of ``image_size`` at the start, the center and the end of the longer
+            side. Consecutive items share one decoding.
         image_size: pixels, one number for a square or (height, width); None keeps the size of each file, which must
             then be the same within a batch.
         resize: ``crop`` scales until the frame covers ``image_size`` and crops the center; ``stretch`` changes the
@@ -196,7 +203,7 @@ class VideoFolder(VideoClips):
         self,
         root: str | Path,
         num_frames: int,
-        sampler: Literal["uniform", "random", "fixed_fps", "multi_clip"] = "uniform",
+        sampler: Literal["uniform", "random", "fixed_fps", "multi_clip", "segments"] = "uniform",
         stride: int = 1,
         fps: float | None = None,
         num_clips: int = 1,
@@ -227,8 +234,8 @@ class VideoFolder(VideoClips):
 def _check_crops(num_crops: int, sampler: str, image_size: int | Sequence[int] | None, resize: str) -> None:
     if num_crops not in (1, 3):
         raise ValueError(f"num_crops={num_crops} must be 1 (center) or 3 (start, center, end).")
-    if num_crops > 1 and (sampler != "multi_clip" or image_size is None or resize != "crop"):
+    if num_crops > 1 and (sampler not in ("multi_clip", "segments") or image_size is None or resize != "crop"):
         raise ValueError(
             f"num_crops={num_crops} with sampler={sampler!r}, image_size={image_size} and resize={resize!r}: three "
-            "crops require sampler=multi_clip, an image_size and resize=crop."
+            "crops require sampler=multi_clip or segments, an image_size and resize=crop."
         )

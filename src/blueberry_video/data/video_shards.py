@@ -58,7 +58,7 @@ class VideoShards(VideoClips):
         self,
         root: str | Path,
         num_frames: int,
-        sampler: Literal["uniform", "random", "fixed_fps", "multi_clip"] = "uniform",
+        sampler: Literal["uniform", "random", "fixed_fps", "multi_clip", "segments"] = "uniform",
         stride: int = 1,
         fps: float | None = None,
         num_clips: int = 1,

@@ -18,7 +18,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(dim=1) == labels).float().mean()
 
 
-def recalled_by_class(logits: Tensor, labels: Tensor, k: int = 5) -> Tensor:
+def recalled_by_class(logits: Tensor, labels: Tensor, k: int = 5, valid_classes: Sequence[int] | None = None) -> Tensor:
     """Returns the number of recalled clips and of all clips per class: long (2, classes), to be summed over batches.
 
     A clip is recalled if its class is among the ``k`` highest logits.
@@ -26,11 +26,19 @@ def recalled_by_class(logits: Tensor, labels: Tensor, k: int = 5) -> Tensor:
     Args:
         logits: (N, classes); ``k`` may exceed the number of classes.
         labels: (N,) long.
+        valid_classes: classes that may be predicted, such as those that occur in the validation set of
+            EPIC-KITCHENS-100; ``None``: all.
 
     Raises:
-        ValueError: for a label outside the classes.
+        ValueError: for a label outside the classes, or a valid class outside them.
     """
     classes = logits.shape[1]
+    if valid_classes is not None:
+        if not valid_classes or not 0 <= min(valid_classes) <= max(valid_classes) < classes:
+            raise ValueError(f"valid_classes={list(valid_classes)} must be in 0 to {classes - 1}.")
+        valid = torch.zeros(classes, dtype=torch.bool, device=logits.device)
+        valid[list(valid_classes)] = True
+        logits = logits.masked_fill(~valid, -torch.inf)
     if ((labels < 0) | (labels >= classes)).any():
         raise ValueError(
             f"labels from {int(labels.min())} to {int(labels.max())} must be in 0 to {classes - 1}, the classes of the "

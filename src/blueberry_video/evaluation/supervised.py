@@ -83,7 +83,8 @@ def fit_probe(
     """Trains a :class:`ClassificationHead` with ``pooling`` on the tokens (N, tokens, D) of a frozen encoder."""
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        head = ClassificationHead(tokens.shape[-1], num_classes, pooling)
+        # not the published probe: the scores of the experiments were measured with these settings
+        head = ClassificationHead(tokens.shape[-1], num_classes, pooling, pool_eps=1e-6, published_pool=False)
         _fit(head, lambda index: tokens[index], labels, recipe)
         return head
 

@@ -41,15 +41,16 @@ def trivial_patch_losses(
 
 
 def trivial_latent_losses(
-    latents: Tensor, keep: Tensor, target: Tensor, average: Tensor | None = None
+    latents: Tensor, keep: Tensor, target: Tensor, average: Tensor | None = None, exponent: float = 1.0
 ) -> dict[str, Tensor]:
-    """Mean absolute error of three baselines that predict masked embeddings from means.
+    """Error |difference| ** ``exponent`` / ``exponent`` of three baselines that predict masked embeddings from means.
 
     Args:
         latents: (B, N, D), embeddings of all tokens of the clips.
         keep: (B, N_visible) indices of the visible tokens.
         target: (B, N_target) indices of the masked tokens.
         average: (N, D), mean over clips of the embeddings; ``None``: over those of the batch.
+        exponent: 1 for the mean absolute error.
 
     Returns:
         Scalars by name: ``mean`` predicts the mean of all embeddings; ``position`` the mean over clips at the same
@@ -62,7 +63,7 @@ def trivial_latent_losses(
         "clip": gather_tokens(latents, keep).mean(dim=1, keepdim=True).expand_as(latents),
     }
     errors = {name: (latents - prediction).abs() for name, prediction in predictions.items()}
-    return {name: gather_tokens(error, target).mean() for name, error in errors.items()}
+    return {name: (gather_tokens(e, target) ** exponent / exponent).mean() for name, e in errors.items()}
 
 
 def trivial_denoising_losses(

@@ -14,7 +14,7 @@ the encoder.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +37,11 @@ class Actions(ABC):
 
     Attributes:
         width: A, the width of an action vector.
+        moves_states: :meth:`moved` computes the states of later steps.
     """
 
     width: int
+    moves_states: ClassVar[bool] = False
 
     @abstractmethod
     def start(self, batch: int, horizon: int, device: torch.device) -> ActionDistribution:
@@ -62,6 +64,10 @@ class Actions(ABC):
     @abstractmethod
     def choose(self, distribution: ActionDistribution) -> Tensor:
         """Most likely valid sequence per situation, the plan: (B, H, A)."""
+
+    def moved(self, states: Tensor, actions: Tensor) -> Tensor:
+        """States (..., K) after actions (..., A), if ``moves_states``."""
+        raise NotImplementedError(f"{type(self).__name__} does not compute states: use planner.displacement.")
 
 
 class _Continuous(Actions):
@@ -171,7 +177,8 @@ class Discrete(Actions):
 
 
 class CrossEntropyPlanner:
-    """Finds the actions that lead to a goal. The defaults are those of V-JEPA 2-AC.
+    """Finds the actions that lead to a goal. The defaults are those of the paper of V-JEPA 2-AC; the published code
+    plans for a robot arm with :class:`~blueberry_video.inference.droid.DroidActions`.
 
     Args:
         actions: action space, of the ``action_dim`` of the world model.
@@ -182,7 +189,7 @@ class CrossEntropyPlanner:
         mean_momentum, std_momentum: shares of the old mean and standard deviation that are kept, in [0, 1]; the
             probabilities of discrete actions are a mean.
         displacement: change of the state by each action: A rows of K numbers, from which the states of later steps are
-            computed. Required for a horizon above 1.
+            computed. Required for a horizon above 1, unless ``actions`` compute states.
         batch_size: maximum number of sequences per forward pass of the model.
 
     Raises:
@@ -215,7 +222,12 @@ class CrossEntropyPlanner:
         for key, momentum in (("mean_momentum", mean_momentum), ("std_momentum", std_momentum)):
             if not 0 <= momentum <= 1:
                 raise ValueError(f"planner.{key}={momentum}, the share of the old distribution, must be in [0, 1].")
-        if displacement is None and horizon > 1:
+        if displacement is not None and actions.moves_states:
+            raise ValueError(
+                f"planner.displacement contradicts planner.actions={type(actions).__name__}, which computes the "
+                "states: leave planner.displacement null."
+            )
+        if displacement is None and horizon > 1 and not actions.moves_states:
             raise ValueError(
                 f"planner.horizon={horizon} requires planner.displacement, the change of the state by each action, as "
                 "the model is conditioned on the state of each step: set it, or use planner.horizon=1."
@@ -290,6 +302,11 @@ class CrossEntropyPlanner:
 
     def states_along(self, states: Tensor, actions: Tensor) -> Tensor:
         """State before each action of a sequence: (B, K) and (B, N, H, A) -> (B, N, H, K)."""
+        if self.actions.moves_states:
+            steps = [states[:, None].expand(-1, actions.shape[1], -1)]
+            for action in actions.unbind(dim=2)[:-1]:
+                steps.append(self.actions.moved(steps[-1], action.to(states.dtype)))
+            return torch.stack(steps, dim=2)
         along = states[:, None, None].expand(-1, *actions.shape[1:3], -1)
         if self.displacement is None:
             return along

@@ -9,7 +9,9 @@ from blueberry_video.nn.patches import normalize_patches, patchify, unpatchify
 
 
 @torch.no_grad()
-def reconstruct(model: MaskedAutoencoder, video: Tensor, inputs: Tensor, keep: Tensor, target: Tensor) -> Tensor:
+def reconstruct(
+    model: MaskedAutoencoder, video: Tensor, inputs: Tensor, keep: Tensor, target: Tensor, over: str = "channel"
+) -> Tensor:
     """Replaces the target patches of a video with the predictions of a model; visible patches are unchanged.
 
     The model predicts patches of zero mean and unit variance. They are scaled to the **true** mean and standard
@@ -22,13 +24,14 @@ def reconstruct(model: MaskedAutoencoder, video: Tensor, inputs: Tensor, keep: T
         inputs: the same video, normalized as the encoder requires.
         keep: (B, N_visible) indices of the visible tokens.
         target: (B, N_target) indices of the predicted tokens.
+        over: normalization of the targets, see :func:`~blueberry_video.nn.patches.normalize_patches`.
 
     Returns:
         (B, C, T, H, W) in [0, 1]; patches that are neither visible nor predicted are black.
     """
     encoder = model.encoder
     patches = patchify(encoder.as_clip(video), encoder.patch_size)  # (B, N, P, C)
-    _, mean, std = normalize_patches(patches)
+    _, mean, std = normalize_patches(patches, over=over)
     predicted = model(inputs, keep, target).float().view(*target.shape, *patches.shape[2:])
     rows = torch.arange(len(video), device=video.device)[:, None]
     filled = torch.zeros_like(patches)

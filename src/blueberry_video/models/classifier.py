@@ -6,11 +6,13 @@ Published weights are those of fine-tuned VideoMAE (original, transformers) and 
 from pathlib import Path
 from typing import Any, Self, cast
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from blueberry_video.models import vit
 from blueberry_video.models.encoder import Encoder
 from blueberry_video.nn.heads import ClassificationHead
+from blueberry_video.nn.positions import sincos
 from blueberry_video.weights.diffusers_folder import TRANSFORMERS, read_source, write_folder
 from blueberry_video.weights.load import check_config, check_layout, load_strictly, origin_of_heads
 
@@ -24,15 +26,22 @@ class VideoClassifier(nn.Module):
         pooling: ``"mean"`` or ``"attentive"`` over the tokens, see
             :class:`~blueberry_video.nn.heads.ClassificationHead`, or ``"context"``: the vector
             ``encoder.context(video)`` of an encoder such as :class:`~blueberry_video.models.spool.Spool`.
-        num_heads, dropout, head_init_scale, pool_depth, head_norm: arguments of the head; V-JEPA 2 is probed with
-            ``attentive`` pooling of 4 blocks and no norm.
+        num_heads, dropout, head_init_scale, pool_depth, head_norm, pool_eps, complete_block, published_pool: arguments
+            of the head. V-JEPA is probed with ``attentive`` pooling of 1 block, V-JEPA 2 of 4, both without norm and
+            with ``head_init_scale=None``; transformers' probes need ``pool_eps=1e-6``.
         freeze_encoder: train only the head; the encoder stays in evaluation mode.
+        segments: number of windows that follow each other in a video; each is encoded alone, and the head receives the
+            tokens of all. V-JEPA's probes have 8 on Kinetics-400 and 2 on Something-Something v2 (data:
+            ``sampler=segments``).
+        segment_positions: add a sine-cosine table at the index of the frame in its file to the tokens of each window.
 
     Attributes:
         num_classes: number of classes of each label.
 
     Raises:
-        ValueError: ``pooling`` is unknown, or ``"context"`` with an encoder that has no context, or there is no label.
+        ValueError: ``pooling`` is unknown, or ``"context"`` with an encoder that has no context or several segments, or
+            there is no label, or ``segments`` is below 1; in ``forward``, the number of frames is not a multiple of
+            ``segments``, or their indices are missing.
     """
 
     def __init__(
@@ -42,13 +51,21 @@ class VideoClassifier(nn.Module):
         pooling: str = "mean",
         num_heads: int = 1,
         dropout: float = 0.0,
-        head_init_scale: float = 0.001,
+        head_init_scale: float | None = 0.001,
         pool_depth: int = 1,
         head_norm: bool = True,
         freeze_encoder: bool = False,
+        pool_eps: float = 1e-5,
+        complete_block: bool = True,
+        published_pool: bool = True,
+        segments: int = 1,
+        segment_positions: bool = False,
     ):
         super().__init__()
+        if segments < 1 or (segments > 1 and pooling == "context"):
+            raise ValueError(f"model.segments={segments} must be at least 1, and 1 with model.pooling=context.")
         self.encoder, self.freeze_encoder = encoder, freeze_encoder
+        self.segments, self.segment_positions = segments, segment_positions
         self.num_classes = dict(num_classes)
         self.pooling, self.by_context, width = pooling, pooling == "context", encoder.embed_dim
         if self.by_context:
@@ -59,9 +76,8 @@ class VideoClassifier(nn.Module):
                     "use one of conf/model/spool/ with num_hidden_layers of at least 1, or 'mean' or 'attentive' "
                     "pooling."
                 )
-        self.head = ClassificationHead(
-            width, num_classes, pooling, num_heads, dropout, head_init_scale, pool_depth, head_norm
-        )
+        of_head = (dropout, head_init_scale, pool_depth, head_norm, pool_eps, complete_block, published_pool)
+        self.head = ClassificationHead(width, num_classes, pooling, num_heads, *of_head)
         if freeze_encoder:
             encoder.requires_grad_(False)
 
@@ -71,10 +87,27 @@ class VideoClassifier(nn.Module):
             self.encoder.eval()
         return self
 
-    def forward(self, video: Tensor) -> dict[str, Tensor]:
+    def forward(self, video: Tensor, frames: Tensor | None = None) -> dict[str, Tensor]:
+        """Classifies a video (B, C, T, H, W); ``frames`` (B, T) are the indices of its frames in the file."""
         if self.by_context:
             return self.head(cast(Any, self.encoder).context(video)[:, None])
-        return self.head(self.encoder(video))
+        if video.shape[2] % self.segments:
+            raise ValueError(
+                f"the video has {video.shape[2]} frames, not a multiple of model.segments={self.segments}: set "
+                f"sampler=segments and num_clips={self.segments} in data.train and data.val."
+            )
+        windows = rearrange(video, "b c (s t) h w -> (b s) c t h w", s=self.segments)
+        tokens = self.encoder(windows)
+        if self.segment_positions:
+            if frames is None:
+                raise ValueError(
+                    "model.segment_positions=true requires clips with `frames`, their indices in the file: set "
+                    "sampler=segments in data.train and data.val."
+                )
+            _, h, w = self.encoder.grid(windows.shape)
+            rows = sincos(frames.reshape(len(windows), -1)[:, :: self.encoder.patch_size[0]], tokens.shape[-1])
+            tokens = tokens + rows.to(tokens).repeat_interleave(h * w, dim=1)
+        return self.head(rearrange(tokens, "(b s) n d -> b (s n) d", s=self.segments))
 
     def load_published(self, source: str | Path) -> str:
         """Loads published weights or a checkpoint of a run: the encoder strictly, see

@@ -1,5 +1,6 @@
 """Attentive pooling of tokens and a classification head."""
 
+import math
 from typing import ClassVar
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from blueberry_video.nn.blocks import Block
+from blueberry_video.nn.blocks import Block, init_trunc_normal
 from blueberry_video.nn.feed_forward import Mlp
 
 
@@ -21,22 +22,29 @@ class AttentivePool(nn.Module):
         norm_eps: of the LayerNorms; 1e-5 in the probes published with V-JEPA and V-JEPA 2, 1e-6 in transformers.
         depth: number of blocks, the first ``depth - 1`` of them self-attention; 4 in V-JEPA 2's probe.
         num_queries: number of learned queries.
+        complete_block: cross-attention in a block with LayerNorms, a residual connection and an MLP; false: the
+            cross-attention alone.
+        published: initialization and weight decay of the published probes: truncated normal weights with std 0.02,
+            zero biases, output layers scaled down by depth, and a query with weight decay. False: the initialization of
+            PyTorch, and a query without weight decay.
 
     Raises:
         ValueError: if ``num_heads`` does not divide ``dim``, or ``depth`` or ``num_queries`` is below 1.
     """
 
     block_lists: ClassVar[tuple[str, ...]] = ("blocks",)  # sharded one by one
-    no_weight_decay = ("query",)
+    no_weight_decay: tuple[str, ...] = ()
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
         mlp_ratio: float = 4.0,
-        norm_eps: float = 1e-6,
+        norm_eps: float = 1e-5,
         depth: int = 1,
         num_queries: int = 1,
+        complete_block: bool = True,
+        published: bool = True,
     ):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
@@ -45,22 +53,37 @@ class AttentivePool(nn.Module):
             raise ValueError(f"depth={depth} and num_queries={num_queries} of attentive pooling must be at least 1.")
         self.num_heads = num_heads
         self.query = nn.Parameter(torch.zeros(1, num_queries, dim))
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps) if complete_block else None
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim, round(dim * mlp_ratio))
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps) if complete_block else None
+        self.mlp = Mlp(dim, round(dim * mlp_ratio)) if complete_block else None
         nn.init.trunc_normal_(self.query, std=0.02)
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, norm_eps=norm_eps) for _ in range(depth - 1))
+        if published:
+            self._init_published()
+        else:
+            self.no_weight_decay = ("query",)
+
+    @torch.no_grad()
+    def _init_published(self) -> None:
+        init_trunc_normal(self)
+        if self.mlp is not None:  # as the last block of self-attention: the original counts both as one layer
+            self.mlp.fc2.weight.div_(math.sqrt(2 * max(len(self.blocks), 1)))
 
     def pool_queries(self, tokens: Tensor) -> Tensor:
         """Pooled vector of each query: (B, N, D) -> (B, num_queries, D)."""
         for block in self.blocks:
             tokens = block(tokens)
         query = self.query.expand(tokens.shape[0], -1, -1)
+        if self.norm1 is not None:
+            tokens = self.norm1(tokens)
         q = rearrange(self.q(query), "b n (h d) -> b h n d", h=self.num_heads)
-        k, v = rearrange(self.kv(self.norm1(tokens)), "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
-        query = query + rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+        k, v = rearrange(self.kv(tokens), "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
+        pooled = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+        if self.norm2 is None or self.mlp is None:
+            return pooled
+        query = query + pooled
         return query + self.mlp(self.norm2(query))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -77,12 +100,15 @@ class ClassificationHead(nn.Module):
     Args:
         dim: width of the tokens.
         num_classes: number of classes of each label, such as ``{"motion": 8}``.
-        pooling: ``"mean"`` or ``"attentive"``.
+        pooling: ``"mean"`` or ``"attentive"``; ``"first"``: the first token, as VideoMAE without mean pooling.
         num_heads: attention heads of the attentive pooling.
         dropout: on the pooled vector.
-        init_scale: factor on the initial weights of the linear layers.
+        init_scale: factor on the initial weights of the linear layers, truncated normal with std 0.02; ``None``: the
+            initialization of PyTorch, as in the published probes.
         pool_depth: ``depth`` of :class:`AttentivePool`.
         final_norm: LayerNorm on the pooled vector.
+        pool_eps, complete_block, published_pool: ``norm_eps``, ``complete_block`` and ``published`` of
+            :class:`AttentivePool`.
 
     Raises:
         ValueError: if ``pooling`` is unknown or ``num_classes`` empty.
@@ -95,26 +121,34 @@ class ClassificationHead(nn.Module):
         pooling: str = "mean",
         num_heads: int = 1,
         dropout: float = 0.0,
-        init_scale: float = 0.001,
+        init_scale: float | None = 0.001,
         pool_depth: int = 1,
         final_norm: bool = True,
+        pool_eps: float = 1e-5,
+        complete_block: bool = True,
+        published_pool: bool = True,
     ):
         super().__init__()
-        if pooling not in ("mean", "attentive"):
-            raise ValueError(f"pooling={pooling!r} is unknown: choose 'mean' or 'attentive'.")
+        if pooling not in ("mean", "attentive", "first"):
+            raise ValueError(f"pooling={pooling!r} is unknown: choose 'mean', 'attentive' or 'first'.")
         if not num_classes:
             raise ValueError("num_classes={} must name at least one label with its class count, such as {motion: 8}.")
-        self.pool = AttentivePool(dim, num_heads, depth=pool_depth) if pooling == "attentive" else None
+        self.pool: AttentivePool | None = None
+        if pooling == "attentive":
+            options = {"complete_block": complete_block, "published": published_pool}
+            self.pool = AttentivePool(dim, num_heads, norm_eps=pool_eps, depth=pool_depth, **options)
+        self.first = pooling == "first"
         self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if final_norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.ModuleDict()
         for name, count in num_classes.items():
             linear = nn.Linear(dim, count)
-            nn.init.trunc_normal_(linear.weight, std=0.02 * init_scale)
-            nn.init.zeros_(linear.bias)
+            if init_scale is not None:
+                nn.init.trunc_normal_(linear.weight, std=0.02 * init_scale)
+                nn.init.zeros_(linear.bias)
             self.linear[name] = linear
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
-        pooled = self.pool(tokens) if self.pool is not None else tokens.mean(dim=1)
+        pooled = self.pool(tokens) if self.pool is not None else tokens[:, 0] if self.first else tokens.mean(dim=1)
         pooled = self.dropout(self.fc_norm(pooled))
         return {name: linear(pooled) for name, linear in self.linear.items()}

@@ -1,18 +1,20 @@
 """Patches of pixels: patchify and unpatchify, normalization, gathering and mean squared error."""
 
+import math
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 
 class NormalizedPatches(NamedTuple):
-    """Patches with zero mean and unit variance per channel, and the statistics to invert the normalization."""
+    """Patches with zero mean and unit variance, and the statistics to invert the normalization."""
 
     patches: Tensor  # (B, N, P, C)
-    mean: Tensor  # (B, N, 1, C)
-    std: Tensor  # (B, N, 1, C)
+    mean: Tensor  # (B, N, 1, C), or (B, N, 1, 1) unless normalized per channel
+    std: Tensor  # like mean
 
 
 def patchify(video: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
@@ -32,7 +34,9 @@ def unpatchify(patches: Tensor, grid: tuple[int, int, int], patch_size: tuple[in
     return rearrange(patches, pattern, t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
 
 
-def normalize_patches(patches: Tensor, eps: float = 1e-6, eps_under_root: bool = False) -> NormalizedPatches:
+def normalize_patches(
+    patches: Tensor, eps: float = 1e-6, eps_under_root: bool = False, over: str = "channel"
+) -> NormalizedPatches:
     """Normalizes each patch **and channel** over its pixels, with the unbiased variance, as VideoMAE does.
 
     Normalizing over all P * C values at once, or with the biased variance, trains a different model.
@@ -42,11 +46,23 @@ def normalize_patches(patches: Tensor, eps: float = 1e-6, eps_under_root: bool =
         eps: keeps constant patches finite.
         eps_under_root: divide by sqrt(variance + eps), as OmniMAE does, instead of sqrt(variance) + eps; the values of
             low-contrast patches are then smaller.
+        over: values with a common mean and variance: those of a ``"channel"`` of a patch, or of the whole ``"patch"``,
+            an option of OmniMAE; ``"none"`` leaves the pixels unchanged, an option of VideoMAE.
+
+    Raises:
+        ValueError: ``over`` is unknown.
     """
-    mean = patches.mean(dim=2, keepdim=True)
+    if over not in ("channel", "patch", "none"):
+        raise ValueError(f"normalization over={over!r} is unknown: choose 'channel', 'patch' or 'none'.")
+    if over == "none":
+        one = torch.ones_like(patches[:, :, :1, :1])
+        return NormalizedPatches(patches, torch.zeros_like(one), one)
+    axes = (2,) if over == "channel" else (2, 3)
+    mean = patches.mean(dim=axes, keepdim=True)
     centred = patches - mean
     # Not torch.var, which is a hundred times slower on the CPU.
-    variance = centred.square().sum(dim=2, keepdim=True) / (patches.shape[2] - 1)
+    count = math.prod(patches.shape[axis] for axis in axes)
+    variance = centred.square().sum(dim=axes, keepdim=True) / (count - 1)
     std = (variance + eps).sqrt() if eps_under_root else variance.sqrt() + eps
     return NormalizedPatches(centred / std, mean, std)
 

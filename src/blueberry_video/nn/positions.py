@@ -63,6 +63,16 @@ def sinusoid(positions: Tensor, dim: int) -> Tensor:
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos())
 
 
+def sincos(positions: Tensor, dim: int) -> Tensor:
+    """1-D sine-cosine rows (..., dim), float32: the sines of all frequencies, then the cosines.
+
+    Frequency i is 10000^(-2i / dim). The positions of segments of a video in the probes of V-JEPA.
+    """
+    frequency = 10000 ** (-torch.arange(dim // 2, dtype=torch.float64, device=positions.device) / (dim // 2))
+    angles = positions.double()[..., None] * frequency
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
+
+
 def sincos_3d_table(grid: tuple[int, int, int], dim: int) -> Tensor:
     """Fixed 3-D sine-cosine table of V-JEPA (arXiv 2404.08471): (t * h * w, dim), float32, in raster order.
 

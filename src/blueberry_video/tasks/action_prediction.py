@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from blueberry_video.models.jepa.world_model import CONDITIONS, WorldModel
+from blueberry_video.models.jepa.world_model import WorldModel
 from blueberry_video.tasks.base import Task
 from blueberry_video.tasks.settings import ClipInput, Optimization
 
@@ -74,10 +74,10 @@ class ActionPrediction(Task):
         self.rollout_steps, self.val_rollout_steps = rollout_steps, val_rollout_steps
 
     def shared_step(self, batch: dict, stage: str) -> dict[str, Tensor]:
-        actions, states = self._conditions(batch)
+        conditions = self._conditions(batch)
         latents = self.model.encode_frames(self.normalize(batch["video"]))
-        one_step = prediction_loss(self.model(latents, actions, states), latents)
-        rollout = prediction_loss(self._rollout(latents, actions, states, self.rollout_steps), latents)
+        one_step = prediction_loss(self.model(latents, *conditions), latents)
+        rollout = prediction_loss(self._rollout(latents, *conditions, steps=self.rollout_steps), latents)
         values = {"loss": one_step + rollout, "loss_one_step": one_step, "loss_rollout": rollout}
         if stage == "train":
             return values
@@ -85,7 +85,7 @@ class ActionPrediction(Task):
         return {
             **values,
             "loss_one_step_trivial": prediction_loss(latents[:, :-1], latents),
-            "rollout": prediction_loss(self._rollout(latents, actions, states, steps), latents),
+            "rollout": prediction_loss(self._rollout(latents, *conditions, steps=steps), latents),
             "rollout_trivial": prediction_loss(latents[:, :1].expand(-1, steps, -1, -1), latents),
         }
 
@@ -96,14 +96,18 @@ class ActionPrediction(Task):
         """Tokens of the predictor's sequence for a clip, including its last frame."""
         _, _, frames, *size = batch["video"].shape
         _, height, width = self.model.encoder.grid((1, *size))
-        return (frames * (height * width + CONDITIONS)) * self._times(batch)
+        return (frames * (height * width + self.model.predictor.num_conditions)) * self._times(batch)
 
-    def _rollout(self, latents: Tensor, actions: Tensor, states: Tensor, steps: int) -> Tensor:
-        return self.model.rollout(latents[:, :1], actions[:, :steps], states[:, :steps])
+    def _rollout(
+        self, latents: Tensor, actions: Tensor, states: Tensor, extrinsics: Tensor | None, steps: int
+    ) -> Tensor:
+        return self.model.rollout(latents[:, :1], actions[:, :steps], states[:, :steps], extrinsics)
 
-    def _conditions(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """Actions (B, T-1, A) and states (B, T, K) of a batch."""
-        missing = [key for key in ("actions", "states") if key not in batch]
+    def _conditions(self, batch: dict) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Actions (B, T-1, A), states (B, T, K) and, if the model uses them, extrinsics (B, T, A - 1) of a batch."""
+        uses_extrinsics = self.model.predictor.extrinsics_encoder is not None
+        required = ("actions", "states", *(["extrinsics"] if uses_extrinsics else []))
+        missing = [key for key in required if key not in batch]
         if missing:
             raise ValueError(
                 f"the clips have no {' and no '.join(missing)}: action_prediction needs clips of an agent, such as "
@@ -117,4 +121,5 @@ class ActionPrediction(Task):
                 "task.val_rollout_steps."
             )
         actions = action_vectors(batch["actions"], self.model.action_dim)
-        return actions.to(batch["video"]), batch["states"].to(batch["video"])
+        extrinsics = batch["extrinsics"].to(batch["video"]) if uses_extrinsics else None
+        return actions.to(batch["video"]), batch["states"].to(batch["video"]), extrinsics

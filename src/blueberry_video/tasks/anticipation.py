@@ -50,6 +50,7 @@ class Anticipation(Task):
             2 to 14 (0.25 to 1.75 s) in V-JEPA 2.
         val_gap: number of frames in validation; 8 (1 s) on EPIC-KITCHENS-100.
         recall_at: k of recall at k; 5 on EPIC-KITCHENS-100.
+        valid_classes: label -> classes that recall may predict; ``None``, or a label that it lacks: all.
         alpha, gamma: see :func:`focal_loss`.
         weights_of: encoder to load from the file ``init_from``, ``"target_encoder"`` or ``"encoder"``.
         num_pictures: number of clips in :meth:`media`.
@@ -71,6 +72,7 @@ class Anticipation(Task):
         val_gap: int,
         input: ClipInput | None = None,
         recall_at: int = 5,
+        valid_classes: dict[str, list[int]] | None = None,
         alpha: float = 0.25,
         gamma: float = 2.0,
         weights_of: str = "target_encoder",
@@ -80,6 +82,7 @@ class Anticipation(Task):
         self.seen, self.gap, self.val_gap = seen, tuple(gap), val_gap
         self.recall_at, self.alpha, self.gamma = recall_at, alpha, gamma
         self.weights_of, self.num_pictures = weights_of, num_pictures
+        self.valid_classes = dict(valid_classes or {})
         self._check()
         self.untrained = copy.deepcopy(model) if model.freeze else None  # before init_from is loaded
         self._recalled: dict[str, Tensor] = {}
@@ -99,6 +102,11 @@ class Anticipation(Task):
             raise ValueError(
                 f"task.gap={list(self.gap)} must be the smallest and largest number of frames, such as [2, 14], and "
                 f"task.val_gap={self.val_gap} a number of frames of at least 0, such as 8."
+            )
+        if unknown := self.valid_classes.keys() - self.model.num_classes.keys():
+            raise ValueError(
+                f"task.valid_classes has the labels {sorted(unknown)}, but model.num_classes="
+                f"{self.model.num_classes} does not."
             )
         if self.recall_at < 1 or not 0 <= self.alpha <= 1 or self.gamma < 0:
             raise ValueError(
@@ -151,7 +159,7 @@ class Anticipation(Task):
 
     def _count(self, logits: dict[str, Tensor], labels: dict[str, Tensor], suffix: str) -> None:
         for name, label in labels.items():
-            counts = recalled_by_class(logits[name], label, self.recall_at)
+            counts = recalled_by_class(logits[name], label, self.recall_at, self.valid_classes.get(name))
             self._recalled[f"{name}_recall{suffix}"] = self._recalled.get(f"{name}_recall{suffix}", 0) + counts
 
     def epoch_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -168,7 +168,7 @@ class Task(lightning.LightningModule, ABC):
 
     def parameter_groups(self) -> list[dict]:
         """Parameter groups of the optimizer; see :func:`~blueberry_video.optim.parameter_groups`."""
-        return parameter_groups(self, self.optimization.layer_decay)
+        return parameter_groups(self, self.optimization.layer_decay, self.optimization.layer_decay_head)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         settings = self.optimization

@@ -71,21 +71,22 @@ class Classification(Task):
             if self.mixing is not None:
                 video, own = self.mixing(video)
         inputs = self.normalize(video)
-        logits = self.model(inputs)
+        frames = (batch["frames"],) if "frames" in batch else ()  # of data with sampler=segments
+        logits = self.model(inputs, *frames)
         labels = {name: batch["labels"][name] for name in logits}
         targets = {name: soft_targets(labels[name], logits[name].shape[1], own, smoothing) for name in logits}
         values = self.losses(inputs, logits, targets)
         if own == 1:
             values |= {name: accuracy(logits[name], labels[name]) for name in logits}
         if self.untrained is not None:
-            untrained = self.untrained(inputs)
+            untrained = self.untrained(inputs, *frames)
             control = soft_cross_entropy(untrained, targets)
             values["loss"] = values["loss"] + (control - control.detach())  # value of the probe, gradients of both
             values |= {f"{name}_random_init": accuracy(untrained[name], labels[name]) for name in logits if own == 1}
         if stage != "train":
             self._classes.add(labels)
             self._views.add(batch.get("id", []), logits, labels)
-            values |= self._motion_controls(video, logits, labels, clip_seeds(batch))
+            values |= self._motion_controls(video, frames, logits, labels, clip_seeds(batch))
         return values
 
     def losses(self, inputs: Tensor, logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -99,14 +100,19 @@ class Classification(Task):
         return {"loss": soft_cross_entropy(logits, targets)}
 
     def _motion_controls(
-        self, video: Tensor, logits: dict[str, Tensor], labels: dict[str, Tensor], seeds: list[int]
+        self,
+        video: Tensor,
+        frames: tuple[Tensor, ...],
+        logits: dict[str, Tensor],
+        labels: dict[str, Tensor],
+        seeds: list[int],
     ) -> dict[str, Tensor]:
         """Accuracies on shuffled frames, for labels that depend on the order of frames."""
         pairs = self.trainer.datamodule.reversal_pairs  # type: ignore[attr-defined]
         names = [name for name in logits if name in pairs and video.shape[2] > 1]
         if not names:
             return {}
-        shuffled = self.model(self.normalize(shuffle_frames(video, seeds)))
+        shuffled = self.model(self.normalize(shuffle_frames(video, seeds)), *frames)
         values = {f"{name}_shuffled": accuracy(shuffled[name], labels[name]) for name in names}
         for name in names:
             values[f"{name}_within_pairs_trivial"] = video.new_tensor(0.5)

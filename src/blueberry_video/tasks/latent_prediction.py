@@ -2,7 +2,7 @@
 2506.09985; 2.1, 2603.14482; LeJEPA, 2511.08544; SALT, 2509.24317).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from blueberry_video.models.jepa.model import JEPA
 from blueberry_video.models.jepa.multi_level import normalize_levels
 from blueberry_video.nn.patches import gather_tokens
 from blueberry_video.tasks.base import Task
-from blueberry_video.tasks.latent_checks import check_settings
+from blueberry_video.tasks.latent_checks import check_settings, clip_each, token_of_length
 from blueberry_video.tasks.settings import ClipInput, Optimization
 from blueberry_video.weights.files import read_weights
 
@@ -45,7 +45,7 @@ class LatentPrediction(Task):
 
     Args:
         model, optimization, input: see :class:`~blueberry_video.tasks.base.Task`.
-        maskings: each a ``(batch_size, grid, generator) -> Masks`` with a separate mask token; the loss is their mean.
+        maskings: each a ``(batch_size, grid, generator) -> Masks``; the loss is their mean.
         momentum: ``(step, total_steps) ->`` EMA momentum of the target encoder in [0, 1].
         weight_decay: ``(step, total_steps) ->`` value above 0, replaces the weight decay of the optimizer where that is
             not 0.
@@ -55,6 +55,11 @@ class LatentPrediction(Task):
         sigreg_weight: share of :func:`~blueberry_video.models.jepa.losses.sigreg` in the loss, in [0, 1).
         sigreg_directions: number of its random projections per step.
         clip_after: share of the run without ``trainer.gradient_clip_val``: V-JEPA clips after its warm-up.
+        clip_separately: clip the gradients of encoder and predictor to separate norms, as V-JEPA.
+        loss_exponent: of :func:`~blueberry_video.models.jepa.losses.latent_loss`.
+        mask_token: selection of the mask token by ``"clip_length"``, the index of the number of frames in
+            ``clip_lengths`` (V-JEPA 2: with one length, all maskings share token 0), or by ``"masking"`` (V-JEPA).
+        clip_lengths: numbers of frames of the clips, in the order of their mask tokens; ``None``: of the encoder.
         num_pictures: number of clips in :meth:`media`.
 
     Raises:
@@ -78,17 +83,20 @@ class LatentPrediction(Task):
         sigreg_weight: float = 0.0,
         sigreg_directions: int = 256,
         clip_after: float = 0.0,
+        clip_separately: bool = False,
+        loss_exponent: float = 1.0,
+        mask_token: str = "clip_length",
+        clip_lengths: Sequence[int] | None = None,
         num_pictures: int = 6,
     ):
         super().__init__(model, optimization, input)
         self.maskings, self.num_pictures = list(maskings), num_pictures
         self.momentum, self.weight_decay, self.teacher_from = momentum, weight_decay, teacher_from
-        self.visible_weight, self.clip_after = visible_weight, clip_after
+        self.clip_after, self.clip_separately, self.loss_exponent = clip_after, clip_separately, loss_exponent
+        self.visible_weight, self.mask_token, self.clip_lengths = visible_weight, mask_token, clip_lengths
         self.sigreg_weight, self.sigreg_directions = sigreg_weight, sigreg_directions
         self._reference_clips = ReferenceClips()
-        self._references: dict[
-            int, Tensor
-        ] = {}  # of the running evaluation: by number N of tokens, embeddings (K, N, D)
+        self._references: dict[int, Tensor] = {}  # of the running evaluation: embeddings (K, N, D) by N
         check_settings(self)
 
     def setup(self, stage: str) -> None:
@@ -131,17 +139,19 @@ class LatentPrediction(Task):
 
     def _losses(self, batch: dict, latents: Tensor, number: int, stage: str) -> dict[str, Tensor]:
         """Losses of one masking, by name."""
-        inputs, grid = self.normalize(batch["video"]), self.model.encoder.grid(batch["video"].shape)
+        encoder, exponent, inputs = self.model.encoder, self.loss_exponent, self.normalize(batch["video"])
+        grid, frames = encoder.grid(inputs.shape), (inputs.shape[2], encoder.video_size[1])
         keep, target, _ = self._masks(number, batch, grid, stage).to(latents.device)
-        hidden, visible = self.model.predictor.both(self.model.encoder(inputs, keep), keep, target, number, grid)
-        values = {"loss_prediction": latent_loss(hidden, gather_tokens(latents, target))}
+        index = number if self.mask_token == "masking" else token_of_length(self.clip_lengths, *frames)
+        hidden, visible = self.model.predictor.both(encoder(inputs, keep), keep, target, index, grid)
+        values = {"loss_prediction": latent_loss(hidden, gather_tokens(latents, target), exponent=exponent)}
         if visible is not None:
             truth, weight = gather_tokens(latents, keep), context_weight(keep, target, grid)
-            values["loss_context"] = latent_loss(visible, truth, weight)
+            values["loss_context"] = latent_loss(visible, truth, weight, exponent)
         if stage == "train":
             return values
-        references = self._references.get(latents.shape[1])
-        trivial = trivial_latent_losses(latents, keep, target, None if references is None else references.mean(dim=0))
+        mean = None if (found := self._references.get(latents.shape[1])) is None else found.mean(dim=0)
+        trivial = trivial_latent_losses(latents, keep, target, mean, exponent)
         return values | {f"loss_prediction_trivial_{name}": value for name, value in trivial.items()}
 
     def on_validation_epoch_start(self) -> None:
@@ -170,13 +180,16 @@ class LatentPrediction(Task):
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *how: Any, **options: Any) -> None:
         if self.trainer.global_step >= self.clip_after * self.total_steps:
-            super().configure_gradient_clipping(optimizer, *how, **options)
+            if self.clip_separately:
+                clip_each((self.model.encoder, self.model.predictor), *how, **options)
+            else:
+                super().configure_gradient_clipping(optimizer, *how, **options)
 
     def media(self, batch: dict) -> dict[str, Tensor]:
         """``latents``: one row per clip: clip, visible tokens, targets, predictions of masked tokens."""
         video, model = batch["video"][: self.num_pictures], self.model
-        masks = self._masks(0, batch, model.encoder.grid(video.shape), "val").to(video.device)
-        keep, target = masks.keep[: len(video)], masks.target[: len(video)]
+        keep, target, _ = self._masks(0, batch, model.encoder.grid(video.shape), "val").to(video.device)
+        keep, target = keep[: len(video)], target[: len(video)]
         shown = latent_pictures(model, video, self.normalize(video), self.latents(video), keep, target)
         return {"latents": self.panels(shown)}
 

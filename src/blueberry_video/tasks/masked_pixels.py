@@ -17,9 +17,12 @@ from blueberry_video.tasks.base import Task
 from blueberry_video.tasks.settings import ClipInput, Optimization
 
 
-def patch_targets(video: Tensor, patch_size: tuple[int, int, int], eps_under_root: bool = False) -> Tensor:
-    """Patches of a video (B, C, T, H, W) in [0, 1], normalized per channel, with channels last: (B, N, P * C)."""
-    return normalize_patches(patchify(video, patch_size), eps_under_root=eps_under_root).patches.flatten(2)
+def patch_targets(
+    video: Tensor, patch_size: tuple[int, int, int], eps_under_root: bool = False, over: str = "channel"
+) -> Tensor:
+    """Patches of a video (B, C, T, H, W) in [0, 1], normalized, with channels last: (B, N, P * C)."""
+    patches = patchify(video, patch_size)
+    return normalize_patches(patches, eps_under_root=eps_under_root, over=over).patches.flatten(2)
 
 
 def masked_pixel_loss(
@@ -30,6 +33,7 @@ def masked_pixel_loss(
     scored: Tensor | None = None,
     eps_under_root: bool = False,
     by_clip: bool = False,
+    over: str = "channel",
 ) -> Tensor:
     """Mean squared error over the predicted patches.
 
@@ -39,13 +43,13 @@ def masked_pixel_loss(
         target: (B, N_target) indices of the predicted patches.
         patch_size: (t, h, w).
         scored: (B, N_target) bool, True for patches that count; ``None``: all.
-        eps_under_root: see :func:`~blueberry_video.nn.patches.normalize_patches`.
+        eps_under_root, over: see :func:`~blueberry_video.nn.patches.normalize_patches`.
         by_clip: see :func:`~blueberry_video.nn.patches.token_mse`.
 
     Returns:
         A scalar; about 1 for a prediction of zeros, less if patches are constant, as on plain backgrounds.
     """
-    truth = gather_tokens(patch_targets(video, patch_size, eps_under_root), target)
+    truth = gather_tokens(patch_targets(video, patch_size, eps_under_root, over), target)
     return token_mse(predicted.to(torch.promote_types(predicted.dtype, torch.float32)), truth, scored, by_clip)
 
 
@@ -63,6 +67,7 @@ class MaskedPixels(Task):
         masking: ``(batch_size, grid, generator) -> Masks``, one of :mod:`blueberry_video.masking`.
         eps_under_root: normalize targets as OmniMAE rather than as VideoMAE, see
             :func:`~blueberry_video.nn.patches.normalize_patches`.
+        normalize_over: its ``over``: ``"channel"``, as published, ``"patch"`` or ``"none"``.
         num_pictures: number of clips in :meth:`media`.
     """
 
@@ -76,11 +81,14 @@ class MaskedPixels(Task):
         masking: Callable[..., Masks],
         input: ClipInput | None = None,
         eps_under_root: bool = False,
+        normalize_over: str = "channel",
         num_pictures: int = 6,
     ):
         super().__init__(model, optimization, input)
         self.masking = masking
-        self.eps_under_root = eps_under_root
+        if normalize_over not in ("channel", "patch", "none"):
+            raise ValueError(f"task.normalize_over={normalize_over!r} is unknown: choose 'channel', 'patch' or 'none'.")
+        self.eps_under_root, self.normalize_over = eps_under_root, normalize_over
         self.num_pictures = num_pictures
         self._decoder_mflops: dict[str, Tensor] = {}
 
@@ -102,11 +110,11 @@ class MaskedPixels(Task):
         masks = self.masking(len(video), grid) if training else self._validation_masks(batch, grid)
         keep, target, scored = masks.to(video.device)
         predicted = self.model(self.normalize(video), keep, target)
-        options = encoder.patch_size, scored, self.eps_under_root
-        values = {"loss": masked_pixel_loss(predicted, clip, target, *options, by_clip=not training)}
+        options = encoder.patch_size, scored, self.eps_under_root, not training, self.normalize_over
+        values = {"loss": masked_pixel_loss(predicted, clip, target, *options)}
         if training:
             return values
-        patches = patch_targets(clip, encoder.patch_size, self.eps_under_root)
+        patches = patch_targets(clip, encoder.patch_size, self.eps_under_root, self.normalize_over)
         trivial = trivial_patch_losses(patches, keep, target, grid, scored, by_clip=True)
         values |= {f"loss_trivial_{name}": value for name, value in trivial.items()}
         suffix = "_image" if encoder.images and video.shape[2] == 1 else ""
@@ -126,7 +134,7 @@ class MaskedPixels(Task):
         keep, target, _ = self._validation_masks(batch, encoder.grid(video.shape)).to(video.device)
         keep, target = keep[: len(video)], target[: len(video)]
         seen = hide(encoder, video, keep)
-        filled = reconstruct(self.model, video, self.normalize(video), keep, target)
+        filled = reconstruct(self.model, video, self.normalize(video), keep, target, self.normalize_over)
         return {"reconstruction": self.panels([video, seen, filled])}
 
     def _validation_masks(self, batch: dict, grid: tuple[int, int, int]) -> Masks:

@@ -19,6 +19,7 @@ class Optimization:
             linearly. ``None``: no scaling. VideoMAE's published rates are for 256. Repeats do not count.
         layer_decay: factor on the learning rate from each layer of the encoder to the one before it, see
             :func:`~blueberry_video.optim.parameter_groups`; 1 for none.
+        layer_decay_head: apply the factor once more to all layers, the head included, as OmniMAE.
         init_from: checkpoint or published weights to start from; ``None``: random weights.
     """
 
@@ -26,6 +27,7 @@ class Optimization:
     schedule: Callable[[int, int], float]
     lr_batch_size: int | None = None
     layer_decay: float = 1.0
+    layer_decay_head: bool = False
     init_from: str | Path | None = None
 
 

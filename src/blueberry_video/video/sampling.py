@@ -24,7 +24,7 @@ from torch import Tensor
 from blueberry_video.video.errors import VideoError
 from blueberry_video.video.ranges import check_above_zero, check_at_least, check_between, check_choice
 
-SAMPLERS = ("uniform", "random", "fixed_fps", "multi_clip")
+SAMPLERS = ("uniform", "random", "fixed_fps", "multi_clip", "segments")
 STRATEGIES = ("fps", "uniform", "duration", "keyframes", "adaptive", "all")
 SPACINGS = ("inclusive", "linspace", "arange", "steps", "centres")
 DEFAULT_FPS = 2.0
@@ -38,11 +38,12 @@ class ClipSampling:
     Args:
         sampler: ``uniform``: spread over the whole video; ``random``: a window of every ``stride``-th frame at a random
             start; ``fixed_fps``: frames 1 / ``fps`` s apart, in the middle of the video; ``multi_clip``:
-            ``num_clips`` evenly spaced windows of every ``stride``-th frame.
-        num_frames: frames of a clip.
-        stride: frame step of ``random`` and ``multi_clip``.
+            ``num_clips`` evenly spaced windows of every ``stride``-th frame; ``segments``: one window in each of
+            ``num_clips`` parts of the video, one after the other in one clip (see :func:`segments`).
+        num_frames: frames of a clip, or of each window of ``segments``.
+        stride: frame step of ``random``, ``multi_clip`` and ``segments``.
         fps: frames per second of ``fixed_fps``.
-        num_clips: windows per video of ``multi_clip``.
+        num_clips: windows per video of ``multi_clip`` and ``segments``.
         pad: repeat the last frame of videos shorter than the clip, instead of raising.
 
     Raises:
@@ -61,10 +62,10 @@ class ClipSampling:
         given = f"with sampler={self.sampler!r}"
         if (self.fps is not None) != (self.sampler == "fixed_fps"):
             raise ValueError(f"fps={self.fps} {given}: sampler=fixed_fps requires fps, the other samplers ignore it.")
-        if self.stride != 1 and self.sampler not in ("random", "multi_clip"):
-            raise ValueError(f"stride={self.stride} {given}: only sampler=random and sampler=multi_clip use stride.")
-        if self.num_clips < 1 or (self.num_clips > 1 and self.sampler != "multi_clip"):
-            raise ValueError(f"num_clips={self.num_clips} {given}: use sampler=multi_clip, and at least 1.")
+        if self.stride != 1 and self.sampler not in ("random", "multi_clip", "segments"):
+            raise ValueError(f"stride={self.stride} {given}: only sampler=random, multi_clip and segments use stride.")
+        if self.num_clips < 1 or (self.num_clips > 1 and self.sampler not in ("multi_clip", "segments")):
+            raise ValueError(f"num_clips={self.num_clips} {given}: use sampler=multi_clip or segments, and at least 1.")
 
 
 @dataclass(frozen=True)
@@ -364,12 +365,12 @@ def change_scores(frames: Tensor) -> Tensor:
 def choose_clip(
     timestamps: np.ndarray, options: ClipSampling, rng: np.random.Generator | None = None, window: int = 0
 ) -> list[int]:
-    """Returns the frame indices of a clip of ``options.num_frames`` frames.
+    """Returns the frame indices of a clip of ``options.num_frames`` frames, or of all windows of ``segments``.
 
     Args:
         timestamps: float64 (N,), seconds of every frame of the video, ascending.
         options: the sampling strategy.
-        rng: draws the start of ``random``; seeded with 0 if None.
+        rng: draws the starts of ``random`` and ``segments``; seeded with 0 if None.
         window: index of the window of ``multi_clip``, 0 to ``num_clips`` - 1.
 
     Raises:
@@ -382,6 +383,8 @@ def choose_clip(
         return random_window(total, num_frames, rng or np.random.default_rng(0), stride, pad)
     if options.sampler == "multi_clip":
         return windows(total, num_frames, options.num_clips, stride, pad)[window]
+    if options.sampler == "segments":
+        return segments(total, num_frames, options.num_clips, rng or np.random.default_rng(0), stride, pad)
     assert options.fps is not None
     return fixed_fps(timestamps.tolist(), num_frames, options.fps, pad=pad)
 
@@ -417,6 +420,35 @@ def windows(total: int, num_frames: int, num_clips: int, stride: int = 1, pad: b
     last = max(_slack(total, num_frames, stride, pad), 0)
     starts = [last // 2] if num_clips == 1 else [round(i * last / (num_clips - 1)) for i in range(num_clips)]
     return [_window(start, total, num_frames, stride) for start in starts]
+
+
+def segments(
+    total: int, num_frames: int, num_clips: int, rng: np.random.Generator, stride: int = 1, pad: bool = False
+) -> list[int]:
+    """Returns ``num_clips`` windows of ``num_frames`` frames, concatenated, as the probes of V-JEPA sample a video.
+
+    The video is divided into ``num_clips`` parts of equal length. A window spreads its frames over num_frames · stride
+    frames, from a start drawn from ``rng`` within its part. Where a part is not longer than this, windows overlap:
+    they are spread evenly from the first frame to the last, and in videos shorter than one window the last frame is
+    repeated.
+
+    Raises:
+        ValueError: the video is shorter than a window and ``pad`` is not set, or a value below 1.
+    """
+    check_at_least(1, num_clips=num_clips)
+    _slack(total, num_frames, stride, pad)
+    span, part = num_frames * stride, total // num_clips
+    if part > span:
+        starts = [i * part + int(rng.integers(part - span)) for i in range(num_clips)]
+        # as published: both ends count, so that the step is stride · num_frames / (num_frames - 1)
+        within = np.linspace(0, span, num=num_frames).clip(0, span - 1)
+        return [int(start + offset) for start in starts for offset in within]
+    last = min(span, total) - 1
+    count = last // stride
+    frames = [*np.linspace(0, last, num=count), *[last] * (num_frames - count)]
+    within = np.clip(frames, 0, max(last - 1, 0)).astype(int)
+    step = (total - span) // max(num_clips - 1, 1) if total > span else 0
+    return [int(i * step + offset) for i in range(num_clips) for offset in within]
 
 
 def fixed_fps(

@@ -151,3 +151,18 @@ def test_original_probe_converts_to_the_head():
 def test_bad_arguments_raise(changes, expected):
     with pytest.raises(ValueError, match=expected):
         model(**changes)
+
+
+@pytest.mark.parametrize("sees", ["future", "both"])
+def test_further_steps_predict_from_the_predictions(sees):
+    """V-JEPA 2: the context moves on by the predicted tokens, at unchanged positions of context and targets."""
+    network, clip = model(sees=sees, num_steps=3), video()
+    context = network.encoder(clip)  # 2 steps of 2 x 2 tokens
+    tokens = [] if sees == "future" else [context]
+    positions, targets = torch.arange(8).expand(2, -1), (2 + 1) * 4 + torch.arange(4).expand(2, -1)
+    for _ in range(3):
+        tokens.append(network.predictor(context, positions, targets, 1, (99, 2, 2)))
+        context = torch.cat([context[:, 4:], tokens[-1]], dim=1)
+    torch.testing.assert_close(network(clip, 1), network.head(torch.cat(tokens, dim=1)), **TOLERANCE)
+    with pytest.raises(ValueError, match=r"num_steps=0\b"):
+        model(num_steps=0)

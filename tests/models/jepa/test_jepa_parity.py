@@ -185,6 +185,7 @@ def test_probe_equals_transformers_in_logits_and_gradients(name):
         config.num_attention_heads,
         pool_depth=1 + config.num_pooler_layers,
         final_norm=False,
+        pool_eps=1e-6,
     )
     head.load_state_dict(convert.convert_probe(reference.state_dict(), "action"))
     video = clips_and_masks(config, name)[0]
@@ -548,6 +549,23 @@ def test_probe_of_an_original_file_converts():
         names |= {f"pool.{part}.{kind}": f"{cross}.{part}.{kind}" for part in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")}
     original = {names.get(name, f"module.pooler.{name[5:]}"): value for name, value in head.state_dict().items()}
     assert "module.pooler.blocks.1.attn.qkv.weight" in original
+    # files of V-JEPA also hold an output projection of the cross-attention, which the original never calls
+    original |= {f"{cross}.xattn.proj.weight": torch.randn(16, 16), f"{cross}.xattn.proj.bias": torch.randn(16)}
     converted = convert.convert_probe(original, "action")
     assert converted.keys() == head.state_dict().keys()
     assert all(torch.equal(value, head.state_dict()[name]) for name, value in converted.items())
+
+
+def test_probe_of_v_jepa_without_complete_block_converts():
+    """There, the cross-attention has no block around it, and its output projection is not called either."""
+    options = {"final_norm": False, "complete_block": False}
+    head = randomized(ClassificationHead(16, {"action": 3}, "attentive", 2, **options))
+    original = {
+        name.replace("pool.query", "pooler.query_tokens")
+        .replace("pool.q.", "pooler.cross_attention_block.q.")
+        .replace("pool.kv.", "pooler.cross_attention_block.kv.")
+        .replace("linear.action", "linear"): value
+        for name, value in head.state_dict().items()
+    }
+    original |= {f"pooler.cross_attention_block.proj.{kind}": torch.randn(16) for kind in ("weight", "bias")}
+    head.load_state_dict(convert.convert_probe(original, "action"))

@@ -209,7 +209,7 @@ def test_published_weights_load_and_compute_the_same(tmp_path, capsys):
         torch.nn.init.normal_(parameter, std=0.3)
     torch.save(original(built), tmp_path / "ac.pt")
     sizes = {"num_frames": 4, "image_size": 16, "num_heads": 2, "predictor_num_heads": 2}
-    loaded = WorldModel.from_published(tmp_path / "ac.pt", **sizes)
+    loaded = WorldModel.from_published(tmp_path / "ac.pt", False, **sizes)
     assert re.search("'encoder'.*'predictor'", capsys.readouterr().out)
     video, actions, states = torch.randn(1, 3, 3, 16, 16), torch.randn(1, 2, 5), torch.randn(1, 2, K)
     torch.testing.assert_close(loaded.encode_frames(video), built.encode_frames(video))
@@ -250,7 +250,7 @@ def test_files_of_other_models_raise(tmp_path, lost, error, text):
     (content if lost in content else content["predictor"]).pop(lost)
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(error, match=f"(?s){text}"):
-        WorldModel.from_published(tmp_path / "other.pt", 4, 16, 2, 2)
+        WorldModel.from_published(tmp_path / "other.pt", False, 4, 16, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -293,3 +293,38 @@ def test_bad_arguments_raise(frozen, changes, text):
     options = {"action_dim": A, "state_dim": K, "predictor_dim": 24, "predictor_depth": 1, "predictor_num_heads": 2}
     with pytest.raises(ValueError, match=text):
         WorldModel(encoder(**frozen), **{**options, **changes})
+
+
+def test_extrinsics_are_a_third_token_that_must_be_stated(tmp_path):
+    """Files of both kinds have the same names, so that only ``use_extrinsics`` selects the model."""
+    frozen = encoder(qkv_bias="qkv", positions="rope_3d", rope_quirk=True)
+    sizes = {"predictor_dim": 24, "predictor_depth": 2, "predictor_num_heads": 2, "rope_quirk": True}
+    built = WorldModel(frozen, 5, K, **sizes, use_extrinsics=True).eval()
+    for parameter in built.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    built.save_published(tmp_path / "ac.pt")
+    published().save_published(tmp_path / "published.pt")
+    names = [torch.load(tmp_path / f"{name}.pt", weights_only=True)["predictor"].keys() for name in ("ac", "published")]
+    assert names[0] == names[1]
+    with pytest.raises(TypeError, match="use_extrinsics"):
+        WorldModel.from_published(tmp_path / "ac.pt")
+    sizes = {"num_frames": 4, "image_size": 16, "num_heads": 2, "predictor_num_heads": 2}
+    loaded = WorldModel.from_published(tmp_path / "ac.pt", True, **sizes).eval()
+    actions, states, cameras = (torch.randn(1, 3, width) for width in (5, K, 4))
+    latents = built.encode_frames(torch.randn(1, 3, 4, 16, 16))
+    predicted = loaded(latents, actions, states, cameras)
+    torch.testing.assert_close(predicted, built(latents, actions, states, cameras))
+    # tokens of a step: action, state, camera, patches; the camera of step 1 does not reach the prediction of step 0
+    changed = loaded(latents, actions, states, torch.cat([cameras[:, :1], cameras[:, 1:] + 1], dim=1))
+    torch.testing.assert_close(changed[:, 0], predicted[:, 0])
+    assert not torch.allclose(changed[:, 1], predicted[:, 1], atol=1e-3)
+    one = loaded.rollout(latents[:, :1], actions[:, :1], states, cameras)
+    torch.testing.assert_close(one, predicted[:, :1], atol=1e-5, rtol=1e-5)
+    tokens = []
+    loaded.predictor.blocks[0].register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0]))
+    loaded(latents, actions, states, cameras)
+    torch.testing.assert_close(tokens[0].unflatten(1, (3, -1))[:, :, 2], loaded.predictor.extrinsics_encoder(cameras))
+    with pytest.raises(ValueError, match=r"model\.use_extrinsics=true.*not passed"):
+        loaded(latents, actions, states)
+    with pytest.raises(ValueError, match=r"model\.use_extrinsics=false"):
+        published()(latents, actions, states, cameras)

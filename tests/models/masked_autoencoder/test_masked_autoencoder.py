@@ -13,6 +13,7 @@ from blueberry_video.config import CONF
 from blueberry_video.masking import DualMasking, TubeMasking
 from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder, decoder_flops
 from blueberry_video.models.vit import VisionTransformer
+from blueberry_video.optim import decayed_names
 
 # encoder width, depth, heads; decoder width, depth, heads; parameters
 PUBLISHED = {
@@ -257,3 +258,11 @@ def test_file_without_decoder_raises_with_the_alternatives(tmp_path):
     torch.save(tiny().encoder.state_dict(), tmp_path / "encoder.pth")
     with pytest.raises(ValueError, match=r"(?s)encoder\.pth.*encoder_to_decoder\.weight.*classifier.*init_from"):
         load(tmp_path / "encoder.pth")
+
+
+def test_the_mask_token_decays_only_as_in_omnimae():
+    assert "mask_token" not in decayed_names(tiny())
+    assert decayed_names(tiny(decay_mask_token=True)) == decayed_names(tiny()) | {"mask_token"}
+    for size, decays in (("tiny", False), ("base", True), ("large", True), ("huge", True)):
+        config = OmegaConf.load(CONF / "model" / "omnimae" / f"{size}.yaml")
+        assert config.decay_mask_token is decays

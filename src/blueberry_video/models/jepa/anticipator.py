@@ -29,8 +29,10 @@ class Anticipator(nn.Module):
             :class:`~blueberry_video.models.jepa.JEPA`, which has compatible weights.
         mask_index: index of the mask token; 1 for the published weights.
         length: number of tubelets to predict.
+        num_steps: number of predictions; each further one is made from the tokens of the last, appended to those of the
+            past without its first ``length`` tubelets, and the head receives all.
         sees: input of the head: tokens of the ``"past"``, of the ``"future"``, or ``"both"``.
-        num_heads, pool_depth: see :class:`AnticipationHead`.
+        num_heads, pool_depth, pool_eps, published_pool: see :class:`AnticipationHead`.
         freeze: train only the head; encoder and predictor then stay in evaluation mode.
 
     Attributes:
@@ -57,8 +59,13 @@ class Anticipator(nn.Module):
         num_heads: int = 16,
         pool_depth: int = 4,
         freeze: bool = True,
+        pool_eps: float = 1e-5,
+        published_pool: bool = True,
+        num_steps: int = 1,
     ):
         super().__init__()
+        if num_steps < 1 or (num_steps > 1 and sees == "past"):
+            raise ValueError(f"num_steps={num_steps} must be at least 1, and 1 with sees='past'.")
         if sees not in ("past", "future", "both"):
             raise ValueError(f"sees={sees!r} is unknown: choose 'past', 'future' or 'both'.")
         if length < 1 or not 0 <= mask_index < num_mask_tokens:
@@ -67,13 +74,14 @@ class Anticipator(nn.Module):
                 f"{num_mask_tokens})."
             )
         self.encoder, self.num_classes, self.freeze = encoder, dict(num_classes), freeze
-        self.mask_index, self.length, self.sees = mask_index, length, sees
+        self.mask_index, self.length, self.sees, self.num_steps = mask_index, length, sees, num_steps
         self.predictor: Predictor | None = None
         if sees != "past":
             sizes = (predictor_dim, predictor_depth, predictor_num_heads, predictor_mlp_ratio, num_mask_tokens)
             grid = encoder.grid(encoder.video_size)
             self.predictor = Predictor(encoder.embed_dim, grid, *sizes, rope_quirk=rope_quirk)
-        self.head = AnticipationHead(encoder.embed_dim, num_classes, num_heads, pool_depth)
+        of_pool = (num_heads, pool_depth, pool_eps, published_pool)
+        self.head = AnticipationHead(encoder.embed_dim, num_classes, *of_pool)
         if freeze:
             for part in self._frozen():
                 part.requires_grad_(False)
@@ -89,9 +97,12 @@ class Anticipator(nn.Module):
         with torch.no_grad() if self.freeze else nullcontext():
             tokens = self.encoder(video)
             if self.predictor is not None:
-                grid = self.encoder.grid(video.shape)
-                future = self.predictor.ahead(tokens, grid, skip, self.length, self.mask_index)
-                tokens = future if self.sees == "future" else torch.cat([tokens, future], dim=1)
+                grid, past = self.encoder.grid(video.shape), tokens
+                found = [] if self.sees == "future" else [tokens]
+                for _ in range(self.num_steps):
+                    found.append(self.predictor.ahead(past, grid, skip, self.length, self.mask_index))
+                    past = torch.cat([past[:, found[-1].shape[1] :], found[-1]], dim=1)
+                tokens = torch.cat(found, dim=1)
         return self.head(tokens)
 
     def _frozen(self) -> list[nn.Module]:
@@ -136,16 +147,26 @@ class AnticipationHead(nn.Module):
         dim: width of the tokens.
         num_classes: number of classes of each label.
         num_heads, depth: see :class:`~blueberry_video.nn.heads.AttentivePool`.
+        pool_eps, published_pool: its ``norm_eps`` and ``published``.
 
     Raises:
         ValueError: ``num_classes`` is empty, or ``num_heads`` does not divide ``dim``.
     """
 
-    def __init__(self, dim: int, num_classes: dict[str, int], num_heads: int = 16, depth: int = 4):
+    def __init__(
+        self,
+        dim: int,
+        num_classes: dict[str, int],
+        num_heads: int = 16,
+        depth: int = 4,
+        pool_eps: float = 1e-5,
+        published_pool: bool = True,
+    ):
         super().__init__()
         if not num_classes:
             raise ValueError("num_classes is empty: give at least one label with its classes, such as {verb: 97}.")
-        self.pool = AttentivePool(dim, num_heads, depth=depth, num_queries=len(num_classes))
+        queries = len(num_classes)
+        self.pool = AttentivePool(dim, num_heads, 4.0, pool_eps, depth, queries, published=published_pool)
         self.linear = nn.ModuleDict({name: nn.Linear(dim, count) for name, count in num_classes.items()})
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ ORIGINAL_PROBE = (  # parts of names: probes of the original repositories -> thi
     ("pooler.cross_attention_block.", "pool."),
     ("pooler.blocks.", "pool.blocks."),
 )
+UNUSED_PROJECTION = re.compile(r"pooler\.cross_attention_block\.(xattn\.)?proj\.")  # in files of V-JEPA; never called
 HUGGINGFACE_PROBE = (  # parts of names: VJEPA2ForVideoClassification -> this package
     ("pooler.query_tokens", "pool.query"),
     ("pooler.cross_attention_layer.cross_attn.q_proj.", "pool.q."),
@@ -266,10 +267,11 @@ def check_positions(content: dict[str, dict[str, Tensor]], grid: Grid) -> None:
             )
 
 
-def read_world_model(source: str | Path) -> dict[str, Tensor]:
+def read_world_model(source: str | Path, use_extrinsics: bool = False) -> dict[str, Tensor]:
     """Reads V-JEPA 2-AC from an original file, under the names of :class:`~blueberry_video.models.jepa.WorldModel`.
 
-    The encoder of camera extrinsics, which the published model does not use, is dropped.
+    Every file has an encoder of camera extrinsics, which the published model does not use; without ``use_extrinsics``
+    it is dropped.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -284,19 +286,21 @@ def read_world_model(source: str | Path) -> dict[str, Tensor]:
             "the predictor in the file has no action_encoder, so it is not conditioned on actions: read V-JEPA and "
             "V-JEPA 2 with blueberry_video.models.jepa.JEPA.from_published."
         )
-    return {name: v for name, v in _flat(networks).items() if not name.startswith("predictor.extrinsics_encoder.")}
+    unused = () if use_extrinsics else ("predictor.extrinsics_encoder.",)
+    return {name: value for name, value in _flat(networks).items() if not name.startswith(unused)}
 
 
 def world_model_to_original(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Inverse of :func:`read_world_model`, to be saved with ``torch.save``.
 
-    The unused encoder of camera extrinsics, which the original loads strictly, is zero.
+    The encoder of camera extrinsics, which the original loads strictly, is zero if the model has none.
     """
     dim, action_dim = state["predictor.action_encoder.weight"].shape
     shapes = {"extrinsics_encoder.weight": (dim, action_dim - 1), "extrinsics_encoder.bias": (dim,)}
     predictor = {name: torch.zeros(shape) for name, shape in shapes.items()}
     for name, value in part(state, "predictor").items():
-        predictor[name if name.startswith(("action_encoder.", "state_encoder.")) else f"predictor_{name}"] = value
+        unprefixed = ("action_encoder.", "state_encoder.", "extrinsics_encoder.")
+        predictor[name if name.startswith(unprefixed) else f"predictor_{name}"] = value
     encoder = _prefixed(part(state, "encoder"), "module.backbone.")
     return {"encoder": encoder, "predictor": _prefixed(predictor, "module.")}
 
@@ -341,6 +345,8 @@ def convert_probe(state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
     for name, value in state.items():
         is_merged = re.search(r"\.(self_attn\.[kv]|cross_attn\.v)_proj\.", name)  # concatenated below
         if is_merged or not re.match(r"pooler\.|linear\.|((verb|noun|action)_)?classifier\.", name):
+            continue
+        if UNUSED_PROJECTION.match(name):
             continue
         if ".self_attn.q_proj." in name:
             value = torch.cat([state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])

@@ -5,12 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def latent_loss(predicted: Tensor, latents: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean absolute error of embeddings (B, K, D), the loss of V-JEPA (arXiv 2404.08471), in float32 or wider.
+def latent_loss(predicted: Tensor, latents: Tensor, weight: Tensor | None = None, exponent: float = 1.0) -> Tensor:
+    """Mean error of embeddings (B, K, D), |difference| ** ``exponent`` / ``exponent``, in float32 or wider.
 
-    ``weight`` (B, K) multiplies the error of each token.
+    V-JEPA and V-JEPA 2 train with the exponent 1, the mean absolute error. ``weight`` (B, K) multiplies the error of
+    each token.
     """
     error = (predicted.to(_wide(predicted)) - latents).abs()
+    if exponent != 1:
+        error = error.pow(exponent) / exponent
     return error.mean() if weight is None else (error * weight.unsqueeze(-1)).mean()
 
 

@@ -48,6 +48,8 @@ class WorldModel(nn.Module):
         rope_quirk: rotate as the published weights do, see :mod:`blueberry_video.nn.rope`.
         starts_as_copy: initialize the predictor to the identity, so that training starts from the trivial prediction.
             The published model starts from small random weights.
+        use_extrinsics: condition each step also on the pose of the camera, a third token after action and state. The
+            published model does not; the weights do not tell, since its files hold this encoder as well.
 
     Raises:
         ValueError: the encoder does not accept single frames, a width is below 1, heads are too narrow for rotary
@@ -66,6 +68,7 @@ class WorldModel(nn.Module):
         mlp_ratio: float = 4.0,
         rope_quirk: bool = False,
         starts_as_copy: bool = False,
+        use_extrinsics: bool = False,
     ):
         super().__init__()
         if not encoder.images:
@@ -76,8 +79,8 @@ class WorldModel(nn.Module):
         self.encoder = encoder.requires_grad_(False)
         self.action_dim, self.state_dim = action_dim, state_dim
         _, height, width = encoder.grid(encoder.video_size)
-        sizes = (predictor_dim, predictor_depth, predictor_num_heads, mlp_ratio)
-        self.predictor = Predictor((height, width), encoder.embed_dim, action_dim, state_dim, *sizes, rope_quirk)
+        sizes = (predictor_dim, predictor_depth, predictor_num_heads, mlp_ratio, rope_quirk, use_extrinsics)
+        self.predictor = Predictor((height, width), encoder.embed_dim, action_dim, state_dim, *sizes)
         if starts_as_copy:
             self.predictor.start_as_copy()
 
@@ -92,13 +95,14 @@ class WorldModel(nn.Module):
         tokens = self.encoder(rearrange(video, "b c t h w -> (b t) c 1 h w"))
         return F.layer_norm(tokens, tokens.shape[-1:]).unflatten(0, (len(video), -1))
 
-    def forward(self, latents: Tensor, actions: Tensor, states: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, actions: Tensor, states: Tensor, extrinsics: Tensor | None = None) -> Tensor:
         """Predicts each frame from the true frames before it (teacher forcing).
 
         Args:
             latents: (B, T, S, D) of all frames; the last is ignored.
             actions: (B, T-1, A); action t leads from frame t to t + 1.
             states: (B, T, K) or (B, T-1, K); the last of T is ignored.
+            extrinsics: pose of the camera (B, T, A - 1) or (B, T-1, A - 1); required with ``use_extrinsics``.
 
         Returns:
             (B, T-1, S, D), latents of frames 1 to T - 1.
@@ -106,31 +110,37 @@ class WorldModel(nn.Module):
         steps = latents.shape[1] - 1
         if states.shape[1] == steps + 1:
             states = states[:, :-1]
-        self._check(latents, actions, states, steps, steps + 1)
-        return self.predictor(latents[:, :-1], actions, states)[0]
+        if extrinsics is not None and extrinsics.shape[1] == steps + 1:
+            extrinsics = extrinsics[:, :-1]
+        self._check(latents, actions, states, extrinsics, steps, steps + 1)
+        return self.predictor(latents[:, :-1], actions, states, None, extrinsics)[0]
 
-    def rollout(self, latents: Tensor, actions: Tensor, states: Tensor) -> Tensor:
+    def rollout(self, latents: Tensor, actions: Tensor, states: Tensor, extrinsics: Tensor | None = None) -> Tensor:
         """Predicts frames autoregressively from the first frame, with a KV cache.
 
         Args:
             latents: (B, 1, S, D) of the first frame.
             actions: (B, T', A), T' of at least 1.
             states: (B, T', K) in which the actions are taken; further states are ignored.
+            extrinsics: (B, T', A - 1) with ``use_extrinsics``; further ones are ignored.
 
         Returns:
             (B, T', S, D), latents of the T' frames after the first.
         """
         steps = actions.shape[1]
-        states = states[:, :steps]
-        self._check(latents, actions, states, steps, 1)
+        states, extrinsics = states[:, :steps], None if extrinsics is None else extrinsics[:, :steps]
+        self._check(latents, actions, states, extrinsics, steps, 1)
         frame, past = latents, None
         predictions = []
         for t in range(steps):
-            frame, past = self.predictor(frame, actions[:, t : t + 1], states[:, t : t + 1], past)
+            camera = None if extrinsics is None else extrinsics[:, t : t + 1]
+            frame, past = self.predictor(frame, actions[:, t : t + 1], states[:, t : t + 1], past, camera)
             predictions.append(frame)
         return torch.cat(predictions, dim=1)
 
-    def _check(self, latents: Tensor, actions: Tensor, states: Tensor, steps: int, frames: int) -> None:
+    def _check(
+        self, latents: Tensor, actions: Tensor, states: Tensor, extrinsics: Tensor | None, steps: int, frames: int
+    ) -> None:
         if steps < 1:
             raise ValueError("there is no frame to predict: pass at least two frames, or one frame and one action.")
         patches = (math.prod(self.predictor.grid), self.encoder.embed_dim)
@@ -139,6 +149,16 @@ class WorldModel(nn.Module):
             "actions": (actions, (steps, self.action_dim), f"model.action_dim={self.action_dim}"),
             "states": (states, (steps, self.state_dim), f"model.state_dim={self.state_dim}"),
         }
+        encoder = self.predictor.extrinsics_encoder
+        if (extrinsics is None) != (encoder is None):
+            raise ValueError(
+                f"model.use_extrinsics={str(encoder is not None).lower()}, but extrinsics were "
+                f"{'not passed' if extrinsics is None else 'passed'}: the pose of the camera (B, T, "
+                f"{self.action_dim - 1}) is an input of models with model.use_extrinsics=true only."
+            )
+        if extrinsics is not None:
+            origin = f"model.action_dim={self.action_dim} less the gripper"
+            wanted["extrinsics"] = (extrinsics, (steps, self.action_dim - 1), origin)
         for name, (value, shape, origin) in wanted.items():
             if tuple(value.shape) != (len(latents), *shape):
                 raise ValueError(
@@ -152,6 +172,7 @@ class WorldModel(nn.Module):
     def from_published(
         cls,
         source: str | Path,
+        use_extrinsics: bool,
         num_frames: int = 16,
         image_size: int = 256,
         num_heads: int | None = None,
@@ -161,13 +182,15 @@ class WorldModel(nn.Module):
 
         Args:
             source: a torch file with ``encoder`` and ``predictor``.
+            use_extrinsics: false for the published weights, true for weights trained with ``use_extrinsics``; the file
+                has the same tensors for both.
             num_frames, image_size: size of the clips.
             num_heads, predictor_num_heads: default to the published model.
 
         Raises:
             FileNotFoundError, ValueError: see :meth:`load_published`.
         """
-        state = convert.read_world_model(source)
+        state = convert.read_world_model(source, use_extrinsics)
         weights = convert.part(state, "encoder")
         heads = num_heads or published_heads(len(weights["patch_embed.proj.bias"]), source)
         encoder = vit.VisionTransformer.from_weights(
@@ -176,18 +199,21 @@ class WorldModel(nn.Module):
         dim, action_dim = state["predictor.action_encoder.weight"].shape
         state_dim, depth = state["predictor.state_encoder.weight"].shape[1], num_blocks(state, "predictor.blocks")
         mlp_ratio = state["predictor.blocks.0.mlp.fc1.weight"].shape[0] / dim
-        model = cls(encoder, action_dim, state_dim, dim, depth, predictor_num_heads, mlp_ratio, rope_quirk=True)
+        sizes = (action_dim, state_dim, dim, depth, predictor_num_heads, mlp_ratio)
+        model = cls(encoder, *sizes, rope_quirk=True, use_extrinsics=use_extrinsics)
         print(f"V-JEPA 2-AC for frames of {image_size} pixels: {model._load(state, source)}")
         return model
 
     def load_published(self, source: str | Path) -> str:
-        """Loads weights of an original file and returns a sentence on what was loaded.
+        """Loads weights of an original file and returns a sentence on what was loaded. ``use_extrinsics`` of the model
+        must be that of their training.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is damaged, or tensors are missing, unexpected or of a different shape.
         """
-        return self._load(convert.read_world_model(source), source)
+        use_extrinsics = self.predictor.extrinsics_encoder is not None
+        return self._load(convert.read_world_model(source, use_extrinsics), source)
 
     def _load(self, state: dict[str, Tensor], source: str | Path) -> str:
         load_strictly(self, state, source, "Choose the model=world_model/… with the sizes of these weights.")
@@ -216,6 +242,7 @@ class Predictor(nn.Module):
         num_heads: int,
         mlp_ratio: float,
         rope_quirk: bool,
+        use_extrinsics: bool = False,
     ):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
@@ -225,25 +252,35 @@ class Predictor(nn.Module):
         self.embed = nn.Linear(embed_dim, dim)
         self.action_encoder = nn.Linear(action_dim, dim)
         self.state_encoder = nn.Linear(state_dim, dim)
+        self.extrinsics_encoder = nn.Linear(action_dim - 1, dim) if use_extrinsics else None
+        self.num_conditions = CONDITIONS + use_extrinsics
         self.blocks = nn.ModuleList(CausalBlock(dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.proj = nn.Linear(dim, embed_dim)
         init_trunc_normal(self)
 
     def forward(
-        self, latents: Tensor, actions: Tensor, states: Tensor, past: list[Past] | None = None
+        self,
+        latents: Tensor,
+        actions: Tensor,
+        states: Tensor,
+        past: list[Past] | None = None,
+        extrinsics: Tensor | None = None,
     ) -> tuple[Tensor, list[Past]]:
         """Predicts the frame after each of T consecutive frames.
 
         Args:
             latents, actions, states: (B, T, S, D), (B, T, A) and (B, T, K) of these frames.
             past: KV cache of all earlier steps, as returned; ``None`` at the first step.
+            extrinsics: (B, T, A - 1), if the model has their encoder.
 
         Returns:
             Predictions (B, T, S, D), normalized like latents, and the KV cache of each layer.
         """
-        conditions = torch.stack([self.action_encoder(actions), self.state_encoder(states)], dim=2)  # (B, T, 2, dim)
-        x = torch.cat([conditions, self.embed(latents)], dim=2)
+        conditions = [self.action_encoder(actions), self.state_encoder(states)]  # (B, T, dim) each
+        if self.extrinsics_encoder is not None:
+            conditions.append(self.extrinsics_encoder(extrinsics))
+        x = torch.cat([torch.stack(conditions, dim=2), self.embed(latents)], dim=2)
         steps, tokens = x.shape[1:3]
         first = past[0][0].shape[2] // tokens if past else 0
         turn = self._rotation(first, steps, x)
@@ -253,7 +290,7 @@ class Predictor(nn.Module):
         for number, block in enumerate(self.blocks):
             x, keys_values = block(x, turn, mask, past[number] if past else None)
             kept.append(keys_values)
-        x = self.proj(self.norm(x.unflatten(1, (steps, tokens))[:, :, CONDITIONS:]))
+        x = self.proj(self.norm(x.unflatten(1, (steps, tokens))[:, :, self.num_conditions :]))
         return F.layer_norm(x, x.shape[-1:]), kept
 
     @torch.no_grad()
@@ -281,7 +318,9 @@ class Predictor(nn.Module):
     def _rotation(self, first: int, steps: int, like: Tensor) -> Rotation:
         """Rotation (steps * tokens, head_dim) of the tokens of ``steps`` steps, the first of index ``first``."""
         patches = grid_positions((1, *self.grid))
-        positions = torch.cat([patches.new_zeros(CONDITIONS, 3), patches]).repeat(steps, 1, 1)  # (steps, tokens, 3)
+        positions = torch.cat([patches.new_zeros(self.num_conditions, 3), patches]).repeat(
+            steps, 1, 1
+        )  # (steps, tokens, 3)
         positions[..., 0] = torch.arange(first, first + steps)[:, None]
         cos, sin = rotation(positions.flatten(0, 1), self.head_dim, self.rope_quirk)
         dtype = torch.promote_types(like.dtype, torch.float32)  # half precision would round the positions

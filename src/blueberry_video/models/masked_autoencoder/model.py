@@ -37,9 +37,10 @@ class MaskedAutoencoder(PositionTables):
         in_channels: number of channels to predict.
         mask_before_projection: decoder of OmniMAE: the mask token (initialized to zero) and the positions are used
             before the projection from encoder to decoder width, which has a bias.
+        decay_mask_token: apply weight decay to the mask token, as OmniMAE, but not VideoMAE, is pre-trained.
     """
 
-    no_weight_decay = ("mask_token",)
+    no_weight_decay: tuple[str, ...] = ("mask_token",)
     decoder_positions: Tensor
 
     def __init__(
@@ -52,8 +53,11 @@ class MaskedAutoencoder(PositionTables):
         qkv_bias: str = "qv",
         in_channels: int = 3,
         mask_before_projection: bool = False,
+        decay_mask_token: bool = False,
     ):
         super().__init__()
+        if decay_mask_token:
+            self.no_weight_decay = ()
         self.encoder, self.mask_before_projection = encoder, mask_before_projection
         self.decoder_num_heads, self.in_channels = decoder_num_heads, in_channels
         self.encoder_to_decoder = nn.Linear(encoder.embed_dim, decoder_dim, bias=mask_before_projection)
