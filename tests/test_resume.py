@@ -319,7 +319,16 @@ class FailsAtTheEnd(Callback):
         ((StopAfter(7),), {"limit_val_batches": 0}),
         ((patience(),), {"max_steps": 30}),
     ],
-    ids=["steps", "whole-epochs", "whole-epochs-no-validation", "epochs-no-validation", "epochs", "stopped", "stopped-no-validation", "early-stopping"],
+    ids=[
+        "steps",
+        "whole-epochs",
+        "whole-epochs-no-validation",
+        "epochs-no-validation",
+        "epochs",
+        "stopped",
+        "stopped-no-validation",
+        "early-stopping",
+    ],
 )
 def test_run_that_fails_in_its_final_evaluations_repeats_only_them(
     tmp_path: Path, callbacks: tuple[Callback, ...], options: dict

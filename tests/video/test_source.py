@@ -576,7 +576,8 @@ def test_every_image_mode_is_converted_to_rgb(tmp_path: Path):
     cases = {
         "I;16": (Image.fromarray(deep), [0, 100, 255]),
         "L": (Image.fromarray(np.array([[0, 100, 255]], np.uint8)), [0, 100, 255]),
-        "RGBA": (Image.fromarray(np.array([[[7, 7, 7, 0]] * 3], np.uint8)), [7, 7, 7]),
+        "RGBA": (Image.fromarray(np.array([[[7, 7, 7, 0]] * 3], np.uint8)), [255, 255, 255]),
+        "LA": (Image.fromarray(np.array([[[7, 255], [7, 255], [7, 0]]], np.uint8), "LA"), [7, 7, 255]),
         "1": (Image.fromarray(np.array([[0, 255, 255]], np.uint8)).convert("1"), [0, 255, 255]),
         "P": (Image.fromarray(np.array([[0, 0, 255]], np.uint8)).convert("P"), [0, 0, 255]),
     }
@@ -649,8 +650,8 @@ def test_arrays_and_tensors_in_every_layout():
         list(frames),
         tuple(last.numpy()),
         [Image.fromarray(frame) for frame in last.numpy()],
-        torch.cat([frames, frames[:, :1]], 1),
-        torch.cat([last, last[..., :1]], 3),
+        torch.cat([frames, torch.full_like(frames[:, :1], 255)], 1),
+        torch.cat([last, torch.full_like(last[..., :1], 255)], 3),
     ]
     for value in same:
         with open_source(value) as source:

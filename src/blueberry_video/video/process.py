@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from blueberry_video.video.cache import Cache, cache_key
-from blueberry_video.video.clip import FrameReader, with_reader
+from blueberry_video.video.clip import FrameReader, is_list, shown_times, with_reader
 from blueberry_video.video.container import open_video
 from blueberry_video.video.decode import Frames
 from blueberry_video.video.formats import Formatted, format_frames
@@ -28,9 +28,11 @@ from blueberry_video.video.pool import Outcome, run_in_processes
 from blueberry_video.video.quality import Stopwatch, coverage, frame_quality, peak_memory
 from blueberry_video.video.resize import resize_to, video_size
 from blueberry_video.video.result import ProcessedVideo, VideoChunk, VideoMetadata, from_entry, to_entry
+from blueberry_video.video.sampling import seconds_per_frame
 from blueberry_video.video.settings import VideoSettings, load_settings
 from blueberry_video.video.source import Source, open_source
 
+ENTRY = "2"  # changes with the fields of a cache entry
 PACKAGES = ("blueberry-video", "av", "torchcodec", "decord", "torch")  # their versions determine pixels
 
 
@@ -153,8 +155,11 @@ class VideoProcessor:
                 video = replace(video, quality=self._quality(video))
         with watch.stage("format"):
             times = torch.tensor(video.metadata.timestamps, dtype=torch.float64)
+            per_frame = video.metadata.seconds_per_frame
             formatter = self.hooks.formatter
-            video = replace(video, frames=formatter(video) if formatter else self._format(video.pixels, times))
+            video = replace(
+                video, frames=formatter(video) if formatter else self._format(video.pixels, times, per_frame)
+            )
         seconds = time.perf_counter() - start
         rate = {"frames_per_second": video.metadata.num_frames / seconds, "peak_memory": float(peak_memory())}
         video = replace(video, timing=watch.seconds, quality={**video.quality, **rate}, cached=entry is not None)
@@ -252,7 +257,8 @@ class VideoProcessor:
 
     def _result(self, plan: Plan, reader: FrameReader, source: Source, frames: Frames) -> ProcessedVideo:
         info = reader.info
-        times = info.timestamps[list(plan.indices)] - info.timestamps[0]
+        options = self.settings.sampling
+        times = shown_times(info, plan.indices, options)
         distinct = np.unique(times)
         span = float(distinct[-1] - distinct[0])
         metadata = VideoMetadata(
@@ -260,6 +266,7 @@ class VideoProcessor:
             num_frames=len(plan.indices),
             original_fps=info.fps,
             sample_fps=(len(distinct) - 1) / span if span else 0.0,
+            seconds_per_frame=seconds_per_frame(info.timestamps, plan.indices, options, info.fps),
             timestamps=tuple(times.tolist()),
             duration=info.duration,
             resolution=(plan.height, plan.width),
@@ -293,10 +300,10 @@ class VideoProcessor:
         shown = video.pixels if video.missing.all() else video.pixels[~video.missing]
         return {**covered, **frame_quality(shown), **{key: float(mask.float().mean()) for key, mask in shares.items()}}
 
-    def _format(self, pixels: Tensor, timestamps: Tensor) -> Formatted:
+    def _format(self, pixels: Tensor, timestamps: Tensor, per_frame: float) -> Formatted:
         tokens = self.settings.tokens
         sizes = (tokens.patch_size, tokens.merge_size, tokens.temporal_patch_size)
-        return format_frames(pixels, timestamps, self.settings.format, *sizes)
+        return format_frames(pixels, timestamps, self.settings.format, *sizes, per_frame)
 
     def _chunks(self, reader: FrameReader) -> Iterator[VideoChunk]:
         info = reader.info
@@ -304,11 +311,13 @@ class VideoProcessor:
         group = self.settings.tokens.temporal_patch_size
         chunk_frames = -(-reader.chunk_frames // group) * group  # whole temporal patches
         indices = sorted(set(self._sample(reader)))
-        size = video_size(info.height, info.width, min(len(indices), chunk_frames), self.settings.resize)
+        count = min(len(indices), chunk_frames)
+        size = video_size(info.height, info.width, count, self.settings.resize, is_list(info))
+        per_frame = seconds_per_frame(info.timestamps, indices, self.settings.sampling, info.fps)
         for chunk in reader.read(indices, chunk_frames):
             pixels = self._resized(chunk.pixels, size)
             times = chunk.timestamps - float(info.timestamps[0])
-            formatted = self._format(pixels, times)
+            formatted = self._format(pixels, times, per_frame)
             yield VideoChunk(formatted, pixels, chunk.indices, times, chunk.missing, chunk.suspect)
 
     def _key(self, source: Source, watch: Stopwatch) -> str:
@@ -316,7 +325,8 @@ class VideoProcessor:
         with watch.stage("hash"):
             sections = asdict(self.settings)
             of_frames = {name: sections[name] for name in ("source", "decode", "sampling", "resize", "tokens", "run")}
-            return cache_key(source.content_hash(), of_frames, {package: _version(package) for package in PACKAGES})
+            versions = {package: _version(package) for package in PACKAGES}
+            return cache_key(source.content_hash(), of_frames, versions | {"entry": ENTRY})
 
 
 class _LateError(Exception):

@@ -115,6 +115,9 @@ def load_settings(
         hint = _hints(sections[section_of[name]])[name]
         given[section_of[name]][name] = _checked(value, hint, f"{name}={value!r}")
     for section, chosen in given.items():
+        if chosen.keys() & {"fps", "sampling"} and "frame_lists" in _hints(sections[section]):
+            chosen.setdefault("frame_lists", "sampled")
+    for section, chosen in given.items():
         _drop_excluded(values[section], chosen)
         values[section] |= chosen
     return into(**{section: kind(**values[section]) for section, kind in sections.items()})
@@ -288,8 +291,14 @@ _FAMILIES = {  # prefix of a HuggingFace processor class → model in conf/video
     "Gemma4": "gemma",
 }
 _IN_TRANSFORMERS: dict[str, Values] = {  # differences from the models' original code, which conf/video follows
-    "qwen2.5-vl": {"sampling": {"spacing": "arange"}, "resize": {"total_pixels": 2**40}},  # no budget per video
-    "qwen3-vl": {"sampling": {"spacing": "linspace", "frame_factor": 1}, "resize": {"pixel_budget": "video"}},
+    "qwen2.5-vl": {
+        "sampling": {"spacing": "arange"},
+        "resize": {"list_factor": 1, "total_pixels": 2**40},
+    },  # no budget per video
+    "qwen3-vl": {
+        "sampling": {"spacing": "linspace", "frame_factor": 1},
+        "resize": {"list_factor": 1, "pixel_budget": "video"},
+    },
 }
 _SIZE_SPECIFIC = ("context_length", "hidden_size", "num_layers", "num_kv_heads", "head_dim", "num_parameters")
 _INTEGERS = (  # keys used in arithmetic
