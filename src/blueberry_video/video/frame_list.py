@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +88,10 @@ class FrameList(ABC):
 
 
 class Arrays(FrameList):
-    """Frames from arrays or tensors, each (H, W), (C, H, W) or (H, W, C) with C in 1, 3, 4; uint8, or float in [0, 1]."""
+    """Frames from arrays or tensors, each (H, W), (C, H, W) or (H, W, C) with C in 1, 3, 4.
+
+    The values are uint8, or float in [0, 1].
+    """
 
     def __init__(self, frames: Sequence | np.ndarray | Tensor, name: str, options: SourceOptions):
         self._frames = [frame[None] for frame in frames] if all(frame.ndim == 2 for frame in frames) else frames
@@ -127,6 +131,43 @@ class Arrays(FrameList):
         for frame in self._frames:
             digest.update(f"{frame.dtype} {tuple(frame.shape)} ".encode())
             digest.update(np.ascontiguousarray(_numpy(frame)).data)
+        return digest.digest()
+
+
+class Decoder(FrameList):
+    """Frames of an open decoder: ``VideoDecoder`` of torchcodec or ``VideoReader`` of decord.
+
+    Timestamps are those of decord; torchcodec names only the average rate without decoding, so they are even.
+    """
+
+    def __init__(self, decoder: Any, name: str, options: SourceOptions):
+        self._decoder = decoder
+        first = self._decoded([0])[0]
+        super().__init__(len(decoder), iter([first.shape[:2]]), name, options)
+
+    @property
+    def timestamps(self) -> tuple[float, ...] | None:
+        if hasattr(self._decoder, "get_frame_timestamp"):
+            return tuple(float(start) for start, _ in self._decoder.get_frame_timestamp(range(len(self))))
+        rate = self._decoder.metadata.average_fps
+        return tuple(i / rate for i in range(len(self))) if rate else super().timestamps
+
+    def _decoded(self, indices: Sequence[int]) -> np.ndarray:
+        """Pixels (n, H, W, 3) of a few frames."""
+        if hasattr(self._decoder, "get_frames_at"):
+            pixels = self._decoder.get_frames_at(list(indices)).data
+            return (pixels if pixels.shape[-1] == 3 else pixels.permute(0, 2, 3, 1)).cpu().numpy()
+        found = self._decoder.get_batch(list(indices))
+        return found.asnumpy() if hasattr(found, "asnumpy") else _numpy(found)
+
+    def _load(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        for start in range(0, len(indices), 16):
+            yield from self._decoded(indices[start : start + 16])
+
+    def fingerprint(self) -> bytes:
+        digest = hashlib.sha256()
+        for i in range(len(self)):
+            digest.update(np.ascontiguousarray(self._decoded([i])).data)
         return digest.digest()
 
 

@@ -23,13 +23,14 @@ from blueberry_video.video.clip import FrameReader, is_list, shown_times, with_r
 from blueberry_video.video.container import open_video
 from blueberry_video.video.decode import Frames
 from blueberry_video.video.formats import Formatted, format_frames
+from blueberry_video.video.messages import read_message
 from blueberry_video.video.plan import Plan, check_limits, faster_plans, make_plan
 from blueberry_video.video.pool import Outcome, run_in_processes
 from blueberry_video.video.quality import Stopwatch, coverage, frame_quality, peak_memory
 from blueberry_video.video.resize import resize_to, video_size
 from blueberry_video.video.result import ProcessedVideo, VideoChunk, VideoMetadata, from_entry, to_entry
 from blueberry_video.video.sampling import seconds_per_frame
-from blueberry_video.video.settings import VideoSettings, load_settings
+from blueberry_video.video.settings import VideoSettings, load_settings, with_overrides
 from blueberry_video.video.source import Source, open_source
 
 ENTRY = "2"  # changes with the fields of a cache entry
@@ -61,7 +62,8 @@ def process_video(
     """Converts a video to the input of a model.
 
     Args:
-        source: a path, a URL, base64 text, bytes, a binary stream, frames: see ``source.open_source``.
+        source: a path, a URL, base64 text, bytes, a binary stream, frames, a chat message: see ``source.open_source``.
+            Settings in the part of a message (``{"type": "video", "video": …, "fps": 1.0}``) precede all others.
         model: a name in conf/video, a YAML file, or a processor config saved by HuggingFace: see ``settings``.
         hooks: user functions.
         overrides: any field of the sections of ``VideoSettings``: ``fps=1.0, max_frames=32, format="huggingface"``.
@@ -132,6 +134,9 @@ class VideoProcessor:
 
     def __call__(self, source: Any) -> Any:
         """Processes one video; see ``process_video``."""
+        value, named = read_message(source)
+        if named:
+            return self._with(named)(value)
         if self.settings.run.isolate:
             [outcome] = self.map([source], workers=1)
             if outcome.error is not None:
@@ -168,12 +173,19 @@ class VideoProcessor:
     def plan(self, source: Any) -> Plan:
         """Returns the plan of a video; decodes nothing, except the candidate frames of ``sampling="adaptive"``. Raises
         as :func:`process_video`."""
-        with open_source(source, self.settings.source) as opened:
+        value, named = read_message(source)
+        if named:
+            return self._with(named).plan(value)
+        with open_source(value, self.settings.source) as opened:
             limit = self.settings.source.max_frame_pixels
             return with_reader(opened, self.settings.decode, lambda reader: self._plan(reader, Stopwatch()), limit)
 
     def stream(self, source: Any) -> Iterator[VideoChunk]:
         """Streams one video; see ``stream_video``."""
+        value, named = read_message(source)
+        if named:
+            yield from self._with(named).stream(value)
+            return
         settings = self.settings
         if settings.run.isolate or self.hooks.formatter or self.hooks.postprocess:
             raise ValueError(
@@ -201,6 +213,12 @@ class VideoProcessor:
         function = partial(_process_one, replace(self.settings, run=run), self.hooks)
         limits: dict[str, Any] = {"workers": workers, "timeout": run.timeout, "memory_bytes": run.process_memory_bytes}
         return run_in_processes(function, sources, **limits, ordered=ordered, on_progress=on_progress)
+
+    def _with(self, overrides: dict[str, Any]) -> "VideoProcessor":
+        """Returns a processor with the settings of a message, and the same cache."""
+        changed = VideoProcessor(with_overrides(self.settings, overrides), self.hooks)
+        changed.cache = self.cache
+        return changed
 
     # ---- stages ------------------------------------------------------------------------------------------------------
 
@@ -324,6 +342,8 @@ class VideoProcessor:
         """Returns the cache key of the frames; the format is recomputed from the cached frames."""
         with watch.stage("hash"):
             sections = asdict(self.settings)
+            for secret in ("request_headers", "token", "token_hosts", "fetch_retries"):
+                del sections["source"][secret]
             of_frames = {name: sections[name] for name in ("source", "decode", "sampling", "resize", "tokens", "run")}
             versions = {package: _version(package) for package in PACKAGES}
             return cache_key(source.content_hash(), of_frames, versions | {"entry": ENTRY})

@@ -82,6 +82,12 @@ class ProcessedVideo:
     failures: dict[str, str] = field(default_factory=dict)
     cached: bool = False
 
+    def __repr__(self) -> str:
+        known = self.metadata
+        size = f"{known.num_frames} frames of {known.resolution[0]}x{known.resolution[1]}"
+        lost = f", {int(self.missing.sum())} missing" if self.missing.any() else ""
+        return f"ProcessedVideo({known.name!r}, {size}, {known.total_tokens} tokens{lost})"
+
     def summary(self) -> dict[str, Any]:
         """Returns everything except the frames as plain values, for JSON or a row of ``quality.wandb_table``."""
         return {
@@ -106,6 +112,11 @@ class VideoChunk:
     timestamps: Tensor
     missing: Tensor
     suspect: Tensor
+
+    def __repr__(self) -> str:
+        height, width = self.pixels.shape[2:]
+        times = f"{float(self.timestamps[0]):.3f} to {float(self.timestamps[-1]):.3f} s"
+        return f"VideoChunk({len(self.indices)} frames of {height}x{width}, {times})"
 
 
 def to_entry(video: ProcessedVideo) -> Entry:

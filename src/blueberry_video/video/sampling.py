@@ -93,8 +93,8 @@ class SamplingOptions:
         pad_frames: repeat the last frame of a video with fewer than ``num_frames``, instead of raising.
         candidates_per_frame: candidate frames of ``adaptive`` per frame taken, at least 1.
         uniform_share: share of ``adaptive`` that is spread evenly regardless of the scores, 0 to 1.
-        frame_lists: frames of a list or folder under ``fps``. ``whole``: all of them up to ``max_frames``, since they are
-            sampled already (qwen-vl-utils); ``sampled``: as a file, if their rate is known (``frames_fps``). An
+        frame_lists: frames of a list or folder under ``fps``. ``whole``: all of them up to ``max_frames``, since they
+            are sampled already (qwen-vl-utils); ``sampled``: as a file, if their rate is known (``frames_fps``). An
             override of ``fps`` or ``sampling`` sets ``sampled``.
         video_start: seconds after the first frame; earlier frames are ignored. Null is the start.
         video_end: seconds after the first frame; later frames are ignored. Null is the end.
