@@ -87,6 +87,13 @@ def main() -> None:
             make_clip(Path(folder, "320p-short-groups.mp4"), 568, 320, keyint=15),
         ]
         found = measure(clips, arguments.repeats)
+    for clip in clips:
+        if not any(clip in by_clip for by_clip in found.values()):
+            print(f"{clip.name} is left out: no backend decodes it")
+    clips = [clip for clip in clips if any(clip in by_clip for by_clip in found.values())]
+    if not clips:
+        sys.exit("no backend decodes any of these clips")
+    found = {side: by_clip for side, by_clip in found.items() if by_clip}
     medians = {
         side: {clip: statistics.median(times) for clip, times in by_clip.items()} for side, by_clip in found.items()
     }

@@ -53,6 +53,13 @@ def test_arguments_of_the_entry_point(line: str, expected: str):
     assert translate(shlex.split(line)) == [f"blueberry_video.{module}", *rest.split()]
 
 
+def test_a_file_that_looks_like_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("-x.mp4").touch()
+    assert translate(["process", "-x.mp4", "--model", "m"])[1:] == ["./-x.mp4", "--model", "m"]
+    assert translate(["depth", "-x.mp4", "--out=o"])[1:] == ["./-x.mp4", "--out=o"]
+
+
 def test_run_folder_as_the_first_argument(tmp_path: Path):
     (tmp_path / "run.json").touch()
     assert translate(["train", str(tmp_path), "seed=1"])[1:] == [f"{tmp_path}/config.yaml", "seed=1"]

@@ -91,8 +91,9 @@ def _options(words: list[str], prefixes: dict[str, str]) -> tuple[list[str], lis
 
 
 def _expanded(words: list[str]) -> list[str]:
-    """Replaces ``--args=…`` by its words, which are appended."""
+    """Replaces ``--args=…`` by its words, which are appended, and adds ./ to names of files that look like options."""
     texts, others = _options(words, {"--args": ""})
+    others = [f"./{word}" if word.startswith("-") and Path(word).is_file() else word for word in others]
     return [*others, *(word for text in texts for word in split(text))]
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blueberry_video.video.errors import BrokenVideoError, FetchError
+from blueberry_video.video.pool import Outcome
 from blueberry_video.video.quality import Stopwatch, coverage, error_rates, frame_quality, peak_memory, wandb_table
 
 
@@ -172,6 +173,8 @@ def test_error_rates():
     ]
     assert error_rates(outcomes) == {"BrokenVideoError": 0.25, "FetchError": 0.125}
     assert list(error_rates(outcomes)) == ["BrokenVideoError", "FetchError"]
+    finished = [Outcome(i, "a.mp4", "value", error, 0.1, 0) for i, error in enumerate([None, FetchError("x")])]
+    assert error_rates(finished) == {"FetchError": 0.5}
     assert error_rates(iter(["a result"])) == {}
     assert error_rates([]) == {}
 

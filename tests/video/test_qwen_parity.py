@@ -9,9 +9,11 @@ import contextlib
 import importlib
 import importlib.util
 import math
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -19,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from blueberry_video.video import process_video
 from blueberry_video.video.backends import backend_failure
@@ -311,3 +314,121 @@ def test_videos_equal_fetch_video(qwen, tmp_path, monkeypatch, patch_size, eleme
     assert list(video.metadata.frame_indices) == known["frames_indices"]
     assert video.pixels.shape == expected.shape
     assert float((video.pixels.float() - expected).abs().max()) <= 1
+
+
+# (file name, rate, frames, width, height): containers, codecs, rates, lengths and shapes
+MADE = [
+    *((f"rate{i}.mp4", rate, 61, 96, 64) for i, rate in enumerate((7, 10, 12.5, 15, 24, 25, 30, 50, 60, 119.88))),
+    ("film.mp4", Fraction(24000, 1001), 100, 96, 64),
+    ("ntsc.mp4", Fraction(30000, 1001), 121, 96, 64),
+    ("ntsc60.mkv", Fraction(60000, 1001), 150, 96, 64),
+    *((f"short{n}.mp4", 30, n, 96, 64) for n in (2, 3, 4, 5, 7, 29)),
+    *((f"{n}s.mp4", 10, 10 * n, 64, 48) for n in (1, 2, 3, 10, 61)),
+    ("matroska.mkv", 30, 77, 96, 64),
+    ("old.avi", 25, 60, 96, 64),
+    ("quick.mov", 24, 49, 96, 64),
+    ("web.webm", 25, 30, 96, 64),
+    ("odd.mkv", 30, 40, 321, 241),
+    ("portrait.mp4", 30, 45, 180, 320),
+    ("wide.mp4", 30, 45, 640, 90),
+    ("large.mp4", 30, 20, 1280, 720),
+    ("tiny.mp4", 30, 40, 32, 32),
+]
+REAL = (
+    sorted(Path(os.environ["BLUEBERRY_TEST_VIDEOS"]).glob("*.[ma][pkv]*"))
+    if "BLUEBERRY_TEST_VIDEOS" in os.environ
+    else []
+)
+LISTS = [(1, None), (2, None), (3, None), (4, 1.0), (5, None), (5, 4.0), (7, 0.5), (9, 24.0), (12, 10.0)]
+
+
+def write_gray(path: Path, rate: float | Fraction, num_frames: int, width: int, height: int) -> Path:
+    codec = {".avi": "mpeg4", ".webm": "libvpx"}.get(path.suffix, "libx264")
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream(codec, rate=Fraction(rate).limit_denominator(1001))
+        stream.width, stream.height = width, height
+        stream.pix_fmt = "yuv444p" if width % 2 else "yuv420p"
+        picture = np.zeros((height, width, 3), np.uint8)
+        for i in range(num_frames):
+            picture[...] = 40 + i % 100
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        output.mux(stream.encode())
+    return path
+
+
+def qwen_and_transformers(qwen: types.ModuleType, element: dict, patch: int) -> dict:
+    """Frames, size, tokens and times that Qwen2.5-VL and Qwen3-VL receive from both libraries."""
+    sampled_fps = from_transformers("video_utils.py", "sampled_fps")
+    calculate = from_transformers("models/qwen3_vl/processing_qwen3_vl.py", "_calculate_timestamps")
+    with pytest.MonkeyPatch.context() as patcher:  # the pixels are compared in test_videos_equal_fetch_video
+        blank = torch.zeros(1)
+        patcher.setattr(
+            qwen.transforms.functional, "resize", lambda video, size, **_: blank.expand(len(video), 3, *size)
+        )
+        video, known = qwen.fetch_video({**element}, patch, return_video_metadata=True)
+    frames, _, height, width = video.shape
+    indices = [int(i) for i in known["frames_indices"]]
+    fps = sampled_fps(types.SimpleNamespace(**{**known, "frames_indices": indices}))
+    return {
+        "indices": indices,
+        "size": (height, width),
+        "tokens": frames // 2 * (height // patch // 2) * (width // patch // 2),
+        "grid": [frames // 2, height // patch, width // patch],
+        "second_per_grid_ts": 2 / fps,
+        "timestamps": calculate(None, list(indices), known["fps"], 2),
+    }
+
+
+def ours(source: object, patch: int, overrides: dict) -> dict:
+    model = {14: "qwen2.5-vl", 16: "qwen3-vl"}[patch]
+    video = process_video(source, model, format="huggingface", resample="fast", measure_quality=False, **overrides)
+    known, frames = video.metadata, video.frames
+    found = {
+        "indices": list(known.frame_indices),
+        "size": known.resolution,
+        "tokens": math.prod(known.grid_thw) // 4,
+        "grid": frames["video_grid_thw"][0].tolist(),
+    }
+    times = "second_per_grid_ts" if patch == 14 else "timestamps"
+    return found | {times: frames[times][0].item() if patch == 14 else frames[times].tolist()}
+
+
+def check_equal(found: dict, expected: dict, case: object) -> None:
+    """Compares exactly, except times: a millisecond is the resolution of Matroska's timestamps, which ours are."""
+    tolerances = {"second_per_grid_ts": {"rel": 5e-4}, "timestamps": {"abs": 1e-3}}
+    for key, value in found.items():
+        exact = key not in tolerances
+        assert value == (expected[key] if exact else pytest.approx(expected[key], **tolerances[key])), (case, key)
+
+
+@pytest.mark.parametrize("patch", [14, 16])
+def test_files_have_the_input_of_qwen_and_transformers(qwen, tmp_path, monkeypatch, patch):
+    if backend_failure("torchcodec"):
+        pytest.skip("torchcodec, the reader of qwen-vl-utils, does not work here")
+    monkeypatch.setenv("FORCE_QWENVL_VIDEO_READER", "torchcodec")
+    monkeypatch.setenv("TORCHCODEC_NUM_THREADS", "1")
+    paths = [write_gray(tmp_path / name, *properties) for name, *properties in MADE] + REAL
+    assert len(paths) == len(MADE) + len(REAL) >= 33
+    for path in paths:
+        expected = qwen_and_transformers(qwen, {"video": str(path)}, patch)
+        check_equal(ours(path, patch, {}), expected, path.name)
+
+
+@pytest.mark.parametrize("patch", [14, 16])
+def test_lists_have_the_input_of_qwen_and_transformers(qwen, patch):
+    for size in ((64, 48), (320, 180), (100, 150), (1100, 60)):
+        for count, fps in LISTS:
+            pictures = [Image.new("RGB", size, (i, i, i)) for i in range(count)]
+            element = {"video": pictures} | ({} if fps is None else {"sample_fps": fps})
+            expected = qwen_and_transformers(qwen, element, patch)
+            padding = expected["indices"].copy()
+            expected["indices"] = [
+                min(i, count - 1) for i in padding
+            ]  # ours repeat the last index, not only its pixels
+            overrides = {} if fps is None else {"frames_fps": fps}
+            check_equal(ours(pictures, patch, overrides), expected, (size, count, fps))
+
+
+def test_two_seconds_are_one_second_per_grid(qwen, tmp_path):
+    path = write_gray(tmp_path / "clip.mp4", 30, 60, 96, 64)
+    assert ours(path, 14, {})["second_per_grid_ts"] == 1.0

@@ -77,7 +77,7 @@ class ImageFolder(MediaFolder):
     def cache_key(self) -> str:
         """Everything that an image depends on except its index: settings, files with sizes and modification times,
         labels and captions."""
-        return f"image-folder-1/{json.dumps([self.image_size, self.resize])}/{self._digest()}"
+        return f"image-folder-2/{json.dumps([self.image_size, self.resize])}/{self._digest()}"
 
     def _read(self, row: Row) -> dict:
         pixels = Pictures([row.path], str(row.path), SourceOptions()).read([0])

@@ -25,6 +25,7 @@ from blueberry_video.video.frame_list import FrameList
 from blueberry_video.video.quality import Stopwatch
 from blueberry_video.video.resize import ResizeOptions, resize, resize_to, video_size
 from blueberry_video.video.sampling import (
+    DEFAULT_FPS,
     ClipSampling,
     SamplingOptions,
     candidate_frames,
@@ -35,6 +36,7 @@ from blueberry_video.video.sampling import (
 from blueberry_video.video.source import Source
 
 CHUNK_BYTES = 2**27  # decoded frames in memory at a time
+LIST = "frames"  # kind of a source that is a list of frames
 CANDIDATE_SIDE = 160  # pixels of the longer side of the frames that scores are computed on
 Result = TypeVar("Result")
 
@@ -99,8 +101,9 @@ class FrameReader:
         info = self.info
         if isinstance(sampling, ClipSampling):
             return choose_clip(info.timestamps, sampling, rng, window)
-        if info.fps == 0 and sampling.sampling == "fps" and sampling.num_frames is None and sampling.indices is None:
-            # a list of frames without a known rate: take all of them
+        counted = sampling.num_frames is not None or sampling.indices is not None
+        whole = info.fps == 0 or (is_list(info) and sampling.frame_lists == "whole")
+        if whole and sampling.sampling == "fps" and not counted:
             sampling = replace(sampling, sampling="all", fps=None)
             if info.num_frames > sampling.max_frames:
                 sampling = replace(sampling, sampling="uniform", num_frames=sampling.max_frames)
@@ -210,6 +213,24 @@ def with_reader(
     return with_fallbacks(path, options, on_file, max_frame_pixels, name)
 
 
+def is_list(info: VideoInfo) -> bool:
+    """Checks whether a video is a list or folder of frames, which are usually sampled already."""
+    return info.codec == LIST
+
+
+def shown_times(info: VideoInfo, indices: Sequence[int], sampling: SamplingOptions) -> np.ndarray:
+    """Returns the seconds of frames after the first frame of the video, float64 (n,).
+
+    The repetitions of the last frame that fill a token continue at the rate of the frames in a list, as in
+    qwen-vl-utils; in a file they have the time of that frame.
+    """
+    times = info.timestamps[list(indices)] - info.timestamps[0]
+    if is_list(info) and sampling.indices is None:
+        padding = np.maximum(np.arange(len(indices)) - list(indices).index(indices[-1]), 0)
+        times = times + padding / (info.fps or DEFAULT_FPS)
+    return times
+
+
 def check_decoded(info: VideoInfo, indices: Sequence[int], max_decoded_pixels: float) -> None:
     """Raises LimitError if frames have more pixels to decode than ``max_decoded_pixels``."""
     count = len(set(indices))
@@ -226,12 +247,12 @@ def _chunk_frames(info: VideoInfo, options: DecodeOptions) -> int:
 
 
 def _frames_info(source: Source) -> VideoInfo:
-    """``VideoInfo`` of decoded frames; the rate is 0 where their timestamps are unknown."""
+    """``VideoInfo`` of decoded frames. Where their times are unknown, the rate is 0 and the timestamps are those at two
+    frames per second, as in qwen-vl-utils."""
     frames = cast(FrameList, source.frames)
-    known = frames.timestamps
-    times = np.arange(len(frames), dtype=np.float64) if known is None else np.array(known, np.float64)
+    known, fps = frames.timestamps, frames.fps
+    times = np.arange(len(frames)) / DEFAULT_FPS if known is None else np.array(known, np.float64)
     span = float(times[-1] - times[0])
-    fps = (len(times) - 1) / span if known is not None and span else 0.0
     return VideoInfo(
         path=Path(source.name),
         name=source.name,

@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="qwen2.5-vl", help=f"a YAML file, or one of {', '.join(models())}")
     parser.add_argument("--out", help="output folder; without it only the plan is printed")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting, such as fps=1 format=numpy")
-    given = parser.parse_intermixed_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    given = parser.parse_intermixed_args([f"./{w}" if w.startswith("-") and Path(w).is_file() else w for w in words])
     av.logging.set_libav_level(av.logging.FATAL)  # FFmpeg's errors are part of the report
     try:
         processor = VideoProcessor(load_settings(given.model, _parsed(given.overrides)))

@@ -154,11 +154,12 @@ def format_frames(
     patch_size: int = 14,
     merge_size: int = 2,
     temporal_patch_size: int = 2,
+    seconds_per_frame: float | None = None,
 ) -> Formatted:
     """Converts frames uint8 (T, 3, H, W) with timestamps in seconds (T,) to the format in ``options``.
 
-    The three sizes are used only by ``format=huggingface`` with ``huggingface_layout=patches``. Raises as the function
-    of the format.
+    The three sizes and ``seconds_per_frame`` are used only by ``format=huggingface`` with
+    ``huggingface_layout=patches``. Raises as the function of the format.
     """
     _check(frames, timestamps)
     o = options
@@ -174,7 +175,8 @@ def format_frames(
         return to_openai(frames, timestamps if o.time_marks else None, o.image_format, o.jpeg_quality, o.detail)
     if o.huggingface_layout == "frames":
         return {"pixel_values_videos": to_tensor(frames, o.values)[None]}
-    return to_huggingface(frames, timestamps, o.values, patch_size, merge_size, temporal_patch_size, o.patch_times)
+    sizes = (patch_size, merge_size, temporal_patch_size)
+    return to_huggingface(frames, timestamps, o.values, *sizes, o.patch_times, seconds_per_frame)
 
 
 def to_tensor(frames: Tensor, values: PixelValues = UNCHANGED, layout: str = "tchw") -> Tensor:
@@ -250,13 +252,14 @@ def to_huggingface(
     merge_size: int = 2,
     temporal_patch_size: int = 2,
     patch_times: str = "none",
+    seconds_per_frame: float | None = None,
 ) -> dict[str, Tensor]:
     """Returns the output of transformers' Qwen2-VL, Qwen2.5-VL and Qwen3-VL video processors for one video.
 
     Returns:
         ``pixel_values_videos`` (t·h·w, 3·tp·p·p), see :func:`to_patches`, and ``video_grid_thw`` (1, 3) int64.
-        With ``patch_times=second_per_grid_ts``: (1,) float32, seconds from one temporal patch to the next, from the
-        true timestamps (transformers: tp · duration / T, equal for frames evenly spaced from the start).
+        With ``patch_times=second_per_grid_ts``: (1,) float32, tp · ``seconds_per_frame``, as transformers; if that is
+        None, tp times the mean spacing of the timestamps.
         With ``patch_times=timestamps``: (t,) float64, the mean of each patch's first and last timestamp.
 
     Raises:
@@ -269,7 +272,8 @@ def to_huggingface(
     grid = [len(starts), frames.shape[2] // patch_size, frames.shape[3] // patch_size]
     result = {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([grid], device=values.device)}
     if patch_times == "second_per_grid_ts":
-        result[patch_times] = torch.tensor([temporal_patch_size * _spacing(timestamps)], device=values.device)
+        seconds = _spacing(timestamps) if seconds_per_frame is None else seconds_per_frame
+        result[patch_times] = torch.tensor([temporal_patch_size * seconds], dtype=torch.float32, device=values.device)
     elif patch_times == "timestamps":
         ends = [min(start + temporal_patch_size, len(frames)) - 1 for start in starts]
         result[patch_times] = (timestamps[list(starts)] + timestamps[ends]).to(values.device) / 2

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,12 +51,19 @@ class FrameList(ABC):
         return self._count
 
     @property
+    def fps(self) -> float:
+        """Frames per second, from the timestamps or ``frames_fps``; 0.0 if unknown."""
+        times = self.timestamps
+        span = times[-1] - times[0] if times else 0.0
+        return (self._count - 1) / span if span else self._fps or 0.0
+
+    @property
     def timestamps(self) -> tuple[float, ...] | None:
         """Time of each frame in seconds, from the durations of an animation or ``frames_fps``; None if unknown."""
         return tuple(i / self._fps for i in range(self._count)) if self._fps else None
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """Loads frames as uint8 (n, 3, H, W) RGB, in the order of ``indices``. Transparency is dropped.
+        """Loads frames as uint8 (n, 3, H, W) RGB, in the order of ``indices``, transparent pixels on white.
 
         Args:
             indices: frame indices in any order, with repetitions.
@@ -80,16 +88,20 @@ class FrameList(ABC):
 
 
 class Arrays(FrameList):
-    """Frames from arrays or tensors, each (C, H, W) or (H, W, C) with C in 1, 3, 4; uint8, or float in [0, 1]."""
+    """Frames from arrays or tensors, each (H, W), (C, H, W) or (H, W, C) with C in 1, 3, 4.
+
+    The values are uint8, or float in [0, 1].
+    """
 
     def __init__(self, frames: Sequence | np.ndarray | Tensor, name: str, options: SourceOptions):
-        self._frames = frames
+        self._frames = [frame[None] for frame in frames] if all(frame.ndim == 2 for frame in frames) else frames
+        frames = self._frames
         shapes = [tuple(frame.shape) for frame in frames]
         for number, shape in enumerate(shapes):
             if len(shape) != 3 or not (shape[0] in (1, 3, 4) or shape[2] in (1, 3, 4)):
                 raise BrokenVideoError(
-                    f"Frame {number} of {name} has shape {shape}: pass (C, H, W) or (H, W, C) with 1, 3 or 4 channels, "
-                    "and a whole video as (T, C, H, W) or (T, H, W, C)."
+                    f"Frame {number} of {name} has shape {shape}: pass (H, W), (C, H, W) or (H, W, C) with 1, 3 or 4 "
+                    "channels, and a whole video as (T, C, H, W) or (T, H, W, C)."
                 )
         self._channels_first = shapes[0][0] in (1, 3, 4)  # also if both layouts match
         for number, shape in enumerate(shapes):
@@ -110,13 +122,52 @@ class Arrays(FrameList):
             pixels = pixels.transpose(1, 2, 0) if self._channels_first else pixels
             if pixels.dtype != np.uint8:
                 pixels = np.round(pixels.astype(np.float32) * 255).astype(np.uint8)
-            yield pixels[..., :3] if pixels.shape[2] > 1 else np.repeat(pixels, 3, axis=2)
+            if pixels.shape[2] == 4:
+                pixels = _rgb(Image.fromarray(np.ascontiguousarray(pixels), "RGBA"))
+            yield pixels if pixels.shape[2] > 1 else np.repeat(pixels, 3, axis=2)
 
     def fingerprint(self) -> bytes:
         digest = hashlib.sha256()
         for frame in self._frames:
             digest.update(f"{frame.dtype} {tuple(frame.shape)} ".encode())
             digest.update(np.ascontiguousarray(_numpy(frame)).data)
+        return digest.digest()
+
+
+class Decoder(FrameList):
+    """Frames of an open decoder: ``VideoDecoder`` of torchcodec or ``VideoReader`` of decord.
+
+    Timestamps are those of decord; torchcodec names only the average rate without decoding, so they are even.
+    """
+
+    def __init__(self, decoder: Any, name: str, options: SourceOptions):
+        self._decoder = decoder
+        first = self._decoded([0])[0]
+        super().__init__(len(decoder), iter([first.shape[:2]]), name, options)
+
+    @property
+    def timestamps(self) -> tuple[float, ...] | None:
+        if hasattr(self._decoder, "get_frame_timestamp"):
+            return tuple(float(start) for start, _ in self._decoder.get_frame_timestamp(range(len(self))))
+        rate = self._decoder.metadata.average_fps
+        return tuple(i / rate for i in range(len(self))) if rate else super().timestamps
+
+    def _decoded(self, indices: Sequence[int]) -> np.ndarray:
+        """Pixels (n, H, W, 3) of a few frames."""
+        if hasattr(self._decoder, "get_frames_at"):
+            pixels = self._decoder.get_frames_at(list(indices)).data
+            return (pixels if pixels.shape[-1] == 3 else pixels.permute(0, 2, 3, 1)).cpu().numpy()
+        found = self._decoder.get_batch(list(indices))
+        return found.asnumpy() if hasattr(found, "asnumpy") else _numpy(found)
+
+    def _load(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        for start in range(0, len(indices), 16):
+            yield from self._decoded(indices[start : start + 16])
+
+    def fingerprint(self) -> bytes:
+        digest = hashlib.sha256()
+        for i in range(len(self)):
+            digest.update(np.ascontiguousarray(self._decoded([i])).data)
         return digest.digest()
 
 
@@ -247,11 +298,15 @@ def _size(image: Image.Image) -> tuple[int, int]:
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
-    """Returns uint8 (H, W, 3) pixels after EXIF orientation."""
+    """Returns uint8 (H, W, 3) pixels after EXIF orientation, transparent ones on white."""
     if image.mode in ("I", "F"):
         raise ValueError(f"mode={image.mode} has no known value range")
     if 2 <= _orientation(image) <= 8:
         image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:  # on white, as in qwen-vl-utils
+        layers = image.convert("RGBA")
+        image = Image.new("RGB", image.size, (255, 255, 255))
+        image.paste(layers, mask=layers.getchannel("A"))
     if image.mode.startswith("I;16"):  # Pillow's conversion clips at 255
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     return np.asarray(image.convert("RGB"))

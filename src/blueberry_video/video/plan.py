@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import psutil
 
 from blueberry_video.video.budget import shrink
-from blueberry_video.video.clip import check_decoded
+from blueberry_video.video.clip import check_decoded, is_list, shown_times
 from blueberry_video.video.container import VideoInfo
 from blueberry_video.video.errors import LimitError
 from blueberry_video.video.formats import DTYPES
@@ -50,7 +50,8 @@ def make_plan(info: VideoInfo, indices: Sequence[int], settings: VideoSettings) 
     """
     check_limits(info, settings)
     resizing, run, tokens = settings.resize, settings.run, settings.tokens
-    plan = _planned(info, indices, video_size(info.height, info.width, len(indices), resizing), settings)
+    size = video_size(info.height, info.width, len(indices), resizing, is_list(info))
+    plan = _planned(info, indices, size, settings)
     memory = run.max_memory_bytes
     if memory is not None:
         why = f"max_memory_bytes={memory}"
@@ -105,7 +106,7 @@ def _planned(
     degraded: Sequence[str] = (),
 ) -> Plan:
     count = len(indices)
-    times = (info.timestamps[list(indices)] - info.timestamps[0]).tolist()
+    times = shown_times(info, indices, settings.sampling).tolist()
     return Plan(
         indices=tuple(indices),
         height=size[0],

@@ -71,6 +71,10 @@ class Outcome(Generic[Item, Value]):
     seconds: float
     peak_memory: int
 
+    def __repr__(self) -> str:
+        result = f"value={type(self.value).__name__}" if self.error is None else f"error={type(self.error).__name__}"
+        return f"Outcome({_named(self.index, self.item)}, {result}, {self.seconds:.3g} s)"
+
 
 def run_in_processes(
     function: Callable[[Item], Value],

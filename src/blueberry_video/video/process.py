@@ -19,18 +19,21 @@ import torch
 from torch import Tensor
 
 from blueberry_video.video.cache import Cache, cache_key
-from blueberry_video.video.clip import FrameReader, with_reader
+from blueberry_video.video.clip import FrameReader, is_list, shown_times, with_reader
 from blueberry_video.video.container import open_video
 from blueberry_video.video.decode import Frames
 from blueberry_video.video.formats import Formatted, format_frames
+from blueberry_video.video.messages import read_message
 from blueberry_video.video.plan import Plan, check_limits, faster_plans, make_plan
 from blueberry_video.video.pool import Outcome, run_in_processes
 from blueberry_video.video.quality import Stopwatch, coverage, frame_quality, peak_memory
 from blueberry_video.video.resize import resize_to, video_size
 from blueberry_video.video.result import ProcessedVideo, VideoChunk, VideoMetadata, from_entry, to_entry
-from blueberry_video.video.settings import VideoSettings, load_settings
+from blueberry_video.video.sampling import seconds_per_frame
+from blueberry_video.video.settings import VideoSettings, load_settings, with_overrides
 from blueberry_video.video.source import Source, open_source
 
+ENTRY = "2"  # changes with the fields of a cache entry
 PACKAGES = ("blueberry-video", "av", "torchcodec", "decord", "torch")  # their versions determine pixels
 
 
@@ -59,7 +62,8 @@ def process_video(
     """Converts a video to the input of a model.
 
     Args:
-        source: a path, a URL, base64 text, bytes, a binary stream, frames: see ``source.open_source``.
+        source: a path, a URL, base64 text, bytes, a binary stream, frames, a chat message: see ``source.open_source``.
+            Settings in the part of a message (``{"type": "video", "video": …, "fps": 1.0}``) precede all others.
         model: a name in conf/video, a YAML file, or a processor config saved by HuggingFace: see ``settings``.
         hooks: user functions.
         overrides: any field of the sections of ``VideoSettings``: ``fps=1.0, max_frames=32, format="huggingface"``.
@@ -130,6 +134,9 @@ class VideoProcessor:
 
     def __call__(self, source: Any) -> Any:
         """Processes one video; see ``process_video``."""
+        value, named = read_message(source)
+        if named:
+            return self._with(named)(value)
         if self.settings.run.isolate:
             [outcome] = self.map([source], workers=1)
             if outcome.error is not None:
@@ -153,8 +160,11 @@ class VideoProcessor:
                 video = replace(video, quality=self._quality(video))
         with watch.stage("format"):
             times = torch.tensor(video.metadata.timestamps, dtype=torch.float64)
+            per_frame = video.metadata.seconds_per_frame
             formatter = self.hooks.formatter
-            video = replace(video, frames=formatter(video) if formatter else self._format(video.pixels, times))
+            video = replace(
+                video, frames=formatter(video) if formatter else self._format(video.pixels, times, per_frame)
+            )
         seconds = time.perf_counter() - start
         rate = {"frames_per_second": video.metadata.num_frames / seconds, "peak_memory": float(peak_memory())}
         video = replace(video, timing=watch.seconds, quality={**video.quality, **rate}, cached=entry is not None)
@@ -163,12 +173,19 @@ class VideoProcessor:
     def plan(self, source: Any) -> Plan:
         """Returns the plan of a video; decodes nothing, except the candidate frames of ``sampling="adaptive"``. Raises
         as :func:`process_video`."""
-        with open_source(source, self.settings.source) as opened:
+        value, named = read_message(source)
+        if named:
+            return self._with(named).plan(value)
+        with open_source(value, self.settings.source) as opened:
             limit = self.settings.source.max_frame_pixels
             return with_reader(opened, self.settings.decode, lambda reader: self._plan(reader, Stopwatch()), limit)
 
     def stream(self, source: Any) -> Iterator[VideoChunk]:
         """Streams one video; see ``stream_video``."""
+        value, named = read_message(source)
+        if named:
+            yield from self._with(named).stream(value)
+            return
         settings = self.settings
         if settings.run.isolate or self.hooks.formatter or self.hooks.postprocess:
             raise ValueError(
@@ -196,6 +213,12 @@ class VideoProcessor:
         function = partial(_process_one, replace(self.settings, run=run), self.hooks)
         limits: dict[str, Any] = {"workers": workers, "timeout": run.timeout, "memory_bytes": run.process_memory_bytes}
         return run_in_processes(function, sources, **limits, ordered=ordered, on_progress=on_progress)
+
+    def _with(self, overrides: dict[str, Any]) -> "VideoProcessor":
+        """Returns a processor with the settings of a message, and the same cache."""
+        changed = VideoProcessor(with_overrides(self.settings, overrides), self.hooks)
+        changed.cache = self.cache
+        return changed
 
     # ---- stages ------------------------------------------------------------------------------------------------------
 
@@ -252,7 +275,8 @@ class VideoProcessor:
 
     def _result(self, plan: Plan, reader: FrameReader, source: Source, frames: Frames) -> ProcessedVideo:
         info = reader.info
-        times = info.timestamps[list(plan.indices)] - info.timestamps[0]
+        options = self.settings.sampling
+        times = shown_times(info, plan.indices, options)
         distinct = np.unique(times)
         span = float(distinct[-1] - distinct[0])
         metadata = VideoMetadata(
@@ -260,6 +284,7 @@ class VideoProcessor:
             num_frames=len(plan.indices),
             original_fps=info.fps,
             sample_fps=(len(distinct) - 1) / span if span else 0.0,
+            seconds_per_frame=seconds_per_frame(info.timestamps, plan.indices, options, info.fps),
             timestamps=tuple(times.tolist()),
             duration=info.duration,
             resolution=(plan.height, plan.width),
@@ -293,10 +318,10 @@ class VideoProcessor:
         shown = video.pixels if video.missing.all() else video.pixels[~video.missing]
         return {**covered, **frame_quality(shown), **{key: float(mask.float().mean()) for key, mask in shares.items()}}
 
-    def _format(self, pixels: Tensor, timestamps: Tensor) -> Formatted:
+    def _format(self, pixels: Tensor, timestamps: Tensor, per_frame: float) -> Formatted:
         tokens = self.settings.tokens
         sizes = (tokens.patch_size, tokens.merge_size, tokens.temporal_patch_size)
-        return format_frames(pixels, timestamps, self.settings.format, *sizes)
+        return format_frames(pixels, timestamps, self.settings.format, *sizes, per_frame)
 
     def _chunks(self, reader: FrameReader) -> Iterator[VideoChunk]:
         info = reader.info
@@ -304,19 +329,24 @@ class VideoProcessor:
         group = self.settings.tokens.temporal_patch_size
         chunk_frames = -(-reader.chunk_frames // group) * group  # whole temporal patches
         indices = sorted(set(self._sample(reader)))
-        size = video_size(info.height, info.width, min(len(indices), chunk_frames), self.settings.resize)
+        count = min(len(indices), chunk_frames)
+        size = video_size(info.height, info.width, count, self.settings.resize, is_list(info))
+        per_frame = seconds_per_frame(info.timestamps, indices, self.settings.sampling, info.fps)
         for chunk in reader.read(indices, chunk_frames):
             pixels = self._resized(chunk.pixels, size)
             times = chunk.timestamps - float(info.timestamps[0])
-            formatted = self._format(pixels, times)
+            formatted = self._format(pixels, times, per_frame)
             yield VideoChunk(formatted, pixels, chunk.indices, times, chunk.missing, chunk.suspect)
 
     def _key(self, source: Source, watch: Stopwatch) -> str:
         """Returns the cache key of the frames; the format is recomputed from the cached frames."""
         with watch.stage("hash"):
             sections = asdict(self.settings)
+            for secret in ("request_headers", "token", "token_hosts", "fetch_retries"):
+                del sections["source"][secret]
             of_frames = {name: sections[name] for name in ("source", "decode", "sampling", "resize", "tokens", "run")}
-            return cache_key(source.content_hash(), of_frames, {package: _version(package) for package in PACKAGES})
+            versions = {package: _version(package) for package in PACKAGES}
+            return cache_key(source.content_hash(), of_frames, versions | {"entry": ENTRY})
 
 
 class _LateError(Exception):

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blueberry_video.video.pool import Outcome
+
 if TYPE_CHECKING:
     import wandb
 
@@ -97,10 +99,11 @@ def peak_memory() -> int:
 
 
 def error_rates(outcomes: Iterable[object]) -> dict[str, float]:
-    """Returns the share of each exception type among all outcomes (results and exceptions), most frequent first."""
-    outcomes = list(outcomes)
-    counts = Counter(type(outcome).__name__ for outcome in outcomes if isinstance(outcome, BaseException))
-    return {name: count / len(outcomes) for name, count in counts.most_common()}
+    """Returns the share of each exception type, most frequent first, among all outcomes: ``Outcome`` of
+    ``process_videos``, or results and exceptions."""
+    found = [outcome.error if isinstance(outcome, Outcome) else outcome for outcome in outcomes]
+    counts = Counter(type(error).__name__ for error in found if isinstance(error, BaseException))
+    return {name: count / len(found) for name, count in counts.most_common()}
 
 
 def wandb_table(rows: Iterable[Mapping[str, Any]]) -> "wandb.Table":

@@ -42,6 +42,8 @@ class ResizeOptions:
             ``cover``: the same without the crop; ``stretch``: resized to ``image_size``; ``fit``: scaled down to fit
             ``max_long_side`` and ``max_short_side`` (GPT-4o: 2048 and 768); ``none``: the original size.
         size_factor: pixels, patch size times merge size: 28 for Qwen2.5-VL, 32 for Qwen3-VL.
+        list_factor: frames of a list are first rounded to multiples of list_factor · size_factor within the limits of a
+            single image, then to those of the video, as qwen-vl-utils does with 2; 1: sized as a file.
         temporal_factor: frames per token; at least 1.
         min_pixels, max_pixels: pixels of a frame; null is 128 and 768 · size_factor². ``fill`` requires max_pixels.
         total_pixels: pixels of all frames divided by ``temporal_factor``, shared evenly; null is
@@ -61,6 +63,7 @@ class ResizeOptions:
 
     rule: str = "smart"
     size_factor: int = 28
+    list_factor: int = 1
     temporal_factor: int = 2
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -146,8 +149,10 @@ def fill(height: int, width: int, factor: int, max_pixels: int) -> tuple[int, in
     return new_height, new_width
 
 
-def video_size(height: int, width: int, num_frames: int, options: ResizeOptions) -> tuple[int, int]:
-    """Returns the (height, width) to which ``num_frames`` frames of a video are resized.
+def video_size(
+    height: int, width: int, num_frames: int, options: ResizeOptions, is_list: bool = False
+) -> tuple[int, int]:
+    """Returns the (height, width) to which ``num_frames`` frames of a video, or of a list, are resized.
 
     Raises:
         ValueError: a size or count below 1, and what ``smart_resize`` and ``fill`` raise.
@@ -159,6 +164,11 @@ def video_size(height: int, width: int, num_frames: int, options: ResizeOptions)
         limits = (IMAGE_MIN_TOKENS * factor**2, IMAGE_MAX_TOKENS * factor**2)
         return smart_resize(options.resized_height, options.resized_width, factor, *limits, options.max_aspect)
     if options.rule == "smart":
+        if is_list and options.list_factor > 1:
+            first = factor * options.list_factor
+            least, most = IMAGE_MIN_TOKENS * first**2, IMAGE_MAX_TOKENS * first**2
+            limits = (options.min_pixels or least, options.max_pixels or most)
+            height, width = smart_resize(height, width, first, *limits, options.max_aspect)
         return _smart_size(height, width, num_frames, options)
     if options.rule == "fill" and options.max_pixels is not None:
         return fill(height, width, factor, options.max_pixels)

@@ -19,7 +19,9 @@ class VideoMetadata:
         num_frames: number of sampled frames, including repetitions.
         original_fps: frames per second of the file, from its timestamps; 0.0 if unknown.
         sample_fps: (n - 1) / (last - first timestamp) of the distinct sampled frames; 0.0 for a single frame.
-        timestamps: seconds from the first frame of the file.
+        seconds_per_frame: seconds of the video, or of its range, per distinct sampled frame; Qwen2.5-VL's
+            ``second_per_grid_ts`` is temporal_patch_size times it.
+        timestamps: seconds from the first frame of the file; of a list without a rate, at two frames per second.
         duration: duration of the file in seconds.
         resolution: (height, width) of the resized frames.
         total_tokens: visual tokens plus the text tokens that the prompt adds around them.
@@ -36,6 +38,7 @@ class VideoMetadata:
     num_frames: int
     original_fps: float
     sample_fps: float
+    seconds_per_frame: float
     timestamps: tuple[float, ...]
     duration: float
     resolution: tuple[int, int]
@@ -79,6 +82,12 @@ class ProcessedVideo:
     failures: dict[str, str] = field(default_factory=dict)
     cached: bool = False
 
+    def __repr__(self) -> str:
+        known = self.metadata
+        size = f"{known.num_frames} frames of {known.resolution[0]}x{known.resolution[1]}"
+        lost = f", {int(self.missing.sum())} missing" if self.missing.any() else ""
+        return f"ProcessedVideo({known.name!r}, {size}, {known.total_tokens} tokens{lost})"
+
     def summary(self) -> dict[str, Any]:
         """Returns everything except the frames as plain values, for JSON or a row of ``quality.wandb_table``."""
         return {
@@ -103,6 +112,11 @@ class VideoChunk:
     timestamps: Tensor
     missing: Tensor
     suspect: Tensor
+
+    def __repr__(self) -> str:
+        height, width = self.pixels.shape[2:]
+        times = f"{float(self.timestamps[0]):.3f} to {float(self.timestamps[-1]):.3f} s"
+        return f"VideoChunk({len(self.indices)} frames of {height}x{width}, {times})"
 
 
 def to_entry(video: ProcessedVideo) -> Entry:

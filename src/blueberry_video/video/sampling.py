@@ -26,6 +26,7 @@ from blueberry_video.video.ranges import check_above_zero, check_at_least, check
 
 SAMPLERS = ("uniform", "random", "fixed_fps", "multi_clip", "segments")
 STRATEGIES = ("fps", "uniform", "duration", "keyframes", "adaptive", "all")
+FRAME_LISTS = ("whole", "sampled")
 SPACINGS = ("inclusive", "linspace", "arange", "steps", "centres")
 DEFAULT_FPS = 2.0
 TOLERANCE = 1e-6  # seconds: rounding must not drop a frame that starts at exactly a requested time
@@ -93,6 +94,9 @@ class SamplingOptions:
         pad_frames: repeat the last frame of a video with fewer than ``num_frames``, instead of raising.
         candidates_per_frame: candidate frames of ``adaptive`` per frame taken, at least 1.
         uniform_share: share of ``adaptive`` that is spread evenly regardless of the scores, 0 to 1.
+        frame_lists: frames of a list or folder under ``fps``. ``whole``: all of them up to ``max_frames``, since they
+            are sampled already (qwen-vl-utils); ``sampled``: as a file, if their rate is known (``frames_fps``). An
+            override of ``fps`` or ``sampling`` sets ``sampled``.
         video_start: seconds after the first frame; earlier frames are ignored. Null is the start.
         video_end: seconds after the first frame; later frames are ignored. Null is the end.
 
@@ -113,6 +117,7 @@ class SamplingOptions:
     pad_frames: bool = False
     candidates_per_frame: int = 4
     uniform_share: float = 0.25
+    frame_lists: str = "whole"
     video_start: float | None = None
     video_end: float | None = None
 
@@ -121,6 +126,7 @@ class SamplingOptions:
             object.__setattr__(self, "indices", tuple(self.indices))
         check_choice("sampling", self.sampling, STRATEGIES)
         check_choice("spacing", self.spacing, SPACINGS)
+        check_choice("frame_lists", self.frame_lists, FRAME_LISTS)
         counts = {key: getattr(self, key) for key in ("frame_factor", "min_frames", "candidates_per_frame")}
         check_at_least(1, **counts)
         check_at_least(self.frame_factor, max_frames=self.max_frames)
@@ -224,6 +230,28 @@ def frame_rate(timestamps: np.ndarray) -> float:
     known = [k for k in (round(rate), round(rate * 1.001) * 1000 / 1001) if k > 0]
     closest = min(known, key=lambda k: abs(k - rate), default=rate)
     return closest if abs(steps / closest - span) <= 1e-3 + TOLERANCE else rate
+
+
+def seconds_per_frame(
+    timestamps: np.ndarray, indices: Sequence[int], options: SamplingOptions, rate: float | None = None
+) -> float:
+    """Returns the seconds of video that one sampled frame stands for: those of the video, or of its range, divided by
+    the distinct frames taken. Its inverse is ``sample_fps`` of qwen-vl-utils and ``sampled_fps`` of transformers; the
+    spacing of inclusive indices is wider. For explicit ``indices``, the mean spacing of the frames.
+
+    Args:
+        timestamps: float64 (N,), seconds of every frame of the video.
+        indices: the frames taken.
+        options: for the range.
+        rate: frames per second; that of the timestamps if None, 2 if they are all the same.
+    """
+    taken = sorted(set(indices))
+    if options.indices is not None and len(taken) > 1:
+        return float(timestamps[taken[-1]] - timestamps[taken[0]]) / (len(taken) - 1)
+    first, last = time_range(timestamps, options.video_start, options.video_end)
+    if timestamps[-1] > timestamps[0]:
+        rate = frame_rate(timestamps)
+    return (last - first + 1) / (rate or DEFAULT_FPS) / len(taken)
 
 
 def smart_num_frames(

@@ -34,6 +34,7 @@ CONF = shipped("conf") / "video"
 GENERAL = "general"
 DEFAULTS = [GENERAL, "_self_"]  # the only defaults list that a model's file may contain
 
+SECRETS = ("token", "request_headers")  # never in messages
 _COUNTS = ("fps", "num_frames", "indices")  # mutually exclusive
 _EXCLUDED = {"all": _COUNTS, "duration": _COUNTS, "fps": ("num_frames",), "uniform": ("fps",)}  # per strategy
 
@@ -107,17 +108,33 @@ def load_settings(
         file = _find(model, conf)
         content = _read_yaml(file) if file.suffix in (".yaml", ".yml") else profile_from_huggingface(file, conf)
         _merge(values, content, sections, str(file))
+    return into(**_overridden(values, overrides or {}, sections))
+
+
+def _overridden(values: Values, overrides: Mapping[str, Any], sections: Mapping[str, type]) -> dict[str, Any]:
+    """Returns the sections with the overrides merged into their values."""
     section_of = _section_of(sections)
     given: Values = {name: {} for name in sections}
-    for name, value in (overrides or {}).items():
+    for name, value in overrides.items():
         if name not in section_of:
             raise ValueError(_unknown(name, "is not a setting", section_of))
         hint = _hints(sections[section_of[name]])[name]
-        given[section_of[name]][name] = _checked(value, hint, f"{name}={value!r}")
+        shown = "…" if name in SECRETS else repr(value)
+        given[section_of[name]][name] = _checked(value, hint, f"{name}={shown}")
+    for section, chosen in given.items():
+        if chosen.keys() & {"fps", "sampling"} and "frame_lists" in _hints(sections[section]):
+            chosen.setdefault("frame_lists", "sampled")
     for section, chosen in given.items():
         _drop_excluded(values[section], chosen)
         values[section] |= chosen
-    return into(**{section: kind(**values[section]) for section, kind in sections.items()})
+    return {section: kind(**values[section]) for section, kind in sections.items()}
+
+
+def with_overrides(settings: VideoSettings, overrides: Mapping[str, Any]) -> VideoSettings:
+    """Returns settings with other values of some fields, as :func:`load_settings` merges and checks overrides."""
+    sections = sections_of(type(settings))
+    values = {name: dict(vars(getattr(settings, name))) for name in sections}
+    return VideoSettings(**_overridden(values, overrides, sections))
 
 
 def sections_of(settings: type) -> dict[str, type]:
@@ -288,8 +305,14 @@ _FAMILIES = {  # prefix of a HuggingFace processor class → model in conf/video
     "Gemma4": "gemma",
 }
 _IN_TRANSFORMERS: dict[str, Values] = {  # differences from the models' original code, which conf/video follows
-    "qwen2.5-vl": {"sampling": {"spacing": "arange"}, "resize": {"total_pixels": 2**40}},  # no budget per video
-    "qwen3-vl": {"sampling": {"spacing": "linspace", "frame_factor": 1}, "resize": {"pixel_budget": "video"}},
+    "qwen2.5-vl": {
+        "sampling": {"spacing": "arange"},
+        "resize": {"list_factor": 1, "total_pixels": 2**40},
+    },  # no budget per video
+    "qwen3-vl": {
+        "sampling": {"spacing": "linspace", "frame_factor": 1},
+        "resize": {"list_factor": 1, "pixel_budget": "video"},
+    },
 }
 _SIZE_SPECIFIC = ("context_length", "hidden_size", "num_layers", "num_kv_heads", "head_dim", "num_parameters")
 _INTEGERS = (  # keys used in arithmetic

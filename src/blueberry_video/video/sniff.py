@@ -80,8 +80,11 @@ def local_path(text: str, folder: bool = False) -> Path:
     if protocol := _PROTOCOL.match(text):
         raise RefusedSourceError(
             f"A source that begins with {protocol.group(1)!r} is a protocol. Only http and https are fetched, from a "
-            "str that is not a frame: pass the path of a local file, with './' before a name that contains a colon."
+            "str, and file:// of this machine is read: pass the path of a local file, with './' before a name that "
+            "contains a colon."
         )
+    if text.startswith("~") and not os.path.exists(text):
+        text = os.path.expanduser(text)
     try:
         path = Path(os.path.realpath(text))
         mode = path.stat().st_mode
