@@ -326,7 +326,8 @@ def test_frames_are_encoded_as_by_transformers(dtype, tmp_path):
     bare.norm, bare.temporal_sinusoid = torch.nn.Identity(), False
     torch.testing.assert_close(bare.encode_frames(given).features[:, 1:-1], patches, atol=1e-4, rtol=1e-4)
 
-    features, context = model.encode_frames(given)
+    features, context = model(given)
+    torch.testing.assert_close(context, model.encode_frames(given).context, rtol=0, atol=0)
     assert features.shape == (2, 5, 4, 16)
     assert context.shape == (2, 32)
     expected = model.features(video)

@@ -27,7 +27,7 @@ Shapes: B batch, T frames, S tokens per frame, D width.
 """
 
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -146,9 +146,8 @@ class Spool(Encoder):
         if freeze_backbone:
             backbone.requires_grad_(False)
 
-    @classmethod
+    @staticmethod
     def from_backbone(
-        cls,
         backbone_name: str | Path = "facebook/dinov2-base",
         num_hidden_layers: int = 12,
         num_attention_heads: int = 12,
@@ -158,10 +157,10 @@ class Spool(Encoder):
         local_frame_range: int = 16,
         context_mode: str = "both",
         freeze_backbone: bool = True,
-    ) -> Self:
-        """Builds a model on published weights of DINOv2, with the arguments of the original code.
+    ) -> "FrameSpool":
+        """Builds a model on published weights of DINOv2, with the arguments and the call of the original code.
 
-        :meth:`encode_frames` of the model takes frames as the original does. The temporal blocks are untrained.
+        The temporal blocks are untrained. The ``state_dict`` is that of a :class:`Spool`.
 
         Args:
             backbone_name: hub id, folder in the layout of transformers, or file, see :meth:`.DINOv2.from_published`.
@@ -173,7 +172,7 @@ class Spool(Encoder):
             ValueError: the weights are not those of a DINOv2, or the arguments do not fit them.
         """
         backbone = DINOv2.from_published(backbone_name, image_size=image_size)
-        return cls(
+        return FrameSpool(
             backbone,
             num_hidden_layers,
             num_attention_heads,
@@ -342,6 +341,16 @@ class Spool(Encoder):
             x, present = block(x, layout, past, streaming=True)
             after.append(present)
         return self.norm(x), tuple(after)
+
+
+class FrameSpool(Spool):
+    """Spool with the call of the original code: frames (B, T, H, W, C) -> :class:`Features`.
+
+    See :meth:`Spool.encode_frames` for the call, :class:`Spool` for the arguments, and :meth:`Spool.from_backbone`.
+    """
+
+    def forward(self, frames: Tensor) -> Features:  # type: ignore[override]
+        return self.encode_frames(frames)
 
 
 def _context(start: Tensor, end: Tensor) -> Tensor:
