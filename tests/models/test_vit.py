@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 from blueberry_video.models import vit
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.nn.patches import gather_tokens
+from blueberry_video.optim import decayed_names
 from blueberry_video.weights.load import published_heads
 
 
@@ -213,3 +214,30 @@ def test_final_norm_missing_from_the_file_keeps_its_values(tmp_path):
     assert "norm.bias, norm.weight" in target.load_published(tmp_path / "plain.pth")
     assert torch.equal(target.norm.weight, torch.full((16,), 3.0))
     assert torch.equal(target.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
+
+
+def test_layer_scale_and_learned_positions_are_those_of_videomae():
+    """x + gamma_1 * attention, x + gamma_2 * MLP; a table (1, N, D) under ``pos_embed``, without weight decay."""
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 16, "depth": 2, "num_heads": 2}
+    model = VisionTransformer(16, 4, 8, 2, **sizes, positions="learned", layer_scale=0.1).eval()
+    assert {"pos_embed", "blocks.0.gamma_1", "blocks.1.gamma_2"} <= model.state_dict().keys()
+    assert (model.blocks[0].gamma_1 == 0.1).all()
+    assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.2)
+    assert not {"pos_embed", "blocks.0.gamma_1"} & decayed_names(model)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    video = torch.randn(2, 3, 4, 16, 16)
+    x = model.patch_embed(video, None) + model.pos_embed
+    for block in model.blocks:
+        x = x + block.gamma_1 * block.attn(block.norm1(x))
+        x = x + block.gamma_2 * block.mlp(block.norm2(x))
+    torch.testing.assert_close(model(video), model.norm(x))
+    keep = torch.tensor([[0, 3, 5], [1, 2, 7]])
+    first = model.patch_embed(video, keep) + model.pos_embed[0][keep]
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(video, keep)
+    torch.testing.assert_close(seen[0], first)
+    loaded = VisionTransformer.from_weights(model.state_dict(), "file", 4, 16, 2).eval()
+    torch.testing.assert_close(loaded(video), model(video))

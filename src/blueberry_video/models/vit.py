@@ -42,11 +42,13 @@ class VisionTransformer(Encoder, PositionTables):
         final_norm: LayerNorm after the last block. Published fine-tuned models have none: their classifier normalizes
             the mean of the tokens.
         images: also accept single frames, see :class:`~blueberry_video.models.encoder.Encoder`.
-        positions: ``"sinusoid"`` over the token index (VideoMAE); ``"sincos_3d"`` (V-JEPA), interpolated for clips of
+        positions: ``"sinusoid"`` over the token index (VideoMAE); ``"learned"``, a parameter per token without weight
+            decay (an option of VideoMAE); ``"sincos_3d"`` (V-JEPA), interpolated for clips of
             a different length or size; ``"rope_3d"`` (V-JEPA 2), defined for any length and size.
         rope_quirk: rotation of the published weights of V-JEPA 2, see :mod:`blueberry_video.nn.rope`.
         init: ``"xavier"`` (VideoMAE, :func:`init_weights`) or ``"trunc_normal"`` (V-JEPA,
             :func:`~blueberry_video.nn.blocks.init_trunc_normal`).
+        layer_scale: initial factors of the residual branches, see :class:`~blueberry_video.nn.blocks.Block`; 0: none.
 
     Raises:
         ValueError: a size is not a multiple of the patch size, or ``positions`` or ``init`` is unknown; in
@@ -75,17 +77,26 @@ class VisionTransformer(Encoder, PositionTables):
         positions: str = "sinusoid",
         rope_quirk: bool = False,
         init: str = "xavier",
+        layer_scale: float = 0.0,
     ):
         super().__init__(image_size, num_frames, patch_size, tubelet_size, embed_dim, in_channels, images)
-        if positions not in ("sinusoid", "sincos_3d", "rope_3d"):
-            raise ValueError(f"positions={positions!r} is unknown: choose 'sinusoid', 'sincos_3d' or 'rope_3d'.")
+        if positions not in ("sinusoid", "learned", "sincos_3d", "rope_3d"):
+            raise ValueError(
+                f"positions={positions!r} is unknown: choose 'sinusoid', 'learned', 'sincos_3d' or 'rope_3d'."
+            )
         if init not in ("xavier", "trunc_normal"):
             raise ValueError(f"init={init!r} is unknown: choose 'xavier' or 'trunc_normal'.")
         self.patch_embed = TubeletEmbed(in_channels, embed_dim, self.patch_size)
         self.num_heads, self.position_kind, grid = num_heads, positions, self.grid(self.video_size)
         self.register_tables()
+        self.pos_embed: nn.Parameter | None = None
+        if positions == "learned":
+            self.pos_embed = nn.Parameter(torch.zeros(1, self.num_tokens, embed_dim))
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+            self.no_weight_decay = ("pos_embed",)
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate) for rate in rates)
+        sizes = (embed_dim, num_heads, mlp_ratio, qkv_bias)
+        self.blocks = nn.ModuleList(Block(*sizes, rate, layer_scale=layer_scale) for rate in rates)
         self.rope = RotaryPositions(grid, embed_dim // num_heads, rope_quirk) if positions == "rope_3d" else None
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6) if final_norm else nn.Identity()
         if init == "xavier":
@@ -94,7 +105,7 @@ class VisionTransformer(Encoder, PositionTables):
             init_trunc_normal(self)
 
     def tables(self) -> dict[str, Tensor]:
-        if self.position_kind == "rope_3d":
+        if self.position_kind in ("rope_3d", "learned"):
             return {}
         if self.position_kind == "sinusoid":
             return {"positions": sinusoid_table(self.num_tokens, self.embed_dim)}
@@ -102,7 +113,7 @@ class VisionTransformer(Encoder, PositionTables):
 
     def as_clip(self, video: Tensor) -> Tensor:
         """See :meth:`Encoder.as_clip`; with 3-D positions, T, H and W are any multiples of the patch size."""
-        if self.position_kind == "sinusoid":
+        if self.position_kind in ("sinusoid", "learned"):
             return super().as_clip(video)
         channels, tubelet = self.video_size[0], self.patch_size[0]
         if self.images and video.shape[2] == 1:
@@ -142,6 +153,8 @@ class VisionTransformer(Encoder, PositionTables):
 
     def _positions(self, grid: tuple[int, int, int]) -> Tensor:
         """Position table (t * h * w, D) of a clip of this grid; a single frame has the first positions of a clip."""
+        if self.pos_embed is not None:
+            return self.pos_embed[0, : math.prod(grid)]
         built = self.grid(self.video_size)
         length = built[0] if grid[0] == 1 and self.images else grid[0]
         return resize_table(self.positions, built, (length, *grid[1:]))[: math.prod(grid)]
@@ -187,8 +200,9 @@ class VisionTransformer(Encoder, PositionTables):
             qkv_bias=qkv_bias(weights, "blocks.0"),
             final_norm="norm.weight" in weights,
             images=images,
-            positions=positions,
+            positions="learned" if "pos_embed" in weights else positions,
             rope_quirk=rope_quirk,
+            layer_scale=1.0 if "blocks.0.gamma_1" in weights else 0.0,
         )
         load_strictly(encoder, weights, source)
         return encoder
@@ -304,6 +318,7 @@ def huggingface_config(encoder: Encoder) -> dict[str, Any]:
     bias = qkv_bias(state, "blocks.0")
     settings = {"positions": (encoder.position_kind, "sinusoid"), "images": (encoder.images, False)}
     settings |= {"qkv_bias": (bias, bias if bias == "none" else "qv")}
+    settings |= {"layer_scale": ("blocks.0.gamma_1" in state, False)}
     check_layout(VIDEOMAE, {f"model.encoder.{key}": values for key, values in settings.items()})
     return {
         "model_type": "videomae",

@@ -35,7 +35,9 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block of attention and MLP: (B, N, D) -> (B, N, D), with an optional rotary embedding.
 
-    The arguments of ``forward`` are those of :class:`~blueberry_video.nn.attention.Attention`.
+    With ``layer_scale`` above 0, a learned factor per channel of this initial value scales both residual branches
+    (CaiT, arXiv 2103.17239; ``init_values`` in VideoMAE's fine-tuning). The arguments of ``forward`` are those of
+    :class:`~blueberry_video.nn.attention.Attention`.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Block(nn.Module):
         qkv_bias: str = "qkv",
         drop_path: float = 0.0,
         norm_eps: float = 1e-6,
+        layer_scale: float = 0.0,
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
@@ -53,10 +56,14 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, round(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
+        self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
+        self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
 
     def forward(self, x: Tensor, rotation: Rotation | None = None, shards: TokenShards | None = None) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), rotation, shards))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        attended = self.attn(self.norm1(x), rotation, shards)
+        x = x + self.drop_path(attended if self.gamma_1 is None else self.gamma_1 * attended)
+        fed = self.mlp(self.norm2(x))
+        return x + self.drop_path(fed if self.gamma_2 is None else self.gamma_2 * fed)
 
 
 def init_trunc_normal(transformer: nn.Module) -> None:
