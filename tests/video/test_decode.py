@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from blueberry_video.video import backends
+from blueberry_video.video import backends, seeking
 from blueberry_video.video.backends import READERS, backend_failure
 from blueberry_video.video.container import open_video, probe
 from blueberry_video.video.decode import DecodeOptions, decode, decode_in_chunks
@@ -257,7 +257,7 @@ def test_skipping_non_reference_frames_changes_no_requested_frame(
         output.mux(stream.encode())
     wanted = [3, 17, 18, 44, 59]
     fast = decode(path, wanted, DecodeOptions(backends=("pyav",)))
-    monkeypatch.setattr(backends, "_SKIPPABLE", set())
+    monkeypatch.setattr(seeking, "_SKIPPABLE", set())
     everything = decode(path, wanted, DecodeOptions(backends=("pyav",)))
     assert torch.equal(fast.pixels, everything.pixels)
 
@@ -288,7 +288,7 @@ def test_a_file_is_reopened_with_the_same_limits(tmp_path: Path, monkeypatch: py
         return av.open(*arguments, options=options, **rest)
 
     with open_video(path, max_frame_pixels=10**8) as video:
-        monkeypatch.setattr(backends, "av", SimpleNamespace(open=opened, error=av.error))
+        monkeypatch.setattr(seeking, "av", SimpleNamespace(open=opened, error=av.error))
         list(decode_in_chunks(video, [9], STRICT))
     assert [options["max_pixels"] for options in seen] == ["100000000"]
     assert seen[0]["protocol_whitelist"] == "file"

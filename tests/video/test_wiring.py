@@ -200,9 +200,11 @@ def test_backend_must_decode_the_levels_of_a_tiny_clip(levels: tuple[int, ...], 
 
 
 @pytest.mark.parametrize(("wanted", "last"), [([0, 2], None), ([1, 4], 3), ([7], 3)])
-def test_frame_after_the_end_of_decoding_is_named(wanted: list[int], last: int | None):
+def test_frame_after_the_end_of_decoding_is_named(wanted: list[int], last: int | None, monkeypatch: pytest.MonkeyPatch):
     frames = [SimpleNamespace(pts=100 + 10 * i) for i in range(4)]
-    container: Any = SimpleNamespace(decode=lambda stream: iter(frames))
+    container: Any = SimpleNamespace(demux=lambda stream: iter(frames))
+    monkeypatch.setattr(backends, "picture_test", lambda stream: None)
+    monkeypatch.setattr(backends, "video_frames", lambda packet, shows_frame: [packet])
     video: Any = SimpleNamespace(pts=np.arange(100, 200, 10), info=SimpleNamespace(num_frames=10))
     found = backends._from_start(video, container, None, wanted)
     if last is None:

@@ -5,11 +5,9 @@ seeking back and forth is slow in files with long GOPs. PyAV skips non-reference
 and MPEG-1, 2 and 4 such a B-frame affects no other frame, so the result is bit-identical.
 """
 
-import contextlib
 import functools
 import io
 import tempfile
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -21,18 +19,18 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from torch import Tensor
 
-from blueberry_video.video.container import FAILURES, OpenVideo, open_video
+from blueberry_video.video.container import FAILURES, OpenVideo, open_video, video_frames
 from blueberry_video.video.errors import one_line
+from blueberry_video.video.packets import picture_test
 from blueberry_video.video.picture import ToRGB
 from blueberry_video.video.ranges import check_choice
+from blueberry_video.video.seeking import reopened, selected_frames
 
 
 class DamagedError(ValueError):
     """A decoder found damage. Other decoders are not tried, because they return damaged frames without an error."""
 
 
-# codecs in which no other frame depends on a non-reference frame
-_SKIPPABLE = {"h264", "mpeg1video", "mpeg2video", "mpeg4"}
 _BATCH = 16  # frames per call of a backend without a forward iterator
 
 
@@ -53,11 +51,11 @@ def read_pyav(video: OpenVideo, wanted: Sequence[int], device: str = "cpu") -> I
     """
     done, to_rgb = 0, ToRGB((video.info.height, video.info.width))
     try:
-        for frame in _by_timestamp(video, wanted):
+        for frame in selected_frames(video, wanted):
             yield to_rgb(_undamaged(frame))
             done += 1
         if done < len(wanted):
-            with _reopened(video, video.num_threads) as (container, stream):  # a raw stream cannot seek to its start
+            with reopened(video, video.num_threads) as (container, stream):  # a raw stream cannot seek to its start
                 for frame in _from_start(video, container, stream, wanted[done:]):
                     yield to_rgb(_undamaged(frame))
     except av.error.InvalidDataError as error:
@@ -103,6 +101,8 @@ def read_decord(video: OpenVideo, wanted: Sequence[int], device: str = "cpu") ->
     import decord
 
     info = video.info
+    if video.pts is None:
+        raise ValueError("decord repeats frames where packets have no timestamps")
     if info.rotation:
         raise ValueError("decord pads rotated frames with black if their width is not a multiple of 32")
     if info.container == "mpegts":
@@ -135,6 +135,8 @@ def read_torchvision(video: OpenVideo, wanted: Sequence[int], device: str = "cpu
     """
     from torchvision.io import read_video
 
+    if video.pts is None:
+        raise ValueError("this file has no timestamps, by which frames could be compared with the packet index")
     pictures, _, _ = read_video(str(video.info.path), pts_unit="sec", output_format="THWC")
     _same_count("torchvision", len(pictures), video)
     if video.info.rotation or pictures.shape[1:3] != (video.info.height, video.info.width):
@@ -186,7 +188,7 @@ def salvage(video: OpenVideo, wanted: Sequence[int]) -> Iterator[tuple[Tensor, b
     to_rgb = ToRGB((video.info.height, video.info.width))
     last: VideoFrame | None = None
     position = 0  # in ``wanted``
-    with _reopened(video, num_threads=1) as (container, stream):  # slice threads hide damage
+    with reopened(video, num_threads=1) as (container, stream):  # slice threads hide damage
         for number, (frame, is_suspect) in _numbered(video, _decodable(container, stream)):
             while position < len(wanted) and wanted[position] <= number:
                 is_missing = wanted[position] < number
@@ -201,73 +203,12 @@ def salvage(video: OpenVideo, wanted: Sequence[int]) -> Iterator[tuple[Tensor, b
         yield to_rgb(last), True, False
 
 
-@contextlib.contextmanager
-def _reopened(video: OpenVideo, num_threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Opens the file again, at its start, with a new decoder."""
-    forced = "mjpeg" if video.container.format.name == "mjpeg" else None
-    options = dict(video.container.options)  # the same limits
-    with av.open(str(video.info.path), format=forced, options=options, metadata_errors="replace") as container:
-        stream = container.streams[video.stream.index]
-        assert isinstance(stream, VideoStream)
-        stream.codec_context.thread_count = num_threads
-        stream.thread_type = "AUTO"
-        stream.codec_context.options = video.stream.codec_context.options
-        yield container, stream
-
-
-def _by_timestamp(video: OpenVideo, wanted: Sequence[int]) -> Iterator[VideoFrame]:
-    """Yields wanted frames, decoded from the keyframe before each. Stops at the first frame that is not found."""
-    pts, container, stream = video.pts, video.container, video.stream
-    if pts is None:
-        return
-    targets = [int(pts[number]) for number in wanted if number < len(pts)]
-    keyframes = [int(pts[number]) for number in video.info.keyframes]
-    near: Iterator[VideoFrame] = iter(())
-    position: int | None = None
-    for target in targets:
-        last_key = bisect_right(keyframes, target) - 1
-        if position is None or (last_key >= 0 and keyframes[last_key] > position):
-            # some containers seek by decoding time and land after the target: then one keyframe earlier
-            for key in (last_key, last_key - 1):
-                container.seek(keyframes[key] if key >= 0 else int(pts[0]), stream=stream)
-                near = _frames(container, stream, set(targets))
-                frame = _next_until(near, target)
-                if frame is not None or key < 0:
-                    break
-        else:
-            frame = _next_until(near, target, position)
-        if frame is None:
-            return
-        yield frame
-        position = target
-
-
-def _next_until(frames: Iterator[VideoFrame], target: int, last: int | None = None) -> VideoFrame | None:
-    """Returns the frame with timestamp ``target``, or None if it is absent or timestamps do not rise from ``last``."""
-    for frame in frames:
-        if frame.pts is None or frame.pts > target or (last is not None and frame.pts <= last):
-            return None
-        last = frame.pts
-        if frame.pts == target:
-            return frame
-    return None
-
-
-def _frames(container: InputContainer, stream: VideoStream, targets: set[int]) -> Iterator[VideoFrame]:
-    """Decodes from the current position of the container, skipping unrequested non-reference frames."""
-    context = stream.codec_context
-    can_skip = context.name in _SKIPPABLE
-    for packet in container.demux(stream):
-        if can_skip:
-            context.skip_frame = "DEFAULT" if packet.pts in targets or not packet.size else "NONREF"
-        yield from _video_frames(packet)
-
-
 def _from_start(
     video: OpenVideo, container: InputContainer, stream: VideoStream, wanted: Sequence[int]
 ) -> Iterator[VideoFrame]:
-    position, last = 0, -1
-    for last, (frame, _) in _numbered(video, ((frame, False) for frame in container.decode(stream))):
+    position, last, shows_frame = 0, -1, picture_test(stream)
+    frames = ((frame, False) for packet in container.demux(stream) for frame in video_frames(packet, shows_frame))
+    for last, (frame, _) in _numbered(video, frames):
         if last == wanted[position]:
             yield frame
             position += 1
@@ -294,7 +235,7 @@ def _numbered(
 def _decodable(container: InputContainer, stream: VideoStream) -> Iterator[tuple[VideoFrame, bool]]:
     """Yields (frame, is_suspect) for the frames that decode. Skips packets that do not decode and frames that the
     decoder marks as corrupt."""
-    packets = container.demux(stream)
+    packets, shows_frame = container.demux(stream), picture_test(stream)
     is_suspect = False
     while True:
         try:
@@ -305,7 +246,7 @@ def _decodable(container: InputContainer, stream: VideoStream) -> Iterator[tuple
             return  # the container ends inside a packet
         is_suspect = is_suspect or packet.is_corrupt
         try:
-            frames = _video_frames(packet)
+            frames = video_frames(packet, shows_frame)
         except av.error.InvalidDataError:
             is_suspect = True
             continue
@@ -315,10 +256,6 @@ def _decodable(container: InputContainer, stream: VideoStream) -> Iterator[tuple
                 continue
             is_suspect = is_suspect and not frame.key_frame
             yield frame, is_suspect
-
-
-def _video_frames(packet: av.Packet) -> list[VideoFrame]:
-    return [frame for frame in packet.decode() if isinstance(frame, VideoFrame)]
 
 
 def _undamaged(frame: VideoFrame) -> VideoFrame:

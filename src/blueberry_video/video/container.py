@@ -5,10 +5,12 @@ different timestamps fails on that file, so that falling back to the next one ne
 ``OpenVideo`` exists only inside one call: it is never opened before a fork and never pickled.
 """
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -17,6 +19,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from blueberry_video.video.errors import BrokenVideoError, LimitError, VideoError, one_line
+from blueberry_video.video.packets import picture_test, recovery_test
 from blueberry_video.video.picture import orientation
 from blueberry_video.video.sniff import local_video
 from blueberry_video.video.source_options import MAX_FRAME_PIXELS
@@ -27,8 +30,8 @@ FORMATS = (  # containers that hold their own frames; excludes playlists, image 
 )
 PYAV_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
 FAILURES = (ImportError, OSError, RuntimeError, ValueError, IndexError, av.error.FFmpegError)  # raised by decoders
-Opener = Callable[[], tuple[InputContainer, VideoStream]]
-_SHOWN_VP8 = 0x10  # show_frame bit in the first byte of a VP8 packet; other packets are only references
+Opener = Callable[[int | None], tuple[InputContainer, VideoStream]]
+SHORT_GOP = 8  # packets per keyframe up to which one decoding thread is fastest
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +43,7 @@ class VideoInfo:
         name: name in messages; the input of the user where the file is temporary.
         num_frames: number of displayed frames, including frames that the header lists but the file does not hold.
         fps: (n - 1) / (last - first timestamp); the rate in the header for a single frame; 0.0 if both are unknown.
-        duration: seconds from the first frame to the end of the last.
+        duration: seconds from the first frame to the end of the last, which the duration of its packet defines.
         height, width: pixels after rotation.
         timestamps: float64 (num_frames,) seconds in display order, with any start.
         keyframes: int64 (k,) indices of the frames at which decoding can start.
@@ -67,14 +70,31 @@ class VideoInfo:
     lost: int = 0
 
 
+class SeekPoint(NamedTuple):
+    """Packet of a keyframe: index of its frame, presentation and decoding time in the time base of the stream. The
+    decoding time is the presentation time where it is unknown."""
+
+    frame: int
+    pts: int
+    dts: int
+
+
 @dataclass(frozen=True, eq=False)
 class OpenVideo:
-    """Open container with the packet index of its video stream. A context manager that closes the container."""
+    """Open container with the packet index of its video stream. A context manager that closes the container.
+
+    Attributes:
+        container, stream: of PyAV, at any position.
+        info: properties of the file.
+        pts: int64 (num_frames,) in display order; None if frames and packets have different pts.
+        seek_points: ascending; empty if the packets of keyframes have no timestamps.
+    """
 
     container: InputContainer
     stream: VideoStream
     info: VideoInfo
-    pts: np.ndarray | None  # int64 (num_frames,) in display order; None if frames and packets have different pts
+    pts: np.ndarray | None
+    seek_points: tuple[SeekPoint, ...] = ()
 
     @property
     def num_threads(self) -> int:
@@ -124,7 +144,7 @@ def open_video(
     resolved, kind = local_video(path)
     name = name or str(resolved)
 
-    def opened() -> tuple[InputContainer, VideoStream]:
+    def opened(threads: int | None) -> tuple[InputContainer, VideoStream]:
         # max_pixels stops frames that are larger than in the header
         options = {**PYAV_OPTIONS, "max_pixels": str(max_frame_pixels)}
         forced = "mjpeg" if kind == "mjpeg" else None  # FFmpeg detects a long one as an image pipe
@@ -134,7 +154,7 @@ def open_video(
             _check_size(resolved, name, stream, max_frame_pixels)
             if stream.codec_context.name == "hevc":  # otherwise it returns damaged frames without an error
                 stream.codec_context.options = {"err_detect": "explode"}
-            stream.codec_context.thread_count = num_threads or _threads(stream)
+            stream.codec_context.thread_count = threads or num_threads or _threads(stream)
             stream.thread_type = "AUTO"
         except FAILURES:
             container.close()
@@ -142,7 +162,9 @@ def open_video(
         return container, stream
 
     try:
-        return _index_frames(resolved, name, opened) if by_decoding else _index_packets(resolved, name, opened)
+        if by_decoding:
+            return _index_frames(resolved, name, opened)
+        return _index_packets(resolved, name, opened, num_threads)
     except VideoError:
         raise
     except FAILURES as error:
@@ -170,8 +192,14 @@ def _choose_stream(container: InputContainer, stream_index: int | None, name: st
     return (moving or list(videos.values()))[0]  # cover art only if there is no other video stream
 
 
-def _threads(stream: VideoStream) -> int:
-    """Returns the number of decoding threads: 8 to 16, because they wait for each other, with at most 128 MB."""
+def _threads(stream: VideoStream, gop: float = float("inf")) -> int:
+    """Returns the number of decoding threads.
+
+    8 to 16, because they wait for each other, with at most 128 MB; one if a GOP is so short that threads would mostly
+    be filled and emptied.
+    """
+    if gop <= SHORT_GOP:
+        return 1
     frame_bytes = max(1, stream.codec_context.width * stream.codec_context.height * 3 // 2)
     return max(1, min(max(8, os.cpu_count() or 1), 16, 2**27 // frame_bytes))
 
@@ -186,57 +214,127 @@ def _check_size(path: Path, name: str, stream: VideoStream, max_frame_pixels: in
         raise LimitError(f"{found}: scale the video down, or raise max_frame_pixels.")
 
 
-def _index_packets(path: Path, name: str, opened: Opener) -> OpenVideo:
-    container, stream = opened()
+def _index_packets(path: Path, name: str, opened: Opener, num_threads: int) -> OpenVideo:
+    container, stream = opened(None)
     try:
-        first: VideoFrame | None = None
-        seen, num_packets, keys, tried = [], 0, [], False
-        is_vp8 = stream.codec_context.name == "vp8"
+        key_packet: av.Packet | None = None
+        num_packets, num_keys = 0, 0
+        seen, keys, decoding_times, durations, early = [], [], [], [], set()
+        shows_frame, is_correct = picture_test(stream), recovery_test(stream)
         for packet in container.demux(stream):
-            size = packet.size
-            if packet.is_keyframe and not tried:
-                tried, first = True, _decode_alone(packet, stream)
-            num_packets += size > 0
-            if not size or packet.is_discard or (is_vp8 and not bytes(packet)[0] & _SHOWN_VP8):
-                continue  # the flush packet at the end, packets before an edit list, VP8 references
+            if not packet.size:
+                continue  # the flush packet at the end; frames that AVI drops
+            num_packets += 1
+            is_key = packet.is_keyframe and is_correct(packet)
+            num_keys += is_key
+            if is_key and key_packet is None:
+                key_packet = packet
+            if packet.is_discard or not shows_frame(packet):
+                continue  # packets before an edit list; packets without a frame
+            key_pts = None if key_packet is None else key_packet.pts
+            if packet.pts is not None and (key_packet is None or (key_pts is not None and packet.pts < key_pts)):
+                early.add(packet.pts)  # precedes the first keyframe, in decoding or in display order
             seen.append(packet.pts)
-            keys.append(packet.is_keyframe)
+            keys.append(is_key)
+            decoding_times.append(packet.dts)
+            durations.append(packet.duration)
+        if None in seen or len(set(seen)) != len(seen):
+            # without times, only decoding tells which frames there are; a damaged file keeps the index of its packets
+            with contextlib.suppress(*FAILURES):
+                by_decoding = _index_frames(path, name, opened)
+                container.close()
+                return by_decoding
+        threads = num_threads or _threads(stream, num_packets / max(1, num_keys))
+        stream.codec_context.thread_count = threads
+        first = _decode_alone(key_packet, stream) if key_packet is not None else None
         if first is None:  # reopened, because FFmpeg's VP9 decoder crashes if it continues after an error
             container.close()
-            container, stream = opened()
+            container, stream = opened(threads)
             first = _first_frame(container, stream)
             container.close()
-            container, stream = opened()
+            container, stream = opened(threads)
         lost = _num_listed(stream, num_packets) - num_packets
-        pts = None if None in seen or len(set(seen)) != len(seen) else np.array(seen, np.int64)
+        known = [pts for pts in seen if pts is not None]
+        has_times = len(set(known)) == len(seen)
+        kept = list(range(len(seen)))
+        if has_times:
+            if early and key_packet is not None and key_packet.pts is not None:
+                absent = early - _shown_at_start(opened, key_packet.pts)
+                kept = [number for number in kept if known[number] not in absent]
+            kept.sort(key=known.__getitem__)
         # AVI and ASF store decoding times only: with B-frames, they are not in display order
         reordered = container.format.name in ("avi", "asf") and stream.codec_context.has_b_frames > 0
-        order = np.arange(len(seen)) if pts is None else np.argsort(pts)
-        in_order = None if pts is None else pts[order]
-        return _with_info(path, name, container, stream, first, in_order, np.array(keys)[order], lost, reordered)
+        pts = np.array([known[number] for number in kept], np.int64) if has_times else None
+        points = []
+        for index, number in enumerate(kept):
+            if keys[number] and has_times and not reordered:
+                dts = decoding_times[number]
+                points.append(SeekPoint(index, known[number], known[number] if dts is None else dts))
+        return _with_info(
+            *(path, name, container, stream, first, pts, np.array([keys[number] for number in kept])),
+            lost=lost,
+            last_duration=durations[kept[-1]] if kept else None,
+            reordered=reordered,
+            seek_points=points,
+        )
     except FAILURES:
         container.close()
         raise
 
 
 def _index_frames(path: Path, name: str, opened: Opener) -> OpenVideo:
-    container, stream = opened()
+    container, stream = opened(None)
     try:
         first: VideoFrame | None = None
-        seen, keys = [], []
-        for frame in container.decode(stream):
-            first = first or frame
-            seen.append(frame.pts)
-            keys.append(frame.key_frame)
+        seen, keys, durations, by_key = [], [], [], {}
+        has_key, is_correct, shows_frame = False, recovery_test(stream), picture_test(stream)
+        for packet in container.demux(stream):
+            is_key = bool(packet.size) and packet.is_keyframe and is_correct(packet)
+            pts, dts = packet.pts, packet.dts
+            has_key = has_key or is_key
+            if is_key and pts is not None:
+                by_key[pts] = pts if dts is None else dts
+            try:
+                frames = video_frames(packet, shows_frame)
+            except av.error.InvalidDataError:
+                if has_key:
+                    raise
+                continue  # a recording that starts between keyframes
+            for frame in frames:
+                first = first or frame
+                seen.append(frame.pts)
+                keys.append(frame.key_frame)
+                durations.append(frame.duration)
         if (listed := _num_listed(stream, len(seen))) > len(seen):
             raise ValueError(f"the header lists {listed} frames, but only {len(seen)} decode")
         known = [time for time in seen if time is not None]
         rising = len(known) == len(seen) and sorted(set(known)) == known
-        pts = np.array(known, np.int64) if rising else None
-        return _with_info(path, name, container, stream, first, pts, np.array(keys), lost=0)
+        times = np.array(known, np.int64) if rising else None
+        points = [SeekPoint(i, time, by_key[time]) for i, time in enumerate(seen) if time in by_key] if rising else []
+        last = durations[-1] if durations else None
+        return _with_info(path, name, container, stream, first, times, np.array(keys), 0, last, seek_points=points)
     except FAILURES:
         container.close()
         raise
+
+
+def _shown_at_start(opened: Opener, key: int) -> set[int]:
+    """Returns the timestamps of the frames that the decoder returns before that of the first keyframe, ``key``.
+
+    A recording may start between keyframes, and its first keyframe may follow frames that are predicted from earlier
+    ones. The decoder skips what it cannot decode there.
+    """
+    shown: set[int] = set()
+    container, stream = opened(1)
+    shows_frame = picture_test(stream)
+    with container:
+        for packet in container.demux(stream):
+            with contextlib.suppress(av.error.InvalidDataError):
+                for frame in video_frames(packet, shows_frame):
+                    if frame.pts is None or frame.pts >= key:
+                        return shown
+                    shown.add(frame.pts)
+    return shown
 
 
 def _decode_alone(packet: av.Packet, stream: VideoStream) -> VideoFrame | None:
@@ -247,6 +345,18 @@ def _decode_alone(packet: av.Packet, stream: VideoStream) -> VideoFrame | None:
     except (av.error.InvalidDataError, av.error.EOFError):
         return None
     return next((frame for frame in frames if isinstance(frame, VideoFrame)), None)
+
+
+def video_frames(packet: av.Packet, shows_frame: Callable[[av.Packet], bool] | None = None) -> list[VideoFrame]:
+    """Returns the frames that the decoder yields for a packet.
+
+    With ``shows_frame``, the ``picture_test`` of the stream, a packet without a picture is no error in H.264: its
+    parameter sets are read.
+    """
+    context = packet.stream.codec_context
+    if shows_frame is not None and context.name == "h264":
+        context.skip_frame = "NONREF" if packet.size and not shows_frame(packet) else "DEFAULT"
+    return [frame for frame in packet.decode() if isinstance(frame, VideoFrame)]
 
 
 def _first_frame(container: InputContainer, stream: VideoStream) -> VideoFrame | None:
@@ -276,7 +386,9 @@ def _with_info(
     pts: np.ndarray | None,
     keys: np.ndarray,
     lost: int,
+    last_duration: int | None = None,
     reordered: bool = False,
+    seek_points: Sequence[SeekPoint] = (),
 ) -> OpenVideo:
     if first is None or not len(keys):
         raise ValueError("no frame of the video stream decodes")
@@ -291,6 +403,7 @@ def _with_info(
     if len(keys) > 1 and timestamps[-1] > timestamps[0]:
         rate = (len(keys) - 1) / float(timestamps[-1] - timestamps[0])
     step = 1 / rate if rate else 0.0
+    last_seconds = float(last_duration * base) if last_duration and base is not None and not lost else step
     if lost:  # their true timestamps are unknown
         timestamps = np.concatenate([timestamps, timestamps[-1] + step * np.arange(1, lost + 1)])
     turns, _ = orientation(first)
@@ -300,7 +413,7 @@ def _with_info(
         name=name,
         num_frames=len(timestamps),
         fps=rate,
-        duration=float(timestamps[-1] - timestamps[0]) + step,
+        duration=float(timestamps[-1] - timestamps[0]) + last_seconds,
         height=height,
         width=width,
         timestamps=timestamps.astype(np.float64),
@@ -312,4 +425,4 @@ def _with_info(
         stream_index=stream.index,
         lost=lost,
     )
-    return OpenVideo(container, stream, info, None if reordered else pts)
+    return OpenVideo(container, stream, info, None if reordered else pts, tuple(seek_points))

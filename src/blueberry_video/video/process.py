@@ -311,7 +311,8 @@ class VideoProcessor:
 
     def _quality(self, video: ProcessedVideo) -> dict[str, float]:
         options, metadata = self.settings.sampling, video.metadata
-        last = metadata.duration - (1 / metadata.original_fps if metadata.original_fps else 0.0)
+        rate = metadata.original_fps  # the last frame may be shown for longer than others
+        last = (metadata.total_frames - 1) / rate if rate else metadata.duration
         first, last = options.video_start or 0.0, min(last, options.video_end or last)
         covered = coverage(metadata.timestamps, min(first, last), last)
         shares = {"missing_share": video.missing, "suspect_share": video.suspect}
