@@ -194,8 +194,8 @@ def test_other_packages_register_samplers_and_models(tmp_path: Path):
     package.mkdir()
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: more\nVersion: 1.0\n")
     (package / "entry_points.txt").write_text(
-        "[blueberry_video.samplers]\nlast = more:last\nwrong = more:wrong\n"
-        "[blueberry_video.video_models]\nmine = more:PROFILE\n"
+        "[blueberry.video.samplers]\nlast = more:last\nwrong = more:wrong\n"
+        "[blueberry.video.models]\nmine = more:PROFILE\n"
     )
     (tmp_path / "mine.yaml").write_text("sampling: {sampling: last, num_frames: 4}\n")
     (tmp_path / "more.py").write_text(
@@ -295,7 +295,7 @@ def test_videos_are_logged_to_mlflow(monkeypatch: pytest.MonkeyPatch):
 
 def test_names_are_public():
     assert callable(refinement.registered)
-    assert settings.MODEL_GROUP == "blueberry_video.video_models"
+    assert settings.MODEL_GROUP == "blueberry.video.models"
     assert issubclass(RefusedSourceError, VideoError)
 
 

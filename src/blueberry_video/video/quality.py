@@ -128,7 +128,7 @@ def log_to_mlflow(rows: Iterable[Mapping[str, Any]], table: str = "videos.json",
         step: step of the metrics.
 
     Raises:
-        ModuleNotFoundError: MLflow is not installed: ``pip install mlflow-skinny pandas``.
+        ModuleNotFoundError: MLflow is not installed, the extra ``mlflow``.
     """
     import mlflow  # optional, and takes a second
 

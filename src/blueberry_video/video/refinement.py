@@ -1,6 +1,6 @@
 """Samplers beyond even spacing: bursts of consecutive frames, rounds from coarse to fine, those of other packages.
 
-A package adds a sampler with an entry point of the group ``blueberry_video.samplers``: a function of timestamps, number
+A package adds a sampler with an entry point of the group ``blueberry.video.samplers``: a function of timestamps, number
 of frames and keyframes that returns ascending indices. Its name is then a value of ``sampling``.
 """
 
@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 import numpy as np
 
-GROUP = "blueberry_video.samplers"
+GROUP = "blueberry.video.samplers"
 Sampler = Callable[[np.ndarray, int, Sequence[int]], Sequence[int]]
 
 

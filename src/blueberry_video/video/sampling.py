@@ -79,7 +79,7 @@ class SamplingOptions:
             the widest gaps; ``adaptive``: more frames where the scores of candidate frames are high; ``progressive``:
             evenly spaced frames first, then rounds that add frames where neighbors differ most; ``bursts``: groups of
             consecutive frames, spread evenly, which keep the motion of the video; ``all``: every frame; or the name of
-            an entry point of the group ``blueberry_video.samplers``. ``fps`` and ``num_frames`` also set the count of
+            an entry point of the group ``blueberry.video.samplers``. ``fps`` and ``num_frames`` also set the count of
             all but ``duration`` and ``all``.
         fps: frames per second, above 0; null is 2 where the strategy requires a rate.
         num_frames: frames to take, rounded to a multiple of ``frame_factor``.

@@ -36,7 +36,7 @@ from blueberry_video.video.tokens import TokenOptions
 
 CONF = shipped("conf") / "video"
 GENERAL = "general"
-MODEL_GROUP = "blueberry_video.video_models"  # entry points of other packages
+MODEL_GROUP = "blueberry.video.models"  # entry points of other packages
 DEFAULTS = [GENERAL, "_self_"]  # the only defaults list that a model's file may contain
 
 SECRETS = ("token", "request_headers")  # never in messages
@@ -80,7 +80,7 @@ class VideoSettings:
 
 
 def models(conf: Path = CONF) -> list[str]:
-    """Returns the sorted names of the models in conf/video, and of the entry points ``blueberry_video.video_models``
+    """Returns the sorted names of the models in conf/video, and of the entry points ``blueberry.video.models``
     of other packages, each the path of a YAML file."""
     return sorted({file.stem for file in conf.glob("*.yaml") if file.stem != GENERAL} | _registered().keys())
 
