@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from blueberry_video.video.asynchronous import aprocess_video, aprocess_videos
     from blueberry_video.video.clip import load_clip
     from blueberry_video.video.errors import (
         BrokenVideoError,
@@ -23,15 +24,20 @@ if TYPE_CHECKING:
         RefusedSourceError,
         VideoError,
     )
+    from blueberry_video.video.live import LiveStream
     from blueberry_video.video.process import Hooks, VideoProcessor, process_video, process_videos, stream_video
     from blueberry_video.video.result import ProcessedVideo, VideoChunk, VideoMetadata
+    from blueberry_video.video.scenes import Scene, find_scenes, process_streams
     from blueberry_video.video.settings import load_settings, models
 
 _HOMES = {
+    "asynchronous": "aprocess_video aprocess_videos",
     "clip": "load_clip",
     "errors": "BrokenVideoError DamagedVideoError FetchError KilledError LimitError RefusedSourceError VideoError",
+    "live": "LiveStream",
     "process": "Hooks VideoProcessor process_video process_videos stream_video",
     "result": "ProcessedVideo VideoChunk VideoMetadata",
+    "scenes": "Scene find_scenes process_streams",
     "settings": "load_settings models",
 }
 __all__ = [
@@ -41,15 +47,21 @@ __all__ = [
     "Hooks",
     "KilledError",
     "LimitError",
+    "LiveStream",
     "ProcessedVideo",
     "RefusedSourceError",
+    "Scene",
     "VideoChunk",
     "VideoError",
     "VideoMetadata",
     "VideoProcessor",
+    "aprocess_video",
+    "aprocess_videos",
+    "find_scenes",
     "load_clip",
     "load_settings",
     "models",
+    "process_streams",
     "process_video",
     "process_videos",
     "stream_video",

@@ -23,6 +23,7 @@ from blueberry_video.video.decode import DecodeOptions, Frames, decode_in_chunks
 from blueberry_video.video.errors import LimitError
 from blueberry_video.video.frame_list import FrameList
 from blueberry_video.video.quality import Stopwatch
+from blueberry_video.video.refinement import finer
 from blueberry_video.video.resize import ResizeOptions, resize, resize_to, video_size
 from blueberry_video.video.sampling import (
     DEFAULT_FPS,
@@ -32,6 +33,7 @@ from blueberry_video.video.sampling import (
     change_scores,
     choose,
     choose_clip,
+    spread,
 )
 from blueberry_video.video.source import Source
 
@@ -108,15 +110,39 @@ class FrameReader:
             if info.num_frames > sampling.max_frames:
                 sampling = replace(sampling, sampling="uniform", num_frames=sampling.max_frames)
         keyframes = info.keyframes.tolist()
+        if sampling.sampling == "progressive" and sampling.indices is None:
+            return self._in_rounds(sampling, score or change_scores, max_decoded_pixels)
         if sampling.sampling != "adaptive" or sampling.indices is not None:
             return choose(info.timestamps, sampling, keyframes)
         candidates = sorted(set(candidate_frames(info.timestamps, sampling)))
         check_decoded(info, candidates, max_decoded_pixels)
-        scale = min(1.0, CANDIDATE_SIDE / max(info.height, info.width))
-        size = (max(1, round(info.height * scale)), max(1, round(info.width * scale)))
-        chunks = self.read(candidates, self.chunk_frames)
-        small = torch.cat([resize(chunk.pixels, size, "fast", "bilinear").contiguous() for chunk in chunks])
-        return choose(info.timestamps, sampling, keyframes, (score or change_scores)(small))
+        return choose(info.timestamps, sampling, keyframes, (score or change_scores)(self._small(candidates)))
+
+    def _in_rounds(
+        self, sampling: SamplingOptions, score: Callable[[Tensor], Tensor], max_decoded_pixels: float
+    ) -> list[int]:
+        """Frames of ``progressive``: the coarse ones first, then others between those that differ most."""
+        even = choose(self.info.timestamps, replace(sampling, sampling="fps"))
+        wanted = sorted(set(even))
+        check_decoded(self.info, wanted, max_decoded_pixels)
+        coarse = max(2, len(wanted) >> (sampling.rounds - 1))
+        taken = sorted({wanted[i] for i in spread(0, len(wanted) - 1, min(coarse, len(wanted)), "linspace")})
+        small = dict(zip(taken, self._small(taken)))
+        while len(taken) < len(wanted):
+            changes = score(torch.stack([small[i] for i in taken]))[1:].tolist()
+            extra = min(len(taken), len(wanted) - len(taken))  # a round doubles the frames
+            if not (added := finer(taken, changes, extra)):
+                break
+            small |= zip(added, self._small(added))
+            taken = sorted([*taken, *added])
+        return taken + [taken[-1]] * (len(even) - len(taken))
+
+    def _small(self, indices: Sequence[int]) -> Tensor:
+        """Frames of at most ``CANDIDATE_SIDE`` pixels per side, uint8 (n, 3, h, w)."""
+        scale = min(1.0, CANDIDATE_SIDE / max(self.info.height, self.info.width))
+        size = (max(1, round(self.info.height * scale)), max(1, round(self.info.width * scale)))
+        chunks = self.read(indices, self.chunk_frames)
+        return torch.cat([resize(chunk.pixels, size, "fast", "bilinear").contiguous() for chunk in chunks])
 
     def load(
         self,

@@ -114,9 +114,36 @@ def wandb_table(rows: Iterable[Mapping[str, Any]]) -> "wandb.Table":
     """
     import wandb  # imported here, because it takes a second
 
-    flat = [dict(_flattened(row)) for row in rows]
-    columns = list(dict.fromkeys(key for row in flat for key in row))
+    columns, flat = _table(rows)
     return wandb.Table(columns=[*columns], data=[[row.get(key) for key in columns] for row in flat])
+
+
+def log_to_mlflow(rows: Iterable[Mapping[str, Any]], table: str = "videos.json", step: int | None = None) -> None:
+    """Logs videos to the active MLflow run: a table with the rows and columns of :func:`wandb_table`, and the mean of
+    each numeric column as the metric ``video/<column>``.
+
+    Args:
+        rows: ``video.summary()`` of each video.
+        table: artifact file of the table, ``.json`` or ``.parquet``.
+        step: step of the metrics.
+
+    Raises:
+        ModuleNotFoundError: MLflow is not installed, the extra ``mlflow``.
+    """
+    import mlflow  # optional, and takes a second
+
+    columns, flat = _table(rows)
+    mlflow.log_table({key: [row.get(key) for row in flat] for key in columns}, table)
+    for key in columns:
+        numbers = [float(row[key]) for row in flat if isinstance(row.get(key), int | float)]
+        if numbers and len(numbers) == sum(row.get(key) is not None for row in flat):
+            mlflow.log_metric(f"video/{key}", sum(numbers) / len(numbers), step=step)
+
+
+def _table(rows: Iterable[Mapping[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns in order of appearance, and flat rows."""
+    flat = [dict(_flattened(row)) for row in rows]
+    return list(dict.fromkeys(key for row in flat for key in row)), flat
 
 
 def _flattened(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

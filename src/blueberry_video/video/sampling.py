@@ -23,9 +23,10 @@ from torch import Tensor
 
 from blueberry_video.video.errors import VideoError
 from blueberry_video.video.ranges import check_above_zero, check_at_least, check_between, check_choice
+from blueberry_video.video.refinement import bursts, registered
 
 SAMPLERS = ("uniform", "random", "fixed_fps", "multi_clip", "segments")
-STRATEGIES = ("fps", "uniform", "duration", "keyframes", "adaptive", "all")
+STRATEGIES = ("fps", "uniform", "duration", "keyframes", "adaptive", "progressive", "bursts", "all")
 FRAME_LISTS = ("whole", "sampled")
 SPACINGS = ("inclusive", "linspace", "arange", "steps", "centres")
 DEFAULT_FPS = 2.0
@@ -76,8 +77,11 @@ class SamplingOptions:
     Args:
         sampling: ``fps``: ``fps`` frames per second; ``uniform``: ``num_frames`` spread evenly; ``duration``: one frame
             every ``base_interval`` seconds; ``keyframes``: keyframes first, all or evenly thinned, then the middles of
-            the widest gaps; ``adaptive``: more frames where the scores of candidate frames are high; ``all``: every
-            frame. ``fps`` and ``num_frames`` also set the count of ``keyframes`` and ``adaptive``.
+            the widest gaps; ``adaptive``: more frames where the scores of candidate frames are high; ``progressive``:
+            evenly spaced frames first, then rounds that add frames where neighbors differ most; ``bursts``: groups of
+            consecutive frames, spread evenly, which keep the motion of the video; ``all``: every frame; or the name of
+            an entry point of the group ``blueberry.video.samplers``. ``fps`` and ``num_frames`` also set the count of
+            all but ``duration`` and ``all``.
         fps: frames per second, above 0; null is 2 where the strategy requires a rate.
         num_frames: frames to take, rounded to a multiple of ``frame_factor``.
         indices: frames to take, counted from the start of the video; ``sampling`` is then ignored.
@@ -93,6 +97,8 @@ class SamplingOptions:
             constant rate, except for exact halves.
         pad_frames: repeat the last frame of a video with fewer than ``num_frames``, instead of raising.
         candidates_per_frame: candidate frames of ``adaptive`` per frame taken, at least 1.
+        rounds: rounds of ``progressive``, at least 1; each doubles the frames, so that 3 begins with a quarter.
+        burst_frames: consecutive frames of ``bursts``, at least 1.
         uniform_share: share of ``adaptive`` that is spread evenly regardless of the scores, 0 to 1.
         frame_lists: frames of a list or folder under ``fps``. ``whole``: all of them up to ``max_frames``, since they
             are sampled already (qwen-vl-utils); ``sampled``: as a file, if their rate is known (``frames_fps``). An
@@ -116,6 +122,8 @@ class SamplingOptions:
     by_time: bool = False
     pad_frames: bool = False
     candidates_per_frame: int = 4
+    rounds: int = 3
+    burst_frames: int = 4
     uniform_share: float = 0.25
     frame_lists: str = "whole"
     video_start: float | None = None
@@ -124,10 +132,12 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         if self.indices is not None:
             object.__setattr__(self, "indices", tuple(self.indices))
-        check_choice("sampling", self.sampling, STRATEGIES)
+        if self.sampling not in STRATEGIES:
+            check_choice("sampling", self.sampling, (*STRATEGIES, *registered()))
         check_choice("spacing", self.spacing, SPACINGS)
         check_choice("frame_lists", self.frame_lists, FRAME_LISTS)
         counts = {key: getattr(self, key) for key in ("frame_factor", "min_frames", "candidates_per_frame")}
+        counts |= {key: getattr(self, key) for key in ("rounds", "burst_frames")}
         check_at_least(1, **counts)
         check_at_least(self.frame_factor, max_frames=self.max_frames)
         check_at_least(self.frame_factor // 2 + 1, num_frames=self.num_frames)  # rounds to at least one factor
@@ -198,6 +208,13 @@ def choose(
         chosen = prefer_keyframes(inside, first, last, count())
     elif scores is not None:
         chosen = by_scores(scores, candidate_frames(times, options, rate), count(), options.uniform_share)
+    elif options.sampling == "progressive":
+        raise ValueError("sampling='progressive' compares decoded frames: use FrameReader.sample, or process_video.")
+    elif options.sampling == "bursts":
+        chosen = bursts(first, last, count(), options.burst_frames)
+    elif options.sampling not in STRATEGIES:
+        inside = [key - first for key in inside]
+        chosen = [first + i for i in registered()[options.sampling](times[first : last + 1], count(), inside)]
     elif options.by_time:
         even = np.linspace(times[first], times[last], count())
         chosen = [first + i for i in nearest(times[first : last + 1], even)]

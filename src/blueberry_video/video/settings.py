@@ -8,10 +8,12 @@ over all sections, so that an override needs no section.
 Types are checked here: ``OmegaConf.structured`` silently converts wrong types ("3" to 3) and lacks tuple unions.
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from importlib.metadata import EntryPoint, entry_points
 from math import ceil, isqrt
 from pathlib import Path
 from types import NoneType, UnionType
@@ -25,6 +27,8 @@ from blueberry_video.video.budget import RunOptions
 from blueberry_video.video.cache import CacheOptions
 from blueberry_video.video.decode import DecodeOptions
 from blueberry_video.video.formats import FormatOptions
+from blueberry_video.video.model_files import ENCODERS, encoder_profile, hub_folder, run_profile
+from blueberry_video.video.model_files import FAMILIES as BARE_FAMILIES
 from blueberry_video.video.resize import ResizeOptions
 from blueberry_video.video.sampling import SamplingOptions
 from blueberry_video.video.source_options import SourceOptions
@@ -32,6 +36,7 @@ from blueberry_video.video.tokens import TokenOptions
 
 CONF = shipped("conf") / "video"
 GENERAL = "general"
+MODEL_GROUP = "blueberry.video.models"  # entry points of other packages
 DEFAULTS = [GENERAL, "_self_"]  # the only defaults list that a model's file may contain
 
 SECRETS = ("token", "request_headers")  # never in messages
@@ -75,8 +80,14 @@ class VideoSettings:
 
 
 def models(conf: Path = CONF) -> list[str]:
-    """Returns the sorted names of the models in conf/video."""
-    return sorted(file.stem for file in conf.glob("*.yaml") if file.stem != GENERAL)
+    """Returns the sorted names of the models in conf/video, and of the entry points ``blueberry.video.models``
+    of other packages, each the path of a YAML file."""
+    return sorted({file.stem for file in conf.glob("*.yaml") if file.stem != GENERAL} | _registered().keys())
+
+
+@functools.cache
+def _registered() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=MODEL_GROUP)}
 
 
 def load_settings(
@@ -88,8 +99,9 @@ def load_settings(
     """Returns the settings of a model.
 
     Args:
-        model: one of ``models()``; the path of a YAML file; the path of a folder or JSON file saved by HuggingFace, see
-            ``profile_from_huggingface``; None: the general settings.
+        model: one of ``models()``; the path of a YAML file; the path of a folder or JSON file saved by HuggingFace, or
+            a hub id in the local cache, see ``profile_from_huggingface``; a run of this project, for the input of its
+            encoder; None: the general settings.
         overrides: field name → value, of any section: ``{"fps": 1.0, "max_frames": 32}``.
         into: a frozen dataclass with a section per field.
         conf: the folder of the YAML files.
@@ -164,14 +176,18 @@ def _find(model: str | Path, conf: Path) -> Path:
     """Returns the file or folder of a model; a name takes precedence over a file in the working directory."""
     known = models(conf)
     if model in known:
-        return conf / f"{model}.yaml"
+        file = conf / f"{model}.yaml"
+        return file if file.is_file() else Path(_registered()[str(model)].load())
     path = Path(model)
     if path.exists():
         return path
+    if (cached := hub_folder(str(model))) is not None:
+        return cached
     if isinstance(model, Path) or path.suffix in (".yaml", ".yml", ".json") or len(path.parts) > 1:
         raise FileNotFoundError(
             f"model={str(path)!r} does not exist: use an existing YAML file, a folder with HuggingFace's "
-            f"preprocessor_config.json (nothing is downloaded), or one of the models {', '.join(known) or '(none)'}."
+            "preprocessor_config.json, a hub id in the local cache (nothing is downloaded), or one of the models "
+            f"{', '.join(known) or '(none)'}."
         )
     if not known:
         problem = f"model={model!r} cannot be found, because the folder {conf} of model files does not exist"
@@ -332,7 +348,8 @@ def profile_from_huggingface(path: str | Path, conf: Path = CONF) -> Values:
 
     Args:
         path: a folder with video_preprocessor_config.json, processor_config.json or preprocessor_config.json (the
-            first one that describes a video processor), or one of these files.
+            first one that describes a video processor), or one of these files; without them a config.json, from which
+            family, patch sizes and the language model are read; the folder of a VideoMAE, a V-JEPA 2 or a run.
         conf: the folder of the models' YAML files.
 
     Raises:
@@ -340,6 +357,8 @@ def profile_from_huggingface(path: str | Path, conf: Path = CONF) -> Values:
         ValueError: invalid JSON, an unknown processor class, or a value without an equivalent setting.
     """
     file = path = Path(path)
+    if (path / "config.yaml").is_file():  # a run
+        return run_profile(_read_yaml(path / "config.yaml"), path / "config.yaml")
     if path.is_file() and path.suffix != ".json":
         raise ValueError(
             f"model={str(path)!r} is not a settings file: use a YAML file, or a folder or JSON file of transformers."
@@ -347,11 +366,21 @@ def profile_from_huggingface(path: str | Path, conf: Path = CONF) -> Values:
     if path.is_dir():
         names = ("video_preprocessor_config.json", "processor_config.json", "preprocessor_config.json")
         found = [path / name for name in names if (path / name).is_file()]
+        bare = path / "config.json"
+        config = _read_json(bare) if bare.is_file() else {}
+        if config.get("model_type") in ENCODERS:
+            return encoder_profile(config, _read_json(found[0], "video_processor") if found else {})
+        if not found and config:
+            return _bare_profile(config, bare, conf)
         if not found:
             raise FileNotFoundError(f"{path} has none of {', '.join(names)}: save the processor there first.")
         of_videos = [file for file in found if file.name != names[1] or "video_processor" in _read_json(file)]
         file = (of_videos or found)[0]
     content = _read_json(file, "video_processor")
+    if content.get("model_type") in ENCODERS:
+        return encoder_profile(content, {})
+    if "model_type" in content:
+        return _bare_profile(content, file, conf)
     processor = _read_json(path / "processor_config.json") if (path / "processor_config.json").is_file() else content
     family = _family(content, file)
     profile = _read_yaml(_find(family, conf))
@@ -375,6 +404,23 @@ def profile_from_huggingface(path: str | Path, conf: Path = CONF) -> Values:
     frames |= _renamed(content, "min_frames", "max_frames")
     pixels |= _pixels(content, file)
     return {"tokens": tokens, "resize": size, "sampling": frames, "format": pixels}
+
+
+def _bare_profile(content: Mapping[str, Any], file: Path, conf: Path) -> Values:
+    """Returns the settings of the family in conf/video with the sizes of a config.json alone."""
+    kind = content.get("model_type")
+    if kind not in BARE_FAMILIES:
+        known = ", ".join((*BARE_FAMILIES, *ENCODERS))
+        raise ValueError(f"{file} has model_type={kind!r}: supported are {known}. Write a YAML file as in conf/video.")
+    family = BARE_FAMILIES[kind]
+    profile = _read_yaml(_find(family, conf))
+    tokens = {key: value for key, value in profile["tokens"].items() if key not in _SIZE_SPECIFIC}
+    vision = content.get("vision_config") or {}
+    if profile["resize"]["rule"] == "smart":
+        tokens |= _renamed(vision, "patch_size", "temporal_patch_size", merge_size="spatial_merge_size")
+        factor = tokens["patch_size"] * tokens["merge_size"]
+        profile["resize"] |= {"size_factor": factor, "temporal_factor": tokens["temporal_patch_size"]}
+    return {**profile, "tokens": tokens | _language_model(file)}
 
 
 def _family(content: Mapping[str, Any], file: Path) -> str:
