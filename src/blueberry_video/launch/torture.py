@@ -29,6 +29,7 @@ from blueberry_video.launch.errors import OneParagraphErrors
 
 PRELOADED = ("lightning", "wandb", "torchmetrics", "blueberry_video.callbacks", "blueberry_video.experiment.loggers")
 TIMES = ("throughput/",)  # of metrics that are measured times
+CHECKPOINTS = (".ckpt", ".shards")
 LIMIT = 200  # sessions of one run
 
 
@@ -110,8 +111,8 @@ def torture(
         if code == 0 and run is not None:
             break
         if code != -signal.SIGKILL:
-            found = f"session {kills.total() + 1} ended with exit code {code}, see {folder}/log.txt"
-            return Outcome(kills, [found], last)
+            session = f"session {kills.total() + 1} ended with exit code {code}, see {folder}/log.txt"
+            return Outcome(kills, [session], last)
         kills[_phase(run)] += 1
         if run is not None and (run / "run.json").is_file():
             identity = identity or json.loads((run / "run.json").read_text())["wandb"]["id"]
@@ -158,7 +159,7 @@ def _phase(run: Path | None) -> str:
         return "start"
     checkpoints = run / "checkpoints"
     names = [file.name for file in checkpoints.iterdir()] if checkpoints.is_dir() else []
-    if any(not name.endswith((".ckpt", ".shards", ".sha256")) for name in names):
+    if any(not name.endswith((*CHECKPOINTS, ".sha256")) for name in names):
         return "saving"
     if (run / "end_of_run.json").is_file() or json.loads((run / "run.json").read_text())["status"] == "finished":
         return "end"
@@ -169,10 +170,9 @@ def _differences(first: Path, second: Path) -> Iterator[str]:
     """Yields what differs between two finished runs."""
     import torch
 
-    from blueberry_video.experiment.checkpoint import checkpoint_files
     from blueberry_video.parallel.sharded_checkpoint import is_sharded, read_shards
 
-    files = [checkpoint_files(run / "checkpoints")[0] for run in (first, second)]
+    files = [max(_checkpoints(run / "checkpoints"), key=lambda file: file.name) for run in (first, second)]
     if files[0].name != files[1].name:
         yield f"{files[1].name} instead of {files[0].name}"
         return
@@ -194,6 +194,10 @@ def _differences(first: Path, second: Path) -> Iterator[str]:
     ends = [_without_times(json.loads((run / "run.json").read_text())["metrics"]) for run in (first, second)]
     if ends[0] != ends[1]:
         yield "metrics of run.json"
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [file for file in folder.glob("step_*") if file.suffix in CHECKPOINTS]
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
