@@ -210,8 +210,12 @@ def test_time_ranges_use_timestamps():
     assert time_range(times, 3.3) == (6, 6)
     options = SamplingOptions(sampling="all", video_start=0.15, video_end=2.5, frame_factor=1)
     assert choose(times, options) == [2, 3, 4, 5]
-    with pytest.raises(ValueError, match=r"video_start=0\.35 and video_end=1\.2 .*0 to 3\.3 s"):
-        time_range(times, 0.35, 1.2)
+    assert time_range(times, 0.35, 1.2) == (3, 3)  # the frame on screen
+    assert time_range(times, 2.4, 2.5) == (5, 5)
+    held = SamplingOptions(sampling="uniform", num_frames=4, pad_frames=True, video_start=0.35, video_end=1.2)
+    assert choose(times, held) == [3, 3, 3, 3]
+    with pytest.raises(ValueError, match=r"video_start=3\.5 and video_end=4.*0 to 3\.3 s"):
+        time_range(times, 3.5, 4.0)
     with pytest.raises(ValueError, match="video_start=5"):
         choose(times, SamplingOptions(video_start=5.0))
 

@@ -103,7 +103,8 @@ class SamplingOptions:
         frame_lists: frames of a list or folder under ``fps``. ``whole``: all of them up to ``max_frames``, since they
             are sampled already (qwen-vl-utils); ``sampled``: as a file, if their rate is known (``frames_fps``). An
             override of ``fps`` or ``sampling`` sets ``sampled``.
-        video_start: seconds after the first frame; earlier frames are ignored. Null is the start.
+        video_start: seconds after the first frame; earlier frames are ignored, except the one on screen if
+            no other frame begins before ``video_end``. Null is the start.
         video_end: seconds after the first frame; later frames are ignored. Null is the end.
 
     Raises:
@@ -305,11 +306,13 @@ def nearest(timestamps: np.ndarray, times: np.ndarray) -> list[int]:
 
 
 def time_range(timestamps: np.ndarray, start: float | None = None, end: float | None = None) -> tuple[int, int]:
-    """Returns the first and last frame from ``start`` to ``end``, in seconds after the first frame. Raises ValueError
-    if the range has no frame."""
+    """Returns the first and last frame from ``start`` to ``end``, in seconds after the first frame; the frame on screen
+    if no frame begins in between. Raises ValueError after the last frame."""
     shown = timestamps - timestamps[0]
     first = int(np.searchsorted(shown, (start or 0.0) - TOLERANCE))
     last = len(shown) - 1 if end is None else int(np.searchsorted(shown, end + TOLERANCE, side="right")) - 1
+    if 0 <= last < first < len(shown):
+        return last, last
     if first > last:
         raise ValueError(
             f"video_start={start} and video_end={end} contain no frame: the {len(shown)} frames of the video span 0 to "
