@@ -33,7 +33,7 @@ HYDRA_TERMS = (
     "object_type",
     "HYDRA_FULL_ERROR",
 )
-MAX_SECONDS = 3.0
+MAX_SECONDS = 6.0  # 2 on an idle core; next to other jobs the same work needs nearly twice the CPU time
 
 
 @pytest.fixture
