@@ -8,7 +8,8 @@ A thread decodes as fast as frames arrive. The queue has a limit: if the reader 
 dropped and counted, so that memory and delay are bounded. Frames are RGB at the size of the source or at ``size``.
 
 FFmpeg connects to network sources itself. Their host is resolved once, checked as for downloads, and replaced by the
-checked address. A live source is trusted further than a file: its server may name ports of its own for the packets.
+checked address. Open only servers that you trust: RTSP permits a server to choose the ports of its packets, which are
+not checked.
 """
 
 import os

@@ -127,7 +127,7 @@ def _any_after_start_code(data: bytes, is_picture: Callable[[bytes, int], bool])
 
 
 def _vp9_shows(data: memoryview) -> bool:
-    """Whether one of the frames of a packet is shown. Several frames form a superframe, whose index is at its end."""
+    """Returns whether a packet has a visible frame. The index of a superframe (several frames) is at its end."""
     marker, count = data[-1], data[-1] % 8 + 1
     size = (marker >> 3) % 4 + 1
     index = 2 + size * count
