@@ -102,13 +102,13 @@ def test_images_are_rotated_and_converted_to_rgb(tmp_path: Path):
     Image.fromarray(half).save(tmp_path / "images" / "turned.jpg", exif=exif, quality=100)
     Image.new("L", (8, 8), 77).save(tmp_path / "images" / "grey.png")
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "images" / "print.jpg", quality=100)
-    Image.new("RGBA", (8, 8), (10, 20, 30, 128)).save(tmp_path / "images" / "clear.webp", lossless=True, exact=True)
+    Image.new("RGBA", (8, 8), (10, 20, 30, 51)).save(tmp_path / "images" / "clear.webp", lossless=True, exact=True)
     images = ImageFolder(tmp_path, None, metadata="none")
     clear, grey, red, turned = (images[i]["video"] for i in range(4))
     assert turned.shape == (1, 3, 32, 16)
     assert turned[0, :, 20:].min() > 200 > 50 > turned[0, :, :12].max()  # white below
     assert grey.unique().tolist() == [77]
-    assert clear[0, :, 0, 0].tolist() == [10, 20, 30]
+    assert clear[0, :, 0, 0].tolist() == [206, 208, 210]  # 20 % of the color over white
     assert red[0, 0].min() > 200 > 60 > red[0, 1:].max()
 
 

@@ -122,9 +122,14 @@ def test_missing_weight_raises_with_its_name(absent, tmp_path):
         load(tmp_path / "wrong.pth")
 
 
-def test_learned_position_table_raises(tmp_path):
-    torch.save({**published(), "pos_embed": torch.zeros(1, 8, 16)}, tmp_path / "wrong.pth")
-    with pytest.raises(ValueError, match=r"(?si)unexpected.*pos_embed"):
+def test_learned_position_table_loads(tmp_path):
+    state = {**published(), "pos_embed": torch.randn(1, 8, 16)}
+    torch.save(state, tmp_path / "learned.pth")
+    model = load(tmp_path / "learned.pth")
+    assert torch.equal(model.encoder.pos_embed, state["pos_embed"])
+    assert torch.equal(classifier.to_original(model.state_dict(), "action")["pos_embed"], state["pos_embed"])
+    torch.save({**state, "pos_embed": torch.zeros(1, 9, 16)}, tmp_path / "wrong.pth")
+    with pytest.raises(ValueError, match=r"(?s)wrong\.pth.*pos_embed.*9.*8"):
         load(tmp_path / "wrong.pth")
 
 

@@ -148,14 +148,14 @@ class ShardCache:
 
     def _files(self) -> list[tuple[float, int, Path]]:
         """Returns (time of last use, disk space, path) of the shards in the cache."""
-        found = []
-        for pattern in ("*/*.tar", "*/.*.tar.tmp"):
+        found = {}
+        for pattern in ("*/.*.tar.tmp", "*/*.tar"):  # in this order, a file that is renamed meanwhile is not missed
             for path in self.top.glob(pattern):
                 with contextlib.suppress(FileNotFoundError):  # removed by another process
                     stat = path.stat()
                     size = stat.st_size if path.suffix == ".tmp" else stat.st_blocks * 512  # a shard is sparse
-                    found.append((stat.st_mtime, size, path))
-        return found
+                    found[stat.st_ino] = (stat.st_mtime, size, path)  # once, under its last name
+        return list(found.values())
 
     @contextlib.contextmanager
     def _room_or_warning(self) -> Iterator[None]:

@@ -124,8 +124,8 @@ def test_single_frame_has_the_positions_of_the_first_tokens(positions):
 
 
 def test_unknown_positions_and_initializations_raise():
-    with pytest.raises(ValueError, match=r"positions='learned'.*'sinusoid'.*'sincos_3d'.*'rope_3d'"):
-        encoder("learned")
+    with pytest.raises(ValueError, match=r"positions='rope'.*'sinusoid'.*'sincos_3d'.*'rope_3d'"):
+        encoder("rope")
     with pytest.raises(ValueError, match=r"init='zeros'.*'xavier'.*'trunc_normal'"):
         encoder("rope_3d", init="zeros")
     with pytest.raises(ValueError, match=r"positions='sinusoid'.*'sincos_3d'.*'rope_3d'"):
