@@ -21,8 +21,8 @@ from blueberry_video.video.source_options import SourceOptions
 
 
 class ImageFolder(MediaFolder):
-    """Map-style dataset of images as clips of one frame: ``video`` uint8 (1, 3, H, W) RGB, rotated according to EXIF and
-    blended over white where transparent, ``id`` and, if known, ``caption`` and ``labels``.
+    """Map-style dataset of images as clips of one frame: ``video`` uint8 (1, 3, H, W) RGB, rotated according to EXIF
+    and blended over white where transparent, ``id`` and, if known, ``caption`` and ``labels``.
 
     Args:
         root: folder with one of the layouts above.
