@@ -31,6 +31,7 @@ from blueberry_video.video import (
     refinement,
     settings,
 )
+from blueberry_video.video.decode import DecodeOptions
 from blueberry_video.video.errors import BrokenVideoError, FetchError, RefusedSourceError, VideoError
 from blueberry_video.video.quality import log_to_mlflow
 from blueberry_video.video.refinement import bursts, finer
@@ -218,6 +219,48 @@ def test_other_packages_register_samplers_and_models(tmp_path: Path):
     with pytest.raises(ValueError, match=r"sampling='last'.*bursts"):
         SamplingOptions(sampling="last")
     assert "mine" not in models()
+
+
+def test_other_packages_register_decoders(tmp_path: Path):
+    clip = write(tmp_path / "a.mkv", [[20 * i for i in range(10)]])
+    package = tmp_path / "codecs-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: codecs\nVersion: 1.0\n")
+    names = ("exact", "short", "many", "floats", "odd", "wrong", "absent", "pyav")
+    lines = [f"{name} = more_decoders:{name}" for name in names]
+    (package / "entry_points.txt").write_text("\n".join(["[blueberry.video.decoders]", *lines]))
+    (tmp_path / "more_decoders.py").write_text(
+        "from blueberry_video.video.backends import read_pyav\n"
+        "class OwnError(Exception): pass\n"
+        "def exact(video, wanted, device): return read_pyav(video, wanted)\n"
+        "def short(video, wanted, device): return read_pyav(video, wanted[:2])\n"
+        "def many(video, wanted, device): return read_pyav(video, [*wanted, wanted[-1]][: len(wanted) + 1])\n"
+        "def floats(video, wanted, device): return (p.float() for p in read_pyav(video, wanted))\n"
+        "def odd(video, wanted, device): raise OwnError('no licence')\n"
+        "def wrong(video, wanted, device): return (255 - p for p in read_pyav(video, wanted))\n"
+        "def pyav(video, wanted, device): raise AssertionError\n"
+    )
+    code = (
+        "from blueberry_video.video import process_video\n"
+        "from blueberry_video.video.decode import DecodeOptions, decode\n"
+        f"path, indices = {str(clip)!r}, [1, 4, 9]\n"
+        "order = ('short', 'many', 'floats', 'odd', 'wrong', 'absent', 'exact')\n"
+        "frames = decode(path, indices, DecodeOptions(backends=order, salvage=False))\n"
+        "plain = decode(path, indices, DecodeOptions(backends=('pyav',), salvage=False))\n"
+        "assert frames.backend == 'exact' and (frames.pixels == plain.pixels).all()\n"
+        "failed = frames.failures\n"
+        "assert list(failed) == list(order[:-1]), failed\n"
+        "assert '2 of 3' in failed['short'] and 'more than the 2' in failed['many']\n"
+        "assert 'uint8' in failed['floats'] and 'wrong pixels' in failed['wrong']\n"
+        "assert 'OwnError: no licence' in failed['odd'] and 'absent' in failed['absent'], failed\n"
+        "assert process_video(path, backends=['exact'], num_frames=4).metadata.backend == 'exact'\n"
+        "assert 'exact' not in DecodeOptions().backends\nprint('done')"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "done\n", done.stderr
+    with pytest.raises(ValueError, match=r"backends='exact'.*torchcodec"):
+        DecodeOptions(backends=("exact",))
 
 
 def test_a_bare_config_and_a_hub_id_name_the_preprocessing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -3,12 +3,16 @@
 Each decoder raises if it cannot return exactly the frames of the packet index. Frames are decoded forward, because
 seeking back and forth is slow in files with long GOPs. PyAV skips non-reference frames that are not requested: in H.264
 and MPEG-1, 2 and 4 such a B-frame affects no other frame, so the result is bit-identical.
+
+A package adds a decoder with an entry point of the group ``blueberry.video.decoders``: a function with the arguments of
+``read_pyav``. Its name is then a value of ``backends``; like the four, it has to decode a tiny clip first.
 """
 
 import functools
 import io
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import av
@@ -31,6 +35,8 @@ class DamagedError(ValueError):
     """A decoder found damage. Other decoders are not tried, because they return damaged frames without an error."""
 
 
+GROUP = "blueberry.video.decoders"
+Reader = Callable[[OpenVideo, Sequence[int], str], Iterator[Tensor]]
 _BATCH = 16  # frames per call of a backend without a forward iterator
 
 
@@ -145,7 +151,7 @@ def read_torchvision(video: OpenVideo, wanted: Sequence[int], device: str = "cpu
         yield pictures[number]
 
 
-READERS: dict[str, Callable[[OpenVideo, Sequence[int], str], Iterator[Tensor]]] = {
+READERS: dict[str, Reader] = {
     "pyav": read_pyav,
     "torchcodec": read_torchcodec,
     "decord": read_decord,
@@ -154,16 +160,50 @@ READERS: dict[str, Callable[[OpenVideo, Sequence[int], str], Iterator[Tensor]]] 
 
 
 @functools.cache
+def _registered() -> dict[str, Reader]:
+    return {point.name: _Loaded(point) for point in entry_points(group=GROUP)}
+
+
+def readers() -> dict[str, Reader]:
+    """Returns the decoders by name: the four, then those of installed packages, which are loaded on use."""
+    return {**READERS, **{name: reader for name, reader in _registered().items() if name not in READERS}}
+
+
+class _Loaded:
+    def __init__(self, point: EntryPoint):
+        self._point = point
+
+    def __call__(self, video: OpenVideo, wanted: Sequence[int], device: str) -> Iterator[Tensor]:
+        try:
+            yield from self._checked(self._point.load()(video, wanted, device), video, len(wanted))
+        except FAILURES:
+            raise
+        except Exception as error:  # of a kind that only the package knows
+            raise RuntimeError(f"{self._point.value} raises {type(error).__name__}: {one_line(error)}") from error
+
+    def _checked(self, pictures: Iterator[Tensor], video: OpenVideo, total: int) -> Iterator[Tensor]:
+        name, size, count = self._point.name, (video.info.height, video.info.width, 3), 0
+        for count, picture in enumerate(pictures, 1):
+            if not isinstance(picture, Tensor) or picture.dtype != torch.uint8 or tuple(picture.shape) != size:
+                raise ValueError(f"{name} must yield uint8 tensors of shape {size}, after rotation")
+            if count > total:
+                raise ValueError(f"{name} yields more than the {total} frames that were requested")
+            yield picture
+        if count < total:
+            raise ValueError(f"{name} yields {count} of {total} frames")
+
+
+@functools.cache
 def backend_failure(name: str) -> str | None:
     """Returns why a backend fails to decode a tiny clip in this process, or None if it works. Cached. Raises ValueError
     if the backend does not exist."""
-    check_choice("backends", name, READERS)
+    check_choice("backends", name, readers())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "tiny.avi")
         path.write_bytes(_tiny_clip())
         try:
             with open_video(path) as video:
-                pictures = list(READERS[name](video, [0, 2], "cpu"))
+                pictures = list(readers()[name](video, [0, 2], "cpu"))
         except FAILURES as error:
             return one_line(error)
     levels = [picture.float().mean().item() for picture in pictures]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blueberry_video.video.backends import READERS, DamagedError, backend_failure, salvage
+from blueberry_video.video.backends import READERS, DamagedError, backend_failure, readers, salvage
 from blueberry_video.video.container import FAILURES, MAX_FRAME_PIXELS, OpenVideo, VideoInfo, open_video
 from blueberry_video.video.errors import BrokenVideoError, DamagedVideoError, one_line
 from blueberry_video.video.ranges import check_at_least, check_between, check_choice, check_indices
@@ -33,6 +33,7 @@ class DecodeOptions:
 
     Attributes:
         backends: decoders in the order in which they are tried; decoders that do not work on this machine are skipped.
+            Those of other packages (entry points of the group ``blueberry.video.decoders``) have to be named.
         num_threads: decoding threads; 0 selects the number automatically, at least 8 unless frames are very large,
             because threads wait for each other. Use 1 in DataLoader workers.
         stream_index: index of the video stream; None selects FFmpeg's best stream.
@@ -54,9 +55,9 @@ class DecodeOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "backends", tuple(self.backends))
         for name in self.backends:
-            check_choice("backends", name, READERS)
+            check_choice("backends", name, readers())
         if not self.backends:
-            raise ValueError(f"backends=() is empty: use at least one of {', '.join(READERS)}.")
+            raise ValueError(f"backends=() is empty: use at least one of {', '.join(readers())}.")
         check_between(0, 64, num_threads=self.num_threads)
         check_at_least(1, chunk_frames=self.chunk_frames)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.decode_device):
@@ -211,7 +212,7 @@ def _pictures(
             failures[name] = reason
             continue
         try:
-            for picture in READERS[name](video, wanted[position:], options.decode_device):
+            for picture in readers()[name](video, wanted[position:], options.decode_device):
                 position += 1
                 yield _Picture(picture, False, False, name)
         except DamagedError as error:
