@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,8 +28,8 @@ from blueberry_video.generate import generate, open_videos
 from blueberry_video.inference.frame_generation import generate_clips
 from blueberry_video.models.hydra_video.generator import Conditioning
 from blueberry_video.nn.noise import clip_generators
+from blueberry_video.tasks.clip_format import ClipFormat
 from blueberry_video.tasks.generation import KINDS
-from blueberry_video.tasks.requests import ClipFormat
 from blueberry_video.video import load_clip
 from blueberry_video.video.sampling import SamplingOptions
 
@@ -395,13 +396,13 @@ def test_run_that_is_not_generative_raises(diffusion: Path, tmp_path: Path):
 def test_clips_of_stored_latents_have_the_size_of_their_pixels(tokens: Path, diffusion: Path):
     task = load_trained(diffusion, KINDS).task
     stored = {"moments": torch.zeros(6, 8, 16, 24)}
-    clips = ClipFormat.of(task, None, stored)
+    clips = ClipFormat.of(task, SimpleNamespace(val=[stored]))
     assert (clips.num_frames, clips.height, clips.width) == (8, 16, 24)
     with pytest.raises(ValueError, match=r"task\.tokenizer=null.*config\.yaml"):
-        ClipFormat.of(load_trained(tokens, KINDS).task, None, {"tokens": torch.zeros(3, 2, 2)})
+        ClipFormat.of(load_trained(tokens, KINDS).task, SimpleNamespace(val=[{"tokens": torch.zeros(3, 2, 2)}]))
     task.model._autoencoder = None
     with pytest.raises(ValueError, match=r"model\.autoencoder=null.*config\.yaml"):
-        ClipFormat.of(task, None, stored)
+        ClipFormat.of(task, SimpleNamespace(val=[stored]))
 
 
 def test_odd_sizes_raise_and_leave_no_file(tmp_path: Path):

@@ -102,10 +102,10 @@ def open_videos(
     """
     import torch
 
-    from blueberry_video.data.clip_cache import CachedClips
     from blueberry_video.experiment.trained import load_trained
+    from blueberry_video.tasks.clip_format import ClipFormat
     from blueberry_video.tasks.generation import KINDS, stream
-    from blueberry_video.tasks.requests import ClipFormat, Request
+    from blueberry_video.tasks.requests import Request
     from blueberry_video.video import load_clip
     from blueberry_video.video.resize import ResizeOptions
     from blueberry_video.video.sampling import SamplingOptions
@@ -114,17 +114,15 @@ def open_videos(
     if video is not None and not Path(video).exists():
         raise FileNotFoundError(f"video={video} does not exist: use the path of a video or image file.")
     trained = load_trained(run, KINDS, "cuda" if torch.cuda.is_available() else "cpu")
-    task, val = trained.task, trained.data.val
-    clip = (val.dataset if isinstance(val, CachedClips) else val)[0]
-    clips, given = ClipFormat.of(task, trained.data, clip), None
+    clips, given = ClipFormat.of_run(trained), None
     if video is not None:
         all_frames = SamplingOptions(sampling="all", max_frames=sys.maxsize, frame_factor=1)
         with open_source(Path(video)) as source:
             size = ResizeOptions("crop", image_size=(clips.height, clips.width), interpolation="bilinear")
             given = load_clip(source, all_frames, size).pixels
     request = Request(prompt, labels or {}, actions, num_frames, num_clips, seed, given, decoding or {})
-    parts = ((part.float() + 1) / 2 for part in stream(task, clips, request))
-    return Videos(clips.height, clips.width, float(clip.get("fps") or DEFAULT_FPS), parts)
+    parts = ((part.float() + 1) / 2 for part in stream(trained.task, clips, request))
+    return Videos(clips.height, clips.width, clips.fps or DEFAULT_FPS, parts)
 
 
 def files_of(out: Path, num: int | None = None, overwrite: bool = False) -> list[Path]:

@@ -115,6 +115,7 @@ def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:
     from blueberry_video.experiment.checkpoint import weights_file
     from blueberry_video.experiment.loggers import MetricsCSV
     from blueberry_video.launch.cluster_environment import trainer_options
+    from blueberry_video.tasks.clip_format import RecordClips
 
     seed_everything(config.seed, workers=True, verbose=False)
     data, model = instantiate(config.data), instantiate(config.model)
@@ -127,6 +128,7 @@ def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:
     )
     task = instantiate(config.task, _partial_=True)(model=model, optimization=optimization)
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback]
+    callbacks.append(RecordClips(folder.update))
     loggers = [MetricsCSV(folder), *([instantiate(config.logger, run=folder)] if config.logger else [])]
     options: dict[str, Any] = {"callbacks": callbacks, "logger": loggers, "default_root_dir": folder.path}
     interval = config.trainer.get("val_check_interval")

@@ -59,6 +59,11 @@ class CachedClips(Wrapper):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def uncached(self) -> KeyedClips:
+        """The dataset, of which single clips are computed without their shard."""
+        return self.dataset
+
     def __getitem__(self, index: int) -> dict:
         check_index(index, len(self))
         number, position = divmod(index, self.shard_size)

@@ -1,8 +1,10 @@
 """Opening of a trained run: its data, and its task with the weights of the newest checkpoint."""
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from hydra.utils import get_class, instantiate
@@ -17,30 +19,39 @@ from blueberry_video.experiment.checkpoint import (
 )
 from blueberry_video.experiment.run_folder import RunFolder
 from blueberry_video.installation import start_command
+from blueberry_video.weights.files import read_content, without_compile
 
 
-class TrainedRun(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class TrainedRun:
     """A run that is opened for use.
 
     Attributes:
         path: run folder.
         config: resolved config, with the changes of sessions that resumed the run.
-        data: DataModule.
-        task: task in evaluation mode on ``device``, with the EMA weights if the run has them.
+        record: the contents of ``run.json``.
+        task: task in evaluation mode on its device, with the EMA weights if the run has them.
     """
 
     path: Path
     config: DictConfig
-    data: Any
+    record: dict[str, Any]
     task: Any
 
+    @functools.cached_property
+    def data(self) -> Any:
+        """DataModule of the run, built on first use: its files may be on another machine."""
+        return instantiate(self.config.data)
 
-def load_trained(source: str | Path, kinds: Sequence[type], device: torch.device | str = "cpu") -> TrainedRun:
-    """Builds data and task of a run, and loads its newest valid checkpoint.
+
+def load_trained(
+    source: str | Path, kinds: Sequence[type] | None = None, device: torch.device | str = "cpu"
+) -> TrainedRun:
+    """Builds the task of a run, and loads its newest valid checkpoint.
 
     Args:
         source: a run folder, or the folder of an experiment's runs: the newest run.
-        kinds: supported classes of tasks.
+        kinds: supported classes of tasks; ``None``: all.
         device: device of the task.
 
     Raises:
@@ -51,11 +62,12 @@ def load_trained(source: str | Path, kinds: Sequence[type], device: torch.device
         run = RunFolder.open(source)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} `{start_command('train', '<experiment>')}` creates one.") from error
-    config, resumes = load(run.path / "config.yaml"), run.record.get("resumes", ())
+    config, record = load(run.path / "config.yaml"), run.record
+    resumes = record.get("resumes", ())
     if any(session.get("changed") for session in resumes):
         config = resolve(repeat(config, resumes))
     target = str(config.task._target_)
-    if not issubclass(get_class(target), tuple(kinds)):
+    if kinds is not None and not issubclass(get_class(target), tuple(kinds)):
         names = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"{run.path} trained task._target_={target}, but this command requires a run of {names}.")
     try:
@@ -69,12 +81,23 @@ def load_trained(source: str | Path, kinds: Sequence[type], device: torch.device
         ) from error
     with torch.random.fork_rng(devices=()):  # the global generator does not change
         torch.default_generator.manual_seed(config.seed)  # as training: of parts without saved weights
-        data, model = instantiate(config.data), instantiate(config.model)
+        model = instantiate(config.model)
         optimization = instantiate(config.task.optimization)(
             optimizer=instantiate(config.optimizer), schedule=instantiate(config.schedule)
         )
         task = instantiate(config.task, _partial_=True)(model=model, optimization=optimization)
         if getattr(model, "lora", None) is not None and model.lora.base is not None:
             task.load_weights(model.lora.base)  # a checkpoint of adapters lacks the frozen weights
-        task.load_weights(checkpoint)  # EMA weights have the names of the trained ones
-    return TrainedRun(run.path, config, data, task.to(device).eval())
+        _load(task, checkpoint)
+    return TrainedRun(run.path, config, record, task.to(device).eval())
+
+
+def _load(task: Any, checkpoint: Path) -> None:
+    """Loads a checkpoint, in which EMA weights have the names of the trained ones."""
+    content = read_content(checkpoint)
+    state = content.get("state_dict", {}) if isinstance(content, dict) else {}
+    state = {without_compile(name): value for name, value in state.items()}
+    if state.keys() == task.state_dict().keys():
+        task.load_state_dict(state)
+    else:  # adapters, whose checkpoint lacks the frozen weights
+        task.load_weights(checkpoint)

@@ -17,9 +17,10 @@ from blueberry_video.diffusion.guidance import Guidance
 from blueberry_video.inference.frame_generation import FrameDecoding
 from blueberry_video.inference.video_generation import stream_video
 from blueberry_video.models.hydra_video.generator import Conditioning, HydraVideoGenerator
+from blueberry_video.tasks.clip_format import ClipFormat
 from blueberry_video.tasks.diffusion import Diffusion
 from blueberry_video.tasks.frame_generation import FrameGeneration
-from blueberry_video.tasks.requests import ClipFormat, Request
+from blueberry_video.tasks.requests import Request
 
 KINDS = (FrameGeneration, Diffusion)  # tasks that generate videos
 

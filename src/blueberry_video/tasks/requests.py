@@ -1,4 +1,4 @@
-"""Requests of videos of a trained run: the videos to generate, and the format of the clips of the run.
+"""Requests of videos of a trained run.
 
 Shapes: B clips of T x H x W pixels.
 """
@@ -11,40 +11,6 @@ import torch
 from torch import Tensor
 
 from blueberry_video.nn.noise import clip_generators
-from blueberry_video.tasks.diffusion import Diffusion
-
-
-@dataclass(frozen=True)
-class ClipFormat:
-    """Size in frames and pixels of the clips of a run, class names by label, and names of the actions."""
-
-    num_frames: int
-    height: int
-    width: int
-    classes: Mapping[str, Sequence[str]]
-    action_names: Sequence[str]
-
-    @classmethod
-    def of(cls, task: Any, data: Any, clip: Mapping[str, Any]) -> "ClipFormat":
-        """Returns the format of a clip of a DataModule.
-
-        Raises:
-            ValueError: for stored tokens or latents that the task cannot decode.
-        """
-        classes, actions = getattr(data, "classes", {}), getattr(data, "action_names", ())
-        if "moments" in clip and isinstance(task, Diffusion) and (autoencoder := task.model.autoencoder) is not None:
-            t, h, w = (
-                size * stride for size, stride in zip(clip["moments"].shape[1:], autoencoder.stride, strict=True)
-            )
-            return cls(t - autoencoder.stride[0] + 1, h, w, classes, actions)
-        key = "model.autoencoder" if isinstance(task, Diffusion) else "task.tokenizer"
-        if "moments" in clip or "tokens" in clip:
-            raise ValueError(
-                f"{key}=null: the clips of the run are stored latents or tokens, which it cannot decode to pixels. Set "
-                f"{key} in its config.yaml to the one that encoded them."
-            )
-        frames, _, height, width = clip["video"].shape
-        return cls(frames, height, width, classes, actions)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,159 @@
+"""Trained runs as models, with the preprocessing of their run.
+
+from blueberry_video import load_run
+model = load_run("outputs/my_idea")
+model("clip.mp4")                # outputs of the task, such as {"motion": probabilities (1, classes)}
+model.predict("clip.mp4")        # {"motion": {"left": 0.98, "right": 0.02}}
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blueberry_video.experiment.trained import TrainedRun, load_trained
+from blueberry_video.tasks import generation, prediction
+from blueberry_video.tasks.clip_format import ClipFormat
+from blueberry_video.tasks.requests import Request
+from blueberry_video.video.clip import FrameReader, with_reader
+from blueberry_video.video.decode import DecodeOptions, Frames
+from blueberry_video.video.resize import ResizeOptions, resize_to, video_size
+from blueberry_video.video.sampling import ClipSampling, choose_clip, time_range
+from blueberry_video.video.source import open_source
+
+
+class TrainedModel:
+    """Model of a run that reads videos as the validation of the run did.
+
+    Args:
+        run: the opened run.
+
+    Attributes:
+        path: run folder.
+        task: the task, in evaluation mode; ``task.model`` is the network.
+        clips: format of the clips.
+        classes: label -> class names.
+        device: device of the task.
+    """
+
+    def __init__(self, run: TrainedRun):
+        self.path, self.task = run.path, run.task
+        self.clips = ClipFormat.of_run(run)
+        self.classes = self.clips.classes
+
+    @property
+    def device(self) -> torch.device:
+        return self.task.device
+
+    def read(
+        self, source: Any, start: float | None = None, end: float | None = None, views: int | None = 1
+    ) -> list[Frames]:
+        """Samples, decodes and resizes the clips of a video.
+
+        Args:
+            source: a path, URL, bytes, array, tensor or list of frames, see
+                :func:`~blueberry_video.video.source.open_source`.
+            start, end: seconds after the first frame, between which frames are sampled; ``None``: of the whole video.
+            views: evenly spaced clips, of runs with ``sampler=multi_clip``; ``None`` for as many as in validation.
+
+        Returns:
+            For each view, frames with ``pixels`` uint8 (T, 3, H, W).
+
+        Raises:
+            FileNotFoundError, VideoError, ValueError: see :func:`~blueberry_video.video.clip.load_clip`.
+        """
+        sampling = ClipSampling(**self.clips.sampling)
+        if sampling.sampler == "multi_clip":
+            sampling = replace(sampling, num_clips=views or sampling.num_clips)
+        resize = ResizeOptions(**self.clips.resize)
+
+        def work(reader: FrameReader) -> list[Frames]:
+            times = reader.info.timestamps
+            first, last = time_range(times, start, end)
+            clips = []
+            for view in range(sampling.num_clips if sampling.sampler == "multi_clip" else 1):
+                chosen = choose_clip(times[first : last + 1], sampling, window=view)
+                size = video_size(reader.info.height, reader.info.width, len(chosen), resize)
+                shown = partial(resize_to, size=size, options=resize)
+                clips.append(reader.load([first + index for index in chosen], shown))
+            return clips
+
+        with open_source(source) as opened:
+            return with_reader(opened, DecodeOptions(), work)
+
+    def batch(self, clips: Sequence[Frames], names: Sequence[str]) -> dict[str, Any]:
+        """Returns a batch of clips on the device: ``video`` float (B, 3, T, H, W) in [0, 1], ``id``, ``frames``."""
+        video = torch.stack([clip.pixels for clip in clips]).transpose(1, 2).to(self.device)
+        frames = torch.tensor([clip.indices for clip in clips], device=self.device)
+        batch = {"video": video.to(self.task.dtype).div(255), "id": list(names)}
+        return batch | ({"frames": frames} if self.clips.sampling["sampler"] == "segments" else {})
+
+    def __call__(self, *sources: Any) -> dict[str, Tensor]:
+        """Returns the outputs of the task for one clip of each of B videos; see
+        :func:`~blueberry_video.tasks.prediction.predict`.
+
+        Args:
+            sources: B videos, see :meth:`read`.
+        """
+        clips = [self.read(source)[0] for source in sources]
+        return prediction.predict(self.task, self.batch(clips, [_name(source) for source in sources]))
+
+    def predict(self, source: Any, start: float | None = None, end: float | None = None) -> dict[str, dict[str, float]]:
+        """Returns label -> class name -> probability, averaged over the views of validation, most probable first.
+
+        Args:
+            source, start, end: see :meth:`read`.
+
+        Raises:
+            ValueError: the run is not one of a classifier.
+        """
+        clips = self.read(source, start, end, views=None)
+        outputs = prediction.predict(self.task, self.batch(clips, [_name(source)] * len(clips)))
+        return self.named(outputs)
+
+    def named(self, outputs: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+        """Returns label -> class name -> probability, the mean over all clips and time steps of ``outputs``."""
+        heads: Mapping[str, int] = getattr(self.task.model, "num_classes", {})
+        if not heads:
+            raise ValueError(
+                f"{self.path} trained a {type(self.task).__name__}, which predicts no labels: use model(video) for its "
+                "outputs."
+            )
+        found = {}
+        for label in heads:
+            means = outputs[label].flatten(0, -2).double().mean(dim=0).tolist()
+            names = self.classes.get(label) or [str(index) for index in range(len(means))]
+            found[label] = dict(sorted(zip(names, means, strict=True), key=lambda pair: -pair[1]))
+        return found
+
+    @torch.no_grad()
+    def features(self, *sources: Any) -> Tensor:
+        """Returns the tokens (B, N, D) of the encoder for one clip of each of B videos, see :meth:`read`."""
+        clips = [self.read(source)[0] for source in sources]
+        return prediction.features(self.task, self.batch(clips, [_name(source) for source in sources]))
+
+    def generate(self, request: Request) -> Tensor:
+        """Returns generated videos (B, 3, T, H, W) in [0, 1]."""
+        return (torch.cat(list(generation.stream(self.task, self.clips, request)), dim=2).float() + 1) / 2
+
+
+def load_run(run: str | Path, device: torch.device | str | None = None) -> TrainedModel:
+    """Opens a trained run for inference, with the EMA weights if it has them.
+
+    Args:
+        run: a run folder, or the folder of an experiment: its newest run.
+        device: ``None`` for the GPU if there is one.
+
+    Raises:
+        FileNotFoundError: there is no run, or it has no valid checkpoint.
+        ValueError: its config or weights are not valid.
+    """
+    return TrainedModel(load_trained(run, device=device or ("cuda" if torch.cuda.is_available() else "cpu")))
+
+
+def _name(source: Any) -> str:
+    return str(source) if isinstance(source, str | Path) else type(source).__name__

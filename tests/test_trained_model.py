@@ -1,0 +1,132 @@
+"""Trained runs as models: clips as in validation, outputs, names of classes, runs without a record of their clips."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from blueberry_video import load_run, train
+from blueberry_video.config import compose
+from blueberry_video.data.write import write_video
+from blueberry_video.experiment.run_folder import RunFolder
+from blueberry_video.experiment.trained import load_trained
+from blueberry_video.video.errors import VideoError
+
+CONFIG = """
+defaults:
+  - train
+  - override model: classifier/tiny
+  - override task: classification
+  - override data: video_folder
+  - _self_
+name: lights
+model:
+  encoder: {num_frames: 4, image_size: 16, patch_size: 8, embed_dim: 16, depth: 1, num_heads: 2}
+  num_classes: "${oc.create:{class: 2}}"
+data: {batch_size: 2, num_workers: 0, train: {root: ROOT}}
+trainer: {max_steps: 2}
+"""
+QUIET = ["logger=csv", "callbacks.progress=null", "callbacks.media=null"]
+
+
+def trained(folder: Path, *overrides: str) -> Path:
+    """Trains a classifier for two steps on a folder of dark and bright videos; returns the run folder."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for number, name in enumerate(("bright", "dark") * 2):
+            file = folder / "videos" / split / name / f"{number}.mp4"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            level = 180 if name == "bright" else 20
+            write_video(file, rng.integers(level, level + 60, (20, 24, 40, 3), dtype=np.uint8), 10.0)
+    file = folder / "lights" / "config.yaml"
+    file.parent.mkdir()
+    file.write_text(CONFIG.replace("ROOT", str(folder / "videos")))
+    config = compose(file, [*QUIET, f"output_dir={folder / 'outputs'}", *overrides])
+    train.run(config)
+    torch.use_deterministic_algorithms(False)
+    return RunFolder.open(folder / "outputs" / "lights").path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("run"))
+
+
+def test_clips_are_those_of_validation(run: Path):
+    model = load_run(run, "cpu")
+    data = load_trained(run).data
+    for row, clip in zip(data.val.rows, (data.val[i] for i in range(len(data.val)))):
+        [frames] = model.read(row.path)
+        assert torch.equal(frames.pixels, clip["video"])
+        expected = model.task.model(model.task.normalize(clip["video"].transpose(0, 1)[None].float() / 255))
+        torch.testing.assert_close(model(row.path)["class"], expected["class"].softmax(-1))
+    paths = [row.path for row in data.val.rows]
+    together = model(*paths)["class"]
+    torch.testing.assert_close(together, torch.cat([model(path)["class"] for path in paths]))
+    pixels = np.zeros((9, 24, 40, 3), np.uint8)  # shorter than the files, of another source
+    assert model(pixels)["class"].shape == (1, 2)
+    assert model.features(pixels).shape == (1, 8, 16)
+
+
+def test_names_of_classes_are_recorded(run: Path):
+    model = load_run(run, "cpu")
+    assert model.classes == {"class": ("bright", "dark")}
+    file = run.parents[2] / "videos" / "val" / "dark" / "1.mp4"
+    probabilities = model(file)["class"][0].tolist()
+    named = model.predict(file)
+    assert named == {"class": pytest.approx(dict(zip(("bright", "dark"), probabilities)))}
+    assert list(named["class"].values()) == sorted(named["class"].values(), reverse=True)
+
+
+def test_the_data_may_be_gone(run: Path, tmp_path: Path):
+    moved = tmp_path / "shared" / run.name
+    shutil.copytree(run, moved)
+    text = (moved / "config.yaml").read_text()
+    (moved / "config.yaml").write_text(text.replace(str(run.parents[2] / "videos"), "/nowhere"))
+    file = run.parents[2] / "videos" / "val" / "dark" / "1.mp4"
+    torch.testing.assert_close(load_run(moved, "cpu")(file)["class"], load_run(run, "cpu")(file)["class"])
+    record = json.loads((moved / "run.json").read_text())
+    del record["clips"]  # a run of an earlier version
+    (moved / "run.json").write_text(json.dumps(record))
+    with pytest.raises(Exception, match="/nowhere"):
+        load_run(moved, "cpu")
+    (moved / "config.yaml").write_text(text)
+    old, new = (json.dumps(asdict(load_run(each, "cpu").clips)) for each in (moved, run))
+    assert old == new
+
+
+def test_views_of_validation_are_averaged(tmp_path: Path):
+    run = trained(tmp_path, "data.val.sampler=multi_clip", "data.val.num_clips=3", "data.val.stride=2")
+    model, file = load_run(run, "cpu"), tmp_path / "videos" / "val" / "dark" / "1.mp4"
+    views = model.read(file, views=None)
+    assert [view.indices for view in views] == [(0, 2, 4, 6), (6, 8, 10, 12), (13, 15, 17, 19)]
+    each = torch.cat([model(view.pixels)["class"] for view in views])
+    outputs = (
+        model.task.model(model.task.normalize(model.batch(views, ["a"] * 3)["video"]))["class"].detach().softmax(-1)
+    )
+    expected = outputs.double().mean(dim=0)
+    assert model.predict(file)["class"]["dark"] == pytest.approx(float(expected[1]), abs=1e-6)
+    assert each.shape == (3, 2)
+    assert model.read(file)[0].indices == (6, 8, 10, 12)
+
+
+def test_a_range_of_seconds_is_sampled(run: Path):
+    model, file = load_run(run, "cpu"), run.parents[2] / "videos" / "val" / "dark" / "1.mp4"
+    [frames] = model.read(file, start=0.5, end=1.05)
+    assert frames.indices[0] == 5
+    assert frames.indices[-1] == 10
+    assert model.predict(file, 0.5, 1.05) != model.predict(file)
+    with pytest.raises(ValueError, match="start"):
+        model.read(file, start=5.0)
+
+
+def test_a_file_that_is_no_video_raises(run: Path, tmp_path: Path):
+    (tmp_path / "broken.mp4").write_bytes(b"nothing" * 100)
+    with pytest.raises(VideoError, match=r"broken\.mp4"):
+        load_run(run, "cpu")(tmp_path / "broken.mp4")
+    with pytest.raises(FileNotFoundError, match="make train"):
+        load_run(tmp_path)
