@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "diffusion": {"models.autoencoder", "models.text_encoder", "nn", "weights"},
     "evaluation": {"diffusion", "models.encoder", "models.text_encoder", "nn", "parallel", "weights"},
     "data": {"video", "parallel"},
-    "inference": {"models", "nn", "ops"},
+    "inference": {"data", "models", "nn", "ops"},
     "tasks": {
         "models",
         "diffusion",
@@ -65,6 +65,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "depth": ANYTHING,
     "pseudo_labels": ANYTHING,
     "trained_model": ANYTHING,
+    "predict": ANYTHING,
     "render": ANYTHING,
     "estimate": ANYTHING,
     "submit": ANYTHING,

@@ -6,11 +6,11 @@ model("clip.mp4")                # outputs of the task, such as {"motion": proba
 model.predict("clip.mp4")        # {"motion": {"left": 0.98, "right": 0.02}}
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from blueberry_video.video.resize import ResizeOptions, resize_to, video_size
 from blueberry_video.video.sampling import ClipSampling, choose_clip, time_range
 from blueberry_video.video.source import open_source
 
+Probabilities = dict[str, dict[str, float]]
+Result = TypeVar("Result")
+
 
 class TrainedModel:
     """Model of a run that reads videos as the validation of the run did.
@@ -34,6 +37,7 @@ class TrainedModel:
 
     Attributes:
         path: run folder.
+        checkpoint: name of the file of the weights.
         task: the task, in evaluation mode; ``task.model`` is the network.
         clips: format of the clips.
         classes: label -> class names.
@@ -41,7 +45,7 @@ class TrainedModel:
     """
 
     def __init__(self, run: TrainedRun):
-        self.path, self.task = run.path, run.task
+        self.path, self.task, self.checkpoint = run.path, run.task, run.checkpoint.name
         self.clips = ClipFormat.of_run(run)
         self.classes = self.clips.classes
 
@@ -66,21 +70,39 @@ class TrainedModel:
         Raises:
             FileNotFoundError, VideoError, ValueError: see :func:`~blueberry_video.video.clip.load_clip`.
         """
+        return self.over(source, lambda duration: [(start, end)], list, views)[0]
+
+    def over(
+        self,
+        source: Any,
+        ranges: Callable[[float], Sequence[tuple[float | None, float | None]]],
+        function: Callable[[list[Frames]], Result],
+        views: int | None = 1,
+    ) -> list[Result]:
+        """Returns ``function`` of the clips of each range of seconds of a video, which is opened once.
+
+        Args:
+            source, views: see :meth:`read`.
+            ranges: the duration in seconds -> (start, end) of each range.
+            function: receives the clips of a range, one per view.
+        """
         sampling = ClipSampling(**self.clips.sampling)
         if sampling.sampler == "multi_clip":
             sampling = replace(sampling, num_clips=views or sampling.num_clips)
         resize = ResizeOptions(**self.clips.resize)
 
-        def work(reader: FrameReader) -> list[Frames]:
-            times = reader.info.timestamps
-            first, last = time_range(times, start, end)
-            clips = []
-            for view in range(sampling.num_clips if sampling.sampler == "multi_clip" else 1):
-                chosen = choose_clip(times[first : last + 1], sampling, window=view)
-                size = video_size(reader.info.height, reader.info.width, len(chosen), resize)
-                shown = partial(resize_to, size=size, options=resize)
-                clips.append(reader.load([first + index for index in chosen], shown))
-            return clips
+        def clip(reader: FrameReader, first: int, last: int, view: int) -> Frames:
+            chosen = choose_clip(reader.info.timestamps[first : last + 1], sampling, window=view)
+            size = video_size(reader.info.height, reader.info.width, len(chosen), resize)
+            return reader.load([first + index for index in chosen], partial(resize_to, size=size, options=resize))
+
+        def work(reader: FrameReader) -> list[Result]:
+            found = []
+            for start, end in ranges(reader.info.duration):
+                bounds = time_range(reader.info.timestamps, start, end)
+                count = sampling.num_clips if sampling.sampler == "multi_clip" else 1
+                found.append(function([clip(reader, *bounds, view) for view in range(count)]))
+            return found
 
         with open_source(source) as opened:
             return with_reader(opened, DecodeOptions(), work)
@@ -102,7 +124,7 @@ class TrainedModel:
         clips = [self.read(source)[0] for source in sources]
         return prediction.predict(self.task, self.batch(clips, [_name(source) for source in sources]))
 
-    def predict(self, source: Any, start: float | None = None, end: float | None = None) -> dict[str, dict[str, float]]:
+    def predict(self, source: Any, start: float | None = None, end: float | None = None) -> Probabilities:
         """Returns label -> class name -> probability, averaged over the views of validation, most probable first.
 
         Args:
@@ -111,12 +133,14 @@ class TrainedModel:
         Raises:
             ValueError: the run is not one of a classifier.
         """
-        clips = self.read(source, start, end, views=None)
-        outputs = prediction.predict(self.task, self.batch(clips, [_name(source)] * len(clips)))
-        return self.named(outputs)
+        return self.over(source, lambda duration: [(start, end)], self.probabilities, views=None)[0]
 
-    def named(self, outputs: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-        """Returns label -> class name -> probability, the mean over all clips and time steps of ``outputs``."""
+    def probabilities(self, clips: Sequence[Frames]) -> Probabilities:
+        """Returns label -> class name -> probability, the mean over clips and time steps, most probable first."""
+        return self.named(prediction.predict(self.task, self.batch(clips, ["clip"] * len(clips))))
+
+    def named(self, outputs: Mapping[str, Tensor]) -> Probabilities:
+        """Returns :meth:`probabilities` of the outputs of clips."""
         heads: Mapping[str, int] = getattr(self.task.model, "num_classes", {})
         if not heads:
             raise ValueError(

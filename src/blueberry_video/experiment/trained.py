@@ -30,12 +30,14 @@ class TrainedRun:
         path: run folder.
         config: resolved config, with the changes of sessions that resumed the run.
         record: the contents of ``run.json``.
+        checkpoint: file of the weights.
         task: task in evaluation mode on its device, with the EMA weights if the run has them.
     """
 
     path: Path
     config: DictConfig
     record: dict[str, Any]
+    checkpoint: Path
     task: Any
 
     @functools.cached_property
@@ -89,7 +91,7 @@ def load_trained(
         if getattr(model, "lora", None) is not None and model.lora.base is not None:
             task.load_weights(model.lora.base)  # a checkpoint of adapters lacks the frozen weights
         _load(task, checkpoint)
-    return TrainedRun(run.path, config, record, task.to(device).eval())
+    return TrainedRun(run.path, config, record, checkpoint, task.to(device).eval())
 
 
 def _load(task: Any, checkpoint: Path) -> None:

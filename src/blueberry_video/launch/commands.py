@@ -66,6 +66,7 @@ COMMANDS = {
         "experiment.consolidate", "run", "EXPERIMENT|RUN", "write the weights of a sharded checkpoint to one file"
     ),
     "export": Command("export", "run", "EXPERIMENT|RUN --out FOLDER …", "export a model for other libraries"),
+    "predict": Command("predict", "run", "EXPERIMENT|RUN VIDEO … --out LABELS.csv …", "labels of videos"),
     "generate": Command("generate", "run", "EXPERIMENT|RUN --out CLIP.mp4 …", "generate a video"),
     "render": Command("render", "run", "EXPERIMENT|RUN --out FOLDER …", "render a trained scene"),
     "latents": Command(
