@@ -79,7 +79,7 @@ doctor: $(STAMP) ## check versions, devices, FFmpeg, wandb, Slurm and disk, with
 	@$(blueberry) doctor
 
 ##@ Experiments
-.PHONY: new check estimate train sweep submit runs gate torture report consolidate latents pseudo_labels export predict generate render data shards
+.PHONY: new check estimate train sweep submit runs gate torture report consolidate latents pseudo_labels export predict evaluate generate render data shards
 new: $(STAMP) ## EXP=name: copy experiments/template/
 	@$(blueberry) new "$$EXP"
 
@@ -124,6 +124,9 @@ export: $(STAMP) ## EXP=name OUT=folder [DTYPE=bfloat16]: export the transformer
 
 predict: $(STAMP) ## EXP=name VIDEO=file|folder|list.txt OUT=labels.csv: labels of videos by the newest run; ARGS="--window 10 --top 5"
 	@$(experiment)$(if $(strip $(VIDEO)),,$(error VIDEO is missing: `make predict EXP=$(EXP) VIDEO=clip.mp4 OUT=labels.csv`))$(if $(strip $(OUT)),,$(error OUT is missing: add OUT=labels.csv))$(blueberry) predict "$$EXP" --out="$$OUT" --args="$$ARGS" -- "$$VIDEO"
+
+evaluate: $(STAMP) ## EXP=name [OUT=numbers.json]: metrics of the newest run on another data set or split; ARGS="--split test data.val.root=…"
+	@$(experiment)$(blueberry) evaluate "$$EXP" $${OUT:+"--out=$$OUT"} --args="$$ARGS"
 
 generate: $(STAMP) ## EXP=name OUT=clip.mp4 [PROMPT="…"] [VIDEO=file]: generate a video with the newest run; ARGS="--frames 33 --seed 1"
 	@$(experiment)$(if $(strip $(OUT)),,$(error OUT is missing: `make generate EXP=$(EXP) OUT=clip.mp4`))$(blueberry) generate "$$EXP" --out="$$OUT" $${PROMPT:+"--prompt=$$PROMPT"} $${VIDEO:+"--video=$$VIDEO"} --args="$$ARGS"

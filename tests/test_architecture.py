@@ -66,6 +66,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "pseudo_labels": ANYTHING,
     "trained_model": ANYTHING,
     "predict": ANYTHING,
+    "evaluate": ANYTHING,
     "render": ANYTHING,
     "estimate": ANYTHING,
     "submit": ANYTHING,

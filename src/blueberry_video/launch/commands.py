@@ -67,6 +67,9 @@ COMMANDS = {
     ),
     "export": Command("export", "run", "EXPERIMENT|RUN --out FOLDER …", "export a model for other libraries"),
     "predict": Command("predict", "run", "EXPERIMENT|RUN VIDEO … --out LABELS.csv …", "labels of videos"),
+    "evaluate": Command(
+        "evaluate", "run", "EXPERIMENT|RUN [--split NAME] [data.val.root=…] …", "metrics on another data set or split"
+    ),
     "generate": Command("generate", "run", "EXPERIMENT|RUN --out CLIP.mp4 …", "generate a video"),
     "render": Command("render", "run", "EXPERIMENT|RUN --out FOLDER …", "render a trained scene"),
     "latents": Command(
