@@ -115,15 +115,19 @@ class EmbeddedGuidance(Guidance):
 
     Args:
         scale: 6 as published.
+        cfg_scale: scale of classifier-free guidance in addition, which also evaluates the network with the
+            unconditional text and the same embedded scale ("true CFG" in diffusers); 1 evaluates it once.
 
     Raises:
         ValueError: for a negative scale.
     """
 
-    unconditional = False
+    def __init__(self, scale: float = 6.0, cfg_scale: float = 1.0):
+        self.embedded, self.cfg_scale = _not_negative(scale), _not_negative(cfg_scale)
+        self.unconditional = cfg_scale != 1
 
-    def __init__(self, scale: float = 6.0):
-        self.embedded = _not_negative(scale)
+    def scale_at(self, t: Tensor, objective: Objective, steps: int) -> Tensor:
+        return torch.full_like(t, self.cfg_scale)
 
 
 def _not_negative(scale: float) -> float:

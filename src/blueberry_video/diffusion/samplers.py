@@ -61,8 +61,35 @@ class Sampler(ABC):
             )
         return timesteps
 
+    def skipped_steps(self, strength: float) -> int:
+        """Returns the number of first steps that sampling from partial noise leaves out, as the video-to-video pipelines
+        of diffusers: ``steps - int(steps * strength)``.
+
+        Args:
+            strength: share of the steps that are taken, in (0, 1].
+
+        Raises:
+            ValueError: for a strength outside (0, 1], or of less than one step.
+        """
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength={strength} must be above 0, the given video, and at most 1, pure noise.")
+        if not (taken := int(self.steps * strength)):
+            raise ValueError(
+                f"strength={strength} of steps={self.steps} is less than one step: use a strength of at least "
+                f"{1 / self.steps:.2g}, or more steps."
+            )
+        return self.steps - taken
+
     @torch.no_grad()
-    def __call__(self, denoise: Network, noise: Tensor, objective: Objective, generator: Generator = None) -> Tensor:
+    def __call__(
+        self,
+        denoise: Network,
+        noise: Tensor,
+        objective: Objective,
+        generator: Generator = None,
+        start: Tensor | None = None,
+        strength: float = 1.0,
+    ) -> Tensor:
         """Samples clean latents.
 
         Args:
@@ -70,13 +97,16 @@ class Sampler(ABC):
             noise: (B, C, T, H, W), standard normal.
             objective: training objective of the network.
             generator: generator of the noise of a stochastic sampler, or one per clip; ``None`` for torch's global one.
+            start: clean latents (B, C, T, H, W), to which ``noise`` is added at the level of the first step that is
+                taken; ``None`` to start from pure noise.
+            strength: share of the steps that are taken from ``start``, see :meth:`skipped_steps`.
 
         Returns:
             (B, C, T, H, W), in the dtype of ``noise``.
 
         Raises:
-            ValueError: for noise of a different rank or that is not finite, an unsupported objective, or an output of a
-                different shape than the noise.
+            ValueError: for noise of a different rank or that is not finite, an unsupported objective, a strength out of
+                range, or an output of a different shape than the noise.
             FloatingPointError: if the network output is not finite.
         """
         if noise.ndim != 5 or not noise.isfinite().all():
@@ -96,6 +126,10 @@ class Sampler(ABC):
         wide = noise.to(torch.promote_types(noise.dtype, torch.float32))
         columns = (timesteps, *objective.alpha_sigma(timesteps))
         schedule = list(zip(*(column.tolist() for column in columns), strict=True))
+        if start is not None:
+            skipped = self.skipped_steps(strength)
+            schedule, level = schedule[skipped:], timesteps[skipped].to(noise.device)
+            wide = objective.noisy(start.to(wide), wide, level.expand(len(noise)))
         clean = self._sample(predict, wide, schedule, generator)
         if not clean.isfinite().all():
             raise FloatingPointError(
