@@ -24,7 +24,8 @@ from blueberry_video.data.write import write_video, write_videos
 from blueberry_video.experiment import trained as loading
 from blueberry_video.experiment.checkpoint import latest_good_checkpoint
 from blueberry_video.experiment.trained import load_trained
-from blueberry_video.generate import generate, open_videos
+from blueberry_video.generate import generate
+from blueberry_video.generated_videos import open_videos
 from blueberry_video.inference.frame_generation import generate_clips
 from blueberry_video.models.hydra_video.generator import Conditioning
 from blueberry_video.nn.noise import clip_generators
@@ -148,7 +149,7 @@ def test_python_call_equals_decoding_the_tokens_of_the_run(tokens: Path, words: 
     task = load_trained(tokens, KINDS).task
     actions = torch.tensor([[1] * 4, [0] * 4]).expand(2, -1, -1)
     labels = {"colour": torch.tensor([2, 2]), "shape": torch.tensor([1, 1])}
-    generators = clip_generators(torch.Generator().manual_seed(3), 2)
+    generators = [clip_generators(torch.Generator().manual_seed(seed), 1)[0] for seed in (3, 4)]
     ids = generate_clips(task.model, Conditioning(labels, [words] * 2, actions), 3, task.decoding, generator=generators)
     torch.testing.assert_close(video, (task.tokenizer.decode_ids(ids) + 1) / 2, rtol=1e-5, atol=1e-5)
 
@@ -224,12 +225,12 @@ def test_command_writes_the_video_of_the_python_call(tokens: Path, words: str, t
     assert written.pixels.shape == (9, 3, 16, 16)
     assert np.diff(written.timestamps.numpy()).tolist() == pytest.approx([1 / 8] * 8)  # the rate of the data
     assert (written.pixels.transpose(0, 1) / 255 - video[0]).abs().mean() < 0.06  # chroma is at half resolution
-    assert list(out.parent.iterdir()) == [out]
+    assert {file.name for file in out.parent.iterdir()} == {"clip.mp4", "clip.json"}
 
 
 def test_several_clips_are_several_files(diffusion: Path, tmp_path: Path, command):
     command(diffusion, "--out", tmp_path / "clip.mp4", "--prompt", MOVES, "--num", 2, "--guidance", 3.5)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["clip_0.mp4", "clip_1.mp4"]
+    assert sorted(file.name for file in tmp_path.glob("*.mp4")) == ["clip_0.mp4", "clip_1.mp4"]
     assert (read(tmp_path / "clip_0.mp4").pixels != read(tmp_path / "clip_1.mp4").pixels).any()
 
 
@@ -244,7 +245,7 @@ def test_existing_file_is_kept_unless_overwrite(diffusion: Path, tmp_path: Path,
     assert out.read_text() == "mine"
     command(diffusion, "--out", out, "--prompt", MOVES, "--overwrite")
     assert read(out).pixels.shape == (8, 3, 16, 16)
-    assert list(tmp_path.iterdir()) == [out]
+    assert {file.name for file in tmp_path.iterdir()} == {"clip.mp4", "clip.json"}
 
 
 def test_interrupted_generation_leaves_no_file(tmp_path: Path):
@@ -309,13 +310,25 @@ def test_arguments_that_do_not_fit_a_token_generator_raise(tokens: Path, words: 
         ({"actions": ["left"]}, r"actions=\['left'\]"),
         ({"num_frames": 0}, r"num_frames=0\b"),
         ({"decoding": {"rounds": 2}}, r"decoding\.rounds=2\b.*task\.decoding"),
-        ({"decoding": {"guidance": -1.0}}, r"guidance=-1\.0\b.*ConstantGuidance"),
-        ({"video": "start.mp4"}, "video has no effect"),
+        ({"guidance": -1.0}, r"guidance=-1\.0\b"),
+        ({"video": "start.mp4"}, r"video has no effect.*task\.frame_timesteps=true.*strength"),
+        ({"image": "start.mp4"}, r"image or video has no effect"),
+        ({"embedded_guidance": 6.0}, r"embedded_guidance=6\.0 has no effect.*guidance"),
+        ({"steps": 0}, r"steps=0\b"),
+        ({"steps": 2000}, r"steps=2000\b"),
+        ({"size": (18, 16)}, r"height=18\b.*\b16 or 20\b"),
+        ({"negative": "a red disc", "guidance": 1.0}, r"negative='a red disc' has no effect.*guidance"),
+        ({"negative": "a zebra"}, r"'a zebra'.*'zebra'"),
+        ({"strength": 0.5}, r"strength=0\.5.*video"),
+        ({"video": "start.mp4", "strength": 0.0}, r"strength=0\.0\b.*above 0"),
+        ({"video": "start.mp4", "strength": 0.4}, r"strength=0\.4 of steps=2\b.*\b0\.5\b"),
+        ({"video": "start.mp4", "strength": 0.5, "num_frames": 3}, r"num_frames=3\b.*\b2\b"),
     ],
 )
 def test_arguments_that_do_not_fit_diffusion_raise(diffusion: Path, tmp_path: Path, options: dict, message: str):
-    if "video" in options:
-        options = {"video": video_file(tmp_path, 2)}
+    for key in ("video", "image"):
+        if key in options:
+            options = {**options, key: video_file(tmp_path, 2)}
     with pytest.raises(ValueError, match=message):
         generate(diffusion, **{"prompt": MOVES, **options})
 
@@ -343,8 +356,10 @@ def test_conditions_that_a_model_lacks_raise(tokens: Path, tmp_path: Path, words
     ("arguments", "kind", "message"),
     [
         (["--out", "clip.webm"], ValueError, r"--out=clip\.webm\b.*\.mp4.*clip\.mp4"),
-        (["--out", "clip"], ValueError, r"--out=clip must end in \.mp4"),
-        (["--out", "clip.mp4", "--num", "0"], ValueError, r"--num=0\b"),
+        (["--out", "clip.mp4", "--num", "0"], ValueError, r"--per-prompt=0\b"),
+        (["--out", "clip.mp4", "--prompts", "a.md"], ValueError, r"--prompts=a\.md\b.*\.txt.*\.jsonl"),
+        (["--out", "clip.mp4", "--prompts", "a.txt"], FileNotFoundError, r"--prompts=a\.txt\b"),
+        (["--out", "clip.mp4", "--prompts", "a.txt", "--prompt", "x"], ValueError, r"--prompt='x'.*--prompts=a\.txt"),
         (["--out", "clip.mp4", "--label", "left"], ValueError, r"--label left\b.*label=class"),
         (["--out", "clip.mp4"], FileNotFoundError, r"nowhere\b.*`make train EXP=<experiment>`"),
     ],

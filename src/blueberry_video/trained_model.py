@@ -162,7 +162,7 @@ class TrainedModel:
 
     def generate(self, request: Request) -> Tensor:
         """Returns generated videos (B, 3, T, H, W) in [0, 1]."""
-        return (torch.cat(list(generation.stream(self.task, self.clips, request)), dim=2).float() + 1) / 2
+        return (torch.cat(list(generation.prepare(self.task, self.clips, request).parts), dim=2).float() + 1) / 2
 
 
 def load_run(run: str | Path, device: torch.device | str | None = None) -> TrainedModel:
