@@ -1,6 +1,7 @@
 """Generation from trained runs: token generators and diffusion, command line and Python call, errors, files."""
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -17,16 +18,18 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
+from blueberry_video import __version__, train
 from blueberry_video import generate as entry
-from blueberry_video import train
 from blueberry_video.config import compose
 from blueberry_video.data.write import write_video, write_videos
 from blueberry_video.experiment import trained as loading
 from blueberry_video.experiment.checkpoint import latest_good_checkpoint
 from blueberry_video.experiment.trained import load_trained
 from blueberry_video.generate import generate
-from blueberry_video.generated_videos import open_videos
+from blueberry_video.generated_videos import generate_files, open_videos, read_frames
+from blueberry_video.inference import clip_files
 from blueberry_video.inference.frame_generation import generate_clips
+from blueberry_video.inference.prompt_files import read_prompts
 from blueberry_video.models.hydra_video.generator import Conditioning
 from blueberry_video.nn.noise import clip_generators
 from blueberry_video.tasks.clip_format import ClipFormat
@@ -202,10 +205,155 @@ def test_first_frame_conditions_image_to_video(tmp_path: Path):
         generate(run, prompt=MOVES)
 
 
-def test_causal_diffusion_generates(tmp_path: Path):
+def test_causal_diffusion_continues_and_exceeds_the_trained_length(tmp_path: Path):
+    """Chunks of two frames, clips of eight."""
     file = ROOT / "experiments" / "diffusion_forcing" / "config.yaml"
     run = trained(tmp_path, file, *DIFFUSION, "callbacks.sampling=null")
     assert generate(run, prompt=MOVES).shape == (1, 3, 8, 16, 16)
+    long = open_videos(run, prompt=MOVES, num_frames=20)
+    assert long.settings["window"] == 8
+    video = torch.cat(list(long.parts), dim=2)
+    assert video.shape == (1, 3, 20, 16, 16)
+    start = video_file(tmp_path, 5)  # of which 4 are used
+    videos = open_videos(run, prompt=MOVES, video=start)
+    assert (videos.settings["num_frames"], videos.settings["given_frames"]) == (11, 4)
+    made = torch.cat(list(videos.parts), dim=2)
+    given = read_frames(start, (16, 16), 4).transpose(0, 1) / 255
+    torch.testing.assert_close(made[0, :, :4], given, rtol=0, atol=1e-6)
+    assert generate(run, prompt=MOVES, video=start, num_frames=6).shape[2] == 6
+    for options, message in (
+        ({"video": start, "num_frames": 4}, r"num_frames=4 includes the 4 frames\b.*\b5\b"),
+        ({"image": start}, r"video has 1 frames.*\b2 frames"),
+        ({"image": start, "video": start}, r"image=.* and video=.* exclude"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_videos(run, prompt=MOVES, **options)
+
+
+def test_video_is_changed_by_partial_noise(diffusion: Path, tmp_path: Path):
+    start = video_file(tmp_path, 12)
+    given = read_frames(start, (16, 16), 8).transpose(0, 1)[None] / 255
+    videos = open_videos(diffusion, prompt=MOVES, video=start, strength=0.25, steps=8, size=(16, 16))
+    assert (videos.settings["num_frames"], videos.settings["steps"], videos.settings["strength"]) == (8, 8, 0.25)
+    near = torch.cat(list(videos.parts), dim=2)
+    far = generate(diffusion, prompt=MOVES, video=start, strength=1.0, steps=8)
+    assert (near - given).abs().mean() < 0.7 * (far - given).abs().mean()
+    assert generate(diffusion, prompt=MOVES, video=start, strength=0.25, steps=8, num_frames=12).shape[2] == 12
+    assert generate(diffusion, prompt=MOVES, size=(16, 24), num_frames=4).shape == (1, 3, 4, 16, 24)
+
+
+def test_guidance_of_a_request(diffusion: Path):
+    """Without guidance the negative caption is refused; with it, the caption changes the clip, as does the scale."""
+    options = {"prompt": MOVES, "seed": 5}
+    plain, scaled, negative = (
+        generate(diffusion, **options, **own)
+        for own in ({}, {"guidance": 7.0}, {"guidance": 7.0, "negative": "a blue square moves up"})
+    )
+    assert not torch.equal(plain, scaled)
+    assert not torch.equal(scaled, negative)
+    torch.testing.assert_close(generate(diffusion, **options, guidance=2.0), plain)
+    task = loading.load_trained(diffusion, KINDS, "cuda" if torch.cuda.is_available() else "cpu").task  # the cached one
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task, "caption_dropout", 0.0)
+        with pytest.raises(ValueError, match=r"guidance=7\.0\b.*task\.caption_dropout=0\b.*negative.*guidance=1\b"):
+            open_videos(diffusion, prompt=MOVES, guidance=7.0)
+        open_videos(diffusion, prompt=MOVES, guidance=7.0, negative="a blue square moves up")
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> Path:
+    rows = [{"prompt": MOVES}, {"prompt": "a blue square moves up", "seed": 70, "frames": 4}]
+    file = tmp_path / "captions.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    return file
+
+
+NAMES = ["0000_a-red-disc-moves-left", "0001_a-red-disc-moves-left", "0002_a-blue-square-moves-up"]
+NAMES += ["0003_a-blue-square-moves-up"]
+
+
+def test_files_of_many_prompts_have_sidecars(diffusion: Path, tmp_path: Path, captions: Path, command, capsys):
+    out = tmp_path / "clips"
+    command(diffusion, "--out", out, "--prompts", captions, "--per-prompt", 2, "--seed", 5, "--guidance", 3)
+    assert sorted(file.stem for file in out.glob("*.mp4")) == NAMES
+    assert "generate: 24 of 24 frames" in capsys.readouterr().err
+    settings = [json.loads((out / f"{name}.json").read_text()) for name in NAMES]
+    assert [each["seed"] for each in settings] == [5, 6, 70, 71]
+    assert [each["num_frames"] for each in settings] == [8, 8, 4, 4]
+    assert settings[0]["run"] == str(load_trained(diffusion, KINDS).path.resolve())
+    assert settings[0]["guidance"] == {"type": "ConstantGuidance", "scale": 3.0, "embedded": None}
+    assert (settings[0]["checkpoint"], settings[0]["version"]) == ("step_00000003.ckpt", __version__)
+    alone = tmp_path / "alone.mp4"
+    command(diffusion, "--out", alone, "--prompt", MOVES, "--seed", 6, "--guidance", 3)
+    assert alone.read_bytes() == (out / f"{NAMES[1]}.mp4").read_bytes(), "the same seed gives the same bytes"
+    assert json.loads(alone.with_suffix(".json").read_text()) == settings[1]
+    assert alone.read_bytes() != (out / f"{NAMES[0]}.mp4").read_bytes()
+
+
+def test_killed_job_goes_on(diffusion: Path, tmp_path: Path, captions: Path, monkeypatch: pytest.MonkeyPatch):
+    prompts, whole, out = read_prompts(captions), tmp_path / "whole", tmp_path / "out"
+    generate_files(diffusion, whole, prompts, per_prompt=2)
+    count, write = itertools.count(), clip_files.write_videos
+
+    def killed(parts, files, size, fps):
+        def some():
+            yield from parts
+            if next(count) == 2:
+                raise KeyboardInterrupt
+
+        write(some(), files, size, fps)
+
+    monkeypatch.setattr(clip_files, "write_videos", killed)
+    with pytest.raises(KeyboardInterrupt):
+        generate_files(diffusion, out, prompts, per_prompt=2)
+    assert [file.name for file in sorted(out.glob("*.mp4"))] == [f"{name}.mp4" for name in NAMES[:2]]
+    times = {file: file.stat().st_mtime_ns for file in out.glob("*.mp4")}
+    assert generate_files(diffusion, out, prompts, per_prompt=2) == [out / f"{name}.mp4" for name in NAMES]
+    assert all(file.stat().st_mtime_ns == before for file, before in times.items()), "complete files are kept"
+    for file in whole.iterdir():
+        assert file.read_bytes() == (out / file.name).read_bytes()
+    with pytest.raises(FileExistsError, match=r"0000_.*\.json is of another clip \(steps is 2 and would be 3\).*--overwrite"):
+        generate_files(diffusion, out, prompts, per_prompt=2, steps=3)
+    generate_files(diffusion, out, prompts, per_prompt=2, steps=3, overwrite=True)
+    assert json.loads((out / f"{NAMES[0]}.json").read_text())["steps"] == 3
+
+
+def test_a_bad_line_is_found_before_anything_is_generated(diffusion: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="zebra"):
+        generate_files(diffusion, tmp_path / "out", [{"prompt": MOVES}, {"prompt": "a zebra"}])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "a"}\n{"prompt": 3}', r"line 2: prompt=3 must be of type str"),
+        ('{"promt": "a"}', r"line 1: promt='a' is unknown.*prompt, negative, seed"),
+        ("[1]", r"line 1 must be an object"),
+        ("{", r"line 1 is no JSON"),
+        ('{"seed": true}', r"seed=True must be of type int"),
+        ("", r"has no captions"),
+    ],
+)
+def test_bad_files_of_prompts_raise(tmp_path: Path, text: str, message: str):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(tmp_path / "a.jsonl")
+
+
+def test_text_file_of_captions(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("# comment\n\n a red disc \nb\n")
+    assert read_prompts(tmp_path / "a.txt") == [{"prompt": "a red disc"}, {"prompt": "b"}]
+    (tmp_path / "a.jsonl").write_text('{"image": "first.png", "strength": 1}\n')
+    assert read_prompts(tmp_path / "a.jsonl") == [{"image": str(tmp_path / "first.png"), "strength": 1}]
+
+
+def test_names_of_files(tmp_path: Path):
+    names = clip_files.clip_files(tmp_path, ["A Big, red disc!", None, "été " * 40])
+    assert [file.name for file in names[:2]] == ["0000_a-big-red-disc.mp4", "0001_clip.mp4"]
+    assert len(names[2].stem) <= 5 + 48
+    with pytest.raises(ValueError, match=r"--out=a\.mp4 is one file for 2 prompts.*folder"):
+        clip_files.clip_files("a.mp4", ["a", "b"])
 
 
 def test_command_writes_the_video_of_the_python_call(tokens: Path, words: str, tmp_path: Path, command, capsys):
@@ -294,6 +442,10 @@ def test_frames_are_written_while_they_are_generated(tokens: Path, words: str, t
         ({"decoding": {"rounds": 0}}, r"rounds=0\b"),
         ({"decoding": {"granularity": 3}}, r"rows=3 must divide 2\b"),
         ({"decoding": {"heat": 3}}, r"decoding\.heat\b.*temperature"),
+        ({"negative": "a"}, r"negative='a' has no effect"),
+        ({"steps": 3}, r"steps=3 has no effect.*decoding\.rounds"),
+        ({"size": (32, 32)}, r"size=\(32, 32\) must be 16 16"),
+        ({"guidance": -2.0}, r"guidance=-2\.0\b"),
     ],
 )
 def test_arguments_that_do_not_fit_a_token_generator_raise(tokens: Path, words: str, options: dict, message: str):
