@@ -50,6 +50,16 @@ GPUS ?= 1
 override export GPUS := $(value GPUS)
 PROMPT ?=
 override export PROMPT := $(value PROMPT)
+PROMPTS ?=
+override export PROMPTS := $(value PROMPTS)
+IMAGE ?=
+override export IMAGE := $(value IMAGE)
+START ?=
+override export START := $(value START)
+GOAL ?=
+override export GOAL := $(value GOAL)
+STATE ?=
+override export STATE := $(value STATE)
 DTYPE ?= float32
 override export DTYPE := $(value DTYPE)
 DATA ?=
@@ -79,7 +89,7 @@ doctor: $(STAMP) ## check versions, devices, FFmpeg, wandb, Slurm and disk, with
 	@$(blueberry) doctor
 
 ##@ Experiments
-.PHONY: new check estimate train sweep submit runs gate torture report consolidate latents pseudo_labels export predict evaluate generate render data shards
+.PHONY: new check estimate train sweep submit runs gate torture report consolidate latents pseudo_labels export predict evaluate generate reconstruct plan render data shards
 new: $(STAMP) ## EXP=name: copy experiments/template/
 	@$(blueberry) new "$$EXP"
 
@@ -128,8 +138,14 @@ predict: $(STAMP) ## EXP=name VIDEO=file|folder|list.txt OUT=labels.csv: labels 
 evaluate: $(STAMP) ## EXP=name [OUT=numbers.json]: metrics of the newest run on another data set or split; ARGS="--split test data.val.root=…"
 	@$(experiment)$(blueberry) evaluate "$$EXP" $${OUT:+"--out=$$OUT"} --args="$$ARGS"
 
-generate: $(STAMP) ## EXP=name OUT=clip.mp4 [PROMPT="…"] [VIDEO=file]: generate a video with the newest run; ARGS="--frames 33 --seed 1"
-	@$(experiment)$(if $(strip $(OUT)),,$(error OUT is missing: `make generate EXP=$(EXP) OUT=clip.mp4`))$(blueberry) generate "$$EXP" --out="$$OUT" $${PROMPT:+"--prompt=$$PROMPT"} $${VIDEO:+"--video=$$VIDEO"} --args="$$ARGS"
+generate: $(STAMP) ## EXP=name OUT=clip.mp4|folder [PROMPT="…"|PROMPTS=file] [IMAGE=file] [VIDEO=file]: generate videos with the newest run; ARGS="--frames 33 --seed 1"
+	@$(experiment)$(if $(strip $(OUT)),,$(error OUT is missing: `make generate EXP=$(EXP) OUT=clip.mp4`))$(blueberry) generate "$$EXP" --out="$$OUT" $${PROMPT:+"--prompt=$$PROMPT"} $${PROMPTS:+"--prompts=$$PROMPTS"} $${IMAGE:+"--image=$$IMAGE"} $${VIDEO:+"--video=$$VIDEO"} --args="$$ARGS"
+
+reconstruct: $(STAMP) ## EXP=name VIDEO=file|folder|list.txt OUT=folder: videos as the newest run of an autoencoder or a tokenizer reconstructs them
+	@$(experiment)$(if $(strip $(VIDEO)),,$(error VIDEO is missing: `make reconstruct EXP=$(EXP) VIDEO=clip.mp4 OUT=folder`))$(if $(strip $(OUT)),,$(error OUT is missing: add OUT=<folder>))$(blueberry) reconstruct "$$EXP" --out="$$OUT" --args="$$ARGS" -- "$$VIDEO"
+
+plan: $(STAMP) ## EXP=name START=image GOAL=image STATE=numbers [OUT=plan.json]: actions that a world model plans
+	@$(experiment)$(if $(strip $(START)),,$(error START is missing: `make plan EXP=$(EXP) START=now.png GOAL=goal.png STATE=0.1,-0.2`))$(if $(strip $(GOAL)),,$(error GOAL is missing: add GOAL=<image>))$(if $(strip $(STATE)),,$(error STATE is missing: add STATE=<numbers, separated by commas>))$(blueberry) plan "$$EXP" --state="$$STATE" $${OUT:+"--out=$$OUT"} --args="$$ARGS" -- "$$START" "$$GOAL"
 
 render: $(STAMP) ## CHECKPOINT=run OUT=folder [ARGS="--format mp4,ply,html --path turntable"]: render a trained scene, or ARGS=--live
 	@$(if $(strip $(CHECKPOINT)),,$(error CHECKPOINT is missing: `make render CHECKPOINT=outputs/gaussians4d OUT=scene`))$(blueberry) render "$$CHECKPOINT" $${OUT:+"--out=$$OUT"} --args="$$ARGS"

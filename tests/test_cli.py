@@ -35,6 +35,8 @@ from blueberry_video.launch.commands import COMMANDS
         ("export x --out o --args=--merge", "export outputs/x --out o --merge"),
         ("export mine/run --out o", "export mine/run --out o"),
         ("generate x --args='a b' --out o", "generate outputs/x --out o a b"),
+        ("predict x --out=o --args='--window 10' -- v.mp4", "predict outputs/x --out=o --window 10 -- v.mp4"),
+        ("plan x --state=-1 --args='--horizon 2' -- a b", "plan outputs/x --state=-1 --horizon 2 -- a b"),
         ("render x --out o", "render outputs/x --out o"),
         ("latents x --out o a=1", "precompute --config-dir experiments/x --out o a=1"),
         ("pseudo-labels x --checkpoint outputs/t a=1", "pseudo_labels outputs/t --config-dir experiments/x a=1"),

@@ -312,7 +312,9 @@ def test_killed_job_goes_on(diffusion: Path, tmp_path: Path, captions: Path, mon
     assert all(file.stat().st_mtime_ns == before for file, before in times.items()), "complete files are kept"
     for file in whole.iterdir():
         assert file.read_bytes() == (out / file.name).read_bytes()
-    with pytest.raises(FileExistsError, match=r"0000_.*\.json is of another clip \(steps is 2 and would be 3\).*--overwrite"):
+    with pytest.raises(
+        FileExistsError, match=r"0000_.*\.json is of another clip \(steps is 2 and would be 3\).*--overwrite"
+    ):
         generate_files(diffusion, out, prompts, per_prompt=2, steps=3)
     generate_files(diffusion, out, prompts, per_prompt=2, steps=3, overwrite=True)
     assert json.loads((out / f"{NAMES[0]}.json").read_text())["steps"] == 3

@@ -91,10 +91,11 @@ def _options(words: list[str], prefixes: dict[str, str]) -> tuple[list[str], lis
 
 
 def _expanded(words: list[str]) -> list[str]:
-    """Replaces ``--args=…`` by its words, which are appended, and adds ./ to names of files that look like options."""
+    """Replaces ``--args=…`` by its words, last or before ``--``, and adds ./ to names of files that look like options."""
     texts, others = _options(words, {"--args": ""})
     others = [f"./{word}" if word.startswith("-") and Path(word).is_file() else word for word in others]
-    return [*others, *(word for text in texts for word in split(text))]
+    end = others.index("--") if "--" in others else len(others)  # after it, argparse reads no options
+    return [*others[:end], *(word for text in texts for word in split(text)), *others[end:]]
 
 
 def _experiments() -> str:

@@ -1,8 +1,8 @@
 """Generation entry point: writes videos of a trained token generator or video diffusion network as mp4 files.
 
     python -m blueberry_video.generate outputs/<name>[/<run>] --out clip.mp4 [--prompt "a red disc moves left"]
-        [--negative "…"] [--guidance 6] [--steps 50] [--size 480 720] [--frames 49] [--image start.png] [--video start.mp4]
-        [--strength 0.6] [--label motion=left] [--actions left,left,stay] [--seed 1] …
+        [--negative "…"] [--guidance 6] [--steps 50] [--size 480 720] [--frames 49] [--image start.png]
+        [--video start.mp4] [--strength 0.6] [--label motion=left] [--actions left,left,stay] [--seed 1] …
     python -m blueberry_video.generate outputs/<name> --out clips/ --prompts captions.txt --per-prompt 4
 
 Uses the EMA weights if the run has them. Each file has a sidecar .json of its settings. A killed command continues when
@@ -30,7 +30,9 @@ def main() -> None:
     parser.add_argument("run", help="a run folder, or the folder of an experiment: its newest run")
     parser.add_argument("--out", required=True, help="mp4 file, or a folder for several prompts")
     parser.add_argument("--prompt", help="caption")
-    parser.add_argument("--prompts", help=".txt with a caption per line, or .jsonl with prompt, seed, frames, … per line")
+    parser.add_argument(
+        "--prompts", help=".txt with a caption per line, or .jsonl with prompt, seed, frames, … per line"
+    )
     parser.add_argument("--per-prompt", "--num", type=int, default=1, help="videos per prompt, in one file each")
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise; video i has this seed + i")
     parser.add_argument("--negative", help="caption that classifier-free guidance leads away from")
@@ -40,7 +42,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="height and width in pixels")
     parser.add_argument("--frames", type=int, help="frames to write, those that are continued included")
     parser.add_argument("--image", help="image, the first frame")
-    parser.add_argument("--video", help="video to continue, of which the first frame is used, or, with --strength, to change")
+    parser.add_argument(
+        "--video", help="video to continue, of which the first frame is used, or, with --strength, to change"
+    )
     parser.add_argument("--strength", type=float, help="share of noise that is added to --video, in (0, 1]")
     parser.add_argument("--label", action="append", default=[], help="label=class, by name or index; repeatable")
     parser.add_argument("--actions", help="names or indices of the actions between frames, separated by commas")

@@ -1,6 +1,6 @@
 """Videos of a trained generative run, as tensors or files."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from blueberry_video.data.progress import Progress
 from blueberry_video.experiment import trained
 from blueberry_video.experiment.trained import TrainedRun
 from blueberry_video.inference.clip_files import check_free, clip_files, is_complete, write_clip
-from blueberry_video.tasks.clip_format import ClipFormat
+from blueberry_video.tasks.clip_format import DEFAULT_FPS, ClipFormat
 from blueberry_video.tasks.generation import KINDS, prepare
 from blueberry_video.tasks.requests import Request
 from blueberry_video.video.clip import FrameReader, with_reader
@@ -21,7 +21,6 @@ from blueberry_video.video.decode import DecodeOptions
 from blueberry_video.video.resize import ResizeOptions, resize_to, video_size
 from blueberry_video.video.source import open_source
 
-DEFAULT_FPS = 8.0  # of clips without a frame rate
 NAMES = {"frames": "num_frames"}  # keys of prompts -> arguments of open_videos
 
 
@@ -166,10 +165,19 @@ def read_frames(file: str | Path, size: tuple[int, int], limit: int | None = Non
         size: (H, W).
         limit: frames to read; ``None`` for all.
     """
+    return _read(file, size, lambda count: range(min(count, limit or count)))
+
+
+def read_last_frame(file: str | Path, size: tuple[int, int]) -> Tensor:
+    """Reads the last frame of a video, or an image, cropped to a size (H, W): uint8 (3, H, W)."""
+    return _read(file, size, lambda count: [count - 1])[0]
+
+
+def _read(file: str | Path, size: tuple[int, int], choose: Callable[[int], Sequence[int]]) -> Tensor:
     options = ResizeOptions("crop", image_size=size, interpolation="bilinear")
 
     def read(reader: FrameReader) -> Tensor:
-        indices = list(range(min(len(reader.info.timestamps), limit or len(reader.info.timestamps))))
+        indices = list(choose(len(reader.info.timestamps)))
         pixels = video_size(reader.info.height, reader.info.width, len(indices), options)
         return reader.load(indices, partial(resize_to, size=pixels, options=options)).pixels
 

@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from blueberry_video.evaluation.reconstruction import psnr
 from blueberry_video.experiment.trained import TrainedRun, load_trained
 from blueberry_video.tasks import generation, prediction
-from blueberry_video.tasks.clip_format import ClipFormat
+from blueberry_video.tasks.clip_format import DEFAULT_FPS, ClipFormat
 from blueberry_video.tasks.requests import Request
 from blueberry_video.video.clip import FrameReader, with_reader
 from blueberry_video.video.decode import DecodeOptions, Frames
@@ -159,6 +160,37 @@ class TrainedModel:
         """Returns the tokens (B, N, D) of the encoder for one clip of each of B videos, see :meth:`read`."""
         clips = [self.read(source)[0] for source in sources]
         return prediction.features(self.task, self.batch(clips, [_name(source) for source in sources]))
+
+    def reconstruct(
+        self, source: Any, start: float | None = None, end: float | None = None
+    ) -> tuple[list[Tensor], float, dict[str, Any]]:
+        """Reconstructs a clip of a video.
+
+        Args:
+            source, start, end: see :meth:`read`.
+
+        Returns:
+            The clip, for masked autoencoders its visible patches, and the reconstruction, each (1, 3, T, H, W) in
+            [0, 1]; the frame rate; ``frames``, ``psnr`` in dB, and for masked autoencoders ``psnr_masked``, that of the
+            masked patches.
+
+        Raises:
+            ValueError: the run does not reconstruct videos.
+        """
+        if not isinstance(self.task, prediction.RECONSTRUCTS):
+            kinds = ", ".join(kind.__name__ for kind in prediction.RECONSTRUCTS)
+            raise ValueError(f"{self.path} trained a {type(self.task).__name__}: reconstruction requires {kinds}.")
+        clip = self.read(source, start, end)[0]
+        batch = self.batch([clip], [_name(source)])
+        outputs, real = prediction.predict(self.task, batch), batch["video"]
+        made, seconds = outputs["reconstruction"], float(clip.timestamps[-1] - clip.timestamps[0])
+        row: dict[str, Any] = {"frames": real.shape[2], "psnr": float(psnr(made * 2 - 1, real * 2 - 1))}
+        panels = [real, made]
+        if (visible := outputs.get("visible")) is not None:
+            hidden = visible == 0
+            row["psnr_masked"] = float(psnr(*(part[hidden].view(1, 1, -1, 1, 1) * 2 - 1 for part in (made, real))))
+            panels = [real, real * visible, made]
+        return panels, (real.shape[2] - 1) / seconds if seconds > 0 else self.clips.fps or DEFAULT_FPS, row
 
     def generate(self, request: Request) -> Tensor:
         """Returns generated videos (B, 3, T, H, W) in [0, 1]."""

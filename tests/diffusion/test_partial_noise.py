@@ -17,7 +17,9 @@ def network(noisy: Tensor, t: Tensor) -> Tensor:
     return torch.sin(2 * noisy + noisy.flip(4) + 3 * t.view(-1, 1, 1, 1, 1))
 
 
-@pytest.mark.parametrize(("steps", "strength"), [(50, 0.8), (20, 0.5), (100, 0.29), (50, 0.75), (10, 0.7), (25, 1.0), (25, 0.04)])
+@pytest.mark.parametrize(
+    ("steps", "strength"), [(50, 0.8), (20, 0.5), (100, 0.29), (50, 0.75), (10, 0.7), (25, 1.0), (25, 0.04)]
+)
 def test_samples_equal_those_of_diffusers_video_to_video(steps: int, strength: float):
     """The pipeline's own rule of timesteps, its scheduler's noise, and its DDIM steps."""
     scheduler = CogVideoXDDIMScheduler(

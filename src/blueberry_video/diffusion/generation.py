@@ -186,9 +186,7 @@ def generate(
     given = given or GivenVideo()
     history, start = (None if x is None else encoded(model, x, generator) for x in (given.history, given.start))
     num_frames = shape[0] - (0 if history is None else history.shape[2])
-    noise = standard_normal(
-        (len(captions), model.shape.out_channels, num_frames, *shape[1:]), generator, like.device
-    )
+    noise = standard_normal((len(captions), model.shape.out_channels, num_frames, *shape[1:]), generator, like.device)
     text = model.text(list(captions))
     unconditional = None
     if guidance.unconditional:

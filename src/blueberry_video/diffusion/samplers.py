@@ -62,8 +62,8 @@ class Sampler(ABC):
         return timesteps
 
     def skipped_steps(self, strength: float) -> int:
-        """Returns the number of first steps that sampling from partial noise leaves out, as the video-to-video pipelines
-        of diffusers: ``steps - int(steps * strength)``.
+        """Returns the number of first steps that sampling from partial noise leaves out, as the video-to-video
+        pipelines of diffusers: ``steps - int(steps * strength)``.
 
         Args:
             strength: share of the steps that are taken, in (0, 1].

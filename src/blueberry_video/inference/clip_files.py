@@ -36,7 +36,9 @@ def clip_files(out: str | Path, prompts: Sequence[str | None], per_prompt: int =
         raise ValueError(f"--per-prompt={per_prompt} must be at least 1.")
     if out.suffix.lower() == ".mp4" and not out.is_dir():
         if len(prompts) > 1:
-            raise ValueError(f"--out={out} is one file for {len(prompts)} prompts: use a folder, {out.with_suffix('')}.")
+            raise ValueError(
+                f"--out={out} is one file for {len(prompts)} prompts: use a folder, {out.with_suffix('')}."
+            )
         return [out] if per_prompt == 1 else [out.with_name(f"{out.stem}_{i}{out.suffix}") for i in range(per_prompt)]
     if out.suffix.lower() in VIDEOS.extensions and not out.is_dir():
         raise ValueError(
@@ -84,7 +86,7 @@ def is_complete(file: Path, settings: Mapping[str, Any], overwrite: bool = False
             keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
             changed = "; ".join(f"{key} is {found.get(key)!r} and would be {wanted.get(key)!r}" for key in keys)
         raise FileExistsError(
-            f"{sidecar(file)} is of another clip ({changed}): choose another --out, or pass --overwrite to replace files."
+            f"{sidecar(file)} is of another clip ({changed}): choose another --out, or pass --overwrite."
         )
     return file.exists()
 

@@ -59,7 +59,7 @@ def _objects(lines: Iterable[tuple[int, str]], path: Path) -> Iterable[dict[str,
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number} is no JSON: {error}.") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number} must be an object, such as {{\"prompt\": \"a red disc\"}}.")
+            raise ValueError(f'{path}, line {number} must be an object, such as {{"prompt": "a red disc"}}.')
         for key, value in row.items():
             if key not in KEYS:
                 raise ValueError(f"{path}, line {number}: {key}={value!r} is unknown: use {', '.join(KEYS)}.")

@@ -70,7 +70,11 @@ COMMANDS = {
     "evaluate": Command(
         "evaluate", "run", "EXPERIMENT|RUN [--split NAME] [data.val.root=…] …", "metrics on another data set or split"
     ),
-    "generate": Command("generate", "run", "EXPERIMENT|RUN --out CLIP.mp4 …", "generate a video"),
+    "generate": Command("generate", "run", "EXPERIMENT|RUN --out CLIP.mp4|FOLDER …", "generate videos"),
+    "reconstruct": Command("reconstruct", "run", "EXPERIMENT|RUN VIDEO … --out FOLDER", "reconstructions of videos"),
+    "plan": Command(
+        "plan", "run", "EXPERIMENT|RUN START GOAL --state NUMBERS …", "actions from an image to a goal image"
+    ),
     "render": Command("render", "run", "EXPERIMENT|RUN --out FOLDER …", "render a trained scene"),
     "latents": Command(
         "precompute",

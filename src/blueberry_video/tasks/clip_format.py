@@ -14,6 +14,7 @@ from blueberry_video.models.text_encoder.words import WordText
 from blueberry_video.tasks.base import IMAGENET_MEAN, IMAGENET_STD
 from blueberry_video.tasks.diffusion import Diffusion
 
+DEFAULT_FPS = 8.0  # of clips without a frame rate
 UNIFORM = {"sampler": "uniform", "pad": True}  # of videos for a model that was trained on generated clips
 
 

@@ -5,7 +5,6 @@ Shapes: B clips of T x H x W pixels, t x h x w latents.
 
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor
 
@@ -43,7 +42,7 @@ def prepare_diffusion(task: Diffusion, clips: ClipFormat, request: Request) -> P
     takes = takes_image(model, task.image_dropout)
     if request.video is None and takes and model.shape.image_condition != "optional":
         raise ValueError(
-            "video is missing: the run is image-to-video. Pass --image=FILE, or VIDEO=, of which the first frame is used."
+            "video is missing: the run is image-to-video. Pass image, or video, of which the first frame is used."
         )
     known = 0  # given frames that the clip continues
     if request.strength is not None:
@@ -125,7 +124,8 @@ def _guidance(task: Diffusion, request: Request) -> Guidance:
 
 def _changed_frames(task: Diffusion, clips: ClipFormat, request: Request) -> int:
     """Returns the number of frames of a video that noise is added to: at most those of a clip of the run."""
-    assert request.video is not None and task.model.autoencoder is not None
+    assert request.video is not None
+    assert task.model.autoencoder is not None
     step, length = task.model.autoencoder.frame_step, len(request.video)
     if request.num_frames is not None:
         if request.num_frames > length:
@@ -140,8 +140,9 @@ def _continued_frames(task: Diffusion, request: Request) -> int:
     model, chunk = task.model, task.model.shape.causal_chunk
     if not chunk and not task.frame_timesteps:
         raise ValueError(
-            "image or video has no effect: the model of the run has no image condition, and is neither causal nor trained with "
-            "task.frame_timesteps=true, to continue frames. Pass strength, which changes the video, or leave it out."
+            "image or video has no effect: the model of the run has no image condition, and is neither causal nor "
+            "trained with task.frame_timesteps=true, to continue frames. Pass strength, which changes the video, or "
+            "leave it out."
         )
     assert model.autoencoder is not None
     step, whole, length = model.autoencoder.frame_step, chunk or model.shape.patch_size[0], len(request.video)

@@ -83,7 +83,9 @@ def prepare_tokens(task: FrameGeneration, clips: ClipFormat, request: Request) -
         "prompt": request.prompt,
         "labels": {label: int(index[0]) for label, index in labels.items()},
         "actions": None if actions is None else actions.flatten().tolist(),
-        "num_frames": num_frames if num_frames is not None else first + step * (len(request.actions or ()) // model.actions_per_frame),
+        "num_frames": num_frames
+        if num_frames is not None
+        else first + step * (len(request.actions or ()) // model.actions_per_frame),
         "given_frames": 0 if prompt is None else first,
         "decoding": asdict(decoding),
     }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from blueberry_video.evaluation.reference import clip_seeds
-from blueberry_video.inference.reconstruction import reconstruct
+from blueberry_video.inference.reconstruction import hide, reconstruct
 from blueberry_video.masking import evaluation_masks
 from blueberry_video.models.encoder import Encoder
 from blueberry_video.tasks.action_prediction import ActionPrediction
@@ -44,7 +44,7 @@ def predict(task: Any, batch: dict[str, Any]) -> Outputs:
           (B, t, classes) for a classifier of frames;
         - masked pixels: ``features`` (B, N, D) of the encoder for the whole clip, and ``reconstruction``
           (B, 3, T, H, W) in [0, 1] from the visible patches of its validation mask, with the mean and deviation of the
-          true patches;
+          true patches; ``visible`` (B, 3, T, H, W), 1 at pixels of visible patches and 0 at the rest;
         - latent prediction, action prediction: ``features`` of the target encoder, or of the encoder;
         - autoencoding: ``latents`` (B, C, t, h, w), the means, and ``reconstruction``; tokenization: ``tokens``
           (B, t, h, w) and ``reconstruction``; generation of frames: the same of its tokenizer; diffusion: the same as
@@ -95,7 +95,11 @@ def _masked(task: MaskedPixels, batch: dict[str, Any]) -> Outputs:
     video, encoder = batch["video"], task.model.encoder
     keep, target, _ = evaluation_masks(task.masking, clip_seeds(batch), encoder.grid(video.shape)).to(video.device)
     made = reconstruct(task.model, video, task.normalize(video), keep, target, task.normalize_over)
-    return {"features": features(task, batch), "reconstruction": made}
+    return {
+        "features": features(task, batch),
+        "reconstruction": made,
+        "visible": hide(encoder, torch.ones_like(video), keep),
+    }
 
 
 def _encoded(task: Any, batch: dict[str, Any]) -> Outputs:
@@ -140,3 +144,4 @@ KINDS: dict[type, Callable[[Any, dict[str, Any]], Outputs]] = {
     FrameGeneration: _tokenized,
     Depth: _depth,
 }
+RECONSTRUCTS = (MaskedPixels, Autoencoding, Diffusion, Tokenization, FrameGeneration)  # with ``reconstruction``
