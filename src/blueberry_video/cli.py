@@ -91,7 +91,7 @@ def _options(words: list[str], prefixes: dict[str, str]) -> tuple[list[str], lis
 
 
 def _expanded(words: list[str]) -> list[str]:
-    """Replaces ``--args=…`` by its words, last or before ``--``, and adds ./ to names of files that look like options."""
+    """Replaces ``--args=…`` by its words, last or before ``--``; adds ./ to names of files that look like options."""
     texts, others = _options(words, {"--args": ""})
     others = [f"./{word}" if word.startswith("-") and Path(word).is_file() else word for word in others]
     end = others.index("--") if "--" in others else len(others)  # after it, argparse reads no options

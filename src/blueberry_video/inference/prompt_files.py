@@ -64,6 +64,7 @@ def _objects(lines: Iterable[tuple[int, str]], path: Path) -> Iterable[dict[str,
             if key not in KEYS:
                 raise ValueError(f"{path}, line {number}: {key}={value!r} is unknown: use {', '.join(KEYS)}.")
             if not isinstance(value, KEYS[key]) or isinstance(value, bool):
-                kinds = KEYS[key] if isinstance(KEYS[key], type) else float
-                raise ValueError(f"{path}, line {number}: {key}={value!r} must be of type {kinds.__name__}.")
+                kind = KEYS[key]
+                name = kind.__name__ if isinstance(kind, type) else "number"
+                raise ValueError(f"{path}, line {number}: {key}={value!r} must be of type {name}.")
         yield {key: str(path.parent / value) if key in ("image", "video") else value for key, value in row.items()}
