@@ -56,7 +56,8 @@ def evaluate(
 
     Returns:
         The content of the file, and its path: ``run``, ``checkpoint``, ``time``, ``overrides``, ``split``, ``clips``
-        (their number) and ``metrics``.
+        (their number) and ``metrics``. Of a classifier, ``confusion_<label>_<name>.png`` and
+        ``classes_<label>_<name>.csv`` are written beside it.
 
     Raises:
         FileNotFoundError: there is no run, or no valid checkpoint.
@@ -76,6 +77,7 @@ def evaluate(
 
     from blueberry_video import config as configs
     from blueberry_video.atomic import explained_errors, write_text
+    from blueberry_video.evaluation.class_report import class_names, write_report
     from blueberry_video.experiment.trained import load_trained
     from blueberry_video.launch.cluster_environment import trainer_options
     from blueberry_video.tasks.clip_format import ClipFormat
@@ -116,19 +118,17 @@ def evaluate(
         )
         trainer.validate(trained.task, datamodule=data, verbose=False)
     name = "test" if tested else "val"
-    metrics = {
-        f"{name}/{key.removeprefix('val/')}": float(value)
-        for key, value in trainer.callback_metrics.items()
-        if torch.isfinite(value)
-    }
+    values = {key: float(value) for key, value in trainer.callback_metrics.items() if torch.isfinite(value)}
+    metrics = {f"{name}/{key.removeprefix('val/')}": value for key, value in values.items()}
     record: dict[str, Any] = {"run": str(trained.path), "checkpoint": trained.checkpoint.name, "clips": len(dataset)}
     record |= {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "overrides": list(overrides)}
     record |= {"split": split, "metrics": metrics}
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    file = Path(out) if out is not None else trained.path / "evaluations" / f"{stamp}.json"
+    file = Path(out or trained.path / "evaluations" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}.json")
     with explained_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(record, indent=2) + "\n")
+        for label, report in getattr(trained.task, "class_reports", {}).items():
+            write_report(report, class_names(clips.classes.get(label, ()), report), file.parent, f"{label}_{file.stem}")
     return record, file
 
 
