@@ -165,18 +165,20 @@ class TrainedModel:
         return (torch.cat(list(generation.stream(self.task, self.clips, request)), dim=2).float() + 1) / 2
 
 
-def load_run(run: str | Path, device: torch.device | str | None = None) -> TrainedModel:
+def load_run(run: str | Path, device: torch.device | str | None = None, best: bool = False) -> TrainedModel:
     """Opens a trained run for inference, with the EMA weights if it has them.
 
     Args:
         run: a run folder, or the folder of an experiment: its newest run.
         device: ``None`` for the GPU if there is one.
+        best: use the weights of the best validation, which a run saves with ``callbacks.best.monitor``.
 
     Raises:
         FileNotFoundError: there is no run, or it has no valid checkpoint.
         ValueError: its config or weights are not valid.
     """
-    return TrainedModel(load_trained(run, device=device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return TrainedModel(load_trained(run, device=device, best=best))
 
 
 def _name(source: Any) -> str:

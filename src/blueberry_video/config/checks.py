@@ -32,6 +32,7 @@ CLASSES = (  # packages, modules and classes; their public classes are valid `_t
     "blueberry_video.augmentation",
     "blueberry_video.callbacks",
     "blueberry_video.parallel.sequence_strategy",
+    "blueberry_video.experiment.best.BestCheckpoint",
     "blueberry_video.experiment.checkpoint",
     "blueberry_video.experiment.loggers.Wandb",
     "torch.nn",
