@@ -273,7 +273,9 @@ def _index_packets(path: Path, name: str, opened: Opener, num_threads: int) -> O
         return _with_info(
             *(path, name, container, stream, first, pts, np.array([keys[number] for number in kept])),
             lost=lost,
-            last_duration=durations[kept[-1]] if kept else None,
+            last_duration=_last_duration(container, stream, [(known[i], durations[i]) for i in kept], kept)
+            if has_times
+            else None,
             reordered=reordered,
             seek_points=points,
         )
@@ -375,6 +377,32 @@ def _num_listed(stream: VideoStream, num_found: int) -> int:
     """Returns the number of packets in the header where it lists them (mp4, mov, avi), at least ``num_found``."""
     entries = stream.index_entries
     return max(num_found, sum(entry.size > 0 for entry in entries) if len(entries) > num_found else 0)
+
+
+def _last_duration(
+    container: InputContainer, stream: VideoStream, shown: Sequence[tuple[int, int | None]], order: Sequence[int]
+) -> int | None:
+    """Returns the display time of the last frame in the time base of the stream; None if unknown.
+
+    It is the duration of its packet. That is 0 in FLV and ASF; and in mp4 it is the time to the next packet in decoding
+    order, which at a varying rate with B-frames is not the display time. There the header names the end of the stream.
+
+    Args:
+        container, stream: of PyAV.
+        shown: presentation time and duration of each packet, in display order.
+        order: position of these packets in the file.
+    """
+    if not shown:
+        return None
+    last, duration = shown[-1]
+    kind = container.format.name.split(",")[0]
+    reordered = list(order) != sorted(order) and len({found for _, found in shown}) > 1
+    if (duration or kind not in ("flv", "asf")) and not (kind == "mov" and reordered):
+        return duration
+    end = (stream.start_time or 0) + stream.duration if stream.duration else 0
+    if not end and container.duration and len(container.streams) == 1 and stream.time_base:
+        end = round(((container.start_time or 0) + container.duration) / av.time_base / stream.time_base)
+    return end - last if end > last else duration
 
 
 def _with_info(

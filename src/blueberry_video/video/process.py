@@ -284,7 +284,7 @@ class VideoProcessor:
             num_frames=len(plan.indices),
             original_fps=info.fps,
             sample_fps=(len(distinct) - 1) / span if span else 0.0,
-            seconds_per_frame=seconds_per_frame(info.timestamps, plan.indices, options, info.fps),
+            seconds_per_frame=seconds_per_frame(info.timestamps, plan.indices, options, info.fps, info.duration),
             timestamps=tuple(times.tolist()),
             duration=info.duration,
             resolution=(plan.height, plan.width),
@@ -332,7 +332,7 @@ class VideoProcessor:
         indices = sorted(set(self._sample(reader)))
         count = min(len(indices), chunk_frames)
         size = video_size(info.height, info.width, count, self.settings.resize, is_list(info))
-        per_frame = seconds_per_frame(info.timestamps, indices, self.settings.sampling, info.fps)
+        per_frame = seconds_per_frame(info.timestamps, indices, self.settings.sampling, info.fps, info.duration)
         for chunk in reader.read(indices, chunk_frames):
             pixels = self._resized(chunk.pixels, size)
             times = chunk.timestamps - float(info.timestamps[0])

@@ -75,21 +75,25 @@ def find_scenes(
         scale = min(1.0, CANDIDATE_SIDE / max(info.height, info.width))
         size = (max(1, round(info.height * scale)), max(1, round(info.width * scale)))
         times = info.timestamps - info.timestamps[0]
-        return split(_changes(reader, everything, size), times, threshold, min_seconds)
+        return split(_changes(reader, everything, size), times, threshold, min_seconds, info.duration)
 
     with open_source(source, limits) as opened:
         return with_reader(opened, decoding, work, limits.max_frame_pixels)
 
 
-def split(changes: np.ndarray, times: np.ndarray, threshold: float, min_seconds: float) -> list[Scene]:
-    """Returns the scenes between the cuts of a video with ``changes`` (N,) from frame to frame at ``times`` (N,)."""
+def split(
+    changes: np.ndarray, times: np.ndarray, threshold: float, min_seconds: float, duration: float | None = None
+) -> list[Scene]:
+    """Returns the scenes between the cuts of a video with ``changes`` (N,) from frame to frame at ``times`` (N,), which
+    begin at 0. The last scene ends at ``duration``, or with the start of the last frame if that is None."""
     starts = [0]
     for i in np.flatnonzero(changes > threshold).tolist():
         near = np.delete(changes[max(1, i - _NEAR) : i + _NEAR + 1], i - max(1, i - _NEAR))
         usual = float(np.median(near)) if len(near) else 0.0
         if changes[i] > _TIMES * usual and times[i] - times[starts[-1]] >= min_seconds:
             starts.append(i)
-    if len(starts) > 1 and times[-1] - times[starts[-1]] < min_seconds:
+    end = times[-1] if duration is None else duration
+    if len(starts) > 1 and end - times[starts[-1]] < min_seconds:
         starts.pop()
     lasts = [start - 1 for start in starts[1:]] + [len(times) - 1]
     return [Scene(a, b, float(times[a]), float(times[b])) for a, b in zip(starts, lasts)]
