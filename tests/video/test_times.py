@@ -146,8 +146,8 @@ def test_duration_of_a_file_ends_with_its_last_frame(tmp_path: Path, name: str, 
 
 @pytest.mark.parametrize("options", [{}, {"movflags": "frag_keyframe+empty_moov"}])
 def test_duration_of_mp4_with_reordered_frames_is_that_of_the_header(tmp_path: Path, options: dict[str, str]):
-    """The durations in mp4 are those from one packet to the next, which B-frames separate from their display times: that
-    of the last frame is 2 s here. The header has the sum of all, which is not 20 s either, but all that the file says.
+    """The durations in mp4 are those from one packet to the next, which B-frames separate from their display times:
+    that of the last frame is 2 s here. The header has the sum, which is not 20 s either, but all that the file says.
     """
     path = write(tmp_path / "a.mp4", [0, 5000, 7000, 12000], 8000, options=options)
     info = probe(path)

@@ -183,7 +183,8 @@ class FrameReader:
             if on_chunk:
                 on_chunk(done, len(wanted))
         times = torch.from_numpy(self.info.timestamps[wanted])
-        frames = Frames(pixels, tuple(wanted), times, masks[0], masks[1], chunk.backend, chunk.failures)
+        reports = (chunk.backend, chunk.failures, chunk.damage)
+        frames = Frames(pixels, tuple(wanted), times, masks[0], masks[1], *reports)
         return in_order(frames, indices)
 
 

@@ -8,7 +8,7 @@ different timestamps fails on that file, so that falling back to the next one ne
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from blueberry_video.video.errors import BrokenVideoError, LimitError, VideoError, one_line
+from blueberry_video.video.extent import Cut, find_cut
 from blueberry_video.video.packets import picture_test, recovery_test
 from blueberry_video.video.picture import orientation
 from blueberry_video.video.sniff import local_video
@@ -51,6 +52,7 @@ class VideoInfo:
         rotation: counter-clockwise rotation for display in degrees: 0, 90, 180 or 270.
         stream_index: index of the video stream in the file.
         lost: number of frames at the end that the header lists but the file does not hold.
+        cut: the end that the file lacks according to its headers; None for a whole file, and where they do not tell.
     """
 
     path: Path
@@ -68,6 +70,19 @@ class VideoInfo:
     rotation: int = 0
     stream_index: int = 0
     lost: int = 0
+    cut: Cut | None = None
+
+    @property
+    def damage(self) -> str:
+        """What the file lacks, for messages and reports; empty for a whole file."""
+        return str(self.cut) if self.cut else ""
+
+    @property
+    def lacks_frames(self) -> bool:
+        """Whether frames are missing at the end, as far as the headers tell: mp4 lists every frame, so that only those
+        that are listed count there; in other containers a cut file has lost frames that nothing counts."""
+        unlisted = self.cut is not None and self.cut.declared is not None and not self.container.startswith("mov")
+        return self.lost > 0 or unlisted
 
 
 class SeekPoint(NamedTuple):
@@ -161,13 +176,20 @@ def open_video(
             raise
         return container, stream
 
+    cut = find_cut(resolved, kind)
     try:
         if by_decoding:
-            return _index_frames(resolved, name, opened)
-        return _index_packets(resolved, name, opened, num_threads)
+            video = _index_frames(resolved, name, opened)
+        else:
+            video = _index_packets(resolved, name, opened, num_threads)
+        return replace(video, info=replace(video.info, cut=cut)) if cut else video
     except VideoError:
         raise
     except FAILURES as error:
+        if cut:
+            raise BrokenVideoError(
+                f"{name} is {cut}. Its rest cannot be read as a video ({one_line(error)})."
+            ) from error
         raise BrokenVideoError(
             f"{name} cannot be read as a video (pyav, which reads the packet index for every backend: "
             f"{one_line(error)}). Re-encode the file, or remove it."

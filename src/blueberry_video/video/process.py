@@ -33,7 +33,7 @@ from blueberry_video.video.sampling import seconds_per_frame
 from blueberry_video.video.settings import VideoSettings, load_settings, with_overrides
 from blueberry_video.video.source import Source, open_source
 
-ENTRY = "2"  # changes with the fields of a cache entry
+ENTRY = "3"  # changes with the fields of a cache entry
 PACKAGES = ("blueberry-video", "av", "torchcodec", "decord", "torch")  # their versions determine pixels
 
 
@@ -297,6 +297,7 @@ class VideoProcessor:
             codec=info.codec,
             container=info.container,
             backend=frames.backend,
+            damage=info.damage,
         )
         return ProcessedVideo(
             frames=frames.pixels,
@@ -337,7 +338,7 @@ class VideoProcessor:
             pixels = self._resized(chunk.pixels, size)
             times = chunk.timestamps - float(info.timestamps[0])
             formatted = self._format(pixels, times, per_frame)
-            yield VideoChunk(formatted, pixels, chunk.indices, times, chunk.missing, chunk.suspect)
+            yield VideoChunk(formatted, pixels, chunk.indices, times, chunk.missing, chunk.suspect, chunk.damage)
 
     def _key(self, source: Source, watch: Stopwatch) -> str:
         """Returns the cache key of the frames; the format is recomputed from the cached frames."""
