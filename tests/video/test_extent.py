@@ -18,6 +18,7 @@ from blueberry_video.video.container import probe
 from blueberry_video.video.decode import DecodeOptions, decode
 from blueberry_video.video.errors import BrokenVideoError, DamagedVideoError
 from blueberry_video.video.extent import find_cut
+from blueberry_video.video.scenes import video_streams
 from blueberry_video.video.sniff import sniff
 
 WRITTEN = {  # file name: codec, options of the container
@@ -269,7 +270,8 @@ def test_a_file_without_its_index_raises_that_it_is_incomplete(files: dict[str, 
     content = files[name].read_bytes()
     path = tmp_path / name
     path.write_bytes(content[: len(content) // 2])
-    for attempt in (lambda: decode(path, [0]), lambda: process_video(path), lambda: probe(path)):
+    calls = (lambda: decode(path, [0]), lambda: process_video(path), lambda: probe(path), lambda: video_streams(path))
+    for attempt in calls:
         with pytest.raises(
             BrokenVideoError, match=rf"{name} is incomplete: {len(content) // 2} of \d+ bytes.*moov.*copy it"
         ):

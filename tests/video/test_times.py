@@ -42,7 +42,7 @@ def write(
         stream.codec_context.time_base = base
         packets = []
         for i, start in enumerate(starts):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 20 + 10 * i, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 20 + 10 * i % 200, np.uint8), format="rgb24")
             frame.pts, frame.time_base = start, base
             packets += stream.encode(frame)
         for packet in [*packets, *stream.encode()]:

@@ -21,6 +21,7 @@ from blueberry_video.video.clip import CANDIDATE_SIDE, FrameReader, check_decode
 from blueberry_video.video.container import PYAV_OPTIONS
 from blueberry_video.video.decode import DecodeOptions
 from blueberry_video.video.errors import BrokenVideoError
+from blueberry_video.video.extent import find_cut
 from blueberry_video.video.process import Hooks, VideoProcessor
 from blueberry_video.video.ranges import check_above_zero, check_at_least
 from blueberry_video.video.resize import resize
@@ -109,7 +110,9 @@ def video_streams(source: Any, options: SourceOptions | None = None) -> list[int
                 pictures = av.stream.Disposition.attached_pic
                 return [stream.index for stream in container.streams.video if not stream.disposition & pictures]
         except av.error.FFmpegError as error:
-            raise BrokenVideoError(f"{opened.name} cannot be opened ({error}): re-encode the file.") from error
+            cut = find_cut(opened.path, opened.container or "")
+            found = f"is {cut}. It cannot be opened ({error})." if cut else f"cannot be opened ({error}): re-encode it."
+            raise BrokenVideoError(f"{opened.name} {found}") from error
 
 
 def process_streams(
