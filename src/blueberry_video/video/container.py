@@ -44,7 +44,8 @@ class VideoInfo:
         name: name in messages; the input of the user where the file is temporary.
         num_frames: number of displayed frames, including frames that the header lists but the file does not hold.
         fps: (n - 1) / (last - first timestamp); the rate in the header for a single frame; 0.0 if both are unknown.
-        duration: seconds from the first frame to the end of the last, which the duration of its packet defines.
+        duration: seconds from the first frame to the end of the last, from the duration of its packet; from the header
+            where packets have none; else as if it were shown for the mean interval.
         height, width: pixels after rotation.
         timestamps: float64 (num_frames,) seconds in display order, with any start.
         keyframes: int64 (k,) indices of the frames at which decoding can start.
