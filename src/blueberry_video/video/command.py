@@ -71,6 +71,7 @@ def describe(plan: Plan, model: str) -> list[str]:
         listed = ", ".join(f"{name.replace('_', ' ')} {_bytes(value)}" for name, value in parts.items())
         total = _bytes(estimate.total) if estimate.total is not None else "unknown"
         lines.append(f"{precision:8} {total} in the model ({listed})")
+    lines += [f"damage   {plan.damage}"] if plan.damage else []
     return lines + [f"reduced  {step}" for step in plan.degraded]
 
 

@@ -77,6 +77,7 @@ class Frames:
         suspect: bool (T,), True where the frame was decoded after damage and may be wrong.
         backend: backend that decoded the frames; the last one if there were several.
         failures: reason of failure by backend.
+        damage: what the file lacks according to its headers, see ``VideoInfo.damage``; empty for a whole file.
     """
 
     pixels: Tensor
@@ -86,6 +87,7 @@ class Frames:
     suspect: Tensor
     backend: str
     failures: dict[str, str] = field(default_factory=dict)
+    damage: str = ""
 
 
 def in_order(frames: Frames, indices: Sequence[int]) -> Frames:
@@ -188,22 +190,25 @@ def decode_in_chunks(video: OpenVideo, wanted: Sequence[int], options: DecodeOpt
         lost += int(missing.sum())
         if lost > options.max_missing_share * len(wanted):
             raise BrokenVideoError(
-                f"{lost} or more of {len(wanted)} frames of {video.info.name} do not decode ({_reasons(failures)}): "
-                f"re-encode the file, remove it, or raise max_missing_share={options.max_missing_share}."
+                f"{lost} or more of {len(wanted)} frames of {_described(video.info)} do not decode "
+                f"({_reasons(failures)}): re-encode the file, remove it, or raise "
+                f"max_missing_share={options.max_missing_share}."
             )
         timestamps = torch.from_numpy(video.info.timestamps[list(indices)])
-        yield Frames(pixels.permute(0, 3, 1, 2), indices, timestamps, missing, suspect, picture.backend, dict(failures))
+        masks = (missing, suspect, picture.backend, dict(failures))
+        yield Frames(pixels.permute(0, 3, 1, 2), indices, timestamps, *masks, video.info.damage)
 
 
 def _pictures(
     video: OpenVideo, wanted: Sequence[int], options: DecodeOptions, failures: dict[str, str]
 ) -> Iterator[_Picture]:
     """Yields the picture of each wanted frame. Records the reasons of failed backends in ``failures``."""
-    if video.info.lost and not options.salvage:
-        listed = video.info.num_frames
+    info = video.info
+    if info.lacks_frames and not options.salvage:
+        found = f"is truncated: it lists {info.num_frames} frames, but holds {info.num_frames - info.lost}"
         raise DamagedVideoError(
-            f"{video.info.name} is truncated: it lists {listed} frames, but holds {listed - video.info.lost}. "
-            "Replace or remove the file, or set salvage=true to use the frames that it holds."
+            f"{_described(info)} {found if info.lost else 'has lost frames at its end'}. Replace or remove the file, "
+            "or set salvage=true to use the frames that it holds."
         )
     position = 0
     kind: type[BrokenVideoError] = BrokenVideoError
@@ -224,7 +229,7 @@ def _pictures(
             return
     if not options.salvage:
         raise kind(
-            f"No backend could decode {video.info.name} ({_reasons(failures)}). Re-encode the file, remove it, or set "
+            f"No backend could decode {_described(info)} ({_reasons(failures)}). Re-encode the file, remove it, or set "
             "salvage=true to use the frames that decode."
         )
     try:
@@ -232,7 +237,7 @@ def _pictures(
             yield _Picture(*salvaged, "pyav (salvage)")
     except FAILURES as error:
         raise BrokenVideoError(
-            f"No frame of {video.info.name} can be decoded ({_reasons(failures)}; salvage: {one_line(error)}). "
+            f"No frame of {_described(info)} can be decoded ({_reasons(failures)}; salvage: {one_line(error)}). "
             "Re-encode the file, or remove it."
         ) from error
 
@@ -242,6 +247,10 @@ def _copy(picture: Tensor, into: Tensor) -> None:
         np.copyto(into.numpy(), picture.numpy())
     else:
         into.copy_(picture)
+
+
+def _described(info: VideoInfo) -> str:
+    return f"{info.name} ({info.damage})" if info.damage else info.name
 
 
 def _reasons(failures: dict[str, str]) -> str:

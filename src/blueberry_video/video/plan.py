@@ -30,6 +30,7 @@ class Plan:
         memory: bytes in the memory of the model, for fp32, bf16, int8 and int4.
         frame_bytes: bytes of the resized frames and of the formatted output.
         degraded: descriptions of the reductions that meet a budget.
+        damage: what the file lacks according to its headers; empty for a whole file.
     """
 
     indices: tuple[int, ...]
@@ -39,6 +40,7 @@ class Plan:
     memory: dict[str, MemoryEstimate]
     frame_bytes: int
     degraded: tuple[str, ...] = ()
+    damage: str = ""
 
 
 def make_plan(info: VideoInfo, indices: Sequence[int], settings: VideoSettings) -> Plan:
@@ -115,6 +117,7 @@ def _planned(
         memory=memory_estimate(count, *size, settings.tokens),
         frame_bytes=_frame_bytes(count, size, settings),
         degraded=tuple(degraded),
+        damage=info.damage,
     )
 
 

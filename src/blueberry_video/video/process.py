@@ -33,7 +33,7 @@ from blueberry_video.video.sampling import seconds_per_frame
 from blueberry_video.video.settings import VideoSettings, load_settings, with_overrides
 from blueberry_video.video.source import Source, open_source
 
-ENTRY = "2"  # changes with the fields of a cache entry
+ENTRY = "3"  # changes with the fields of a cache entry
 PACKAGES = ("blueberry-video", "av", "torchcodec", "decord", "torch")  # their versions determine pixels
 
 
@@ -284,7 +284,7 @@ class VideoProcessor:
             num_frames=len(plan.indices),
             original_fps=info.fps,
             sample_fps=(len(distinct) - 1) / span if span else 0.0,
-            seconds_per_frame=seconds_per_frame(info.timestamps, plan.indices, options, info.fps),
+            seconds_per_frame=seconds_per_frame(info.timestamps, plan.indices, options, info.fps, info.duration),
             timestamps=tuple(times.tolist()),
             duration=info.duration,
             resolution=(plan.height, plan.width),
@@ -297,6 +297,7 @@ class VideoProcessor:
             codec=info.codec,
             container=info.container,
             backend=frames.backend,
+            damage=info.damage,
         )
         return ProcessedVideo(
             frames=frames.pixels,
@@ -332,12 +333,12 @@ class VideoProcessor:
         indices = sorted(set(self._sample(reader)))
         count = min(len(indices), chunk_frames)
         size = video_size(info.height, info.width, count, self.settings.resize, is_list(info))
-        per_frame = seconds_per_frame(info.timestamps, indices, self.settings.sampling, info.fps)
+        per_frame = seconds_per_frame(info.timestamps, indices, self.settings.sampling, info.fps, info.duration)
         for chunk in reader.read(indices, chunk_frames):
             pixels = self._resized(chunk.pixels, size)
             times = chunk.timestamps - float(info.timestamps[0])
             formatted = self._format(pixels, times, per_frame)
-            yield VideoChunk(formatted, pixels, chunk.indices, times, chunk.missing, chunk.suspect)
+            yield VideoChunk(formatted, pixels, chunk.indices, times, chunk.missing, chunk.suspect, chunk.damage)
 
     def _key(self, source: Source, watch: Stopwatch) -> str:
         """Returns the cache key of the frames; the format is recomputed from the cached frames."""
