@@ -22,8 +22,9 @@ from blueberry_video.tasks.requests import Request
 from blueberry_video.video.clip import FrameReader, with_reader
 from blueberry_video.video.decode import DecodeOptions, Frames
 from blueberry_video.video.resize import ResizeOptions, resize_to, video_size
-from blueberry_video.video.sampling import ClipSampling, choose_clip, time_range
+from blueberry_video.video.sampling import ClipSampling, choose_clip
 from blueberry_video.video.source import open_source
+from blueberry_video.video.times import time_range
 
 Probabilities = dict[str, dict[str, float]]
 Result = TypeVar("Result")
@@ -99,7 +100,7 @@ class TrainedModel:
         def work(reader: FrameReader) -> list[Result]:
             found = []
             for start, end in ranges(reader.info.duration):
-                bounds = time_range(reader.info.timestamps, start, end)
+                bounds = time_range(reader.info.timestamps, start, end, reader.info.duration)
                 count = sampling.num_clips if sampling.sampler == "multi_clip" else 1
                 found.append(function([clip(reader, *bounds, view) for view in range(count)]))
             return found
