@@ -303,16 +303,16 @@ class CrossEntropyPlanner:
         if (extrinsics is not None) != model.use_extrinsics:
             raise ValueError(
                 f"model.use_extrinsics={str(model.use_extrinsics).lower()}, but extrinsics were "
-                f"{'not passed' if extrinsics is None else 'passed'} to plan: the pose of the camera (B, {width}) is an "
-                "input of models with model.use_extrinsics=true only."
+                f"{'not passed' if extrinsics is None else 'passed'} to plan: the pose of the camera (B, {width}) is "
+                "an input of models with model.use_extrinsics=true only."
             )
         if extrinsics is None:
             return None
         if tuple(extrinsics.shape) not in ((batch, width), (batch, self.horizon, width)):
             raise ValueError(
-                f"extrinsics have the shape {tuple(extrinsics.shape)}, but {(batch, width)}, one pose per situation, or "
-                f"{(batch, self.horizon, width)}, one per action, is required (model.action_dim={self.actions.width} "
-                "less the gripper)."
+                f"extrinsics have the shape {tuple(extrinsics.shape)}, but {(batch, width)}, one pose per situation, "
+                f"or {(batch, self.horizon, width)}, one per action, is required (model.action_dim="
+                f"{self.actions.width} less the gripper)."
             )
         return extrinsics if extrinsics.ndim == 3 else extrinsics[:, None].expand(-1, self.horizon, -1)
 
