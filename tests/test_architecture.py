@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "optim": set(),
     "masking": set(),
     "augmentation": set(),
+    "rand_augment": set(),
     "video": set(),
     "ops": set(),
     "weights": set(),

@@ -30,6 +30,7 @@ CLASSES = (  # packages, modules and classes; their public classes are valid `_t
     "blueberry_video.inference.rollout.Rollout",
     "blueberry_video.masking",
     "blueberry_video.augmentation",
+    "blueberry_video.rand_augment",
     "blueberry_video.callbacks",
     "blueberry_video.parallel.sequence_strategy",
     "blueberry_video.experiment.best.BestCheckpoint",

@@ -43,6 +43,7 @@ class VideoShards(VideoClips):
             that holds the dataset, or with ``shuffle_window``.
         shuffle_window: in training, shuffle the shards and then the clips within each group of this number of
             consecutive shards, so that the reads of a while are in few shards; None shuffles all clips.
+        antialias: see ``VideoFolder``.
 
     Raises:
         FileNotFoundError: no shards at root, or a shard of the manifest is missing.
@@ -76,9 +77,10 @@ class VideoShards(VideoClips):
         cache_gb: float = 100.0,
         cache_fetch: Literal["clip", "shard"] = "clip",
         shuffle_window: int | None = None,
+        antialias: bool = True,
     ):
         how = (sampler, stride, fps, num_clips, num_crops, image_size, resize, pad, backends)
-        super().__init__(root, num_frames, *how, max_broken_share, skipped_file, seed)
+        super().__init__(root, num_frames, *how, max_broken_share, skipped_file, seed, antialias)
         if shuffle_window is not None and shuffle_window < 1:
             raise ValueError(f"shuffle_window={shuffle_window} must be at least 1 shard, or null to shuffle all clips.")
         self.shuffle_window = shuffle_window
