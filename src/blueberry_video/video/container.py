@@ -8,7 +8,7 @@ different timestamps fails on that file, so that falling back to the next one ne
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from av.video.stream import VideoStream
 from blueberry_video.video.errors import BrokenVideoError, LimitError, VideoError, one_line
 from blueberry_video.video.packets import picture_test, recovery_test
 from blueberry_video.video.picture import orientation
+from blueberry_video.video.picture_info import PictureInfo, picture_info
 from blueberry_video.video.sniff import local_video
 from blueberry_video.video.source_options import MAX_FRAME_PIXELS
 
@@ -51,6 +52,7 @@ class VideoInfo:
         rotation: counter-clockwise rotation for display in degrees: 0, 90, 180 or 270.
         stream_index: index of the video stream in the file.
         lost: number of frames at the end that the header lists but the file does not hold.
+        picture: pixel aspect ratio, fields, HDR and transparency.
     """
 
     path: Path
@@ -68,6 +70,7 @@ class VideoInfo:
     rotation: int = 0
     stream_index: int = 0
     lost: int = 0
+    picture: PictureInfo = field(default_factory=PictureInfo)
 
 
 class SeekPoint(NamedTuple):
@@ -424,5 +427,6 @@ def _with_info(
         rotation=90 * turns,
         stream_index=stream.index,
         lost=lost,
+        picture=picture_info(stream, first, turns),
     )
     return OpenVideo(container, stream, info, None if reordered else pts, tuple(seek_points))

@@ -32,6 +32,12 @@ class VideoMetadata:
         start_time: timestamp of the first frame in the container.
         codec, container: FFmpeg's names; the kind of the source if it was not decoded.
         backend: the decoder; with ``(salvage)`` if frames may be missing or suspect.
+        pixel_aspect: (width, height) of a pixel of the file after rotation; ``square_pixels`` corrects it.
+        interlaced: ``top`` or ``bottom``, the field of the file that is displayed first; None if it is progressive.
+            ``deinterlace`` removes it.
+        hdr: ``pq`` or ``hlg``, transfer characteristics of the file; None if it is SDR. ``tone_map`` maps it to SDR.
+        primaries: FFmpeg's name of the color primaries of the file; None where it states none.
+        has_alpha: whether the frames of the file have an alpha channel, and were blended over white.
     """
 
     name: str
@@ -51,6 +57,11 @@ class VideoMetadata:
     codec: str
     container: str
     backend: str
+    pixel_aspect: tuple[int, int] = (1, 1)
+    interlaced: str | None = None
+    hdr: str | None = None
+    primaries: str | None = None
+    has_alpha: bool = False
 
 
 @dataclass(frozen=True, eq=False)
