@@ -119,7 +119,8 @@ def test_curves_map_the_peak_to_white_and_rise(peak: float):
     light = torch.linspace(0, peak, 1001, dtype=torch.float64)
     for curve in (bt2390, hable):
         mapped = curve(light, peak)
-        assert mapped[0].abs() < 1e-9 and mapped[-1] == pytest.approx(100, abs=1e-6)
+        assert mapped[0].abs() < 1e-9
+        assert mapped[-1] == pytest.approx(100, abs=1e-6)
         assert (mapped.diff() >= -1e-9).all()
     knee = float(pq_to_luminance(1.5 * luminance_to_pq(f64(100)) - 0.5 * luminance_to_pq(f64(peak))))
     dark = light[light < knee]
@@ -222,9 +223,9 @@ def test_hdr_that_is_not_mapped_warns_once(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(decoding, "_WARNED", set())
     paths = [write(tmp_path / f"{i}.mkv", patches(0), "hlg") for i in range(2)]
     with pytest.warns(UserWarning, match="tone_map") as caught:
-        for path in paths:
-            decode(path, [0], STRICT)
-    assert len(caught) == 1 and "hlg" in str(caught[0].message)
+        _ = [decode(path, [0], STRICT) for path in paths]
+    assert len(caught) == 1
+    assert "hlg" in str(caught[0].message)
     monkeypatch.setattr(decoding, "_WARNED", set())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -235,7 +236,8 @@ def test_hdr_that_is_not_mapped_warns_once(tmp_path: Path, monkeypatch: pytest.M
 def test_a_backend_that_cannot_map_tones_is_replaced(tmp_path: Path):
     path = write(tmp_path / "a.mkv", patches(40), "pq")
     found = decode(path, [0], DecodeOptions(("torchcodec",), tone_map="bt2390"))
-    assert found.backend == "pyav" and list(found.failures) == ["torchcodec"]
+    assert found.backend == "pyav"
+    assert list(found.failures) == ["torchcodec"]
     assert torch.equal(found.pixels, decode(path, [0], DecodeOptions(tone_map="bt2390")).pixels)
 
 
