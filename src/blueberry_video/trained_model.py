@@ -94,8 +94,9 @@ class TrainedModel:
 
         def clip(reader: FrameReader, first: int, last: int, view: int) -> Frames:
             chosen = choose_clip(reader.info.timestamps[first : last + 1], sampling, window=view)
-            size = video_size(reader.info.height, reader.info.width, len(chosen), resize)
-            return reader.load([first + index for index in chosen], partial(resize_to, size=size, options=resize))
+            aspect, indices = reader.info.picture.pixel_aspect, [first + index for index in chosen]
+            size = video_size(reader.info.height, reader.info.width, len(chosen), resize, pixel_aspect=aspect)
+            return reader.load(indices, partial(resize_to, size=size, options=resize, pixel_aspect=aspect))
 
         def work(reader: FrameReader) -> list[Result]:
             found = []
@@ -106,7 +107,7 @@ class TrainedModel:
             return found
 
         with open_source(source) as opened:
-            return with_reader(opened, DecodeOptions(), work)
+            return with_reader(opened, DecodeOptions(**self.clips.decoding), work)
 
     def batch(self, clips: Sequence[Frames], names: Sequence[str]) -> dict[str, Any]:
         """Returns a batch of clips on the device: ``video`` float (B, 3, T, H, W) in [0, 1], ``id``, ``frames``."""

@@ -206,7 +206,8 @@ def test_frame_after_the_end_of_decoding_is_named(wanted: list[int], last: int |
     monkeypatch.setattr(backends, "picture_test", lambda stream: None)
     monkeypatch.setattr(backends, "video_frames", lambda packet, shows_frame: [packet])
     video: Any = SimpleNamespace(pts=np.arange(100, 200, 10), info=SimpleNamespace(num_frames=10))
-    found = backends._from_start(video, container, None, wanted)
+    stream: Any = SimpleNamespace(codec_context=SimpleNamespace(name="h264"))
+    found = backends._from_start(video, container, stream, wanted)
     if last is None:
         assert list(found) == [frames[i] for i in wanted]
     else:

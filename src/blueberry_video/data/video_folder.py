@@ -64,6 +64,9 @@ class VideoClips(MediaFolder):
         resize: Literal["crop", "stretch"],
         pad: bool,
         backends: Sequence[str],
+        tone_map: str,
+        square_pixels: bool,
+        deinterlace: str,
         max_broken_share: float,
         skipped_file: str | None,
         seed: int,
@@ -76,7 +79,10 @@ class VideoClips(MediaFolder):
         _check_crops(num_crops, sampler, image_size, resize)
         super().__init__(root, image_size, resize, max_broken_share, skipped_file, antialias)
         # one thread, since data loaders have many workers; damaged files are skipped, since training would repeat them
-        self.decoding = DecodeOptions(backends=tuple(backends), num_threads=1, salvage=False)
+        self.decoding = DecodeOptions(
+            tuple(backends), num_threads=1, salvage=False, tone_map=tone_map, deinterlace=deinterlace
+        )
+        self.square_pixels = square_pixels
         self.seed = seed
         self.varies_by_epoch = sampler in ("random", "segments")
         self._last: tuple[tuple[str, int], Frames] | None = None  # (file, clip) and its frames, for num_crops=3
@@ -121,6 +127,9 @@ class VideoClips(MediaFolder):
         settings += [self.resize, self.pad, self.decoding.backends, self.seed]
         settings += [self.num_crops] if self.num_crops > 1 else []
         settings += self._resampling
+        rendering = {"tone_map": self.decoding.tone_map, "deinterlace": self.decoding.deinterlace}
+        settings += [[name, value] for name, value in rendering.items() if value != "none"]
+        settings += ["square_pixels"] if self.square_pixels else []
         return f"video-folder-2/{json.dumps(settings)}/{self._digest()}"
 
     def _read(self, row: Row, clip: int, crop: int, epoch: int) -> dict:
@@ -146,7 +155,12 @@ class VideoClips(MediaFolder):
         rng = np.random.default_rng([self.seed, epoch, int(hashlib.sha256(row.name.encode()).hexdigest()[:16], 16)])
         rule = "none" if self.image_size is None else "cover" if self.num_crops > 1 else self.resize
         size = ResizeOptions(
-            rule, image_size=self.image_size, resample="fast", interpolation="bilinear", antialias=self.antialias
+            rule,
+            image_size=self.image_size,
+            resample="fast",
+            interpolation="bilinear",
+            antialias=self.antialias,
+            square_pixels=self.square_pixels,
         )
         try:
             with self.opened(row) as source:
@@ -190,6 +204,9 @@ class VideoFolder(VideoClips):
         classes: class names of each label; defaults to those of ``classes.json``, else to the sorted values found (over
             all splits).
         backends: decoders in the order in which they are tried.
+        tone_map: ``bt2390`` or ``hable`` maps HDR video to BT.709; ``none`` takes its signal as if it were SDR.
+        square_pixels: correct the proportions of video with pixels that are not square.
+        deinterlace: ``bwdif`` or ``yadif`` for interlaced frames; ``none``.
         max_broken_share: a file that no backend decodes is replaced by the next good one and listed; above this share
             of broken files, reading raises.
         skipped_file: csv that lists skipped files, shared by all processes of a run; may also be set later.
@@ -221,14 +238,18 @@ class VideoFolder(VideoClips):
         split: str | None = None,
         classes: dict[str, Sequence[str]] | None = None,
         backends: Sequence[str] = BACKENDS,
+        tone_map: str = "none",
+        square_pixels: bool = False,
+        deinterlace: str = "none",
         max_broken_share: float = 0.05,
         skipped_file: str | None = None,
         seed: int = 0,
         make: Callable[[Path], None] | None = None,
         antialias: bool = True,
     ):
-        how = (sampler, stride, fps, num_clips, num_crops, image_size, resize, pad, backends)
-        super().__init__(root, num_frames, *how, max_broken_share, skipped_file, seed, antialias)
+        how = (sampler, stride, fps, num_clips, num_crops, image_size, resize, pad)
+        rendering = (tone_map, square_pixels, deinterlace)
+        super().__init__(root, num_frames, *how, backends, *rendering, max_broken_share, skipped_file, seed, antialias)
         if make is not None:
             make(self.root)
         named, self.reversal_pairs = read_classes(self.root, classes)

@@ -217,8 +217,9 @@ def load_clip(
         indices = reader.sample(sampling, rng, window)
         if resize is None:
             return reader.load(indices)
-        size = video_size(reader.info.height, reader.info.width, len(indices), resize)
-        return reader.load(indices, partial(resize_to, size=size, options=resize))
+        aspect = reader.info.picture.pixel_aspect
+        size = video_size(reader.info.height, reader.info.width, len(indices), resize, pixel_aspect=aspect)
+        return reader.load(indices, partial(resize_to, size=size, options=resize, pixel_aspect=aspect))
 
     return with_reader(source, decode or DecodeOptions(), work)
 

@@ -8,7 +8,7 @@ different timestamps fails on that file, so that falling back to the next one ne
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from blueberry_video.video.errors import BrokenVideoError, LimitError, VideoErro
 from blueberry_video.video.extent import Cut, find_cut
 from blueberry_video.video.packets import picture_test, recovery_test
 from blueberry_video.video.picture import orientation
+from blueberry_video.video.picture_info import PictureInfo, picture_info
 from blueberry_video.video.sniff import local_video
 from blueberry_video.video.source_options import MAX_FRAME_PIXELS
 
@@ -54,6 +55,7 @@ class VideoInfo:
         stream_index: index of the video stream in the file.
         lost: number of frames at the end that the header lists but the file does not hold.
         cut: the end that the file lacks according to its headers; None for a whole file, and where they do not tell.
+        picture: pixel aspect ratio, fields, HDR and transparency.
     """
 
     path: Path
@@ -72,6 +74,7 @@ class VideoInfo:
     stream_index: int = 0
     lost: int = 0
     cut: Cut | None = None
+    picture: PictureInfo = field(default_factory=PictureInfo)
 
     @property
     def damage(self) -> str:
@@ -475,5 +478,6 @@ def _with_info(
         rotation=90 * turns,
         stream_index=stream.index,
         lost=lost,
+        picture=picture_info(stream, first, turns),
     )
     return OpenVideo(container, stream, info, None if reordered else pts, tuple(seek_points))

@@ -52,7 +52,8 @@ def make_plan(info: VideoInfo, indices: Sequence[int], settings: VideoSettings) 
     """
     check_limits(info, settings)
     resizing, run, tokens = settings.resize, settings.run, settings.tokens
-    size = video_size(info.height, info.width, len(indices), resizing, is_list(info))
+    aspect = info.picture.pixel_aspect
+    size = video_size(info.height, info.width, len(indices), resizing, is_list(info), aspect)
     plan = _planned(info, indices, size, settings)
     memory = run.max_memory_bytes
     if memory is not None:

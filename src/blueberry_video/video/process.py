@@ -256,10 +256,11 @@ class VideoProcessor:
             if deadline is not None and now + (now - begun) / done * (total - done) > deadline:
                 raise _LateError
 
-        resized = partial(self._resized, size=(plan.height, plan.width))
+        aspect = reader.info.picture.pixel_aspect
+        resized = partial(self._resized, size=(plan.height, plan.width), pixel_aspect=aspect)
         return reader.load(plan.indices, resized, None if deadline is None else 2, watch, check_time)
 
-    def _resized(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    def _resized(self, pixels: Tensor, size: tuple[int, int], pixel_aspect: tuple[int, int]) -> Tensor:
         if self.hooks.preprocess:
             given, pixels = pixels, self.hooks.preprocess(pixels)
             right = isinstance(pixels, Tensor) and pixels.dtype == torch.uint8 and pixels.ndim == 4
@@ -271,7 +272,7 @@ class VideoProcessor:
                 )
         if self.settings.format.device != "cpu":
             pixels = pixels.to(self.settings.format.device)
-        return resize_to(pixels, size, self.settings.resize)
+        return resize_to(pixels, size, self.settings.resize, pixel_aspect)
 
     def _result(self, plan: Plan, reader: FrameReader, source: Source, frames: Frames) -> ProcessedVideo:
         info = reader.info
@@ -298,6 +299,11 @@ class VideoProcessor:
             container=info.container,
             backend=frames.backend,
             damage=info.damage,
+            pixel_aspect=info.picture.pixel_aspect,
+            interlaced=info.picture.interlaced,
+            hdr=info.picture.hdr,
+            primaries=info.picture.primaries,
+            has_alpha=info.picture.has_alpha,
         )
         return ProcessedVideo(
             frames=frames.pixels,
@@ -332,10 +338,11 @@ class VideoProcessor:
         chunk_frames = -(-reader.chunk_frames // group) * group  # whole temporal patches
         indices = sorted(set(self._sample(reader)))
         count = min(len(indices), chunk_frames)
-        size = video_size(info.height, info.width, count, self.settings.resize, is_list(info))
+        aspect = info.picture.pixel_aspect
+        size = video_size(info.height, info.width, count, self.settings.resize, is_list(info), aspect)
         per_frame = seconds_per_frame(info.timestamps, indices, self.settings.sampling, info.fps, info.duration)
         for chunk in reader.read(indices, chunk_frames):
-            pixels = self._resized(chunk.pixels, size)
+            pixels = self._resized(chunk.pixels, size, aspect)
             times = chunk.timestamps - float(info.timestamps[0])
             formatted = self._format(pixels, times, per_frame)
             yield VideoChunk(formatted, pixels, chunk.indices, times, chunk.missing, chunk.suspect, chunk.damage)

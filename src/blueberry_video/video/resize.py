@@ -28,6 +28,7 @@ PIXEL_BUDGETS = ("frame", "video")
 Size = tuple[int, int]  # (height, width)
 MIN_TOKENS, MAX_TOKENS, CONTEXT_TOKENS = 128, 768, 128_000  # per frame, per frame, per video (of which 90 % is used)
 IMAGE_MIN_TOKENS, IMAGE_MAX_TOKENS = 4, 16_384  # limits of an explicit size
+MAX_PIXEL_ASPECT = 100
 BUFFER_BYTES = 32 * 2**20  # buffers of the exact mode, for clips of any size
 
 
@@ -58,6 +59,8 @@ class ResizeOptions:
         max_aspect: ratio of the longer to the shorter side above which ``smart`` raises; at least 1.
         antialias: widen the kernel when downscaling; without, each output pixel mixes its nearest 2 x 2 (bilinear) or
             4 x 4 pixels, as OpenCV and ``torch.nn.functional.interpolate`` do.
+        square_pixels: take the display size of video with pixels that are not square, see ``display_size``, as its
+            original size, so that shapes have their displayed proportions. Frames are resized once.
 
     Raises:
         ValueError: a value out of range, or a missing value that the rule requires.
@@ -80,6 +83,7 @@ class ResizeOptions:
     interpolation: str = "bicubic"
     max_aspect: float = 200.0
     antialias: bool = True
+    square_pixels: bool = False
 
     def __post_init__(self) -> None:
         for key, allowed in (("rule", RULES), ("pixel_budget", PIXEL_BUDGETS)):
@@ -87,8 +91,8 @@ class ResizeOptions:
         _check_resampling(self.resample, self.interpolation)
         if not isinstance(self.antialias, bool):
             raise ValueError(f"antialias={self.antialias!r} must be true or false.")
-        numbers = {key: value for key, value in vars(self).items() if isinstance(value, int | float)}
-        check_at_least(1, **{key: value for key, value in numbers.items() if not isinstance(value, bool)})
+        numbers = {key: value for key, value in vars(self).items() if type(value) in (int, float)}
+        check_at_least(1, **numbers)
         if self.image_size is not None:
             object.__setattr__(self, "image_size", _pair(self.image_size))
         if (self.resized_height is None) != (self.resized_width is None):
@@ -155,16 +159,41 @@ def fill(height: int, width: int, factor: int, max_pixels: int) -> tuple[int, in
     return new_height, new_width
 
 
+def display_size(height: int, width: int, pixel_aspect: tuple[int, int]) -> tuple[int, int]:
+    """Returns (height, width) with square pixels: the same height, and width · aspect rounded down, as FFmpeg's
+    ``scale=iw*sar:ih``.
+
+    Args:
+        height, width: pixels of a frame after rotation.
+        pixel_aspect: (width, height) of a pixel.
+
+    Raises:
+        LimitError: a pixel more than ``MAX_PIXEL_ASPECT`` times longer than it is wide, or the reverse.
+    """
+    ratio = pixel_aspect[0] / pixel_aspect[1]
+    if not 1 / MAX_PIXEL_ASPECT <= ratio <= MAX_PIXEL_ASPECT:
+        found = f"Frames have a pixel aspect ratio of {pixel_aspect[0]}:{pixel_aspect[1]}"
+        raise LimitError(f"{found}, outside 1:{MAX_PIXEL_ASPECT} to {MAX_PIXEL_ASPECT}:1: set square_pixels=false.")
+    return height, max(1, int(width * ratio))
+
+
 def video_size(
-    height: int, width: int, num_frames: int, options: ResizeOptions, is_list: bool = False
+    height: int,
+    width: int,
+    num_frames: int,
+    options: ResizeOptions,
+    is_list: bool = False,
+    pixel_aspect: tuple[int, int] = (1, 1),
 ) -> tuple[int, int]:
     """Returns the (height, width) to which ``num_frames`` frames of a video, or of a list, are resized.
 
     Raises:
-        ValueError: a size or count below 1, and what ``smart_resize`` and ``fill`` raise.
+        ValueError: a size or count below 1, and what ``smart_resize``, ``fill`` and ``display_size`` raise.
     """
     if min(height, width, num_frames) < 1:
         raise ValueError(f"num_frames={num_frames} of {width}x{height} pixels: each must be at least 1.")
+    if options.square_pixels:
+        height, width = display_size(height, width, pixel_aspect)
     factor = options.size_factor
     if options.resized_height is not None and options.resized_width is not None:
         limits = (IMAGE_MIN_TOKENS * factor**2, IMAGE_MAX_TOKENS * factor**2)
@@ -195,10 +224,14 @@ def resize_video(frames: Tensor, options: ResizeOptions) -> Tensor:
     return resize_to(frames, video_size(frames.shape[2], frames.shape[3], frames.shape[0], options), options)
 
 
-def resize_to(frames: Tensor, size: tuple[int, int], options: ResizeOptions) -> Tensor:
+def resize_to(
+    frames: Tensor, size: tuple[int, int], options: ResizeOptions, pixel_aspect: tuple[int, int] = (1, 1)
+) -> Tensor:
     """Resizes uint8 (T, 3, H, W) to a given size, cropping where the rule is ``crop``; raises as :func:`resize`."""
-    function = crop if options.rule == "crop" and options.resized_height is None else resize
-    return function(frames, size, options.resample, options.interpolation, options.antialias)
+    if options.rule != "crop" or options.resized_height is not None:
+        return resize(frames, size, options.resample, options.interpolation, options.antialias)
+    aspect = pixel_aspect if options.square_pixels else (1, 1)
+    return crop(frames, size, options.resample, options.interpolation, options.antialias, aspect)
 
 
 def crop(
@@ -207,10 +240,11 @@ def crop(
     resample: str = "exact",
     interpolation: str = "bicubic",
     antialias: bool = True,
+    pixel_aspect: tuple[int, int] = (1, 1),
 ) -> Tensor:
     """Scales uint8 (T, 3, H, W) until ``size`` is covered and crops the center; raises as :func:`resize`."""
     _check_frames(frames)
-    covering = covering_size(frames.shape[2], frames.shape[3], size)
+    covering = covering_size(*display_size(frames.shape[2], frames.shape[3], pixel_aspect), size)
     return window(resize(frames, covering, resample, interpolation, antialias), size)
 
 

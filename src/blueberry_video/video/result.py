@@ -34,6 +34,12 @@ class VideoMetadata:
         backend: the decoder; with ``(salvage)`` if frames may be missing or suspect.
         damage: what the file lacks according to its headers, such as "incomplete: 5000 of 9000 bytes, …"; empty for a
             whole file, and where the container does not tell.
+        pixel_aspect: (width, height) of a pixel of the file after rotation; ``square_pixels`` corrects it.
+        interlaced: ``top`` or ``bottom``, the field of the file that is displayed first; None if it is progressive.
+            ``deinterlace`` removes it.
+        hdr: ``pq`` or ``hlg``, transfer characteristics of the file; None if it is SDR. ``tone_map`` maps it to SDR.
+        primaries: FFmpeg's name of the color primaries of the file; None where it states none.
+        has_alpha: whether the frames of the file have an alpha channel, and were blended over white.
     """
 
     name: str
@@ -54,6 +60,11 @@ class VideoMetadata:
     container: str
     backend: str
     damage: str = ""
+    pixel_aspect: tuple[int, int] = (1, 1)
+    interlaced: str | None = None
+    hdr: str | None = None
+    primaries: str | None = None
+    has_alpha: bool = False
 
 
 @dataclass(frozen=True, eq=False)
