@@ -20,7 +20,7 @@ from av.video.stream import VideoStream
 
 from blueberry_video.video.errors import BrokenVideoError, LimitError, VideoError, one_line
 from blueberry_video.video.extent import Cut, find_cut
-from blueberry_video.video.packets import picture_test, recovery_test
+from blueberry_video.video.packets import is_user_data, picture_test, recovery_test
 from blueberry_video.video.picture import orientation
 from blueberry_video.video.picture_info import PictureInfo, picture_info
 from blueberry_video.video.sniff import local_video
@@ -378,13 +378,20 @@ def _decode_alone(packet: av.Packet, stream: VideoStream) -> VideoFrame | None:
 def video_frames(packet: av.Packet, shows_frame: Callable[[av.Packet], bool] | None = None) -> list[VideoFrame]:
     """Returns the frames that the decoder yields for a packet.
 
-    With ``shows_frame``, the ``picture_test`` of the stream, a packet without a picture is no error in H.264: its
-    parameter sets are read.
+    With ``shows_frame``, the ``picture_test`` of the stream, a packet without a picture is no error in H.264 and MPEG:
+    its parameter sets are read, and user data alone is not decoded.
     """
     context = packet.stream.codec_context
+    if shows_frame is not None and context.name.startswith("mpeg") and is_user_data(bytes(packet)):
+        return []  # decoding threads would raise the error for a later packet
     if shows_frame is not None and context.name == "h264":
         context.skip_frame = "NONREF" if packet.size and not shows_frame(packet) else "DEFAULT"
-    return [frame for frame in packet.decode() if isinstance(frame, VideoFrame)]
+    try:
+        return [frame for frame in packet.decode() if isinstance(frame, VideoFrame)]
+    except av.error.InvalidDataError:
+        if shows_frame is None or not packet.size or not context.name.startswith("mpeg") or shows_frame(packet):
+            raise
+        return []
 
 
 def _first_frame(container: InputContainer, stream: VideoStream) -> VideoFrame | None:

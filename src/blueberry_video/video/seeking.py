@@ -88,6 +88,7 @@ class _Cursor:
         context, waiting, left = self._stream.codec_context, set(targets), list(targets)
         skips, drops = context.name in _SKIPPABLE, point is not None and context.name in _LEADING
         ended, shows = False, picture_test(self._stream)
+        tested = None if skips and context.name == "h264" else shows  # skip_frame is set here
         for packet in packets:
             pts, ended = packet.pts, not packet.size
             if not waiting and pts in known:
@@ -101,7 +102,7 @@ class _Cursor:
                 )
             waiting.discard(pts)
             self._alpha.feed(packet)
-            for frame in self._alpha.attach(video_frames(packet)):
+            for frame in self._alpha.attach(video_frames(packet, tested)):
                 if not left or frame.pts is None or frame.pts > left[0]:
                     break
                 if frame.pts == left[0]:
