@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "diffusion": {"models.autoencoder", "models.text_encoder", "nn", "weights"},
     "evaluation": {"diffusion", "models.encoder", "models.text_encoder", "nn", "parallel", "weights"},
     "data": {"video", "parallel"},
-    "inference": {"data", "models", "nn", "ops"},
+    "inference": {"data", "models", "nn", "ops", "weights"},
     "tasks": {
         "models",
         "diffusion",

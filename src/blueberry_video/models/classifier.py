@@ -5,6 +5,7 @@ VideoMAE trained with ``use_mean_pooling=False`` (``--use_cls`` of the original)
 classifies the first token: ``pooling="first"`` with ``head_norm=False``. Its files have no ``fc_norm``.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -208,7 +209,7 @@ class VideoClassifier(nn.Module):
         load_strictly(model, weights, source)
         return model
 
-    def save_published(self, folder: str | Path, label: str | None = None) -> None:
+    def save_published(self, folder: str | Path, label: str | None = None, names: Sequence[str] = ()) -> None:
         """Writes a folder that transformers' ``VideoMAEForVideoClassification.from_pretrained`` loads.
 
         transformers computes the LayerNorm of the head with an eps of 1e-5 rather than 1e-6; with ``pooling="first"``
@@ -217,15 +218,17 @@ class VideoClassifier(nn.Module):
         Args:
             folder: must not exist, or be empty.
             label: label of the head to write; required if there are several.
+            names: names of its classes, for ``id2label``; empty for numbers.
 
         Raises:
             FileExistsError: the folder exists and is not empty.
-            ValueError: a setting has no counterpart in VideoMAE; the message names key and value.
+            ValueError: a setting has no counterpart in VideoMAE, or there are more or fewer names than classes; the
+                message names key and value.
         """
         label = label or self._only_label
-        write_folder(folder, self.config(label), to_huggingface(self.state_dict(), label), stem=TRANSFORMERS)
+        write_folder(folder, self.config(label, names), to_huggingface(self.state_dict(), label), stem=TRANSFORMERS)
 
-    def config(self, label: str | None = None) -> dict[str, Any]:
+    def config(self, label: str | None = None, names: Sequence[str] = ()) -> dict[str, Any]:
         """Settings of this model, with the head of one label, as ``config.json`` of transformers holds them.
 
         Raises:
@@ -244,11 +247,13 @@ class VideoClassifier(nn.Module):
             "model.head_norm": ("fc_norm.weight" in self.head.state_dict(), not first),
         }
         check_layout(vit.VIDEOMAE, settings)
-        names = {str(index): f"LABEL_{index}" for index in range(self.num_classes[label])}
+        names = list(names) or [f"LABEL_{index}" for index in range(self.num_classes[label])]
+        if len(names) != self.num_classes[label]:
+            raise ValueError(f"{label} has {self.num_classes[label]} classes, not {len(names)}: name each of them.")
         return config | {
             "architectures": ["VideoMAEForVideoClassification"],
-            "id2label": names,
-            "label2id": {name: int(index) for index, name in names.items()},
+            "id2label": {str(index): name for index, name in enumerate(names)},
+            "label2id": {name: index for index, name in enumerate(names)},
         }
 
     @property
