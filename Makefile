@@ -129,7 +129,7 @@ latents: $(STAMP) ## EXP=name [OUT=folder] [DTYPE=bfloat16]: encode clips and ca
 pseudo_labels: $(STAMP) ## EXP=name CHECKPOINT=run [OUT=folder]: write the disparity that a trained model predicts for the training clips
 	@$(experiment)$(if $(strip $(CHECKPOINT)),,$(error CHECKPOINT is missing: add CHECKPOINT=outputs/<experiment>, the run of the teacher))$(blueberry) pseudo-labels "$$EXP" --checkpoint="$$CHECKPOINT" --args="$$ARGS" $${OUT:+"--out=$$OUT"}
 
-export: $(STAMP) ## EXP=name OUT=folder [DTYPE=bfloat16]: export the transformer of the newest run for diffusers; ARGS=--merge
+export: $(STAMP) ## EXP=name OUT=folder [DTYPE=bfloat16]: export the newest run for transformers or diffusers; ARGS="--format onnx" or --merge
 	@$(experiment)$(if $(strip $(OUT)),,$(error OUT is missing: `make export EXP=$(EXP) OUT=<folder>`))$(blueberry) export "$$EXP" --out "$$OUT" --dtype "$$DTYPE" --args="$$ARGS"
 
 predict: $(STAMP) ## EXP=name VIDEO=file|folder|list.txt OUT=labels.csv: labels of videos by the newest run; ARGS="--window 10 --top 5"

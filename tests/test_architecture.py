@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "optim": set(),
     "masking": set(),
     "augmentation": set(),
+    "rand_augment": set(),
     "video": set(),
     "ops": set(),
     "weights": set(),
@@ -43,7 +44,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "diffusion": {"models.autoencoder", "models.text_encoder", "nn", "weights"},
     "evaluation": {"diffusion", "models.encoder", "models.text_encoder", "nn", "parallel", "weights"},
     "data": {"video", "parallel"},
-    "inference": {"data", "models", "nn", "ops"},
+    "inference": {"data", "models", "nn", "ops", "weights"},
     "tasks": {
         "models",
         "diffusion",

@@ -523,8 +523,8 @@ def test_augmentation_sets_the_size_of_training_clips():
 
 def test_last_crop_of_several_augmentations_sets_the_size(experiment: Path):
     file = ROOT / "experiments" / "videomae_finetune_k400" / "config.yaml"
-    message = error_message(file, "task.input.augment._args_.0.size=192")
-    assert "`task.input.augment._args_.0.size=224`" in message  # an override that Hydra accepts
+    message = error_message(file, "task.input.augment._args_.1.size=192")
+    assert "`task.input.augment._args_.1.size=224`" in message  # an override that Hydra accepts
     assert "`model.encoder.image_size=192`" in message
     sequence, larger = "task.input.augment={_target_: torch.nn.Sequential, _args_: [%s]}", "data.train.image_size=64"
     crop = "{_target_: blueberry_video.augmentation.RandomResizedCrop, size: %s}"

@@ -333,3 +333,28 @@ def test_a_saved_config_with_a_renamed_class_or_key_raises_with_both_ways_on(key
     file.write_text(yaml.safe_dump(saved))
     with pytest.raises(ValueError, match=rf"(?s)`model\.{key}` = '?{value}\b.*git checkout.*init_from="):
         load(file)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "antialias"),
+    [
+        ("videomae_finetune_k400", False),
+        ("videomae_v2_intermediate", False),
+        ("videomae_v2_finetune", False),
+        ("videomae_v2_distill", False),
+        ("vjepa_k400", False),
+        ("vjepa2_pretrain", False),
+        ("vjepa2_cooldown", False),
+        ("vjepa2_anticipation", False),
+        ("videomae_k400", True),  # the pre-training of VideoMAE resizes pictures of PIL
+        ("videomae_v2_pretrain", True),
+    ],
+)
+def test_published_recipes_resize_as_the_originals(experiment, antialias):
+    """In the data sets as in the crops."""
+    config = compose(Path(__file__).parents[1] / "experiments" / experiment / "config.yaml")
+    sets = [config.data[name] for name in ("train", "val", "test") if config.data.get(name) is not None]
+    assert [each.antialias for each in sets] == [antialias] * len(sets)
+    augment = config.task.input.augment
+    crops = [step for step in augment.get("_args_", [augment]) if "Crop" in step._target_]
+    assert [step.get("antialias", True) for step in crops] == [antialias]

@@ -52,7 +52,16 @@ VARIABLES = set(re.findall(r"^(\w+) \?=", MAKEFILE, re.MULTILINE))
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
 KEYED = [group for group in GROUPS if group not in ("debug", "logger", "video")]  # groups of which docs name keys
 RUN, PRINT = ("train", "check", "gate", "sweep", "latents", "pseudo_labels"), ("help",)
-PARSED = ("generate", "reconstruct", "plan", "export", "depth", "render")  # targets with a parser of options
+PARSED = (
+    "generate",
+    "reconstruct",
+    "plan",
+    "export",
+    "depth",
+    "render",
+    "predict",
+    "evaluate",
+)  # with a parser of options
 QUIET = ["logger=csv", "callbacks.progress=null", "trainer.max_steps=1", "trainer.check_val_every_n_epoch=1"]
 PROGRAMS = ("apt-get", "docker", "apptainer", "pip")  # their blocks need a mark
 EXPERIMENTS = sorted(path.parent.name for path in (ROOT / "experiments").glob("*/config.yaml"))
@@ -107,7 +116,8 @@ class Reader:
         self.folder, self.page = folder, page
         self.names: dict = {"__name__": "__main__"}
         self.conf = CONF
-        for block in blocks(page):
+        shared = [ROOT / "docs" / "your_data.md"] if "my_videos" in page.read_text() else []  # its experiment
+        for block in [block for each in (*shared, page) for block in blocks(each)]:
             if block.file:
                 self._write(block.file, block.text)
             elif block.language == "yaml" and (name := re.search(r"^name: (\w+)", block.text, re.MULTILINE)):
@@ -172,7 +182,7 @@ class Reader:
             )
             chosen = options.get(target, ("OUT", "DTYPE"))
             words = [f"--{key.lower()}={given[key]}" for key in chosen if key in given]
-            last = {"reconstruct": ("VIDEO",), "plan": ("START", "GOAL")}.get(target, ())
+            last = {"reconstruct": ("VIDEO",), "predict": ("VIDEO",), "plan": ("START", "GOAL")}.get(target, ())
             parse(f"blueberry_video.{target}", [first, *words, *args, *(given[key] for key in last)])
         elif target == "new":
             assert NAME.fullmatch(name)

@@ -36,6 +36,9 @@ def test_metrics_are_those_of_training(run: Path, tmp_path: Path):
     own = {name: value for name, value in trained_metrics.items() if name.startswith("val/")}
     assert record["metrics"] == pytest.approx(own)
     assert record["clips"] == 4
+    assert (tmp_path / "confusion_class_numbers.png").is_file()
+    classes = (tmp_path / "classes_class_numbers.csv").read_text()
+    assert classes == (run / "media" / "classes_class_val.csv").read_text()
     assert digests(run) == before
     with pytest.raises(FileExistsError, match=r"numbers\.json.*overwrite"):
         evaluate(run, out=tmp_path / "numbers.json")

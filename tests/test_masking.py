@@ -460,11 +460,31 @@ def test_frame_masks_hide_whole_frames_and_causal_masks_the_last():
     assert torch.equal(visible.all(dim=2), visible.any(dim=2))
     assert (visible.any(dim=2).sum(dim=1) == 2).all()
     assert (visible.any(dim=2).float().mean(dim=0) > 0).all()  # every frame is visible in some sample
-    causal = CausalMasking(0.75)(2, grid, generator())
-    assert causal.keep.tolist() == [list(range(18))] * 2
-    assert causal.target.tolist() == [list(range(18, 72))] * 2
+    causal = CausalMasking(0.8)(2, grid, generator())  # 57 of 72 tokens: the first hidden frame is visible in part
+    assert causal.keep.tolist() == [list(range(15))] * 2
+    assert causal.target.tolist() == [list(range(15, 72))] * 2
     for masks in (frames, causal):
         assert_ascending_tokens(masks.keep, 72)
         assert masks.keep.shape[1] + masks.target.shape[1] == 72
-    with pytest.raises(ValueError, match=r"ratio=0\.1\b"):
-        CausalMasking(0.1)(1, grid)
+    with pytest.raises(ValueError, match=r"ratio=0\.01\b"):
+        CausalMasking(0.01)(1, grid)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95])
+@pytest.mark.parametrize("grid", [(1, 14, 14), (8, 14, 14), (8, 16, 16), (4, 6, 6), (16, 14, 14)])
+def test_omnimae_hides_as_many_tokens_as_the_original(ratio, grid):
+    """Rules of omnivore's mask generators: ``high`` = ratio * t * h * w tokens. Random masks hide int(high) of them,
+    causal masks the last int(high), tubes int(high / t) positions of every frame, and frame masks floor(t * high /
+    (t * h * w)) frames."""
+    t, h, w = grid
+    high = ratio * t * h * w
+    assert RandomMasking(ratio)(2, grid, generator()).target.shape[1] == int(high)
+    assert TubeMasking(ratio)(2, grid, generator()).target.shape[1] == t * int(high / t)
+    causal = CausalMasking(ratio)(2, grid, generator())
+    assert causal.target.tolist() == [list(range(t * h * w))[t * h * w - int(high) :]] * 2
+    frames = math.floor(t * (high * 1.0 / (t * h * w)))
+    if frames:
+        assert FrameMasking(ratio)(2, grid, generator()).target.shape[1] == frames * h * w
+    else:
+        with pytest.raises(ValueError, match=f"ratio={ratio}"):
+            FrameMasking(ratio)(2, grid, generator())

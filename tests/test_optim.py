@@ -2,9 +2,11 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -294,6 +296,40 @@ def test_videomae_learning_rates_are_exact_at_every_step():
     table += [final + 0.5 * (1 - final) * (1 + math.cos(math.pi * step / rest)) for step in range(rest)]
     options = {"warmup": 0.1, "start": start, "final": final, "counting": "before"}
     assert [warmup_cosine(step, total, **options) for step in range(total)] == pytest.approx(table, abs=1e-12)
+
+
+@pytest.mark.parametrize("steps_per_epoch", [625, 1201])
+@pytest.mark.parametrize(
+    ("experiment", "epochs", "warmup_epochs", "lr", "min_lr"),
+    [
+        ("videomae_k400", 800, 40, 1.5e-4, 1e-5),
+        ("videomae_finetune_k400", 75, 5, 5e-4, 1e-6),
+        ("videomae_v2_pretrain", 300, 30, 6e-4, 1e-5),
+        ("videomae_v2_intermediate", 35, 5, 1e-3, 1e-6),
+        ("videomae_v2_finetune", 3, 1, 1e-5, 1e-6),
+        ("videomae_v2_distill", 100, 5, 5e-4, 1e-6),
+    ],
+)
+def test_recipes_of_videomae_have_the_learning_rate_of_the_original_loop(
+    experiment, epochs, warmup_epochs, lr, min_lr, steps_per_epoch
+):
+    """The loop sets the rate of step ``epoch * steps_per_epoch + i`` from a table over all steps: a line from 0 to the
+    peak over the epochs of warm-up, both ends included, then half a cosine that would reach ``min_lr`` one step after
+    the last."""
+    root = Path(__file__).resolve().parents[1]
+    config = yaml.safe_load((root / "experiments" / experiment / "config.yaml").read_text())
+    optimizer = "finetune" if {"override optimizer": "finetune"} in config["defaults"] else "videomae"
+    peaks = yaml.safe_load((root / "conf" / "optimizer" / f"{optimizer}.yaml").read_text()) | config.get(
+        "optimizer", {}
+    )
+    assert (config["trainer"]["max_epochs"], peaks["lr"]) == (epochs, lr)
+    total, rising = epochs * steps_per_epoch, warmup_epochs * steps_per_epoch
+    table = [lr * step / (rising - 1) for step in range(rising)]
+    for step in range(total - rising):
+        table.append(min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * step / (total - rising))))
+    steps = sorted({*range(0, total, 97), *range(rising - 3, rising + 3), total - 2, total - 1})
+    rates = [lr * warmup_cosine(step, total, **config["schedule"]) for step in steps]
+    assert rates == pytest.approx([table[step] for step in steps], abs=1e-8 * lr)
 
 
 def test_unknown_counting_raises():

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from dataclasses import asdict
+import subprocess
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,31 @@ def test_views_of_validation_are_averaged(tmp_path: Path):
     assert model.predict(file)["class"]["dark"] == pytest.approx(float(expected[1]), abs=1e-6)
     assert each.shape == (3, 2)
     assert model.read(file)[0].indices == (6, 8, 10, 12)
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+def test_options_of_the_data_are_recorded(tmp_path: Path):
+    """Files of 20:11 pixels without antialiasing, as validation reads them."""
+    options = ["data.val.antialias=false", "+data.val.square_pixels=true", "+data.val.deinterlace=yadif"]
+    run = trained(tmp_path, *options)
+    wide = tmp_path / "wide.mkv"
+    command = [
+        "ffmpeg",
+        "-v",
+        "error",
+        "-i",
+        str(tmp_path / "videos" / "val" / "dark" / "1.mp4"),
+        "-vf",
+        "setsar=20/11",
+    ]
+    subprocess.run([*command, "-c:v", "ffv1", str(wide)], check=True)
+    model, data = load_run(run, "cpu"), load_trained(run).data.val
+    assert (model.clips.resize["antialias"], model.clips.resize["square_pixels"]) == (False, True)
+    assert model.clips.decoding == {"tone_map": "none", "deinterlace": "yadif"}
+    expected = data._load(replace(data.rows[0], path=wide, name="wide.mkv"), 0, 0).pixels
+    assert torch.equal(model.read(wide)[0].pixels, expected)
+    plain = load_run(trained(tmp_path / "plain"), "cpu").read(wide)[0].pixels
+    assert not torch.equal(plain, expected)
 
 
 def test_a_range_of_seconds_is_sampled(run: Path):

@@ -37,7 +37,7 @@ def trained(folder: Path, *overrides: str) -> Path:
             level = 180 if name == "bright" else 20
             write_video(file, rng.integers(level, level + 60, (20, 24, 40, 3), dtype=np.uint8), 10.0)
     file = folder / "lights" / "config.yaml"
-    file.parent.mkdir()
+    file.parent.mkdir(parents=True)
     file.write_text(CONFIG.replace("ROOT", str(folder / "videos")))
     config = compose(file, [*QUIET, f"output_dir={folder / 'outputs'}", *overrides])
     train.run(config)

@@ -7,6 +7,7 @@ Overrides change ``data`` only. Uses the EMA weights if the run has them. The fi
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,7 +19,6 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 
-from blueberry_video.installation import start_command
 from blueberry_video.launch import command_line, signals
 from blueberry_video.launch.errors import OneParagraphErrors
 
@@ -29,10 +29,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of data, as data.val.root=…")
     parser.add_argument("--split", help="test: the test set of the run; else the value of data.val.split")
     parser.add_argument("--out", help="JSON file to write; default: evaluations/<time>.json in the run folder")
+    parser.add_argument("--best", action="store_true", help="weights of the best validation, not the newest")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     known = parser.parse_args(sys.argv[1:])
     command_line.quiet_libraries()
-    record, file = evaluate(known.run, known.overrides, known.split, known.out, known.overwrite)
+    record, file = evaluate(known.run, known.overrides, known.split, known.out, known.overwrite, known.best)
     width = max(map(len, record["metrics"]))
     print("\n".join(f"{name:{width}}  {value:.4g}" for name, value in record["metrics"].items()))
     print(f"wrote {file}")
@@ -44,6 +45,7 @@ def evaluate(
     split: str | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
+    best: bool = False,
 ) -> tuple[dict[str, Any], Path]:
     """Measures the metrics of validation, or of the test set, of a trained run.
 
@@ -53,22 +55,20 @@ def evaluate(
         split: ``test`` for the test set of the run, if it has one; otherwise the value of ``data.val.split``.
         out: JSON file; ``None``: ``evaluations/<time>.json`` in the run folder.
         overwrite: replace an existing file.
+        best: use the weights of the best validation.
 
     Returns:
-        The content of the file, and its path: ``run``, ``checkpoint``, ``time``, ``overrides``, ``split``, ``clips``
-        (their number) and ``metrics``.
+        The content of the file, and its path. Of a classifier, ``confusion_<label>_<name>.png`` and
+        ``classes_<label>_<name>.csv`` are written beside it.
 
     Raises:
         FileNotFoundError: there is no run, or no valid checkpoint.
-        InstantiationException: the data cannot be built, for example because there is no such folder.
+        InstantiationException: the data cannot be built, as when there is no such folder.
         FileExistsError: the file exists.
         ValueError: an override of another key, or data that does not fit the model.
     """
     if wrong := [text for text in overrides if not text.lstrip("+~").startswith("data.")]:
-        raise ValueError(
-            f"{wrong[0]} is no key of data: an evaluation changes the data only, as in data.val.root=data/other. To "
-            f"train with other settings, use `{start_command('train', '<experiment>')}`."
-        )
+        raise ValueError(f"{wrong[0]} is no key of data, which alone an evaluation changes: use data.val.….")
     if out is not None and Path(out).exists() and not overwrite:
         raise FileExistsError(f"--out={out} exists: choose another name, or pass --overwrite to replace it.")
     import torch
@@ -76,11 +76,12 @@ def evaluate(
 
     from blueberry_video import config as configs
     from blueberry_video.atomic import explained_errors, write_text
+    from blueberry_video.evaluation.class_report import class_names, write_report
     from blueberry_video.experiment.trained import load_trained
     from blueberry_video.launch.cluster_environment import trainer_options
     from blueberry_video.tasks.clip_format import ClipFormat
 
-    trained = load_trained(run)
+    trained = load_trained(run, best=best)
     config, changes = trained.config, list(overrides)
     tested = split == "test" and config.data.get("test") is not None
     if split is not None and not tested:
@@ -100,13 +101,11 @@ def evaluate(
     loading = {key: value for key, value in config.data.items() if key not in ("train", "val", "test", "_target_")}
     data = get_class(config.data._target_)(_train(config.data.train, dataset), dataset, **loading)
     clips.check_classes(dataset.classes if hasattr(dataset, "classes") else {})
-    accelerator = "gpu" if torch.cuda.is_available() else "cpu"
-    precision = config.trainer.get("precision", "32-true")
     with tempfile.TemporaryDirectory() as folder:  # of what a task writes beside its metrics
         trainer = Trainer(
-            accelerator=accelerator,
+            accelerator="gpu" if torch.cuda.is_available() else "cpu",
             devices=1,  # numbers do not depend on the processes of a job
-            precision=precision,
+            precision=config.trainer.get("precision", "32-true"),
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -116,19 +115,17 @@ def evaluate(
         )
         trainer.validate(trained.task, datamodule=data, verbose=False)
     name = "test" if tested else "val"
-    metrics = {
-        f"{name}/{key.removeprefix('val/')}": float(value)
-        for key, value in trainer.callback_metrics.items()
-        if torch.isfinite(value)
-    }
+    values = {key.removeprefix("val/"): float(value) for key, value in trainer.callback_metrics.items()}
+    metrics = {f"{name}/{key}": value for key, value in values.items() if math.isfinite(value)}
+    now = datetime.now().astimezone()
     record: dict[str, Any] = {"run": str(trained.path), "checkpoint": trained.checkpoint.name, "clips": len(dataset)}
-    record |= {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "overrides": list(overrides)}
-    record |= {"split": split, "metrics": metrics}
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    file = Path(out) if out is not None else trained.path / "evaluations" / f"{stamp}.json"
+    record |= {"time": now.isoformat(), "overrides": list(overrides), "split": split, "metrics": metrics}
+    file = Path(out or trained.path / "evaluations" / f"{now:%Y-%m-%d_%H-%M-%S}.json")
     with explained_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(record, indent=2) + "\n")
+        for label, report in getattr(trained.task, "class_reports", {}).items():
+            write_report(report, class_names(clips.classes.get(label, ()), report), file.parent, f"{label}_{file.stem}")
     return record, file
 
 

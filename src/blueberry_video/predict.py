@@ -30,10 +30,13 @@ def main() -> None:
     parser.add_argument("--window", type=float, help="seconds of a window; default: one clip of the whole video")
     parser.add_argument("--step", type=float, help="seconds between the starts of windows; default: --window")
     parser.add_argument("--top", type=int, help="most probable classes per label; default: all")
+    parser.add_argument("--best", action="store_true", help="weights of the best validation, not the newest")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     known = parser.parse_args(sys.argv[1:])
     command_line.quiet_libraries()
-    failed, total = predict(known.run, known.videos, known.out, known.window, known.step, known.top, known.overwrite)
+    failed, total = predict(
+        known.run, known.videos, known.out, known.window, known.step, known.top, known.overwrite, known.best
+    )
     print(f"wrote {known.out}")
     if failed:
         raise ValueError(
@@ -50,6 +53,7 @@ def predict(
     step: float | None = None,
     top: int | None = None,
     overwrite: bool = False,
+    best: bool = False,
 ) -> tuple[list[tuple[str, str]], int]:
     """Writes the labels that a trained classifier predicts for videos.
 
@@ -61,6 +65,7 @@ def predict(
             video, and windows that follow each other.
         top: most probable classes per label; ``None`` for all.
         overwrite: replace an existing file.
+        best: use the weights of the best validation.
 
     Returns:
         (video, reason) of the videos that failed in this call, and the number of all videos.
@@ -81,7 +86,7 @@ def predict(
     from blueberry_video.trained_model import load_run
     from blueberry_video.video.errors import VideoError
 
-    files, model, failed = video_files(videos), load_run(run), []
+    files, model, failed = video_files(videos), load_run(run, best=best), []
     if not getattr(model.task.model, "num_classes", None):
         raise ValueError(f"{model.path} trained a {type(model.task).__name__}: this command requires a classifier.")
     settings = {"run": str(model.path.resolve()), "checkpoint": model.checkpoint, "window": window, "step": step}

@@ -23,8 +23,9 @@ from blueberry_video.tasks.requests import Request
 from blueberry_video.video.clip import FrameReader, with_reader
 from blueberry_video.video.decode import DecodeOptions, Frames
 from blueberry_video.video.resize import ResizeOptions, resize_to, video_size
-from blueberry_video.video.sampling import ClipSampling, choose_clip, time_range
+from blueberry_video.video.sampling import ClipSampling, choose_clip
 from blueberry_video.video.source import open_source
+from blueberry_video.video.times import time_range
 
 Probabilities = dict[str, dict[str, float]]
 Result = TypeVar("Result")
@@ -94,19 +95,20 @@ class TrainedModel:
 
         def clip(reader: FrameReader, first: int, last: int, view: int) -> Frames:
             chosen = choose_clip(reader.info.timestamps[first : last + 1], sampling, window=view)
-            size = video_size(reader.info.height, reader.info.width, len(chosen), resize)
-            return reader.load([first + index for index in chosen], partial(resize_to, size=size, options=resize))
+            aspect, indices = reader.info.picture.pixel_aspect, [first + index for index in chosen]
+            size = video_size(reader.info.height, reader.info.width, len(chosen), resize, pixel_aspect=aspect)
+            return reader.load(indices, partial(resize_to, size=size, options=resize, pixel_aspect=aspect))
 
         def work(reader: FrameReader) -> list[Result]:
             found = []
             for start, end in ranges(reader.info.duration):
-                bounds = time_range(reader.info.timestamps, start, end)
+                bounds = time_range(reader.info.timestamps, start, end, reader.info.duration)
                 count = sampling.num_clips if sampling.sampler == "multi_clip" else 1
                 found.append(function([clip(reader, *bounds, view) for view in range(count)]))
             return found
 
         with open_source(source) as opened:
-            return with_reader(opened, DecodeOptions(), work)
+            return with_reader(opened, DecodeOptions(**self.clips.decoding), work)
 
     def batch(self, clips: Sequence[Frames], names: Sequence[str]) -> dict[str, Any]:
         """Returns a batch of clips on the device: ``video`` float (B, 3, T, H, W) in [0, 1], ``id``, ``frames``."""
@@ -197,18 +199,20 @@ class TrainedModel:
         return (torch.cat(list(generation.prepare(self.task, self.clips, request).parts), dim=2).float() + 1) / 2
 
 
-def load_run(run: str | Path, device: torch.device | str | None = None) -> TrainedModel:
+def load_run(run: str | Path, device: torch.device | str | None = None, best: bool = False) -> TrainedModel:
     """Opens a trained run for inference, with the EMA weights if it has them.
 
     Args:
         run: a run folder, or the folder of an experiment: its newest run.
         device: ``None`` for the GPU if there is one.
+        best: use the weights of the best validation, which a run saves with ``callbacks.best.monitor``.
 
     Raises:
         FileNotFoundError: there is no run, or it has no valid checkpoint.
         ValueError: its config or weights are not valid.
     """
-    return TrainedModel(load_trained(run, device=device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return TrainedModel(load_trained(run, device=device, best=best))
 
 
 def _name(source: Any) -> str:

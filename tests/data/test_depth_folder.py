@@ -61,6 +61,18 @@ def pairs(root: Path, count: int = 4, suffix: str = "png") -> Path:
     return sidecar(root)
 
 
+def test_without_antialias_colors_are_plain_bilinear_and_maps_keep_their_pixels(tmp_path: Path):
+    pixels = picture(tmp_path / "images" / "0.png", (48, 96))
+    write_map(tmp_path / "depth" / "0.png", stored_map(0, (48, 96)))
+    sidecar(tmp_path)
+    plain, smooth = (DepthFolder(tmp_path, 16, antialias=choice) for choice in (False, True))
+    cut = torch.from_numpy(pixels[1::3, 1::3][:, 8:24]).permute(2, 0, 1).float()  # the centers of 3 x 3 pixels
+    assert (plain[0]["video"][0].float() - cut).abs().max() <= 1
+    assert (smooth[0]["video"][0].float() - cut).abs().mean() > 10
+    assert torch.equal(plain[0]["depth"], smooth[0]["depth"])
+    assert plain.cache_key != smooth.cache_key
+
+
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 

@@ -123,6 +123,17 @@ def test_crop_and_stretch(tmp_path: Path):
     assert stretched[..., 0].max() < 20 < 230 < stretched[..., 15].min()
 
 
+def test_without_antialias_pictures_are_plain_bilinear(tmp_path: Path):
+    noise = np.random.default_rng(0).integers(0, 256, (48, 96, 3)).astype(np.uint8)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(noise).save(tmp_path / "images" / "a.png")
+    plain, smooth = (ImageFolder(tmp_path, 16, metadata="none", antialias=choice) for choice in (False, True))
+    cut = torch.from_numpy(noise[1::3, 1::3][:, 8:24]).permute(2, 0, 1).float()  # the centers of 3 x 3 pixels
+    assert (plain[0]["video"][0].float() - cut).abs().max() <= 1
+    assert (smooth[0]["video"][0].float() - cut).abs().mean() > 10
+    assert plain.cache_key != smooth.cache_key
+
+
 def test_broken_files_are_replaced_and_listed(tmp_path: Path):
     listed(tmp_path, 5)
     (tmp_path / "images" / "1.png").write_bytes(b"no picture")

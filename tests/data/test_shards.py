@@ -53,6 +53,15 @@ def with_metadata(root: Path) -> Path:
     return root
 
 
+def test_without_antialias_clips_are_those_of_the_folder(tmp_path: Path):
+    folder, options = with_metadata(tmp_path / "folder"), {"num_frames": 4, "image_size": 16}
+    shards(folder, tmp_path / "shards")
+    plain, smooth = (VideoShards(tmp_path / "shards", **options, antialias=choice) for choice in (False, True))
+    assert torch.equal(plain[2]["video"], VideoFolder(folder, **options, antialias=False)[2]["video"])
+    assert not torch.equal(plain[2]["video"], smooth[2]["video"])
+    assert plain.cache_key != smooth.cache_key
+
+
 def class_folders(root: Path) -> Path:
     return write_videos(
         root, [f"{split}/{name}.mp4" for split in ("train", "val") for name in ("jump/0", "run/0", "run/1")]

@@ -223,6 +223,23 @@ def test_resizing(tmp_path: Path):
     assert VideoFolder(tmp_path, 2, image_size=16, resize="stretch")[0]["video"].min() < 50
 
 
+@pytest.mark.parametrize("crops", [1, 3])
+def test_without_antialias_frames_are_plain_bilinear(tmp_path: Path, crops: int):
+    make(tmp_path, files=1)
+    noise = np.random.default_rng(0).integers(0, 256, (4, 48, 96, 3)).astype(np.uint8)
+    write_video(tmp_path / "videos" / "0.mp4", noise, fps=10)
+    options = {"num_frames": 4, "sampler": "multi_clip"}
+    whole = VideoFolder(tmp_path, **options)[0]["video"].float()
+    plain = VideoFolder(tmp_path, **options, image_size=16, num_crops=crops, antialias=False)
+    smooth = VideoFolder(tmp_path, **options, image_size=16, num_crops=crops)
+    expected = whole[:, :, 1::3, 1::3]  # the centers of 3 x 3 pixels
+    for item, left in enumerate([8] if crops == 1 else [0, 8, 16]):
+        cut = expected[..., left : left + 16]
+        assert (plain[item]["video"].float() - cut).abs().max() <= 1
+        assert (smooth[item]["video"].float() - cut).abs().mean() > 10
+    assert plain.cache_key != smooth.cache_key
+
+
 def test_too_few_frames_raise_and_are_not_listed_as_broken(tmp_path: Path):
     make(tmp_path)
     clips = VideoFolder(tmp_path, num_frames=16)

@@ -147,7 +147,7 @@ class Painted(WorldModel):
     def encode_frames(self, video):
         return video.mean(dim=(1, 3, 4))[:, :, None, None].expand(-1, -1, 4, 12)
 
-    def rollout(self, latents, actions, states):
+    def rollout(self, latents, actions, states, extrinsics=None):
         self.seen.append(len(latents))
         moves = actions @ torch.tensor([[1.0], [-0.5]])
         along = states[:, :1] + torch.nn.functional.pad(moves.cumsum(1), (0, 0, 1, 0))[:, :-1]
@@ -183,6 +183,48 @@ def test_energy_is_the_mean_l1_distance_to_the_goal_at_the_last_step():
         states = torch.stack([state, state + torch.tensor(moves[first])], dim=1)
         ends = model.rollout(start[:, None], torch.eye(3)[[first, second]][None], states)[0, -1]
         assert energy.item() == pytest.approx((ends - goal[0]).abs().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_camera_poses_reach_every_step_of_the_energy(moving):
+    """With ``use_extrinsics`` the energy is that of rollouts with the pose of each situation, fixed or per action."""
+    torch.manual_seed(2)
+    model = WorldModel(VisionTransformer(16, 2, 8, 2, 12, 1, 2, images=True), 3, 2, 24, 1, 2, use_extrinsics=True)
+    for parameter in model.predictor.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    planner = CrossEntropyPlanner(Discrete(3), 4, 1, horizon=2, displacement=[[0.0, 0.0]] * 3, batch_size=3)
+    seen: list[torch.Tensor] = []
+    planner.minimize = lambda energy, *_: seen.append(energy(actions))  # the energy of fixed sequences
+    actions = torch.eye(3)[torch.randint(3, (2, 4, 2))]
+    images, goals, states = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16), torch.randn(2, 2)
+    cameras = torch.randn(2, 2, 2) if moving else torch.randn(2, 2)
+    planner.plan(model, images, states, goals, extrinsics=cameras)
+    start, goal = model.encode_frames(torch.stack([images, goals], dim=2)).unbind(dim=1)
+    for row in range(2):
+        poses = cameras[row] if moving else cameras[row].expand(2, -1)
+        for energy, sequence in zip(seen[0][row], actions[row], strict=True):
+            where = states[row].expand(1, 2, -1)
+            end = model.rollout(start[row][None, None], sequence[None], where, poses[None])[0, -1]
+            assert energy.item() == pytest.approx((end - goal[row]).abs().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("use_extrinsics", "shape", "text"),
+    [
+        (True, None, r"model\.use_extrinsics=true.*not passed"),
+        (False, (2, 2), r"model\.use_extrinsics=false.*were passed"),
+        (True, (2, 3), r"extrinsics.*\(2, 3\).*\(2, 2\)"),
+        (True, (1, 2), r"extrinsics.*\(1, 2\).*\(2, 2\)"),
+        (True, (2, 3, 2), r"extrinsics.*\(2, 3, 2\).*\(2, 1, 2\)"),
+    ],
+)
+def test_camera_poses_that_the_model_cannot_use_raise(use_extrinsics, shape, text):
+    model = WorldModel(
+        VisionTransformer(16, 2, 8, 2, 12, 1, 2, images=True), 3, 2, 24, 1, 2, 4.0, False, False, use_extrinsics
+    )
+    picture, poses = torch.zeros(2, 3, 16, 16), None if shape is None else torch.zeros(shape)
+    with pytest.raises(ValueError, match=text):
+        CrossEntropyPlanner(Discrete(3)).plan(model, picture, torch.zeros(2, 2), picture, extrinsics=poses)
 
 
 def test_plan_for_a_reached_goal_has_no_displacement():

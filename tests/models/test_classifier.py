@@ -233,6 +233,85 @@ def test_final_norm_of_the_encoder_without_a_published_layout_raises():
         classifier.to_original(VideoClassifier(encoder, {"motion": 8}).state_dict(), "motion")
 
 
+def of_first_token() -> VideoClassifier:
+    """VideoMAE of ``use_mean_pooling=False``, in which no weight is 0 or 1."""
+    torch.manual_seed(1)
+    encoder = VisionTransformer(16, 4, 8, 2, embed_dim=16, depth=1, num_heads=2)
+    model = VideoClassifier(encoder, {"action": 5}, "first", head_norm=False, head_init_scale=50.0).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("to", [classifier.to_original, classifier.to_huggingface])
+def test_without_mean_pooling_the_first_normalized_token_is_classified(to, tmp_path):
+    """Rule of the original: LayerNorm over each token, then the linear layer on token 0, without ``fc_norm``."""
+    model = of_first_token()
+    written = to(model.state_dict(), "action")
+    name = next(name for name in written if name.endswith(("head.weight", "classifier.weight")))
+    norm = [
+        written[next(key for key in written if re.search(rf"(^|\.)(layer)?norm\.{kind}$", key))]
+        for kind in ("weight", "bias")
+    ]
+    assert not any("fc_norm" in key for key in written)
+    tokens = []
+    model.encoder.blocks[-1].register_forward_hook(lambda _, inputs, output: tokens.append(output))
+    logits = model(VIDEO)["action"]
+    first = tokens[0][:, 0]
+    centred = first - first.mean(1, keepdim=True)
+    normalized = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt() * norm[0] + norm[1]
+    expected = normalized @ written[name].T + written[name.replace("weight", "bias")]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+    torch.save({"module": written}, tmp_path / "first.pth")
+    loaded = load(tmp_path / "first.pth").eval()
+    assert (loaded.pooling, loaded.state_dict().keys()) == ("first", model.state_dict().keys())
+    assert torch.equal(loaded(VIDEO)["action"], logits)
+    for method in (VideoClassifier.load_published, VideoClassifier.load_finetuned):
+        other = VideoClassifier(VisionTransformer(16, 4, 8, 2, 16, 1, 2), {"verb": 5}, "first", head_norm=False).eval()
+        method(other, tmp_path / "first.pth")
+        assert torch.equal(other(VIDEO)["verb"], logits)
+
+
+def test_without_mean_pooling_a_saved_folder_loads_in_transformers(tmp_path):
+    model = of_first_token()
+    model.save_published(tmp_path / "ours")
+    theirs, found = VideoMAEForVideoClassification.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    assert not theirs.config.use_mean_pooling
+    expected = theirs.eval()(VIDEO.transpose(1, 2)).logits
+    torch.testing.assert_close(model(VIDEO)["action"], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_of_the_other_pooling_are_not_loaded_into_a_head(tmp_path):
+    """A head without LayerNorm has the same tensors for the mean and for the first token."""
+    torch.save({"model": classifier.to_original(of_first_token().state_dict(), "action")}, tmp_path / "first.pth")
+    mean = VideoClassifier(VisionTransformer(16, 4, 8, 2, 16, 1, 2), {"action": 5}, "mean", head_norm=False)
+    before = mean.head.linear["action"].weight.clone()
+    assert "'action' was ignored, because its pooling" in mean.load_published(tmp_path / "first.pth")
+    assert torch.equal(mean.head.linear["action"].weight, before)
+    with pytest.raises(ValueError, match=r"model\.pooling='first'.*'mean'"):
+        mean.load_finetuned(tmp_path / "first.pth")
+    with pytest.raises(ValueError, match=r"first\.pth.*head\.fc_norm\.bias"):  # a head of the mean
+        tiny(num_classes={"action": 5}).load_finetuned(tmp_path / "first.pth")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({"final_norm": False}, r"final_norm=False.*True"), ({"head_norm": True}, r"head_norm=True.*False")],
+)
+def test_first_pooling_without_a_counterpart_in_videomae_raises(changes, expected, tmp_path):
+    encoder = VisionTransformer(16, 4, 8, 2, 16, 1, 2, final_norm=changes.get("final_norm", True))
+    model = VideoClassifier(encoder, {"action": 5}, "first", head_norm=changes.get("head_norm", False))
+    with pytest.raises(ValueError, match=expected):
+        model.save_published(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"encoder\.norm\.weight|without LayerNorm"):
+        classifier.to_original(model.state_dict(), "action")
+    with pytest.raises(ValueError, match=r"OmniMAE.*final_norm=false"):
+        classifier.to_omnimae(of_first_token().state_dict(), "action")
+
+
 def test_omnimae_layout_stores_the_head_norm_as_trunk_norm(tmp_path):
     """The file has the layout of the original repository, with the position table as a buffer."""
     state = noisy(qkv_bias="qkv", num_classes={"action": 5}).state_dict()

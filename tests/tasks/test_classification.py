@@ -55,7 +55,8 @@ def test_training_logs_documented_metrics(trainer):
     motion = ("motion", "motion_trivial", "motion_shuffled")
     motion += ("motion_within_pairs", "motion_within_pairs_shuffled", "motion_within_pairs_trivial")
     expected = {f"val/{name}" for name in ("loss", "shape", "shape_trivial", *motion)}
-    expected |= {"train/loss", "train/lr", "train/motion", "train/shape"}
+    expected |= {f"val/{name}_{kind}" for name in ("motion", "shape") for kind in ("mean_class", "calibration_error")}
+    expected |= {"val/motion_top5", "train/loss", "train/lr", "train/motion", "train/shape"}
     logged = fit.logged_metrics.keys() | fit.callback_metrics.keys()
     assert logged == expected  # no shuffled shape, which has no reversal pairs
 

@@ -348,6 +348,20 @@ def test_training_overfits_a_batch():
     assert values["loss"] < 0.5 * min(value for name, value in values.items() if "trivial" in name)
 
 
+@pytest.mark.parametrize("lengths", [[4, 2], [2, 4]])
+def test_media_has_the_mask_token_of_the_clips(lengths):
+    """The pictures' predictions are those of the loss: with the mask token of the clip length."""
+    network = model(num_mask_tokens=2)
+    torch.nn.init.normal_(network.predictor.mask_tokens, std=1.0)
+    module, used = task(model=network, clip_lengths=lengths).eval(), []
+    run = network.predictor.both
+    network.predictor.both = lambda *arguments: used.append(arguments[3]) or run(*arguments)
+    clips = batch(3)
+    module.media(clips)
+    module.shared_step(clips, "val")
+    assert set(used) == {lengths.index(4)}
+
+
 def test_media_shows_clips_masks_targets_and_predictions():
     picture = task(num_pictures=2).eval().media(batch(3))["latents"]
     assert picture.dtype == torch.uint8

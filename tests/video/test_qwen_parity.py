@@ -414,6 +414,74 @@ def test_files_have_the_input_of_qwen_and_transformers(qwen, tmp_path, monkeypat
         check_equal(ours(path, patch, {}), expected, path.name)
 
 
+def milliseconds(name: str) -> list[int]:
+    """Milliseconds from each frame to the next, the last to the end, of a video of varying rate."""
+    rng = np.random.default_rng(len(name))
+    return {
+        "phone": lambda: [*rng.choice([33, 34], 90).tolist(), 33],
+        "dropped": lambda: [*rng.choice([33, 33, 33, 66, 100], 80).tolist(), 33],
+        "switch": lambda: [33] * 60 + [200] * 21,
+        "slides": lambda: [5000, 2000, 5000, 1000, 3000, 8000],
+        "screen": lambda: [*rng.integers(16, 900, 70).tolist(), 2500],
+        "held_end": lambda: [100] * 30 + [5000],
+        "held_start": lambda: [6000] + [40] * 51,
+        "gap": lambda: [40] * 25 + [7000] + [40] * 26,
+        "random": lambda: [*rng.integers(5, 400, 120).tolist(), 100],
+        "long": lambda: [*rng.integers(200, 3000, 60).tolist(), 1000],
+    }[name]()
+
+
+PATTERNS = ("phone", "dropped", "switch", "slides", "screen", "held_end", "held_start", "gap", "random", "long")
+
+
+def write_varying(path: Path, shown: list[int], codec: str) -> Path:
+    starts = dict(zip(np.cumsum([0, *shown[:-1]]).tolist(), shown))
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        packets = []
+        for i, start in enumerate(starts):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 40 + i % 100, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = start, Fraction(1, 1000)
+            packets += stream.encode(frame)
+        for packet in [*packets, *stream.encode()]:
+            packet.duration = starts[round(1000 * packet.pts * packet.time_base)]
+            output.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"), [(".mkv", "libx264"), (".webm", "libvpx"), (".mp4", "mpeg4"), (".mp4", "libx264")]
+)
+def test_files_of_varying_rate_have_the_input_of_qwen_and_transformers(qwen, tmp_path, monkeypatch, suffix, codec):
+    """Equal except the times of Qwen3-VL, which are those of the frames, not indices over the average rate."""
+    if backend_failure("torchcodec"):
+        pytest.skip("torchcodec, the reader of qwen-vl-utils, does not work here")
+    monkeypatch.setenv("FORCE_QWENVL_VIDEO_READER", "torchcodec")
+    monkeypatch.setenv("TORCHCODEC_NUM_THREADS", "1")
+    compared = 0
+    for name in PATTERNS:
+        shown = milliseconds(name)
+        path = write_varying(tmp_path / f"{name}{suffix}", shown, codec)
+        starts, duration = np.cumsum([0, *shown[:-1]]) / 1000, sum(shown) / 1000
+        for patch in (14, 16):
+            expected, found = qwen_and_transformers(qwen, {"video": str(path)}, patch), ours(path, patch, {})
+            read = expected["second_per_grid_ts"] * len(expected["indices"]) / 2  # seconds of the video, as read there
+            if abs(read - duration) > 2e-3:  # B-frames in mp4: packets have no display times, and FFmpeg below 6 none
+                assert (suffix, codec) == (".mp4", "libx264")
+                options = SamplingOptions()
+                assert choose(starts, options, duration=read) == expected["indices"], (name, patch)
+                continue
+            times = found.pop("timestamps", None)
+            check_equal(found, expected, (name, patch))
+            compared += 1
+            if times is not None:
+                pairs = starts[found["indices"]].reshape(-1, 2).mean(axis=1)  # of a temporal patch
+                assert times == pytest.approx(pairs.tolist(), abs=1e-3)
+    assert compared == 20 or (suffix, codec) == (".mp4", "libx264")
+
+
 @pytest.mark.parametrize("patch", [14, 16])
 def test_lists_have_the_input_of_qwen_and_transformers(qwen, patch):
     for size in ((64, 48), (320, 180), (100, 150), (1100, 60)):

@@ -201,6 +201,42 @@ def test_fast_pixels_are_close_and_equal_sizes_return_the_input():
     assert resize_video(frames, ResizeOptions(rule="none")) is frames
 
 
+def plain_bilinear(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Rule without antialias: output i lies at (i + 0.5) * scale - 0.5, between its two nearest inputs, in float64."""
+    pixels = frames.double()
+    for axis, length in ((2, size[0]), (3, size[1])):
+        inputs = pixels.shape[axis]
+        at = ((torch.arange(length).double() + 0.5) * inputs / length - 0.5).clamp(0, inputs - 1)
+        low = at.floor().long()
+        shape = [1, 1, 1, 1]
+        shape[axis] = length
+        share = (at - low).view(shape)
+        high = (low + 1).clamp(max=inputs - 1)
+        pixels = pixels.index_select(axis, low) * (1 - share) + pixels.index_select(axis, high) * share
+    return pixels
+
+
+@pytest.mark.parametrize(("resample", "tolerance"), [("exact", 0.501), ("fast", 1.5)])
+@pytest.mark.parametrize("size", [(28, 28), (21, 40), (90, 130), (1, 3), (5, 1)])
+def test_without_antialias_pixels_mix_their_nearest_four(size, resample, tolerance):
+    frames = noise(2, 3, 60, 100)
+    for layout in (frames, frames.to(memory_format=torch.channels_last)):
+        got = resize(layout, size, resample, "bilinear", antialias=False)
+        assert got.dtype == torch.uint8
+        assert (got.double() - plain_bilinear(frames, size)).abs().max() <= tolerance
+    covering = resize(frames, (28, 47), resample, "bilinear", antialias=False)
+    assert torch.equal(crop(frames, (28, 28), resample, "bilinear", antialias=False), covering[..., 9:37])
+    options = ResizeOptions("crop", image_size=28, resample=resample, interpolation="bilinear", antialias=False)
+    assert torch.equal(resize_video(frames, options), covering[..., 9:37])
+
+
+def test_without_antialias_large_frames_are_resized_in_parts(monkeypatch):
+    frames = noise(7, 3, 60, 100)
+    whole = resize(frames, (28, 28), "exact", "bicubic", antialias=False)
+    monkeypatch.setattr(resize_module, "BUFFER_BYTES", 18000)  # two frames a part
+    assert torch.equal(resize(frames, (28, 28), "exact", "bicubic", antialias=False), whole)
+
+
 def test_crop_and_stretch_with_the_fast_bilinear_kernel():
     frames = noise(2, 3, 60, 100)
     stretched = resize(frames, (28, 28), "fast", "bilinear")
@@ -232,6 +268,7 @@ def test_gpu_equals_cpu(resample):
         ({"resample": "quick"}, r"resample='quick' .*exact, fast"),
         ({"interpolation": "cubic"}, r"interpolation='cubic' .*bicubic, bilinear"),
         ({"pixel_budget": "clip"}, r"pixel_budget='clip' .*frame, video"),
+        ({"antialias": 2}, r"antialias=2 .*true or false"),
         ({"size_factor": 0}, r"size_factor=0 .*at least 1"),
         ({"max_pixels": -3}, r"max_pixels=-3 .*at least 1"),
         ({"resized_height": 280}, r"resized_height=280 and resized_width=None"),

@@ -39,6 +39,8 @@ ENCODERS = {
     "mpeg2_small": "-c:v mpeg2video -bf 2 -g 12 -q:v 20",
     "mpeg1": "-c:v mpeg1video -bf 2 -g 12",
     "mpeg4": "-c:v mpeg4 -bf 2 -g 12",
+    "av1": "-c:v libsvtav1 -preset 12 -g 12",
+    "vp8": "-c:v libvpx -deadline realtime -cpu-used 8 -auto-alt-ref 1 -lag-in-frames 12 -g 12",
     "vp9": "-c:v libvpx-vp9 -speed 8 -deadline realtime -g 12",
     "vp9_hidden": "-c:v libvpx-vp9 -speed 5 -lag-in-frames 12 -auto-alt-ref 1 -g 30",
 }
@@ -46,6 +48,18 @@ FILES = [
     *(f"{codec}.{kind}" for codec in list(ENCODERS)[:7] for kind in ("ts", "m2ts", "mkv", "mp4")),
     *(f"{codec}.{kind}" for codec in ("mpeg2", "mpeg2_small") for kind in ("mpg", "vob", "ts", "m2ts", "mkv", "mp4")),
     *("mpeg1.mpg", "mpeg4.mp4", "mpeg4.mkv", "mpeg4.ts", "h264.flv", "h264.vob", "h264.avi", "mpeg2.avi"),
+    *(
+        "av1.mkv",
+        "av1.mp4",
+        "av1.webm",
+        "av1.ivf",
+        "vp8.webm",
+        "vp8.mkv",
+        "vp8.ivf",
+        "mpeg1.ts",
+        "mpeg1.mkv",
+        "mpeg4.avi",
+    ),
     *("vp9.webm", "vp9_hidden.webm", "vp9_hidden.mp4", "h264.nut", "hevc.hevc", "h264.h264"),
 ]
 
@@ -148,15 +162,24 @@ def test_a_recording_that_starts_between_keyframes_is_intact_from_the_first_one(
         assert_same(decode(cut, some, STRICT).pixels, expected[some])
 
 
-# NAL units without a picture: access unit delimiter, SEI of user data, filler data
+# NAL units without a picture: access unit delimiter, SEI of user data, filler data; OBUs: temporal delimiter, padding,
+# metadata; user data of MPEG
 NO_PICTURE = {
+    "av1": [bytes([0x12, 0]), bytes([0x7A, 4, 1, 2, 3, 0x80]), bytes([0x2A, 6, 4, 0xB5, 0, 1, 2, 0x80])],
+    "mpeg2": [b"\0\0\1\xb2nothing"],
+    "mpeg4": [b"\0\0\1\xb2nothing"],
     "h264": [bytes([9, 0x10]), bytes([6, 5, 17, *range(1, 18), 0x80]), bytes([12, *[255] * 40, 0x80])],
     "hevc": [bytes([70, 1, 0x50]), bytes([78, 1, 5, 17, *range(1, 18), 0x80]), bytes([76, 1, *[255] * 40, 0x80])],
 }
 
 
-@pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])
-@pytest.mark.parametrize("codec", ["h264", "hevc"])
+@pytest.mark.parametrize(
+    ("codec", "container"),
+    [
+        *itertools.product(("h264", "hevc"), ("mp4", "mkv", "ts")),
+        *(("av1", "mp4"), ("av1", "mkv"), ("mpeg2", "mkv"), ("mpeg4", "mkv"), ("mpeg4", "mp4")),
+    ],
+)
 def test_packets_without_a_picture_are_neither_frames_nor_damage(tmp_path: Path, codec: str, container: str):
     """Writes the packets of a video with packets between them that hold no picture, with their own times."""
     whole = run(tmp_path, f"{SOURCE} {ENCODERS[codec]}", "whole.mp4")
@@ -165,7 +188,7 @@ def test_packets_without_a_picture_are_neither_frames_nor_damage(tmp_path: Path,
     added = 0
     with av.open(str(whole)) as source, av.open(str(path), "w", format={"ts": "mpegts"}.get(container)) as output:
         stream = source.streams.video[0]
-        target = output.add_stream_from_template(stream)
+        target = output.add_stream_from_template(stream, opaque=True)  # without an encoder of its own
         half = int(stream.average_rate.denominator / stream.average_rate.numerator / stream.time_base) // 2
         for number, packet in enumerate(packet for packet in source.demux(stream) if packet.size):
             pts, dts = packet.pts, packet.dts
@@ -173,7 +196,7 @@ def test_packets_without_a_picture_are_neither_frames_nor_damage(tmp_path: Path,
             output.mux(packet)
             if number % 3 == 1:
                 unit = next(units)
-                empty = av.Packet(len(unit).to_bytes(4, "big") + unit)
+                empty = av.Packet((len(unit).to_bytes(4, "big") if codec in ("h264", "hevc") else b"") + unit)
                 empty.pts, empty.dts, empty.time_base, empty.stream = pts + half, dts + half, stream.time_base, target
                 output.mux(empty)
                 added += 1

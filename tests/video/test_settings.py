@@ -163,7 +163,7 @@ def test_override_replaces_excluded_values():
         ("max_frame", r"`max_frame` .*`max_frames` \(section `sampling`\)"),
         ("patchsize", r"`patchsize` .*`patch_size` \(section `tokens`\)"),
         ("resize", r"`resize` .*\bsection\b"),
-        ("zzzzzzzz", r"`zzzzzzzz` .*allowed_networks, backends, "),
+        ("zzzzzzzz", r"`zzzzzzzz` .*allowed_networks, antialias, backends, "),
     ],
 )
 def test_unknown_overrides_raise(name: str, message: str):

@@ -21,6 +21,7 @@ from blueberry_video.data.mixture import Mixture
 from blueberry_video.data.video_folder import VideoClips
 from blueberry_video.video.container import VideoInfo
 from blueberry_video.video.errors import VideoError
+from blueberry_video.video.resize import display_size
 
 
 class Buckets(Mixture):
@@ -127,10 +128,13 @@ class VideoBuckets(Buckets):
         for row in dataset.rows:
             try:
                 info = dataset.probe(row)
+                size = (info.height, info.width)
+                if dataset.square_pixels:
+                    size = display_size(*size, info.picture.pixel_aspect)
             except (VideoError, OSError) as error:
                 dataset.skip(row.name, broken_reason(error))
                 continue
-            shape = nearest_shape(_available(dataset, info), info.height, info.width, list(wanted.values()))
+            shape = nearest_shape(_available(dataset, info), *size, list(wanted.values()))
             if shape is not None:
                 rows[bucket_name(shape)].append(row)
             elif not leave_out_small:

@@ -36,7 +36,7 @@ class DepthFolder(MediaFolder):
     """Map-style dataset of clips with maps: ``video`` uint8 (T, 3, H, W), ``id``, and either ``depth`` float32
     (T, H, W) in meters, 0 where it is invalid, or ``disparity`` float32 (T, H, W), NaN where it is invalid.
 
-    Colors are resized with antialiasing. Maps take the nearest pixel of the same crop, so that no value is a mixture of
+    Maps take the nearest pixel of the same crop, so that no value is a mixture of
     valid and invalid pixels, or of two surfaces. A file that cannot be read, or a clip without a valid pixel, is
     replaced by the next good one and listed.
 
@@ -56,6 +56,7 @@ class DepthFolder(MediaFolder):
         skipped_file: CSV file in which skipped files are listed, shared by all processes of a run; may be assigned
             later.
         seed: seed of the ``random`` windows.
+        antialias: widen the bilinear kernel of colors when downscaling.
 
     Attributes:
         format: meaning of the stored values, from ``depth.json``.
@@ -81,9 +82,10 @@ class DepthFolder(MediaFolder):
         max_broken_share: float = 0.05,
         skipped_file: str | None = None,
         seed: int = 0,
+        antialias: bool = True,
     ):
         top = Path(root) if split is None else Path(root) / split
-        super().__init__(top, image_size, resize, max_broken_share, skipped_file)
+        super().__init__(top, image_size, resize, max_broken_share, skipped_file, antialias)
         if num_frames < 1:
             raise ValueError(f"num_frames={num_frames} must be at least 1.")
         self.sampling = ClipSampling(sampler, num_frames, stride, pad=pad)
@@ -132,6 +134,7 @@ class DepthFolder(MediaFolder):
                 stat = path.stat()
                 digest.update(json.dumps([str(path), stat.st_size, stat.st_mtime_ns]).encode())
         settings = [self.image_size, self.resize, *vars(self.sampling).values(), self.seed, *vars(self.format).values()]
+        settings += self._resampling
         return f"depth-folder-1/{json.dumps(settings)}/{digest.hexdigest()}"
 
     def _rows(self) -> list[Row]:

@@ -64,18 +64,25 @@ class VideoClips(MediaFolder):
         resize: Literal["crop", "stretch"],
         pad: bool,
         backends: Sequence[str],
+        tone_map: str,
+        square_pixels: bool,
+        deinterlace: str,
         max_broken_share: float,
         skipped_file: str | None,
         seed: int,
+        antialias: bool,
     ):
         self.num_frames, self.sampler, self.stride, self.fps, self.pad = num_frames, sampler, stride, fps, pad
         self.num_clips, self.num_crops = num_clips, num_crops
         self.items = 1 if sampler == "segments" else num_clips  # per file and crop
         _ = self.sampling  # validates the arguments
         _check_crops(num_crops, sampler, image_size, resize)
-        super().__init__(root, image_size, resize, max_broken_share, skipped_file)
+        super().__init__(root, image_size, resize, max_broken_share, skipped_file, antialias)
         # one thread, since data loaders have many workers; damaged files are skipped, since training would repeat them
-        self.decoding = DecodeOptions(backends=tuple(backends), num_threads=1, salvage=False)
+        self.decoding = DecodeOptions(
+            tuple(backends), num_threads=1, salvage=False, tone_map=tone_map, deinterlace=deinterlace
+        )
+        self.square_pixels = square_pixels
         self.seed = seed
         self.varies_by_epoch = sampler in ("random", "segments")
         self._last: tuple[tuple[str, int], Frames] | None = None  # (file, clip) and its frames, for num_crops=3
@@ -119,6 +126,10 @@ class VideoClips(MediaFolder):
         settings: list = [self.num_frames, self.sampler, self.stride, self.fps, self.num_clips, self.image_size]
         settings += [self.resize, self.pad, self.decoding.backends, self.seed]
         settings += [self.num_crops] if self.num_crops > 1 else []
+        settings += self._resampling
+        rendering = {"tone_map": self.decoding.tone_map, "deinterlace": self.decoding.deinterlace}
+        settings += [[name, value] for name, value in rendering.items() if value != "none"]
+        settings += ["square_pixels"] if self.square_pixels else []
         return f"video-folder-2/{json.dumps(settings)}/{self._digest()}"
 
     def _read(self, row: Row, clip: int, crop: int, epoch: int) -> dict:
@@ -143,7 +154,14 @@ class VideoClips(MediaFolder):
         """Decoded frames resized to ``image_size``, or to the smallest size that covers it for ``num_crops=3``."""
         rng = np.random.default_rng([self.seed, epoch, int(hashlib.sha256(row.name.encode()).hexdigest()[:16], 16)])
         rule = "none" if self.image_size is None else "cover" if self.num_crops > 1 else self.resize
-        size = ResizeOptions(rule, image_size=self.image_size, resample="fast", interpolation="bilinear")
+        size = ResizeOptions(
+            rule,
+            image_size=self.image_size,
+            resample="fast",
+            interpolation="bilinear",
+            antialias=self.antialias,
+            square_pixels=self.square_pixels,
+        )
         try:
             with self.opened(row) as source:
                 return load_clip(source, self.sampling, size, self.decoding, rng, clip)
@@ -186,12 +204,17 @@ class VideoFolder(VideoClips):
         classes: class names of each label; defaults to those of ``classes.json``, else to the sorted values found (over
             all splits).
         backends: decoders in the order in which they are tried.
+        tone_map: ``bt2390`` or ``hable`` maps HDR video to BT.709; ``none`` takes its signal as if it were SDR.
+        square_pixels: correct the proportions of video with pixels that are not square.
+        deinterlace: ``bwdif`` or ``yadif`` for interlaced frames; ``none``.
         max_broken_share: a file that no backend decodes is replaced by the next good one and listed; above this share
             of broken files, reading raises.
         skipped_file: csv that lists skipped files, shared by all processes of a run; may also be set later.
         seed: seed of the ``random`` windows.
         make: called with root before it is read, to create the folder on first use; must do nothing if the folder is
             complete.
+        antialias: widen the bilinear kernel when downscaling. False: each pixel mixes its nearest 2 x 2, as in the
+            published recipes of VideoMAE's fine-tuning and of V-JEPA.
 
     Raises:
         FileNotFoundError: no folder, no videos in it, no metadata, or a row without a file.
@@ -215,13 +238,18 @@ class VideoFolder(VideoClips):
         split: str | None = None,
         classes: dict[str, Sequence[str]] | None = None,
         backends: Sequence[str] = BACKENDS,
+        tone_map: str = "none",
+        square_pixels: bool = False,
+        deinterlace: str = "none",
         max_broken_share: float = 0.05,
         skipped_file: str | None = None,
         seed: int = 0,
         make: Callable[[Path], None] | None = None,
+        antialias: bool = True,
     ):
-        how = (sampler, stride, fps, num_clips, num_crops, image_size, resize, pad, backends)
-        super().__init__(root, num_frames, *how, max_broken_share, skipped_file, seed)
+        how = (sampler, stride, fps, num_clips, num_crops, image_size, resize, pad)
+        rendering = (tone_map, square_pixels, deinterlace)
+        super().__init__(root, num_frames, *how, backends, *rendering, max_broken_share, skipped_file, seed, antialias)
         if make is not None:
             make(self.root)
         named, self.reversal_pairs = read_classes(self.root, classes)

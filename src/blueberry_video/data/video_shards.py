@@ -34,7 +34,7 @@ class VideoShards(VideoClips):
         num_frames, sampler, stride, fps, num_clips, num_crops, image_size, resize, pad: see ``VideoFolder``.
         split: use only the clips of this split; None uses all, which requires that the splits are rows of metadata.
         classes: class names of each label, which replace those of the shards.
-        backends, max_broken_share, skipped_file, seed: see ``VideoFolder``.
+        backends, tone_map, square_pixels, deinterlace, max_broken_share, skipped_file, seed: see ``VideoFolder``.
         cache: folder on a local disk for the clips that were read, shared by all processes of a machine; None reads
             every clip from ``root``.
         cache_gb: limit on the size of the cache, in units of 10⁹ bytes; the shards that were not read for the longest
@@ -43,6 +43,7 @@ class VideoShards(VideoClips):
             that holds the dataset, or with ``shuffle_window``.
         shuffle_window: in training, shuffle the shards and then the clips within each group of this number of
             consecutive shards, so that the reads of a while are in few shards; None shuffles all clips.
+        antialias: see ``VideoFolder``.
 
     Raises:
         FileNotFoundError: no shards at root, or a shard of the manifest is missing.
@@ -69,6 +70,9 @@ class VideoShards(VideoClips):
         split: str | None = None,
         classes: dict[str, Sequence[str]] | None = None,
         backends: Sequence[str] = BACKENDS,
+        tone_map: str = "none",
+        square_pixels: bool = False,
+        deinterlace: str = "none",
         max_broken_share: float = 0.05,
         skipped_file: str | None = None,
         seed: int = 0,
@@ -76,9 +80,11 @@ class VideoShards(VideoClips):
         cache_gb: float = 100.0,
         cache_fetch: Literal["clip", "shard"] = "clip",
         shuffle_window: int | None = None,
+        antialias: bool = True,
     ):
-        how = (sampler, stride, fps, num_clips, num_crops, image_size, resize, pad, backends)
-        super().__init__(root, num_frames, *how, max_broken_share, skipped_file, seed)
+        how = (sampler, stride, fps, num_clips, num_crops, image_size, resize, pad)
+        rendering = (tone_map, square_pixels, deinterlace)
+        super().__init__(root, num_frames, *how, backends, *rendering, max_broken_share, skipped_file, seed, antialias)
         if shuffle_window is not None and shuffle_window < 1:
             raise ValueError(f"shuffle_window={shuffle_window} must be at least 1 shard, or null to shuffle all clips.")
         self.shuffle_window = shuffle_window

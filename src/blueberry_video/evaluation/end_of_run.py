@@ -51,11 +51,16 @@ def measured_once(trainer: Trainer, name: str, measure: Callable[[], dict[str, f
 
 
 def evaluate_sets(trainer: Trainer, task: LightningModule, data: Any) -> dict[str, float]:
-    """Returns the metrics of the final weights on the validation set and, if there is one, the test set of ``data``."""
+    """Returns the metrics of the final weights on the validation set and, if there is one, on the test set of ``data``
+    those of the weights with the best validation, if a callback has saved them as ``best_path(trainer)``."""
     metrics: dict[str, float] = {}
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    paths = (callback.best_path(trainer) for callback in callbacks if hasattr(callback, "best_path"))
+    best = next(filter(None, paths), None)
 
     def evaluate(stage: str) -> dict[str, float]:
-        getattr(trainer, stage)(task, datamodule=data, verbose=False)
+        weights = {"ckpt_path": best, "weights_only": True} if stage == "test" and best is not None else {}
+        getattr(trainer, stage)(task, datamodule=data, verbose=False, **weights)
         return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
     for stage in ("validate", "test") if data.test is not None else ("validate",):

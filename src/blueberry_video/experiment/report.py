@@ -147,12 +147,15 @@ def _verdict_table(verdicts: Sequence[Verdict]) -> str:
 
 
 def _media(folder: Path) -> str:
-    """Shows the newest video of each name with its frames, and the first one in a collapsed section."""
+    """Shows confusion matrices, and the newest video of each name with its frames and the first one, collapsed."""
     steps: dict[str, list[tuple[int, Path]]] = {}
     for path in sorted(folder.glob("*.gif")):
         name, _, digits = path.stem.rpartition("_")
         steps.setdefault(name, []).append((int(digits), path))
-    figures = []
+    figures = [
+        f'<figure class="card"><figcaption>{html.escape(path.stem)}</figcaption>{_image(path, path.stem)}</figure>'
+        for path in sorted(folder.glob("confusion_*.png"))
+    ]
     for name, made in steps.items():
         (step, newest), (first_step, first) = made[-1], made[0]
         sheet = newest.with_suffix(".png")

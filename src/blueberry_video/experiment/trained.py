@@ -11,6 +11,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 
 from blueberry_video.config import load, repeat, resolve
+from blueberry_video.experiment.best import best_checkpoint
 from blueberry_video.experiment.checkpoint import (
     checkpoint_fault,
     checkpoint_files,
@@ -47,14 +48,15 @@ class TrainedRun:
 
 
 def load_trained(
-    source: str | Path, kinds: Sequence[type] | None = None, device: torch.device | str = "cpu"
+    source: str | Path, kinds: Sequence[type] | None = None, device: torch.device | str = "cpu", best: bool = False
 ) -> TrainedRun:
-    """Builds the task of a run, and loads its newest valid checkpoint.
+    """Builds the task of a run, and loads its newest valid checkpoint, or that of its best validation.
 
     Args:
         source: a run folder, or the folder of an experiment's runs: the newest run.
         kinds: supported classes of tasks; ``None``: all.
         device: device of the task.
+        best: use ``checkpoints/best.ckpt``.
 
     Raises:
         FileNotFoundError: if there is no run, or it has no valid checkpoint.
@@ -73,8 +75,11 @@ def load_trained(
         names = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"{run.path} trained task._target_={target}, but this command requires a run of {names}.")
     try:
-        checkpoint = consolidated(latest_good_checkpoint(run.path / "checkpoints"))
+        checkpoint = best_checkpoint(run.path) if best else latest_good_checkpoint(run.path / "checkpoints")
+        checkpoint = consolidated(checkpoint)
     except FileNotFoundError as error:
+        if best:
+            raise
         files = checkpoint_files(run.path / "checkpoints")
         faults = "; ".join(f"{file.name}: {checkpoint_fault(file)}" for file in files) or "there is no step_*.ckpt"
         raise FileNotFoundError(

@@ -10,7 +10,7 @@ from blueberry_video.models.jepa.model import JEPA
 
 @torch.no_grad()
 def latent_pictures(
-    model: JEPA, video: Tensor, inputs: Tensor, latents: Tensor, keep: Tensor, target: Tensor
+    model: JEPA, video: Tensor, inputs: Tensor, latents: Tensor, keep: Tensor, target: Tensor, mask_index: int = 0
 ) -> list[Tensor]:
     """Renders clips, their visible patches, target embeddings, and the same with the predicted embeddings inserted.
 
@@ -21,6 +21,7 @@ def latent_pictures(
         latents: (B, N, D), the target embeddings of all tokens.
         keep: (B, N_visible) indices of the visible tokens.
         target: (B, N_target) indices of the predicted tokens.
+        mask_index: mask token of these masks, see :class:`~blueberry_video.models.jepa.model.JEPA`.
 
     Returns:
         Four videos (B, 3, T, H, W) in [0, 1]. In both videos of embeddings, red, green and blue are the first three
@@ -28,7 +29,7 @@ def latent_pictures(
         either side. Each token is a block of the size of its patch.
     """
     encoder = model.encoder
-    predicted = model(inputs, keep, target).to(latents.dtype)
+    predicted = model(inputs, keep, target, mask_index).to(latents.dtype)
     filled = latents.scatter(1, target.unsqueeze(-1).expand_as(predicted), predicted)
     tokens = latents.flatten(0, 1).float()
     mean = tokens.mean(dim=0)

@@ -243,7 +243,13 @@ class CrossEntropyPlanner:
 
     @torch.no_grad()
     def plan(
-        self, model: WorldModel, images: Tensor, states: Tensor, goals: Tensor, generator: torch.Generator | None = None
+        self,
+        model: WorldModel,
+        images: Tensor,
+        states: Tensor,
+        goals: Tensor,
+        generator: torch.Generator | None = None,
+        extrinsics: Tensor | None = None,
     ) -> Tensor:
         """Plans the actions that lead from the images to the goals.
 
@@ -253,22 +259,29 @@ class CrossEntropyPlanner:
             states: (B, K) at the images.
             goals: (B, C, H, W), normalized likewise.
             generator: random generator on any device; defaults to that of the device of the model.
+            extrinsics: pose of the camera (B, A - 1), which does not move while the actions are executed, or
+                (B, H, A - 1) at each of them; required by models with ``use_extrinsics``.
 
         Returns:
             (B, H, A), of which the first action is to be executed.
 
         Raises:
-            ValueError: the actions do not have the ``action_dim`` of the model.
+            ValueError: the actions do not have the ``action_dim`` of the model, or ``extrinsics`` are missing, not an
+                input of the model, or of a different shape.
         """
         if self.actions.width != model.action_dim:
             raise ValueError(
                 f"planner.actions.width={self.actions.width} must equal model.action_dim={model.action_dim}, the width "
                 "of the actions that the model was trained with."
             )
+        cameras = self._cameras(model, len(images), extrinsics)
         dtype = next(model.parameters()).dtype
         start, goal = model.encode_frames(torch.stack([images, goals], dim=2).to(dtype)).unbind(dim=1)
         return self.minimize(
-            lambda actions: self._distance(model, start, states, goal, actions), len(start), start.device, generator
+            lambda actions: self._distance(model, start, states, goal, actions, cameras),
+            len(start),
+            start.device,
+            generator,
         )
 
     @torch.no_grad()
@@ -284,10 +297,37 @@ class CrossEntropyPlanner:
             distribution = self.actions.refit(distribution, elites, self.mean_momentum, self.std_momentum)
         return self.actions.choose(distribution)
 
-    def _distance(self, model: WorldModel, start: Tensor, states: Tensor, goal: Tensor, actions: Tensor) -> Tensor:
+    def _cameras(self, model: WorldModel, batch: int, extrinsics: Tensor | None) -> Tensor | None:
+        """Poses of the camera (B, H, A - 1) at the actions of a plan, or None without ``use_extrinsics``."""
+        width = self.actions.width - 1
+        if (extrinsics is not None) != model.use_extrinsics:
+            raise ValueError(
+                f"model.use_extrinsics={str(model.use_extrinsics).lower()}, but extrinsics were "
+                f"{'not passed' if extrinsics is None else 'passed'} to plan: the pose of the camera (B, {width}) is "
+                "an input of models with model.use_extrinsics=true only."
+            )
+        if extrinsics is None:
+            return None
+        if tuple(extrinsics.shape) not in ((batch, width), (batch, self.horizon, width)):
+            raise ValueError(
+                f"extrinsics have the shape {tuple(extrinsics.shape)}, but {(batch, width)}, one pose per situation, "
+                f"or {(batch, self.horizon, width)}, one per action, is required (model.action_dim="
+                f"{self.actions.width} less the gripper)."
+            )
+        return extrinsics if extrinsics.ndim == 3 else extrinsics[:, None].expand(-1, self.horizon, -1)
+
+    def _distance(
+        self,
+        model: WorldModel,
+        start: Tensor,
+        states: Tensor,
+        goal: Tensor,
+        actions: Tensor,
+        cameras: Tensor | None = None,
+    ) -> Tensor:
         """Mean L1 distance (B, N) of the last prediction to the goal, for each sequence of ``actions`` (B, N, H, A).
 
-        start and goal are (B, S, D), states (B, K).
+        start and goal are (B, S, D), states (B, K), cameras (B, H, A - 1).
         """
         count = actions.shape[1]
         along = self.states_along(states, actions).flatten(0, 1)  # (B * N, H, K)
@@ -296,7 +336,8 @@ class CrossEntropyPlanner:
         for rows in torch.arange(len(situation), device=start.device).split(self.batch_size):
             here = situation[rows]
             chosen, states_before = actions.flatten(0, 1)[rows].to(start.dtype), along[rows].to(start.dtype)
-            reached = model.rollout(start[here, None], chosen, states_before)[:, -1]
+            poses = None if cameras is None else cameras[here].to(start.dtype)
+            reached = model.rollout(start[here, None], chosen, states_before, poses)[:, -1]
             distances.append((reached - goal[here]).abs().mean(dim=(1, 2)))
         return torch.cat(distances).view(-1, count)
 

@@ -1,8 +1,11 @@
 """Classifiers of clips and of frames over any encoder, for training from scratch, fine-tuning, and probing.
 
 Published weights are those of fine-tuned VideoMAE (original, transformers) and OmniMAE, which have one head.
+VideoMAE trained with ``use_mean_pooling=False`` (``--use_cls`` of the original) has the final norm of its encoder and
+classifies the first token: ``pooling="first"`` with ``head_norm=False``. Its files have no ``fc_norm``.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -21,9 +24,10 @@ class VideoClassifier(nn.Module):
     """Clip classifier: video float (B, C, T, H, W), normalized as the encoder requires -> logits {label: (B, classes)}.
 
     Args:
-        encoder: any encoder of this package. VideoMAE is fine-tuned without its final norm.
+        encoder: any encoder of this package. VideoMAE is fine-tuned without its final norm, except for
+            ``pooling="first"``.
         num_classes: number of classes of each label to predict, such as ``{motion: 8}``.
-        pooling: ``"mean"`` or ``"attentive"`` over the tokens, see
+        pooling: ``"mean"``, ``"attentive"`` or ``"first"`` of the tokens, see
             :class:`~blueberry_video.nn.heads.ClassificationHead`, or ``"context"``: the vector
             ``encoder.context(video)`` of an encoder such as :class:`~blueberry_video.models.spool.Spool`.
         num_heads, dropout, head_init_scale, pool_depth, head_norm, pool_eps, complete_block, published_pool: arguments
@@ -73,8 +77,8 @@ class VideoClassifier(nn.Module):
             if not width:
                 raise ValueError(
                     f"model.pooling=context requires an encoder with a context, unlike this {type(encoder).__name__}: "
-                    "use one of conf/model/spool/ with num_hidden_layers of at least 1, or 'mean' or 'attentive' "
-                    "pooling."
+                    "use one of conf/model/spool/ with num_hidden_layers of at least 1, or 'mean', 'attentive' or "
+                    "'first' pooling."
                 )
         of_head = (dropout, head_init_scale, pool_depth, head_norm, pool_eps, complete_block, published_pool)
         self.head = ClassificationHead(width, num_classes, pooling, num_heads, *of_head)
@@ -124,11 +128,13 @@ class VideoClassifier(nn.Module):
             FileNotFoundError, ValueError: see :meth:`~blueberry_video.models.encoder.Encoder.load_published`.
         """
         report = self.encoder.load_published(source)
-        found, own = convert_head(read_source(source)[1], self._only_label), self.head.state_dict()
+        state = read_source(source)[1]
+        found, own = convert_head(state, self._only_label), self.head.state_dict()
         if not found:
             return f"{report}; it holds no head: the head of this model keeps its initialization"
         stem, labels = _stem(found), dict.fromkeys(name.split(".")[1] for name in found if name.startswith("linear."))
-        if stem != _stem(own) or not _widths(found) <= _widths(own):
+        pools_alike = published_pooling(state) in (None, self.pooling)
+        if stem != _stem(own) or not _widths(found) <= _widths(own) or not pools_alike:
             named = " ".join(["its head", ", ".join(map(repr, labels))]).strip()
             return (
                 f"{report}; {named} was ignored, because its pooling or width differs from that of this model; the "
@@ -154,13 +160,15 @@ class VideoClassifier(nn.Module):
 
         Raises:
             FileNotFoundError: there are no such weights.
-            ValueError: tensors are missing, unexpected or of a different shape.
+            ValueError: tensors are missing, unexpected or of a different shape, or the pooling is different.
         """
         (config, state), own = read_source(source), self.state_dict()
         weights = state if state.keys() == own.keys() else convert_finetuned(state, self._only_label, source)
         fix = "Use fine-tuned weights, and the model variant and num_classes of these weights."
         check_config(self, config, self.encoder.published_settings, source, fix)
         load_strictly(self, weights, source, fix)
+        if (pooling := published_pooling(state)) not in (None, self.pooling):
+            raise ValueError(f"{source} has weights of model.pooling={pooling!r} (here {self.pooling!r}). {fix}")
         return f"loaded {len(weights)} tensors from {source}{origin_of_heads(config, self.encoder.published_settings)}"
 
     @classmethod
@@ -184,36 +192,43 @@ class VideoClassifier(nn.Module):
             ValueError: the weights have no classifier, as pre-trained models.
         """
         config, state = read_source(source)
-        if not {"fc_norm.weight", f"linear.{label}.weight"} <= convert_head(state, label).keys():
-            raise ValueError(
-                f"{source} holds no fine-tuned VideoMAE (fc_norm.weight or head.weight is missing): load a pre-trained "
-                "one with blueberry_video.models.masked_autoencoder.MaskedAutoencoder.from_published."
-            )
         weights = convert_finetuned(state, label, source)
+        norm = "encoder.norm.weight" if published_pooling(state) == "first" else "head.fc_norm.weight"
+        if not {norm, f"head.linear.{label}.weight"} <= weights.keys():
+            raise ValueError(
+                f"{source} holds no fine-tuned VideoMAE (fc_norm.weight, norm.weight without mean pooling, or "
+                "head.weight is missing): load a pre-trained one with "
+                "blueberry_video.models.masked_autoencoder.MaskedAutoencoder.from_published."
+            )
         own = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
         sizes = vit.settings_of_config(config, num_frames, image_size, num_heads)
         encoder = vit.VisionTransformer.from_weights(own, source, **sizes, images=is_omnimae(state))
-        model = cls(encoder, num_classes={label: len(weights[f"head.linear.{label}.weight"])})
+        pooling = published_pooling(state) or "mean"
+        classes = {label: len(weights[f"head.linear.{label}.weight"])}
+        model = cls(encoder, classes, pooling, head_norm=pooling == "mean")
         load_strictly(model, weights, source)
         return model
 
-    def save_published(self, folder: str | Path, label: str | None = None) -> None:
+    def save_published(self, folder: str | Path, label: str | None = None, names: Sequence[str] = ()) -> None:
         """Writes a folder that transformers' ``VideoMAEForVideoClassification.from_pretrained`` loads.
 
-        transformers computes the LayerNorm of the head with an eps of 1e-5 rather than 1e-6.
+        transformers computes the LayerNorm of the head with an eps of 1e-5 rather than 1e-6; with ``pooling="first"``
+        (``use_mean_pooling=False``) there is none, and the logits are equal.
 
         Args:
             folder: must not exist, or be empty.
             label: label of the head to write; required if there are several.
+            names: names of its classes, for ``id2label``; empty for numbers.
 
         Raises:
             FileExistsError: the folder exists and is not empty.
-            ValueError: a setting has no counterpart in VideoMAE; the message names key and value.
+            ValueError: a setting has no counterpart in VideoMAE, or there are more or fewer names than classes; the
+                message names key and value.
         """
         label = label or self._only_label
-        write_folder(folder, self.config(label), to_huggingface(self.state_dict(), label), stem=TRANSFORMERS)
+        write_folder(folder, self.config(label, names), to_huggingface(self.state_dict(), label), stem=TRANSFORMERS)
 
-    def config(self, label: str | None = None) -> dict[str, Any]:
+    def config(self, label: str | None = None, names: Sequence[str] = ()) -> dict[str, Any]:
         """Settings of this model, with the head of one label, as ``config.json`` of transformers holds them.
 
         Raises:
@@ -225,18 +240,20 @@ class VideoClassifier(nn.Module):
                 f"model.num_classes={self.num_classes} must contain the label to save, because {vit.VIDEOMAE} has one "
                 f"head: pass a label among {', '.join(self.num_classes)}."
             )
-        config = vit.huggingface_config(self.encoder)
+        config, first = vit.huggingface_config(self.encoder), self.pooling == "first"
         settings = {
-            "model.encoder.final_norm": (not config["use_mean_pooling"], False),
-            "model.pooling": (self.pooling, "mean"),
-            "model.head_norm": ("fc_norm.weight" in self.head.state_dict(), True),
+            "model.encoder.final_norm": (not config["use_mean_pooling"], first),
+            "model.pooling": (self.pooling, "first" if first else "mean"),
+            "model.head_norm": ("fc_norm.weight" in self.head.state_dict(), not first),
         }
         check_layout(vit.VIDEOMAE, settings)
-        names = {str(index): f"LABEL_{index}" for index in range(self.num_classes[label])}
+        names = list(names) or [f"LABEL_{index}" for index in range(self.num_classes[label])]
+        if len(names) != self.num_classes[label]:
+            raise ValueError(f"{label} has {self.num_classes[label]} classes, not {len(names)}: name each of them.")
         return config | {
             "architectures": ["VideoMAEForVideoClassification"],
-            "id2label": names,
-            "label2id": {name: int(index) for index, name in names.items()},
+            "id2label": {str(index): name for index, name in enumerate(names)},
+            "label2id": {name: index for index, name in enumerate(names)},
         }
 
     @property
@@ -248,6 +265,15 @@ class VideoClassifier(nn.Module):
 def is_omnimae(state: dict[str, Tensor]) -> bool:
     """Returns true for a state dict in the layout of OmniMAE."""
     return any(name.startswith("trunk.") for name in state)
+
+
+def published_pooling(state: dict[str, Tensor]) -> str | None:
+    """Pooling of a published fine-tuned state dict: ``"mean"``, or ``"first"`` where there is no ``fc_norm``; ``None``
+    for a state dict of this package, whose names do not tell it, and for one without a head."""
+    head = convert_head(state, "label")
+    if not head or any(name.startswith("head.linear.") for name in state):
+        return None
+    return "mean" if "fc_norm.weight" in head else "first"
 
 
 def convert_head(state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
@@ -283,6 +309,8 @@ def convert_finetuned(state: dict[str, Tensor], label: str, source: str | Path) 
 def to_original(state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
     """Inverse of :func:`convert_finetuned` for the original VideoMAE, with the head of one label.
 
+    With ``pooling="first"``, the file is one of ``use_mean_pooling=False``.
+
     Raises:
         ValueError: see :func:`_one_head`.
     """
@@ -291,7 +319,7 @@ def to_original(state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
 
 
 def to_huggingface(state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
-    """See :func:`to_original`, for transformers' ``VideoMAEForVideoClassification`` with ``use_mean_pooling``.
+    """See :func:`to_original`, for transformers' ``VideoMAEForVideoClassification``.
 
     Its config needs ``layer_norm_eps=1e-6``; the eps of ``fc_norm`` is always 1e-5 there.
     """
@@ -302,6 +330,11 @@ def to_huggingface(state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
 def to_omnimae(state: dict[str, Tensor], label: str, num_frames: int = 16, image_size: int = 224) -> dict[str, Tensor]:
     """See :func:`to_original`, for OmniMAE, with the position table for clips of this size."""
     encoder, norm, linear = _one_head(state, label)
+    if not norm:
+        raise ValueError(
+            "encoder.norm.weight has no counterpart in fine-tuned OmniMAE, which requires final_norm=false and "
+            "pooling=mean: use to_original or to_huggingface."
+        )
     trunk = vit.to_omnimae(encoder | _prefixed("norm.", norm), num_frames, image_size)
     return trunk | _prefixed("head.", linear)
 
@@ -316,12 +349,14 @@ def _one_head(state: dict[str, Tensor], label: str) -> tuple[dict[str, Tensor], 
     if f"head.linear.{label}.weight" not in state:
         labels = sorted({name.split(".")[2] for name in state if name.startswith("head.linear.")})
         raise ValueError(f"this model has no head {label!r}: choose one of {', '.join(labels) or 'none'}.")
-    for name in ("encoder.norm.weight", "head.pool.query"):
-        if name in state:
-            raise ValueError(
-                f"{name} has no counterpart in published fine-tuned models, which require "
-                "model.encoder.final_norm=false and model.pooling=mean."
-            )
+    norms = sum(name in state for name in ("encoder.norm.weight", "head.fc_norm.weight"))
+    if norms != 1 or "head.pool.query" in state:
+        name = "encoder.norm.weight" if norms else "a head without LayerNorm"
+        name = "head.pool.query" if "head.pool.query" in state else name
+        raise ValueError(
+            f"{name} has no counterpart in published fine-tuned models, which require model.encoder.final_norm=false "
+            "and model.pooling=mean, or model.encoder.final_norm=true, model.pooling=first and model.head_norm=false."
+        )
     prefixes = ("encoder.", "head.fc_norm.", f"head.linear.{label}.")
     encoder, norm, linear = (
         {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -100,7 +100,8 @@ class ClassificationHead(nn.Module):
     Args:
         dim: width of the tokens.
         num_classes: number of classes of each label, such as ``{"motion": 8}``.
-        pooling: ``"mean"`` or ``"attentive"``; ``"first"``: the first token, as VideoMAE without mean pooling.
+        pooling: ``"mean"`` or ``"attentive"``; ``"first"``: the first token, as VideoMAE without mean
+            pooling, whose encoder has a final norm and whose head has none.
         num_heads: attention heads of the attentive pooling.
         dropout: on the pooled vector.
         init_scale: factor on the initial weights of the linear layers, truncated normal with std 0.02; ``None``: the

@@ -105,7 +105,7 @@ class ActionPrediction(Task):
 
     def _conditions(self, batch: dict) -> tuple[Tensor, Tensor, Tensor | None]:
         """Actions (B, T-1, A), states (B, T, K) and, if the model uses them, extrinsics (B, T, A - 1) of a batch."""
-        uses_extrinsics = self.model.predictor.extrinsics_encoder is not None
+        uses_extrinsics = self.model.use_extrinsics
         required = ("actions", "states", *(["extrinsics"] if uses_extrinsics else []))
         missing = [key for key in required if key not in batch]
         if missing:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blueberry_video.augmentation import Mixing, soft_targets
+from blueberry_video.evaluation.class_report import ClassReport, ClassScores
 from blueberry_video.evaluation.metrics import ClassCounts, ViewScores, accuracy, shuffle_frames, within_pair_correct
 from blueberry_video.evaluation.reference import clip_seeds
 from blueberry_video.models.classifier import VideoClassifier
@@ -28,13 +29,18 @@ class Classification(Task):
     of each other, ``<label>_shuffled``, the accuracy on clips with shuffled frames, and ``<label>_within_pairs`` and
     ``<label>_within_pairs_shuffled``, the accuracy between the two classes of a pair (chance level 0.5). Where
     validation has several views of each video (see :class:`~blueberry_video.evaluation.metrics.ViewScores`),
-    ``<label>`` is the accuracy of single views and ``<label>_views`` that of scores averaged per video.
+    ``<label>`` is the accuracy of single views and ``<label>_views`` that of scores averaged per video. In validation
+    also ``<label>_mean_class``, the mean accuracy over the classes that occur, ``<label>_calibration_error``, and, for
+    more than five classes, ``<label>_top5``, see :class:`~blueberry_video.evaluation.class_report.ClassReport`.
 
     Args:
         model, optimization, input: see :class:`~blueberry_video.tasks.base.Task`.
         mixing: mixes the clips and labels of a training batch, after ``augment``.
         label_smoothing: of the training loss, in [0, 1).
         num_pictures: number of clips in :meth:`media`.
+
+    Attributes:
+        class_reports: label -> result of the last validation or test.
 
     Raises:
         ValueError: if ``model`` is not a VideoClassifier, or for a smoothing outside [0, 1).
@@ -60,6 +66,8 @@ class Classification(Task):
         self.untrained = copy.deepcopy(model) if model.freeze_encoder else None  # before init_from is loaded
         self._classes = ClassCounts()
         self._views = ViewScores()
+        self._scores = ClassScores()
+        self.class_reports: dict[str, ClassReport] = {}
 
     def load_weights(self, path: str | Path) -> str:
         return self.model.load_published(path)
@@ -85,6 +93,7 @@ class Classification(Task):
             values |= {f"{name}_random_init": accuracy(untrained[name], labels[name]) for name in logits if own == 1}
         if stage != "train":
             self._classes.add(labels)
+            self._scores.add(logits, labels)
             self._views.add(batch.get("id", []), logits, labels)
             values |= self._motion_controls(video, frames, logits, labels, clip_seeds(batch))
         return values
@@ -123,6 +132,12 @@ class Classification(Task):
 
     def epoch_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
         values = {f"{name}_trivial": share for name, share in self._classes.majority_shares().items()}
+        self.class_reports = self._scores.compute()
+        for name, report in self.class_reports.items():
+            values[f"{name}_mean_class"] = torch.tensor(report.mean_class_accuracy)
+            values[f"{name}_calibration_error"] = torch.tensor(report.calibration_error)
+            if len(report.confusion) > 5:
+                values[f"{name}_top5"] = torch.tensor(report.top5)
         return values | {f"{name}_views": torch.tensor(value) for name, value in self._views.accuracies().items()}
 
     def media(self, batch: dict) -> dict[str, Tensor]:

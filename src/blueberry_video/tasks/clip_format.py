@@ -29,6 +29,7 @@ class ClipFormat:
         fps: frame rate of a clip, or ``None``.
         sampling: arguments of :class:`~blueberry_video.video.sampling.ClipSampling`, as in validation.
         resize: arguments of :class:`~blueberry_video.video.resize.ResizeOptions`, as in validation.
+        decoding: arguments of :class:`~blueberry_video.video.decode.DecodeOptions` that change pixels.
         mean, std: of the normalization of pixels in [0, 1], per channel; ``None``: the model receives [-1, 1].
         vocabulary: words of captions that the text encoder knows; ``None`` if it is not limited to a list.
     """
@@ -41,6 +42,7 @@ class ClipFormat:
     fps: float | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     resize: Mapping[str, Any] = field(default_factory=dict)
+    decoding: Mapping[str, Any] = field(default_factory=dict)
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     vocabulary: Sequence[str] | None = None
@@ -79,6 +81,7 @@ class ClipFormat:
             raise ValueError(reason)
         num_frames, height, width = _size(task, clip)
         source = next((each for each in _chain(dataset) if hasattr(each, "sampling")), None)
+        files = next((each for each in _chain(dataset) if hasattr(each, "resize")), None)
         text = getattr(task.model, "text", None)
         mean, std = task.input.mean or IMAGENET_MEAN, task.input.std or IMAGENET_STD
         return cls(
@@ -90,10 +93,17 @@ class ClipFormat:
             fps=float(clip["fps"]) if clip.get("fps") else None,
             sampling=_sampling(source, num_frames),
             resize={
-                "rule": getattr(source, "resize", "crop"),
+                "rule": getattr(files, "resize", "crop"),
                 "image_size": [height, width],
                 "resample": "fast",
                 "interpolation": "bilinear",
+                "antialias": getattr(files, "antialias", True),
+                "square_pixels": getattr(files, "square_pixels", False),
+            },
+            decoding={
+                name: getattr(decoding, name)
+                for name in ("tone_map", "deinterlace")
+                if (decoding := getattr(files, "decoding", None)) is not None
             },
             mean=[float(value) for value in mean] if task.normalizes else None,
             std=[float(value) for value in std] if task.normalizes else None,

@@ -45,6 +45,17 @@ def check_settings(task: Any) -> None:
             raise ValueError(f"task.momentum={value} at step {step} of 1000 must be in [0, 1], such as 0.998.")
 
 
+def mask_index(task: Any, number: int, frames: int) -> int:
+    """Index of the mask token of masking ``number`` for clips of ``frames`` frames, as ``task.mask_token`` selects it.
+
+    Raises:
+        ValueError: see :func:`token_of_length`.
+    """
+    if task.mask_token == "masking":
+        return number
+    return token_of_length(task.clip_lengths, frames, task.model.encoder.video_size[1])
+
+
 def token_of_length(lengths: Sequence[int] | None, frames: int, default: int) -> int:
     """Index of the mask token of clips of ``frames`` frames: their position in ``lengths``.
 

@@ -21,7 +21,7 @@ from blueberry_video.models.jepa.model import JEPA
 from blueberry_video.models.jepa.multi_level import normalize_levels
 from blueberry_video.nn.patches import gather_tokens
 from blueberry_video.tasks.base import Task
-from blueberry_video.tasks.latent_checks import check_settings, clip_each, token_of_length
+from blueberry_video.tasks.latent_checks import check_settings, clip_each, mask_index
 from blueberry_video.tasks.settings import ClipInput, Optimization
 from blueberry_video.weights.files import read_weights
 
@@ -140,9 +140,9 @@ class LatentPrediction(Task):
     def _losses(self, batch: dict, latents: Tensor, number: int, stage: str) -> dict[str, Tensor]:
         """Losses of one masking, by name."""
         encoder, exponent, inputs = self.model.encoder, self.loss_exponent, self.normalize(batch["video"])
-        grid, frames = encoder.grid(inputs.shape), (inputs.shape[2], encoder.video_size[1])
+        grid = encoder.grid(inputs.shape)
         keep, target, _ = self._masks(number, batch, grid, stage).to(latents.device)
-        index = number if self.mask_token == "masking" else token_of_length(self.clip_lengths, *frames)
+        index = mask_index(self, number, inputs.shape[2])
         hidden, visible = self.model.predictor.both(encoder(inputs, keep), keep, target, index, grid)
         values = {"loss_prediction": latent_loss(hidden, gather_tokens(latents, target), exponent=exponent)}
         if visible is not None:
@@ -190,7 +190,8 @@ class LatentPrediction(Task):
         video, model = batch["video"][: self.num_pictures], self.model
         keep, target, _ = self._masks(0, batch, model.encoder.grid(video.shape), "val").to(video.device)
         keep, target = keep[: len(video)], target[: len(video)]
-        shown = latent_pictures(model, video, self.normalize(video), self.latents(video), keep, target)
+        index = mask_index(self, 0, video.shape[2])
+        shown = latent_pictures(model, video, self.normalize(video), self.latents(video), keep, target, index)
         return {"latents": self.panels(shown)}
 
     def _masks(self, number: int, batch: dict, grid: tuple[int, int, int], stage: str) -> Masks:

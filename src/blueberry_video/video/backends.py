@@ -23,10 +23,12 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from torch import Tensor
 
+from blueberry_video.video.alpha import AlphaDecoder
 from blueberry_video.video.container import FAILURES, OpenVideo, open_video, video_frames
+from blueberry_video.video.deinterlace import deinterlaced, with_neighbors
 from blueberry_video.video.errors import one_line
 from blueberry_video.video.packets import picture_test
-from blueberry_video.video.picture import ToRGB
+from blueberry_video.video.picture import Rendering
 from blueberry_video.video.ranges import check_choice
 from blueberry_video.video.seeking import reopened, selected_frames
 
@@ -40,7 +42,9 @@ Reader = Callable[[OpenVideo, Sequence[int], str], Iterator[Tensor]]
 _BATCH = 16  # frames per call of a backend without a forward iterator
 
 
-def read_pyav(video: OpenVideo, wanted: Sequence[int], device: str = "cpu") -> Iterator[Tensor]:
+def read_pyav(
+    video: OpenVideo, wanted: Sequence[int], device: str = "cpu", rendering: Rendering | None = None
+) -> Iterator[Tensor]:
     """Decodes frames with PyAV and yields uint8 (H, W, 3) pictures.
 
     Seeks to the keyframe before a wanted frame and decodes forward. If the file is not seekable, or frames and packets
@@ -50,20 +54,23 @@ def read_pyav(video: OpenVideo, wanted: Sequence[int], device: str = "cpu") -> I
         video: an open file.
         wanted: ascending frame indices.
         device: ignored; pictures are on the CPU.
+        rendering: tone mapping and deinterlacing; none by default. Deinterlacing also decodes the frames next to the
+            wanted ones.
 
     Raises:
         DamagedError: these frames, or frames that they are predicted from, are damaged.
         ValueError, av.error.FFmpegError: the frames cannot be decoded.
     """
-    done, to_rgb = 0, ToRGB((video.info.height, video.info.width))
+    info, rendering = video.info, rendering or Rendering()
+    to_rgb = rendering.converter((info.height, info.width), info.picture)
     try:
-        for frame in selected_frames(video, wanted):
-            yield to_rgb(_undamaged(frame))
-            done += 1
-        if done < len(wanted):
-            with reopened(video, video.num_threads) as (container, stream):  # a raw stream cannot seek to its start
-                for frame in _from_start(video, container, stream, wanted[done:]):
-                    yield to_rgb(_undamaged(frame))
+        if rendering.deinterlace == "none":
+            yield from map(to_rgb, _frames(video, wanted))
+            return
+        needed, chosen = with_neighbors(wanted, info.num_frames), set(wanted)
+        for number, frame in deinterlaced(zip(needed, _frames(video, needed)), rendering.deinterlace):
+            if number in chosen:
+                yield to_rgb(frame)
     except av.error.InvalidDataError as error:
         raise DamagedError(one_line(error)) from error
 
@@ -211,7 +218,9 @@ def backend_failure(name: str) -> str | None:
     return None if correct else f"decodes wrong pixels (mean levels {levels})"
 
 
-def salvage(video: OpenVideo, wanted: Sequence[int]) -> Iterator[tuple[Tensor, bool, bool]]:
+def salvage(
+    video: OpenVideo, wanted: Sequence[int], rendering: Rendering | None = None
+) -> Iterator[tuple[Tensor, bool, bool]]:
     """Decodes a damaged file packet by packet and yields (uint8 (H, W, 3), is_missing, is_suspect).
 
     A missing frame is replaced by the nearest earlier frame that decodes (at the start: by the first one). A suspect
@@ -221,15 +230,22 @@ def salvage(video: OpenVideo, wanted: Sequence[int]) -> Iterator[tuple[Tensor, b
     Args:
         video: an open file.
         wanted: ascending frame indices.
+        rendering: as for ``read_pyav``; the frames before and after one are the nearest that decode.
 
     Raises:
         ValueError: no frame decodes.
     """
-    to_rgb = ToRGB((video.info.height, video.info.width))
+    rendering = rendering or Rendering()
+    to_rgb = rendering.converter((video.info.height, video.info.width), video.info.picture)
     last: VideoFrame | None = None
     position = 0  # in ``wanted``
     with reopened(video, num_threads=1) as (container, stream):  # slice threads hide damage
-        for number, (frame, is_suspect) in _numbered(video, _decodable(container, stream)):
+        frames = _numbered(video, _decodable(container, stream))
+        if rendering.deinterlace != "none":
+            keyed = (((number, is_suspect), frame) for number, (frame, is_suspect) in frames)
+            changed = deinterlaced(keyed, rendering.deinterlace)
+            frames = ((number, (frame, is_suspect)) for (number, is_suspect), frame in changed)
+        for number, (frame, is_suspect) in frames:
             while position < len(wanted) and wanted[position] <= number:
                 is_missing = wanted[position] < number
                 yield to_rgb(last or frame if is_missing else frame), is_missing, is_suspect and not is_missing
@@ -243,12 +259,29 @@ def salvage(video: OpenVideo, wanted: Sequence[int]) -> Iterator[tuple[Tensor, b
         yield to_rgb(last), True, False
 
 
+def _frames(video: OpenVideo, wanted: Sequence[int]) -> Iterator[VideoFrame]:
+    """Yields the frames at ascending indices, none of them damaged."""
+    done = 0
+    for frame in selected_frames(video, wanted):
+        yield _undamaged(frame)
+        done += 1
+    if done < len(wanted):
+        with reopened(video, video.num_threads) as (container, stream):  # a raw stream cannot seek to its start
+            yield from map(_undamaged, _from_start(video, container, stream, wanted[done:]))
+
+
 def _from_start(
     video: OpenVideo, container: InputContainer, stream: VideoStream, wanted: Sequence[int]
 ) -> Iterator[VideoFrame]:
-    position, last, shows_frame = 0, -1, picture_test(stream)
-    frames = ((frame, False) for packet in container.demux(stream) for frame in video_frames(packet, shows_frame))
-    for last, (frame, _) in _numbered(video, frames):
+    position, last, shows_frame, alpha = 0, -1, picture_test(stream), AlphaDecoder(stream)
+
+    def decoded() -> Iterator[tuple[VideoFrame, bool]]:
+        for packet in container.demux(stream):
+            alpha.feed(packet)
+            for frame in alpha.attach(video_frames(packet, shows_frame)):
+                yield frame, False
+
+    for last, (frame, _) in _numbered(video, decoded()):
         if last == wanted[position]:
             yield frame
             position += 1
@@ -275,7 +308,7 @@ def _numbered(
 def _decodable(container: InputContainer, stream: VideoStream) -> Iterator[tuple[VideoFrame, bool]]:
     """Yields (frame, is_suspect) for the frames that decode. Skips packets that do not decode and frames that the
     decoder marks as corrupt."""
-    packets, shows_frame = container.demux(stream), picture_test(stream)
+    packets, shows_frame, alpha = container.demux(stream), picture_test(stream), AlphaDecoder(stream)
     is_suspect = False
     while True:
         try:
@@ -286,7 +319,8 @@ def _decodable(container: InputContainer, stream: VideoStream) -> Iterator[tuple
             return  # the container ends inside a packet
         is_suspect = is_suspect or packet.is_corrupt
         try:
-            frames = video_frames(packet, shows_frame)
+            alpha.feed(packet)
+            frames = alpha.attach(video_frames(packet, shows_frame))
         except av.error.InvalidDataError:
             is_suspect = True
             continue

@@ -113,16 +113,17 @@ class FrameReader:
         if sampling.sampling == "progressive" and sampling.indices is None:
             return self._in_rounds(sampling, score or change_scores, max_decoded_pixels)
         if sampling.sampling != "adaptive" or sampling.indices is not None:
-            return choose(info.timestamps, sampling, keyframes)
-        candidates = sorted(set(candidate_frames(info.timestamps, sampling)))
+            return choose(info.timestamps, sampling, keyframes, duration=info.duration)
+        candidates = sorted(set(candidate_frames(info.timestamps, sampling, duration=info.duration)))
         check_decoded(info, candidates, max_decoded_pixels)
-        return choose(info.timestamps, sampling, keyframes, (score or change_scores)(self._small(candidates)))
+        scores = (score or change_scores)(self._small(candidates))
+        return choose(info.timestamps, sampling, keyframes, scores, duration=info.duration)
 
     def _in_rounds(
         self, sampling: SamplingOptions, score: Callable[[Tensor], Tensor], max_decoded_pixels: float
     ) -> list[int]:
         """Frames of ``progressive``: the coarse ones first, then others between those that differ most."""
-        even = choose(self.info.timestamps, replace(sampling, sampling="fps"))
+        even = choose(self.info.timestamps, replace(sampling, sampling="fps"), duration=self.info.duration)
         wanted = sorted(set(even))
         check_decoded(self.info, wanted, max_decoded_pixels)
         coarse = max(2, len(wanted) >> (sampling.rounds - 1))
@@ -182,7 +183,8 @@ class FrameReader:
             if on_chunk:
                 on_chunk(done, len(wanted))
         times = torch.from_numpy(self.info.timestamps[wanted])
-        frames = Frames(pixels, tuple(wanted), times, masks[0], masks[1], chunk.backend, chunk.failures)
+        reports = (chunk.backend, chunk.failures, chunk.damage)
+        frames = Frames(pixels, tuple(wanted), times, masks[0], masks[1], *reports)
         return in_order(frames, indices)
 
 
@@ -215,8 +217,9 @@ def load_clip(
         indices = reader.sample(sampling, rng, window)
         if resize is None:
             return reader.load(indices)
-        size = video_size(reader.info.height, reader.info.width, len(indices), resize)
-        return reader.load(indices, partial(resize_to, size=size, options=resize))
+        aspect = reader.info.picture.pixel_aspect
+        size = video_size(reader.info.height, reader.info.width, len(indices), resize, pixel_aspect=aspect)
+        return reader.load(indices, partial(resize_to, size=size, options=resize, pixel_aspect=aspect))
 
     return with_reader(source, decode or DecodeOptions(), work)
 
@@ -274,9 +277,11 @@ def _chunk_frames(info: VideoInfo, options: DecodeOptions) -> int:
 
 def _frames_info(source: Source) -> VideoInfo:
     """``VideoInfo`` of decoded frames. Where their times are unknown, the rate is 0 and the timestamps are those at two
-    frames per second, as in qwen-vl-utils."""
+    frames per second, as in qwen-vl-utils. A single frame of unknown rate is a still image, with a duration of 0."""
     frames = cast(FrameList, source.frames)
-    known, fps = frames.timestamps, frames.fps
+    known, fps, last = frames.timestamps, frames.fps, frames.last_duration
+    if last is None:
+        last = 1 / DEFAULT_FPS if len(frames) > 1 else 0.0
     times = np.arange(len(frames)) / DEFAULT_FPS if known is None else np.array(known, np.float64)
     span = float(times[-1] - times[0])
     return VideoInfo(
@@ -284,7 +289,7 @@ def _frames_info(source: Source) -> VideoInfo:
         name=source.name,
         num_frames=len(frames),
         fps=fps,
-        duration=span + (1 / fps if fps else 0.0),
+        duration=span + last,
         height=frames.size[0],
         width=frames.size[1],
         timestamps=times,

@@ -71,6 +71,7 @@ def describe(plan: Plan, model: str) -> list[str]:
         listed = ", ".join(f"{name.replace('_', ' ')} {_bytes(value)}" for name, value in parts.items())
         total = _bytes(estimate.total) if estimate.total is not None else "unknown"
         lines.append(f"{precision:8} {total} in the model ({listed})")
+    lines += [f"damage   {plan.damage}"] if plan.damage else []
     return lines + [f"reduced  {step}" for step in plan.degraded]
 
 
@@ -105,7 +106,15 @@ def _write_frames(frames: Any, folder: Path) -> str:
 
 def _reported(video: ProcessedVideo) -> list[str]:
     timing = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in video.timing.items())
-    lines = [f"decoded  by {video.metadata.backend}; seconds: {timing}"]
+    known = video.metadata
+    lines = [f"decoded  by {known.backend}; seconds: {timing}"]
+    if known.hdr:
+        lines.append(f"hdr      {known.hdr} of primaries {known.primaries or 'not stated'}; tone_map maps it to SDR")
+    if known.interlaced:
+        lines.append(f"fields   interlaced, {known.interlaced} first; deinterlace removes them")
+    if known.pixel_aspect != (1, 1):
+        aspect = "{}:{}".format(*known.pixel_aspect)
+        lines.append(f"pixels   have an aspect ratio of {aspect}; square_pixels corrects it")
     if missing := int(video.missing.sum()):
         lines.append(f"missing  {missing} frames could not be decoded and were replaced by the nearest decoded frame")
     if suspect := int(video.suspect.sum()):

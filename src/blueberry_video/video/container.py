@@ -8,7 +8,7 @@ different timestamps fails on that file, so that falling back to the next one ne
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +19,10 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from blueberry_video.video.errors import BrokenVideoError, LimitError, VideoError, one_line
-from blueberry_video.video.packets import picture_test, recovery_test
+from blueberry_video.video.extent import Cut, find_cut
+from blueberry_video.video.packets import is_user_data, picture_test, recovery_test
 from blueberry_video.video.picture import orientation
+from blueberry_video.video.picture_info import PictureInfo, picture_info
 from blueberry_video.video.sniff import local_video
 from blueberry_video.video.source_options import MAX_FRAME_PIXELS
 
@@ -43,7 +45,8 @@ class VideoInfo:
         name: name in messages; the input of the user where the file is temporary.
         num_frames: number of displayed frames, including frames that the header lists but the file does not hold.
         fps: (n - 1) / (last - first timestamp); the rate in the header for a single frame; 0.0 if both are unknown.
-        duration: seconds from the first frame to the end of the last, which the duration of its packet defines.
+        duration: seconds from the first frame to the end of the last, from the duration of its packet; from the header
+            where packets have none; else as if it were shown for the mean interval.
         height, width: pixels after rotation.
         timestamps: float64 (num_frames,) seconds in display order, with any start.
         keyframes: int64 (k,) indices of the frames at which decoding can start.
@@ -51,6 +54,8 @@ class VideoInfo:
         rotation: counter-clockwise rotation for display in degrees: 0, 90, 180 or 270.
         stream_index: index of the video stream in the file.
         lost: number of frames at the end that the header lists but the file does not hold.
+        cut: the end that the file lacks according to its headers; None for a whole file, and where they do not tell.
+        picture: pixel aspect ratio, fields, HDR and transparency.
     """
 
     path: Path
@@ -68,6 +73,20 @@ class VideoInfo:
     rotation: int = 0
     stream_index: int = 0
     lost: int = 0
+    cut: Cut | None = None
+    picture: PictureInfo = field(default_factory=PictureInfo)
+
+    @property
+    def damage(self) -> str:
+        """What the file lacks, for messages and reports; empty for a whole file."""
+        return str(self.cut) if self.cut else ""
+
+    @property
+    def lacks_frames(self) -> bool:
+        """Whether frames are missing at the end, as far as the headers tell: mp4 lists every frame, so that only those
+        that are listed count there; in other containers a cut file has lost frames that nothing counts."""
+        unlisted = self.cut is not None and self.cut.declared is not None and not self.container.startswith("mov")
+        return self.lost > 0 or unlisted
 
 
 class SeekPoint(NamedTuple):
@@ -161,13 +180,20 @@ def open_video(
             raise
         return container, stream
 
+    cut = find_cut(resolved, kind)
     try:
         if by_decoding:
-            return _index_frames(resolved, name, opened)
-        return _index_packets(resolved, name, opened, num_threads)
+            video = _index_frames(resolved, name, opened)
+        else:
+            video = _index_packets(resolved, name, opened, num_threads)
+        return replace(video, info=replace(video.info, cut=cut)) if cut else video
     except VideoError:
         raise
     except FAILURES as error:
+        if cut:
+            raise BrokenVideoError(
+                f"{name} is {cut}. Its rest cannot be read as a video ({one_line(error)})."
+            ) from error
         raise BrokenVideoError(
             f"{name} cannot be read as a video (pyav, which reads the packet index for every backend: "
             f"{one_line(error)}). Re-encode the file, or remove it."
@@ -273,7 +299,9 @@ def _index_packets(path: Path, name: str, opened: Opener, num_threads: int) -> O
         return _with_info(
             *(path, name, container, stream, first, pts, np.array([keys[number] for number in kept])),
             lost=lost,
-            last_duration=durations[kept[-1]] if kept else None,
+            last_duration=_last_duration(container, stream, [(known[i], durations[i]) for i in kept], kept)
+            if has_times
+            else None,
             reordered=reordered,
             seek_points=points,
         )
@@ -350,13 +378,20 @@ def _decode_alone(packet: av.Packet, stream: VideoStream) -> VideoFrame | None:
 def video_frames(packet: av.Packet, shows_frame: Callable[[av.Packet], bool] | None = None) -> list[VideoFrame]:
     """Returns the frames that the decoder yields for a packet.
 
-    With ``shows_frame``, the ``picture_test`` of the stream, a packet without a picture is no error in H.264: its
-    parameter sets are read.
+    With ``shows_frame``, the ``picture_test`` of the stream, a packet without a picture is no error in H.264 and MPEG:
+    its parameter sets are read, and user data alone is not decoded.
     """
     context = packet.stream.codec_context
+    if shows_frame is not None and context.name.startswith("mpeg") and is_user_data(bytes(packet)):
+        return []  # decoding threads would raise the error for a later packet
     if shows_frame is not None and context.name == "h264":
         context.skip_frame = "NONREF" if packet.size and not shows_frame(packet) else "DEFAULT"
-    return [frame for frame in packet.decode() if isinstance(frame, VideoFrame)]
+    try:
+        return [frame for frame in packet.decode() if isinstance(frame, VideoFrame)]
+    except av.error.InvalidDataError:
+        if shows_frame is None or not packet.size or not context.name.startswith("mpeg") or shows_frame(packet):
+            raise
+        return []
 
 
 def _first_frame(container: InputContainer, stream: VideoStream) -> VideoFrame | None:
@@ -375,6 +410,32 @@ def _num_listed(stream: VideoStream, num_found: int) -> int:
     """Returns the number of packets in the header where it lists them (mp4, mov, avi), at least ``num_found``."""
     entries = stream.index_entries
     return max(num_found, sum(entry.size > 0 for entry in entries) if len(entries) > num_found else 0)
+
+
+def _last_duration(
+    container: InputContainer, stream: VideoStream, shown: Sequence[tuple[int, int | None]], order: Sequence[int]
+) -> int | None:
+    """Returns the display time of the last frame in the time base of the stream; None if unknown.
+
+    It is the duration of its packet. That is 0 in FLV and ASF; and in mp4 it is the time to the next packet in decoding
+    order, which at a varying rate with B-frames is not the display time. There the header names the end of the stream.
+
+    Args:
+        container, stream: of PyAV.
+        shown: presentation time and duration of each packet, in display order.
+        order: position of these packets in the file.
+    """
+    if not shown:
+        return None
+    last, duration = shown[-1]
+    kind = container.format.name.split(",")[0]
+    reordered = list(order) != sorted(order) and len({found for _, found in shown}) > 1
+    if (duration or kind not in ("flv", "asf")) and not (kind == "mov" and reordered):
+        return duration
+    end = (stream.start_time or 0) + stream.duration if stream.duration else 0
+    if not end and container.duration and len(container.streams) == 1 and stream.time_base:
+        end = round(((container.start_time or 0) + container.duration) / av.time_base / stream.time_base)
+    return end - last if end > last else duration
 
 
 def _with_info(
@@ -424,5 +485,6 @@ def _with_info(
         rotation=90 * turns,
         stream_index=stream.index,
         lost=lost,
+        picture=picture_info(stream, first, turns),
     )
     return OpenVideo(container, stream, info, None if reordered else pts, tuple(seek_points))

@@ -6,7 +6,9 @@ that decode, with a mask of the missing ones.
 """
 
 import contextlib
+import itertools
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,12 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blueberry_video.video.backends import READERS, DamagedError, backend_failure, readers, salvage
+from blueberry_video.video.backends import READERS, DamagedError, Reader, backend_failure, read_pyav, readers, salvage
 from blueberry_video.video.container import FAILURES, MAX_FRAME_PIXELS, OpenVideo, VideoInfo, open_video
+from blueberry_video.video.deinterlace import FILTERS, PROGRESSIVE_CODECS
 from blueberry_video.video.errors import BrokenVideoError, DamagedVideoError, one_line
+from blueberry_video.video.hdr import CURVES
+from blueberry_video.video.picture import Rendering
 from blueberry_video.video.ranges import check_at_least, check_between, check_choice, check_indices
 
 BACKENDS = tuple(READERS)  # in the order in which they are tried
+_WARNED: set[str] = set()  # kinds of HDR
 Result = TypeVar("Result")
 Choice = Sequence[int] | Callable[[VideoInfo], Sequence[int]]
 
@@ -42,6 +48,10 @@ class DecodeOptions:
         decode_device: ``cpu``, or a CUDA device for torchcodec's hardware decoder, which is faster only for long clips
             of high resolution.
         chunk_frames: number of frames per chunk; bounds memory.
+        tone_map: curve that maps HDR video (PQ, HLG) to BT.709 SDR, see ``hdr``: ``bt2390``, the EETF of ITU-R BT.2390;
+            ``hable``, as FFmpeg's ``tonemap``; ``none``: the signal is taken as if it were SDR, with a warning.
+        deinterlace: FFmpeg's filter for frames that are marked as interlaced: ``bwdif`` or ``yadif``, one frame per
+            frame; ``none``.
     """
 
     backends: tuple[str, ...] = BACKENDS
@@ -51,6 +61,8 @@ class DecodeOptions:
     max_missing_share: float = 0.5
     decode_device: str = "cpu"
     chunk_frames: int = 16
+    tone_map: str = "none"
+    deinterlace: str = "none"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "backends", tuple(self.backends))
@@ -63,6 +75,15 @@ class DecodeOptions:
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.decode_device):
             raise ValueError(f"decode_device={self.decode_device!r} is unknown: use cpu, cuda or cuda:0.")
         check_between(0, 1, max_missing_share=self.max_missing_share)
+        check_choice("tone_map", self.tone_map, ("none", *CURVES))
+        check_choice("deinterlace", self.deinterlace, ("none", *FILTERS))
+
+    def rendering(self, info: VideoInfo) -> Rendering:
+        """Returns the processing that a video requires."""
+        return Rendering(
+            tone_map=self.tone_map if info.picture.hdr else "none",
+            deinterlace="none" if info.codec in PROGRESSIVE_CODECS else self.deinterlace,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +98,7 @@ class Frames:
         suspect: bool (T,), True where the frame was decoded after damage and may be wrong.
         backend: backend that decoded the frames; the last one if there were several.
         failures: reason of failure by backend.
+        damage: what the file lacks according to its headers, see ``VideoInfo.damage``; empty for a whole file.
     """
 
     pixels: Tensor
@@ -86,6 +108,7 @@ class Frames:
     suspect: Tensor
     backend: str
     failures: dict[str, str] = field(default_factory=dict)
+    damage: str = ""
 
 
 def in_order(frames: Frames, indices: Sequence[int]) -> Frames:
@@ -188,31 +211,42 @@ def decode_in_chunks(video: OpenVideo, wanted: Sequence[int], options: DecodeOpt
         lost += int(missing.sum())
         if lost > options.max_missing_share * len(wanted):
             raise BrokenVideoError(
-                f"{lost} or more of {len(wanted)} frames of {video.info.name} do not decode ({_reasons(failures)}): "
-                f"re-encode the file, remove it, or raise max_missing_share={options.max_missing_share}."
+                f"{lost} or more of {len(wanted)} frames of {_described(video.info)} do not decode "
+                f"({_reasons(failures)}): re-encode the file, remove it, or raise "
+                f"max_missing_share={options.max_missing_share}."
             )
         timestamps = torch.from_numpy(video.info.timestamps[list(indices)])
-        yield Frames(pixels.permute(0, 3, 1, 2), indices, timestamps, missing, suspect, picture.backend, dict(failures))
+        masks = (missing, suspect, picture.backend, dict(failures))
+        yield Frames(pixels.permute(0, 3, 1, 2), indices, timestamps, *masks, video.info.damage)
 
 
 def _pictures(
     video: OpenVideo, wanted: Sequence[int], options: DecodeOptions, failures: dict[str, str]
 ) -> Iterator[_Picture]:
     """Yields the picture of each wanted frame. Records the reasons of failed backends in ``failures``."""
-    if video.info.lost and not options.salvage:
-        listed = video.info.num_frames
+    info = video.info
+    if info.lacks_frames and not options.salvage:
+        found = f"is truncated: it lists {info.num_frames} frames, but holds {info.num_frames - info.lost}"
         raise DamagedVideoError(
-            f"{video.info.name} is truncated: it lists {listed} frames, but holds {listed - video.info.lost}. "
-            "Replace or remove the file, or set salvage=true to use the frames that it holds."
+            f"{_described(info)} {found if info.lost else 'has lost frames at its end'}. Replace or remove the file, "
+            "or set salvage=true to use the frames that it holds."
         )
     position = 0
     kind: type[BrokenVideoError] = BrokenVideoError
-    for name in options.backends:
+    rendering, known = options.rendering(video.info), readers()
+    chosen: dict[str, Reader] = {name: known[name] for name in options.backends}
+    if rendering != Rendering() or video.info.picture.has_alpha:
+        for name in itertools.takewhile(lambda name: name != "pyav", options.backends):
+            failures[name] = "only pyav reads alpha channels, maps tones and deinterlaces"
+        chosen = {"pyav": partial(read_pyav, rendering=rendering)}
+    if video.info.picture.hdr and rendering.tone_map == "none":
+        _warn_of_hdr(video.info.picture.hdr, video.info.name)
+    for name, reader in chosen.items():
         if reason := backend_failure(name):
             failures[name] = reason
             continue
         try:
-            for picture in readers()[name](video, wanted[position:], options.decode_device):
+            for picture in reader(video, wanted[position:], options.decode_device):
                 position += 1
                 yield _Picture(picture, False, False, name)
         except DamagedError as error:
@@ -224,17 +258,25 @@ def _pictures(
             return
     if not options.salvage:
         raise kind(
-            f"No backend could decode {video.info.name} ({_reasons(failures)}). Re-encode the file, remove it, or set "
+            f"No backend could decode {_described(info)} ({_reasons(failures)}). Re-encode the file, remove it, or set "
             "salvage=true to use the frames that decode."
         )
     try:
-        for salvaged in salvage(video, wanted[position:]):
+        for salvaged in salvage(video, wanted[position:], rendering):
             yield _Picture(*salvaged, "pyav (salvage)")
     except FAILURES as error:
         raise BrokenVideoError(
-            f"No frame of {video.info.name} can be decoded ({_reasons(failures)}; salvage: {one_line(error)}). "
+            f"No frame of {_described(info)} can be decoded ({_reasons(failures)}; salvage: {one_line(error)}). "
             "Re-encode the file, or remove it."
         ) from error
+
+
+def _warn_of_hdr(hdr: str, name: str) -> None:
+    """Warns once per process and kind, because data sets have many such files."""
+    if hdr not in _WARNED:
+        _WARNED.add(hdr)
+        problem = f"{name} is HDR ({hdr}), and its signal is taken as if it were SDR, which looks flat"
+        warnings.warn(f"{problem}: set tone_map=bt2390 to map it to BT.709.", stacklevel=2)
 
 
 def _copy(picture: Tensor, into: Tensor) -> None:
@@ -242,6 +284,10 @@ def _copy(picture: Tensor, into: Tensor) -> None:
         np.copyto(into.numpy(), picture.numpy())
     else:
         into.copy_(picture)
+
+
+def _described(info: VideoInfo) -> str:
+    return f"{info.name} ({info.damage})" if info.damage else info.name
 
 
 def _reasons(failures: dict[str, str]) -> str:

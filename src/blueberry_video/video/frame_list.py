@@ -62,6 +62,11 @@ class FrameList(ABC):
         """Time of each frame in seconds, from the durations of an animation or ``frames_fps``; None if unknown."""
         return tuple(i / self._fps for i in range(self._count)) if self._fps else None
 
+    @property
+    def last_duration(self) -> float | None:
+        """Display time of the last frame in seconds: its own, or the mean interval; None if unknown."""
+        return 1 / self.fps if self.fps else None
+
     def read(self, indices: Sequence[int]) -> Tensor:
         """Loads frames as uint8 (n, 3, H, W) RGB, in the order of ``indices``, transparent pixels on white.
 
@@ -152,6 +157,14 @@ class Decoder(FrameList):
         rate = self._decoder.metadata.average_fps
         return tuple(i / rate for i in range(len(self))) if rate else super().timestamps
 
+    @property
+    def last_duration(self) -> float | None:
+        if hasattr(self._decoder, "get_frame_timestamp"):
+            [(start, end)] = self._decoder.get_frame_timestamp([len(self) - 1])
+            if end > start:
+                return float(end - start)
+        return super().last_duration
+
     def _decoded(self, indices: Sequence[int]) -> np.ndarray:
         """Pixels (n, H, W, 3) of a few frames."""
         if hasattr(self._decoder, "get_frames_at"):
@@ -216,15 +229,22 @@ class Animation(FrameList):
         super().__init__(count, iter([size]), name, options)
 
     @functools.cached_property
-    def _durations(self) -> list[float]:  # milliseconds; some formats provide them only after decoding
-        with readable(self._name):
-            return [image.info.get("duration", 0) for image in self._walk(range(len(self)))]
+    def _durations(self) -> list[float]:
+        """Milliseconds of each frame, empty if the file has none. A frame without one is shown for 100 ms, as in
+        browsers and in FFmpeg's reader of GIF."""
+        with readable(self._name):  # some formats provide them only after decoding
+            found = [image.info.get("duration", 0) for image in self._walk(range(len(self)))]
+        return [duration or 100.0 for duration in found] if any(found) else []
 
     @property
     def timestamps(self) -> tuple[float, ...] | None:
-        if not all(self._durations):
+        if not self._durations:
             return super().timestamps
         return tuple(total / 1000 for total in itertools.accumulate(self._durations[:-1], initial=0.0))
+
+    @property
+    def last_duration(self) -> float | None:
+        return self._durations[-1] / 1000 if self._durations else super().last_duration
 
     def _walk(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         for i in indices:

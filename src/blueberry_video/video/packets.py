@@ -2,7 +2,8 @@
 
 A packet may hold only parameter sets, SEI messages, an access unit delimiter or filler data, or a picture that is never
 displayed. Such a packet yields no frame, and it is not damaged. Headers are read as in ITU-T H.264 (7.3.1), H.265
-(7.3.1.2), ISO/IEC 13818-2 (6.2.3) and 14496-2 (6.2.5), RFC 6386 (9.1) and the VP9 bitstream specification (6.2, B).
+(7.3.1.2), ISO/IEC 13818-2 (6.2.3) and 14496-2 (6.2.5), RFC 6386 (9.1), the VP9 bitstream specification (6.2, B) and
+that of AV1 (5.3, 5.5.1, 5.9.2).
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from av.video.stream import VideoStream
 
 _START_CODE = b"\x00\x00\x01"
 _VP8_SHOWN = 0x10  # show_frame bit in the first byte
+_STILL = 0x08  # reduced_still_picture_header: frames have no show_frame bit, and all are shown
 
 
 def picture_test(stream: VideoStream) -> Callable[[av.Packet], bool]:
@@ -32,7 +34,17 @@ def picture_test(stream: VideoStream) -> Callable[[av.Packet], bool]:
         return lambda packet: bool(memoryview(packet)[0] & _VP8_SHOWN)
     if name == "vp9":
         return lambda packet: _vp9_shows(memoryview(packet))
+    if "av1" in name:  # also libdav1d
+        units = bytes(stream.codec_context.extradata or b"")[4:]  # of av1C, after its 4 bytes
+        still = any(kind == 1 and unit and unit[0] & _STILL for kind, unit in _av1_units(units) or ())
+        return lambda packet: still or _av1_shows(bytes(packet))
     return lambda packet: True
+
+
+def is_user_data(data: bytes) -> bool:
+    """Returns whether a packet of MPEG-1, 2 or 4 holds nothing but user data."""
+    codes = {part[:1] for part in data.split(_START_CODE)[1:]}
+    return codes == {b"\xb2"}
 
 
 def recovery_test(stream: VideoStream) -> Callable[[av.Packet], bool]:
@@ -146,3 +158,35 @@ def _vp9_frame_is_shown(header: memoryview) -> bool:
     at = 11 if bits >> 12 & 3 != 3 else 10  # after marker and profile; profile 3 has a reserved bit
     shows_existing, shown = bits >> at & 1, bits >> (at - 2) & 1
     return bool(shows_existing or shown)
+
+
+def _av1_units(data: bytes) -> list[tuple[int, bytes]] | None:
+    """Returns (type, payload) of the OBUs of a packet; None if it is not a sequence of them."""
+    units, at = [], 0
+    while at < len(data):
+        kind, extended, sized = data[at] >> 3 & 15, data[at] >> 2 & 1, data[at] >> 1 & 1
+        forbidden, at, length, shift = data[at] & 0x80, at + 1 + extended, 0, 0
+        if forbidden:
+            return None
+        while sized:  # LEB128
+            if at >= len(data) or shift > 49:
+                return None
+            length |= (data[at] & 0x7F) << shift
+            shift, at, sized = shift + 7, at + 1, data[at] >> 7
+        length = length if shift else len(data) - at
+        if at + length > len(data):
+            return None
+        units.append((kind, data[at : at + length]))
+        at += length
+    return units
+
+
+def _av1_shows(data: bytes) -> bool:
+    """Returns whether a packet has a visible frame: a frame header (3) or a frame (6) that shows itself or an earlier
+    one."""
+    units = _av1_units(data)
+    if not units:
+        return True  # not AV1: the decoder decides
+    if any(kind == 1 and unit and unit[0] & _STILL for kind, unit in units):
+        return True
+    return any(kind in (3, 6) and bool(unit) and bool(unit[0] & 0x90) for kind, unit in units)

@@ -30,6 +30,7 @@ class Plan:
         memory: bytes in the memory of the model, for fp32, bf16, int8 and int4.
         frame_bytes: bytes of the resized frames and of the formatted output.
         degraded: descriptions of the reductions that meet a budget.
+        damage: what the file lacks according to its headers; empty for a whole file.
     """
 
     indices: tuple[int, ...]
@@ -39,6 +40,7 @@ class Plan:
     memory: dict[str, MemoryEstimate]
     frame_bytes: int
     degraded: tuple[str, ...] = ()
+    damage: str = ""
 
 
 def make_plan(info: VideoInfo, indices: Sequence[int], settings: VideoSettings) -> Plan:
@@ -50,7 +52,8 @@ def make_plan(info: VideoInfo, indices: Sequence[int], settings: VideoSettings) 
     """
     check_limits(info, settings)
     resizing, run, tokens = settings.resize, settings.run, settings.tokens
-    size = video_size(info.height, info.width, len(indices), resizing, is_list(info))
+    aspect = info.picture.pixel_aspect
+    size = video_size(info.height, info.width, len(indices), resizing, is_list(info), aspect)
     plan = _planned(info, indices, size, settings)
     memory = run.max_memory_bytes
     if memory is not None:
@@ -115,6 +118,7 @@ def _planned(
         memory=memory_estimate(count, *size, settings.tokens),
         frame_bytes=_frame_bytes(count, size, settings),
         degraded=tuple(degraded),
+        damage=info.damage,
     )
 
 

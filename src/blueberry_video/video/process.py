@@ -33,7 +33,7 @@ from blueberry_video.video.sampling import seconds_per_frame
 from blueberry_video.video.settings import VideoSettings, load_settings, with_overrides
 from blueberry_video.video.source import Source, open_source
 
-ENTRY = "2"  # changes with the fields of a cache entry
+ENTRY = "3"  # changes with the fields of a cache entry
 PACKAGES = ("blueberry-video", "av", "torchcodec", "decord", "torch")  # their versions determine pixels
 
 
@@ -256,10 +256,11 @@ class VideoProcessor:
             if deadline is not None and now + (now - begun) / done * (total - done) > deadline:
                 raise _LateError
 
-        resized = partial(self._resized, size=(plan.height, plan.width))
+        aspect = reader.info.picture.pixel_aspect
+        resized = partial(self._resized, size=(plan.height, plan.width), pixel_aspect=aspect)
         return reader.load(plan.indices, resized, None if deadline is None else 2, watch, check_time)
 
-    def _resized(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    def _resized(self, pixels: Tensor, size: tuple[int, int], pixel_aspect: tuple[int, int]) -> Tensor:
         if self.hooks.preprocess:
             given, pixels = pixels, self.hooks.preprocess(pixels)
             right = isinstance(pixels, Tensor) and pixels.dtype == torch.uint8 and pixels.ndim == 4
@@ -271,7 +272,7 @@ class VideoProcessor:
                 )
         if self.settings.format.device != "cpu":
             pixels = pixels.to(self.settings.format.device)
-        return resize_to(pixels, size, self.settings.resize)
+        return resize_to(pixels, size, self.settings.resize, pixel_aspect)
 
     def _result(self, plan: Plan, reader: FrameReader, source: Source, frames: Frames) -> ProcessedVideo:
         info = reader.info
@@ -284,7 +285,7 @@ class VideoProcessor:
             num_frames=len(plan.indices),
             original_fps=info.fps,
             sample_fps=(len(distinct) - 1) / span if span else 0.0,
-            seconds_per_frame=seconds_per_frame(info.timestamps, plan.indices, options, info.fps),
+            seconds_per_frame=seconds_per_frame(info.timestamps, plan.indices, options, info.fps, info.duration),
             timestamps=tuple(times.tolist()),
             duration=info.duration,
             resolution=(plan.height, plan.width),
@@ -297,6 +298,12 @@ class VideoProcessor:
             codec=info.codec,
             container=info.container,
             backend=frames.backend,
+            damage=info.damage,
+            pixel_aspect=info.picture.pixel_aspect,
+            interlaced=info.picture.interlaced,
+            hdr=info.picture.hdr,
+            primaries=info.picture.primaries,
+            has_alpha=info.picture.has_alpha,
         )
         return ProcessedVideo(
             frames=frames.pixels,
@@ -331,13 +338,14 @@ class VideoProcessor:
         chunk_frames = -(-reader.chunk_frames // group) * group  # whole temporal patches
         indices = sorted(set(self._sample(reader)))
         count = min(len(indices), chunk_frames)
-        size = video_size(info.height, info.width, count, self.settings.resize, is_list(info))
-        per_frame = seconds_per_frame(info.timestamps, indices, self.settings.sampling, info.fps)
+        aspect = info.picture.pixel_aspect
+        size = video_size(info.height, info.width, count, self.settings.resize, is_list(info), aspect)
+        per_frame = seconds_per_frame(info.timestamps, indices, self.settings.sampling, info.fps, info.duration)
         for chunk in reader.read(indices, chunk_frames):
-            pixels = self._resized(chunk.pixels, size)
+            pixels = self._resized(chunk.pixels, size, aspect)
             times = chunk.timestamps - float(info.timestamps[0])
             formatted = self._format(pixels, times, per_frame)
-            yield VideoChunk(formatted, pixels, chunk.indices, times, chunk.missing, chunk.suspect)
+            yield VideoChunk(formatted, pixels, chunk.indices, times, chunk.missing, chunk.suspect, chunk.damage)
 
     def _key(self, source: Source, watch: Stopwatch) -> str:
         """Returns the cache key of the frames; the format is recomputed from the cached frames."""

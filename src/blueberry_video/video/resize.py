@@ -1,4 +1,4 @@
-"""Frame sizes under a model's rules and pixel budgets, and antialiased resizing of uint8 frames.
+"""Frame sizes under a model's rules and pixel budgets, and resizing of uint8 frames.
 
 Sizes are pure functions of numbers; ``video_size`` implements seven rules. The ``smart`` rule is that of qwen-vl-utils
 0.0.14 (``vision_process.py``), with its budgets applied in the same order, except that a side is never rounded down to
@@ -28,6 +28,7 @@ PIXEL_BUDGETS = ("frame", "video")
 Size = tuple[int, int]  # (height, width)
 MIN_TOKENS, MAX_TOKENS, CONTEXT_TOKENS = 128, 768, 128_000  # per frame, per frame, per video (of which 90 % is used)
 IMAGE_MIN_TOKENS, IMAGE_MAX_TOKENS = 4, 16_384  # limits of an explicit size
+MAX_PIXEL_ASPECT = 100
 BUFFER_BYTES = 32 * 2**20  # buffers of the exact mode, for clips of any size
 
 
@@ -54,8 +55,12 @@ class ResizeOptions:
         image_size: pixels, for ``crop``, ``cover`` and ``stretch``: one number for a square, or (height, width).
         max_long_side, max_short_side: pixels, for ``fit``; null is no limit.
         resample: ``exact``: float arithmetic, rounded once; ``fast``: PyTorch's fixed-point kernels, a few levels off.
-        interpolation: ``bicubic`` or ``bilinear``, both with antialias.
+        interpolation: ``bicubic`` or ``bilinear``.
         max_aspect: ratio of the longer to the shorter side above which ``smart`` raises; at least 1.
+        antialias: widen the kernel when downscaling; without, each output pixel mixes its nearest 2 x 2 (bilinear) or
+            4 x 4 pixels, as OpenCV and ``torch.nn.functional.interpolate`` do.
+        square_pixels: take the display size of video with pixels that are not square, see ``display_size``, as its
+            original size, so that shapes have their displayed proportions. Frames are resized once.
 
     Raises:
         ValueError: a value out of range, or a missing value that the rule requires.
@@ -77,12 +82,17 @@ class ResizeOptions:
     resample: str = "exact"
     interpolation: str = "bicubic"
     max_aspect: float = 200.0
+    antialias: bool = True
+    square_pixels: bool = False
 
     def __post_init__(self) -> None:
         for key, allowed in (("rule", RULES), ("pixel_budget", PIXEL_BUDGETS)):
             check_choice(key, getattr(self, key), allowed)
         _check_resampling(self.resample, self.interpolation)
-        check_at_least(1, **{key: value for key, value in vars(self).items() if isinstance(value, int | float)})
+        if not isinstance(self.antialias, bool):
+            raise ValueError(f"antialias={self.antialias!r} must be true or false.")
+        numbers = {key: value for key, value in vars(self).items() if type(value) in (int, float)}
+        check_at_least(1, **numbers)
         if self.image_size is not None:
             object.__setattr__(self, "image_size", _pair(self.image_size))
         if (self.resized_height is None) != (self.resized_width is None):
@@ -149,16 +159,41 @@ def fill(height: int, width: int, factor: int, max_pixels: int) -> tuple[int, in
     return new_height, new_width
 
 
+def display_size(height: int, width: int, pixel_aspect: tuple[int, int]) -> tuple[int, int]:
+    """Returns (height, width) with square pixels: the same height, and width · aspect rounded down, as FFmpeg's
+    ``scale=iw*sar:ih``.
+
+    Args:
+        height, width: pixels of a frame after rotation.
+        pixel_aspect: (width, height) of a pixel.
+
+    Raises:
+        LimitError: a pixel more than ``MAX_PIXEL_ASPECT`` times longer than it is wide, or the reverse.
+    """
+    ratio = pixel_aspect[0] / pixel_aspect[1]
+    if not 1 / MAX_PIXEL_ASPECT <= ratio <= MAX_PIXEL_ASPECT:
+        found = f"Frames have a pixel aspect ratio of {pixel_aspect[0]}:{pixel_aspect[1]}"
+        raise LimitError(f"{found}, outside 1:{MAX_PIXEL_ASPECT} to {MAX_PIXEL_ASPECT}:1: set square_pixels=false.")
+    return height, max(1, int(width * ratio))
+
+
 def video_size(
-    height: int, width: int, num_frames: int, options: ResizeOptions, is_list: bool = False
+    height: int,
+    width: int,
+    num_frames: int,
+    options: ResizeOptions,
+    is_list: bool = False,
+    pixel_aspect: tuple[int, int] = (1, 1),
 ) -> tuple[int, int]:
     """Returns the (height, width) to which ``num_frames`` frames of a video, or of a list, are resized.
 
     Raises:
-        ValueError: a size or count below 1, and what ``smart_resize`` and ``fill`` raise.
+        ValueError: a size or count below 1, and what ``smart_resize``, ``fill`` and ``display_size`` raise.
     """
     if min(height, width, num_frames) < 1:
         raise ValueError(f"num_frames={num_frames} of {width}x{height} pixels: each must be at least 1.")
+    if options.square_pixels:
+        height, width = display_size(height, width, pixel_aspect)
     factor = options.size_factor
     if options.resized_height is not None and options.resized_width is not None:
         limits = (IMAGE_MIN_TOKENS * factor**2, IMAGE_MAX_TOKENS * factor**2)
@@ -189,17 +224,28 @@ def resize_video(frames: Tensor, options: ResizeOptions) -> Tensor:
     return resize_to(frames, video_size(frames.shape[2], frames.shape[3], frames.shape[0], options), options)
 
 
-def resize_to(frames: Tensor, size: tuple[int, int], options: ResizeOptions) -> Tensor:
+def resize_to(
+    frames: Tensor, size: tuple[int, int], options: ResizeOptions, pixel_aspect: tuple[int, int] = (1, 1)
+) -> Tensor:
     """Resizes uint8 (T, 3, H, W) to a given size, cropping where the rule is ``crop``; raises as :func:`resize`."""
-    function = crop if options.rule == "crop" and options.resized_height is None else resize
-    return function(frames, size, options.resample, options.interpolation)
+    if options.rule != "crop" or options.resized_height is not None:
+        return resize(frames, size, options.resample, options.interpolation, options.antialias)
+    aspect = pixel_aspect if options.square_pixels else (1, 1)
+    return crop(frames, size, options.resample, options.interpolation, options.antialias, aspect)
 
 
-def crop(frames: Tensor, size: tuple[int, int], resample: str = "exact", interpolation: str = "bicubic") -> Tensor:
+def crop(
+    frames: Tensor,
+    size: tuple[int, int],
+    resample: str = "exact",
+    interpolation: str = "bicubic",
+    antialias: bool = True,
+    pixel_aspect: tuple[int, int] = (1, 1),
+) -> Tensor:
     """Scales uint8 (T, 3, H, W) until ``size`` is covered and crops the center; raises as :func:`resize`."""
     _check_frames(frames)
-    covering = covering_size(frames.shape[2], frames.shape[3], size)
-    return window(resize(frames, covering, resample, interpolation), size)
+    covering = covering_size(*display_size(frames.shape[2], frames.shape[3], pixel_aspect), size)
+    return window(resize(frames, covering, resample, interpolation, antialias), size)
 
 
 def covering_size(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
@@ -214,8 +260,14 @@ def window(frames: Tensor, size: tuple[int, int], position: int = 1) -> Tensor:
     return frames[:, :, top : top + size[0], left : left + size[1]].contiguous()
 
 
-def resize(frames: Tensor, size: tuple[int, int], resample: str = "exact", interpolation: str = "bicubic") -> Tensor:
-    """Resizes uint8 (T, 3, H, W) to uint8 (T, 3, *size) with antialias; returns the input if the size is the same.
+def resize(
+    frames: Tensor,
+    size: tuple[int, int],
+    resample: str = "exact",
+    interpolation: str = "bicubic",
+    antialias: bool = True,
+) -> Tensor:
+    """Resizes uint8 (T, 3, H, W) to uint8 (T, 3, *size); returns the input if the size is the same.
 
     Channels-last frames, the layout of decoders, are read without a copy and stay channels-last in the fast mode. On a
     GPU both modes compute in float on the GPU.
@@ -226,6 +278,7 @@ def resize(frames: Tensor, size: tuple[int, int], resample: str = "exact", inter
         resample: ``exact``: float interpolation, off by one level in about 2 of 100,000 pixels of noise; ``fast``:
             PyTorch's uint8 kernels, up to about 20 levels off on noise, 3 to 15 times faster than float interpolation.
         interpolation: ``bicubic`` or ``bilinear``.
+        antialias: widen the kernel when downscaling.
 
     Raises:
         ValueError: no frames, a wrong dtype or shape, or an argument out of range.
@@ -235,16 +288,17 @@ def resize(frames: Tensor, size: tuple[int, int], resample: str = "exact", inter
     size = _pair(size)
     if tuple(frames.shape[2:]) == size:
         return frames
-    if frames.device.type != "cpu":
+    on_cpu = frames.device.type == "cpu"
+    if on_cpu and resample == "fast" and size[1] > 1:  # at width 1 the kernel of PyTorch 2.13 crashes or is wrong
+        return F.interpolate(frames, size, mode=interpolation, antialias=antialias)
+    if not on_cpu or not antialias:
         chunk = max(1, 8 * BUFFER_BYTES // (4 * frames[0].numel()))  # a float copy of 768 frames of 1080p is 19 GB
-        return torch.cat([_interpolated(part, size, interpolation) for part in frames.split(chunk)])
-    if resample == "fast" and size[1] > 1:  # at width 1 the kernel of PyTorch 2.13 crashes or returns wrong pixels
-        return F.interpolate(frames, size, mode=interpolation, antialias=True)
+        return torch.cat([_interpolated(part, size, interpolation, antialias) for part in frames.split(chunk)])
     return _by_products(frames, size, interpolation)
 
 
-def _interpolated(frames: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    resized = F.interpolate(frames.float(), size, mode=interpolation, antialias=True)
+def _interpolated(frames: Tensor, size: tuple[int, int], interpolation: str, antialias: bool) -> Tensor:
+    resized = F.interpolate(frames.float(), size, mode=interpolation, antialias=antialias)
     return resized.clamp_(0, 255).round_().to(torch.uint8)
 
 

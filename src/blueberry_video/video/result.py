@@ -32,6 +32,14 @@ class VideoMetadata:
         start_time: timestamp of the first frame in the container.
         codec, container: FFmpeg's names; the kind of the source if it was not decoded.
         backend: the decoder; with ``(salvage)`` if frames may be missing or suspect.
+        damage: what the file lacks according to its headers, such as "incomplete: 5000 of 9000 bytes, …"; empty for a
+            whole file, and where the container does not tell.
+        pixel_aspect: (width, height) of a pixel of the file after rotation; ``square_pixels`` corrects it.
+        interlaced: ``top`` or ``bottom``, the field of the file that is displayed first; None if it is progressive.
+            ``deinterlace`` removes it.
+        hdr: ``pq`` or ``hlg``, transfer characteristics of the file; None if it is SDR. ``tone_map`` maps it to SDR.
+        primaries: FFmpeg's name of the color primaries of the file; None where it states none.
+        has_alpha: whether the frames of the file have an alpha channel, and were blended over white.
     """
 
     name: str
@@ -51,6 +59,12 @@ class VideoMetadata:
     codec: str
     container: str
     backend: str
+    damage: str = ""
+    pixel_aspect: tuple[int, int] = (1, 1)
+    interlaced: str | None = None
+    hdr: str | None = None
+    primaries: str | None = None
+    has_alpha: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +100,8 @@ class ProcessedVideo:
         known = self.metadata
         size = f"{known.num_frames} frames of {known.resolution[0]}x{known.resolution[1]}"
         lost = f", {int(self.missing.sum())} missing" if self.missing.any() else ""
-        return f"ProcessedVideo({known.name!r}, {size}, {known.total_tokens} tokens{lost})"
+        damage = f", {known.damage}" if known.damage else ""
+        return f"ProcessedVideo({known.name!r}, {size}, {known.total_tokens} tokens{lost}{damage})"
 
     def summary(self) -> dict[str, Any]:
         """Returns everything except the frames as plain values, for JSON or a row of ``quality.wandb_table``."""
@@ -104,7 +119,8 @@ class ProcessedVideo:
 
 @dataclass(frozen=True, eq=False)
 class VideoChunk:
-    """Chunk of a streamed video: formatted frames, uint8 pixels, frame indices, timestamps in seconds, and masks."""
+    """Chunk of a streamed video: formatted frames, uint8 pixels, frame indices, timestamps in seconds, masks, and what
+    the file lacks (``VideoMetadata.damage``)."""
 
     frames: Any
     pixels: Tensor
@@ -112,6 +128,7 @@ class VideoChunk:
     timestamps: Tensor
     missing: Tensor
     suspect: Tensor
+    damage: str = ""
 
     def __repr__(self) -> str:
         height, width = self.pixels.shape[2:]

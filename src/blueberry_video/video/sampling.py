@@ -12,7 +12,6 @@ are the timestamps of the frames, so that ranges and intervals are correct at a 
 import heapq
 import itertools
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,16 +20,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blueberry_video.video.errors import VideoError
 from blueberry_video.video.ranges import check_above_zero, check_at_least, check_between, check_choice
 from blueberry_video.video.refinement import bursts, registered
+from blueberry_video.video.times import (
+    TOLERANCE,
+    checked_times,
+    even_times,
+    every_interval,
+    frame_rate,
+    limited_count,
+    on_screen,
+    seconds_on_screen,
+    time_range,
+)
 
 SAMPLERS = ("uniform", "random", "fixed_fps", "multi_clip", "segments")
 STRATEGIES = ("fps", "uniform", "duration", "keyframes", "adaptive", "progressive", "bursts", "all")
 FRAME_LISTS = ("whole", "sampled")
 SPACINGS = ("inclusive", "linspace", "arange", "steps", "centres")
 DEFAULT_FPS = 2.0
-TOLERANCE = 1e-6  # seconds: rounding must not drop a frame that starts at exactly a requested time
 
 
 @dataclass(frozen=True)
@@ -93,8 +101,9 @@ class SamplingOptions:
             (qwen-vl-utils); ``linspace``: the same in double precision (Qwen3-VL in transformers); ``arange``: floors
             of equal steps in single precision, without the last frame (Qwen2-VL in transformers); ``steps``: the same
             in integers (the default of transformers); ``centres``: the middles of equal parts (InternVL).
-        by_time: spread ``fps`` and ``uniform`` evenly in time and ignore ``spacing``; equal to ``inclusive`` at a
-            constant rate, except for exact halves.
+        by_time: spread ``fps`` and ``uniform`` evenly in time and ignore ``spacing``: the frames on screen at evenly
+            spaced times, which at a constant rate are ``linspace`` rounded down. ``fps`` then counts the seconds of
+            the range, not its frames.
         pad_frames: repeat the last frame of a video with fewer than ``num_frames``, instead of raising.
         candidates_per_frame: candidate frames of ``adaptive`` per frame taken, at least 1.
         rounds: rounds of ``progressive``, at least 1; each doubles the frames, so that 3 begins with a quarter.
@@ -103,8 +112,9 @@ class SamplingOptions:
         frame_lists: frames of a list or folder under ``fps``. ``whole``: all of them up to ``max_frames``, since they
             are sampled already (qwen-vl-utils); ``sampled``: as a file, if their rate is known (``frames_fps``). An
             override of ``fps`` or ``sampling`` sets ``sampled``.
-        video_start: seconds after the first frame; earlier frames are ignored, except the one on screen if
-            no other frame begins before ``video_end``. Null is the start.
+        video_start: seconds after the first frame; frames that begin earlier are ignored, except the one on screen
+            if it is held: for at least two mean intervals from there on, or past ``video_end``. With ``by_time`` and
+            ``duration`` the one on screen always counts. Null is the start.
         video_end: seconds after the first frame; later frames are ignored. Null is the end.
 
     Raises:
@@ -165,6 +175,7 @@ def choose(
     keyframes: Sequence[int] = (),
     scores: Tensor | Sequence[float] | None = None,
     rate: float | None = None,
+    duration: float | None = None,
 ) -> list[int]:
     """Returns the indices of the frames to decode, in order, counted from the start of the video.
 
@@ -176,19 +187,20 @@ def choose(
             ``sampling='adaptive'``.
         rate: frames per second of the whole video as stated by the container; ``frame_rate`` of the timestamps if None.
             Do not pass a rate computed from timestamps: it lacks the rounding that makes counts exact.
+        duration: seconds from the first frame to the end of the last; its display time is the mean interval if None.
 
     Raises:
         ValueError: options that do not fit this video: an empty range, too few frames, an index out of range.
         VideoError: no timestamps, or timestamps that are not ascending finite numbers.
     """
-    times = _checked_times(timestamps)
+    times = checked_times(timestamps)
     if (scores is None) == (options.sampling == "adaptive" and options.indices is None):
         problem = f"sampling={options.sampling!r} {'requires' if scores is None else 'ignores'} scores"
         raise ValueError(f"{problem}: pass one per frame of candidate_frames, with sampling='adaptive' only.")
-    first, last = time_range(times, options.video_start, options.video_end)
+    first, last = _range(times, options, duration)
     inside = sorted({int(k) for k in keyframes if first <= k <= last})
     natural = len(inside) if options.sampling == "keyframes" else None
-    count = partial(_count, times, first, last, options, rate, natural)
+    count = partial(_count, times, first, last, options, rate, duration, natural)
     if options.indices is not None:
         chosen = list(options.indices)
         outside = [i for i in chosen if not first <= i <= last]
@@ -204,11 +216,12 @@ def choose(
         chosen = list(range(first, last + 1))
     elif options.sampling == "duration":
         limits = (options.min_frames, options.max_frames, options.frame_factor)
-        chosen = [first + i for i in every_interval(times[first : last + 1], options.base_interval, *limits)]
+        seconds = _seconds(times, (first, last), options, duration)
+        chosen = [first + i for i in every_interval(times[first : last + 1], options.base_interval, *limits, *seconds)]
     elif options.sampling == "keyframes":
         chosen = prefer_keyframes(inside, first, last, count())
     elif scores is not None:
-        chosen = by_scores(scores, candidate_frames(times, options, rate), count(), options.uniform_share)
+        chosen = by_scores(scores, candidate_frames(times, options, rate, duration), count(), options.uniform_share)
     elif options.sampling == "progressive":
         raise ValueError("sampling='progressive' compares decoded frames: use FrameReader.sample, or process_video.")
     elif options.sampling == "bursts":
@@ -217,8 +230,8 @@ def choose(
         inside = [key - first for key in inside]
         chosen = [first + i for i in registered()[options.sampling](times[first : last + 1], count(), inside)]
     elif options.by_time:
-        even = np.linspace(times[first], times[last], count())
-        chosen = [first + i for i in nearest(times[first : last + 1], even)]
+        even = even_times(times[first : last + 1], count(), *_seconds(times, (first, last), options, duration))
+        chosen = [first + i for i in on_screen(times[first : last + 1], even)]
     else:
         chosen = spread(first, last, count(), options.spacing)
     wanted = _rounded_count(options) if options.num_frames is not None else len(chosen)
@@ -226,32 +239,23 @@ def choose(
     return chosen + [chosen[-1]] * (wanted - len(chosen))
 
 
-def candidate_frames(timestamps: np.ndarray, options: SamplingOptions, rate: float | None = None) -> list[int]:
+def candidate_frames(
+    timestamps: np.ndarray, options: SamplingOptions, rate: float | None = None, duration: float | None = None
+) -> list[int]:
     """Returns the frames that ``sampling='adaptive'`` scores: ``candidates_per_frame`` per frame to take, spread evenly
     over the range. Raises as :func:`choose`."""
-    times = _checked_times(timestamps)
-    first, last = time_range(times, options.video_start, options.video_end)
-    count = _count(times, first, last, options, rate) * options.candidates_per_frame
+    times = checked_times(timestamps)
+    first, last = _range(times, options, duration)
+    count = _count(times, first, last, options, rate, duration) * options.candidates_per_frame
     return spread(first, last, min(count, last - first + 1), "linspace")
 
 
-def frame_rate(timestamps: np.ndarray) -> float:
-    """Returns the frames per second: (n - 1) / (last - first), or the integer or NTSC rate (30000/1001, …) that matches
-    the timestamps to a millisecond, the resolution of some containers. Counts are floors of products with the rate, so
-    29.999999 would lose two frames. Raises VideoError if all timestamps are the same.
-    """
-    span = float(timestamps[-1] - timestamps[0])
-    steps = len(timestamps) - 1
-    if span <= 0:
-        raise VideoError(f"All {len(timestamps)} frames have the timestamp {timestamps[0]} s: re-encode the video.")
-    rate = steps / span
-    known = [k for k in (round(rate), round(rate * 1.001) * 1000 / 1001) if k > 0]
-    closest = min(known, key=lambda k: abs(k - rate), default=rate)
-    return closest if abs(steps / closest - span) <= 1e-3 + TOLERANCE else rate
-
-
 def seconds_per_frame(
-    timestamps: np.ndarray, indices: Sequence[int], options: SamplingOptions, rate: float | None = None
+    timestamps: np.ndarray,
+    indices: Sequence[int],
+    options: SamplingOptions,
+    rate: float | None = None,
+    duration: float | None = None,
 ) -> float:
     """Returns the seconds of video that one sampled frame stands for: those of the video, or of its range, divided by
     the distinct frames taken. Its inverse is ``sample_fps`` of qwen-vl-utils and ``sampled_fps`` of transformers; the
@@ -262,13 +266,14 @@ def seconds_per_frame(
         indices: the frames taken.
         options: for the range.
         rate: frames per second; that of the timestamps if None, 2 if they are all the same.
+        duration: see ``choose``.
     """
     taken = sorted(set(indices))
     if options.indices is not None and len(taken) > 1:
         return float(timestamps[taken[-1]] - timestamps[taken[0]]) / (len(taken) - 1)
-    first, last = time_range(timestamps, options.video_start, options.video_end)
+    first, last = _range(timestamps, options, duration)
     if timestamps[-1] > timestamps[0]:
-        rate = frame_rate(timestamps)
+        rate = frame_rate(timestamps, duration)
     return (last - first + 1) / (rate or DEFAULT_FPS) / len(taken)
 
 
@@ -280,7 +285,7 @@ def smart_num_frames(
 
     Equals ``smart_nframes`` of qwen-vl-utils and, with ``frame_factor=1``, Qwen3-VL in transformers.
     """
-    return _limited(total / rate * fps, total, min_frames, max_frames, frame_factor)
+    return limited_count(total / rate * fps, total, min_frames, max_frames, frame_factor)
 
 
 def spread(first: int, last: int, num_frames: int, spacing: str = "inclusive") -> list[int]:
@@ -297,43 +302,12 @@ def spread(first: int, last: int, num_frames: int, spacing: str = "inclusive") -
     return [first + i * total // num_frames for i in range(num_frames)]
 
 
-def nearest(timestamps: np.ndarray, times: np.ndarray) -> list[int]:
-    """Returns the frame with the closest timestamp for each time, the earlier in a tie; sparse frames repeat."""
-    after = np.searchsorted(timestamps, times).clip(1, max(len(timestamps) - 1, 1))
+def nearest(values: np.ndarray, targets: np.ndarray) -> list[int]:
+    """Returns the index of the closest of ascending values for each target, the earlier in a tie."""
+    after = np.searchsorted(values, targets).clip(1, max(len(values) - 1, 1))
     before = after - 1
-    late = np.abs(timestamps[after.clip(max=len(timestamps) - 1)] - times) < np.abs(timestamps[before] - times) - 1e-9
+    late = np.abs(values[after.clip(max=len(values) - 1)] - targets) < np.abs(values[before] - targets) - 1e-9
     return np.where(late, after, before).tolist()
-
-
-def time_range(timestamps: np.ndarray, start: float | None = None, end: float | None = None) -> tuple[int, int]:
-    """Returns the first and last frame from ``start`` to ``end``, in seconds after the first frame; the frame on screen
-    if no frame begins in between. Raises ValueError after the last frame."""
-    shown = timestamps - timestamps[0]
-    first = int(np.searchsorted(shown, (start or 0.0) - TOLERANCE))
-    last = len(shown) - 1 if end is None else int(np.searchsorted(shown, end + TOLERANCE, side="right")) - 1
-    if 0 <= last < first < len(shown):
-        return last, last
-    if first > last:
-        raise ValueError(
-            f"video_start={start} and video_end={end} contain no frame: the {len(shown)} frames of the video span 0 to "
-            f"{shown[-1]:.6g} s, choose a range within it."
-        )
-    return first, last
-
-
-def every_interval(
-    timestamps: np.ndarray,
-    base_interval: float = 4.0,
-    min_frames: int = 4,
-    max_frames: int = 768,
-    frame_factor: int = 2,
-) -> list[int]:
-    """Returns round(duration / ``base_interval``) frames at evenly spaced times from the first to the last, within the
-    limits and in multiples of ``frame_factor``; frames repeat where they are farther apart."""
-    span = float(timestamps[-1] - timestamps[0])
-    duration = span + span / max(len(timestamps) - 1, 1)  # includes the display time of the last frame
-    count = _limited(round(duration / base_interval), len(timestamps), min_frames, max_frames, frame_factor)
-    return nearest(timestamps, np.linspace(timestamps[0], timestamps[-1], count))
 
 
 def prefer_keyframes(keyframes: Sequence[int], first: int, last: int, num_frames: int) -> list[int]:
@@ -525,8 +499,7 @@ def fixed_fps(
             "raise fps, or set pad=true to repeat the last frame."
         )
     start = timestamps[0] + max(slack, 0.0) * (rng.random() if rng is not None else 0.5)
-    # rounding must not select the frame before one that starts at exactly this time
-    return [max(bisect_right(timestamps, start + i / fps + TOLERANCE) - 1, 0) for i in range(num_frames)]
+    return on_screen(np.asarray(timestamps), start + np.arange(num_frames) / fps)
 
 
 def _slack(total: int, num_frames: int, stride: int, pad: bool) -> int:
@@ -548,15 +521,25 @@ def _window(start: int, total: int, num_frames: int, stride: int) -> list[int]:
     return [min(start + i * stride, total - 1) for i in range(num_frames)]
 
 
-def _checked_times(timestamps: np.ndarray) -> np.ndarray:
-    times = np.asarray(timestamps, dtype=np.float64)
-    if times.ndim != 1 or not len(times) or not np.isfinite(times).all() or (np.diff(times) < 0).any():
-        raise VideoError(f"The timestamps of {times.size} frames are not ascending finite seconds: re-encode it.")
-    return times
+def _range(times: np.ndarray, options: SamplingOptions, duration: float | None) -> tuple[int, int]:
+    by_time = options.by_time or options.sampling == "duration"
+    return time_range(times, options.video_start, options.video_end, duration, by_time)
+
+
+def _seconds(
+    times: np.ndarray, frames: tuple[int, int], options: SamplingOptions, duration: float | None
+) -> tuple[float, float]:
+    return seconds_on_screen(times, frames, options.video_start, options.video_end, duration)
 
 
 def _count(
-    times: np.ndarray, first: int, last: int, options: SamplingOptions, rate: float | None, natural: int | None = None
+    times: np.ndarray,
+    first: int,
+    last: int,
+    options: SamplingOptions,
+    rate: float | None,
+    duration: float | None,
+    natural: int | None = None,
 ) -> int:
     """Returns the number of distinct frames to take; ``natural`` if neither a count nor a rate is set."""
     total = last - first + 1
@@ -572,20 +555,14 @@ def _count(
     if total == 1:
         return 1
     if natural is not None and options.fps is None:
-        return _limited(natural + -natural % options.frame_factor, total, *limits)  # round up: all of them, if they fit
-    rate = rate or frame_rate(times)
+        # round up: all of them, if they fit
+        return limited_count(natural + -natural % options.frame_factor, total, *limits)
+    rate = rate or frame_rate(times, duration)
     if options.by_time:  # equal at a constant rate; rounded, since a sum of times is inexact
-        rate = total / round(float(times[last] - times[first]) + 1 / rate, 6)
+        start, end = _seconds(times, (first, last), options, duration)
+        rate = total / max(round(end - start, 6), TOLERANCE)
     return smart_num_frames(total, rate, options.fps or DEFAULT_FPS, *limits)
 
 
 def _rounded_count(options: SamplingOptions) -> int:
     return round((options.num_frames or 0) / options.frame_factor) * options.frame_factor
-
-
-def _limited(wanted: float, total: int, min_frames: int, max_frames: int, frame_factor: int) -> int:
-    if total < frame_factor:
-        return total
-    least = math.ceil(min_frames / frame_factor) * frame_factor
-    most = math.floor(min(max_frames, total) / frame_factor) * frame_factor
-    return math.floor(min(max(wanted, least), most) / frame_factor) * frame_factor

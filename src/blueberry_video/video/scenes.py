@@ -21,6 +21,7 @@ from blueberry_video.video.clip import CANDIDATE_SIDE, FrameReader, check_decode
 from blueberry_video.video.container import PYAV_OPTIONS
 from blueberry_video.video.decode import DecodeOptions
 from blueberry_video.video.errors import BrokenVideoError
+from blueberry_video.video.extent import find_cut
 from blueberry_video.video.process import Hooks, VideoProcessor
 from blueberry_video.video.ranges import check_above_zero, check_at_least
 from blueberry_video.video.resize import resize
@@ -75,21 +76,25 @@ def find_scenes(
         scale = min(1.0, CANDIDATE_SIDE / max(info.height, info.width))
         size = (max(1, round(info.height * scale)), max(1, round(info.width * scale)))
         times = info.timestamps - info.timestamps[0]
-        return split(_changes(reader, everything, size), times, threshold, min_seconds)
+        return split(_changes(reader, everything, size), times, threshold, min_seconds, info.duration)
 
     with open_source(source, limits) as opened:
         return with_reader(opened, decoding, work, limits.max_frame_pixels)
 
 
-def split(changes: np.ndarray, times: np.ndarray, threshold: float, min_seconds: float) -> list[Scene]:
-    """Returns the scenes between the cuts of a video with ``changes`` (N,) from frame to frame at ``times`` (N,)."""
+def split(
+    changes: np.ndarray, times: np.ndarray, threshold: float, min_seconds: float, duration: float | None = None
+) -> list[Scene]:
+    """Returns the scenes between the cuts of a video with ``changes`` (N,) from frame to frame at ``times`` (N,), which
+    begin at 0. The last scene ends at ``duration``, or with the start of the last frame if that is None."""
     starts = [0]
     for i in np.flatnonzero(changes > threshold).tolist():
         near = np.delete(changes[max(1, i - _NEAR) : i + _NEAR + 1], i - max(1, i - _NEAR))
         usual = float(np.median(near)) if len(near) else 0.0
         if changes[i] > _TIMES * usual and times[i] - times[starts[-1]] >= min_seconds:
             starts.append(i)
-    if len(starts) > 1 and times[-1] - times[starts[-1]] < min_seconds:
+    end = times[-1] if duration is None else duration
+    if len(starts) > 1 and end - times[starts[-1]] < min_seconds:
         starts.pop()
     lasts = [start - 1 for start in starts[1:]] + [len(times) - 1]
     return [Scene(a, b, float(times[a]), float(times[b])) for a, b in zip(starts, lasts)]
@@ -105,7 +110,9 @@ def video_streams(source: Any, options: SourceOptions | None = None) -> list[int
                 pictures = av.stream.Disposition.attached_pic
                 return [stream.index for stream in container.streams.video if not stream.disposition & pictures]
         except av.error.FFmpegError as error:
-            raise BrokenVideoError(f"{opened.name} cannot be opened ({error}): re-encode the file.") from error
+            cut = find_cut(opened.path, opened.container or "")
+            found = f"is {cut}. It cannot be opened ({error})." if cut else f"cannot be opened ({error}): re-encode it."
+            raise BrokenVideoError(f"{opened.name} {found}") from error
 
 
 def process_streams(

@@ -16,6 +16,7 @@ from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from blueberry_video.video.alpha import AlphaDecoder
 from blueberry_video.video.container import OpenVideo, SeekPoint, video_frames
 from blueberry_video.video.packets import picture_test
 
@@ -76,6 +77,7 @@ class _Cursor:
     def __init__(self, video: OpenVideo, stack: contextlib.ExitStack):
         self._video, self._stack = video, stack
         self._container, self._stream = video.container, video.stream
+        self._alpha = AlphaDecoder(video.stream)
         self._step = 0  # kind of seek that landed
         self._packets: Iterator[av.Packet] | None = None  # from the start of the file
 
@@ -86,6 +88,7 @@ class _Cursor:
         context, waiting, left = self._stream.codec_context, set(targets), list(targets)
         skips, drops = context.name in _SKIPPABLE, point is not None and context.name in _LEADING
         ended, shows = False, picture_test(self._stream)
+        tested = None if skips and context.name == "h264" else shows  # skip_frame is set here
         for packet in packets:
             pts, ended = packet.pts, not packet.size
             if not waiting and pts in known:
@@ -98,7 +101,8 @@ class _Cursor:
                     "DEFAULT" if ended or ((pts in waiting or pts not in known) and shows(packet)) else "NONREF"
                 )
             waiting.discard(pts)
-            for frame in video_frames(packet):
+            self._alpha.feed(packet)
+            for frame in self._alpha.attach(video_frames(packet, tested)):
                 if not left or frame.pts is None or frame.pts > left[0]:
                     break
                 if frame.pts == left[0]:
@@ -107,11 +111,13 @@ class _Cursor:
             if not left:
                 break
         if left and not ended:
-            for frame in context.decode(None):
-                if isinstance(frame, VideoFrame) and left and frame.pts == left[0]:
+            rest = [frame for frame in context.decode(None) if isinstance(frame, VideoFrame)]
+            for frame in self._alpha.attach(rest):
+                if left and frame.pts == left[0]:
                     left.pop(0)
                     yield frame
         context.flush_buffers()
+        self._alpha.flush()
 
     def _land(self, point: SeekPoint) -> Iterator[av.Packet]:
         """Returns the packets of the stream from that of a keyframe on."""

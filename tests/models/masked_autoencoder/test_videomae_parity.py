@@ -233,9 +233,11 @@ def test_pretraining_equals_transformers_in_output_loss_and_all_gradients(name, 
     assert_same_gradients(ours, to_original(gradients))
 
 
+@pytest.mark.parametrize("mean", [True, False])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_classification_equals_transformers_in_output_loss_and_all_gradients(name, tmp_path):
-    config = hf_config(name, use_mean_pooling=True, num_labels=5)
+def test_classification_equals_transformers_in_output_loss_and_all_gradients(name, mean, tmp_path):
+    """``use_mean_pooling=False`` normalizes the tokens in the encoder and classifies the first one."""
+    config = hf_config(name, use_mean_pooling=mean, num_labels=5)
     reference = randomized(VideoMAEForVideoClassification(config))
     ours = load_finetuned(write(tmp_path, "huggingface.safetensors", reference.state_dict()), config)
     _, inputs, _, _ = clips_and_masks(config)
@@ -267,9 +269,10 @@ def test_every_layout_of_a_pretrained_file_loads_the_same_model(layout, tmp_path
         torch.testing.assert_close(load_pretrained(path, config)(inputs, keep, target), expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("name", ["no-final-norm", "final-norm"])
 @pytest.mark.parametrize("layout", FINETUNED_LAYOUTS)
-def test_every_layout_of_a_finetuned_file_loads_the_same_model(layout, tmp_path):
-    config = hf_config("no-final-norm", num_labels=5)
+def test_every_layout_of_a_finetuned_file_loads_the_same_model(layout, name, tmp_path):
+    config = hf_config(name, num_labels=5)
     reference = randomized(VideoMAEForVideoClassification(config))
     path = write(tmp_path, layout, reference.state_dict())
     _, inputs, _, _ = clips_and_masks(config)

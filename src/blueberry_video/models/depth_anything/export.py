@@ -3,17 +3,17 @@
 import json
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from blueberry_video.atomic import atomic_file
-from blueberry_video.installation import install_command
 from blueberry_video.models.depth_anything.model import DepthAnything
 from blueberry_video.models.depth_anything.video import VideoDepthAnything
 from blueberry_video.models.dinov2 import DINOv2
+from blueberry_video.weights.programs import write_onnx, write_torch
 
 METADATA = "depth.json"  # of torch programs an extra file, of ONNX files an entry of the metadata
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -67,7 +67,7 @@ def export_depth(
         raise ValueError(f"step={step} does not fit a {type(model).__name__}: {fix}.")
     if any(side < model.patch_size or side % model.patch_size for side in size):
         raise ValueError(f"image_size={image_size} must be in whole patches, multiples of {model.patch_size} pixels.")
-    write = _write_onnx if format == "onnx" else _write_torch
+    write = partial(write_onnx if format == "onnx" else write_torch, entry=METADATA)
     images = torch.randn(1, 3, *size).to(next(model.parameters()))
     metadata = json.dumps(
         {
@@ -127,29 +127,3 @@ def _constant_positions(encoder: DINOv2, size: tuple[int, ...]):
         yield
     finally:
         del encoder._positions
-
-
-def _write_torch(
-    module: nn.Module, inputs: tuple[Tensor, ...], names: list[str], outputs: list[str], path: Path, metadata: str
-) -> None:
-    program = torch.export.export(module, inputs)
-    with atomic_file(path) as file:
-        torch.export.save(program, file, extra_files={METADATA: metadata})
-
-
-def _write_onnx(
-    module: nn.Module, inputs: tuple[Tensor, ...], names: list[str], outputs: list[str], path: Path, metadata: str
-) -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"format=onnx requires the package {error.name}: run `{install_command('onnx')}`, or use format=torch."
-        ) from error
-    program = torch.onnx.export(
-        module, inputs, dynamo=True, verbose=False, input_names=names, output_names=outputs, optimize=True
-    )
-    assert program is not None
-    program.model.metadata_props[METADATA] = metadata
-    program.save(path)

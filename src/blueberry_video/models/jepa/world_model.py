@@ -84,6 +84,11 @@ class WorldModel(nn.Module):
         if starts_as_copy:
             self.predictor.start_as_copy()
 
+    @property
+    def use_extrinsics(self) -> bool:
+        """Whether the pose of the camera is an input."""
+        return self.predictor.extrinsics_encoder is not None
+
     def train(self, mode: bool = True) -> "WorldModel":
         super().train(mode)
         self.encoder.eval()
@@ -149,10 +154,9 @@ class WorldModel(nn.Module):
             "actions": (actions, (steps, self.action_dim), f"model.action_dim={self.action_dim}"),
             "states": (states, (steps, self.state_dim), f"model.state_dim={self.state_dim}"),
         }
-        encoder = self.predictor.extrinsics_encoder
-        if (extrinsics is None) != (encoder is None):
+        if (extrinsics is not None) != self.use_extrinsics:
             raise ValueError(
-                f"model.use_extrinsics={str(encoder is not None).lower()}, but extrinsics were "
+                f"model.use_extrinsics={str(self.use_extrinsics).lower()}, but extrinsics were "
                 f"{'not passed' if extrinsics is None else 'passed'}: the pose of the camera (B, T, "
                 f"{self.action_dim - 1}) is an input of models with model.use_extrinsics=true only."
             )
@@ -212,8 +216,7 @@ class WorldModel(nn.Module):
             FileNotFoundError: there is no such file.
             ValueError: the file is damaged, or tensors are missing, unexpected or of a different shape.
         """
-        use_extrinsics = self.predictor.extrinsics_encoder is not None
-        return self._load(convert.read_world_model(source, use_extrinsics), source)
+        return self._load(convert.read_world_model(source, self.use_extrinsics), source)
 
     def _load(self, state: dict[str, Tensor], source: str | Path) -> str:
         load_strictly(self, state, source, "Choose the model=world_model/… with the sizes of these weights.")
