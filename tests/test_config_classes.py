@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
+from tests.trained_classifier import QUIET, trained
 
 from blueberry_video import train
 from blueberry_video.config import compose, with_classes
 from blueberry_video.experiment.run_folder import RunFolder
 from blueberry_video.trained_model import load_run
-from tests.trained_classifier import QUIET, trained
 
 CLASSES = {"class": ("a", "b", "c"), "speed": ("slow", "fast")}
 NUMBERS = {"class": 3, "speed": 2}

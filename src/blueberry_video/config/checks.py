@@ -3,7 +3,7 @@
 import ast
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from inspect import Parameter
 from typing import Any

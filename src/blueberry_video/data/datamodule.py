@@ -40,8 +40,9 @@ class DataModule(LightningDataModule):
     every rank. The parts of a mixture alternate.
 
     Raises:
-        ValueError: a value out of range, or classes that are numbered differently; when loading: a dataset or a part smaller than a global batch, videos of
-            different shapes in a batch, or a position for another batch size, seed or dataset.
+        ValueError: a value out of range, or classes that are numbered differently; when loading: a dataset or a part
+            smaller than a global batch, videos of different shapes in a batch, or a position for another batch size,
+            seed or dataset.
     """
 
     def __init__(

@@ -102,7 +102,7 @@ def _recognised(file: Path, text: str) -> str:
 
 def _is_ucf(line: str) -> bool:
     path, _, index = line.partition(" ")
-    folder, slash, name = path.partition("/")
+    _, slash, name = path.partition("/")
     return bool(slash) and "/" not in name and name.startswith("v_") and (not index or index.strip().isdecimal())
 
 
