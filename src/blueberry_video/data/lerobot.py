@@ -169,7 +169,7 @@ def _frames_at(info: VideoInfo, seconds: np.ndarray, fps: float, name: str) -> n
         at = int(wrong[0])
         raise BrokenVideoError(
             f"{info.name} has no frame at {seconds[at]:.4f} s, frame {at} of {name}: the nearest is at "
-            f"{times[nearest[at]]:.4f} s, and the file has {len(times)} frames up to {times[-1]:.4f} s. Copy or convert "
-            "the data set again."
+            f"{times[nearest[at]]:.4f} s, and the file has {len(times)} frames up to {times[-1]:.4f} s. Copy or "
+            "convert the data set again."
         )
     return nearest

@@ -107,6 +107,10 @@ class VideoClips(MediaFolder):
                     return video.info
             return probe(source)
 
+    def frames(self, row: Row) -> Frames:
+        """Returns the decoded frames of the first clip of a row; raises VideoError or OSError for a broken file."""
+        return self._load(row, 0, 0)
+
     @property
     def sampling(self) -> ClipSampling:
         """Sampling of the frames of a clip."""
