@@ -143,8 +143,8 @@ def recognize(location: str, image_size: int | None = None) -> Recognized:
     if splits := sorted(path.name for path in root.iterdir() if path.is_dir() and has_class_folders(root, path.name)):
         return _by_split("video_folder", VideoFolder, location, splits, how)
     raise FileNotFoundError(
-        f"The folder {location} has no known layout: class folders (<split>/<class>/video.mp4), {VIDEOS.folder}/ with or "
-        "without metadata, a list of videos, tar files, or meta/info.json of LeRobot. Move single files to "
+        f"The folder {location} has no known layout: class folders (<split>/<class>/video.mp4), {VIDEOS.folder}/ with "
+        "or without metadata, a list of videos, tar files, or meta/info.json of LeRobot. Move single files to "
         f"{root / VIDEOS.folder}, and use metadata: none."
     )
 

@@ -29,7 +29,9 @@ def contact_sheet(
     title: Sequence[str] = (),
     labels: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Draws rows of thumbnails with timestamps, or other labels. Missing frames have a red border, suspect ones an orange border.
+    """Draws rows of thumbnails with timestamps, or other labels.
+
+    Missing frames have a red border, suspect ones an orange border.
 
     Args:
         frames: uint8 (T, 3, H, W) RGB. Of more than 60 frames, 60 evenly spaced ones are drawn; the title gets a line.
