@@ -85,7 +85,8 @@ class LeRobotEpisodes(VideoClips):
         skipped_file: str | None = None,
         seed: int = 0,
     ):
-        how = (sampler, stride, fps, num_clips, 1, image_size, resize, pad, backends)
+        one_crop: Literal[1, 3] = 1
+        how = (sampler, stride, fps, num_clips, one_crop, image_size, resize, pad, backends)
         super().__init__(root, num_frames, *how, max_broken_share, skipped_file, seed)
         features = {key: name for key, name in (("actions", actions), ("states", states)) if name is not None}
         self.tables = LeRobotTables(self.root, camera, list(dict.fromkeys(features.values())))

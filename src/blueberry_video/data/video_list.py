@@ -105,8 +105,7 @@ class VideoList(VideoClips):
         if not rows:
             raise FileNotFoundError(f"None of the {len(entries)} rows of {listed} has its file in {root}: correct it.")
         self.rows = [rows[name][0] for name in sorted(rows)]
-        if self.skipped_file is not None:
-            self.skipped_file = self.skipped_file  # lists the missing files
+        self.skipped_file = skipped_file  # lists the missing files
 
     def _check_missing(self, entries: Sequence[Entry], paths: Sequence[Path | None], share: float) -> None:
         if len(self.missing) <= share * len(entries):

@@ -208,7 +208,8 @@ def _annotation(shard: str, clip: _Clip) -> tuple[str | None, dict[str, str | in
         content = content if isinstance(content, dict) else {}
         texts = [content[key] for key in CAPTION_KEYS if isinstance(content.get(key), str) and content[key].strip()]
         caption = texts[0].strip() if texts else caption
-        given = content.get("labels") if isinstance(content.get("labels"), dict) else {}
+        listed = content.get("labels")
+        given: dict = listed if isinstance(listed, dict) else {}
         labels |= {str(label): value for label, value in given.items()}
         for key in ("label", LABEL):
             if not given and type(content.get(key)) in (str, int):
