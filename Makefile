@@ -89,7 +89,7 @@ doctor: $(STAMP) ## check versions, devices, FFmpeg, wandb, Slurm and disk, with
 	@$(blueberry) doctor
 
 ##@ Experiments
-.PHONY: new check estimate train sweep submit runs gate torture report consolidate latents pseudo_labels export predict evaluate generate reconstruct plan render data shards
+.PHONY: new check estimate train sweep submit runs gate torture report consolidate latents pseudo_labels export predict evaluate generate reconstruct plan render data data-check shards
 new: $(STAMP) ## EXP=name: copy experiments/template/
 	@$(blueberry) new "$$EXP"
 
@@ -152,6 +152,9 @@ render: $(STAMP) ## CHECKPOINT=run OUT=folder [ARGS="--format mp4,ply,html --pat
 
 data: $(STAMP) ## write a folder of mp4 files; ARGS="source=world out=data/world train=1000"
 	@$(blueberry) data --args="$$ARGS"
+
+data-check: $(STAMP) ## DATA=folder|tars|experiment [OUT=folder] [ARGS="--sample 500"]: classes, sizes and faults of a data set, and the config that reads it
+	@$(if $(strip $(DATA)),,$(error DATA is missing: `make data-check DATA=data/my_videos`))$(blueberry) data-check "$$DATA" $${OUT:+"--out=$$OUT"} --args="$$ARGS"
 
 shards: $(STAMP) ## DATA=folder OUT=folder [ARGS="--shard-size 1GB"]: write tar shards of a folder of videos; OUT may be s3://bucket/folder
 	@$(if $(strip $(DATA)),,$(error DATA is missing: `make shards DATA=data/my_videos OUT=data/my_shards`))$(if $(strip $(OUT)),,$(error OUT is missing: add OUT=<folder>))$(blueberry) shards "$$DATA" --out="$$OUT" --args="$$ARGS"

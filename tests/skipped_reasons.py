@@ -13,6 +13,7 @@ MISSING = {  # part of the reason of a skipped test: command or setting that mak
     "viser": "pip install -e '.[viewer]'",
     "moto": "pip install 'moto[s3]' flask flask-cors s3fs",
     "webdataset": "pip install webdataset",
+    "pyarrow": "pip install pyarrow",
     "mkdocs": "pip install -e '.[docs]'",
     "gsplat": "pip install gsplat, and a CUDA device",
     "sinfo": "apt-get install slurm-wlm munge, then .ci/slurm as root",

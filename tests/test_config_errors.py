@@ -421,10 +421,18 @@ def test_number_of_epochs_alone_removes_the_limit_of_steps(experiment: Path):
 
 
 def test_labels_of_the_model_file_are_replaced_as_the_message_says(experiment: Path):
-    classify = ["model=classifier/tiny", "task=classification"]
+    classify = ["model=classifier/vjepa_probe", "task=classification"]
     message = error_message(experiment, *classify, "model.num_classes={label: 8}")
     suggested = re.findall(r"`([^`]*)`", message)[-2].split()
     assert compose(experiment, [*classify, *suggested]).model.num_classes == {"label": 8}
+
+
+def test_labels_are_added_to_a_null_number_of_classes_as_the_message_says(experiment: Path):
+    classify = ["model=classifier/tiny", "task=classification"]
+    message = error_message(experiment, *classify, "model.num_classes.label=8")
+    suggested = re.findall(r"`([^`]*)`", message)[-1]
+    for added in (suggested, "model.num_classes={label: 8}"):
+        assert compose(experiment, [*classify, added]).model.num_classes == {"label": 8}
 
 
 @pytest.mark.parametrize(

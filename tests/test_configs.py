@@ -142,6 +142,13 @@ def overrides_for(name: str) -> list[str]:
             return [f"+debug={choice}"]
         case "data" if choice in ("video_folder", "video_folder_tested", "video_shards", "depth_folder"):
             return [f"data={choice}", "data.train.root=somewhere"]
+        case "data" if choice == "web_shards":
+            return [f"data={choice}", "data.train.root=somewhere", "data.val.root=elsewhere"]
+        case "data" if choice == "lerobot":
+            return [f"data={choice}", "data.train.root=somewhere", "task=action_prediction", "model=world_model/tiny"]
+        case "data" if choice == "video_list":
+            lists = ["data.train.list_file=train.txt", "data.val.list_file=val.txt"]
+            return [f"data={choice}", "data.train.root=somewhere", *lists]
         case "data" if choice == "image_folder":
             return ["data=image_folder", "data.train.root=somewhere", "model.encoder.images=true"]
         case "data" if choice == "omni":

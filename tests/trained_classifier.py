@@ -20,7 +20,6 @@ defaults:
 name: lights
 model:
   encoder: {num_frames: 4, image_size: 16, patch_size: 8, embed_dim: 16, depth: 1, num_heads: 2}
-  num_classes: "${oc.create:{class: 2}}"
 data: {batch_size: 2, num_workers: 0, train: {root: ROOT}}
 trainer: {max_steps: 2}
 """

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from blueberry_video.augmentation import repeat_clips
 from blueberry_video.callbacks import PEAK_FLOPS
+from blueberry_video.config import with_classes
 from blueberry_video.data.batches import collate
 from blueberry_video.launch import command_line, fitting
 from blueberry_video.launch.errors import OneParagraphErrors
@@ -66,6 +67,7 @@ def estimate(config: DictConfig, latents: tuple[int, ...] = (), on_gpu: bool = T
     Raises:
         ValueError: if the step cannot be traced.
     """
+    config = with_classes(config)
     with torch.device("meta"):
         model = instantiate(config.model)
     optimization = instantiate(config.task.optimization)(

@@ -100,7 +100,11 @@ def open_videos(
         strength=strength,
     )
     prepared, fps = prepare(opened.task, clips, request), clips.fps or DEFAULT_FPS
-    settings = {"run": str(opened.path.resolve()), "checkpoint": opened.checkpoint.name, "version": __version__}
+    settings: dict[str, Any] = {
+        "run": str(opened.path.resolve()),
+        "checkpoint": opened.checkpoint.name,
+        "version": __version__,
+    }
     settings |= {"seed": seed, "height": prepared.size[0], "width": prepared.size[1], "fps": fps, **prepared.settings}
     settings |= {"image": image and str(Path(image).resolve()), "video": video and str(Path(video).resolve())}
     return Videos(*prepared.size, fps, ((part.float() + 1) / 2 for part in prepared.parts), settings)

@@ -63,6 +63,7 @@ def run(
         from blueberry_video.experiment.run_folder import RunFolder
 
     command_line.quiet_libraries()
+    config = config if config.resume else configs.with_classes(config)  # a resumed run has its numbers
     if config.check:
         resumed = resumption(config, command.file, command.overrides, lock=False) if config.resume and command else None
         dry_run.dry_run(resumed.config if resumed else config, RunFolder.create, build, resumed)
@@ -118,7 +119,9 @@ def build(config: DictConfig, folder: "RunFolder") -> tuple[Any, Any, Any, Any]:
     from blueberry_video.tasks.clip_format import RecordClips
 
     seed_everything(config.seed, workers=True, verbose=False)
-    data, model = instantiate(config.data), instantiate(config.model)
+    data = instantiate(config.data)
+    config = configs.with_classes(config, data)
+    model = instantiate(config.model)
     configs.check_classes(config.model.get("num_classes"), data.classes)
     data.list_skipped_in(str(folder.path / "skipped.csv"))
     optimization = instantiate(config.task.optimization)(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blueberry_video.config.checks import check_classes
+from blueberry_video.config import check_classes
 from blueberry_video.data.datamodule import DataModule
 from blueberry_video.data.moving_shapes import MovingShapes
 from blueberry_video.inference.frame_generation import FrameDecoding

@@ -5,7 +5,8 @@ keys of every node with a ``_target_`` (its constructor's parameters, ``check_no
 (``validate``).
 """
 
-from blueberry_video.config.checks import check, check_classes, parse_expected, validate
+from blueberry_video.config.checks import check, parse_expected, validate
+from blueberry_video.config.classes import check_classes, with_classes
 from blueberry_video.config.compose import (
     compose,
     expand_sweep,
@@ -41,4 +42,5 @@ __all__ = [
     "sweep_settings",
     "trusted_targets",
     "validate",
+    "with_classes",
 ]

@@ -3,7 +3,7 @@
 import ast
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from inspect import Parameter
 from typing import Any
@@ -86,6 +86,7 @@ COUNTS = {  # number → whether -1 is no limit
 REQUIRED = ("model", "task", "data", "optimizer", "schedule", "trainer")
 PARTIAL = ("optimizer", "schedule", "task.optimization")  # called later with further arguments
 SPECIAL = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
+FROM_DATA = "num_classes"  # required argument that the data determines where it is null or absent
 ROOT_KEYS = tuple(field.name for field in fields(Config))
 
 
@@ -158,35 +159,6 @@ def _check_root_values(config: Mapping[str, Any]) -> None:
             "list of their indices (`trainer.devices=[0,1]`)."
         )
     parse_expected(config.get("expected"))
-
-
-def check_classes(heads: Mapping[str, int | None] | None, classes: Mapping[str, Sequence[str]]) -> None:
-    """Checks that the data has every label that the model predicts, with at most as many classes.
-
-    Args:
-        heads: ``model.num_classes``, label → number of classes, None for an unused label; None for a model without
-            labels.
-        classes: label → names of the classes in the training set.
-
-    Raises:
-        ValueError: for the first label.
-    """
-    fitting = ", ".join(f"{label}: {len(names)}" for label, names in classes.items())
-    for label, number in (heads or {}).items():
-        if number is None:
-            continue
-        if label not in classes:
-            removed = f"remove it with `~model.num_classes.{label}`, or in YAML replace all labels, "
-            removed += f"`num_classes: ${{oc.create:{{{fitting}}}}}`, because a mapping is merged with that of conf/"
-            raise ValueError(
-                f"`model.num_classes.{label}` = {number}: the data has no label `{label}`, only "
-                f"{', '.join(classes) or 'clips without labels'}: {removed if classes else 'choose data with labels'}."
-            )
-        if number < len(classes[label]):
-            raise ValueError(
-                f"`model.num_classes.{label}` = {number} is less than the {len(classes[label])} classes of `{label}` "
-                f"in the data: write `model.num_classes.{label}={len(classes[label])}`."
-            )
 
 
 def parse_expected(expected: Mapping[str, Any] | None) -> dict[str, dict[str, float]]:
@@ -300,6 +272,7 @@ def _check_target(node: Mapping[str, Any], path: str, root: str, allow: tuple[st
         positional = [name for name, p in known.parameters.items() if p.kind is not Parameter.KEYWORD_ONLY]
         given = {*node, *supplied, *positional[: len(node.get("_args_") or ())]}
         missing = [name for name, p in known.parameters.items() if p.default is Parameter.empty and name not in given]
+        missing = [name for name in missing if name != FROM_DATA]
         if missing:
             raise ValueError(
                 f"`{path}.{missing[0]}` is missing: {target} requires it. Write `+{path}.{missing[0]}=…` on the "
@@ -365,6 +338,8 @@ def _check_kind(parameter: Parameter, value: Any, key: str, target: str) -> None
                 f"arguments, `{key}.<key>=…`."
             )
     if kinds is None or value in choices:
+        return
+    if value is None and parameter.name == FROM_DATA and parameter.default is Parameter.empty:
         return
     if isinstance(value, Mapping):
         kind = "object" if "_target_" in value else "dict"

@@ -429,7 +429,8 @@ def _explain_override(override: Override, base: DictConfig) -> str | None:
         if part in options:
             return f"`{line}`: no file sets `{'.'.join(parts[: depth + 1])}`: write `+{line}` to add it."
         if not isinstance(node, DictConfig):
-            return f"`{line}`: `{path}` = {short(node)} is a value and has no key `{part}`."
+            added = f" Write `+{line}` to set it." if node is None and path.endswith(".num_classes") else ""
+            return f"`{line}`: `{path}` = {short(node)} is a value and has no key `{part}`.{added}"
         rest = "".join(f".{later}" for later in parts[depth + 1 :])
         return f"`{line}`: the config has no key `{full}`. {fix(part, options, value, path, node, rest)}"
     if override.is_add() and not isinstance(value, dict | list):

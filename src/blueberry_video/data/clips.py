@@ -1,7 +1,7 @@
 """Interface of datasets of clips, and what several of them share."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch.utils.data import Dataset
@@ -66,6 +66,21 @@ def at_epoch(dataset: Clips, index: int, epoch: int) -> dict:
     if sample is None or "epoch" not in inspect.signature(sample).parameters:  # World.sample(index) returns all views
         return dataset[index]
     return sample(index, epoch)
+
+
+def check_same_order(train: Mapping[str, Sequence[str]], other: Mapping[str, Sequence[str]], key: str) -> None:
+    """Raises a ValueError if the data set of ``data.<key>`` numbers classes differently than ``data.train``; it may
+    lack the last ones."""
+    for label, names in other.items():
+        known = tuple(train.get(label, ()))
+        if known and tuple(names) != known[: len(names)]:
+            number = next(i for i, name in enumerate(names) if known[i : i + 1] != (name,))
+            here = repr(known[number]) if number < len(known) else "no class"
+            raise ValueError(
+                f"data.{key} has {names[number]!r} as class {number} of {label}, which is {here} in data.train: name "
+                f"the classes of all sets in classes.json, or in data.train.classes.{label} and "
+                f"data.{key}.classes.{label}."
+            )
 
 
 def check_index(index: int, size: int) -> None:

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
 from blueberry_video.data.batches import ByEpoch, EvaluationBatches, TrainBatches, collate
-from blueberry_video.data.clips import Clips
+from blueberry_video.data.clips import Clips, check_same_order
 from blueberry_video.parallel.ranks import data_rank, data_world_size
 
 
@@ -40,8 +40,9 @@ class DataModule(LightningDataModule):
     every rank. The parts of a mixture alternate.
 
     Raises:
-        ValueError: a value out of range; when loading: a dataset or a part smaller than a global batch, videos of
-            different shapes in a batch, or a position for another batch size, seed or dataset.
+        ValueError: a value out of range, or classes that are numbered differently; when loading: a dataset or a part
+            smaller than a global batch, videos of different shapes in a batch, or a position for another batch size,
+            seed or dataset.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class DataModule(LightningDataModule):
         ):
             if value < least:
                 raise ValueError(f"data.{key}={value} must be at least {least}.")
+        for key, dataset in (("val", val), ("test", test)):
+            check_same_order(getattr(train, "classes", {}), getattr(dataset, "classes", {}), key)
         self.train, self.val, self.test = train, val, test
         self.batch_size, self.num_workers, self.seed, self.drop_last = batch_size, num_workers, seed, drop_last
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size

@@ -89,7 +89,7 @@ def read_classes(
     classes: dict[str, tuple[str, ...]] = {}
     pairs: dict[str, tuple[tuple[int, int], ...]] = {}
     if path.exists():
-        content = _json(str(path), _text(path))
+        content = _json(str(path), read_text(path))
         try:
             classes = {str(label): _class_names(label, names) for label, names in content["classes"].items()}
             listed = {str(label): found for label, found in content.get("reversal_pairs", {}).items()}
@@ -127,7 +127,7 @@ def _class_names(label: object, names: object) -> tuple[str, ...]:
         raise ValueError(f"classes of {label} include {wrong[0]!r}, which must be a name or an integer: quote it.")
     found = tuple(map(str, names))
     if repeated := [name for name in dict.fromkeys(found) if found.count(name) > 1]:
-        raise ValueError(f"classes of {label} list {_some(repeated)} more than once: list each class once.")
+        raise ValueError(f"classes of {label} list {some(repeated)} more than once: list each class once.")
     return found
 
 
@@ -202,7 +202,7 @@ def read_class_folders(
             "class folders (train), null if there is none."
         )
     splits = [root] if split is None else [path for path in root.iterdir() if path.is_dir()]
-    names = _in_order({folder.name for path in splits for folder in _class_folders(path, media)})
+    names = in_order({folder.name for path in splits for folder in _class_folders(path, media)})
     files = dict(sorted((path.relative_to(top).as_posix(), path) for path in found))
     given: dict[str, dict[str, object]] = {name: {"class": path.parent.name} for name, path in files.items()}
     labels, numbered = _number(top, given, {"class": classes.get("class", tuple(names))})
@@ -264,7 +264,7 @@ def _source(root: Path, metadata: str | None, media: Media) -> Path:
     return found[0]
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """Reads a UTF-8 or, with a byte order mark, UTF-16 text file."""
     data = path.read_bytes()
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -288,7 +288,7 @@ def _text(path: Path) -> str:
 
 def _entries(source: Path, media: Media) -> list[tuple[str, dict]]:
     """Returns (location for messages, row) pairs."""
-    text, suffix = _text(source), source.suffix.lower()
+    text, suffix = read_text(source), source.suffix.lower()
     listed: list[tuple[str, dict]]
     if suffix in (".csv", ".tsv"):
         listed = _records(source, text, media)
@@ -327,7 +327,7 @@ def _records(source: Path, text: str, media: Media) -> list[tuple[str, dict]]:
         )
     named = [name for name in header if name]  # a column without a name is an index that a program wrote
     if repeated := [name for name in dict.fromkeys(named) if named.count(name) > 1]:
-        raise ValueError(f"{source} line 1 has the column {_some(repeated)} more than once: keep one of them.")
+        raise ValueError(f"{source} line 1 has the column {some(repeated)} more than once: keep one of them.")
     listed = []
     for where, row in rows:
         if len(row) != len(header):
@@ -426,11 +426,11 @@ def _file_name(where: str, entry: dict, media: Media) -> str:
 def _check_complete(folder: Path, source: Path, media: Media, files: dict[str, Path], entries: dict[str, dict]) -> None:
     if missing := [name for name in entries if name not in files]:
         raise FileNotFoundError(
-            f"{source} names {_some(missing)}, but {folder} holds no such {media.noun}: add the file or remove the row."
+            f"{source} names {some(missing)}, but {folder} holds no such {media.noun}: add the file or remove the row."
         )
     if missing := [name for name in files if name not in entries]:
         raise ValueError(
-            f"{folder} holds {_some(missing)}, but {source} has no row for it: add a row or remove the file."
+            f"{folder} holds {some(missing)}, but {source} has no row for it: add a row or remove the file."
         )
 
 
@@ -438,7 +438,7 @@ def _captions(source: Path, entries: dict[str, dict]) -> dict[str, str]:
     captions = {name: entry["caption"] for name, entry in entries.items() if entry["caption"] is not None}
     missing = [name for name in entries if name not in captions]
     if captions and missing:
-        raise ValueError(f"{source} has captions, but none for {_some(missing)}: caption every file or none.")
+        raise ValueError(f"{source} has captions, but none for {some(missing)}: caption every file or none.")
     return captions
 
 
@@ -464,7 +464,7 @@ def _number(
         values = {file: labels.get(label) for file, labels in given.items()}
         if missing := [file for file, value in values.items() if value in (None, "")]:
             raise ValueError(
-                f"{source} has the label {label!r}, but no value of it for {_some(missing)}: give one in every row."
+                f"{source} has the label {label!r}, but no value of it for {some(missing)}: give one in every row."
             )
         for file, value in values.items():
             if isinstance(value, bool) or not isinstance(value, str | int):
@@ -472,10 +472,10 @@ def _number(
                     f"{source}: label {label}={value!r} of {file} is neither a name nor an integer: use one of these."
                 )
         found = {str(value) for value in values.values()}
-        classes[label] = known.get(label) or tuple(_in_order(found))
+        classes[label] = known.get(label) or tuple(in_order(found))
         if unknown := sorted(found - set(classes[label])):
             raise ValueError(
-                f"{source}: label {label} has the classes {_some(unknown)}, which are not among "
+                f"{source}: label {label} has the classes {some(unknown)}, which are not among "
                 f"{', '.join(classes[label])}: correct the rows, or the list in classes.json or the argument classes."
             )
     ids = {label: {name: i for i, name in enumerate(values)} for label, values in classes.items()}
@@ -484,7 +484,7 @@ def _number(
     }, classes
 
 
-def _in_order(values: set[str]) -> list[str]:
+def in_order(values: set[str]) -> list[str]:
     numbers = all(value.removeprefix("-").isdecimal() for value in values)
     return sorted(values, key=lambda value: (int(value), value)) if numbers else sorted(values)
 
@@ -502,6 +502,6 @@ def _of_split(source: Path, entries: dict[str, dict], split: str | None) -> list
     return kept
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     shown = ", ".join(repr(name) for name in names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -57,7 +57,7 @@ class ShardCache:
     def index(self) -> Path:
         """Returns the local copy of the index; the first process reads it and the others wait."""
         path = self.folder / INDEX
-        with _locked(self.folder / f"{INDEX}.lock"):
+        with locked(self.folder / f"{INDEX}.lock"):
             if not path.exists():
                 with atomic_file(path) as file:
                     self.store.download(INDEX, Path(file.name))
@@ -113,7 +113,7 @@ class ShardCache:
 
     def _fetch_shard(self, shard: Shard, is_there: Callable[[], bool]) -> None:
         path = self.folder / shard.name
-        with _locked(self.folder / f"{shard.name}.lock"), self._room_or_warning():
+        with locked(self.folder / f"{shard.name}.lock"), self._room_or_warning():
             if is_there():  # another process has read it meanwhile
                 return
             with atomic_file(path, sync_folder=False) as file:
@@ -125,7 +125,7 @@ class ShardCache:
     @contextlib.contextmanager
     def _reserved(self, size: int) -> Iterator[None]:
         """Makes room for bytes, by removing files if necessary, and holds the lock while they are allocated."""
-        with _locked(self.top / ".used") as file:
+        with locked(self.top / ".used") as file:
             text = os.pread(file, 32, 0).strip(b"\0 ")
             used = int(text) if text.isdigit() else self.used()
             if used + size > self.limit:
@@ -176,7 +176,7 @@ class ShardCache:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[int]:
+def locked(path: Path) -> Iterator[int]:
     """Holds the lock of a file, which is created; yields its descriptor. A crash releases the lock."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -38,14 +38,14 @@ class ShardRow(Row):
         shard: name of the tar file.
         key: name of the clip in it, without suffix.
         offset, size: bytes of the video in the tar file, without its header.
-        crc: CRC-32 of the video.
+        crc: CRC-32 of the video; None if the index has none.
     """
 
     shard: str = ""
     key: str = ""
     offset: int = 0
     size: int = 0
-    crc: int = 0
+    crc: int | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,8 @@ class ShardIndex:
         self.columns, found = read_columns(data, where)
         self.starts = np.cumsum([0, *(shard.clips for shard in manifest.shards)])  # first clip of every shard
         sizes = {name: len(column) for name, column in self.columns.items()}
-        rows = {sizes.get(name) for name in ("offset", "size", "crc", "name_end")}
+        own = "key_end" if "key_end" in sizes else "crc"  # keys of shards that another program wrote, without CRCs
+        rows = {sizes.get(name) for name in ("offset", "size", own, "name_end")}
         if found.get("digest") != manifest.digest or rows != {manifest.num_clips}:
             raise ValueError(
                 f"{where} is the index of other shards (digest={found.get('digest')}, {sizes.get('offset')} clips) "
@@ -214,10 +215,10 @@ class ShardIndex:
             labels={label: int(self.columns[f"label.{label}"][clip]) for label in self.labels},
             split=shard.split,
             shard=shard.name,
-            key=clip_key(clip),
+            key=self._text("key", clip) if "key_end" in self.columns else clip_key(clip),
             offset=int(self.columns["offset"][clip]),
             size=int(self.columns["size"][clip]),
-            crc=int(self.columns["crc"][clip]),
+            crc=int(self.columns["crc"][clip]) if "crc" in self.columns else None,
         )
 
     def _text(self, column: str, clip: int) -> str:

@@ -114,6 +114,10 @@ class VideoClips(MediaFolder):
                     return video.info
             return probe(source)
 
+    def frames(self, row: Row) -> Frames:
+        """Returns the decoded frames of the first clip of a row; raises VideoError or OSError for a broken file."""
+        return self._load(row, 0, 0)
+
     @property
     def sampling(self) -> ClipSampling:
         """Sampling of the frames of a clip."""
@@ -145,16 +149,24 @@ class VideoClips(MediaFolder):
             video, part = resizing.window(frames.pixels, self.image_size, crop), f"{part}.{crop}"
         seconds = frames.timestamps[: self.num_frames].unique()  # without the repetitions of padding
         fps = self.fps or ((len(seconds) - 1) / float(seconds[-1] - seconds[0]) if len(seconds) > 1 else 0.0)
-        said = self._said(row)
+        said = {**self._said(row), **self._along(row, frames)}
         if self.sampler == "segments":
             said["frames"] = torch.tensor(frames.indices)
         return {"video": video, "id": row.name + part, "fps": float(fps), **said}
 
-    def _load(self, row: Row, clip: int, epoch: int) -> Frames:
-        """Decoded frames resized to ``image_size``, or to the smallest size that covers it for ``num_crops=3``."""
-        rng = np.random.default_rng([self.seed, epoch, int(hashlib.sha256(row.name.encode()).hexdigest()[:16], 16)])
+    def _along(self, row: Row, frames: Frames) -> dict:
+        """Entries of a clip that are recorded with its frames, such as ``actions``."""
+        return {}
+
+    def _rng(self, row: Row, epoch: int) -> np.random.Generator:
+        """Generator of the random windows of a file in an epoch."""
+        name = hashlib.sha256(row.name.encode()).hexdigest()[:16]
+        return np.random.default_rng([self.seed, epoch, int(name, 16)])
+
+    @property
+    def _size(self) -> ResizeOptions:
         rule = "none" if self.image_size is None else "cover" if self.num_crops > 1 else self.resize
-        size = ResizeOptions(
+        return ResizeOptions(
             rule,
             image_size=self.image_size,
             resample="fast",
@@ -162,9 +174,12 @@ class VideoClips(MediaFolder):
             antialias=self.antialias,
             square_pixels=self.square_pixels,
         )
+
+    def _load(self, row: Row, clip: int, epoch: int) -> Frames:
+        """Decoded frames resized to ``image_size``, or to the smallest size that covers it for ``num_crops=3``."""
         try:
             with self.opened(row) as source:
-                return load_clip(source, self.sampling, size, self.decoding, rng, clip)
+                return load_clip(source, self.sampling, self._size, self.decoding, self._rng(row, epoch), clip)
         except VideoError:
             raise
         except ValueError as error:

@@ -53,6 +53,7 @@ class VideoShards(VideoClips):
     """
 
     repair = "Repair or remove them in the source folder, and write the shards again"
+    mend = f"copy the shard and {INDEX} again, or run `{COMMAND}` into another folder"  # for a shard of another index
     rows: Sequence[Row]
 
     def __init__(
@@ -141,29 +142,30 @@ class VideoShards(VideoClips):
         where = f"{self.store.path(shard.name)} (clip {row.name}, bytes {row.offset} to {end})"
         try:
             if self._cache is not None:
-                data = self._cache.read(shard, start, end, lambda found: _check(found, row) is None)
+                data = self._cache.read(shard, start, end, lambda found: self._check(found, row) is None)
             else:
                 data = self.store.read(shard.name, start, end)
         except (FileNotFoundError, PermissionError) as error:  # not a broken clip, which would be skipped
             raise RuntimeError(
-                f"{where} cannot be read ({error}): restore the shard, or run `{COMMAND}` again; a run continues with "
+                f"{where} cannot be read ({error}): restore the shard, or {self.mend}; a run continues with "
                 "resume=last."
             ) from error
-        problem = _check(data, row)
+        problem = self._check(data, row)
         if problem == "crc":
             raise BrokenVideoError(
                 f"{where} is damaged: its CRC-32 is not {row.crc:08x}. Copy the shard again (`sha256sum -c SHA256SUMS` "
                 "checks all)."
             )
         if problem is not None:
-            raise RuntimeError(
-                f"{where} {problem}: copy the shard and {INDEX} again, or run `{COMMAND}` into another folder."
-            )
+            raise RuntimeError(f"{where} {problem}: {self.mend}.")
         return memoryview(data)[BLOCK:]
+
+    def _check(self, data: bytes, row: ShardRow) -> str | None:
+        return check_clip(data, row)
 
     def _version(self, row: Row) -> list[int]:
         assert isinstance(row, ShardRow)
-        return [row.size, row.crc]
+        return [row.size, row.offset if row.crc is None else row.crc]
 
     def _num_skipped(self, rows: Sequence[Row]) -> int:
         return sum(map(rows.has, self.skipped)) if isinstance(rows, ShardRows) else super()._num_skipped(rows)
@@ -236,7 +238,7 @@ class VideoShards(VideoClips):
         return order, counts[counts > 0]
 
 
-def _check(data: bytes, row: ShardRow) -> str | None:
+def check_clip(data: bytes, row: ShardRow) -> str | None:
     """Returns what is wrong with the tar header and bytes of a clip: None, ``crc``, or a phrase for messages."""
     if len(data) < BLOCK + row.size:
         return f"ends after {len(data)} of {BLOCK + row.size} bytes"

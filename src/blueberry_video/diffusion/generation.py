@@ -134,9 +134,11 @@ def generate_latents(
             )
         causal = conditioned_causally(model, text, scale)
         base = None if unconditional is None else conditioned_causally(model, unconditional, scale)
-        options = {"window": given.window, "start": start, "strength": given.strength}
         latents = generate_causally(
-            *(causal, base, noise, chunk or None, sampler, guidance, objective, given.history, generator), **options
+            *(causal, base, noise, chunk or None, sampler, guidance, objective, given.history, generator),
+            window=given.window,
+            start=start,
+            strength=given.strength,
         )
     else:
         network = conditioned(model, text, objective, image, scale)

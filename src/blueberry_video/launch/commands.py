@@ -89,6 +89,9 @@ COMMANDS = {
         "write the disparity that a trained model predicts",
     ),
     "data": Command("data.write", "", "source=sprites|world out=FOLDER train=1000 …", "write a folder of mp4 files"),
+    "data-check": Command(
+        "data_check", "", "FOLDER|TARS|EXPERIMENT [--out FOLDER] …", "classes, sizes and faults of a data set"
+    ),
     "shards": Command("data.shards", "", "FOLDER --out FOLDER|s3://… …", "write tar shards of a folder of videos"),
     "process": Command("video.command", "", "VIDEO [--model NAME] [--out FOLDER] …", "input of a model from a video"),
     "depth": Command("depth", "", "VIDEO --out FOLDER --checkpoint RUN …", "depth of a video of any length"),

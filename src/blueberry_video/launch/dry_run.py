@@ -99,6 +99,7 @@ def dry_run(
             single = processes.count(config.trainer) == 1
             step = _load(checkpoint, task, trainer, build(short, folder)[0] if single else None, findings)
         _describe_model(model, findings)
+        _describe_classes(data, findings)
         _build_callbacks(config, findings)
         if not _check_clip_counts(config, data, findings):
             sys.exit(1)
@@ -234,6 +235,13 @@ def _describe_model(model: Any, findings: Findings) -> None:
     total, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     fix = "" if trained else "All parameters are frozen: set `model.freeze_encoder=false`."
     findings.add("model", f"{type(model).__name__}, {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained", fix)
+
+
+def _describe_classes(data: Any, findings: Findings) -> None:
+    """Adds the classes of each label of the training set."""
+    for label, names in getattr(data, "classes", {}).items():
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        findings.add("classes", f"{label}: {len(names)} ({shown})")
 
 
 def _estimate_memory(config: DictConfig, findings: Findings) -> bool:

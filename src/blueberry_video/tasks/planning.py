@@ -57,7 +57,7 @@ def plan_actions(
 
 
 def planner_of(
-    config: Any, width: int, names: Sequence[str], settings: Mapping[str, int], limit: float | None = None
+    config: Any, width: int, names: Sequence[str], settings: Mapping[str, Any], limit: float | None = None
 ) -> CrossEntropyPlanner:
     """Returns the planner of a run: that of its closed-loop callback, or one that fits the actions of its model.
 

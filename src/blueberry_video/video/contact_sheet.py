@@ -2,7 +2,7 @@
 
 import math
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -27,8 +27,11 @@ def contact_sheet(
     suspect: Tensor | None = None,
     columns: int | None = None,
     title: Sequence[str] = (),
+    labels: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Draws rows of thumbnails with timestamps. Missing frames have a red border, suspect ones an orange border.
+    """Draws rows of thumbnails with timestamps, or other labels.
+
+    Missing frames have a red border, suspect ones an orange border.
 
     Args:
         frames: uint8 (T, 3, H, W) RGB. Of more than 60 frames, 60 evenly spaced ones are drawn; the title gets a line.
@@ -37,6 +40,7 @@ def contact_sheet(
         suspect: bool (T,), True where a frame was decoded after damage.
         columns: 1 to 20; None selects a number for a sheet of about 3:2.
         title: lines at the top. Long lines are wrapped, and characters that PIL's font lacks are converted to ASCII.
+        labels: (T,) text below the thumbnails, cut to their width; None draws the timestamps.
 
     Returns:
         An RGB image, 640 to 1600 pixels wide.
@@ -70,8 +74,9 @@ def contact_sheet(
     max_width = (MAX_WIDTH - _GAP) // columns - _GAP - 2 * _BORDER
     scale = min(_CELL / max(pictures[0].size), max_width / pictures[0].width)
     thumb_width, thumb_height = (max(round(side * scale), 1) for side in pictures[0].size)
+    texts = {i: _time(float(timestamps[i])) if labels is None else _ascii(labels[i]) for i in shown}
     title_font, label_font = ImageFont.load_default(_TITLE_SIZE), ImageFont.load_default(_LABEL_SIZE)
-    label_width = max(label_font.getlength(_time(float(timestamps[i]))) for i in shown)
+    label_width = max(label_font.getlength(text) for text in texts.values())
     cell_width = min(max(thumb_width + 2 * _BORDER, math.ceil(label_width)), max_width + 2 * _BORDER) + _GAP
     cell_height = thumb_height + 2 * _BORDER + _LABEL_SIZE + 2 * _GAP
     width = max(columns * cell_width + _GAP, MIN_WIDTH)
@@ -90,7 +95,7 @@ def contact_sheet(
         small = picture.resize((thumb_width, thumb_height), Image.Resampling.LANCZOS)
         sheet.paste(small, (left + _BORDER, upper + _BORDER))
         label = (left + _BORDER, upper + thumb_height + 2 * _BORDER + 2)
-        draw.text(label, _time(float(timestamps[i])), fill=colors[i], font=label_font)
+        draw.text(label, next(_wrapped(texts[i], label_font, cell_width), ""), fill=colors[i], font=label_font)
     return sheet
 
 
@@ -110,7 +115,7 @@ def _ascii(line: str) -> str:
     return "".join(letter for letter in plain if not unicodedata.combining(letter)).encode("ascii", "replace").decode()
 
 
-def _wrapped(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> Iterable[str]:
+def _wrapped(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> Iterator[str]:
     """Wraps a line to ``width`` at spaces, and inside words that are too long (paths)."""
     part = ""
     for word in line.split(" "):
