@@ -109,7 +109,7 @@ class VideoClassifier(nn.Module):
             tokens = tokens + rows.to(tokens).repeat_interleave(h * w, dim=1)
         return self.head(rearrange(tokens, "(b s) n d -> b (s n) d", s=self.segments))
 
-    def load_published(self, source: str | Path) -> str:
+    def load_published(self, weights: str | Path) -> str:
         """Loads published weights or a checkpoint of a run: the encoder strictly, see
         :meth:`~blueberry_video.models.encoder.Encoder.load_published`, and the heads that fit.
 
@@ -123,8 +123,8 @@ class VideoClassifier(nn.Module):
         Raises:
             FileNotFoundError, ValueError: see :meth:`~blueberry_video.models.encoder.Encoder.load_published`.
         """
-        report = self.encoder.load_published(source)
-        found, own = convert_head(read_source(source)[1], self._only_label), self.head.state_dict()
+        report = self.encoder.load_published(weights)
+        found, own = convert_head(read_source(weights)[1], self._only_label), self.head.state_dict()
         if not found:
             return f"{report}; it holds no head: the head of this model keeps its initialization"
         stem, labels = _stem(found), dict.fromkeys(name.split(".")[1] for name in found if name.startswith("linear."))
@@ -146,7 +146,7 @@ class VideoClassifier(nn.Module):
         self.head.load_state_dict(own | {name: found[name] for name in fitting})
         return report + ignored
 
-    def load_finetuned(self, source: str | Path) -> str:
+    def load_finetuned(self, weights: str | Path) -> str:
         """Loads encoder and heads of fine-tuned weights, published or of a run, strictly.
 
         Returns:
@@ -156,17 +156,17 @@ class VideoClassifier(nn.Module):
             FileNotFoundError: there are no such weights.
             ValueError: tensors are missing, unexpected or of a different shape.
         """
-        (config, state), own = read_source(source), self.state_dict()
-        weights = state if state.keys() == own.keys() else convert_finetuned(state, self._only_label, source)
+        (config, state), own = read_source(weights), self.state_dict()
+        tensors = state if state.keys() == own.keys() else convert_finetuned(state, self._only_label, weights)
         fix = "Use fine-tuned weights, and the model variant and num_classes of these weights."
-        check_config(self, config, self.encoder.published_settings, source, fix)
-        load_strictly(self, weights, source, fix)
-        return f"loaded {len(weights)} tensors from {source}{origin_of_heads(config, self.encoder.published_settings)}"
+        check_config(self, config, self.encoder.published_settings, weights, fix)
+        load_strictly(self, tensors, weights, fix)
+        return f"loaded {len(tensors)} tensors from {weights}{origin_of_heads(config, self.encoder.published_settings)}"
 
     @classmethod
     def from_published(
         cls,
-        source: str | Path,
+        weights: str | Path,
         label: str = "action",
         num_frames: int | None = None,
         image_size: int | None = None,
@@ -176,25 +176,25 @@ class VideoClassifier(nn.Module):
 
         Args:
             label: label of the head.
-            source, num_frames, image_size, num_heads: see
+            weights, num_frames, image_size, num_heads: see
                 :meth:`blueberry_video.models.masked_autoencoder.MaskedAutoencoder.from_published`.
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: the weights have no classifier, as pre-trained models.
         """
-        config, state = read_source(source)
+        config, state = read_source(weights)
         if not {"fc_norm.weight", f"linear.{label}.weight"} <= convert_head(state, label).keys():
             raise ValueError(
-                f"{source} holds no fine-tuned VideoMAE (fc_norm.weight or head.weight is missing): load a pre-trained "
-                "one with blueberry_video.models.masked_autoencoder.MaskedAutoencoder.from_published."
+                f"{weights} holds no fine-tuned VideoMAE (fc_norm.weight or head.weight is missing): load a "
+                "pre-trained one with blueberry_video.models.masked_autoencoder.MaskedAutoencoder.from_published."
             )
-        weights = convert_finetuned(state, label, source)
-        own = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
-        sizes = vit.settings_of_config(config, num_frames, image_size, num_heads)
-        encoder = vit.VisionTransformer.from_weights(own, source, **sizes, images=is_omnimae(state))
-        model = cls(encoder, num_classes={label: len(weights[f"head.linear.{label}.weight"])})
-        load_strictly(model, weights, source)
+        tensors = convert_finetuned(state, label, weights)
+        own = {name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")}
+        sizes = vit.settings_of_config(config, own, weights, num_frames, image_size, num_heads)
+        encoder = vit.VisionTransformer.from_weights(own, weights, **sizes, images=is_omnimae(state))
+        model = cls(encoder, num_classes={label: len(tensors[f"head.linear.{label}.weight"])})
+        load_strictly(model, tensors, weights)
         return model
 
     def save_published(self, folder: str | Path, label: str | None = None) -> None:
