@@ -42,6 +42,8 @@ MODEL ?= qwen2.5-vl
 override export MODEL := $(value MODEL)
 CHECKPOINT ?=
 override export CHECKPOINT := $(value CHECKPOINT)
+WEIGHTS ?=
+override export WEIGHTS := $(value WEIGHTS)
 OUT ?=
 override export OUT := $(value OUT)
 KILLS ?= 50
@@ -79,7 +81,7 @@ doctor: $(STAMP) ## check versions, devices, FFmpeg, wandb, Slurm and disk, with
 	@$(blueberry) doctor
 
 ##@ Experiments
-.PHONY: new check estimate train sweep submit runs gate torture report consolidate latents pseudo_labels export predict evaluate generate render data shards
+.PHONY: new check estimate train sweep submit runs gate torture report consolidate latents pseudo_labels export predict features evaluate generate render data shards
 new: $(STAMP) ## EXP=name: copy experiments/template/
 	@$(blueberry) new "$$EXP"
 
@@ -124,6 +126,9 @@ export: $(STAMP) ## EXP=name OUT=folder [DTYPE=bfloat16]: export the transformer
 
 predict: $(STAMP) ## EXP=name VIDEO=file|folder|list.txt OUT=labels.csv: labels of videos by the newest run; ARGS="--window 10 --top 5"
 	@$(experiment)$(if $(strip $(VIDEO)),,$(error VIDEO is missing: `make predict EXP=$(EXP) VIDEO=clip.mp4 OUT=labels.csv`))$(if $(strip $(OUT)),,$(error OUT is missing: add OUT=labels.csv))$(blueberry) predict "$$EXP" --out="$$OUT" --args="$$ARGS" -- "$$VIDEO"
+
+features: $(STAMP) ## EXP=name|WEIGHTS=folder|file|hub-id VIDEO=file|folder|list.txt OUT=folder: features of videos by any encoder; ARGS="--level token"
+	@$(if $(strip $(EXP)$(WEIGHTS)),,$(error WEIGHTS is missing: `make features WEIGHTS=MCG-NJU/videomae-base VIDEO=clips OUT=features`, or EXP=<name> for a run))$(if $(strip $(VIDEO)),,$(error VIDEO is missing: add VIDEO=clips))$(if $(strip $(OUT)),,$(error OUT is missing: add OUT=features))$(blueberry) features "$${WEIGHTS:-$$EXP}" --out="$$OUT" --args="$$ARGS" -- "$$VIDEO"
 
 evaluate: $(STAMP) ## EXP=name [OUT=numbers.json]: metrics of the newest run on another data set or split; ARGS="--split test data.val.root=…"
 	@$(experiment)$(blueberry) evaluate "$$EXP" $${OUT:+"--out=$$OUT"} --args="$$ARGS"

@@ -37,6 +37,8 @@ FAMILIES = {
     "encoder.conv_in.weight": "an image VAE",
 }
 
+UNKNOWN_FAMILY = "an unknown architecture"
+
 
 def family(state: dict[str, Tensor]) -> str:
     """Architecture of a state dict, recognized by its tensor names."""
@@ -44,7 +46,7 @@ def family(state: dict[str, Tensor]) -> str:
     for name, architecture in FAMILIES.items():
         if name in bare:
             return architecture
-    return f"an unknown architecture ({', '.join(sorted(state)[:3])}, …)"
+    return f"{UNKNOWN_FAMILY} ({', '.join(sorted(state)[:3])}, …)"
 
 
 def read_source(weights: str | Path) -> tuple[dict, dict[str, Tensor]]:

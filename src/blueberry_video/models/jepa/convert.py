@@ -68,12 +68,13 @@ class Published(NamedTuple):
         return "sincos_3d" if position_tables(self.content) else None
 
 
-def read_published(weights: str | Path, which: str) -> Published:
+def read_published(weights: str | Path, which: str | None) -> Published:
     """Reads weights of either original repository, of transformers or of a run of this package.
 
     Args:
         weights: a file, a transformers folder or a hub id.
-        which: ``"encoder"`` or ``"target_encoder"``: the encoder of the source that becomes ``encoder.…``.
+        which: ``"encoder"`` or ``"target_encoder"``: the encoder of the source that becomes ``encoder.…``. By default
+            the target encoder, where there is one.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -91,6 +92,7 @@ def read_published(weights: str | Path, which: str) -> Published:
         if any("encoder.embeddings.patch_embeddings." in name for name in state):
             layout, state = "huggingface", convert_huggingface(state)
         held = {name.split(".")[0] for name in state}
+    which = which or ("target_encoder" if "target_encoder" in held else "encoder")
     if which not in held:
         other = next((name for name in ENCODERS if name in held), None)
         fix = f"use which={other!r} (in a config task.weights_of={other})" if other else "give a file of V-JEPA"

@@ -200,6 +200,30 @@ class JEPA(RunningAverages):
         print(f"{model._load(published, weights, which)}; positions {kind}; predictor_num_heads={predictor_heads}")
         return model
 
+    @staticmethod
+    def published_encoder(
+        weights: str | Path,
+        which: str | None = None,
+        num_frames: int | None = None,
+        image_size: int | None = None,
+        positions: str | None = None,
+        num_heads: int | None = None,
+    ) -> vit.VisionTransformer:
+        """Builds the encoder of V-JEPA or V-JEPA 2 alone, see :meth:`from_published`.
+
+        Args:
+            weights, which: see :meth:`from_published`; by default the target encoder, where the weights have one.
+            num_frames, image_size, positions, num_heads: see :func:`encoder_of`.
+
+        Raises:
+            FileNotFoundError, ValueError: see :meth:`from_published`.
+        """
+        published = convert.read_published(weights, which)
+        encoder = encoder_of(published, weights, num_frames, image_size, positions, num_heads)
+        if encoder.position_kind == "sincos_3d":
+            convert.check_positions(published.content, encoder.grid(encoder.video_size))
+        return encoder
+
     def load_published(self, weights: str | Path, which: str) -> str:
         """Loads weights, see :meth:`from_published`, or those of a run, into this model. A teacher keeps its weights.
 
