@@ -150,8 +150,8 @@ shards: $(STAMP) ## DATA=folder OUT=folder [ARGS="--shard-size 1GB"]: write tar 
 process: $(STAMP) ## VIDEO=file [MODEL=name] [OUT=folder] [ARGS="fps=1 format=numpy"]: convert a video to the input of a model
 	@$(if $(strip $(VIDEO)),,$(error VIDEO is missing: `make process VIDEO=clip.mp4 MODEL=qwen2.5-vl OUT=folder`))$(blueberry) process "$$VIDEO" --model "$$MODEL" $${OUT:+--out "$$OUT"} --args="$$ARGS"
 
-depth: $(STAMP) ## VIDEO=file OUT=folder CHECKPOINT=run [ARGS="--format npz,png --mode sliding"]: depth of a video of any length
-	@$(if $(strip $(VIDEO)),,$(error VIDEO is missing: `make depth VIDEO=clip.mp4 OUT=maps CHECKPOINT=outputs/video_depth`))$(if $(strip $(OUT)),,$(error OUT is missing: add OUT=<folder>))$(if $(strip $(CHECKPOINT)),,$(error CHECKPOINT is missing: add CHECKPOINT=outputs/<experiment>, or published weights))$(blueberry) depth "$$VIDEO" --out="$$OUT" --checkpoint="$$CHECKPOINT" --args="$$ARGS"
+depth: $(STAMP) ## VIDEO=file OUT=folder WEIGHTS=run|folder|file|hub-id [ARGS="--format npz,png --mode sliding"]: depth of a video of any length
+	@$(if $(strip $(VIDEO)),,$(error VIDEO is missing: `make depth VIDEO=clip.mp4 OUT=maps WEIGHTS=outputs/video_depth`))$(if $(strip $(OUT)),,$(error OUT is missing: add OUT=<folder>))$(if $(strip $(WEIGHTS)$(CHECKPOINT)),,$(error WEIGHTS is missing: add WEIGHTS=outputs/<experiment>, or published weights))$(blueberry) depth "$$VIDEO" --out="$$OUT" --weights="$${WEIGHTS:-$$CHECKPOINT}" --args="$$ARGS"
 
 decode-bench: $(STAMP) ## find the fastest decoder and number of threads on this machine; ARGS=folder of videos to use
 	@$(with_args) benchmarks/decode.py

@@ -8,6 +8,7 @@ MISSING = {  # part of the reason of a skipped test: command or setting that mak
     "BLUEBERRY_TEST_VIDEOS": "set BLUEBERRY_TEST_VIDEOS to a folder of real clips",
     "cuda": "a CUDA device",
     "qwen-vl-utils": "pip install --no-deps qwen-vl-utils==0.0.14 requests",
+    "pyarrow": "pip install -e '.[parquet]'",
     "pycolmap": "pip install pycolmap",
     "chromium": "apt-get install chromium",
     "viser": "pip install -e '.[viewer]'",

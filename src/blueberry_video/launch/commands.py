@@ -91,7 +91,7 @@ COMMANDS = {
     "data": Command("data.write", "", "source=sprites|world out=FOLDER train=1000 …", "write a folder of mp4 files"),
     "shards": Command("data.shards", "", "FOLDER --out FOLDER|s3://… …", "write tar shards of a folder of videos"),
     "process": Command("video.command", "", "VIDEO [--model NAME] [--out FOLDER] …", "input of a model from a video"),
-    "depth": Command("depth", "", "VIDEO --out FOLDER --checkpoint RUN …", "depth of a video of any length"),
+    "depth": Command("depth", "", "VIDEO --out FOLDER --weights RUN|WEIGHTS …", "depth of a video of any length"),
     "doctor": Command("launch.doctor", "", "", "check versions, devices and tools", has_help=False),
 }
 
