@@ -25,9 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="blueberry depth", allow_abbrev=False)
     parser.add_argument("video", help="video file")
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument(
-        "--weights", "--checkpoint", required=True, help="run folder, experiment's folder, or published weights"
-    )
+    parser.add_argument("--weights", "--checkpoint", required=True, help="folder of a run, or published weights")
     parser.add_argument(
         "--format", default="npz,mp4", help="npz, png (16 bit), exr, mp4 (colored), separated by commas"
     )

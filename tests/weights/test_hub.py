@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from blueberry_video.weights import hub as hubs
 from blueberry_video.weights.diffusers_folder import read_source
 from blueberry_video.weights.files import resolve
+from blueberry_video.weights.optional import load_part
 from loopback_hub import Hub, commit_of, loopback_hub
 
 
@@ -125,3 +126,17 @@ def test_a_local_folder_of_pickled_files_is_refused(hub: Hub):
     with pytest.raises(FileNotFoundError, match=rf"{folder} holds no safetensors.*{folder}/a\.pth"):
         read_source(folder)
     assert read_source(folder / "pytorch_model.bin")[0] == {"hidden_size": 3}
+
+
+def test_parts_of_pipelines_have_revisions(tmp_path: Path):
+    class Loader:
+        @staticmethod
+        def from_pretrained(*path: str, **options: object):
+            return path, options
+
+    assert load_part(Loader, "hf://org/name@v1", "vae", "autoencoder") == (
+        ("org/name",),
+        {"subfolder": "vae", "revision": "v1"},
+    )
+    assert load_part(Loader, "org/name", None, "autoencoder", dtype=1) == (("org/name",), {"dtype": 1})
+    assert load_part(Loader, str(tmp_path), None, "autoencoder") == ((str(tmp_path),), {})
