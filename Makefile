@@ -42,6 +42,8 @@ MODEL ?= qwen2.5-vl
 override export MODEL := $(value MODEL)
 CHECKPOINT ?=
 override export CHECKPOINT := $(value CHECKPOINT)
+WEIGHTS ?=
+override export WEIGHTS := $(value WEIGHTS)
 OUT ?=
 override export OUT := $(value OUT)
 KILLS ?= 50
@@ -89,7 +91,7 @@ doctor: $(STAMP) ## check versions, devices, FFmpeg, wandb, Slurm and disk, with
 	@$(blueberry) doctor
 
 ##@ Experiments
-.PHONY: new check estimate train sweep submit runs gate torture report consolidate latents pseudo_labels export predict evaluate generate reconstruct plan render data data-check shards
+.PHONY: new check estimate train sweep submit runs gate torture report consolidate latents pseudo_labels export predict features evaluate generate reconstruct plan render data data-check shards
 new: $(STAMP) ## EXP=name: copy experiments/template/
 	@$(blueberry) new "$$EXP"
 
@@ -135,6 +137,9 @@ export: $(STAMP) ## EXP=name OUT=folder [DTYPE=bfloat16]: export the newest run 
 predict: $(STAMP) ## EXP=name VIDEO=file|folder|list.txt OUT=labels.csv: labels of videos by the newest run; ARGS="--window 10 --top 5"
 	@$(experiment)$(if $(strip $(VIDEO)),,$(error VIDEO is missing: `make predict EXP=$(EXP) VIDEO=clip.mp4 OUT=labels.csv`))$(if $(strip $(OUT)),,$(error OUT is missing: add OUT=labels.csv))$(blueberry) predict "$$EXP" --out="$$OUT" --args="$$ARGS" -- "$$VIDEO"
 
+features: $(STAMP) ## EXP=name|WEIGHTS=folder|file|hub-id VIDEO=file|folder|list.txt OUT=folder: features of videos by any encoder; ARGS="--level token"
+	@$(if $(strip $(EXP)$(WEIGHTS)),,$(error WEIGHTS is missing: `make features WEIGHTS=MCG-NJU/videomae-base VIDEO=clips OUT=features`, or EXP=<name> for a run))$(if $(strip $(VIDEO)),,$(error VIDEO is missing: add VIDEO=clips))$(if $(strip $(OUT)),,$(error OUT is missing: add OUT=features))$(blueberry) features "$${WEIGHTS:-$$EXP}" --out="$$OUT" --args="$$ARGS" -- "$$VIDEO"
+
 evaluate: $(STAMP) ## EXP=name [OUT=numbers.json]: metrics of the newest run on another data set or split; ARGS="--split test data.val.root=…"
 	@$(experiment)$(blueberry) evaluate "$$EXP" $${OUT:+"--out=$$OUT"} --args="$$ARGS"
 
@@ -164,8 +169,8 @@ shards: $(STAMP) ## DATA=folder OUT=folder [ARGS="--shard-size 1GB"]: write tar 
 process: $(STAMP) ## VIDEO=file [MODEL=name] [OUT=folder] [ARGS="fps=1 format=numpy"]: convert a video to the input of a model
 	@$(if $(strip $(VIDEO)),,$(error VIDEO is missing: `make process VIDEO=clip.mp4 MODEL=qwen2.5-vl OUT=folder`))$(blueberry) process "$$VIDEO" --model "$$MODEL" $${OUT:+--out "$$OUT"} --args="$$ARGS"
 
-depth: $(STAMP) ## VIDEO=file OUT=folder CHECKPOINT=run [ARGS="--format npz,png --mode sliding"]: depth of a video of any length
-	@$(if $(strip $(VIDEO)),,$(error VIDEO is missing: `make depth VIDEO=clip.mp4 OUT=maps CHECKPOINT=outputs/video_depth`))$(if $(strip $(OUT)),,$(error OUT is missing: add OUT=<folder>))$(if $(strip $(CHECKPOINT)),,$(error CHECKPOINT is missing: add CHECKPOINT=outputs/<experiment>, or published weights))$(blueberry) depth "$$VIDEO" --out="$$OUT" --checkpoint="$$CHECKPOINT" --args="$$ARGS"
+depth: $(STAMP) ## VIDEO=file OUT=folder WEIGHTS=run|folder|file|hub-id [ARGS="--format npz,png --mode sliding"]: depth of a video of any length
+	@$(if $(strip $(VIDEO)),,$(error VIDEO is missing: `make depth VIDEO=clip.mp4 OUT=maps WEIGHTS=outputs/video_depth`))$(if $(strip $(OUT)),,$(error OUT is missing: add OUT=<folder>))$(if $(strip $(WEIGHTS)$(CHECKPOINT)),,$(error WEIGHTS is missing: add WEIGHTS=outputs/<experiment>, or published weights))$(blueberry) depth "$$VIDEO" --out="$$OUT" --weights="$${WEIGHTS:-$$CHECKPOINT}" --args="$$ARGS"
 
 decode-bench: $(STAMP) ## find the fastest decoder and number of threads on this machine; ARGS=folder of videos to use
 	@$(with_args) benchmarks/decode.py

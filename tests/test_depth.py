@@ -108,7 +108,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_a_run_with_its_own_normalization(run: Path, tmp_path: Path, command: Callable[..., None]) -> None:
     clip, out = video(tmp_path, 12), tmp_path / "out"
-    command(clip, "--out", out, "--checkpoint", run, "--format", "npz,mp4")
+    command(clip, "--out", out, "--weights", run, "--format", "npz,mp4")
     opened = open_model(run)
     assert opened.mean == pytest.approx([0.4, 0.5, 0.6])
     pixels = load_clip(clip, SamplingOptions(sampling="all", frame_factor=1)).pixels

@@ -3,7 +3,7 @@
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["load_run"]
+__all__ = ["load_encoder", "load_run"]
 
 
 def __getattr__(name: str) -> Any:
@@ -11,4 +11,8 @@ def __getattr__(name: str) -> Any:
         from blueberry_video.trained_model import load_run
 
         return load_run
+    if name == "load_encoder":
+        from blueberry_video.pretrained_encoder import load_encoder
+
+        return load_encoder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

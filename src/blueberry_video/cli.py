@@ -50,7 +50,8 @@ def translate(arguments: list[str]) -> list[str] | None:
     module = f"blueberry_video.{command.module}"
     if not command.first:
         return [module, *_expanded(rest)]
-    if command.first == "run" and {"-h", "--help"} & {*rest}:
+    reads_runs = command.first in ("run", "weights")
+    if reads_runs and {"-h", "--help"} & {*rest}:
         return [module, "--help"]
     if not rest or rest[0].startswith("-") or ("=" in rest[0] and "/" not in rest[0]):
         given = f" instead of `{rest[0]}`" if rest else ""
@@ -58,8 +59,9 @@ def translate(arguments: list[str]) -> list[str] | None:
             f"`blueberry {name}` requires the name of an experiment as its first argument{given}: "
             f"`blueberry {name} {command.usage}`. {_experiments()}"
         )
-    if command.first == "run":
-        return [module, rest[0] if "/" in rest[0] else f"outputs/{rest[0]}", *_expanded(rest[1:])]
+    if reads_runs:
+        is_path = "/" in rest[0] or (command.first == "weights" and Path(rest[0]).exists())
+        return [module, rest[0] if is_path else f"outputs/{rest[0]}", *_expanded(rest[1:])]
     teachers, words = _options(rest[1:], {"--checkpoint": ""} if name == "pseudo-labels" else {})
     resumes, words = _options(words, {"--resume": "resume="} if command.module == "train" else {})
     if name == "pseudo-labels" and not teachers:

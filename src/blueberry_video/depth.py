@@ -1,9 +1,9 @@
 """Depth entry point: writes the depth of a video of any length, at constant memory.
 
-    python -m blueberry_video.depth clip.mp4 --out maps --checkpoint outputs/<name>[/<run>] [--format npz,png,mp4]
+    python -m blueberry_video.depth clip.mp4 --out maps --weights outputs/<name>[/<run>] [--format npz,png,mp4]
         [--mode auto|frames|stream|windows|sliding] [--input-size 518] [--range 0 20] …
 
-The checkpoint is a run of the task ``depth``, or a folder or file of published weights. A killed command continues when
+The weights are a run of the task ``depth``, or published: a folder, a file or a hub id. A killed command continues when
 it is repeated, and writes the same files. Of a video that breaks in the middle, everything before is written.
 """
 
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="blueberry depth", allow_abbrev=False)
     parser.add_argument("video", help="video file")
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--checkpoint", required=True, help="run folder, experiment's folder, or published weights")
+    parser.add_argument("--weights", "--checkpoint", required=True, help="folder of a run, or published weights")
     parser.add_argument(
         "--format", default="npz,mp4", help="npz, png (16 bit), exr, mp4 (colored), separated by commas"
     )
@@ -39,7 +39,7 @@ def main() -> None:
     command_line.quiet_libraries()
     formats = [each.strip() for each in known.format.split(",") if each.strip()]
     options = {"mode": known.mode, "latency": known.latency, "input_size": known.input_size, "range": known.range}
-    about = estimate_depth(known.video, known.out, known.checkpoint, formats, **options)
+    about = estimate_depth(known.video, known.out, known.weights, formats, **options)
     print(f"wrote {about['frames']} maps to {known.out}")
     if about.get("error"):
         raise ValueError(
@@ -51,7 +51,7 @@ def main() -> None:
 def estimate_depth(
     video: str | Path,
     out: str | Path,
-    checkpoint: str | Path,
+    weights: str | Path,
     formats: Sequence[str] = ("npz", "mp4"),
     mode: str = "auto",
     latency: int = 4,
@@ -63,7 +63,7 @@ def estimate_depth(
     Args:
         video: video file.
         out: folder. If a killed call has left one, it is continued, to the same files byte for byte.
-        checkpoint: run folder, folder of an experiment (its newest run), or published weights.
+        weights: run folder, folder of an experiment (its newest run), or published weights.
         formats: of ``npz``, ``png``, ``exr``, ``mp4``.
         mode, latency: see :func:`~blueberry_video.inference.depth.depth_stream`.
         input_size: shorter side of frames at the network; ``None``: that of training.
@@ -73,7 +73,7 @@ def estimate_depth(
         Content of ``depth.json``; the key ``error`` exists if the video breaks in the middle.
 
     Raises:
-        FileNotFoundError: without video or checkpoint.
+        FileNotFoundError: without video or weights.
         FileExistsError: for a folder with other content.
         ValueError: for arguments that do not fit, and for a video without any frame that decodes.
     """
@@ -84,9 +84,9 @@ def estimate_depth(
 
     if not Path(video).is_file():
         raise FileNotFoundError(f"video={video} does not exist: use the path of a video file.")
-    model, weights, mean, std = open_model(checkpoint)
+    model, fingerprint, mean, std = open_model(weights)
     side = input_size or min(model.pretrained.video_size[2:])
-    settings = {"video": digest(video), "weights": weights, "mode": mode, "latency": latency, "input_size": side}
+    settings = {"video": digest(video), "weights": fingerprint, "mode": mode, "latency": latency, "input_size": side}
     settings |= {"mean": mean, "std": std}
 
     def work(opened: OpenVideo, decoding: DecodeOptions) -> dict[str, Any]:
@@ -108,11 +108,11 @@ class Opened(NamedTuple):
     std: list[float]
 
 
-def open_model(checkpoint: str | Path) -> Opened:
+def open_model(weights: str | Path) -> Opened:
     """Opens a model, on the GPU if there is one.
 
     Raises:
-        FileNotFoundError: without checkpoint.
+        FileNotFoundError: without weights.
         ValueError: for a run of a different task, or weights of a different model.
     """
     import torch
@@ -124,13 +124,13 @@ def open_model(checkpoint: str | Path) -> Opened:
     from blueberry_video.tasks.depth import Depth
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = Path(checkpoint)
+    path = Path(weights)
     if path.is_dir() and not (path / "config.json").is_file():
         task = load_trained(path, [Depth], device).task
         model, mean, std = task.model, task.pixel_mean.flatten().tolist(), task.pixel_std.flatten().tolist()
     else:
-        kind = VideoDepthAnything if is_video(read_published(checkpoint).state) else DepthAnything
-        model = kind.from_published(checkpoint).to(device).eval()
+        kind = VideoDepthAnything if is_video(read_published(weights).state) else DepthAnything
+        model = kind.from_published(weights).to(device).eval()
         mean, std = list(IMAGENET_MEAN), list(IMAGENET_STD)
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

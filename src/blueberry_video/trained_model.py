@@ -6,32 +6,25 @@ model("clip.mp4")                # outputs of the task, such as {"motion": proba
 model.predict("clip.mp4")        # {"motion": {"left": 0.98, "right": 0.02}}
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from blueberry_video.data.clip_reader import ClipReader, name_of
 from blueberry_video.evaluation.reconstruction import psnr
 from blueberry_video.experiment.trained import TrainedRun, load_trained
 from blueberry_video.tasks import generation, prediction
 from blueberry_video.tasks.clip_format import DEFAULT_FPS, ClipFormat
 from blueberry_video.tasks.requests import Request
-from blueberry_video.video.clip import FrameReader, with_reader
-from blueberry_video.video.decode import DecodeOptions, Frames
-from blueberry_video.video.resize import ResizeOptions, resize_to, video_size
-from blueberry_video.video.sampling import ClipSampling, choose_clip
-from blueberry_video.video.source import open_source
-from blueberry_video.video.times import time_range
+from blueberry_video.video.decode import Frames
 
 Probabilities = dict[str, dict[str, float]]
-Result = TypeVar("Result")
 
 
-class TrainedModel:
+class TrainedModel(ClipReader):
     """Model of a run that reads videos as the validation of the run did.
 
     Args:
@@ -49,73 +42,29 @@ class TrainedModel:
     def __init__(self, run: TrainedRun):
         self.path, self.task, self.checkpoint = run.path, run.task, run.checkpoint.name
         self.clips = ClipFormat.of_run(run)
+        self.sampling, self.resize, self.decoding = self.clips.sampling, self.clips.resize, self.clips.decoding
         self.classes = self.clips.classes
+
+    @property
+    def origin(self) -> str:
+        """Path of the run and name of the checkpoint."""
+        return f"{self.path.resolve()} ({self.checkpoint})"
 
     @property
     def device(self) -> torch.device:
         return self.task.device
 
-    def read(
-        self, source: Any, start: float | None = None, end: float | None = None, views: int | None = 1
-    ) -> list[Frames]:
-        """Samples, decodes and resizes the clips of a video.
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.task.dtype
 
-        Args:
-            source: a path, URL, bytes, array, tensor or list of frames, see
-                :func:`~blueberry_video.video.source.open_source`.
-            start, end: seconds after the first frame, between which frames are sampled; ``None``: of the whole video.
-            views: evenly spaced clips, of runs with ``sampler=multi_clip``; ``None`` for as many as in validation.
+    @torch.no_grad()
+    def encode(self, clips: Sequence[Frames]) -> Tensor:
+        return prediction.features(self.task, self.batch(clips, ["clip"] * len(clips)))
 
-        Returns:
-            For each view, frames with ``pixels`` uint8 (T, 3, H, W).
-
-        Raises:
-            FileNotFoundError, VideoError, ValueError: see :func:`~blueberry_video.video.clip.load_clip`.
-        """
-        return self.over(source, lambda duration: [(start, end)], list, views)[0]
-
-    def over(
-        self,
-        source: Any,
-        ranges: Callable[[float], Sequence[tuple[float | None, float | None]]],
-        function: Callable[[list[Frames]], Result],
-        views: int | None = 1,
-    ) -> list[Result]:
-        """Returns ``function`` of the clips of each range of seconds of a video, which is opened once.
-
-        Args:
-            source, views: see :meth:`read`.
-            ranges: the duration in seconds -> (start, end) of each range.
-            function: receives the clips of a range, one per view.
-        """
-        sampling = ClipSampling(**self.clips.sampling)
-        if sampling.sampler == "multi_clip":
-            sampling = replace(sampling, num_clips=views or sampling.num_clips)
-        resize = ResizeOptions(**self.clips.resize)
-
-        def clip(reader: FrameReader, first: int, last: int, view: int) -> Frames:
-            chosen = choose_clip(reader.info.timestamps[first : last + 1], sampling, window=view)
-            aspect, indices = reader.info.picture.pixel_aspect, [first + index for index in chosen]
-            size = video_size(reader.info.height, reader.info.width, len(chosen), resize, pixel_aspect=aspect)
-            return reader.load(indices, partial(resize_to, size=size, options=resize, pixel_aspect=aspect))
-
-        def work(reader: FrameReader) -> list[Result]:
-            found = []
-            for start, end in ranges(reader.info.duration):
-                bounds = time_range(reader.info.timestamps, start, end, reader.info.duration)
-                count = sampling.num_clips if sampling.sampler == "multi_clip" else 1
-                found.append(function([clip(reader, *bounds, view) for view in range(count)]))
-            return found
-
-        with open_source(source) as opened:
-            return with_reader(opened, DecodeOptions(**self.clips.decoding), work)
-
-    def batch(self, clips: Sequence[Frames], names: Sequence[str]) -> dict[str, Any]:
-        """Returns a batch of clips on the device: ``video`` float (B, 3, T, H, W) in [0, 1], ``id``, ``frames``."""
-        video = torch.stack([clip.pixels for clip in clips]).transpose(1, 2).to(self.device)
-        frames = torch.tensor([clip.indices for clip in clips], device=self.device)
-        batch = {"video": video.to(self.task.dtype).div(255), "id": list(names)}
-        return batch | ({"frames": frames} if self.clips.sampling["sampler"] == "segments" else {})
+    def patches(self, height: int, width: int) -> tuple[int, int]:
+        encoder = prediction.encoder_of(self.task)
+        return encoder.grid((encoder.patch_size[0], height, width))[1:]
 
     def __call__(self, *sources: Any) -> dict[str, Tensor]:
         """Returns the outputs of the task for one clip of each of B videos; see
@@ -125,7 +74,7 @@ class TrainedModel:
             sources: B videos, see :meth:`read`.
         """
         clips = [self.read(source)[0] for source in sources]
-        return prediction.predict(self.task, self.batch(clips, [_name(source) for source in sources]))
+        return prediction.predict(self.task, self.batch(clips, [name_of(source) for source in sources]))
 
     def predict(self, source: Any, start: float | None = None, end: float | None = None) -> Probabilities:
         """Returns label -> class name -> probability, averaged over the views of validation, most probable first.
@@ -157,12 +106,6 @@ class TrainedModel:
             found[label] = dict(sorted(zip(names, means, strict=True), key=lambda pair: -pair[1]))
         return found
 
-    @torch.no_grad()
-    def features(self, *sources: Any) -> Tensor:
-        """Returns the tokens (B, N, D) of the encoder for one clip of each of B videos, see :meth:`read`."""
-        clips = [self.read(source)[0] for source in sources]
-        return prediction.features(self.task, self.batch(clips, [_name(source) for source in sources]))
-
     def reconstruct(
         self, source: Any, start: float | None = None, end: float | None = None
     ) -> tuple[list[Tensor], float, dict[str, Any]]:
@@ -183,7 +126,7 @@ class TrainedModel:
             kinds = ", ".join(kind.__name__ for kind in prediction.RECONSTRUCTS)
             raise ValueError(f"{self.path} trained a {type(self.task).__name__}: reconstruction requires {kinds}.")
         clip = self.read(source, start, end)[0]
-        batch = self.batch([clip], [_name(source)])
+        batch = self.batch([clip], [name_of(source)])
         outputs, real = prediction.predict(self.task, batch), batch["video"]
         made, seconds = outputs["reconstruction"], float(clip.timestamps[-1] - clip.timestamps[0])
         row: dict[str, Any] = {"frames": real.shape[2], "psnr": float(psnr(made * 2 - 1, real * 2 - 1))}
@@ -213,7 +156,3 @@ def load_run(run: str | Path, device: torch.device | str | None = None, best: bo
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return TrainedModel(load_trained(run, device=device, best=best))
-
-
-def _name(source: Any) -> str:
-    return str(source) if isinstance(source, str | Path) else type(source).__name__

@@ -11,7 +11,6 @@ from blueberry_video.models import vit
 from blueberry_video.models.vit import VisionTransformer
 from blueberry_video.nn.patches import gather_tokens
 from blueberry_video.optim import decayed_names
-from blueberry_video.weights.load import published_heads
 
 
 def tiny(**changes) -> VisionTransformer:
@@ -168,11 +167,6 @@ def test_positions_are_not_in_the_state_dict():
     assert not any("position" in name for name in tiny().state_dict())
 
 
-def test_published_number_of_heads_follows_from_the_width():
-    heads = {384: 6, 768: 12, 1024: 16, 1280: 16, 192: 3, 512: 8, 640: 8}
-    assert {width: published_heads(width, "a file") for width in heads} == heads
-
-
 def test_build_from_weights_infers_the_size():
     source = tiny(embed_dim=47, num_heads=1, mlp_ratio=61 / 47, depth=3, image_size=24, in_channels=2, final_norm=False)
     copy = vit.VisionTransformer.from_weights(
@@ -239,5 +233,5 @@ def test_layer_scale_and_learned_positions_are_those_of_videomae():
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model(video, keep)
     torch.testing.assert_close(seen[0], first)
-    loaded = VisionTransformer.from_weights(model.state_dict(), "file", 4, 16, 2).eval()
+    loaded = VisionTransformer.from_weights(model.state_dict(), "file", 2, 4, 16).eval()
     torch.testing.assert_close(loaded(video), model(video))

@@ -154,7 +154,7 @@ def test_saved_folder_loads_here_and_in_transformers(qkv_bias, shard_size, tmp_p
     again = MaskedAutoencoder.from_published(tmp_path / "saved").eval()
     assert again.config() == ours.config()
     assert torch.equal(again(VIDEO, KEEP, TARGET), ours(VIDEO, KEEP, TARGET))
-    assert MaskedAutoencoder.from_published(tmp_path / "saved", num_frames=8, num_heads=4).encoder.num_tokens == 16
+    assert MaskedAutoencoder.from_published(tmp_path / "saved", num_frames=8).encoder.num_tokens == 16
 
     theirs, found = VideoMAEForPreTraining.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not found["missing_keys"]
@@ -290,7 +290,7 @@ def test_giant_variant_is_inferred_from_its_shapes():
         encoder = VisionTransformer(28, 2, 14, 2, embed_dim=1408, depth=1, num_heads=16, mlp_ratio=48 / 11)
         giant = MaskedAutoencoder(encoder, 512, 1, 8, mlp_ratio=48 / 11)
         again = vit.VisionTransformer.from_weights(
-            vit.convert_original(giant.state_dict()), "source", num_frames=2, image_size=28
+            vit.convert_original(giant.state_dict()), "source", 16, num_frames=2, image_size=28
         )
     assert again.blocks[0].attn.num_heads == 16
     assert again.blocks[0].mlp.fc1.out_features == 6144

@@ -1,13 +1,18 @@
-"""Number of attention heads of loaded weights, which no tensor determines: from a config or the caller, or printed."""
+"""Number of attention heads of loaded weights, which no tensor determines: from a config or the caller."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from blueberry_video.models import dinov2, vit
+from blueberry_video.models.jepa import model as jepa
+from blueberry_video.models.jepa import world_model
 from blueberry_video.models.masked_autoencoder.model import MaskedAutoencoder
 from blueberry_video.models.vit import VisionTransformer
+from blueberry_video.weights.load import num_heads_of
 
 
 def autoencoder(width: int = 96, heads: int = 3, decoder_heads: int = 2) -> MaskedAutoencoder:
@@ -38,15 +43,62 @@ def test_width_of_no_published_model_requires_the_number_of_heads(tmp_path: Path
     assert (read.encoder.num_heads, read.decoder_num_heads) == (3, 2)
 
 
-def test_number_of_heads_of_the_published_model_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_number_of_heads_is_not_guessed_from_the_width(tmp_path: Path):
     file = bare(tmp_path, autoencoder(width=384, heads=6, decoder_heads=3))
-    read = MaskedAutoencoder.from_published(file, num_frames=4, image_size=16)
-    assert (read.encoder.num_heads, read.decoder_num_heads) == (6, 3)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(" ")[0] for line in lines] == ["num_heads=6", "decoder_num_heads=3"]
-    assert all(str(file) in line for line in lines)
-    MaskedAutoencoder.from_published(file, num_frames=4, image_size=16, num_heads=6, decoder_num_heads=3)
-    assert capsys.readouterr().out == ""
+    sizes = {"num_frames": 4, "image_size": 16}
+    with pytest.raises(ValueError, match=rf"{file} .*width=384\b.*\bnum_heads=… \(the published model .* has 6\)"):
+        MaskedAutoencoder.from_published(file, **sizes)
+    with pytest.raises(
+        ValueError, match=rf"{file} .*width=192\b.*decoder_num_heads=… \(the published model .* has 3\)"
+    ):
+        MaskedAutoencoder.from_published(file, **sizes, num_heads=6)
+    read = MaskedAutoencoder.from_published(file, **sizes, num_heads=12, decoder_num_heads=2)
+    assert (read.encoder.num_heads, read.decoder_num_heads) == (12, 2)
+
+
+@pytest.mark.parametrize(
+    ("published", "width", "heads"),
+    [
+        (vit.PUBLISHED_HEADS, 768, 12),
+        (vit.PUBLISHED_HEADS, 1408, 16),
+        (jepa.PUBLISHED_HEADS, 1408, 22),
+        (world_model.PUBLISHED_HEADS, 1408, 22),
+        (dinov2.PUBLISHED_HEADS, 1536, 24),
+    ],
+)
+def test_hint_is_that_of_the_architecture(published: dict[int, str], width: int, heads: int):
+    """V-JEPA 2's ViT-g has 22 heads, that of VideoMAE V2 of the same width 16."""
+    with pytest.raises(ValueError, match=rf"num_heads=… \(the published model of this width has {heads}\b"):
+        num_heads_of({}, None, width, "file", published)
+
+
+def test_config_and_argument_must_agree(tmp_path: Path):
+    model = autoencoder()
+    model.save_published(tmp_path / "folder")
+    file = of_a_run(tmp_path, model, heads=3)
+    for weights in (tmp_path / "folder", tmp_path / "folder" / "model.safetensors", file):
+        size = {"num_frames": 4, "image_size": 16}
+        read = MaskedAutoencoder.from_published(weights, **size)
+        assert (read.encoder.num_heads, read.decoder_num_heads) == (3, 2)
+        assert MaskedAutoencoder.from_published(weights, **size, num_heads=3).encoder.num_heads == 3
+        with pytest.raises(ValueError, match=r"\bnum_heads=6 contradicts num_attention_heads=3"):
+            MaskedAutoencoder.from_published(weights, **size, num_heads=6)
+        with pytest.raises(ValueError, match=r"decoder_num_heads=3 contradicts decoder_num_attention_heads=2"):
+            MaskedAutoencoder.from_published(weights, **size, decoder_num_heads=3)
+
+
+def test_eps_is_that_of_the_config(tmp_path: Path):
+    """transformers' VideoMAE has ``layer_norm_eps=1e-12`` by default, the original code 1e-6."""
+    model = autoencoder()
+    model.save_published(tmp_path / "folder")
+    assert MaskedAutoencoder.from_published(tmp_path / "folder").encoder.norm_eps == 1e-6
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-12}))
+    read = MaskedAutoencoder.from_published(tmp_path / "folder")
+    norms = [module.eps for module in read.encoder.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert norms == [1e-12] * 3
+    assert read.config()["layer_norm_eps"] == 1e-12
+    assert "norm_eps=1e-06 of this model, 1e-12 in its config" in model.encoder.load_published(tmp_path / "folder")
 
 
 def test_report_names_the_number_of_heads_and_its_origin(tmp_path: Path):

@@ -58,7 +58,7 @@ class Transformer(Protocol):
     @property
     def image_dropout(self) -> float: ...
 
-    def load_published(self, source: str | Path) -> str: ...
+    def load_published(self, weights: str | Path) -> str: ...
 
     def save_published(self, folder: str | Path) -> None: ...
 
@@ -193,11 +193,11 @@ class TextToVideo(nn.Module):
         frames, height, width = size
         self.shape.check_size((frames + -frames % self.shape.patch_size[0], height, width))
 
-    def load_published(self, source: str | Path) -> str:
+    def load_published(self, weights: str | Path) -> str:
         """Loads weights into the model or a part of it.
 
         Args:
-            source: a Lightning checkpoint of a run (all weights), an adapter file of diffusers, peft or kohya (the
+            weights: a Lightning checkpoint of a run (all weights), an adapter file of diffusers, peft or kohya (the
                 adapters), or published weights of the transformer: a folder, a file or a hub id.
 
         Returns:
@@ -207,7 +207,7 @@ class TextToVideo(nn.Module):
             FileNotFoundError: if there are no such weights.
             ValueError: if the weights do not match the model; the message names the difference.
         """
-        path = Path(source)
+        path = Path(weights)
         if path.suffix == ".ckpt":
             load_strictly(self, read_checkpoint(path), path, "Choose the model of the run that wrote it.")
             return f"loaded {len(self.state_dict())} tensors from {path}"
@@ -220,7 +220,7 @@ class TextToVideo(nn.Module):
             load_adapters(self.transformer, self.lora, path)
             return f"loaded the adapters from {path}"
         with plain(self.transformer):
-            return self.shape.load_published(source)
+            return self.shape.load_published(weights)
 
     def save_published(self, folder: str | Path, merge: bool = False) -> list[Path]:
         """Writes the transformer to ``folder/transformer`` in the layout of diffusers; for a model with adapters only

@@ -8,7 +8,8 @@ class Command(NamedTuple):
 
     Attributes:
         module: module that is executed.
-        first: kind of the first argument: ``experiment``, ``run``, or empty if the module receives all arguments.
+        first: kind of the first argument: ``experiment``, ``run``, ``weights`` (a run, or the path or hub id of
+            weights), or empty if the module receives all arguments.
         usage: arguments, for the help.
         summary: description, for the help.
         added: words that the module receives in addition.
@@ -67,6 +68,9 @@ COMMANDS = {
     ),
     "export": Command("export", "run", "EXPERIMENT|RUN --out FOLDER …", "export a model for other libraries"),
     "predict": Command("predict", "run", "EXPERIMENT|RUN VIDEO … --out LABELS.csv …", "labels of videos"),
+    "features": Command(
+        "features", "weights", "EXPERIMENT|RUN|WEIGHTS VIDEO … --out FOLDER …", "features of videos by any encoder"
+    ),
     "evaluate": Command(
         "evaluate", "run", "EXPERIMENT|RUN [--split NAME] [data.val.root=…] …", "metrics on another data set or split"
     ),
@@ -94,7 +98,7 @@ COMMANDS = {
     ),
     "shards": Command("data.shards", "", "FOLDER --out FOLDER|s3://… …", "write tar shards of a folder of videos"),
     "process": Command("video.command", "", "VIDEO [--model NAME] [--out FOLDER] …", "input of a model from a video"),
-    "depth": Command("depth", "", "VIDEO --out FOLDER --checkpoint RUN …", "depth of a video of any length"),
+    "depth": Command("depth", "", "VIDEO --out FOLDER --weights RUN|WEIGHTS …", "depth of a video of any length"),
     "doctor": Command("launch.doctor", "", "", "check versions, devices and tools", has_help=False),
 }
 

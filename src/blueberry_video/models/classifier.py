@@ -113,7 +113,7 @@ class VideoClassifier(nn.Module):
             tokens = tokens + rows.to(tokens).repeat_interleave(h * w, dim=1)
         return self.head(rearrange(tokens, "(b s) n d -> b (s n) d", s=self.segments))
 
-    def load_published(self, source: str | Path) -> str:
+    def load_published(self, weights: str | Path) -> str:
         """Loads published weights or a checkpoint of a run: the encoder strictly, see
         :meth:`~blueberry_video.models.encoder.Encoder.load_published`, and the heads that fit.
 
@@ -127,8 +127,8 @@ class VideoClassifier(nn.Module):
         Raises:
             FileNotFoundError, ValueError: see :meth:`~blueberry_video.models.encoder.Encoder.load_published`.
         """
-        report = self.encoder.load_published(source)
-        state = read_source(source)[1]
+        report = self.encoder.load_published(weights)
+        state = read_source(weights)[1]
         found, own = convert_head(state, self._only_label), self.head.state_dict()
         if not found:
             return f"{report}; it holds no head: the head of this model keeps its initialization"
@@ -152,7 +152,7 @@ class VideoClassifier(nn.Module):
         self.head.load_state_dict(own | {name: found[name] for name in fitting})
         return report + ignored
 
-    def load_finetuned(self, source: str | Path) -> str:
+    def load_finetuned(self, weights: str | Path) -> str:
         """Loads encoder and heads of fine-tuned weights, published or of a run, strictly.
 
         Returns:
@@ -162,19 +162,19 @@ class VideoClassifier(nn.Module):
             FileNotFoundError: there are no such weights.
             ValueError: tensors are missing, unexpected or of a different shape, or the pooling is different.
         """
-        (config, state), own = read_source(source), self.state_dict()
-        weights = state if state.keys() == own.keys() else convert_finetuned(state, self._only_label, source)
+        (config, state), own = read_source(weights), self.state_dict()
+        tensors = state if state.keys() == own.keys() else convert_finetuned(state, self._only_label, weights)
         fix = "Use fine-tuned weights, and the model variant and num_classes of these weights."
-        check_config(self, config, self.encoder.published_settings, source, fix)
-        load_strictly(self, weights, source, fix)
+        check_config(self, config, self.encoder.published_settings, weights, fix)
+        load_strictly(self, tensors, weights, fix)
         if (pooling := published_pooling(state)) not in (None, self.pooling):
-            raise ValueError(f"{source} has weights of model.pooling={pooling!r} (here {self.pooling!r}). {fix}")
-        return f"loaded {len(weights)} tensors from {source}{origin_of_heads(config, self.encoder.published_settings)}"
+            raise ValueError(f"{weights} has tensors of model.pooling={pooling!r} (here {self.pooling!r}). {fix}")
+        return f"loaded {len(tensors)} tensors from {weights}{origin_of_heads(config, self.encoder.published_settings)}"
 
     @classmethod
     def from_published(
         cls,
-        source: str | Path,
+        weights: str | Path,
         label: str = "action",
         num_frames: int | None = None,
         image_size: int | None = None,
@@ -184,29 +184,29 @@ class VideoClassifier(nn.Module):
 
         Args:
             label: label of the head.
-            source, num_frames, image_size, num_heads: see
+            weights, num_frames, image_size, num_heads: see
                 :meth:`blueberry_video.models.masked_autoencoder.MaskedAutoencoder.from_published`.
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: the weights have no classifier, as pre-trained models.
         """
-        config, state = read_source(source)
-        weights = convert_finetuned(state, label, source)
+        config, state = read_source(weights)
+        tensors = convert_finetuned(state, label, weights)
         norm = "encoder.norm.weight" if published_pooling(state) == "first" else "head.fc_norm.weight"
-        if not {norm, f"head.linear.{label}.weight"} <= weights.keys():
+        if not {norm, f"head.linear.{label}.weight"} <= tensors.keys():
             raise ValueError(
-                f"{source} holds no fine-tuned VideoMAE (fc_norm.weight, norm.weight without mean pooling, or "
+                f"{weights} holds no fine-tuned VideoMAE (fc_norm.weight, norm.weight without mean pooling, or "
                 "head.weight is missing): load a pre-trained one with "
                 "blueberry_video.models.masked_autoencoder.MaskedAutoencoder.from_published."
             )
-        own = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
-        sizes = vit.settings_of_config(config, num_frames, image_size, num_heads)
-        encoder = vit.VisionTransformer.from_weights(own, source, **sizes, images=is_omnimae(state))
+        own = {name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")}
+        sizes = vit.settings_of_config(config, own, weights, num_frames, image_size, num_heads)
+        encoder = vit.VisionTransformer.from_weights(own, weights, **sizes, images=is_omnimae(state))
         pooling = published_pooling(state) or "mean"
-        classes = {label: len(weights[f"head.linear.{label}.weight"])}
+        classes = {label: len(tensors[f"head.linear.{label}.weight"])}
         model = cls(encoder, classes, pooling, head_norm=pooling == "mean")
-        load_strictly(model, weights, source)
+        load_strictly(model, tensors, weights)
         return model
 
     def save_published(self, folder: str | Path, label: str | None = None, names: Sequence[str] = ()) -> None:

@@ -227,11 +227,11 @@ class DiffusionTransformer(nn.Module, ABC):
         """
 
     @classmethod
-    def from_published(cls, source: str | Path, **settings: Any) -> Self:
+    def from_published(cls, weights: str | Path, **settings: Any) -> Self:
         """Builds a model from published weights, in their dtype. Prints its name and size.
 
         Args:
-            source: a model or pipeline folder in the layout of diffusers, a file in the original layout or in that of
+            weights: a model or pipeline folder in the layout of diffusers, a file in the original layout or in that of
                 diffusers, or a hub id. Settings that a file does not determine default to those of the published model
                 with its shapes.
             settings: constructor arguments that replace those read from the weights, such as ``causal_chunk``. No
@@ -241,16 +241,16 @@ class DiffusionTransformer(nn.Module, ABC):
             FileNotFoundError: a file is missing.
             ValueError: the weights are damaged, of a different architecture, or do not match their config.
         """
-        config, state, arguments = cls._read(source)
-        arguments = cls.complete({**arguments, "zero_init": False, **settings}, source)
+        config, state, arguments = cls._read(weights)
+        arguments = cls.complete({**arguments, "zero_init": False, **settings}, weights)
         with torch.device("meta"):
             model = cls(**arguments)
-        model.check_config(config, source)
-        load_strictly(model, state, source)
-        print(f"{model.variant} from {source}: {sum(p.numel() for p in model.parameters()) / 1e9:.3f}B parameters")
+        model.check_config(config, weights)
+        load_strictly(model, state, weights)
+        print(f"{model.variant} from {weights}: {sum(p.numel() for p in model.parameters()) / 1e9:.3f}B parameters")
         return model
 
-    def load_published(self, source: str | Path) -> str:
+    def load_published(self, weights: str | Path) -> str:
         """Loads published weights, see :meth:`from_published`, into this model, in the model's dtype.
 
         Settings in ``flexible`` may differ: image-to-video training starts from text-to-video weights, for example.
@@ -263,20 +263,20 @@ class DiffusionTransformer(nn.Module, ABC):
             ValueError: the weights are damaged, or of a different architecture or variant; the message names the
                 settings that differ.
         """
-        config, state, loaded = self._read(source, self.config())
+        config, state, loaded = self._read(weights, self.config())
         own = self.settings_of(self.state_dict(), self.config())
         if found := different_settings({key: loaded[key] for key in loaded if key not in self.flexible}, own):
             with torch.device("meta"):
                 variant = type(self)(**loaded).variant
             raise ValueError(
-                f"{source} holds a {variant}, but the model is a {self.variant}: {found}. Choose the "
+                f"{weights} holds a {variant}, but the model is a {self.variant}: {found}. Choose the "
                 "model=text_to_video/… of these weights, or set model.transformer to these settings."
             )
-        load_strictly(self, state, source)
+        load_strictly(self, state, weights)
         trained = different_settings({key: loaded[key] for key in self.flexible if key in loaded}, own)
         unknown = ", ".join(f"{key}={self.config()[key]}" for key in self.assumed if key not in config)
         note = f", with {unknown} of this model, which no config of the weights verifies" if unknown else ""
-        return f"loaded {self.variant} from {source}{f', trained with {trained}' if trained else ''}{note}"
+        return f"loaded {self.variant} from {weights}{f', trained with {trained}' if trained else ''}{note}"
 
     def save_published(self, folder: str | Path) -> None:
         """Writes a folder that ``from_pretrained`` of diffusers loads.
@@ -294,23 +294,23 @@ class DiffusionTransformer(nn.Module, ABC):
 
     @classmethod
     def _read(
-        cls, source: str | Path, defaults: dict[str, Any] | None = None
+        cls, weights: str | Path, defaults: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
         """Config, state dict and constructor arguments; ``defaults`` completes the config."""
-        config, state = read_published(source, cls.family, cls.convert, cls.original_config)
+        config, state = read_published(weights, cls.family, cls.convert, cls.original_config)
         if text := config.get("trained_text_encoder"):
             warnings.warn(
-                f"{source} was trained with a {text}, which the folder lacks: the model does not follow captions until "
-                "its text encoder is trained with it again. Use the checkpoint of the run (init_from=<run>) to keep "
-                "both.",
+                f"{weights} was trained with a {text}, which the folder lacks: the model does not follow captions "
+                "until its text encoder is trained with it again. Use the checkpoint of the run (init_from=<run>) to "
+                "keep both.",
                 stacklevel=3,
             )
         config = {cls.original_names.get(key, key): value for key, value in config.items()}
-        cls.check_source(config, state, source)
+        cls.check_source(config, state, weights)
         try:
             return config, state, cls.settings_of(state, (defaults or {}) | config)
         except KeyError as error:
-            raise ValueError(f"{source} lacks {error}: it is damaged or incomplete, download it again.") from error
+            raise ValueError(f"{weights} lacks {error}: it is damaged or incomplete, download it again.") from error
 
 
 def check_tokens(name: str, tokens: Tensor, mask: Tensor | None, batch: int, key: str, dim: int) -> None:

@@ -27,7 +27,10 @@ from blueberry_video.nn.feed_forward import Mlp
 from blueberry_video.nn.kept_tokens import KeptTokens
 from blueberry_video.weights.diffusers_folder import TRANSFORMERS, read_source, write_folder
 from blueberry_video.weights.files import num_blocks
-from blueberry_video.weights.load import check_layout, load_strictly, published_heads
+from blueberry_video.weights.load import check_layout, different_settings, load_strictly, num_heads_of
+
+PUBLISHED_HEADS = {384: "6", 768: "12", 1024: "16", 1536: "24"}  # width -> heads
+CONSTANTS = {"hidden_act": "gelu", "layer_norm_eps": 1e-6}  # the same in all published configs
 
 
 class DINOv2(Encoder):
@@ -206,26 +209,26 @@ class DINOv2(Encoder):
 
     @classmethod
     def from_published(
-        cls, source: str | Path, image_size: int = 224, num_frames: int = 16, num_heads: int | None = None
+        cls, weights: str | Path, image_size: int = 224, num_frames: int = 16, num_heads: int | None = None
     ) -> Self:
         """Builds a DINOv2 of the size of published weights.
 
         Positions are interpolated as by the library of the layout, the original or transformers.
 
         Args:
-            source: a file in the layout of the original or of transformers, a folder in the layout of transformers, or
+            weights: a file in the layout of the original or of transformers, a folder in the layout of transformers, or
                 a hub id, see :func:`~blueberry_video.weights.diffusers_folder.read_source`.
             image_size, num_frames: nominal size of the clips; any is accepted. They are not read from a folder's
                 ``config.json``, where ``image_size`` is that of the position table.
-            num_heads: by default that in the folder's ``config.json``, or that of the published model of this
-                width, which is printed.
+            num_heads: that in the folder's ``config.json``; required for weights without one.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: the weights are not those of a DINOv2, or of a width that no published model has.
+            ValueError: the weights are not those of a DINOv2, the number of heads is unknown or contradicts the config,
+                or the config has a setting that no published model has.
         """
-        config, state = read_source(source)
-        return cls.from_state(config, state, source, image_size, num_frames, num_heads)
+        config, state = read_source(weights)
+        return cls.from_state(config, state, weights, image_size, num_frames, num_heads)
 
     @classmethod
     def from_state(
@@ -240,7 +243,8 @@ class DINOv2(Encoder):
         """:meth:`from_published` of a config, which may be empty, and a state dict that were read from ``source``."""
         weights = published_weights(state, source)
         embed_dim, in_channels, _, patch_size = weights["patch_embed.proj.weight"].shape[:4]
-        num_heads = num_heads or config.get("num_attention_heads") or published_heads(embed_dim, source)
+        num_heads = num_heads_of(config, num_heads, embed_dim, source, PUBLISHED_HEADS)
+        check_config(config, source)
         swiglu = "blocks.0.mlp.w12.weight" in weights
         # 2 / 3 of the ratio's width, rounded up to a multiple of 8, must be the width found
         hidden = weights["blocks.0.mlp.w3.weight"].shape[1] * 1.5 if swiglu else len(weights["blocks.0.mlp.fc1.weight"])
@@ -468,6 +472,12 @@ def published_weights(state: dict[str, Tensor], path: str | Path) -> dict[str, T
             "a backbone of github.com/facebookresearch/dinov2, or a Dinov2 model of transformers."
         )
     return converted
+
+
+def check_config(config: dict[str, Any], source: str | Path) -> None:
+    """Raises ``ValueError`` if a config of transformers has a setting that no published DINOv2 has."""
+    if found := different_settings({key: config[key] for key in CONSTANTS if key in config}, CONSTANTS):
+        raise ValueError(f"{source}: its config.json has settings that no published DINOv2 has: {found}.")
 
 
 def is_huggingface(state: dict[str, Tensor]) -> bool:

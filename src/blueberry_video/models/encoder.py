@@ -107,14 +107,14 @@ class Encoder(nn.Module):
         """
         return state
 
-    def load_published(self, source: str | Path) -> str:
+    def load_published(self, weights: str | Path) -> str:
         """Loads published weights of this architecture, or the encoder in a checkpoint of a run.
 
         A final norm that only the file or only the encoder has is ignored: fine-tuning starts from a pre-trained
         encoder without its final norm.
 
         Args:
-            source: a weight file, a folder in the layout of transformers, or a hub id, see
+            weights: a weight file, a folder in the layout of transformers, or a hub id, see
                 :func:`~blueberry_video.weights.diffusers_folder.read_source`.
 
         Returns:
@@ -125,16 +125,19 @@ class Encoder(nn.Module):
             ValueError: tensors are missing, unexpected or of a different shape, or the number of heads differs from
                 that in the folder's ``config.json``; the message names them.
         """
-        (config, state), own = read_source(source), self.state_dict()
+        (config, state), own = read_source(weights), self.state_dict()
         inner = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
         is_own = {name for name in own if not name.startswith("norm.")} <= inner.keys()
-        weights = inner if is_own else self.convert_published(state, source)
-        norm = {name for name in weights.keys() ^ own.keys() if name.startswith("norm.")}
-        weights = {name: value for name, value in weights.items() if name not in norm}
-        weights |= {name: value for name, value in own.items() if name in norm}
+        tensors = inner if is_own else self.convert_published(state, weights)
+        norm = {name for name in tensors.keys() ^ own.keys() if name.startswith("norm.")}
+        tensors = {name: value for name, value in tensors.items() if name not in norm}
+        tensors |= {name: value for name, value in own.items() if name in norm}
         fix = "Choose the model.encoder variant of the file, or a different init_from."
-        check_config(self, config, self.published_settings, source, fix)
-        load_strictly(self, weights, source, fix)
+        check_config(self, config, self.published_settings, weights, fix)
+        load_strictly(self, tensors, weights, fix)
         note = f" (without the final norm: {', '.join(sorted(norm))})" if norm else ""
         heads = origin_of_heads(config, self.published_settings)
-        return f"loaded {len(own)} encoder tensors from {source}{note}{heads}"
+        eps = getattr(self, "norm_eps", None)
+        if eps is not None and config.get("layer_norm_eps", eps) != eps:
+            heads += f"; norm_eps={eps} of this model, {config['layer_norm_eps']} in its config"
+        return f"loaded {len(own)} encoder tensors from {weights}{note}{heads}"

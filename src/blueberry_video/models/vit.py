@@ -21,11 +21,13 @@ from blueberry_video.nn.embeddings import TubeletEmbed
 from blueberry_video.nn.positions import PositionTables, resize_table, sincos_3d_table, sinusoid_table
 from blueberry_video.nn.rope import RotaryPositions, Rotation
 from blueberry_video.parallel.sequence import TokenShards, active_group
+from blueberry_video.weights.diffusers_folder import read_source
 from blueberry_video.weights.files import JEPA_FILE, num_blocks
-from blueberry_video.weights.load import check_layout, load_strictly, published_heads
+from blueberry_video.weights.load import check_layout, load_strictly, num_heads_of
 
 FIX = "num_frames or image_size of data and model.encoder, or the ratio of the masking"
 VIDEOMAE = "the layout of transformers' VideoMAE"
+PUBLISHED_HEADS = {384: "6", 768: "12", 1024: "16", 1280: "16", 1408: "16"}  # width of VideoMAE and OmniMAE -> heads
 
 
 class VisionTransformer(Encoder, PositionTables):
@@ -49,6 +51,8 @@ class VisionTransformer(Encoder, PositionTables):
         init: ``"xavier"`` (VideoMAE, :func:`init_weights`) or ``"trunc_normal"`` (V-JEPA,
             :func:`~blueberry_video.nn.blocks.init_trunc_normal`).
         layer_scale: initial factors of the residual branches, see :class:`~blueberry_video.nn.blocks.Block`; 0: none.
+        norm_eps: eps of the LayerNorms; 1e-6 in the original code, 1e-12 in the config of folders of transformers'
+            VideoMAE.
 
     Raises:
         ValueError: a size is not a multiple of the patch size, or ``positions`` or ``init`` is unknown; in
@@ -78,6 +82,7 @@ class VisionTransformer(Encoder, PositionTables):
         rope_quirk: bool = False,
         init: str = "xavier",
         layer_scale: float = 0.0,
+        norm_eps: float = 1e-6,
     ):
         super().__init__(image_size, num_frames, patch_size, tubelet_size, embed_dim, in_channels, images)
         if positions not in ("sinusoid", "learned", "sincos_3d", "rope_3d"):
@@ -88,6 +93,7 @@ class VisionTransformer(Encoder, PositionTables):
             raise ValueError(f"init={init!r} is unknown: choose 'xavier' or 'trunc_normal'.")
         self.patch_embed = TubeletEmbed(in_channels, embed_dim, self.patch_size)
         self.num_heads, self.position_kind, grid = num_heads, positions, self.grid(self.video_size)
+        self.norm_eps = norm_eps
         self.register_tables()
         self.pos_embed: nn.Parameter | None = None
         if positions == "learned":
@@ -96,9 +102,9 @@ class VisionTransformer(Encoder, PositionTables):
             self.no_weight_decay = ("pos_embed",)
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         sizes = (embed_dim, num_heads, mlp_ratio, qkv_bias)
-        self.blocks = nn.ModuleList(Block(*sizes, rate, layer_scale=layer_scale) for rate in rates)
+        self.blocks = nn.ModuleList(Block(*sizes, rate, norm_eps, layer_scale) for rate in rates)
         self.rope = RotaryPositions(grid, embed_dim // num_heads, rope_quirk) if positions == "rope_3d" else None
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6) if final_norm else nn.Identity()
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps) if final_norm else nn.Identity()
         if init == "xavier":
             self.blocks.apply(init_weights)
         else:
@@ -163,25 +169,51 @@ class VisionTransformer(Encoder, PositionTables):
         return encoder_weights(state, source)
 
     @classmethod
+    def from_published(
+        cls,
+        weights: str | Path,
+        num_frames: int | None = None,
+        image_size: int | None = None,
+        num_heads: int | None = None,
+    ) -> Self:
+        """Builds the encoder of a VideoMAE, VideoMAE V2 or OmniMAE, pre-trained or fine-tuned, of the size of published
+        weights.
+
+        Args:
+            weights: a file in the original layout or in that of transformers, a folder in the layout of transformers
+                (``VideoMAEModel``, ``VideoMAEForPreTraining`` or ``VideoMAEForVideoClassification``), or weights on a
+                hub, see :func:`~blueberry_video.weights.files.resolve`.
+            num_frames, image_size, num_heads: see :func:`settings_of_config`.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the weights are of a different architecture, or the number of heads is unknown.
+        """
+        config, state = read_source(weights)
+        tensors = encoder_weights(state, weights)
+        settings = settings_of_config(config, tensors, weights, num_frames, image_size, num_heads)
+        return cls.from_weights(tensors, weights, **settings, images=any(name.startswith("trunk.") for name in state))
+
+    @classmethod
     def from_weights(
         cls,
         weights: dict[str, Tensor],
         source: str | Path,
+        num_heads: int,
         num_frames: int = 16,
         image_size: int = 224,
-        num_heads: int | None = None,
         images: bool = False,
         positions: str = "sinusoid",
         rope_quirk: bool = False,
+        norm_eps: float = 1e-6,
     ) -> Self:
         """Builds an encoder of the size of a state dict and loads it strictly.
 
         Args:
             weights: as :func:`encoder_weights` returns them.
             source: origin of the weights, for error messages.
-            num_frames, image_size: size of the clips, which no tensor determines.
-            num_heads: defaults to that of the published model of this width, which is printed; no tensor determines it.
-            images, positions, rope_quirk: see :class:`VisionTransformer`.
+            num_heads, num_frames, image_size: heads and size of the clips, which no tensor determines.
+            images, positions, rope_quirk, norm_eps: see :class:`VisionTransformer`.
 
         Raises:
             ValueError: a tensor is missing, unexpected or of a different shape.
@@ -194,7 +226,7 @@ class VisionTransformer(Encoder, PositionTables):
             tubelet_size=tubelet_size,
             embed_dim=embed_dim,
             depth=num_blocks(weights, "blocks"),
-            num_heads=num_heads or published_heads(embed_dim, source),
+            num_heads=num_heads,
             mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
             in_channels=in_channels,
             qkv_bias=qkv_bias(weights, "blocks.0"),
@@ -203,6 +235,7 @@ class VisionTransformer(Encoder, PositionTables):
             positions="learned" if "pos_embed" in weights else positions,
             rope_quirk=rope_quirk,
             layer_scale=1.0 if "blocks.0.gamma_1" in weights else 0.0,
+            norm_eps=norm_eps,
         )
         load_strictly(encoder, weights, source)
         return encoder
@@ -332,22 +365,34 @@ def huggingface_config(encoder: Encoder) -> dict[str, Any]:
         "num_attention_heads": encoder.num_heads,
         "intermediate_size": len(state["blocks.0.mlp.fc1.bias"]),
         "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
+        "layer_norm_eps": encoder.norm_eps,
         "qv_bias": bias == "qv",
         "use_mean_pooling": "norm.weight" not in state,  # transformers' name for "no LayerNorm after the encoder"
     }
 
 
 def settings_of_config(
-    config: dict[str, Any], num_frames: int | None, image_size: int | None, num_heads: int | None
+    config: dict[str, Any],
+    weights: dict[str, Tensor],
+    source: str | Path,
+    num_frames: int | None,
+    image_size: int | None,
+    num_heads: int | None,
 ) -> dict[str, Any]:
     """Arguments of :meth:`VisionTransformer.from_weights` that no tensor determines.
 
-    Each is the explicit value if there is one, else that of ``config.json`` of transformers' VideoMAE, else that of the
-    published models.
+    The number of heads is that of ``config.json`` of transformers' VideoMAE, or the given one. The size of the clips is
+    the given one, else that of the config, else 16 frames of 224 pixels, that of all published models.
+
+    Args:
+        config: empty if there is none.
+        weights: tensors of the encoder, as :func:`encoder_weights` returns them.
+        source: origin of the weights, for error messages.
+        num_frames, image_size, num_heads: the given values, or ``None``.
 
     Raises:
-        ValueError: the config has a setting that no published model has.
+        ValueError: the number of heads is unknown or contradicts the config, or the config has a setting that no
+            published model has.
     """
     size = config.get("image_size", 224)
     height, width = size if isinstance(size, list) else (size, size)
@@ -360,7 +405,8 @@ def settings_of_config(
     return {
         "num_frames": num_frames or config.get("num_frames", 16),
         "image_size": image_size or height,
-        "num_heads": num_heads or config.get("num_attention_heads"),
+        "num_heads": num_heads_of(config, num_heads, len(weights["patch_embed.proj.weight"]), source, PUBLISHED_HEADS),
+        "norm_eps": config.get("layer_norm_eps", 1e-6),
     }
 
 

@@ -66,16 +66,24 @@ def features(task: Any, batch: dict[str, Any]) -> Tensor:
     Raises:
         ValueError: the model has no encoder.
     """
+    if isinstance(task, ActionPrediction):
+        return task.model.encode_frames(task.normalize(batch["video"])).flatten(1, 2)
+    return encoder_of(task)(task.normalize(batch["video"]))
+
+
+def encoder_of(task: Any) -> Encoder:
+    """Returns the encoder of a task: the target encoder, where the task trains one.
+
+    Raises:
+        ValueError: the model has no encoder.
+    """
     model = task.model
     if isinstance(task, LatentPrediction):
-        return (model.target_encoder or model.encoder)(task.normalize(batch["video"]))
-    if isinstance(task, ActionPrediction):
-        return model.encode_frames(task.normalize(batch["video"])).flatten(1, 2)
-    if isinstance(task, Depth):
-        return model.pretrained(task.normalize(batch["video"]))
-    if not isinstance(getattr(model, "encoder", None), Encoder):
+        return cast(Encoder, model.target_encoder or model.encoder)
+    encoder = getattr(model, "pretrained" if isinstance(task, Depth) else "encoder", None)
+    if not isinstance(encoder, Encoder):
         raise ValueError(f"model={type(model).__name__} has no encoder of clips, so it has no features.")
-    return cast(Encoder, model.encoder)(task.normalize(batch["video"]))
+    return encoder
 
 
 def _classes(task: Any, batch: dict[str, Any]) -> Outputs:

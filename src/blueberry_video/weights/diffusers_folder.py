@@ -17,9 +17,10 @@ from torch import Tensor
 
 from blueberry_video.atomic import atomic_folder
 from blueberry_video.weights.files import no_weights, read_weights, resolve, without_prefixes
+from blueberry_video.weights.hub import CONFIG, TORCH_SUFFIXES, no_safetensors
 
-CONFIG = "config.json"
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # file names of weights
+NAMED_WITH_CONFIG = (DIFFUSERS, TRANSFORMERS, "pytorch_model")  # file names of weights next to their config.json
 MAX_SHARD_BYTES = 5_000_000_000
 
 # A tensor name that occurs in one architecture only -> that architecture. The first match counts.
@@ -36,6 +37,8 @@ FAMILIES = {
     "encoder.conv_in.weight": "an image VAE",
 }
 
+UNKNOWN_FAMILY = "an unknown architecture"
+
 
 def family(state: dict[str, Tensor]) -> str:
     """Architecture of a state dict, recognized by its tensor names."""
@@ -43,26 +46,55 @@ def family(state: dict[str, Tensor]) -> str:
     for name, architecture in FAMILIES.items():
         if name in bare:
             return architecture
-    return f"an unknown architecture ({', '.join(sorted(state)[:3])}, …)"
+    return f"{UNKNOWN_FAMILY} ({', '.join(sorted(state)[:3])}, …)"
 
 
-def read_source(source: str | Path) -> tuple[dict, dict[str, Tensor]]:
+def read_source(weights: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """Config and state dict of published weights, under the names of the files.
 
     Args:
-        source: a folder (see :func:`read_folder`), a weight file (see
-            :func:`~blueberry_video.weights.files.read_weights`), or a hub id.
+        weights: a folder (see :func:`read_folder`), a weight file (see
+            :func:`~blueberry_video.weights.files.read_weights`), or weights on a hub, see
+            :func:`~blueberry_video.weights.files.resolve`.
 
     Returns:
-        The config and the state dict. That of a file is empty, except for a checkpoint in a run folder: it has the
-        numbers of attention heads in the config of the run.
+        The config and the state dict. The config of a file is the ``config.json`` next to it for the names that
+        transformers and diffusers give, such as ``pytorch_model.bin``; for a checkpoint in a run folder, it has the
+        numbers of attention heads in the config of the run; otherwise it is empty.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged.
     """
-    path = resolve(source)
-    return read_folder(path) if path.is_dir() else (heads_of_run(path), read_weights(path))
+    path = resolve(weights)
+    return read_folder(path) if path.is_dir() else (config_of_file(path), read_weights(path))
+
+
+def config_of_file(file: Path) -> dict[str, Any]:
+    """Settings that accompany a weight file, see :func:`read_source`.
+
+    Raises:
+        ValueError: the ``config.json`` is damaged.
+    """
+    config = file.with_name(CONFIG)
+    if file.stem not in NAMED_WITH_CONFIG or not config.is_file():
+        return heads_of_run(file)
+    return read_config(config.parent)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Content of the ``config.json`` of a folder.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        content = json.loads((folder / CONFIG).read_text())
+        if not isinstance(content, dict):
+            raise TypeError("it is not a mapping")
+    except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{folder}: its {CONFIG} is damaged ({error}): download the folder again.") from error
+    return content
 
 
 def model_of_run(file: Path) -> dict[str, Any]:
@@ -82,15 +114,17 @@ def heads_of_run(file: Path) -> dict[str, int]:
     """Numbers of attention heads in the ``config.yaml`` of the run that wrote a checkpoint, under the names of
     transformers; empty for any other file."""
     model = model_of_run(file)
-    encoder, decoder = model.get("encoder"), model.get("decoder_num_heads")
+    encoder = model.get("encoder")
     if not isinstance(encoder, dict) or "num_heads" not in encoder:
         return {}
     found = {"num_attention_heads": encoder["num_heads"]}
-    return found | ({"decoder_num_attention_heads": decoder} if isinstance(decoder, int) else {})
+    prefixes = {"decoder": "decoder", "predictor": "pred"}  # here -> in transformers
+    keys = {f"{ours}_num_heads": f"{theirs}_num_attention_heads" for ours, theirs in prefixes.items()}
+    return found | {theirs: model[ours] for ours, theirs in keys.items() if isinstance(model.get(ours), int)}
 
 
 def read_published(
-    source: str | Path,
+    weights: str | Path,
     expected: str,
     convert: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     original_config: Mapping[str, Any] | None = None,
@@ -98,7 +132,7 @@ def read_published(
     """Config and state dict of a source (see :func:`read_source`), under the names of diffusers.
 
     Args:
-        source: a folder, a weight file, or a hub id.
+        weights: a folder, a weight file, or a hub id.
         expected: the required architecture, see :func:`family`.
         convert: converts a state dict in the original layout to that of diffusers.
         original_config: settings of the original code, which complete the config of weights in its layout.
@@ -107,10 +141,10 @@ def read_published(
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged, or of a different architecture; the message names it.
     """
-    config, state = read_source(source)
+    config, state = read_source(weights)
     found = family(state)
     if found != expected and not found.startswith(f"{expected} in "):
-        raise ValueError(f"{source} holds {found}, not {expected}: choose the model for these weights.")
+        raise ValueError(f"{weights} holds {found}, not {expected}: choose the model for these weights.")
     return (config, state) if found == expected else ({**(original_config or {}), **config}, convert(state))
 
 
@@ -128,13 +162,15 @@ def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
         raise FileNotFoundError(f"{folder} holds no {CONFIG}: give a model folder of diffusers or transformers.")
     names = (DIFFUSERS, TRANSFORMERS)
     stem = next((name for name in names if list(folder.glob(f"{name}*.safetensors*"))), DIFFUSERS)
-    index = folder / f"{stem}.safetensors.index.json"
+    index, config = folder / f"{stem}.safetensors.index.json", read_config(folder)
     try:
-        config = json.loads((folder / CONFIG).read_text())
         shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
     except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{folder}: its {CONFIG} or index is damaged ({error}): download the folder again.") from error
+        raise ValueError(f"{folder}: its index is damaged ({error}): download the folder again.") from error
     files = sorted(shards) or [f"{stem}.safetensors"]
+    if not list(folder.glob("*.safetensors")):
+        named = sorted(path.name for path in folder.iterdir() if path.suffix in TORCH_SUFFIXES)
+        raise FileNotFoundError(no_safetensors(str(folder), named))
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: download the missing files.")
     state: dict[str, Tensor] = {}

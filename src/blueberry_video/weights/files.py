@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from blueberry_video.weights import hub
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 JEPA_FILE = (
@@ -78,35 +78,30 @@ def no_weights(path: Path) -> str:
     return ""
 
 
-def resolve(source: str | Path) -> Path:
-    """Returns the local path of weights; a hub repository is downloaded first.
+def resolve(weights: str | Path) -> Path:
+    """Returns the local path of weights; those on a hub are downloaded to the cache of huggingface_hub first.
 
     Args:
-        source: a file, a folder, a hub id such as ``THUDM/CogVideoX-2b``, or one file of a hub repository, such as
-            ``hf://depth-anything/Video-Depth-Anything-Small/video_depth_anything_vits.pth``. An existing path takes
-            precedence over a hub id.
+        weights: a file, a folder, or on a hub ``hf://org/name``, ``hf://org/name@revision``, ``hf://org/name/file`` or
+            ``hf://org/name@revision/file``, such as
+            ``hf://depth-anything/Video-Depth-Anything-Small/video_depth_anything_vits.pth``. ``hf://`` may be left out
+            for a whole repository (``MCG-NJU/videomae-base``), of which safetensors and JSON files are downloaded. An
+            existing path takes precedence.
 
     Raises:
-        FileNotFoundError: neither the path nor the repository exists, or the hub cannot be reached.
+        FileNotFoundError: neither the path nor the repository exists, the hub cannot be reached, or the repository has
+            no safetensors file.
     """
-    path = Path(source)
-    in_repository = re.fullmatch(r"hf:/+([\w-]+/[\w.-]+)/(.+)", str(source))  # Path merges slashes
-    if in_repository is None and (
-        path.exists() or path.suffix in WEIGHT_SUFFIXES or not re.fullmatch(r"[\w-]+/[\w.-]+", str(source))
-    ):
+    path, text = Path(weights), str(weights)
+    if not text.startswith("hf:") and (path.exists() or path.suffix in WEIGHT_SUFFIXES or hub.parse(text) is None):
         if not path.exists():
-            raise FileNotFoundError(f"there are no weights at {source}: give an existing file or folder, or a hub id.")
+            raise FileNotFoundError(f"there are no weights at {weights}: give an existing file or folder, or a hub id.")
         return path
-    try:
-        if in_repository is not None:
-            return Path(hf_hub_download(*in_repository.groups()))
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
-    except (OSError, HFValidationError) as error:
-        reason = str(error).strip().split("\n")[0]
+    if (source := hub.parse(text)) is None:
         raise FileNotFoundError(
-            f"there are no weights at {source}: it is not an existing path, and the hub did not provide it ({reason}). "
-            "Give an existing file or folder, or the id of a repository that you can access."
-        ) from error
+            f"there are no weights at {weights}: give hf://org/name, hf://org/name@revision or hf://org/name/file."
+        )
+    return hub.fetch(source)
 
 
 def read_content(path: str | Path) -> object:

@@ -86,30 +86,42 @@ def different_settings(loaded: Mapping[str, Any], own: Mapping[str, Any]) -> str
     return ", ".join(f"{key}={loaded[key]} (here {own[key]})" for key in shared)
 
 
-PUBLISHED_HEADS = {192: 3, 384: 6, 512: 8, 640: 8, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24}
-"""Width of published vision transformers and their decoders -> attention heads."""
-
-
-def published_heads(width: int, source: str | Path, argument: str = "num_heads") -> int:
-    """Returns and prints the number of attention heads of the published model of a width: the assumption for weights
-    without a config, because no tensor determines the number.
+def num_heads_of(
+    config: Mapping[str, Any],
+    given: int | None,
+    width: int,
+    source: str | Path,
+    published: Mapping[int, str],
+    argument: str = "num_heads",
+    key: str = "num_attention_heads",
+) -> int:
+    """Returns the number of attention heads of weights, which no tensor determines: that of their config, or the given
+    one.
 
     Args:
+        config: the config of the weights; empty if there is none.
+        given: the argument, or ``None``.
         width: width of the attention layers.
         source: origin of the weights, for the messages.
-        argument: name of the argument that gives the number.
+        published: width of the published models of this architecture -> their numbers of heads, for the message.
+        argument: name of the argument.
+        key: key of ``config``.
 
     Raises:
-        ValueError: no published model has this width.
+        ValueError: neither states the number, or they differ.
     """
-    if width not in PUBLISHED_HEADS:
+    known = config.get(key)
+    if known is not None and given not in (None, known):
         raise ValueError(
-            f"{source} has attention layers of width={width}, which no published model has, and no config.json, and "
-            f"its tensors do not determine the number of heads: pass {argument}=…, or add the config.json."
+            f"{argument}={given} contradicts {key}={known} in the config of {source}: leave {argument} out."
         )
-    heads = PUBLISHED_HEADS[width]
-    print(f"{argument}={heads} is assumed for {source}, as in the published model of width {width}: no config gives it")
-    return heads
+    if (found := known or given) is None:
+        hint = f"the published model of this width has {published[width]}" if width in published else ""
+        raise ValueError(
+            f"{source} has attention layers of width={width}, and neither its tensors nor a config determine their "
+            f"number of heads: pass {argument}=…{f' ({hint})' if hint else ''}, or the folder with its config.json."
+        )
+    return int(found)
 
 
 def origin_of_heads(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

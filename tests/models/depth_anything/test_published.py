@@ -85,12 +85,19 @@ def test_an_original_file_is_a_round_trip(tmp_path: Path, capsys):
     state = torch.load(tmp_path / "weights.pth")
     assert state["pretrained.patch_embed.proj.weight"].shape == (12, 3, 14, 14)
     assert state["pretrained.mask_token"].shape == (1, 12)
-    again = DepthAnything.from_published(tmp_path / "weights.pth", taps=SIZES["taps"], num_heads=2).eval()
+    known = {"taps": SIZES["taps"], "num_heads": 2, "max_depth": None}
+    again = DepthAnything.from_published(tmp_path / "weights.pth", **known).eval()
     assert again.pretrained.offset == 0.1
     assert torch.equal(again(IMAGES), model(IMAGES))
-    assert "max_depth=None" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"5 blocks: pass taps="):
-        DepthAnything.from_published(tmp_path / "weights.pth", num_heads=2)
+    for key, message in (
+        ("taps", r"pass taps=…"),
+        ("num_heads", r"num_heads=…"),
+        ("max_depth", r"pass max_depth=None"),
+    ):
+        with pytest.raises(ValueError, match=rf"weights\.pth.*{message}"):
+            DepthAnything.from_published(
+                tmp_path / "weights.pth", **{name: value for name, value in known.items() if name != key}
+            )
 
 
 def test_settings_without_a_counterpart_in_transformers_raise(tmp_path: Path):
@@ -165,14 +172,14 @@ def test_an_incomplete_head_raises(tmp_path: Path):
     torch.save(state, tmp_path / "weights.pth")
     for load in (DepthAnything.from_published, VideoDepthAnything.from_published):
         with pytest.raises(ValueError, match=r"weights\.pth.*projects\.2\.weight"):
-            load(tmp_path / "weights.pth", num_heads=2)
+            load(tmp_path / "weights.pth", num_heads=2, max_depth=None)
 
 
 def test_other_taps_or_heads_raise(tmp_path: Path):
     image_model().save_published(tmp_path / "folder")
     with pytest.raises(ValueError, match=r"taps=\[1, 2, 3, 4\].*\[0, 1, 2, 4\]"):
         DepthAnything.from_published(tmp_path / "folder", taps=(1, 2, 3, 4))
-    with pytest.raises(ValueError, match=r"num_attention_heads=2 \(here 3\)"):
+    with pytest.raises(ValueError, match=r"num_heads=3 contradicts num_attention_heads=2"):
         DepthAnything.from_published(tmp_path / "folder", num_heads=3)
     image_model().save_published(tmp_path / "depth_anything_vits14.pth")  # V1: the last four blocks
     with pytest.raises(ValueError, match=r"taps=\[0, 1, 2, 4\].*\[1, 2, 3, 4\]"):
@@ -200,7 +207,7 @@ def test_an_original_file_of_a_video_model_is_a_round_trip(tmp_path: Path, capsy
     file = tmp_path / "weights.pth"
     model.save_published(file)
     options = {key: TEMPORAL[key] for key in ("norm_groups", "temporal_heads")}
-    again = VideoDepthAnything.from_published(file, taps=SIZES["taps"], num_heads=2, **options).eval()
+    again = VideoDepthAnything.from_published(file, taps=SIZES["taps"], num_heads=2, max_depth=None, **options).eval()
     assert torch.equal(again(video), model(video))
     state = torch.load(file)
     table = state["head.motion_modules.2.temporal_transformer.transformer_blocks.0.attention_blocks.1.pos_encoder.pe"]

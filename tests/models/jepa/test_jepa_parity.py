@@ -271,11 +271,11 @@ def test_folder_of_transformers_loads_with_its_settings_unless_arguments_replace
     model = JEPA.from_published(tmp_path, "encoder")
     assert model.encoder.video_size == (1, 3, 20, 20)
     assert (model.encoder.blocks[0].attn.num_heads, model.predictor.blocks[0].attn.num_heads) == (2, 3)
-    model = JEPA.from_published(tmp_path, "encoder", num_frames=5, image_size=24, num_heads=1, predictor_num_heads=1)
+    model = JEPA.from_published(tmp_path, "encoder", num_frames=5, image_size=24)
     assert model.encoder.video_size == (1, 5, 24, 24)
-    assert (model.encoder.blocks[0].attn.num_heads, model.predictor.blocks[0].attn.num_heads) == (1, 1)
-    with pytest.raises(ValueError, match=r"(?<!pred_)num_attention_heads=2 \(here 1\).*pred_num_attention_heads=3"):
-        model.load_published(tmp_path, "encoder")
+    for name, key in (("num_heads", "num_attention_heads=2"), ("predictor_num_heads", "pred_num_attention_heads=3")):
+        with pytest.raises(ValueError, match=rf"{name}=1 contradicts {key}"):
+            JEPA.from_published(tmp_path, "encoder", **{name: 1})
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(settings | {"layer_norm_eps": 1e-5}))
     with pytest.raises(ValueError, match=r"layer_norm_eps=1e-05 \(here 1e-06\)"):
@@ -462,6 +462,21 @@ def test_v_jepa_2_file_loads_and_its_position_tables_are_ignored(tmp_path):
     assert read.encoder.position_kind == "rope_3d"
     video, keep, target = torch.randn(1, 3, 4, 32, 32), torch.tensor([[0, 9, 20]]), torch.tensor([[5, 31]])
     assert torch.equal(read(video, keep, target, 1), model(video, keep, target, 1))
+
+
+def test_what_no_tensor_determines_is_asked_for(tmp_path):
+    """Tables of V-JEPA determine positions and image size; of a file without them, they are unknown."""
+    heads = {"num_heads": 2, "predictor_num_heads": 3}
+    path = saved(convert.to_original(vjepa().state_dict(), GRID), tmp_path / "tables.pt")
+    read = JEPA.from_published(path, "encoder", num_frames=4, **heads)
+    assert (read.encoder.video_size, read.encoder.position_kind) == ((3, 4, 32, 32), "sincos_3d")
+    bare = saved(convert.to_original(vjepa().state_dict()), tmp_path / "bare.pt")
+    with pytest.raises(ValueError, match=r"bare\.pt.*positions='sincos_3d'.*'rope_3d'"):
+        JEPA.from_published(bare, "encoder", 4, 32, **heads)
+    for positions in ("sincos_3d", "rope_3d"):
+        with pytest.raises(ValueError, match=r"bare\.pt.*image_size=…"):
+            JEPA.from_published(bare, "encoder", 4, positions=positions, **heads)
+    assert JEPA.from_published(bare, "encoder", 4, 32, "sincos_3d", **heads).encoder.num_tokens == 32
 
 
 @pytest.mark.parametrize("which", ["encoder", "target_encoder"])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from blueberry_video.models.autoencoder.base import Autoencoder
 from blueberry_video.nn.running_average import RunningAverages, update_averages
-from blueberry_video.weights.files import read_weights
+from blueberry_video.weights.files import read_weights, resolve
 from blueberry_video.weights.load import load_strictly
 
 _TAPS = 3  # kernel size in time: the current frame and two earlier ones
@@ -136,17 +136,17 @@ class CausalVideoVAE(RunningAverages, Autoencoder):
             )
             std.copy_((square - mean.square()).clamp(min=1e-6).sqrt())
 
-    def load_published(self, source: str | Path) -> str:
+    def load_published(self, weights: str | Path) -> str:
         """Loads a checkpoint of this package strictly and returns a message that names it.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if tensors are missing, unexpected or of a different shape.
         """
-        state = read_weights(source)
+        state = read_weights(resolve(weights))
         fix = "Use a checkpoint of the task autoencoding, with the model settings of its training."
-        load_strictly(self, state, source, fix)
-        return f"loaded {len(state)} tensors from {source}"
+        load_strictly(self, state, weights, fix)
+        return f"loaded {len(state)} tensors from {weights}"
 
 
 class ChannelNorm(nn.Module):

@@ -232,9 +232,9 @@ class CogVideoX(DiffusionTransformer):
 
     @classmethod
     def _read(
-        cls, source: str | Path, defaults: dict[str, Any] | None = None
+        cls, weights: str | Path, defaults: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
-        config, state, settings = super()._read(source, defaults)
+        config, state, settings = super()._read(weights, defaults)
         if settings["positions"] == "sincos":  # SAT saves the table, which is computed here
             state = {name: value for name, value in state.items() if name != "patch_embed.pos_embedding"}
         return config, state, settings

@@ -14,7 +14,7 @@ from torch import Tensor
 from blueberry_video.models.dinov2 import published_weights, to_huggingface, to_original
 from blueberry_video.nn.positions import sinusoid_table
 from blueberry_video.weights.diffusers_folder import CONFIG, model_of_run, read_source
-from blueberry_video.weights.files import num_blocks, read_weights
+from blueberry_video.weights.files import num_blocks, read_weights, resolve
 
 UNKNOWN: Literal["unknown"] = "unknown"  # no file states the setting
 VIDEO_FILE = "video_depth_anything.pth"  # in a folder of a video model, next to config.json
@@ -48,7 +48,7 @@ class Published(NamedTuple):
         return self.settings.get("max_depth", UNKNOWN)
 
 
-def read_published(source: str | Path) -> Published:
+def read_published(weights: str | Path) -> Published:
     """Reads weights and settings.
 
     Settings are read from ``config.json`` of a folder, from ``config.yaml`` of the run that wrote a checkpoint, or from
@@ -56,26 +56,34 @@ def read_published(source: str | Path) -> Published:
     states none.
 
     Args:
-        source: a file, a folder in the layout of transformers or of ``VideoDepthAnything.save_published``, or a hub id,
-            see :func:`~blueberry_video.weights.diffusers_folder.read_source`.
+        weights: a file, a folder in the layout of transformers or of ``VideoDepthAnything.save_published``, or weights
+            on a hub, see :func:`~blueberry_video.weights.diffusers_folder.read_source`.
 
     Raises:
         FileNotFoundError: there are no such weights.
         ValueError: a file is damaged.
     """
-    path = Path(source)
-    if (path / VIDEO_FILE).is_file():
+    path = resolve(weights)
+    file = path / VIDEO_FILE if path.is_dir() else path
+    if file.name == VIDEO_FILE and file.is_file() and (path.is_dir() or file.with_name(CONFIG).is_file()):
         try:
-            config = json.loads((path / CONFIG).read_text())
+            config = json.loads(file.with_name(CONFIG).read_text())
             encoder, settings = config["encoder"], {key: config[key] for key in MODEL_SETTINGS}
         except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path / CONFIG} is missing or damaged ({error}): save the model again.") from error
-        return Published(read_weights(path / VIDEO_FILE), encoder, settings)
-    config, state = read_source(source)
+            about = file.with_name(CONFIG)
+            raise ValueError(f"{about} is missing or damaged ({error}): save the model again.") from error
+        return Published(read_weights(file), encoder, settings)
+    config, state = read_source(path)
     if "backbone_config" in config:
         return Published(state, config["backbone_config"], settings_of_transformers(config))
     settings = settings_of_run(path)
-    return Published(state, config, settings or settings_of_name(path.name, num_blocks(state, "pretrained.blocks")))
+    if not settings:
+        settings = settings_of_name(path.name, num_blocks(state, "pretrained.blocks"))
+        heads = settings.pop("num_heads", None)
+        width = state["pretrained.cls_token"].shape[-1] if "pretrained.cls_token" in state else 0
+        if not config and heads is not None and width == 64 * heads:  # the width of this size
+            config = {"num_attention_heads": heads}
+    return Published(state, config, settings)
 
 
 def settings_of_transformers(config: dict[str, Any]) -> dict[str, Any]:
@@ -95,17 +103,17 @@ def settings_of_run(file: Path) -> dict[str, Any]:
 
 
 def settings_of_name(name: str, blocks: int) -> dict[str, Any]:
-    """Taps and ``max_depth`` of an original file by its name; empty for any other name."""
+    """Taps, ``max_depth`` and number of heads of an original file by its name; empty for any other name."""
     found = re.fullmatch(
-        r"(metric_)?(video_)?depth_anything_(v2_)?(metric_(hypersim|vkitti)_)?vit[sblg](14)?\.\w+", name
+        r"(metric_)?(video_)?depth_anything_(v2_)?(metric_(hypersim|vkitti)_)?vit([sblg])(14)?\.\w+", name
     )
-    ranges = {"hypersim": 20.0, "vkitti": 80.0}
+    ranges, sizes = {"hypersim": 20.0, "vkitti": 80.0}, {"s": 6, "b": 12, "l": 16, "g": 24}
     if found is None:
         return next(({"max_depth": value} for data, value in ranges.items() if f"metric_{data}" in name), {})
-    metric_video, video, second, _, data, first = found.groups()
+    metric_video, video, second, _, data, size, first = found.groups()
     metric = ranges[data] if data else math.inf if metric_video else None
     taps = V2_TAPS.get(blocks) if video or second else tuple(range(blocks - 4, blocks)) if first else None
-    return {"max_depth": metric} | ({} if taps is None else {"taps": taps})
+    return {"max_depth": metric, "num_heads": sizes[size]} | ({} if taps is None else {"taps": taps})
 
 
 def check_settings(published: Published, taps: tuple[int, ...], max_depth: float | None, source: str | Path) -> None:
@@ -133,20 +141,19 @@ def check_settings(published: Published, taps: tuple[int, ...], max_depth: float
 
 
 def published_taps(published: Published, blocks: int, source: str | Path) -> tuple[int, ...]:
-    """Returns the taps of published weights, or, where unknown, those of V2 with a message.
+    """Returns the taps of published weights.
 
     Raises:
-        ValueError: they are unknown, and no V2 model has this number of blocks.
+        ValueError: they are unknown; the message names those of V1 and V2.
     """
     if (taps := published.settings.get("taps")) is not None:
         return tuple(taps)
-    if blocks not in V2_TAPS:
-        raise ValueError(
-            f"{source} does not state the blocks that the head reads, and no published model has {blocks} blocks: pass "
-            "taps=…, four indices."
-        )
-    print(f"taps={V2_TAPS[blocks]} of V2 are assumed for {source}, which states none; V1 reads the last four blocks")
-    return V2_TAPS[blocks]
+    second = f"{V2_TAPS[blocks]} in V2, " if blocks in V2_TAPS else ""
+    raise ValueError(
+        f"{source} does not state the blocks that the head reads: pass taps=…, four indices ({second}"
+        f"{tuple(range(blocks - 4, blocks))} in V1), or use the file name of the original, such as "
+        "depth_anything_v2_vits.pth."
+    )
 
 
 def is_video(state: dict[str, Tensor]) -> bool:

@@ -68,11 +68,11 @@ class DepthAnything(nn.Module):
         layers = [tokens for tokens, _ in self.pretrained.tokens_behind(images[:, :, None], self.taps)]
         return self.depth_head(layers, (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size))
 
-    def load_published(self, source: str | Path, encoder_only: bool = False) -> str:
+    def load_published(self, weights: str | Path, encoder_only: bool = False) -> str:
         """Loads published weights, or a checkpoint of a run, strictly.
 
         Args:
-            source: see :func:`~blueberry_video.models.depth_anything.convert.read_published`.
+            weights: see :func:`~blueberry_video.models.depth_anything.convert.read_published`.
             encoder_only: load the encoder of the weights and keep the head, as for fine-tuning to metric depth.
 
         Returns:
@@ -83,8 +83,8 @@ class DepthAnything(nn.Module):
             ValueError: the weights are of a different size, or of different taps, ``max_depth`` or number of heads
                 where the source states them; the message names key and value.
         """
-        published = read_published(source)
-        return self._load(published, convert_published(published.state, source), source, encoder_only)
+        published = read_published(weights)
+        return self._load(published, convert_published(published.state, weights), weights, encoder_only)
 
     def _load(
         self, published: Published, weights: dict[str, Tensor], source: str | Path, encoder_only: bool = False
@@ -100,7 +100,7 @@ class DepthAnything(nn.Module):
     @classmethod
     def from_published(
         cls,
-        source: str | Path,
+        weights: str | Path,
         image_size: int = 518,
         taps: Sequence[int] | None = None,
         max_depth: float | Literal["published"] | None = "published",
@@ -111,20 +111,22 @@ class DepthAnything(nn.Module):
         Positions are interpolated as by the library of the layout, the original or transformers.
 
         Args:
-            source: see :func:`~blueberry_video.models.depth_anything.convert.read_published`.
+            weights: see :func:`~blueberry_video.models.depth_anything.convert.read_published`.
             image_size: nominal size; any multiple of the patch size is accepted.
-            taps: default to those of the source; if it states none, to those of V2, which are printed.
-            max_depth: defaults to that of the source; if it states none, to ``None``, which is printed.
-            num_heads: attention heads, see :meth:`.dinov2.DINOv2.from_published`.
+            taps: those of the source; required if it states none.
+            max_depth: ``"published"`` is that of the source; if it states none, ``None`` for relative disparity or the
+                largest depth in meters is required.
+            num_heads: attention heads, see :meth:`.dinov2.DINOv2.from_published`; the file names of the originals
+                state them.
 
         Raises:
             FileNotFoundError, ValueError: see :meth:`load_published`.
         """
-        published = read_published(source)
-        weights = convert_published(published.state, source)
-        encoder, sizes = published_sizes(published, weights, source, image_size, taps, max_depth, num_heads)
+        published = read_published(weights)
+        tensors = convert_published(published.state, weights)
+        encoder, sizes = published_sizes(published, tensors, weights, image_size, taps, max_depth, num_heads)
         model = cls(encoder, **sizes)
-        print(model._load(published, weights, source))
+        print(model._load(published, tensors, weights))
         return model
 
     def save_published(self, path: str | Path) -> None:
@@ -218,9 +220,13 @@ def published_sizes(
     encoder = DINOv2.from_state(published.encoder, encoder_state, source, image_size, 1, num_heads)
     encoder.offset = published.encoder.get("interpolate_offset", encoder.offset)  # of save_published of a video model
     if max_depth == "published":
-        max_depth = None if published.max_depth == UNKNOWN else published.max_depth
         if published.max_depth == UNKNOWN:
-            print(f"max_depth=None, relative disparity, is assumed for {source}, which states none")
+            raise ValueError(
+                f"{source} does not state whether it predicts metric depth: pass max_depth=None for relative "
+                "disparity, or the largest depth in meters (20 for Hypersim, 80 for Virtual KITTI), or use the file "
+                "name of the original, such as depth_anything_v2_vits.pth."
+            )
+        max_depth = published.max_depth
     head = {name.partition(".")[2]: value for name, value in weights.items() if name.startswith(HEADS)}
     sizes = ["scratch.layer1_rn.weight", *(f"projects.{i}.weight" for i in range(4))]
     if missing := [name for name in sizes if name not in head]:

@@ -149,14 +149,14 @@ class VideoDepthAnything(nn.Module):
             raise ValueError(f"frame has shape {tuple(frame.shape)}: it must be (B, 3, H, W).")
         return self.head.step(self._layers(frame), self._grid(frame), state)
 
-    def load_published(self, source: str | Path, encoder_only: bool = False) -> str:
+    def load_published(self, weights: str | Path, encoder_only: bool = False) -> str:
         """Loads published weights of a video or an image model, or a checkpoint of a run, strictly.
 
         Weights without temporal modules, as of an image model, leave those of this model as they are: at
         initialization they do not change the maps.
 
         Args:
-            source: a file, or a folder of :meth:`save_published`; of image models see
+            weights: a file, or a folder of :meth:`save_published`; of image models see
                 :meth:`.model.DepthAnything.load_published`.
             encoder_only: load the encoder of the weights and keep the head.
 
@@ -168,8 +168,8 @@ class VideoDepthAnything(nn.Module):
             ValueError: the weights are of a different size or kind of temporal module, or of different taps,
                 ``max_depth`` or number of heads where the source states them; the message names key and value.
         """
-        published = read_published(source)
-        return self._load(published, convert_published_video(published.state, source), source, encoder_only)
+        published = read_published(weights)
+        return self._load(published, convert_published_video(published.state, weights), weights, encoder_only)
 
     def _load(
         self, published: Published, weights: dict[str, Tensor], source: str | Path, encoder_only: bool = False
@@ -192,7 +192,7 @@ class VideoDepthAnything(nn.Module):
     @classmethod
     def from_published(
         cls,
-        source: str | Path,
+        weights: str | Path,
         image_size: int = 518,
         taps: Sequence[int] | None = None,
         max_depth: float | Literal["published"] | None = "published",
@@ -202,21 +202,21 @@ class VideoDepthAnything(nn.Module):
         """Builds a Video Depth Anything of the size of published weights, and prints their license.
 
         Args:
-            source, image_size, taps, max_depth, num_heads: see :meth:`.model.DepthAnything.from_published`.
+            weights, image_size, taps, max_depth, num_heads: see :meth:`.model.DepthAnything.from_published`.
             options: further arguments of the constructor. By default those of the source; where it states none, the
                 kind of temporal module is that of the weights, and sizes are those of the published models.
 
         Raises:
             FileNotFoundError, ValueError: see :meth:`load_published`.
         """
-        published = read_published(source)
-        weights = convert_published_video(published.state, source)
-        encoder, sizes = published_sizes(published, weights, source, image_size, taps, max_depth, num_heads)
+        published = read_published(weights)
+        tensors = convert_published_video(published.state, weights)
+        encoder, sizes = published_sizes(published, tensors, weights, image_size, taps, max_depth, num_heads)
         known = {key: value for key, value in published.settings.items() if key not in sizes}
-        if (found := kind_of(weights)) != "none":
+        if (found := kind_of(tensors)) != "none":
             known["temporal"] = found
         model = cls(encoder, **(sizes | known | options))
-        print(model._load(published, weights, source))
+        print(model._load(published, tensors, weights))
         return model
 
     def save_published(self, path: str | Path) -> None:

@@ -18,7 +18,7 @@ from blueberry_video.models.gaussian_splatting.gaussians import (
     random_points,
 )
 from blueberry_video.ops import Rasterized, rasterize
-from blueberry_video.weights.files import read_weights
+from blueberry_video.weights.files import read_weights, resolve
 from blueberry_video.weights.load import load_strictly
 
 PARTS = ("gaussians.", "dynamics.")  # of the names of tensors in a checkpoint; others belong to the task
@@ -88,15 +88,15 @@ class GaussianSplatting4D(nn.Module):
         """N, the number of Gaussians."""
         return self.gaussians.number
 
-    def load_published(self, source: str | Path) -> str:
+    def load_published(self, weights: str | Path) -> str:
         """Loads a checkpoint of a run of this model strictly, with its number of Gaussians; returns a message."""
-        state = {name: value for name, value in read_weights(source).items() if name.startswith(PARTS)}
+        state = {name: value for name, value in read_weights(resolve(weights)).items() if name.startswith(PARTS)}
         if isinstance(means := state.get("gaussians.means"), Tensor):
             for module in self.modules():
                 if isinstance(module, PerGaussian):
                     module.resize(len(means))
-        load_strictly(self, state, source, "Choose the model settings of the run that wrote them.")
-        return f"loaded {self.number} Gaussians from {source}"
+        load_strictly(self, state, weights, "Choose the model settings of the run that wrote them.")
+        return f"loaded {self.number} Gaussians from {weights}"
 
     def forward(self, time: float | Tensor, use_dynamics: bool = True) -> Gaussians:
         """Returns the Gaussians at a time.

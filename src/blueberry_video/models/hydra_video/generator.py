@@ -22,7 +22,7 @@ from blueberry_video.models.hydra_video.state_space import Layout
 from blueberry_video.nn.feed_forward import Mlp
 from blueberry_video.nn.positions import PositionTables, sinusoid_table
 from blueberry_video.nn.timestep_conditioning import gated, modulate
-from blueberry_video.weights.files import read_weights
+from blueberry_video.weights.files import read_weights, resolve
 from blueberry_video.weights.load import load_strictly
 
 States = tuple[Any, ...]  # MixerState or AttentionState of every layer
@@ -344,10 +344,12 @@ class HydraVideoGenerator(PositionTables):
         logits, _ = self.evaluate(folded, vectors.expand(-1, frames, -1).flatten(0, 1)[:, None], before)
         return logits[:, 0].unflatten(0, (batch, frames))
 
-    def load_published(self, source: str | Path) -> str:
+    def load_published(self, weights: str | Path) -> str:
         """Loads a checkpoint of a run of this model strictly; returns a message that names it."""
-        load_strictly(self, read_weights(source), source, "Choose the model settings of the run that wrote them.")
-        return f"loaded {len(self.state_dict())} tensors from {source}"
+        load_strictly(
+            self, read_weights(resolve(weights)), weights, "Choose the model settings of the run that wrote them."
+        )
+        return f"loaded {len(self.state_dict())} tensors from {weights}"
 
     def initial_states(self, batch: int) -> States:
         """States before the first frame of B videos: a video that continues from these has forgotten its past."""

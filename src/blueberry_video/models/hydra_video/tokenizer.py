@@ -21,7 +21,7 @@ from blueberry_video.models.hydra_video.model import init_weights
 from blueberry_video.models.hydra_video.quantizers import Quantizer
 from blueberry_video.models.hydra_video.state_space import Layout, MixerState
 from blueberry_video.nn.positions import PositionTables, sinusoid_table
-from blueberry_video.weights.files import read_weights
+from blueberry_video.weights.files import read_weights, resolve
 from blueberry_video.weights.load import load_strictly
 
 State = tuple[MixerState, ...]  # one per block of the encoder or decoder
@@ -185,10 +185,10 @@ class HydraVideoTokenizer(Autoencoder):
         vectors = rearrange(latents, "b c t h w -> b t h w c")
         return self.decode_ids(self.quantizer.nearest(vectors))
 
-    def load_published(self, source: str | Path) -> str:
+    def load_published(self, weights: str | Path) -> str:
         """Loads a checkpoint of this package strictly and returns a message that names it."""
-        load_strictly(self, read_weights(source), source)
-        return f"Loaded the tokenizer of {source}."
+        load_strictly(self, read_weights(resolve(weights)), weights)
+        return f"Loaded the tokenizer of {weights}."
 
     def _check_video(self, video: Tensor, first: bool) -> None:
         if video.ndim != 5 or video.shape[1] != 3:

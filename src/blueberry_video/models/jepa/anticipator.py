@@ -108,13 +108,13 @@ class Anticipator(nn.Module):
     def _frozen(self) -> list[nn.Module]:
         return [part for part in (self.encoder, self.predictor) if part is not None and self.freeze]
 
-    def load_published(self, source: str | Path, which: str) -> str:
+    def load_published(self, weights: str | Path, which: str) -> str:
         """Loads encoder and predictor strictly, and the head if the source has one of the same shape.
 
         The projection of visible tokens is ignored, and with ``sees="past"`` the whole predictor.
 
         Args:
-            source: weights of a :class:`~blueberry_video.models.jepa.JEPA`, published or of a run, or of a run of this
+            weights: weights of a :class:`~blueberry_video.models.jepa.JEPA`, published or of a run, or of a run of this
                 model.
             which: encoder of the source to load: ``"encoder"`` or ``"target_encoder"``.
 
@@ -126,16 +126,16 @@ class Anticipator(nn.Module):
             ValueError: tensors of encoder or predictor are missing, unexpected or of a different shape.
         """
         unused = ("target_encoder.", "predictor." if self.predictor is None else "predictor.proj_context.")
-        weights = {n: v for n, v in read_published(source, which).state.items() if not n.startswith(unused)}
+        tensors = {n: v for n, v in read_published(weights, which).state.items() if not n.startswith(unused)}
         own = {name: value for name, value in self.state_dict().items() if name.startswith("head.")}
-        loaded = {name: value for name, value in weights.items() if name.startswith("head.")}
+        loaded = {name: value for name, value in tensors.items() if name.startswith("head.")}
         report = "the head is loaded"
         if mismatches(own, loaded):
             report = "the head is not loaded" + (": num_classes or pool_depth differ" if loaded else "")
-            weights = {name: value for name, value in weights.items() if name not in loaded}
+            tensors = {name: value for name, value in tensors.items() if name not in loaded}
         fix = "Give the model the sizes of encoder and predictor (embed_dim, depth, num_mask_tokens, …) of the weights."
-        load_strictly(self, own | weights, source, fix)
-        return f"loaded {len(weights)} tensors from {source}, with its {which!r}; {report}"
+        load_strictly(self, own | tensors, weights, fix)
+        return f"loaded {len(tensors)} tensors from {weights}, with its {which!r}; {report}"
 
 
 class AnticipationHead(nn.Module):

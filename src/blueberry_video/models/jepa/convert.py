@@ -68,18 +68,19 @@ class Published(NamedTuple):
         return "sincos_3d" if position_tables(self.content) else None
 
 
-def read_published(source: str | Path, which: str) -> Published:
+def read_published(weights: str | Path, which: str | None) -> Published:
     """Reads weights of either original repository, of transformers or of a run of this package.
 
     Args:
-        source: a file, a transformers folder or a hub id.
-        which: ``"encoder"`` or ``"target_encoder"``: the encoder of the source that becomes ``encoder.…``.
+        weights: a file, a transformers folder or a hub id.
+        which: ``"encoder"`` or ``"target_encoder"``: the encoder of the source that becomes ``encoder.…``. By default
+            the target encoder, where there is one.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged, lacks the encoder, or its config has settings that no published model has.
     """
-    path, layout = files.resolve(source), "run"
+    path, layout = files.resolve(weights), "run"
     config: dict[str, Any] = {}
     content = {} if path.is_dir() or path.suffix == ".safetensors" else files.read_content(path)
     parts = {name for name, part in content.items() if isinstance(part, dict)} if isinstance(content, dict) else set()
@@ -91,14 +92,15 @@ def read_published(source: str | Path, which: str) -> Published:
         if any("encoder.embeddings.patch_embeddings." in name for name in state):
             layout, state = "huggingface", convert_huggingface(state)
         held = {name.split(".")[0] for name in state}
+    which = which or ("target_encoder" if "target_encoder" in held else "encoder")
     if which not in held:
         other = next((name for name in ENCODERS if name in held), None)
         fix = f"use which={other!r} (in a config task.weights_of={other})" if other else "give a file of V-JEPA"
         raise ValueError(
-            f"{source} holds no encoder which={which!r}: {fix}. It holds {', '.join(map(repr, sorted(held)))}."
+            f"{weights} holds no encoder which={which!r}: {fix}. It holds {', '.join(map(repr, sorted(held)))}."
         )
     if found := different_settings({key: config[key] for key in CONSTANTS if key in config}, CONSTANTS):
-        raise ValueError(f"{source}: its config.json has settings that no published V-JEPA 2 has: {found}.")
+        raise ValueError(f"{weights}: its config.json has settings that no published V-JEPA 2 has: {found}.")
     if layout == "original":
         state = convert_original(content, which)
     elif which != "encoder":
@@ -252,6 +254,22 @@ def position_tables(content: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
+def image_size_of_tables(content: dict[str, dict[str, Tensor]], patches: Tensor, num_frames: int) -> int | None:
+    """Image size of the square clips for which the position tables of an original file are made; ``None`` without
+    tables.
+
+    Args:
+        content: state dicts of the file by name.
+        patches: (D, C, t, p, p), weight of the patch embedding.
+        num_frames: frames per clip.
+    """
+    tubelet, patch_size = patches.shape[2:4]
+    lengths = {table.shape[1] for table in position_tables(content).values()}
+    if not lengths or num_frames % tubelet:
+        return None
+    return math.isqrt(min(lengths) // (num_frames // tubelet)) * patch_size
+
+
 def check_positions(content: dict[str, dict[str, Tensor]], grid: Grid) -> None:
     """Checks that the position tables of an original file, if any, are the sine-cosine tables of a patch grid.
 
@@ -267,7 +285,7 @@ def check_positions(content: dict[str, dict[str, Tensor]], grid: Grid) -> None:
             )
 
 
-def read_world_model(source: str | Path, use_extrinsics: bool = False) -> dict[str, Tensor]:
+def read_world_model(weights: str | Path, use_extrinsics: bool = False) -> dict[str, Tensor]:
     """Reads V-JEPA 2-AC from an original file, under the names of :class:`~blueberry_video.models.jepa.WorldModel`.
 
     Every file has an encoder of camera extrinsics, which the published model does not use; without ``use_extrinsics``
@@ -277,9 +295,9 @@ def read_world_model(source: str | Path, use_extrinsics: bool = False) -> dict[s
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, lacks ``encoder`` or ``predictor``, or has a predictor without actions.
     """
-    content = files.read_content(files.resolve(source))
+    content = files.read_content(files.resolve(weights))
     if not isinstance(content, dict):
-        raise ValueError(f"{source} holds no state dicts: give a file of V-JEPA 2-AC.")
+        raise ValueError(f"{weights} holds no state dicts: give a file of V-JEPA 2-AC.")
     networks = {name: _network(content, name) for name in ("encoder", "predictor")}
     if "action_encoder.weight" not in networks["predictor"]:
         raise ValueError(

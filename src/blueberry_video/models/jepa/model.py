@@ -21,13 +21,9 @@ from blueberry_video.models.jepa import convert
 from blueberry_video.models.jepa.predictor import Predictor
 from blueberry_video.nn.running_average import RunningAverages, update_averages
 from blueberry_video.weights.diffusers_folder import TRANSFORMERS, write_folder
-from blueberry_video.weights.load import (
-    check_layout,
-    different_settings,
-    load_strictly,
-    origin_of_heads,
-    published_heads,
-)
+from blueberry_video.weights.load import check_layout, different_settings, load_strictly, num_heads_of, origin_of_heads
+
+PUBLISHED_HEADS = {1024: "16", 1280: "16", 1408: "22 in V-JEPA 2"}  # width -> heads
 
 
 class JEPA(RunningAverages):
@@ -147,7 +143,7 @@ class JEPA(RunningAverages):
     @classmethod
     def from_published(
         cls,
-        source: str | Path,
+        weights: str | Path,
         which: str,
         num_frames: int | None = None,
         image_size: int | None = None,
@@ -158,41 +154,37 @@ class JEPA(RunningAverages):
         """Builds V-JEPA from an original file, or V-JEPA 2 from an original file or transformers. Prints a report.
 
         Args:
-            source: an original file with ``encoder``, ``predictor`` and ``target_encoder``, a transformers file or
+            weights: an original file with ``encoder``, ``predictor`` and ``target_encoder``, a transformers file or
                 folder, or a hub id.
             which: encoder of the source that becomes :attr:`encoder`: ``"target_encoder"``, which the papers evaluate,
                 or ``"encoder"``, which training continues from. transformers has only an ``"encoder"``.
-            num_frames, image_size: size of the clips. Defaults to ``config.json`` of a folder, then to 16 and 224.
-            positions: ``"sincos_3d"`` (V-JEPA) or ``"rope_3d"`` (V-JEPA 2). Defaults to ``"rope_3d"`` for transformers
-                and for 10 mask tokens. Position tables in files of V-JEPA 2 are ignored, as in the original.
-            num_heads, predictor_num_heads: default to ``config.json`` of a folder, then to the published models.
+            num_frames, image_size, positions, num_heads: see :func:`encoder_of`.
+            predictor_num_heads: that of ``config.json``; without one, 12 for V-JEPA 2, as in all its published models,
+                and that of the encoder for V-JEPA, as its code has it.
 
         Returns:
             The model. Without a target encoder in the source, its target encoder is a copy of :attr:`encoder`.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: the weights are damaged, lack the encoder, or have position tables that cannot be computed.
+            ValueError: the weights are damaged, lack the encoder, or have position tables that cannot be computed; see
+                also :func:`encoder_of`.
         """
-        published = convert.read_published(source, which)
+        published = convert.read_published(weights, which)
         if published.layout == "run":
             raise ValueError(
-                f"{source} holds weights of a run, which do not determine the model: build it from the config of the "
+                f"{weights} holds weights of a run, which do not determine the model: build it from the config of the "
                 "run and call load_published."
             )
-        state, config = published.state, published.config
-        settings = convert.settings_of_weights(state, source)
-        positions = positions or published.positions or "sincos_3d"
-        is_rope, width = positions == "rope_3d", settings["hidden_size"]
-        num_heads = num_heads or config.get("num_attention_heads") or published_heads(width, source)
-        predictor_heads = (
-            predictor_num_heads or config.get("pred_num_attention_heads") or (12 if is_rope else num_heads)
-        )
-        num_frames = num_frames or config.get("frames_per_clip", 16)
-        image_size = image_size or config.get("crop_size", 224)
-        weights = convert.part(state, "encoder")
-        encoder = vit.VisionTransformer.from_weights(
-            weights, source, num_frames, image_size, num_heads, positions=positions, rope_quirk=is_rope
+        settings = convert.settings_of_weights(published.state, weights)
+        encoder = encoder_of(published, weights, num_frames, image_size, positions, num_heads)
+        is_rope = encoder.position_kind == "rope_3d"
+        key = "pred_num_attention_heads"
+        if key not in published.config:
+            predictor_num_heads = predictor_num_heads or (12 if is_rope else encoder.num_heads)
+        names = ("predictor_num_heads", key)
+        predictor_heads = num_heads_of(
+            published.config, predictor_num_heads, settings["pred_hidden_size"], weights, {}, *names
         )
         model = cls(
             encoder,
@@ -201,13 +193,38 @@ class JEPA(RunningAverages):
             predictor_num_heads=predictor_heads,
             predictor_mlp_ratio=settings["pred_mlp_ratio"],
             num_mask_tokens=settings["pred_num_mask_tokens"],
-            predictor_positions=positions,
+            predictor_positions=encoder.position_kind,
             rope_quirk=is_rope,
         )
-        print(f"{model._load(published, source, which)}; positions {positions}; predictor_num_heads={predictor_heads}")
+        kind = encoder.position_kind
+        print(f"{model._load(published, weights, which)}; positions {kind}; predictor_num_heads={predictor_heads}")
         return model
 
-    def load_published(self, source: str | Path, which: str) -> str:
+    @staticmethod
+    def published_encoder(
+        weights: str | Path,
+        which: str | None = None,
+        num_frames: int | None = None,
+        image_size: int | None = None,
+        positions: str | None = None,
+        num_heads: int | None = None,
+    ) -> vit.VisionTransformer:
+        """Builds the encoder of V-JEPA or V-JEPA 2 alone, see :meth:`from_published`.
+
+        Args:
+            weights, which: see :meth:`from_published`; by default the target encoder, where the weights have one.
+            num_frames, image_size, positions, num_heads: see :func:`encoder_of`.
+
+        Raises:
+            FileNotFoundError, ValueError: see :meth:`from_published`.
+        """
+        published = convert.read_published(weights, which)
+        encoder = encoder_of(published, weights, num_frames, image_size, positions, num_heads)
+        if encoder.position_kind == "sincos_3d":
+            convert.check_positions(published.content, encoder.grid(encoder.video_size))
+        return encoder
+
+    def load_published(self, weights: str | Path, which: str) -> str:
         """Loads weights, see :meth:`from_published`, or those of a run, into this model. A teacher keeps its weights.
 
         Returns:
@@ -218,18 +235,18 @@ class JEPA(RunningAverages):
             ValueError: the weights are damaged, lack the encoder, or are of a different model; the message names the
                 tensors or settings that differ.
         """
-        published = convert.read_published(source, which)
+        published = convert.read_published(weights, which)
         positions = "sincos_3d" if self.predictor.rope is None else "rope_3d"
         if published.positions not in (None, positions):
             raise ValueError(
-                f"{source} has weights of predictor_positions={published.positions!r}, but the model has "
+                f"{weights} has weights of predictor_positions={published.positions!r}, but the model has "
                 f"predictor_positions={positions!r}: choose the model=vjepa/… or model=vjepa2/… of these weights."
             )
         if published.layout == "huggingface":
             heads = {key: value for key, value in published.config.items() if key.endswith("num_attention_heads")}
             if found := different_settings(heads, self.config):
-                raise ValueError(f"{source} has different settings: {found}. Choose the model of these weights.")
-        report = self._load(published, source, which)
+                raise ValueError(f"{weights} has different settings: {found}. Choose the model of these weights.")
+        report = self._load(published, weights, which)
         return f"{report}{origin_of_heads(published.config, self.encoder.published_settings)}"
 
     def _load(self, published: convert.Published, source: str | Path, which: str) -> str:
@@ -294,3 +311,50 @@ class JEPA(RunningAverages):
             "num_attention_heads": sizes["hidden_size"] // turn.head_dim,
             "pred_num_attention_heads": sizes["pred_hidden_size"] // predictor_turn.head_dim,
         }
+
+
+def encoder_of(
+    published: convert.Published,
+    weights: str | Path,
+    num_frames: int | None = None,
+    image_size: int | None = None,
+    positions: str | None = None,
+    num_heads: int | None = None,
+) -> vit.VisionTransformer:
+    """Builds and loads the encoder of published weights.
+
+    Args:
+        published: the weights.
+        weights: their origin, for error messages.
+        num_frames, image_size: size of the clips. By default that in ``config.json``; without one, 16 frames of the
+            size of the position table for V-JEPA, and 64 frames for V-JEPA 2, of which ``image_size`` is required.
+        positions: ``"sincos_3d"`` (V-JEPA) or ``"rope_3d"`` (V-JEPA 2). By default ``"rope_3d"`` for transformers and
+            for 10 mask tokens, and ``"sincos_3d"`` for files with position tables; required otherwise. Position tables
+            in files of V-JEPA 2 are ignored, as in the original.
+        num_heads: that in ``config.json``; required for weights without one.
+
+    Raises:
+        ValueError: the number of heads, positions or image size is unknown, or the number of heads contradicts the
+            config.
+    """
+    config, tensors = published.config, convert.part(published.state, "encoder")
+    if (positions := positions or published.positions) is None:
+        raise ValueError(
+            f"{weights} has no position tables and not the 10 mask tokens of V-JEPA 2, so that its positions are "
+            "unknown: pass positions='sincos_3d' (V-JEPA) or 'rope_3d' (V-JEPA 2)."
+        )
+    is_rope = positions == "rope_3d"
+    num_frames = num_frames or config.get("frames_per_clip") or (64 if is_rope else 16)
+    image_size = image_size or config.get("crop_size")
+    if image_size is None and not is_rope:
+        image_size = convert.image_size_of_tables(published.content, tensors["patch_embed.proj.weight"], num_frames)
+    if image_size is None:
+        raise ValueError(
+            f"{weights} has no config.json, and its tensors do not determine the size of the frames: pass "
+            "image_size=…: 256 or 384 for the published V-JEPA 2, 224 or 384 for V-JEPA."
+        )
+    width = len(tensors["patch_embed.proj.weight"])
+    heads = num_heads_of(config, num_heads, width, weights, PUBLISHED_HEADS)
+    return vit.VisionTransformer.from_weights(
+        tensors, weights, heads, num_frames, image_size, positions=positions, rope_quirk=is_rope
+    )

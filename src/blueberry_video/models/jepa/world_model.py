@@ -27,8 +27,9 @@ from blueberry_video.nn.blocks import init_trunc_normal
 from blueberry_video.nn.feed_forward import Mlp
 from blueberry_video.nn.rope import Rotation, channels_per_axis, grid_positions, rotate, rotation
 from blueberry_video.weights.files import num_blocks
-from blueberry_video.weights.load import load_strictly, published_heads
+from blueberry_video.weights.load import load_strictly, num_heads_of
 
+PUBLISHED_HEADS = {1408: "22"}  # width of the encoder -> heads
 CONDITIONS = 2  # tokens of a step before its patches: the action, then the state
 
 Past = tuple[Tensor, Tensor]  # KV cache of a layer: rotated keys and values (B, heads, N, head_dim)
@@ -175,7 +176,7 @@ class WorldModel(nn.Module):
     @classmethod
     def from_published(
         cls,
-        source: str | Path,
+        weights: str | Path,
         use_extrinsics: bool,
         num_frames: int = 16,
         image_size: int = 256,
@@ -185,30 +186,31 @@ class WorldModel(nn.Module):
         """Builds V-JEPA 2-AC, encoder included, from an original file. Prints a report.
 
         Args:
-            source: a torch file with ``encoder`` and ``predictor``.
+            weights: a torch file with ``encoder`` and ``predictor``.
             use_extrinsics: false for the published weights, true for weights trained with ``use_extrinsics``; the file
                 has the same tensors for both.
-            num_frames, image_size: size of the clips.
-            num_heads, predictor_num_heads: default to the published model.
+            num_frames, image_size: size of the clips; by default that of the published model.
+            num_heads: heads of the encoder, which no file states.
+            predictor_num_heads: defaults to that of the only published model.
 
         Raises:
             FileNotFoundError, ValueError: see :meth:`load_published`.
         """
-        state = convert.read_world_model(source, use_extrinsics)
-        weights = convert.part(state, "encoder")
-        heads = num_heads or published_heads(len(weights["patch_embed.proj.bias"]), source)
+        state = convert.read_world_model(weights, use_extrinsics)
+        tensors = convert.part(state, "encoder")
+        heads = num_heads_of({}, num_heads, len(tensors["patch_embed.proj.bias"]), weights, PUBLISHED_HEADS)
         encoder = vit.VisionTransformer.from_weights(
-            weights, source, num_frames, image_size, heads, images=True, positions="rope_3d", rope_quirk=True
+            tensors, weights, heads, num_frames, image_size, images=True, positions="rope_3d", rope_quirk=True
         )
         dim, action_dim = state["predictor.action_encoder.weight"].shape
         state_dim, depth = state["predictor.state_encoder.weight"].shape[1], num_blocks(state, "predictor.blocks")
         mlp_ratio = state["predictor.blocks.0.mlp.fc1.weight"].shape[0] / dim
         sizes = (action_dim, state_dim, dim, depth, predictor_num_heads, mlp_ratio)
         model = cls(encoder, *sizes, rope_quirk=True, use_extrinsics=use_extrinsics)
-        print(f"V-JEPA 2-AC for frames of {image_size} pixels: {model._load(state, source)}")
+        print(f"V-JEPA 2-AC for frames of {image_size} pixels: {model._load(state, weights)}")
         return model
 
-    def load_published(self, source: str | Path) -> str:
+    def load_published(self, weights: str | Path) -> str:
         """Loads weights of an original file and returns a sentence on what was loaded. ``use_extrinsics`` of the model
         must be that of their training.
 
@@ -216,7 +218,7 @@ class WorldModel(nn.Module):
             FileNotFoundError: there is no such file.
             ValueError: the file is damaged, or tensors are missing, unexpected or of a different shape.
         """
-        return self._load(convert.read_world_model(source, self.use_extrinsics), source)
+        return self._load(convert.read_world_model(weights, self.use_extrinsics), weights)
 
     def _load(self, state: dict[str, Tensor], source: str | Path) -> str:
         load_strictly(self, state, source, "Choose the model=world_model/… with the sizes of these weights.")

@@ -23,7 +23,9 @@ from blueberry_video.nn.positions import PositionTables, sinusoid_table
 from blueberry_video.parallel.sequence import TokenShards, active_group
 from blueberry_video.weights.diffusers_folder import TRANSFORMERS, read_source, write_folder
 from blueberry_video.weights.files import num_blocks
-from blueberry_video.weights.load import check_config, check_layout, load_strictly, origin_of_heads, published_heads
+from blueberry_video.weights.load import check_config, check_layout, load_strictly, num_heads_of, origin_of_heads
+
+PUBLISHED_HEADS = {192: "3", 384: "6", 512: "8", 640: "8"}  # width of published decoders -> heads
 
 
 class MaskedAutoencoder(PositionTables):
@@ -108,7 +110,7 @@ class MaskedAutoencoder(PositionTables):
     @classmethod
     def from_published(
         cls,
-        source: str | Path,
+        weights: str | Path,
         num_frames: int | None = None,
         image_size: int | None = None,
         num_heads: int | None = None,
@@ -117,39 +119,43 @@ class MaskedAutoencoder(PositionTables):
         """Builds a pre-trained VideoMAE, VideoMAE V2 or OmniMAE of the size of published weights.
 
         Args:
-            source: a file in the original layout, of transformers or of a run of this package, a folder in the layout
+            weights: a file in the original layout, of transformers or of a run of this package, a folder in the layout
                 of transformers, or a hub id, see :func:`~blueberry_video.weights.diffusers_folder.read_source`.
             num_frames, image_size: size of the clips. By default those in the folder's ``config.json``, or 16 and 224.
             num_heads, decoder_num_heads: heads of encoder and decoder. By default those in the folder's
-                ``config.json``, or those of the published models of this width.
+                ``config.json`` or the run's ``config.yaml``; required for weights without one, except
+                ``decoder_num_heads`` of OmniMAE: 16 in all its published models.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: the weights have no decoder, as fine-tuned models, or other positions than the computed ones.
+            ValueError: the weights have no decoder, as fine-tuned models, or other positions than the computed ones; a
+                number of heads is unknown, or contradicts the config.
         """
-        config, state = read_source(source)
+        config, state = read_source(weights)
         is_omnimae = any(name.startswith("trunk.") for name in state) or "encoder_to_decoder.bias" in state
-        state = convert_published(state, source)
-        sizes = vit.settings_of_config(config, num_frames, image_size, num_heads)
-        encoder = vit.VisionTransformer.from_weights(vit.convert_original(state), source, **sizes, images=is_omnimae)
+        state = convert_published(state, weights)
+        tensors = vit.convert_original(state)
+        sizes = vit.settings_of_config(config, tensors, weights, num_frames, image_size, num_heads)
+        encoder = vit.VisionTransformer.from_weights(tensors, weights, **sizes, images=is_omnimae)
         decoder_dim = state["encoder_to_decoder.weight"].shape[0]
-        decoder_num_heads = decoder_num_heads or config.get("decoder_num_attention_heads")
-        if not decoder_num_heads:
-            decoder_num_heads = 16 if is_omnimae else published_heads(decoder_dim, source, "decoder_num_heads")
+        names = ("decoder_num_heads", "decoder_num_attention_heads")
+        if is_omnimae and names[1] not in config:
+            decoder_num_heads = decoder_num_heads or 16
+        heads = num_heads_of(config, decoder_num_heads, decoder_dim, weights, PUBLISHED_HEADS, *names)
         model = cls(
             encoder,
             decoder_dim=decoder_dim,
             decoder_depth=num_blocks(state, "decoder.blocks"),
-            decoder_num_heads=decoder_num_heads,
+            decoder_num_heads=heads,
             mlp_ratio=state["decoder.blocks.0.mlp.fc1.weight"].shape[0] / decoder_dim,
             qkv_bias=vit.qkv_bias(state, "decoder.blocks.0"),
             in_channels=encoder.video_size[0],
             mask_before_projection=is_omnimae,
         )
-        load_strictly(model, state, source)
+        load_strictly(model, state, weights)
         return model
 
-    def load_published(self, source: str | Path) -> str:
+    def load_published(self, weights: str | Path) -> str:
         """Loads published weights or a checkpoint of a run, see :meth:`from_published`, into this model.
 
         Returns:
@@ -160,12 +166,12 @@ class MaskedAutoencoder(PositionTables):
             ValueError: tensors are missing, unexpected or of a different shape, or a number of heads differs from that
                 in the folder's ``config.json``; the message names them.
         """
-        config, state = read_source(source)
+        config, state = read_source(weights)
         fix = "Choose the model variant of the weights."
         settings = self.encoder.published_settings | {"decoder_num_attention_heads": self.decoder_num_heads}
-        check_config(self, config, settings, source, fix)
-        load_strictly(self, convert_published(state, source), source, fix)
-        return f"loaded {len(self.state_dict())} tensors from {source}{origin_of_heads(config, settings)}"
+        check_config(self, config, settings, weights, fix)
+        load_strictly(self, convert_published(state, weights), weights, fix)
+        return f"loaded {len(self.state_dict())} tensors from {weights}{origin_of_heads(config, settings)}"
 
     def save_published(self, folder: str | Path) -> None:
         """Writes a folder that transformers' ``VideoMAEForPreTraining.from_pretrained`` loads.

@@ -157,6 +157,7 @@ class Spool(Encoder):
         local_frame_range: int = 16,
         context_mode: str = "both",
         freeze_backbone: bool = True,
+        backbone_num_heads: int | None = None,
     ) -> "FrameSpool":
         """Builds a model on published weights of DINOv2, with the arguments and the call of the original code.
 
@@ -166,12 +167,13 @@ class Spool(Encoder):
             backbone_name: hub id, folder in the layout of transformers, or file, see :meth:`.DINOv2.from_published`.
             num_hidden_layers, num_attention_heads, num_lookahead_heads, num_lookback_heads, image_size,
                 local_frame_range, context_mode, freeze_backbone: see :class:`Spool`.
+            backbone_num_heads: attention heads of the backbone, required for a file without a config.
 
         Raises:
             FileNotFoundError: there are no such weights, or the hub cannot be reached.
             ValueError: the weights are not those of a DINOv2, or the arguments do not fit them.
         """
-        backbone = DINOv2.from_published(backbone_name, image_size=image_size)
+        backbone = DINOv2.from_published(backbone_name, image_size=image_size, num_heads=backbone_num_heads)
         return FrameSpool(
             backbone,
             num_hidden_layers,
