@@ -52,7 +52,7 @@ VARIABLES = set(re.findall(r"^(\w+) \?=", MAKEFILE, re.MULTILINE))
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
 KEYED = [group for group in GROUPS if group not in ("debug", "logger", "video")]  # groups of which docs name keys
 RUN, PRINT = ("train", "check", "gate", "sweep", "latents", "pseudo_labels"), ("help",)
-PARSED = ("generate", "export", "depth", "render")  # targets with a parser of options
+PARSED = ("generate", "export", "depth", "render", "features")  # targets with a parser of options
 QUIET = ["logger=csv", "callbacks.progress=null", "trainer.max_steps=1", "trainer.check_val_every_n_epoch=1"]
 PROGRAMS = ("apt-get", "docker", "apptainer", "pip")  # their blocks need a mark
 EXPERIMENTS = sorted(path.parent.name for path in (ROOT / "experiments").glob("*/config.yaml"))
@@ -161,12 +161,12 @@ class Reader:
             for job in expand_sweep(words, None) if target == "sweep" else [words]:
                 self.compose(name, [word for word in job if not HYDRA.match(word)])
         elif target in PARSED:
-            options = {"generate": ("OUT", "PROMPT", "VIDEO"), "depth": ("OUT", "CHECKPOINT"), "render": ("OUT",)}
-            first = {"depth": given.get("VIDEO", ""), "render": given.get("CHECKPOINT", "")}.get(
-                target, f"outputs/{name}"
-            )
+            options = {"generate": ("OUT", "PROMPT", "VIDEO"), "depth": ("OUT", "WEIGHTS"), "render": ("OUT",)}
+            firsts = {"depth": given.get("VIDEO", ""), "render": given.get("CHECKPOINT", "")}
+            first = (firsts | {"features": given.get("WEIGHTS", f"outputs/{name}")}).get(target, f"outputs/{name}")
             chosen = options.get(target, ("OUT", "DTYPE"))
             words = [f"--{key.lower()}={given[key]}" for key in chosen if key in given]
+            words += [given["VIDEO"]] if target == "features" else []
             parse(f"blueberry_video.{target}", [first, *words, *args])
         elif target == "new":
             assert NAME.fullmatch(name)
