@@ -52,16 +52,7 @@ VARIABLES = set(re.findall(r"^(\w+) \?=", MAKEFILE, re.MULTILINE))
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
 KEYED = [group for group in GROUPS if group not in ("debug", "logger", "video")]  # groups of which docs name keys
 RUN, PRINT = ("train", "check", "gate", "sweep", "latents", "pseudo_labels"), ("help",)
-PARSED = (
-    "generate",
-    "reconstruct",
-    "plan",
-    "export",
-    "depth",
-    "render",
-    "predict",
-    "evaluate",
-)  # with a parser of options
+PARSED = ("generate", "reconstruct", "plan", "export", "depth", "render", "predict", "evaluate", "features")
 QUIET = ["logger=csv", "callbacks.progress=null", "trainer.max_steps=1", "trainer.check_val_every_n_epoch=1"]
 PROGRAMS = ("apt-get", "docker", "apptainer", "pip")  # their blocks need a mark
 EXPERIMENTS = sorted(path.parent.name for path in (ROOT / "experiments").glob("*/config.yaml"))
@@ -174,15 +165,15 @@ class Reader:
             options = {
                 "generate": ("OUT", "PROMPT", "PROMPTS", "IMAGE", "VIDEO"),
                 "plan": ("OUT", "STATE"),
-                "depth": ("OUT", "CHECKPOINT"),
+                "depth": ("OUT", "WEIGHTS"),
                 "render": ("OUT",),
             }
-            first = {"depth": given.get("VIDEO", ""), "render": given.get("CHECKPOINT", "")}.get(
-                target, f"outputs/{name}"
-            )
+            firsts = {"depth": given.get("VIDEO", ""), "render": given.get("CHECKPOINT", "")}
+            first = (firsts | {"features": given.get("WEIGHTS", f"outputs/{name}")}).get(target, f"outputs/{name}")
             chosen = options.get(target, ("OUT", "DTYPE"))
             words = [f"--{key.lower()}={given[key]}" for key in chosen if key in given]
-            last = {"reconstruct": ("VIDEO",), "predict": ("VIDEO",), "plan": ("START", "GOAL")}.get(target, ())
+            videos = dict.fromkeys(("reconstruct", "predict", "features"), ("VIDEO",))
+            last = (videos | {"plan": ("START", "GOAL")}).get(target, ())
             parse(f"blueberry_video.{target}", [first, *words, *args, *(given[key] for key in last)])
         elif target == "new":
             assert NAME.fullmatch(name)
