@@ -14,6 +14,7 @@ from blueberry_video.trained_model import load_run
 
 CLASSES = {"class": ("a", "b", "c"), "speed": ("slow", "fast")}
 NUMBERS = {"class": 3, "speed": 2}
+SIZES = ["num_frames=4", "image_size=16", "patch_size=8", "embed_dim=16", "depth=1", "num_heads=2"]
 DATA = SimpleNamespace(classes=CLASSES)
 UNLABELLED = """
 defaults:
@@ -82,7 +83,8 @@ def test_run_records_the_numbers_and_is_used_without_its_data(tmp_path: Path, ca
 
     file = tmp_path / "lights" / "config.yaml"
     more = ["trainer.max_steps=3", f"output_dir={tmp_path / 'outputs'}", *QUIET]
-    command = SimpleNamespace(file=file, overrides=[*more, f"resume={run.name}"])
+    sizes = [f"model.encoder.{size}" for size in SIZES]
+    command = SimpleNamespace(file=file, overrides=[*more, "model=classifier/tiny", *sizes, f"resume={run.name}"])
     train.run(compose(file, command.overrides), command)
     assert RunFolder.open(run).record["step"] == 3
     capsys.readouterr()

@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from blueberry_video.config.checks import FROM_DATA
 from blueberry_video.config.compose import check_saved, compose_hydra, normalize, parse, resolve, trusted_targets
 from blueberry_video.config.schema import CONF, Config
 from blueberry_video.config.text import short
@@ -196,7 +197,8 @@ def resumed(
     for path in paths:
         path = _existing(old, path)
         for key in _differences(_select(old, path), _select(new, path), path):
-            if key[0] not in OF_A_CALL:
+            of_data = key[-1] == FROM_DATA and _select(new, key) is None  # the run has the numbers of its data
+            if key[0] not in OF_A_CALL and not of_data:
                 changed[key] = Change(key, _select(old, key), _select(new, key))
     changes = [change for key, change in changed.items() if not any(key[:n] in changed for n in range(1, len(key)))]
     check_saved(saved, run)
