@@ -1,8 +1,8 @@
 """Encoders from published weights or from a trained run, with the preprocessing of their model.
 
-from blueberry_video import load_encoder
-encoder = load_encoder("MCG-NJU/videomae-base")
-encoder.features("clip.mp4")     # tokens (1, N, D)
+    from blueberry_video import load_encoder
+    encoder = load_encoder("MCG-NJU/videomae-base")
+    encoder.features("clip.mp4")     # tokens (1, N, D)
 """
 
 import json

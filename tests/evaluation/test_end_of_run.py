@@ -33,7 +33,7 @@ class FakeTrainer(SimpleNamespace):
 def trainer(folder, step: int = 40, rank: int = 0) -> FakeTrainer:
     parts = {"is_global_zero": rank == 0, "global_step": step, "default_root_dir": str(folder)}
     parts["lightning_module"] = torch.nn.Module()
-    return FakeTrainer(**parts, loggers=[Logger(), Logger()], callback_metrics={}, calls=[])
+    return FakeTrainer(**parts, loggers=[Logger(), Logger()], callback_metrics={}, callbacks=[], calls=[])
 
 
 def test_values_are_logged_with_their_prefix_and_recorded(tmp_path):
