@@ -3,6 +3,8 @@
     from blueberry_video import load_encoder
     encoder = load_encoder("MCG-NJU/videomae-base")
     encoder.features("clip.mp4")     # tokens (1, N, D)
+
+Settings that no tensor determines are read from the config next to the weights, or given.
 """
 
 import json

@@ -1,9 +1,11 @@
 """Trained runs as models, with the preprocessing of their run.
 
-from blueberry_video import load_run
-model = load_run("outputs/my_idea")
-model("clip.mp4")                # outputs of the task, such as {"motion": probabilities (1, classes)}
-model.predict("clip.mp4")        # {"motion": {"left": 0.98, "right": 0.02}}
+    from blueberry_video import load_run
+    model = load_run("outputs/my_idea")
+    model("clip.mp4")                # outputs of the task, such as {"motion": probabilities (1, classes)}
+    model.predict("clip.mp4")        # {"motion": {"left": 0.98, "right": 0.02}}
+
+Both read videos as the validation of the run did.
 """
 
 from collections.abc import Mapping, Sequence
