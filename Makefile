@@ -36,6 +36,8 @@ CLUSTER ?=
 override export CLUSTER := $(value CLUSTER)
 AT_ONCE ?=
 override export AT_ONCE := $(value AT_ONCE)
+REPO ?=
+override export REPO := $(value REPO)
 VIDEO ?=
 override export VIDEO := $(value VIDEO)
 MODEL ?= qwen2.5-vl
@@ -91,7 +93,7 @@ doctor: $(STAMP) ## check versions, devices, FFmpeg, wandb, Slurm and disk, with
 	@$(blueberry) doctor
 
 ##@ Experiments
-.PHONY: new check estimate train sweep submit runs gate torture report consolidate latents pseudo_labels export predict features evaluate generate reconstruct plan render data data-check shards
+.PHONY: new check estimate train sweep submit runs gate torture report consolidate latents pseudo_labels export card push predict features evaluate generate reconstruct plan render data data-check shards
 new: $(STAMP) ## EXP=name: copy experiments/template/
 	@$(blueberry) new "$$EXP"
 
@@ -133,6 +135,12 @@ pseudo_labels: $(STAMP) ## EXP=name CHECKPOINT=run [OUT=folder]: write the dispa
 
 export: $(STAMP) ## EXP=name OUT=folder [DTYPE=bfloat16]: export the newest run for transformers or diffusers; ARGS="--format onnx" or --merge
 	@$(experiment)$(if $(strip $(OUT)),,$(error OUT is missing: `make export EXP=$(EXP) OUT=<folder>`))$(blueberry) export "$$EXP" --out "$$OUT" --dtype "$$DTYPE" --args="$$ARGS"
+
+card: $(STAMP) ## EXP=name [OUT=README.md]: write the model card of the newest run; ARGS="--license apache-2.0"
+	@$(experiment)$(blueberry) card "$$EXP" --card="$${OUT:-README.md}" --args="$$ARGS"
+
+push: $(STAMP) ## EXP=name REPO=org/name: upload the newest run with its model card to a hub; ARGS="--private --license apache-2.0"
+	@$(experiment)$(if $(strip $(REPO)),,$(error REPO is missing: `make push EXP=$(EXP) REPO=org/name`))$(blueberry) push "$$EXP" --repo="$$REPO" --args="$$ARGS"
 
 predict: $(STAMP) ## EXP=name VIDEO=file|folder|list.txt OUT=labels.csv: labels of videos by the newest run; ARGS="--window 10 --top 5"
 	@$(experiment)$(if $(strip $(VIDEO)),,$(error VIDEO is missing: `make predict EXP=$(EXP) VIDEO=clip.mp4 OUT=labels.csv`))$(if $(strip $(OUT)),,$(error OUT is missing: add OUT=labels.csv))$(blueberry) predict "$$EXP" --out="$$OUT" --args="$$ARGS" -- "$$VIDEO"

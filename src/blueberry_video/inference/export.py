@@ -58,6 +58,19 @@ def export_model(
     return [*written, out / CLIPS]
 
 
+def no_layout(model: nn.Module) -> str | None:
+    """Returns why a model has no folder of transformers; ``None`` if it has one."""
+    if isinstance(model, VideoClassifier) and len(model.num_classes) > 1:
+        return f"a folder holds one head, and the model has {', '.join(model.num_classes)}"
+    if not isinstance(model, VideoClassifier | JEPA | MaskedAutoencoder):
+        return f"{type(model).__name__} has none"
+    try:
+        _ = model.config if isinstance(model, JEPA) else model.config()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _publish(model: nn.Module, out: Path, clips: Mapping[str, Any], label: str | None) -> list[Path]:
     if isinstance(model, WorldModel):
         out.mkdir(parents=True, exist_ok=True)

@@ -67,6 +67,8 @@ COMMANDS = {
         "experiment.consolidate", "run", "EXPERIMENT|RUN", "write the weights of a sharded checkpoint to one file"
     ),
     "export": Command("export", "run", "EXPERIMENT|RUN --out FOLDER …", "export a model for other libraries"),
+    "card": Command("push", "run", "EXPERIMENT|RUN --card README.md", "write the model card of a run"),
+    "push": Command("push", "run", "EXPERIMENT|RUN --repo ORG/NAME …", "upload a run with its card to a hub"),
     "predict": Command("predict", "run", "EXPERIMENT|RUN VIDEO … --out LABELS.csv …", "labels of videos"),
     "features": Command(
         "features", "weights", "EXPERIMENT|RUN|WEIGHTS VIDEO … --out FOLDER …", "features of videos by any encoder"
