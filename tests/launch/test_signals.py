@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -96,15 +98,24 @@ with signals.handled("hint"):
     assert result.stderr == ""
 
 
-def test_signals_wait_for_the_end_of_imports():
-    reached = []
+@pytest.mark.parametrize("threads", [0, 3])
+def test_signals_wait_for_the_end_of_imports(threads):
+    """Also where threads of libraries exist, of which one receives the signal."""
+    reached, end = [], threading.Event()
+    others = [threading.Thread(target=end.wait) for _ in range(threads)]
+    for thread in others:
+        thread.start()
 
     def run() -> None:
         with signals.handled(), signals.held():
             os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.05)
             reached.append(True)
 
-    with pytest.raises(SystemExit) as error:
-        run()
+    try:
+        with pytest.raises(SystemExit) as error:
+            run()
+    finally:
+        end.set()
     assert reached
     assert error.value.code == 143

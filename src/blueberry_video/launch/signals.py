@@ -29,6 +29,8 @@ WARNED_SECONDS = 90.0  # the same after a warning
 
 _received: tuple[signal.Signals, float] | None = None  # the last signal of this process and its time
 _waiting: "Delay | None" = None  # training that saves a checkpoint before it ends
+_holding = 0  # depth of `held`
+_held: list[int] = []  # signals that arrived meanwhile
 
 
 class Interrupted(SystemExit):
@@ -154,11 +156,17 @@ class Delay:
 def held() -> Iterator[None]:
     """Context manager in which signals wait for its end, for imports: an exception that a handler raises in the import
     of a C++ extension, such as Triton's, aborts the process."""
+    global _holding
+    _holding += 1  # another thread may receive a signal that is blocked in this one
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        _holding -= 1
+        if not _holding and _held:
+            number, _held[:] = _held[0], []
+            signal.raise_signal(number)
 
 
 def seconds_to_save(number: int) -> float:
@@ -195,6 +203,9 @@ def _install() -> dict[int, Any]:
             if number not in (signal.SIGINT, *WARNINGS):
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
+            return
+        if _holding:
+            _held.append(number)
             return
         delay, first = _waiting, _received is None
         if first:
