@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from blueberry_video.config import CONF, checks, compose, load
+from blueberry_video.config import CONF, checks, compose, load, with_classes
 from blueberry_video.data.sprites import Sprites
 
 FILES = sorted(
@@ -181,7 +181,8 @@ def part_overrides(group: str, choice: str) -> list[str]:
 
 
 def build(config: DictConfig) -> tuple[nn.Module, nn.Module]:
-    """Model and task on the meta device."""
+    """Model and task on the meta device; a classifier has the labels of the data."""
+    config = with_classes(config)
     with torch.device("meta"):
         model = instantiate(config.model)
         optimization = instantiate(config.task.optimization)(
