@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import blueberry_video.data.shard_store as stores
 from blueberry_video.data.batches import WindowedTrainBatches
 from blueberry_video.data.datamodule import DataModule
-from blueberry_video.data.shard_cache import _locked
+from blueberry_video.data.shard_cache import locked
 from blueberry_video.data.shard_store import Store
 from blueberry_video.data.shards import ShardWriter
 from blueberry_video.data.video_shards import VideoShards
@@ -139,7 +139,7 @@ def use_cache(out: Path, cache: Path, fetch: str, seed: int, largest) -> None:
     for number in np.random.default_rng(seed).permutation(len(clips)):
         assert clips[int(number)]["video"].item() == number
         if number % 4 == 0:
-            with _locked(clips._cache.top / ".used"):  # no file is added or removed meanwhile
+            with locked(clips._cache.top / ".used"):  # no file is added or removed meanwhile
                 largest.value = max(largest.value, clips._cache.used())
 
 
