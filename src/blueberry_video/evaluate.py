@@ -76,6 +76,7 @@ def evaluate(
 
     from blueberry_video import config as configs
     from blueberry_video.atomic import explained_errors, write_text
+    from blueberry_video.data.clips import check_same_order
     from blueberry_video.evaluation.class_report import class_names, write_report
     from blueberry_video.experiment.trained import load_trained
     from blueberry_video.launch.cluster_environment import trainer_options
@@ -100,7 +101,7 @@ def evaluate(
     dataset = instantiate(part, **({"classes": classes} if classes and takes else {}))
     loading = {key: value for key, value in config.data.items() if key not in ("train", "val", "test", "_target_")}
     data = get_class(config.data._target_)(_train(config.data.train, dataset), dataset, **loading)
-    clips.check_classes(dataset.classes if hasattr(dataset, "classes") else {})
+    check_same_order(clips.classes, getattr(dataset, "classes", {}), "test" if tested else "val")
     with tempfile.TemporaryDirectory() as folder:  # of what a task writes beside its metrics
         trainer = Trainer(
             accelerator="gpu" if torch.cuda.is_available() else "cpu",

@@ -3,6 +3,7 @@
 Shapes: B clips of T x H x W pixels; N tokens of D channels.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from blueberry_video.video.times import time_range
 Result = TypeVar("Result")
 
 
-class ClipReader:
+class ClipReader(ABC):
     """Base class of models that sample, decode and resize videos to the clips that they receive.
 
     A subclass sets ``sampling`` and ``resize``, and defines :meth:`encode` and :meth:`patches`.
@@ -39,20 +40,20 @@ class ClipReader:
     decoding: Mapping[str, Any] = {}
 
     @property
-    def device(self) -> torch.device:
-        raise NotImplementedError
+    @abstractmethod
+    def device(self) -> torch.device: ...
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32
 
+    @abstractmethod
     def encode(self, clips: Sequence[Frames]) -> Tensor:
         """Returns the tokens (B, N, D) of the encoder for B clips, in (t, h, w) raster order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def patches(self, height: int, width: int) -> tuple[int, int]:
         """Returns the number of tokens (h, w) of a frame of this size in pixels."""
-        raise NotImplementedError
 
     def read(
         self, source: Any, start: float | None = None, end: float | None = None, views: int | None = 1

@@ -57,18 +57,6 @@ class ClipFormat:
         clips = cls(**{name: value for name, value in recorded.items() if name in known})
         return replace(clips, classes={label: tuple(names) for label, names in clips.classes.items()})
 
-    def check_classes(self, classes: Mapping[str, Sequence[str]]) -> None:
-        """Raises a ValueError if other data numbers the classes differently than the data of the run."""
-        for label, names in classes.items():
-            known = tuple(self.classes.get(label, ()))
-            if known and tuple(names) != known[: len(names)]:
-                number = next(i for i, name in enumerate(names) if i >= len(known) or name != known[i])
-                here = known[number] if number < len(known) else "no class"
-                raise ValueError(
-                    f"{label}: class {number} is {names[number]!r} here, but {here!r} in the data of the run, which "
-                    f"has {', '.join(known)}: set classes in data to this order."
-                )
-
     @classmethod
     def of(cls, task: Any, data: Any) -> "ClipFormat":
         """Returns the format of the validation clips of a DataModule; reads one clip.
